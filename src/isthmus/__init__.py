@@ -1,0 +1,15 @@
+"""isthmus: several silos fine-tune and use one language model that none of them holds whole."""
+
+from isthmus.errors import IsthmusError
+from isthmus.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = ["IsthmusError", "Recipe", "__version__", "join"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "join":  # imports torch and transformers: only for those who use it
+        from isthmus.silo.join import join
+
+        return join
+    raise AttributeError(f"module 'isthmus' has no attribute {name!r}")

@@ -1,0 +1,4 @@
+from isthmus.cli.main import main
+
+if __name__ == "__main__":
+    main()

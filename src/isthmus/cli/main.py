@@ -1,0 +1,162 @@
+"""The command ``isthmus``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from isthmus.errors import IsthmusError
+
+app = typer.Typer(
+    help="Fine-tune one language model together, on text that nobody may share.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="The federation's recipe (TOML).")]
+RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
+RunOption = Annotated[Path, typer.Option("--run-dir", help="Where this role writes.")]
+Address = Annotated[Optional[str], typer.Option(help="host:port in place of the recipe's.")]  # noqa: UP045
+
+
+@app.command()
+def run(
+    recipe: Annotated[Optional[Path], typer.Argument(help="The federation's recipe (TOML).")] = None,  # noqa: UP045
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where the run is written.")] = Path("runs/latest"),
+    resume: Annotated[Optional[Path], typer.Option(help="Continue the run in this directory.")] = None,  # noqa: UP045
+) -> None:
+    """Run a whole federation on this machine."""
+    from isthmus.cli.progress import run_with_progress
+    from isthmus.engines.local import local_recipe
+    from isthmus.errors import RecipeError
+    from isthmus.recipe import Recipe
+    from isthmus.report.record import RunDirectory
+
+    if (recipe is None) == (resume is None):
+        raise RecipeError("give either a recipe or --resume", remedy="isthmus run RECIPE, or isthmus run --resume DIR")
+    if resume is not None:
+        directory = RunDirectory.open(resume)
+    else:
+        assert recipe is not None
+        directory = RunDirectory.create(run_dir, local_recipe(Recipe.read(recipe), run_dir))
+    run_with_progress(directory)
+    typer.echo(f"run directory: {directory.path}")
+
+
+@app.command()
+def trunk(
+    recipe: RecipePath,
+    run_dir: RunOption = Path("runs/trunk"),
+    address: Address = None,
+    with_root: Annotated[bool, typer.Option(help="Be the root too, at the same address.")] = False,
+) -> None:
+    """Serve the middle of the model."""
+    from isthmus.engines.local import at_address
+    from isthmus.engines.roles import serve
+    from isthmus.recipe import Recipe
+    from isthmus.report.record import RunDirectory
+
+    read = Recipe.read(recipe)
+    serve(at_address(read, address) if address else read, RunDirectory(run_dir), ("trunk", "root")[: 1 + with_root])
+
+
+@app.command()
+def root(recipe: RecipePath, run_dir: RunOption = Path("runs/root"), address: Address = None) -> None:
+    """Lead the rounds and combine what the silos learned."""
+    from isthmus.engines.local import at_address
+    from isthmus.engines.roles import serve
+    from isthmus.recipe import Recipe
+    from isthmus.report.record import RunDirectory
+
+    read = Recipe.read(recipe)
+    serve(at_address(read, address) if address else read, RunDirectory(run_dir), ("root",))
+
+
+@app.command()
+def silo(
+    recipe: RecipePath,
+    name: Annotated[str, typer.Argument(help="This silo's name in the recipe.")],
+    run_dir: RunOption = Path("runs/silo"),
+    address: Address = None,
+) -> None:
+    """Take part with this silo's own text."""
+    from isthmus.engines.local import at_address
+    from isthmus.engines.roles import work
+    from isthmus.recipe import Recipe
+    from isthmus.report.record import RunDirectory
+
+    read = Recipe.read(recipe)
+    work(at_address(read, address) if address else read, RunDirectory(run_dir), name)
+
+
+@app.command()
+def certificates(recipe: RecipePath) -> None:
+    """Make a certificate for every party of a recipe, where the recipe says."""
+    from isthmus.engines.roles import make_certificates
+    from isthmus.recipe import Recipe
+
+    read = Recipe.read(recipe)
+    make_certificates(read, Path(read.wire.certificates))
+    typer.echo(f"certificates: {read.wire.certificates} (give each party its own folder, and only that)")
+
+
+@app.command()
+def generate(
+    run_dir: RunPath,
+    prompt: Annotated[str, typer.Argument(help="What to continue.")],
+    silo: Annotated[Optional[str], typer.Option(help="The silo to be; the first by default.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+) -> None:
+    """Answer a prompt with the model of a run, split between this process and a trunk."""
+    from isthmus.engines.use import generate_text
+    from isthmus.report.record import RunDirectory
+
+    generate_text(RunDirectory.open(run_dir), prompt, silo, max_new_tokens=max_new_tokens, chat=chat)
+
+
+@app.command()
+def export(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="Folder to write.")]) -> None:
+    """Write the run's adapter as a standard PEFT folder for the uncut model."""
+    from isthmus.engines.use import export_adapter
+    from isthmus.report.record import RunDirectory
+
+    rounds = export_adapter(RunDirectory.open(run_dir), out)
+    typer.echo(f"adapter after {rounds} rounds: {out}")
+
+
+@app.command()
+def demo(
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where the run is written.")] = Path("runs/demo"),
+    cache: Annotated[Path, typer.Option(help="Where the model and the data are kept.")] = Path("build/demo"),
+    quick: Annotated[bool, typer.Option(help="Fewer rounds and no baselines.")] = False,
+) -> None:
+    """Four silos, one small real model, real reviews: the whole of isthmus in a quarter of an hour."""
+    from isthmus.demo.play import play
+
+    play(run_dir, cache, quick=quick)
+
+
+def main() -> None:
+    """Run the command; errors of ours are told without a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=False)
+    except IsthmusError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        print("stopped; continue with 'isthmus run --resume RUN_DIR'", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except (typer.Exit, SystemExit) as end:
+        sys.exit(getattr(end, "exit_code", getattr(end, "code", 0)))
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
+            error.show()
+            sys.exit(2)
+        raise

@@ -1,0 +1,1 @@
+"""What the demo needs beyond the package: its model and its text."""

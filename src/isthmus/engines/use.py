@@ -1,0 +1,95 @@
+"""Using a run: answering prompts with its model, exporting its adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+
+from isthmus.engines.local import at_address, serving
+from isthmus.engines.roles import set_threads, stoppable
+from isthmus.errors import RunError
+from isthmus.model import adapters
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.cut import Cut
+from isthmus.recipe import Recipe
+from isthmus.report.record import RunDirectory
+from isthmus.silo.join import Silo, join
+
+
+def export_adapter(run: RunDirectory, out: Path) -> int:
+    """Write the adapter of bottom, trunk and top as one PEFT folder; returns the number of rounds behind it.
+
+    Raises:
+        RunError: the directory holds no finished round of trunk and root.
+    """
+    number, tensors = whole_adapter(run)
+    recipe = run.recipe()
+    adapters.export(out, tensors, recipe.lora, recipe.model.path)
+    return number
+
+
+def whole_adapter(run: RunDirectory) -> tuple[int, dict[str, torch.Tensor]]:
+    """The adapter after the last round that trunk and root both have, by uncut name."""
+    trunk, root = run.role("trunk"), run.role("root")
+    number = min(trunk.last_round(), root.last_round())
+    if number == 0:
+        raise RunError(f"{run.path} holds no finished round", remedy="let the run finish a round first")
+    recipe = run.recipe()
+    cut = Cut(recipe.model.bottom, recipe.model.top)
+    frozen = adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe.lora, cut, recipe.seed)
+    return number, {**frozen, **trunk.load_round(number)["adapter"], **root.load_round(number)["shared"]}
+
+
+def generate_text(run: RunDirectory, prompt: str, name: str | None, *, max_new_tokens: int, chat: bool) -> str:
+    """Answer a prompt, printing tokens as they come; the trunk runs in a process of its own.
+
+    Args:
+        name: the silo to be; the recipe's first by default.
+        chat: wrap the prompt in the tokenizer's chat template.
+
+    Returns:
+        The answer.
+    """
+    recipe = run.recipe()
+    set_threads(recipe)
+    with stoppable(), serving(run) as (_, address):
+        silo = open_silo(run, at_address(recipe, address), name or recipe.silo[0].name)
+        try:
+            return answer(silo, prompt, max_new_tokens=max_new_tokens, chat=chat)
+        finally:
+            silo.close()
+
+
+def open_silo(run: RunDirectory, recipe: Recipe, name: str) -> Silo:
+    """A silo with the adapters of the run's last round, connected to the recipe's trunk."""
+    silo = join(recipe, name)
+    number = run.role("root").last_round()
+    if number:
+        shared = run.role("root").load_round(number)["shared"]
+        for part in silo.parts:
+            adapters.load_adapter(part, shared)
+    return silo
+
+
+def answer(silo: Silo, prompt: str, *, max_new_tokens: int, chat: bool) -> str:
+    """Greedy answer of a silo's model, streamed to standard output."""
+    tokenizer = silo.tokenizer
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = silo.model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text

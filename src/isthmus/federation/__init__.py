@@ -1,0 +1,1 @@
+"""Rounds and the aggregation of what silos learned."""

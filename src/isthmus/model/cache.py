@@ -1,0 +1,57 @@
+"""The KV cache of a split model: each part keeps its own, and all are cropped and reordered together."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from isthmus.model.cut import Part
+
+
+class TrunkSession(Protocol):
+    """The silo's handle of its KV cache on the trunk."""
+
+    def forget(self, positions: int) -> None:
+        """Drop this many positions from the end of every row, before the next step."""
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows, in this order, before the next step."""
+
+    def close(self) -> None:
+        """Free the trunk's memory."""
+
+
+class SplitCache(Cache):
+    """What ``generate`` holds: the layers of bottom and top, and a session with the trunk.
+
+    Inherited methods work on the silo's own layers; those that change rows or positions tell the trunk too.
+    """
+
+    def __init__(self, bottom: Part, session: TrunkSession, top: Part) -> None:
+        self.bottom = DynamicCache(config=bottom.config)
+        self.top = DynamicCache(config=top.config)
+        self.session = session
+        super().__init__(layers=[*self.bottom.layers, *self.top.layers])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self.session.forget(abs(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.session.select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        rows = indices.nonzero().flatten() if indices.dtype is torch.bool else indices
+        self.session.select(rows.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = self.layers[0].keys.shape[0] if self.get_seq_length() else 0
+        super().batch_repeat_interleave(repeats)
+        if rows:
+            self.session.select([row for row in range(rows) for _ in range(repeats)])

@@ -1,0 +1,149 @@
+"""The cut: which blocks belong to bottom, trunk and top, and building one part without the others."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from isthmus.errors import CutError
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.families import Family, family_of
+
+PartName = Literal["bottom", "trunk", "top"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The first ``bottom`` blocks and the last ``top`` blocks are the silo's; the rest is the trunk."""
+
+    bottom: int
+    top: int
+
+    def blocks(self, part: PartName, total: int) -> range:
+        """The numbers, in the uncut model of ``total`` blocks, of this part's blocks.
+
+        Raises:
+            CutError: the cut leaves no block to the trunk or takes none for an end.
+        """
+        if self.bottom < 1 or self.top < 1 or self.bottom + self.top >= total:
+            raise CutError(
+                f"the cut ({self.bottom}, {self.top}) does not fit a model of {total} blocks",
+                remedy=f"choose model.bottom ≥ 1 and model.top ≥ 1 with a sum of at most {total - 1}",
+            )
+        bounds = {
+            "bottom": (0, self.bottom),
+            "trunk": (self.bottom, total - self.top),
+            "top": (total - self.top, total),
+        }
+        return range(*bounds[part])
+
+
+class Part(nn.Module):
+    """One part: the Hugging Face model of its family with the other parts' modules left out.
+
+    Blocks are numbered from 0 within the part (so that its KV cache has no holes); ``whole_name`` gives a
+    tensor's name in the uncut model.
+    """
+
+    def __init__(self, name: PartName, model: PreTrainedModel, family: Family, first_block: int) -> None:
+        super().__init__()
+        self.name = name
+        self.model = model
+        self.family = family
+        self.first_block = first_block
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The part's own configuration: the family's, with this part's number of blocks."""
+        return self.model.config
+
+    def whole_name(self, name: str) -> str:
+        """The uncut model's name of a tensor or module that ``self.model`` calls ``name``."""
+        prefix = self.family.block_prefix()
+        if not name.startswith(prefix):
+            return name
+        number, dot, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{int(number) + self.first_block}{dot}{rest}"
+
+    def hidden(self, **inputs: object) -> torch.Tensor:
+        """Run the blocks; keyword arguments as for the family's backbone. Returns ``h [batch, length, width]``."""
+        backbone = self.family.backbone_of(self.model)
+        return backbone(**inputs).last_hidden_state  # type: ignore[no-any-return]
+
+
+def load_part(
+    checkpoint: Checkpoint, cut: Cut, name: PartName, *, dtype: torch.dtype = torch.float32, tied: Part | None = None
+) -> Part:
+    """Build one part and read its tensors, and no others, from the checkpoint.
+
+    Args:
+        tied: the bottom of the same silo, whose embedding a top with tied weights then shares.
+
+    Raises:
+        ModelError, CutError: the folder or the cut is unusable.
+    """
+    part = empty_part(checkpoint.config, cut, name)
+    sources = {own: _source(part, own, checkpoint) for own, _ in part.model.named_parameters()}
+    if tied is not None and checkpoint.config.tie_word_embeddings:
+        head, embedding = f"{part.family.head}.weight", _embedding_name(part.family)
+        sources.pop(head, None)
+        part.model.get_submodule(part.family.head).weight = tied.model.get_parameter(embedding)
+    _materialize_buffers(part.model)
+    tensors = checkpoint.read(sorted(set(sources.values())))
+    for own, source in sources.items():
+        _assign(part.model, own, tensors[source].to(dtype, copy=True))
+    part.requires_grad_(False)
+    return part.eval()
+
+
+def empty_part(config: PreTrainedConfig, cut: Cut, name: PartName) -> Part:
+    """A part on the ``meta`` device: every shape, no memory."""
+    family = family_of(config)
+    blocks = cut.blocks(name, config.num_hidden_layers)
+    own = copy.deepcopy(config)
+    own.num_hidden_layers = len(blocks)
+    own.tie_word_embeddings = False  # a part alone has nothing to tie; load_part shares the embedding
+    if getattr(config, "layer_types", None) is not None:
+        own.layer_types = [config.layer_types[number] for number in blocks]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(own)
+    backbone = family.backbone_of(model)
+    if name != "bottom":
+        setattr(backbone, family.embedding, None)
+    if name != "top":
+        setattr(backbone, family.norm, nn.Identity())
+        setattr(model, family.head, None)
+    return Part(name, model, family, blocks.start)
+
+
+def _embedding_name(family: Family) -> str:
+    return f"{family.backbone}.{family.embedding}.weight"
+
+
+def _source(part: Part, own: str, checkpoint: Checkpoint) -> str:
+    """The checkpoint's name for a part's tensor; a tied head is stored as the embedding."""
+    whole = part.whole_name(own)
+    if whole == f"{part.family.head}.weight" and checkpoint.config.tie_word_embeddings:
+        return _embedding_name(part.family)
+    return whole
+
+
+def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+@torch.no_grad()
+def _materialize_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that no checkpoint stores (rotary frequencies, embedding scales) by the family's own code."""
+    for module in model.modules():
+        on_meta = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in on_meta.items():
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+        if on_meta:
+            model._init_weights(module)  # parameters are still on meta: only the buffers get values

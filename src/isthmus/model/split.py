@@ -1,0 +1,150 @@
+"""The split model: bottom and top here, the trunk wherever its module says; to transformers an ordinary causal LM.
+
+Shapes: B rows, L new positions, T real tokens among them, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from isthmus.errors import DataError
+from isthmus.model import adapters
+from isthmus.model.cache import SplitCache, TrunkSession
+from isthmus.model.cut import Part
+from isthmus.model.packing import Packing
+from isthmus.recipe import LoraSection
+
+
+class TrunkModule(Protocol):
+    """The middle of the model as its ends see it. Real tokens only: no padding, mask or positions cross."""
+
+    def __call__(self, h_TD: torch.Tensor, lengths: list[int], session: TrunkSession | None) -> torch.Tensor:
+        """Run the trunk's blocks.
+
+        Args:
+            h_TD: the sequences' tokens one after another.
+            lengths: how many tokens each sequence has.
+            session: the cache to continue; without one, each sequence starts at position 0.
+
+        Returns:
+            ``[T, D]``; differentiable when gradients are enabled and there is no session.
+        """
+        ...
+
+    def open_session(self) -> TrunkSession: ...
+
+
+class SplitForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model whose middle blocks are elsewhere.
+
+    ``forward``, ``generate`` (greedy, sampling, beams, assisted), ``Trainer`` and ``pipeline`` work as on the
+    uncut model. Positions follow from the attention mask; 4-D masks and custom ``position_ids`` do not cross.
+    """
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "split"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: PreTrainedConfig, bottom: Part, trunk: TrunkModule, top: Part) -> None:
+        super().__init__(config)
+        self.bottom = bottom
+        self.top = top
+        self.trunk = trunk
+
+    @property
+    def ends(self) -> tuple[Part, Part]:
+        return self.bottom, self.top
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.bottom.family.backbone_of(self.bottom.model).get_submodule(self.bottom.family.embedding)
+
+    def new_cache(self) -> SplitCache:
+        """An empty KV cache, with a session on the trunk that the first forward opens."""
+        return SplitCache(self.bottom, self.trunk.open_session(), self.top)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: SplitCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As the uncut model's forward.
+
+        Args:
+            input_ids: ``[B, L]``.
+            attention_mask: ``[B, past + L]``, 1 for real tokens; None: all are.
+            logits_to_keep: as in transformers; ``labels`` must have as many positions.
+
+        Raises:
+            DataError: a mask that does not fit.
+        """
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not torch.is_grad_enabled()
+        cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
+        shared = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        h_BLD = self.bottom.hidden(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache and cache.bottom, **shared
+        )
+        h_BLD = self._through_trunk(h_BLD, attention_mask, cache and cache.session)
+        output = self.top.model(
+            inputs_embeds=h_BLD,
+            past_key_values=cache and cache.top,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **shared,
+            **kwargs,
+        )
+        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=cache)
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write the adapters of the silo's own parts (the base model stays where it is)."""
+        tensors = {name: tensor for part in self.ends for name, tensor in adapters.adapter_of(part).items()}
+        if tensors:
+            peft = self.top.model.peft_config["default"]
+            lora = LoraSection(rank=peft.r, alpha=peft.lora_alpha, targets=tuple(peft.target_modules))
+            adapters.export(Path(save_directory), tensors, lora, self.config._name_or_path)
+
+    def _through_trunk(
+        self, h_BLD: torch.Tensor, attention_mask: torch.Tensor | None, session: TrunkSession | None
+    ) -> torch.Tensor:
+        """Only real tokens cross."""
+        packing = Packing(_real(attention_mask, h_BLD))
+        if 0 in packing.lengths:
+            raise DataError("a row of padding only", remedy="drop rows without a token")
+        return packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, session))
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.new_cache()
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _real(attention_mask: torch.Tensor | None, h_BLD: torch.Tensor) -> torch.Tensor:
+    """Which of the new positions hold real tokens, ``[B, L]``."""
+    batch, length, _ = h_BLD.shape
+    if attention_mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=h_BLD.device)
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        raise DataError(
+            f"an attention mask of shape {tuple(attention_mask.shape)} for {batch} rows of {length} new tokens",
+            remedy="give a 2-D mask over all positions so far, 1 for real tokens",
+        )
+    return attention_mask[:, -length:].bool()

@@ -1,0 +1,1 @@
+"""What leaves a silo, secured and accounted."""

@@ -1,0 +1,1 @@
+"""What a silo does with its own text: data, boundary, training."""

@@ -1,0 +1,116 @@
+"""Examples as token batches. Everything here stays in the silo.
+
+Shapes: B rows, L positions (padded on the left, so that every row ends at the same position).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from isthmus.errors import DataError
+from isthmus.tasks.prompts import Example
+
+IGNORED = -100
+"""Label of a position without loss, as in transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One example in tokens."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model's forward takes. Only the last ``keep`` positions are supervised, and labels cover only those."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    keep: int
+
+    @property
+    def supervised(self) -> int:
+        """Tokens with a loss: the weight of this batch. (The first label position has no prediction before it.)"""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    @property
+    def tokens(self) -> int:
+        return int(self.attention_mask.sum())
+
+    def inputs(self) -> dict[str, object]:
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "labels": self.labels,
+            "logits_to_keep": self.keep,
+        }
+
+
+def tokenize(
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, free_text: bool
+) -> list[Tokens]:
+    """Examples in tokens.
+
+    Args:
+        max_tokens: longest prompt and answer together; a longer prompt loses its beginning.
+        free_text: close answers with the end-of-text token.
+
+    Raises:
+        DataError: an answer alone is too long, or prompt or answer have no token.
+    """
+    return [_tokens(example, tokenizer, max_tokens, free_text) for example in examples]
+
+
+def collate(rows: list[Tokens], pad: int) -> Batch:
+    """Rows as one batch, padded on the left."""
+    length = max(len(row.prompt) + len(row.answer) for row in rows)
+    keep = max(len(row.answer) for row in rows) + 1
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros((len(rows), length), dtype=torch.long)
+    labels = torch.full((len(rows), keep), IGNORED)
+    for number, row in enumerate(rows):
+        whole = row.prompt + row.answer
+        ids[number, -len(whole) :] = torch.tensor(whole)
+        mask[number, -len(whole) :] = 1
+        if row.answer:
+            labels[number, -len(row.answer) :] = torch.tensor(row.answer)
+    return Batch(ids, mask, positions(mask), labels, keep)
+
+
+def positions(mask_BL: torch.Tensor) -> torch.Tensor:
+    """Position of each real token within its row; 0 at padding."""
+    return (mask_BL.cumsum(dim=1) - 1).clamp_min(0)
+
+
+def batches(rows: list[Tokens], size: int, seed: str) -> Iterator[list[Tokens]]:
+    """Endless batches in an order that only the seed fixes: every row once before any comes again."""
+    order = random.Random(seed)
+    waiting: list[Tokens] = []
+    while True:
+        while len(waiting) < size:
+            waiting += order.sample(rows, len(rows))
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int, free_text: bool) -> Tokens:
+    prompt: list[int] = tokenizer(example.prompt)["input_ids"]
+    answer: list[int] = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+    if free_text and tokenizer.eos_token_id is not None:
+        answer = [*answer, tokenizer.eos_token_id]
+    room = max_tokens - len(answer)
+    if not prompt or not answer or room < 1:
+        raise DataError(
+            f"a row of {len(prompt)} prompt and {len(answer)} answer tokens", remedy="raise train.max_tokens"
+        )
+    return Tokens(prompt[-room:], answer)

@@ -1,0 +1,128 @@
+"""Joining: from a recipe and a silo's name to a split model that is connected to the trunk."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from isthmus.errors import ModelError
+from isthmus.model import adapters
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.cut import Cut, Part, load_part
+from isthmus.model.split import SplitForCausalLM
+from isthmus.privacy.ledger import Ledger
+from isthmus.recipe import Recipe
+from isthmus.silo.boundary import Boundary
+from isthmus.silo.remote import RemoteTrunk
+from isthmus.wire import frames
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Channel
+from isthmus.wire.client import GrpcChannel
+from isthmus.wire.identity import Identity
+
+
+@dataclass
+class Silo:
+    """One silo's side of the federation."""
+
+    model: SplitForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    trunk: RemoteTrunk
+    boundary: Boundary
+
+    @property
+    def parts(self) -> tuple[Part, Part]:
+        return self.model.ends
+
+    def close(self) -> None:
+        self.trunk.channel.close()
+
+
+def join(recipe: Recipe, name: str, *, ledger: Ledger | None = None, channel: Channel | None = None) -> Silo:
+    """Load the ends of the model and connect to the trunk.
+
+    Args:
+        name: the silo's, as in the recipe.
+        ledger: notes what leaves; in memory by default.
+        channel: a way to the trunk other than the recipe's address.
+
+    Raises:
+        IsthmusError: the model folder, the certificates or the trunk are unusable; the kind says which.
+    """
+    recipe.party(name)
+    checkpoint = Checkpoint(recipe.model.path)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    bottom, top = load_ends(checkpoint, recipe)
+    if channel is None:
+        channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
+    boundary = Boundary(recipe.boundary, ledger)
+    trunk = RemoteTrunk(channel, boundary)
+    config = copy.deepcopy(checkpoint.config)
+    model = SplitForCausalLM(config, bottom, trunk, top)
+    model.generation_config = copy.deepcopy(_generation_config(checkpoint, model))
+    return Silo(model.eval(), tokenizer, trunk, boundary)
+
+
+def load_ends(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Part, Part]:
+    """Bottom and top with fresh adapters."""
+    cut = Cut(recipe.model.bottom, recipe.model.top)
+    dtype = getattr(torch, recipe.model.dtype)
+    bottom = load_part(checkpoint, cut, "bottom", dtype=dtype)
+    top = load_part(checkpoint, cut, "top", dtype=dtype, tied=bottom)
+    for part in (bottom, top):
+        adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=recipe.federation.lora == "frozen-a")
+    return bottom, top
+
+
+def greeting(checkpoint: Checkpoint, recipe: Recipe) -> pb.Hello:
+    """The first frame to the trunk: what model and cut this silo has."""
+    return pb.Hello(
+        version=frames.VERSION,
+        fingerprint=checkpoint.fingerprint,
+        bottom=recipe.model.bottom,
+        top=recipe.model.top,
+        instance=secrets.token_hex(8),
+    )
+
+
+def connect(recipe: Recipe, name: str, service: str, address: str, hello: pb.Hello | None = None) -> GrpcChannel:
+    """A channel of this silo to ``Trunk`` or ``Root``."""
+    identity = Identity.load(Path(recipe.wire.certificates), name)
+    return GrpcChannel(
+        address,
+        service,
+        identity,
+        greeting=hello,
+        deadline=recipe.wire.deadline,
+        limit=recipe.wire.max_frame_bytes,
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model folder.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no tokenizer in {folder}", remedy="put the model's tokenizer files there") from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _generation_config(checkpoint: Checkpoint, model: SplitForCausalLM):  # type: ignore[no-untyped-def]
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(checkpoint.folder)
+    except OSError:
+        return model.generation_config

@@ -1,0 +1,118 @@
+"""Training and measuring on one silo's rows. The model may be split or uncut: both are called alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from isthmus.recipe import Recipe, SiloSection
+from isthmus.silo.data import Batch, Tokens, batches, collate, tokenize
+from isthmus.tasks import metrics
+from isthmus.tasks.prompts import read_examples
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did."""
+
+    loss: float
+    weight: int
+    """Supervised tokens."""
+    tokens: int
+    seconds: float
+
+
+class SiloData:
+    """One silo's rows in tokens.
+
+    Raises:
+        DataError: a file is unusable.
+    """
+
+    def __init__(self, section: SiloSection, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+        def tokens_of(path: str) -> list[Tokens]:
+            examples = read_examples(Path(path), recipe.task)
+            return tokenize(examples, tokenizer, recipe.train.max_tokens, free_text=not recipe.task.choices)
+
+        self.name = section.name
+        self.train = tokens_of(section.train)
+        self.held_out = tokens_of(section.held_out) if section.held_out else []
+        self.choices = [
+            tuple(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in recipe.task.choices
+        ]
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+
+def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch) -> Step:
+    """One forward, backward and optimizer step on the mean loss of the batch's supervised tokens."""
+    started = time.perf_counter()
+    optimizer.zero_grad()
+    loss = model(**batch.inputs()).loss
+    loss.backward()
+    optimizer.step()
+    return Step(float(loss.detach()), batch.supervised, batch.tokens, time.perf_counter() - started)
+
+
+def training_batches(data: SiloData, size: int, seed: str) -> Iterator[Batch]:
+    """Endless batches of a silo's training rows (see ``data.batches``)."""
+    return (collate(rows, data.pad) for rows in batches(data.train, size, seed))
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, data: SiloData, *, size: int = 16) -> dict[str, float]:
+    """Measure on the held-out rows: ``accuracy`` where answers are choices, else ``loss`` a token, ``perplexity``."""
+    model.eval()
+    score = _accuracy if data.choices else _loss
+    return score(model, data, size)
+
+
+def _accuracy(model: PreTrainedModel, data: SiloData, size: int) -> dict[str, float]:
+    right = [tuple(row.answer) for row in data.held_out]
+    if all(len(choice) == 1 for choice in data.choices):
+        guess: Callable[[list[Tokens]], list[int]] = lambda rows: _best_token(model, data, rows)  # noqa: E731
+    else:
+        guess = lambda rows: _best_text(model, data, rows)  # noqa: E731
+    best = [number for rows in _chunks(data.held_out, size) for number in guess(rows)]
+    return {"accuracy": metrics.accuracy([data.choices[number] for number in best], right)}
+
+
+def _best_token(model: PreTrainedModel, data: SiloData, rows: list[Tokens]) -> list[int]:
+    """The likeliest choice after each prompt, where every choice is one token."""
+    batch = collate([Tokens(row.prompt, []) for row in rows], data.pad)
+    inputs = {**batch.inputs(), "labels": None}
+    logits_BC = model(**inputs, use_cache=False).logits[:, -1, [choice[0] for choice in data.choices]]
+    numbers: list[int] = logits_BC.argmax(dim=1).tolist()
+    return numbers
+
+
+def _best_text(model: PreTrainedModel, data: SiloData, rows: list[Tokens]) -> list[int]:
+    """The choice with the greatest total log-probability after each prompt."""
+    scores = []
+    for choice in data.choices:
+        batch = collate([Tokens(row.prompt, list(choice)) for row in rows], data.pad)
+        inputs = {**batch.inputs(), "labels": None}
+        logits = model(**inputs, use_cache=False).logits[:, :-1].log_softmax(dim=-1)
+        scores.append(logits.gather(2, batch.labels[:, 1:].unsqueeze(2)).sum(dim=(1, 2)))
+    numbers: list[int] = torch.stack(scores, dim=1).argmax(dim=1).tolist()
+    return numbers
+
+
+def _loss(model: PreTrainedModel, data: SiloData, size: int) -> dict[str, float]:
+    total, weight = 0.0, 0
+    for rows in _chunks(data.held_out, size):
+        batch = collate(rows, data.pad)
+        total += float(model(**batch.inputs(), use_cache=False).loss) * batch.supervised
+        weight += batch.supervised
+    return {"loss": total / weight, "perplexity": math.exp(min(total / weight, 50.0))}
+
+
+def _chunks(rows: list[Tokens], size: int) -> Iterator[list[Tokens]]:
+    """Rows in batches of similar length, since padding is wasted work."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

@@ -1,0 +1,1 @@
+"""From data rows to prompts, from answers to scores."""

@@ -1,0 +1,61 @@
+"""A data row as prompt and answer, by the recipe's templates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus.errors import DataError
+from isthmus.recipe import TaskSection
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What the model reads and what it should answer."""
+
+    prompt: str
+    answer: str
+
+
+def read_examples(path: Path, task: TaskSection) -> list[Example]:
+    """The examples in a JSONL file.
+
+    Raises:
+        DataError: the file is missing, empty, not JSONL, or a row lacks text the templates name.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the data file {path}", remedy="check the path in the recipe") from error
+    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise DataError(f"{path} holds no row", remedy="give the silo at least one row")
+    return [_example(f"{path}:{number}", line, task) for number, line in rows]
+
+
+def _example(place: str, line: str, task: TaskSection) -> Example:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place} is not JSON: {error.msg}", remedy="write one JSON object a line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place} is not a JSON object", remedy="write one JSON object a line")
+    example = Example(_filled(task.prompt, row, place), _filled(task.answer, row, place))
+    if task.choices and example.answer not in task.choices:
+        raise DataError(f"{place}: the answer {example.answer!r} is no choice", remedy="list it in task.choices")
+    return example
+
+
+def _filled(template: str, row: dict[str, Any], place: str) -> str:
+    try:
+        text = template.format_map(row)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{place} does not fill the template {template!r}: {error}", remedy="correct the row or the template"
+        ) from error
+    empty = [name for name, value in row.items() if f"{{{name}}}" in template and not str(value or "").strip()]
+    if empty:
+        raise DataError(f"{place} has no text in {empty[0]!r}", remedy="fill the field or drop the row")
+    return text

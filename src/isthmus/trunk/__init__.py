@@ -1,0 +1,1 @@
+"""The server side of the model: middle blocks that serve many silos."""

@@ -1,0 +1,132 @@
+"""The trunk's service: each request of a silo to the room that answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from google.protobuf.message import Message
+
+from isthmus.errors import MismatchError, ProtocolError
+from isthmus.model import adapters
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.cut import Cut, load_part
+from isthmus.recipe import Recipe
+from isthmus.report.record import RoleDirectory
+from isthmus.trunk.runner import Runner
+from isthmus.trunk.scheduler import Scheduler
+from isthmus.trunk.sessions import Sessions
+from isthmus.trunk.steps import Steps
+from isthmus.trunk.training import Training
+from isthmus.wire import codec
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer
+
+
+class TrunkService:
+    """Implements ``wire.channel.Service`` with the middle blocks of the recipe's model.
+
+    Args:
+        directory: where the trunk writes its rounds and metrics.
+    """
+
+    def __init__(self, recipe: Recipe, directory: RoleDirectory) -> None:
+        checkpoint = Checkpoint(recipe.model.path)
+        cut = Cut(recipe.model.bottom, recipe.model.top)
+        part = load_part(checkpoint, cut, "trunk", dtype=getattr(torch, recipe.model.dtype))
+        adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=False)
+        self._hello = pb.Hello(fingerprint=checkpoint.fingerprint, bottom=cut.bottom, top=cut.top)
+        self._codec = recipe.boundary.codec
+        self._runner = Runner(part)
+        self._scheduler = Scheduler()
+        self._sessions = Sessions(self._runner, recipe.trunk)
+        self._training = Training(self._runner, recipe.train, directory)
+        journal = directory.journal("metrics")
+        self._steps = Steps(self._training, self._scheduler, recipe.train, recipe.trunk.patience, journal)
+        self._instances: dict[str, str] = {}
+        self._answers: dict[type[Message], Callable[[str, Any], Answer]] = {
+            pb.Hello: self._greet,
+            pb.Ping: lambda peer, request: _now(pb.Pong()),
+            pb.Begin: self._steps.begin,
+            pb.Commit: self._steps.commit,
+            pb.Forward: self._forward,
+            pb.Backward: self._backward,
+            pb.Decode: self._decode,
+            pb.Close: self._close,
+        }
+
+    def handle(self, peer: str, request: Message) -> Answer:
+        answer = self._answers.get(type(request))
+        if answer is None:
+            raise ProtocolError(f"the trunk does not answer {type(request).__name__}", remedy="ask the root")
+        if peer not in self._instances and not isinstance(request, pb.Hello | pb.Ping):
+            raise ProtocolError(f"{type(request).__name__} before Hello", remedy="greet first")
+        return answer(peer, request)
+
+    def stop(self) -> None:
+        self._scheduler.stop()
+
+    def _greet(self, peer: str, hello: pb.Hello) -> Answer:
+        if hello.fingerprint != self._hello.fingerprint:
+            raise MismatchError(
+                f"{peer} holds another base model than the trunk (config or weights differ)",
+                remedy="give both sides the same model.path contents",
+            )
+        if (hello.bottom, hello.top) != (self._hello.bottom, self._hello.top):
+            raise MismatchError(
+                f"{peer} cuts at ({hello.bottom}, {hello.top}), the trunk at ({self._hello.bottom}, {self._hello.top})",
+                remedy="use the same recipe on both sides",
+            )
+        if self._instances.get(peer) != hello.instance:
+            self._instances[peer] = hello.instance
+            self._scheduler.submit(lambda: self._forget(peer))
+        return _now(pb.Welcome())
+
+    def _forget(self, peer: str) -> None:
+        self._training.forget(peer)
+        self._sessions.close_all(peer)
+
+    def _forward(self, peer: str, request: pb.Forward) -> Answer:
+        def job() -> Message:
+            lengths = list(request.lengths)
+            h_TD = self._received(request.hidden, sum(lengths))
+            if request.train:
+                h_TD = self._training.forward(peer, request.step, h_TD, lengths)
+            else:
+                h_TD = self._training.evaluate(h_TD, lengths)
+            return pb.Hidden(hidden=codec.encode(h_TD, self._codec))
+
+        return self._scheduler.submit(job)
+
+    def _backward(self, peer: str, request: pb.Backward) -> Answer:
+        def job() -> Message:
+            rows = sum(self._training.open_step(peer, request.step).lengths)
+            gradient_TD = self._received(request.gradient, rows)
+            gradient = self._training.backward(peer, request.step, gradient_TD, reply=request.reply)
+            return pb.Gradient(gradient=None if gradient is None else codec.encode(gradient, self._codec))
+
+        return self._scheduler.submit(job)
+
+    def _decode(self, peer: str, request: pb.Decode) -> Answer:
+        def job() -> Message:
+            h_TD = self._received(request.hidden, sum(request.lengths))
+            return pb.Hidden(hidden=codec.encode(self._sessions.decode(peer, request, h_TD), self._codec))
+
+        return self._scheduler.submit(job)
+
+    def _close(self, peer: str, request: pb.Close) -> Answer:
+        def job() -> Message:
+            self._sessions.close(peer, request.session)
+            return pb.Closed()
+
+        return self._scheduler.submit(job)
+
+    def _received(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
+        return codec.decode(matrix, rows=rows, width=self._runner.width, codec=self._codec)
+
+
+def _now(body: Message) -> Answer:
+    answer: Answer = Answer()
+    answer.set_result(body)
+    return answer

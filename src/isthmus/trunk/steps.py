@@ -1,0 +1,132 @@
+"""Rounds and optimizer steps as the trunk sees them: silos begin together and step together."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from isthmus.errors import OutOfOrderError, ProtocolError
+from isthmus.recipe import TrainSection
+from isthmus.report.record import Journal
+from isthmus.trunk.scheduler import Scheduler
+from isthmus.trunk.training import Training
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.barrier import Barrier
+from isthmus.wire.channel import Answer
+
+
+@dataclass
+class Arrival:
+    """One silo's commit, waiting for the others."""
+
+    request: pb.Commit
+    answer: Answer
+
+
+class Steps:
+    """Two barriers: one before a round's first step, one at every optimizer step.
+
+    A silo that is late for a step joins the next one with its gradients; the others do not wait longer than
+    ``patience`` seconds for it.
+    """
+
+    def __init__(
+        self, training: Training, scheduler: Scheduler, train: TrainSection, patience: float, journal: Journal
+    ) -> None:
+        self._training = training
+        self._scheduler = scheduler
+        self._train = train
+        self._journal = journal
+        self._lock = threading.Lock()
+        self._round = 0
+        self._gathering = 0
+        self._done: dict[str, int] = {}
+        """Optimizer steps each silo has finished in this round."""
+        self._starts: Barrier[Answer] = Barrier(patience, self._start)
+        self._commits: Barrier[Arrival] = Barrier(patience, self._step)
+
+    def begin(self, peer: str, request: pb.Begin) -> Answer:
+        """Answered once all participants are there and the trunk is at the end of the round before."""
+        answer: Answer = Answer()
+        if peer not in request.participants:
+            raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="wait for the next plan")
+        with self._lock:
+            running = request.round == self._round and peer not in self._done
+            if running:
+                self._done[peer] = 0
+            elif request.round != self._gathering:
+                self._gathering = request.round
+                self._starts.expect(request.participants)
+        if running:  # late for the start: it joins the round under way
+            answer.set_result(pb.Begun())
+        else:
+            self._starts.arrive(peer, answer)
+        return answer
+
+    def commit(self, peer: str, request: pb.Commit) -> Answer:
+        """Answered once the step that this silo's gradients are part of is done.
+
+        Raises:
+            ProtocolError: the silo has not begun this round.
+            OutOfOrderError: not its next step.
+        """
+        with self._lock:
+            if request.round != self._round or peer not in self._done:
+                raise ProtocolError(f"{peer} is not in round {request.round}", remedy="begin the round first")
+            if request.step != self._done[peer] + 1:
+                raise OutOfOrderError(
+                    f"optimizer step {request.step}, step {self._done[peer] + 1} is next", remedy="commit in order"
+                )
+        answer: Answer = Answer()
+        self._commits.arrive(peer, Arrival(request, answer))
+        return answer
+
+    def _start(self, waiting: dict[str, Answer]) -> None:
+        with self._lock:
+            number, self._gathering = self._gathering, 0
+            self._round = number
+            self._done = dict.fromkeys(waiting, 0)
+        self._commits.expect(waiting)
+
+        def restore() -> pb.Begun:
+            self._training.restore(number - 1)
+            return pb.Begun()
+
+        _answer_all(list(waiting.values()), self._scheduler, restore)
+
+    def _step(self, arrivals: dict[str, Arrival]) -> None:
+        with self._lock:
+            number = self._round
+            for peer, arrival in arrivals.items():
+                if arrival.request.round == number:
+                    self._done[peer] = arrival.request.step
+            finished = [peer for peer, step in self._done.items() if step >= self._train.steps]
+        for peer in finished:
+            self._commits.dismiss(peer)
+        over = not self._commits.expected
+
+        def step() -> pb.Stepped:
+            self._training.step({peer: arrival.request.weight for peer, arrival in arrivals.items()})
+            if over:
+                self._training.save(number)
+            self._journal.append(
+                {"round": number, "step": max(arrival.request.step for arrival in arrivals.values())}
+                | {"silos": sorted(arrivals)}
+            )
+            return pb.Stepped(contributors=len(arrivals))
+
+        _answer_all([arrival.answer for arrival in arrivals.values()], self._scheduler, step)
+
+
+def _answer_all(answers: list[Answer], scheduler: Scheduler, job) -> None:  # type: ignore[no-untyped-def]
+    """Run the job and give its result, or its error, to everyone waiting."""
+
+    def settle(done: Answer) -> None:
+        error = done.exception()
+        for answer in answers:
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(done.result())
+
+    scheduler.submit(job).add_done_callback(settle)

@@ -1,0 +1,1 @@
+"""The wire: frames, their bytes, and the channels they travel."""

@@ -1,0 +1,196 @@
+"""The gRPC channel: one persistent stream to a service, re-made when it breaks, unanswered frames sent again."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from isthmus.errors import FrameError, FrameSizeError, IdentityError, IsthmusError, PeerGoneError
+from isthmus.wire import frames
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer, check_size, settle
+from isthmus.wire.identity import Identity
+from isthmus.wire.server import INSTANCE, KEEPALIVE, PATH
+
+_TLS_WORDS = ("handshake", "CERTIFICATE", "SSL", "certificate", "Peer name")
+_FATAL: dict[grpc.StatusCode, tuple[type[IsthmusError], str]] = {
+    grpc.StatusCode.PERMISSION_DENIED: (IdentityError, "use a certificate of a silo that the recipe lists"),
+    grpc.StatusCode.UNAUTHENTICATED: (IdentityError, "use a certificate of this federation"),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (FrameSizeError, "send less at a time or raise wire.max_frame_bytes"),
+    grpc.StatusCode.INVALID_ARGUMENT: (FrameError, "both sides must run the same version of isthmus"),
+    grpc.StatusCode.UNIMPLEMENTED: (PeerGoneError, "this address serves something else; check the recipe"),
+}
+
+
+class GrpcChannel:
+    """A channel over mTLS.
+
+    Frames not yet answered when the stream breaks are sent again, byte for byte, on the next one; the server
+    answers each id once. After ``deadline`` seconds without a connection everything pending fails.
+
+    Args:
+        address: ``host:port`` of the server.
+        service: ``Trunk`` or ``Root``; the server must hold that party's certificate.
+        identity: this silo's.
+        greeting: first frame on every stream; a failure answering it ends the channel.
+        deadline: seconds to keep trying.
+        limit: largest frame in bytes.
+
+    Raises:
+        IdentityError, MismatchError, PeerGoneError: the first connection did not come about.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        service: str,
+        identity: Identity,
+        *,
+        greeting: Message | None = None,
+        deadline: float = 60.0,
+        limit: int = 64 * 2**20,
+    ) -> None:
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self._address = address
+        self._service = service
+        self._deadline = deadline
+        self._limit = limit
+        self._greeting = frames.wrap(greeting or pb.Ping()).SerializeToString()
+        self._metadata = ((INSTANCE, secrets.token_hex(8)),)
+        self._ids = itertools.count(1)
+        self._lock = threading.Lock()
+        self._pending: dict[int, tuple[bytes, Answer]] = {}
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._ended: IsthmusError | None = None
+        self._grpc = grpc.secure_channel(address, identity.client_credentials(), options=self._options())
+        self._welcome: Answer = Answer()
+        threading.Thread(target=self._keep_streaming, name=f"to {service}", daemon=True).start()
+        self._welcome.result()
+
+    def submit(self, request: Message) -> Answer:
+        answer: Answer = Answer()
+        with self._lock:
+            if self._ended is not None:
+                raise self._ended
+            id = next(self._ids)
+            acked = next(iter(self._pending), id) - 1
+            data = frames.wrap(request, id=id, acked=acked).SerializeToString()
+            check_size(len(data), self._limit)
+            self._pending[id] = (data, answer)
+            self.sent_bytes += len(data)
+            self._outbox.put(data)
+        return answer
+
+    def call(self, request: Message) -> Any:
+        return self.submit(request).result()
+
+    def close(self) -> None:
+        self._end(PeerGoneError(f"the channel to {self._service} was closed here", remedy="open another"))
+        self._grpc.close()
+
+    def _options(self) -> tuple[tuple[str, Any], ...]:
+        return (
+            ("grpc.ssl_target_name_override", self._service.lower()),
+            ("grpc.max_receive_message_length", self._limit + 1024),
+            ("grpc.max_send_message_length", self._limit + 1024),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2_000),
+            *KEEPALIVE,
+        )
+
+    def _keep_streaming(self) -> None:
+        last_contact = time.monotonic()
+        pauses = itertools.chain((0.1, 0.2, 0.5, 1.0), itertools.repeat(2.0))
+        while self._ended is None:
+            received = self.received_bytes
+            try:
+                self._stream()
+                error: IsthmusError | None = None
+            except grpc.RpcError as broken:
+                error = self._fatal(broken)
+            if self.received_bytes > received:
+                last_contact = time.monotonic()
+                pauses = itertools.chain((0.1, 0.2, 0.5, 1.0), itertools.repeat(2.0))
+            waited = time.monotonic() - last_contact
+            if error is None and waited > self._deadline:
+                error = PeerGoneError(
+                    f"no {self._service.lower()} at {self._address} for {waited:.0f} s",
+                    remedy="start it again, check trunk.address and root.address, then resume the run",
+                )
+            if error is not None:
+                self._end(error)
+            else:
+                time.sleep(next(pauses))
+
+    def _stream(self) -> None:
+        """Greet, send again what was not answered, then hand answers out until the stream ends."""
+        outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        outbox.put(self._greeting)
+        with self._lock:
+            for data, _ in self._pending.values():
+                outbox.put(data)
+            self._outbox = outbox
+        open_stream = self._grpc.stream_stream(PATH.format(self._service), None, None)  # raw bytes both ways
+        try:
+            for data in open_stream(_drain(outbox), metadata=self._metadata):
+                self.received_bytes += len(data)
+                self._receive(frames.decode(data))
+        finally:
+            outbox.put(None)
+
+    def _receive(self, frame: pb.Frame) -> None:
+        if frame.id == 0:
+            self._welcomed(frame)
+            return
+        with self._lock:
+            _, answer = self._pending.pop(frame.id, (b"", None))
+        if answer is not None:
+            settle(answer, frame)
+
+    def _welcomed(self, frame: pb.Frame) -> None:
+        verdict: Answer = Answer()
+        settle(verdict, frame)
+        error = verdict.exception()
+        if isinstance(error, IsthmusError):
+            self._end(error)
+        elif not self._welcome.done():
+            self._welcome.set_result(verdict.result())
+
+    def _fatal(self, broken: grpc.RpcError) -> IsthmusError | None:
+        """The error that makes further tries pointless, if this is one."""
+        status, details = broken.code(), broken.details() or ""
+        if status in _FATAL:
+            kind, remedy = _FATAL[status]
+            return kind(f"{self._service.lower()} at {self._address} refused: {details}", remedy=remedy)
+        if status is grpc.StatusCode.UNAVAILABLE and any(word in details for word in _TLS_WORDS):
+            return IdentityError(
+                f"no trusted connection to {self._service.lower()} at {self._address}: {details[:200]}",
+                remedy="both sides need certificates of the same authority, made by 'isthmus certificates'",
+            )
+        return None
+
+    def _end(self, error: IsthmusError) -> None:
+        with self._lock:
+            if self._ended is not None:
+                return
+            self._ended = error
+            pending, self._pending = self._pending, {}
+            self._outbox.put(None)
+        if not self._welcome.done():
+            self._welcome.set_exception(error)
+        for _, answer in pending.values():
+            answer.set_exception(error)
+
+
+def _drain(outbox: queue.SimpleQueue[bytes | None]) -> Iterator[bytes]:
+    while (data := outbox.get()) is not None:
+        yield data

@@ -1,0 +1,107 @@
+"""Frames: one typed message each way, checked on arrival before anything acts on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf.message import DecodeError, Message
+
+from isthmus.errors import FrameError, IsthmusError, by_code
+from isthmus.wire import isthmus_pb2 as pb
+
+VERSION = 1
+MAX_SEQUENCES = 4096
+MAX_LENGTH = 2**20
+_REMEDY = "both sides must run the same version of isthmus"
+_FIELDS = {field.message_type: field.name for field in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}
+
+
+def wrap(body: Message, *, id: int = 0, acked: int = 0) -> pb.Frame:
+    """A frame around this body."""
+    return pb.Frame(id=id, acked=acked, **{_FIELDS[body.DESCRIPTOR]: body})  # type: ignore[arg-type]
+
+
+def decode(data: bytes) -> pb.Frame:
+    """The frame in these bytes, not yet checked.
+
+    Raises:
+        FrameError: the bytes are no frame.
+    """
+    try:
+        return pb.Frame.FromString(data)
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise FrameError(f"{len(data)} bytes that are no frame", remedy=_REMEDY) from error
+
+
+def body(frame: pb.Frame) -> Any:
+    """The message inside a frame."""
+    return getattr(frame, str(frame.WhichOneof("body")))
+
+
+def check(frame: pb.Frame) -> None:
+    """Raise ``FrameError`` unless the frame has a body that keeps the rules that hold for every model."""
+    kind = frame.WhichOneof("body")
+    if kind is None:
+        raise FrameError("a frame without a body", remedy=_REMEDY)
+    if rule := _RULES.get(kind):
+        rule(body(frame))
+
+
+def failure(error: IsthmusError) -> pb.Failure:
+    """This error as a frame body; the peer raises it again from ``raised``."""
+    return pb.Failure(code=error.code, message=error.message, remedy=error.remedy)
+
+
+def raised(received: pb.Failure) -> IsthmusError:
+    """The error that a peer reported."""
+    return by_code(received.code)(received.message, remedy=received.remedy)
+
+
+def _require(fine: bool, complaint: str) -> None:
+    if not fine:
+        raise FrameError(complaint, remedy=_REMEDY)
+
+
+def _lengths(message: Any) -> None:
+    _require(0 < len(message.lengths) <= MAX_SEQUENCES, f"{len(message.lengths)} sequences in one frame")
+    _require(all(0 < length <= MAX_LENGTH for length in message.lengths), "a sequence of no or huge length")
+    rows = sum(message.lengths)
+    _require(message.hidden.rows == rows, f"{message.hidden.rows} rows for sequences of {rows} tokens")
+
+
+def _weight(message: Any) -> None:
+    _require(math.isfinite(message.weight) and message.weight > 0, f"the weight {message.weight}")
+    _require(message.round > 0, "round 0")
+
+
+def _decode(message: pb.Decode) -> None:
+    _lengths(message)
+    _require(len(message.rows) <= MAX_SEQUENCES, f"{len(message.rows)} rows to keep")
+    _require(message.step > 0 or not (message.forget or message.rows), "a new session with something to forget")
+    _require(not message.rows or len(message.rows) == len(message.lengths), "rows and lengths differ in number")
+
+
+def _commit(message: pb.Commit) -> None:
+    _weight(message)
+    _require(message.step > 0, "optimizer step 0")
+
+
+def _begin(message: pb.Begin) -> None:
+    _require(message.round > 0, "round 0")
+    _require(0 < len(message.participants) <= MAX_SEQUENCES, f"{len(message.participants)} participants")
+
+
+def _hello(message: pb.Hello) -> None:
+    _require(message.version == VERSION, f"protocol version {message.version}, here it is {VERSION}")
+
+
+_RULES: dict[str, Callable[[Any], None]] = {
+    "hello": _hello,
+    "begin": _begin,
+    "forward": _lengths,
+    "commit": _commit,
+    "decode": _decode,
+    "update": _weight,
+}

@@ -1,0 +1,154 @@
+"""Who is who: one certificate a party, all signed by the federation's authority.
+
+The name a party may use is the common name of its certificate, never a field in a message. Silos check that the
+server's certificate was issued to ``trunk`` or ``root``; the server checks that the silo's name is in the recipe.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from isthmus.errors import IdentityError
+
+_REMEDY = "make certificates with 'isthmus certificates RECIPE' and give each party its folder"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What one party needs to prove who it is: PEM texts of the authority, its certificate and its key."""
+
+    name: str
+    authority: bytes
+    certificate: bytes
+    key: bytes
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> Identity:
+        """The identity in ``folder/name``.
+
+        Raises:
+            IdentityError: a file is absent or unreadable, or the certificate is expired, foreign or another party's.
+        """
+        place = folder / name
+        try:
+            parts = [(place / file).read_bytes() for file in ("ca.pem", "cert.pem", "key.pem")]
+        except OSError as error:
+            raise IdentityError(f"no certificate of {name}: cannot read {error.filename}", remedy=_REMEDY) from error
+        identity = cls(name, *parts)
+        identity.check()
+        return identity
+
+    def check(self) -> None:
+        """Raise ``IdentityError`` unless the certificate is this party's, valid now and signed by the authority."""
+        try:
+            certificate = x509.load_pem_x509_certificate(self.certificate)
+            authority = x509.load_pem_x509_certificate(self.authority)
+        except ValueError as error:
+            raise IdentityError(f"the certificate of {self.name} is damaged", remedy=_REMEDY) from error
+        now = datetime.datetime.now(datetime.UTC)
+        if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+            end = certificate.not_valid_after_utc.date()
+            raise IdentityError(f"the certificate of {self.name} is not valid now (it ends {end})", remedy=_REMEDY)
+        if common_name(certificate) != self.name:
+            raise IdentityError(f"the certificate of {self.name} is {common_name(certificate)}'s", remedy=_REMEDY)
+        try:
+            certificate.verify_directly_issued_by(authority)
+        except (ValueError, TypeError, InvalidSignature) as error:
+            raise IdentityError(f"the certificate of {self.name} is from another authority", remedy=_REMEDY) from error
+
+    def client_credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        return grpc.ssl_server_credentials(
+            [(self.key, self.certificate)], root_certificates=self.authority, require_client_auth=True
+        )
+
+
+class Authority:
+    """The federation's certificate authority. Its key lives only as long as this object."""
+
+    def __init__(self, *, days: float = 365.0) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._days = days
+        self._certificate = self._sign(
+            "isthmus federation", self._key, x509.BasicConstraints(ca=True, path_length=0), names=()
+        )
+
+    def issue(self, name: str, *, also: tuple[str, ...] = (), days: float | None = None) -> Identity:
+        """A new identity for this party.
+
+        Args:
+            name: the party's name.
+            also: further names a server of this certificate may answer to.
+            days: validity from now; negative for one that is expired already.
+        """
+        key = ec.generate_private_key(ec.SECP256R1())
+        constraints = x509.BasicConstraints(ca=False, path_length=None)
+        certificate = self._sign(name, key, constraints, names=(name, *also), days=days)
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        return Identity(name, _pem(self._certificate), _pem(certificate), private)
+
+    def _sign(
+        self,
+        name: str,
+        key: ec.EllipticCurvePrivateKey,
+        constraints: x509.BasicConstraints,
+        *,
+        names: tuple[str, ...],
+        days: float | None = None,
+    ) -> x509.Certificate:
+        now = datetime.datetime.now(datetime.UTC)
+        end = now + datetime.timedelta(days=self._days if days is None else days)
+        issuer = name if constraints.ca else common_name(self._certificate)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(_x509_name(name))
+            .issuer_name(_x509_name(issuer))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(min(now, end) - datetime.timedelta(hours=1))
+            .not_valid_after(end)
+            .add_extension(constraints, critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        )
+        if names:
+            usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+            builder = builder.add_extension(
+                x509.SubjectAlternativeName([x509.DNSName(other) for other in names]), critical=False
+            ).add_extension(x509.ExtendedKeyUsage(usage), critical=False)
+        return builder.sign(self._key, hashes.SHA256())
+
+
+def save(identity: Identity, folder: Path) -> None:
+    """Write an identity to ``folder/name``; the key readable by its owner only."""
+    place = folder / identity.name
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "ca.pem").write_bytes(identity.authority)
+    (place / "cert.pem").write_bytes(identity.certificate)
+    key = place / "key.pem"
+    key.touch(mode=0o600)
+    key.write_bytes(identity.key)
+
+
+def common_name(certificate: x509.Certificate) -> str:
+    return str(certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+
+
+def _x509_name(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)

@@ -1,0 +1,233 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Frame(_message.Message):
+    __slots__ = ("id", "acked", "hello", "welcome", "failure", "ping", "pong", "begin", "begun", "forward", "hidden", "backward", "gradient", "commit", "stepped", "decode", "close", "closed", "ready", "plan", "update", "accepted")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ACKED_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
+    PONG_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    STEPPED_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    acked: int
+    hello: Hello
+    welcome: Welcome
+    failure: Failure
+    ping: Ping
+    pong: Pong
+    begin: Begin
+    begun: Begun
+    forward: Forward
+    hidden: Hidden
+    backward: Backward
+    gradient: Gradient
+    commit: Commit
+    stepped: Stepped
+    decode: Decode
+    close: Close
+    closed: Closed
+    ready: Ready
+    plan: Plan
+    update: Update
+    accepted: Accepted
+    def __init__(self, id: _Optional[int] = ..., acked: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ...) -> None: ...
+
+class Matrix(_message.Message):
+    __slots__ = ("codec", "rows", "width", "data")
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    codec: str
+    rows: int
+    width: int
+    data: bytes
+    def __init__(self, codec: _Optional[str] = ..., rows: _Optional[int] = ..., width: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("name", "shape", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("version", "fingerprint", "bottom", "top", "instance")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    BOTTOM_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    fingerprint: str
+    bottom: int
+    top: int
+    instance: str
+    def __init__(self, version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., bottom: _Optional[int] = ..., top: _Optional[int] = ..., instance: _Optional[str] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("code", "message", "remedy")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    REMEDY_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    message: str
+    remedy: str
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., remedy: _Optional[str] = ...) -> None: ...
+
+class Ping(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Pong(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Begin(_message.Message):
+    __slots__ = ("round", "participants")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    participants: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Begun(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Forward(_message.Message):
+    __slots__ = ("step", "lengths", "hidden", "train")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    hidden: Matrix
+    train: bool
+    def __init__(self, step: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., hidden: _Optional[_Union[Matrix, _Mapping]] = ..., train: _Optional[bool] = ...) -> None: ...
+
+class Hidden(_message.Message):
+    __slots__ = ("hidden",)
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    hidden: Matrix
+    def __init__(self, hidden: _Optional[_Union[Matrix, _Mapping]] = ...) -> None: ...
+
+class Backward(_message.Message):
+    __slots__ = ("step", "gradient", "reply")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    gradient: Matrix
+    reply: bool
+    def __init__(self, step: _Optional[int] = ..., gradient: _Optional[_Union[Matrix, _Mapping]] = ..., reply: _Optional[bool] = ...) -> None: ...
+
+class Gradient(_message.Message):
+    __slots__ = ("gradient",)
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    gradient: Matrix
+    def __init__(self, gradient: _Optional[_Union[Matrix, _Mapping]] = ...) -> None: ...
+
+class Commit(_message.Message):
+    __slots__ = ("round", "step", "weight")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    step: int
+    weight: float
+    def __init__(self, round: _Optional[int] = ..., step: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class Stepped(_message.Message):
+    __slots__ = ("contributors",)
+    CONTRIBUTORS_FIELD_NUMBER: _ClassVar[int]
+    contributors: int
+    def __init__(self, contributors: _Optional[int] = ...) -> None: ...
+
+class Decode(_message.Message):
+    __slots__ = ("session", "step", "lengths", "hidden", "forget", "rows")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    step: int
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    hidden: Matrix
+    forget: int
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session: _Optional[int] = ..., step: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., hidden: _Optional[_Union[Matrix, _Mapping]] = ..., forget: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Close(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    def __init__(self, session: _Optional[int] = ...) -> None: ...
+
+class Closed(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("completed",)
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    completed: int
+    def __init__(self, completed: _Optional[int] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("round", "completed", "participants", "adapters")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    completed: int
+    participants: _containers.RepeatedScalarFieldContainer[str]
+    adapters: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, round: _Optional[int] = ..., completed: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+
+class Update(_message.Message):
+    __slots__ = ("round", "weight", "tensors")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    weight: float
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, round: _Optional[int] = ..., weight: _Optional[float] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+
+class Accepted(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

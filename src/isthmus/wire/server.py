@@ -1,0 +1,150 @@
+"""The gRPC server: streams of frames in, services behind, every request answered once even when it comes twice."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import grpc
+
+from isthmus.errors import FrameError, IdentityError, IsthmusError, ProtocolError
+from isthmus.wire import frames
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Service, serve
+from isthmus.wire.identity import Identity
+
+PATH = "/isthmus.Wire/{}"
+INSTANCE = "isthmus-instance"
+"""Metadata key: a random name of the client object, so that a new one is told from a reconnected one."""
+UNACKED = 1024
+KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+)
+
+
+class Inbox:
+    """One client's requests to one service. A request that comes again gets the first one's answer again."""
+
+    def __init__(self, service: Service, peer: str, instance: str) -> None:
+        self.instance = instance
+        self._service = service
+        self._peer = peer
+        self._answers: dict[int, Future[bytes]] = {}
+        self._last = 0
+
+    def receive(self, frame: pb.Frame, outbox: queue.SimpleQueue[bytes | None]) -> None:
+        """Answer this frame into the outbox, now or later. Id 0, the greeting, is answered afresh each time."""
+        for known in [known for known in self._answers if known <= frame.acked]:
+            del self._answers[known]
+        if len(self._answers) > UNACKED:
+            raise ProtocolError(f"more than {UNACKED} unread answers", remedy="read the answers")
+        answer = self._answers.get(frame.id)
+        if answer is None:
+            if 0 < frame.id <= self._last:
+                return
+            answer = serve(self._service, self._peer, frame)
+            if frame.id:
+                self._last = frame.id
+                self._answers[frame.id] = answer
+        answer.add_done_callback(lambda done: outbox.put(done.result()))
+
+
+class Server:
+    """Serves named services (``Trunk``, ``Root``) to the silos whose certificates the authority signed.
+
+    Args:
+        services: by name.
+        identity: the server's own.
+        silos: the certified names that may connect.
+        address: ``host:port`` to listen at; port 0 takes a free one.
+        limit: largest frame in bytes.
+    """
+
+    def __init__(
+        self, services: Mapping[str, Service], identity: Identity, silos: tuple[str, ...], address: str, limit: int
+    ) -> None:
+        self._services = services
+        self._silos = frozenset(silos)
+        self._inboxes: dict[tuple[str, str], Inbox] = {}
+        self._lock = threading.Lock()
+        threads = ThreadPoolExecutor(2 * len(services) * len(silos) + 8, thread_name_prefix="stream")
+        options = (
+            ("grpc.max_receive_message_length", limit + 1024),
+            ("grpc.max_send_message_length", limit + 1024),
+            ("grpc.so_reuseport", 0),
+            *KEEPALIVE,
+        )
+        self._server = grpc.server(threads, options=options)
+        methods = {
+            name: grpc.stream_stream_rpc_method_handler(self._stream_of(name))  # raw bytes both ways
+            for name in services
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("isthmus.Wire", methods),))
+        try:
+            self.port = self._server.add_secure_port(address, identity.server_credentials())
+        except RuntimeError as error:
+            raise IsthmusError(
+                f"cannot listen at {address}", remedy="free the port or name another in the recipe"
+            ) from error
+
+    def start(self) -> None:
+        self._server.start()
+
+    def stop(self, grace: float = 1.0) -> None:
+        """Stop listening; streams end after ``grace`` seconds."""
+        self._server.stop(grace).wait()
+
+    def _stream_of(self, name: str):  # type: ignore[no-untyped-def]
+        def stream(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            return self._stream(name, requests, context)
+
+        return stream
+
+    def _stream(self, name: str, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            inbox = self._inbox(name, context)
+        except IdentityError as error:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+        outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        broken: list[IsthmusError] = []
+        reader = threading.Thread(target=self._read, args=(requests, inbox, outbox, broken), daemon=True)
+        reader.start()
+        while (data := outbox.get()) is not None:
+            yield data
+        if broken:
+            context.abort(broken[0].status, str(broken[0]))
+
+    def _read(
+        self,
+        requests: Iterator[bytes],
+        inbox: Inbox,
+        outbox: queue.SimpleQueue[bytes | None],
+        broken: list[IsthmusError],
+    ) -> None:
+        try:
+            for data in requests:
+                inbox.receive(frames.decode(data), outbox)
+        except (FrameError, ProtocolError) as error:
+            broken.append(error)
+        except Exception:
+            pass  # gRPC ends a request iterator with a bare exception when the stream is gone
+        finally:
+            outbox.put(None)
+
+    def _inbox(self, service: str, context: grpc.ServicerContext) -> Inbox:
+        names: Sequence[bytes] = context.auth_context().get("x509_common_name", [])  # type: ignore[assignment]
+        peer = names[0].decode() if names else ""
+        if peer not in self._silos:
+            raise IdentityError(f"{peer[:64]!r} is not a silo of this federation", remedy="list it in the recipe")
+        instance = str(dict(context.invocation_metadata()).get(INSTANCE, ""))
+        with self._lock:
+            inbox = self._inboxes.get((service, peer))
+            if inbox is None or inbox.instance != instance:
+                inbox = self._inboxes[service, peer] = Inbox(self._services[service], peer, instance)
+            return inbox

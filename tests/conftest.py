@@ -1,0 +1,124 @@
+"""What the tests share: tiny models of every family, small recipes, and silos connected by loopback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.split import SplitForCausalLM
+from isthmus.recipe import Recipe
+from isthmus.report.record import RunDirectory
+from isthmus.silo.boundary import Boundary
+from isthmus.silo.join import greeting, load_ends
+from isthmus.silo.remote import RemoteTrunk
+from isthmus.trunk.service import TrunkService
+from isthmus.wire.channel import LoopbackChannel
+
+VOCABULARY = 97
+BLOCKS = 5
+torch.set_num_threads(1)
+transformers_logging.disable_progress_bar()
+
+
+def tiny_config(family: str, blocks: int = BLOCKS) -> Any:
+    """A configuration of this family with 32 wide blocks and, where the family has them, sliding windows of 16."""
+    values: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family in ("mistral", "gemma2"):
+        values["sliding_window"] = 16
+    if family in ("qwen2", "qwen3"):
+        values |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
+    return AutoConfig.for_model(family, **values)
+
+
+def save_tiny_model(family: str, folder: Path, *, blocks: int = BLOCKS, seed: int = 0, **config: Any) -> Path:
+    """Write a randomly initialized model folder, with a word-level tokenizer; returns the folder."""
+    torch.manual_seed(seed)
+    settings = tiny_config(family, blocks)
+    settings.update(config)
+    AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    save_tiny_tokenizer(folder)
+    return folder
+
+
+def save_tiny_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{number}": number for number in range(4, VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def uncut(folder: Path) -> PreTrainedModel:
+    """The whole model of a folder, in fp32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def targets_of(family: str) -> list[str]:
+    """Layers that get an adapter (phi3 has one fused projection for q, k and v)."""
+    return ["qkv_proj", "o_proj"] if family == "phi3" else ["q_proj", "v_proj"]
+
+
+def make_recipe(model: Path, **sections: Any) -> Recipe:
+    """A recipe without noise; ``sections`` replace or add top-level entries (``silos`` names the silos)."""
+    silos = sections.pop("silos", ("a",))
+    values: dict[str, Any] = {
+        "model": {"path": str(model), "bottom": 1, "top": 1},
+        "boundary": {"forward": {"noise": 0.0}},
+        "train": {"evaluate": False},
+        "silo": [{"name": name, "train": f"{name}.jsonl"} for name in silos],
+    }
+    for key, value in sections.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return Recipe.of(values)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+Split = Callable[..., tuple[SplitForCausalLM, TrunkService]]
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Split:
+    """Builds a split model whose trunk is a real service behind a loopback channel: ``split(recipe, name="a")``."""
+    services: dict[str, TrunkService] = {}
+
+    def build(recipe: Recipe, name: str = "a", **boundary: Any) -> tuple[SplitForCausalLM, TrunkService]:
+        key = recipe.model_dump_json()
+        if key not in services:
+            services[key] = TrunkService(recipe, RunDirectory(tmp_path / f"run{len(services)}").role("trunk"))
+        service = services[key]
+        checkpoint = Checkpoint(recipe.model.path)
+        channel = LoopbackChannel(service, name, greeting=greeting(checkpoint, recipe))
+        bottom, top = load_ends(checkpoint, recipe)
+        remote = RemoteTrunk(channel, Boundary(recipe.boundary, **boundary))
+        return SplitForCausalLM(checkpoint.config, bottom, remote, top).eval(), service
+
+    return build
