@@ -83,7 +83,7 @@ def targets_of(family: str) -> list[str]:
     return ["qkv_proj", "o_proj"] if family == "phi3" else ["q_proj", "v_proj"]
 
 
-def make_recipe(model: Path, **sections: Any) -> Recipe:
+def make_recipe(model: Path, /, **sections: Any) -> Recipe:
     """A recipe without noise; ``sections`` replace or add top-level entries (``silos`` names the silos)."""
     silos = sections.pop("silos", ("a",))
     values: dict[str, Any] = {

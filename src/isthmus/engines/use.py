@@ -8,13 +8,13 @@ import torch
 from transformers import TextStreamer
 
 from isthmus.engines.local import at_address, serving
-from isthmus.engines.roles import set_threads, stoppable
+from isthmus.engines.roles import set_threads
 from isthmus.errors import RunError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory
+from isthmus.report.record import RunDirectory, disk_errors
 from isthmus.silo.join import Silo, join
 
 
@@ -26,14 +26,14 @@ def export_adapter(run: RunDirectory, out: Path) -> int:
     """
     number, tensors = whole_adapter(run)
     recipe = run.recipe()
-    adapters.export(out, tensors, recipe.lora, recipe.model.path)
+    with disk_errors(out):
+        adapters.export(out, tensors, recipe.lora, recipe.model.path)
     return number
 
 
 def whole_adapter(run: RunDirectory) -> tuple[int, dict[str, torch.Tensor]]:
     """The adapter after the last round that trunk and root both have, by uncut name."""
-    trunk, root = run.role("trunk"), run.role("root")
-    number = min(trunk.last_round(), root.last_round())
+    trunk, root, number = run.role("trunk"), run.role("root"), run.completed()
     if number == 0:
         raise RunError(f"{run.path} holds no finished round", remedy="let the run finish a round first")
     recipe = run.recipe()
@@ -53,9 +53,10 @@ def generate_text(run: RunDirectory, prompt: str, name: str | None, *, max_new_t
         The answer.
     """
     recipe = run.recipe()
+    silo_name = recipe.party(name or recipe.silo[0].name).name
     set_threads(recipe)
-    with stoppable(), serving(run) as (_, address):
-        silo = open_silo(run, at_address(recipe, address), name or recipe.silo[0].name)
+    with serving(run) as (_, address):
+        silo = open_silo(run, at_address(recipe, address), silo_name)
         try:
             return answer(silo, prompt, max_new_tokens=max_new_tokens, chat=chat)
         finally:
@@ -63,9 +64,9 @@ def generate_text(run: RunDirectory, prompt: str, name: str | None, *, max_new_t
 
 
 def open_silo(run: RunDirectory, recipe: Recipe, name: str) -> Silo:
-    """A silo with the adapters of the run's last round, connected to the recipe's trunk."""
+    """A silo with the adapters of the last round that trunk and root both have, connected to the recipe's trunk."""
     silo = join(recipe, name)
-    number = run.role("root").last_round()
+    number = run.completed()
     if number:
         shared = run.role("root").load_round(number)["shared"]
         for part in silo.parts:

@@ -36,6 +36,8 @@ class Rounds:
 
     def __init__(self, recipe: Recipe, shapes: dict[str, tuple[int, ...]], store: RoleDirectory) -> None:
         self.phase = Phase.GATHERING
+        self._error: IsthmusError | None = None
+        """Why the phase is ``FAILED``; every silo that asks is told."""
         self._recipe = recipe
         self._shapes = shapes
         self._store = store
@@ -49,7 +51,6 @@ class Rounds:
             else {name: torch.zeros(shape) for name, shape in shapes.items()}
         )
         self._waiting: dict[str, Answer] = {}
-        self._contributed: dict[str, Contribution] = {}
         self._participants: list[str] = []
         patience = recipe.root.patience
         self._gathering: Barrier[None] = Barrier(patience, self._begin)
@@ -77,8 +78,8 @@ class Rounds:
                 raise OutOfOrderError(f"an update for round {request.round}", remedy="ask for the next plan")
             if peer not in self._participants:
                 raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="ask for a plan")
+            tensors = codec.decode_named(request.tensors, self._shapes)
             self._participants.remove(peer)
-        tensors = codec.decode_named(request.tensors, self._shapes)
         self._updates.arrive(peer, (request.weight, tensors))
         answer: Answer = Answer()
         answer.set_result(pb.Accepted())
@@ -89,59 +90,58 @@ class Rounds:
         with self._lock:
             if self.phase is Phase.GATHERING and self.completed >= self._recipe.train.rounds:
                 self.phase = Phase.FINISHED
-            phase, waiting = self.phase, dict(self._waiting)
-            if phase is Phase.FINISHED:
-                self._waiting.clear()
-        if phase is Phase.FINISHED:
-            self._answer(waiting, 0)
-        elif phase is Phase.FAILED:
-            self._fail(0)
-        elif phase is Phase.GATHERING:
-            for peer in waiting:
-                self._gathering.arrive(peer, None)
+            if self.phase is Phase.FINISHED:
+                self._answer(list(self._waiting), 0)
+            elif self.phase is Phase.FAILED:
+                assert self._error is not None
+                self._give_up(self._error)
+            elif self.phase is Phase.GATHERING:
+                self._gathering.expect(self._gathering.expected | self._waiting.keys())
+                for peer in list(self._waiting):
+                    self._gathering.arrive(peer, None)
 
     def _begin(self, arrived: dict[str, None]) -> None:
         with self._lock:
-            enough = len(arrived) >= self._recipe.minimum
-            if enough:
-                self.phase = Phase.TRAINING
-                self._participants = sorted(arrived)
-                self._updates.expect(arrived)
-                starting = {peer: self._waiting.pop(peer) for peer in arrived if peer in self._waiting}
-        if enough:
-            self._answer(starting, self.completed + 1)
-        else:
-            self._fail(len(arrived))
+            if len(arrived) < self._recipe.minimum:
+                self._fail(len(arrived))
+                return
+            self.phase = Phase.TRAINING
+            self._participants = sorted(arrived)
+            self._updates.expect(arrived)
+            self._answer(self._participants, self.completed + 1)
 
     def _end(self, contributions: dict[str, Contribution]) -> None:
-        if len(contributions) < self._recipe.minimum:
-            self._fail(len(contributions))
-            return
+        with self._lock:
+            if len(contributions) < self._recipe.minimum:
+                self._fail(len(contributions))
+                return
+            for silent in self._participants:  # it had its time; the next round does not wait for it again
+                self._gathering.dismiss(silent)
+            try:
+                self._finish_round(contributions)
+            except IsthmusError as error:
+                self._give_up(error)
+            else:
+                self._advance()
+
+    def _finish_round(self, contributions: dict[str, Contribution]) -> None:
         number = self.completed + 1
         ordered = [contributions[peer] for peer in sorted(contributions)]
         shared = self._aggregation.combine(self._shared, ordered)
-        try:
-            self._store.save_round(number, {"shared": shared})
-            weights = {peer: weight for peer, (weight, _) in sorted(contributions.items())}
-            self._journal.append({"round": number, "weights": weights})
-        except IsthmusError as error:
-            self._give_up(error)
-            return
-        with self._lock:
-            self._shared = shared
-            self.completed = number
-            self.phase = Phase.GATHERING
-        self._advance()
+        self._store.save_round(number, {"shared": shared})
+        weights = {peer: weight for peer, (weight, _) in sorted(contributions.items())}
+        self._journal.append({"round": number, "weights": weights})
+        self._shared, self.completed, self.phase = shared, number, Phase.GATHERING
 
-    def _answer(self, waiting: dict[str, Answer], round: int) -> None:
+    def _answer(self, peers: list[str], round: int) -> None:
         plan = pb.Plan(
             round=round,
             completed=self.completed,
-            participants=sorted(waiting) if round else [],
+            participants=peers if round else [],
             adapters=codec.encode_named(self._shared),
         )
-        for answer in waiting.values():
-            answer.set_result(plan)
+        for peer in peers:
+            self._waiting.pop(peer).set_result(plan)
 
     def _fail(self, present: int) -> None:
         self._give_up(
@@ -153,7 +153,7 @@ class Rounds:
 
     def _give_up(self, error: IsthmusError) -> None:
         with self._lock:
-            self.phase = Phase.FAILED
+            self.phase, self._error = Phase.FAILED, error
             waiting, self._waiting = self._waiting, {}
         for answer in waiting.values():
             answer.set_exception(error)

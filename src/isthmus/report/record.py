@@ -1,21 +1,29 @@
-"""What a run writes: the layout of a run directory, append-only journals, and files that are never half there."""
+"""What a run writes: the layout of a run directory, append-only journals, and files that are never half there.
+
+Torch is imported where states are saved and loaded: the engine's own process only watches, and starts at once.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from isthmus.errors import DiskFullError, RunError
 from isthmus.recipe import Recipe
 
+ROLES = ("trunk", "root", "silos")
+"""Folders of a run directory that a role makes once its model and identity are in order."""
+LOCK_SECONDS = 15.0
+LONGEST_LINE = 2**20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ROUND = re.compile(r"round-(\d{4,})\.pt")
 
 
@@ -25,6 +33,7 @@ class RunDirectory:
     ::
 
         recipe.toml
+        lock                         held while a run is under way
         certificates/PARTY/          made by the local engine
         trunk/metrics.jsonl          one line an optimizer step
         trunk/rounds/round-0003.pt   adapter and optimizer of the trunk after round 3
@@ -41,13 +50,13 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> RunDirectory:
-        """A new run directory holding this recipe.
+        """A new run directory holding this recipe. A recipe that no role got to work with is replaced.
 
         Raises:
             RunError: the directory holds a run already.
         """
         run = cls(path.resolve())
-        if run.recipe_path.exists():
+        if any((run.path / role).exists() for role in ROLES):
             raise RunError(
                 f"{path} holds a run already", remedy=f"continue it with 'isthmus run --resume {path}' or name another"
             )
@@ -78,6 +87,31 @@ class RunDirectory:
         """The folder of ``trunk``, ``root`` or a silo."""
         return RoleDirectory(self.path / name if name in ("trunk", "root") else self.path / "silos" / name)
 
+    def completed(self) -> int:
+        """The last round that trunk and root both have; a run that was cut off may have one more at the trunk."""
+        return min(self.role("trunk").last_round(), self.role("root").last_round())
+
+    @contextmanager
+    def locked(self) -> Iterator[int]:
+        """Hold the directory against other runs during the block.
+
+        Gives a file descriptor; processes that inherit it hold the directory too, until the last of them ends.
+
+        Raises:
+            RunError: it is still held after ``LOCK_SECONDS``.
+        """
+        with disk_errors(self.path):
+            file = (self.path / "lock").open("w")
+        with file:
+            end = time.monotonic() + LOCK_SECONDS
+            while not _lock(file.fileno()):
+                if time.monotonic() > end:
+                    raise RunError(
+                        f"another run is under way in {self.path}", remedy="wait for its end, or stop its processes"
+                    )
+                time.sleep(0.1)
+            yield file.fileno()
+
 
 class RoleDirectory:
     """One role's files within a run directory."""
@@ -91,6 +125,8 @@ class RoleDirectory:
 
     def save_round(self, number: int, state: dict[str, Any]) -> None:
         """Keep the state after this round, whole or not at all; older rounds stay."""
+        import torch
+
         with writing(self._rounds / f"round-{number:04d}.pt") as temporary:
             torch.save(state, temporary)
 
@@ -100,6 +136,8 @@ class RoleDirectory:
         Raises:
             RunError: it was never saved or cannot be read.
         """
+        import torch
+
         path = self._rounds / f"round-{number:04d}.pt"
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
@@ -109,39 +147,54 @@ class RoleDirectory:
 
     def last_round(self) -> int:
         """The last round with a saved state; 0 if there is none."""
+        return max(self.rounds(), default=0)
+
+    def rounds(self) -> set[int]:
+        """All rounds with a saved state."""
         names = self._rounds.iterdir() if self._rounds.is_dir() else ()
-        return max((int(match[1]) for name in names if (match := ROUND.fullmatch(name.name))), default=0)
+        return {int(match[1]) for name in names if (match := ROUND.fullmatch(name.name))}
 
 
 class Journal:
-    """An append-only JSONL file."""
+    """An append-only JSONL file. A last line that a crash or a full disk cut short is dropped when it is opened."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with _disk_errors(path):
+        with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)  # nothing is held back that a later close could fail on
+            _drop_half_line(path)
 
     def append(self, values: dict[str, Any]) -> None:
         """Write one line, at once."""
-        with _disk_errors(self._path):
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+        line = memoryview((json.dumps(values) + "\n").encode())
+        with disk_errors(self._path):
+            while line:
+                line = line[self._file.write(line) :]
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """The lines of a journal; none if it is not there. A last line cut short by a crash is left out."""
     if not path.exists():
         return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    whole = path.read_bytes().rpartition(b"\n")[0]
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def _drop_half_line(path: Path) -> None:
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        start = max(0, size - LONGEST_LINE)
+        file.seek(start)
+        tail = file.read()
+        file.truncate(start + tail.rfind(b"\n") + 1)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``, which takes its place when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _disk_errors(path):
+    temporary = path.with_name(f".{path.name}.part")
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -153,17 +206,36 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says about writing ``path`` into an error of ours.
+
+    Raises:
+        DiskFullError: there is no room.
+        RunError: it cannot be written for another reason.
+    """
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
-        raise DiskFullError(
-            f"no room on the disk for {path}", remedy="free some space, then continue with 'isthmus run --resume'"
+    except OSError as error:
+        if error.errno in FULL:
+            raise _full(path) from error
+        raise RunError(
+            f"cannot write {path}: {error.strerror}", remedy="name a place this user may write to"
         ) from error
+    except RuntimeError as error:  # torch.save wraps the system's error in its own
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        raise _full(path) from error
 
 
-Progress = Callable[[dict[str, Any]], None]
+def _full(path: Path) -> DiskFullError:
+    return DiskFullError(
+        f"no room on the disk for {path}", remedy="free some space, then continue with 'isthmus run --resume'"
+    )
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,18 +68,15 @@ def training_batches(data: SiloData, size: int, seed: str) -> Iterator[Batch]:
 def evaluate(model: PreTrainedModel, data: SiloData, *, size: int = 16) -> dict[str, float]:
     """Measure on the held-out rows: ``accuracy`` where answers are choices, else ``loss`` a token, ``perplexity``."""
     model.eval()
-    score = _accuracy if data.choices else _loss
-    return score(model, data, size)
+    rows = sorted(data.held_out, key=lambda row: len(row.prompt) + len(row.answer))  # little padding in a batch
+    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return _accuracy(model, data, chunks) if data.choices else _loss(model, data, chunks)
 
 
-def _accuracy(model: PreTrainedModel, data: SiloData, size: int) -> dict[str, float]:
-    right = [tuple(row.answer) for row in data.held_out]
-    if all(len(choice) == 1 for choice in data.choices):
-        guess: Callable[[list[Tokens]], list[int]] = lambda rows: _best_token(model, data, rows)  # noqa: E731
-    else:
-        guess = lambda rows: _best_text(model, data, rows)  # noqa: E731
-    best = [number for rows in _chunks(data.held_out, size) for number in guess(rows)]
-    return {"accuracy": metrics.accuracy([data.choices[number] for number in best], right)}
+def _accuracy(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]]) -> dict[str, float]:
+    guess = _best_token if all(len(choice) == 1 for choice in data.choices) else _best_text
+    best = [data.choices[number] for rows in chunks for number in guess(model, data, rows)]
+    return {"accuracy": metrics.accuracy(best, [tuple(row.answer) for rows in chunks for row in rows])}
 
 
 def _best_token(model: PreTrainedModel, data: SiloData, rows: list[Tokens]) -> list[int]:
@@ -103,16 +100,11 @@ def _best_text(model: PreTrainedModel, data: SiloData, rows: list[Tokens]) -> li
     return numbers
 
 
-def _loss(model: PreTrainedModel, data: SiloData, size: int) -> dict[str, float]:
+def _loss(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]]) -> dict[str, float]:
     total, weight = 0.0, 0
-    for rows in _chunks(data.held_out, size):
+    for rows in chunks:
         batch = collate(rows, data.pad)
         total += float(model(**batch.inputs(), use_cache=False).loss) * batch.supervised
         weight += batch.supervised
     return {"loss": total / weight, "perplexity": math.exp(min(total / weight, 50.0))}
 
-
-def _chunks(rows: list[Tokens], size: int) -> Iterator[list[Tokens]]:
-    """Rows in batches of similar length, since padding is wasted work."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

@@ -64,6 +64,10 @@ class TrunkService:
             raise ProtocolError(f"{type(request).__name__} before Hello", remedy="greet first")
         return answer(peer, request)
 
+    def restore(self, number: int) -> None:
+        """Serve the adapter as it was after this round; before any silo is connected."""
+        self._training.restore(number)
+
     def stop(self) -> None:
         self._scheduler.stop()
 

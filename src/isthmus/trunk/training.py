@@ -59,7 +59,7 @@ class Training:
         self._version = 0
         self._round: int | None = 0
         """The round whose end this state is; None within a round."""
-        if (store.path / "rounds").is_dir():
+        if store.rounds():
             self._load(store.last_round())
         else:
             self.save(0)

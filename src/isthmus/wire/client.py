@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import secrets
 import threading
@@ -20,6 +21,9 @@ from isthmus.wire.channel import Answer, check_size, settle
 from isthmus.wire.identity import Identity
 from isthmus.wire.server import INSTANCE, KEEPALIVE, PATH
 
+PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
+"""Seconds between tries to reach a server; the last for ever."""
+log = logging.getLogger(__name__)
 _TLS_WORDS = ("handshake", "CERTIFICATE", "SSL", "certificate", "Peer name")
 _FATAL: dict[grpc.StatusCode, tuple[type[IsthmusError], str]] = {
     grpc.StatusCode.PERMISSION_DENIED: (IdentityError, "use a certificate of a silo that the recipe lists"),
@@ -109,7 +113,7 @@ class GrpcChannel:
 
     def _keep_streaming(self) -> None:
         last_contact = time.monotonic()
-        pauses = itertools.chain((0.1, 0.2, 0.5, 1.0), itertools.repeat(2.0))
+        pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
         while self._ended is None:
             received = self.received_bytes
             try:
@@ -119,7 +123,7 @@ class GrpcChannel:
                 error = self._fatal(broken)
             if self.received_bytes > received:
                 last_contact = time.monotonic()
-                pauses = itertools.chain((0.1, 0.2, 0.5, 1.0), itertools.repeat(2.0))
+                pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
             waited = time.monotonic() - last_contact
             if error is None and waited > self._deadline:
                 error = PeerGoneError(
@@ -128,8 +132,10 @@ class GrpcChannel:
                 )
             if error is not None:
                 self._end(error)
-            else:
-                time.sleep(next(pauses))
+            elif self._ended is None:
+                if (pause := next(pauses)) == PAUSES[0]:
+                    log.warning("no %s at %s; trying for %.0f s", self._service.lower(), self._address, self._deadline)
+                time.sleep(pause)
 
     def _stream(self) -> None:
         """Greet, send again what was not answered, then hand answers out until the stream ends."""

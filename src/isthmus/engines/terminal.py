@@ -1,15 +1,16 @@
-"""Live progress of a local run on the terminal."""
+"""A local run on the terminal: a live table of how each silo is doing, and word of silos that were lost."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from isthmus.engines.local import run_federation
-from isthmus.engines.roles import stoppable
 from isthmus.recipe import Recipe
 from isthmus.report.progress import SiloProgress, read_progress
 from isthmus.report.record import RunDirectory
@@ -18,10 +19,14 @@ REFRESH_SECONDS = 0.5
 
 
 def run_with_progress(run: RunDirectory, console: Console | None = None) -> None:
-    """Run the federation of a run directory and show how each silo is doing."""
+    """Run the federation of a run directory and show how each silo is doing.
+
+    Raises:
+        IsthmusError, Stopped: as ``run_federation``.
+    """
     recipe = run.recipe()
     console = console or Console()
-    with stoppable(), Live(console=console, refresh_per_second=4) as live:
+    with _whole_lines(console), Live(console=console, refresh_per_second=4) as live:
         shown = 0.0
 
         def watch() -> None:
@@ -30,14 +35,29 @@ def run_with_progress(run: RunDirectory, console: Console | None = None) -> None
                 live.update(_table(run, recipe))
                 shown = time.monotonic()
 
-        run_federation(run, watch)
+        def tell(message: str) -> None:
+            live.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+        run_federation(run, watch, tell)
         live.update(_table(run, recipe))
+
+
+@contextmanager
+def _whole_lines(console: Console) -> Iterator[None]:
+    """Rich ends the last line of a live display on terminals only; do so elsewhere too."""
+    try:
+        yield
+    finally:
+        if not console.is_terminal:
+            console.line()
 
 
 def _table(run: RunDirectory, recipe: Recipe) -> Table:
     table = Table(title=f"{recipe.train.rounds} rounds of {recipe.train.steps} steps")
-    for heading in ("silo", "step", "loss", "tokens/s", "up", "down", "held out after round 0, 1, …"):
-        table.add_column(heading, justify="left" if heading in ("silo", "held out after round 0, 1, …") else "right")
+    table.add_column("silo")
+    for heading in ("step", "loss", "tokens/s", "up", "down"):
+        table.add_column(heading, justify="right")
+    table.add_column(f"held-out {'accuracy' if recipe.task.choices else 'loss'} after round 0, 1, …")
     for silo in recipe.silo:
         table.add_row(*_row(read_progress(run, silo.name, recipe.train.steps), recipe))
     return table
@@ -60,4 +80,4 @@ def megabytes(size: int) -> str:
 
 
 def score_text(scores: dict[str, float]) -> str:
-    return f"{scores['accuracy']:.1%}" if "accuracy" in scores else f"loss {scores['loss']:.3f}"
+    return f"{scores['accuracy']:.1%}" if "accuracy" in scores else f"{scores['loss']:.3f}"

@@ -1,0 +1,62 @@
+"""Result rows: what was measured, against which goal, how, where and when."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    measure: str
+    value: float
+    unit: str
+    goal: str | None
+    met: bool | None
+    command: str
+    hardware: str
+    date: str
+
+
+class Results:
+    """Rows of one benchmark, printed as they come and written as JSON at the end."""
+
+    def __init__(self, name: str, command: str) -> None:
+        self._name = name
+        self._command = command
+        self.rows: list[Row] = []
+
+    def add(
+        self, measure: str, value: float, unit: str, *, at_most: float | None = None, at_least: float | None = None
+    ) -> None:
+        """Note a figure; a goal is an upper or a lower bound."""
+        goal = f"≤ {at_most}" if at_most is not None else f"≥ {at_least}" if at_least is not None else None
+        met = value <= at_most if at_most is not None else value >= at_least if at_least is not None else None
+        today = datetime.date.today().isoformat()
+        row = Row(measure, round(value, 4), unit, goal, met, self._command, hardware(), today)
+        self.rows.append(row)
+        verdict = "" if met is None else f"   goal {goal}: {'met' if met else 'MISSED'}"
+        print(f"{measure}: {row.value:g} {unit}{verdict}", flush=True)
+
+    def write(self) -> Path:
+        path = RESULTS / f"{self._name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps([asdict(row) for row in self.rows], indent=1, ensure_ascii=False) + "\n")
+        return path
+
+
+def hardware() -> str:
+    """The processor and the number of threads torch uses."""
+    model = platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return f"{model}, {torch.get_num_threads()} cores"

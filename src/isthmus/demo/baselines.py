@@ -1,0 +1,83 @@
+"""What the federation is compared with: the uncut model in one process, trained on one silo's rows or on all."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from isthmus.model import adapters
+from isthmus.model.cut import Part
+from isthmus.model.families import family_of
+from isthmus.model.optim import build_optimizer
+from isthmus.recipe import Recipe
+from isthmus.silo.data import Batch, Tokens, batches, collate
+from isthmus.silo.join import load_tokenizer
+from isthmus.silo.trainer import SiloData, evaluate, train_step
+from isthmus.tasks import metrics
+
+
+class Baselines:
+    """The uncut model with the recipe's adapters on every block, on the very batches the federation saw.
+
+    Args:
+        tell: gets a line of progress now and then.
+    """
+
+    def __init__(self, recipe: Recipe, tell: Callable[[str], None]) -> None:
+        folder = Path(recipe.model.path)
+        tokenizer = load_tokenizer(folder)
+        self._recipe = recipe
+        self._tell = tell
+        self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._model.requires_grad_(False)
+        self._whole = Part("trunk", self._model, family_of(self._model.config), 0)
+        adapters.add_adapter(self._whole, recipe.lora, recipe.seed, freeze_a=False)
+        self._untrained = adapters.adapter_of(self._whole)
+        self._silos = [SiloData(silo, recipe, tokenizer) for silo in recipe.silo]
+
+    def majority(self) -> dict[str, float]:
+        """Held-out accuracy of always giving the silo's most common answer."""
+        return {silo.name: metrics.majority([tuple(row.answer) for row in silo.held_out]) for silo in self._silos}
+
+    def zero_shot(self) -> dict[str, float]:
+        """Held-out accuracy of the untrained model."""
+        adapters.load_adapter(self._whole, self._untrained)
+        return {silo.name: self._score(silo) for silo in self._silos}
+
+    def alone(self) -> dict[str, float]:
+        """Held-out accuracy of each silo's own model, trained on its own rows for as many steps."""
+        scores = {}
+        for silo in self._silos:
+            self._train([silo], f"{silo.name} alone")
+            scores[silo.name] = self._score(silo)
+        return scores
+
+    def pooled(self) -> dict[str, float]:
+        """Held-out accuracy of one model trained on all silos' rows together, for as many steps."""
+        self._train(self._silos, "all rows in one place")
+        return {silo.name: self._score(silo) for silo in self._silos}
+
+    def _train(self, silos: list[SiloData], what: str) -> None:
+        adapters.load_adapter(self._whole, self._untrained)
+        train = self._recipe.train
+        optimizer = build_optimizer(adapters.trainable(self._whole).values(), train)
+        for number, batch in enumerate(self._batches(silos), 1):
+            step = train_step(self._model, optimizer, batch)
+            if number % train.steps == 0:
+                self._tell(f"{what}: step {number}/{train.rounds * train.steps}, loss {step.loss:.3f}")
+
+    def _batches(self, silos: list[SiloData]) -> Iterator[Batch]:
+        """In each round and step, the silos' batches of that round and step as one."""
+        train, seed = self._recipe.train, self._recipe.seed
+        for round in range(1, train.rounds + 1):
+            drawn = [batches(silo.train, train.batch, f"{seed}/{silo.name}/{round}") for silo in silos]
+            for rows in itertools.islice(zip(*drawn, strict=True), train.steps):
+                together: list[Tokens] = [row for silo_rows in rows for row in silo_rows]
+                yield collate(together, silos[0].pad)
+
+    def _score(self, silo: SiloData) -> float:
+        return evaluate(self._model, silo)["accuracy"]

@@ -1,0 +1,119 @@
+"""The demo: assets, a federation of real processes, what it is compared with, and a prompt to the result."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from isthmus.demo.assets import hutto, smollm2
+from isthmus.demo.baselines import Baselines
+from isthmus.engines.local import local_recipe
+from isthmus.engines.terminal import megabytes, run_with_progress
+from isthmus.engines.use import generate_text
+from isthmus.recipe import Recipe
+from isthmus.report.progress import read_progress
+from isthmus.report.record import RunDirectory, writing
+
+ROWS = 32
+HELD_OUT = 60
+QUICK_ROUNDS = 2
+PROMPT = "The plot is thin, but the two leads are a joy to watch.\nSentiment (positive or negative):"
+Scores = dict[str, dict[str, float]]
+"""Accuracy by column and silo."""
+
+
+def play(run_dir: Path, cache: Path, *, quick: bool) -> None:
+    """Run the whole demo and print its table.
+
+    Args:
+        run_dir: where the run is written; if it is taken, ``-2``, ``-3``, … is added.
+        cache: where model and data are kept.
+        quick: fewer rounds, no baselines.
+    """
+    console = Console()
+    console.print("[bold]isthmus demo[/bold]: four silos, one trunk, one language model between them\n")
+    run = _free(run_dir)
+    directory = RunDirectory.create(run, local_recipe(demo_recipe(cache, quick=quick), run))
+    recipe = directory.recipe()
+    started = time.perf_counter()
+    run_with_progress(directory, console)
+    seconds = time.perf_counter() - started
+    baselines = None if quick else Baselines(recipe, lambda line: console.print(f"  {line}", highlight=False))
+    scores = _scores(directory, recipe, baselines)
+    _record(directory, scores, seconds)
+    _print_table(console, scores)
+    _print_crossing(console, directory, recipe, seconds)
+    console.print(f"\n[bold]One prompt through the split model[/bold]\n{PROMPT}", end="", highlight=False)
+    sys.stdout.flush()
+    generate_text(directory, PROMPT, None, max_new_tokens=3, chat=False)
+    console.print(f"\nrun directory: {directory.path}", highlight=False, soft_wrap=True)
+
+
+def demo_recipe(cache: Path, *, quick: bool) -> Recipe:
+    """The demo's recipe with its model and data in place (obtained on first use)."""
+    values: dict[str, Any] = tomllib.loads(files("isthmus.demo").joinpath("demo.toml").read_text(encoding="utf-8"))
+    values["model"]["path"] = str(smollm2(cache).resolve())
+    places = hutto(cache, rows=ROWS, held_out=HELD_OUT, seed=values["seed"])
+    for silo in values["silo"]:
+        silo["train"] = str(places[silo["name"]].train.resolve())
+        silo["held_out"] = str(places[silo["name"]].held_out.resolve())
+    if quick:
+        values["train"]["rounds"] = QUICK_ROUNDS
+    return Recipe.of(values)
+
+
+def _scores(run: RunDirectory, recipe: Recipe, baselines: Baselines | None) -> Scores:
+    """Every column of the table; zero-shot and federation were measured by the silos themselves."""
+    progress = [read_progress(run, silo.name, recipe.train.steps) for silo in recipe.silo]
+    zero_shot = {silo.name: silo.scores[0]["accuracy"] for silo in progress}
+    federation = {silo.name: silo.scores[recipe.train.rounds]["accuracy"] for silo in progress}
+    if baselines is None:
+        return {"zero-shot": zero_shot, "federation": federation}
+    return {
+        "majority": baselines.majority(),
+        "zero-shot": zero_shot,
+        "alone": baselines.alone(),
+        "federation": federation,
+        "pooled, uncut": baselines.pooled(),
+    }
+
+
+def _record(run: RunDirectory, scores: Scores, seconds: float) -> None:
+    with writing(run.path / "demo.json") as temporary:
+        temporary.write_text(json.dumps({"accuracy": scores, "federation_seconds": round(seconds, 1)}, indent=1))
+
+
+def _print_table(console: Console, scores: Scores) -> None:
+    table = Table(title="accuracy on held-out rows")
+    table.add_column("silo")
+    for column in scores:
+        table.add_column(column, justify="right")
+    for silo in next(iter(scores.values())):
+        table.add_row(silo, *(f"{by_silo[silo]:.1%}" for by_silo in scores.values()))
+    table.add_section()
+    table.add_row("mean", *(f"{sum(by_silo.values()) / len(by_silo):.1%}" for by_silo in scores.values()))
+    console.print(table)
+
+
+def _print_crossing(console: Console, run: RunDirectory, recipe: Recipe, seconds: float) -> None:
+    progress = [read_progress(run, silo.name, recipe.train.steps) for silo in recipe.silo]
+    up, down = (sum(getattr(silo, key) for silo in progress) for key in ("sent_bytes", "received_bytes"))
+    console.print(
+        f"federation: {seconds:.0f} s; {megabytes(up)} of noised hidden states and gradients went up, "
+        f"{megabytes(down)} came down; no text, label, mask or position left a silo",
+        highlight=False,
+    )
+
+
+def _free(run_dir: Path) -> Path:
+    numbered = (run_dir.with_name(f"{run_dir.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([run_dir], numbered) if not (path / "recipe.toml").exists())

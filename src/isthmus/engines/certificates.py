@@ -1,0 +1,25 @@
+"""Certificates for a whole federation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from isthmus.recipe import Recipe
+from isthmus.report.record import disk_errors
+from isthmus.wire.identity import Authority, save
+
+
+def make_certificates(recipe: Recipe, folder: Path) -> None:
+    """Certificates for every party of a recipe, by one new authority whose key is then forgotten."""
+    authority = Authority()
+    shared = recipe.trunk.address == recipe.root.address
+    with disk_errors(folder):
+        save(authority.issue("trunk", also=("root",) if shared else ()), folder)
+        save(authority.issue("root"), folder)
+        for silo in recipe.silo:
+            save(authority.issue(silo.name), folder)
+
+
+def complete(recipe: Recipe, folder: Path) -> bool:
+    """Whether each party of the recipe has a certificate there."""
+    return all((folder / name / "cert.pem").exists() for name in ("trunk", "root", *(s.name for s in recipe.silo)))

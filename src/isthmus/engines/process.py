@@ -1,0 +1,133 @@
+"""One role as a child process of the local engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+
+from isthmus.engines.lifetime import ENGINE
+from isthmus.errors import IsthmusError, PeerGoneError, RunError
+from isthmus.report.record import disk_errors
+
+LISTENING = "listening at "
+"""What a server's announcement begins with; ``host:port`` follows."""
+LAST_LINES = 40
+STOP_SECONDS = 10.0
+
+
+class RoleProcess:
+    """A role of a run in a process of its own.
+
+    What it prints goes to its log; the last lines are kept here too, since a full disk takes no log. It is in a
+    session of its own, so that Ctrl-C reaches it through the engine only, and it ends when the engine does.
+
+    Args:
+        title: how messages call it, like ``silo clinic``.
+        arguments: of the command ``isthmus``.
+        log: file that its output is appended to.
+        inherited: file descriptors that stay open in it.
+    """
+
+    def __init__(self, title: str, arguments: list[str], log: Path, inherited: tuple[int, ...] = ()) -> None:
+        self.title = title
+        self._log = log
+        self._last: deque[str] = deque(maxlen=LAST_LINES)
+        self._address: Future[str] = Future()
+        with disk_errors(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = log.open("ab", buffering=0)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "isthmus", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=inherited,
+            # Waiting processes must not spin on the cores that the working one needs.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, ENGINE: str(os.getpid())},
+        )
+        self._reader = threading.Thread(target=self._read, args=(output,), name=f"log of {title}", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code; None while the process runs."""
+        return self._process.poll()
+
+    def wait_listening(self, seconds: float) -> str:
+        """The address that the server in this process announces.
+
+        Raises:
+            IsthmusError: it ended instead, or took too long.
+        """
+        try:
+            return self._address.result(seconds)
+        except TimeoutError:
+            raise PeerGoneError(
+                f"{self.title} did not start within {seconds:.0f} s", remedy=f"see {self._log}"
+            ) from None
+
+    def terminate(self) -> None:
+        """Ask it to stop."""
+        self._process.terminate()
+
+    def end(self, seconds: float) -> None:
+        """Give it this long to end by itself, then kill it."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+
+    def failure(self) -> IsthmusError:
+        """Why the process, which has ended, failed: its own last error, or how it ended."""
+        self._reader.join()
+        return self._failure()
+
+    def _failure(self) -> IsthmusError:
+        lines = list(self._last)
+        starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+        if starts:
+            message = lines[starts[-1]].removeprefix("error: ")
+            told = [line.strip() for line in lines[starts[-1] + 1 :] if line.strip().startswith("remedy: ")]
+            remedy = told[0].removeprefix("remedy: ") if told else f"see {self._log}"
+            return RunError(f"{self.title} failed: {message}", remedy=remedy)
+        code = self._process.wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return RunError(f"{self.title} {how}", remedy=f"see {self._log}, then continue with 'isthmus run --resume'")
+
+    def _read(self, log: FileIO) -> None:
+        """Copy the output to the log until it ends."""
+        assert self._process.stdout is not None
+        with log, self._process.stdout as output:
+            for raw in output:
+                with suppress(OSError):
+                    log.write(raw)
+                line = raw.decode(errors="replace").rstrip()
+                self._last.append(line)
+                if line.startswith(LISTENING) and not self._address.done():
+                    self._address.set_result(line.removeprefix(LISTENING))
+        if not self._address.done():
+            self._address.set_exception(self._failure())
+
+
+def stop(*processes: RoleProcess) -> None:
+    """End these processes: asked first, killed after ``STOP_SECONDS``."""
+    for process in processes:
+        process.terminate()
+    end = time.monotonic() + STOP_SECONDS
+    for process in processes:
+        process.end(max(0.1, end - time.monotonic()))

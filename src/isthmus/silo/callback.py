@@ -1,0 +1,42 @@
+"""Stepping the trunk from a Hugging Face ``Trainer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from isthmus.silo.remote import RemoteTrunk
+
+
+class TrunkStepCallback(TrainerCallback):
+    """Has the trunk step its adapter whenever the trainer's optimizer steps the silo's.
+
+    One ``train()`` is one round. The trunk's optimizer is the recipe's, at a constant learning rate, and it never
+    sees the trainer's. To train all parts as one model, give ``TrainingArguments`` the recipe's optimizer and rate,
+    ``lr_scheduler_type="constant"``, ``weight_decay=0`` and ``max_grad_norm=0`` (a silo cannot see the trunk's part
+    of the norm), and the recipe as many ``train.steps`` as the trainer takes: after those the trunk saves the round.
+
+    Args:
+        trunk: of the split model, ``model.trunk``.
+        participants: the silos that train together, this one among them; each step waits for all.
+        round: number of this round, from 1; the trunk goes on from the end of the round before.
+        weight: this silo's share in each step, in any unit that all participants use.
+    """
+
+    def __init__(self, trunk: RemoteTrunk, participants: list[str], *, round: int = 1, weight: float = 1.0) -> None:
+        self._trunk = trunk
+        self._participants = participants
+        self._round = round
+        self._weight = weight
+        self._step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._step = 0
+        self._trunk.begin(self._round, self._participants)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._step += 1
+        self._trunk.commit(self._round, self._step, self._weight)

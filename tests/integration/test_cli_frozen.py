@@ -1,0 +1,83 @@
+"""The command line and the exported names, written down: what users' scripts rely on changes here or nowhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from tests.integration.processes import call
+
+import isthmus
+from isthmus.cli.main import app
+from isthmus.recipe import Recipe
+
+COMMANDS = {
+    "run": ["RECIPE?", "--run-dir=runs/latest", "--resume="],
+    "trunk": ["RECIPE", "--run-dir=runs/trunk", "--address=", "--with-root/--no-with-root=False"],
+    "root": ["RECIPE", "--run-dir=runs/root", "--address="],
+    "silo": ["RECIPE", "NAME", "--run-dir=runs/silo", "--trunk=", "--root="],
+    "certificates": ["RECIPE"],
+    "generate": ["RUN_DIR", "PROMPT", "--silo=", "--max-new-tokens=64", "--chat/--no-chat=False"],
+    "export": ["RUN_DIR", "OUT"],
+    "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False"],
+}
+EXPORTED = {"IsthmusError", "Recipe", "__version__", "join"}
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+def _written(parameter: Any) -> str:
+    """A parameter as in ``COMMANDS``: an argument in capitals (``?`` if it may be left out), an option with default."""
+    if parameter.param_type_name == "argument":
+        return f"{parameter.name.upper()}{'' if parameter.required else '?'}"
+    default = "" if parameter.default is None else parameter.default
+    return f"{'/'.join([*parameter.opts, *parameter.secondary_opts])}={default}"
+
+
+def test_commands_and_their_parameters() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert {name: [_written(one) for one in command.params] for name, command in commands.items()} == COMMANDS
+    for name, command in commands.items():
+        assert command.help, name
+        assert all(one.help for one in command.params), name
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    shown = call(capsys, monkeypatch, "--help")
+    shown.succeeded()
+    assert all(f" {name} " in shown.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_names_its_parameters(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    shown = call(capsys, monkeypatch, name, "--help")
+    shown.succeeded()
+    for parameter in COMMANDS[name]:
+        assert parameter.partition("=")[0].split("/")[0].rstrip("?").lower() in shown.out.lower()
+
+
+def test_exported_names() -> None:
+    assert set(isthmus.__all__) == EXPORTED
+    assert all(getattr(isthmus, name) is not None for name in EXPORTED)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = isthmus.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipe_parses(path: Path) -> None:
+    recipe = Recipe.read(path)
+    assert Recipe.read(path).toml() == recipe.toml()
+
+
+def test_there_are_shipped_recipes() -> None:
+    assert RECIPES
+
+
+def test_the_command_is_installed() -> None:
+    assert (Path(sys.executable).parent / "isthmus").exists()

@@ -1,0 +1,198 @@
+"""A whole federation by ``isthmus run``: what it leaves, what its model answers, and every way it can be cut off."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tests.conftest import uncut
+from tests.integration.processes import (
+    Command,
+    Commands,
+    SmallDisk,
+    alive,
+    assert_no_traceback,
+    assert_same,
+    call,
+    processes_of,
+    rows_of,
+    states,
+    steps_of,
+    until,
+    until_step,
+    write_federation,
+    write_recipe,
+)
+from transformers import AutoTokenizer
+
+from isthmus.recipe import Recipe
+from isthmus.report.record import RunDirectory, read_journal
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
+ROUNDS, STEPS = 5, 40
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Iterator[Commands]:
+    started = Commands(tmp_path)
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_federation(tmp_path_factory.mktemp("federation"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path) -> tuple[Path, str]:
+    """A run that nothing happened to, and what it printed: what every resumed run must equal."""
+    run = recipe.parent / "undisturbed"
+    command = Command(recipe.parent, "run", recipe, "--run-dir", run)
+    try:
+        ended = command.wait()
+    finally:
+        command.end()
+    ended.succeeded()
+    return run, ended.out
+
+
+def test_run_directory_holds_what_the_run_did(undisturbed: tuple[Path, str], recipe: Path) -> None:
+    run, printed = undisturbed
+    assert Recipe.read(run / "recipe.toml").train == Recipe.read(recipe).train
+    for silo in ("north", "south"):
+        assert steps_of(run, silo) == [(r, s) for r in range(1, ROUNDS + 1) for s in range(1, STEPS + 1)]
+        paths = [line["path"] for line in read_journal(run / "silos" / silo / "ledger.jsonl")]
+        assert paths.count("update") == ROUNDS
+        assert paths.count("gradient") == ROUNDS * STEPS
+        assert RunDirectory.open(run).role(silo).rounds() == set(range(1, ROUNDS + 1))
+    measured = [line for line in read_journal(run / "silos/north/metrics.jsonl") if line["event"] == "evaluation"]
+    assert [line["round"] for line in measured] == list(range(ROUNDS + 1))
+    assert measured[-1]["loss"] < measured[0]["loss"]
+    assert [line["round"] for line in read_journal(run / "root/metrics.jsonl")] == list(range(1, ROUNDS + 1))
+    assert all(line["silos"] == ["north", "south"] for line in read_journal(run / "trunk/metrics.jsonl"))
+    assert {log.name for log in (run / "logs").iterdir()} == {"trunk.log", "north.log", "south.log"}
+    assert f"run directory: {run}" in printed.splitlines()
+    assert f"{ROUNDS * STEPS}/{ROUNDS * STEPS}" in printed
+    assert_no_traceback(run)
+    assert not processes_of(run)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, of transformers
+def test_exported_adapter_on_the_uncut_model_answers_as_the_split_model(
+    undisturbed: tuple[Path, str],
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, _ = undisturbed
+    prompt = rows_of("north")[0]["text"]
+    exported = call(capsys, monkeypatch, "export", run, tmp_path / "adapter")
+    exported.succeeded()
+    assert f"adapter after {ROUNDS} rounds" in exported.out
+    generated = call(capsys, monkeypatch, "generate", run, prompt, "--max-new-tokens", 8)
+    generated.succeeded()
+    base = recipe.parent / "model"
+    whole = PeftModel.from_pretrained(uncut(base), tmp_path / "adapter").eval()
+    assert generated.out.strip() == _greedy(whole, base, prompt)
+    assert generated.out.strip() != _greedy(uncut(base), base, prompt)
+
+
+def test_run_cut_off_in_every_way_resumes_to_the_same_adapters(
+    undisturbed: tuple[Path, str], recipe: Path, commands: Commands, tmp_path: Path
+) -> None:
+    with SmallDisk(tmp_path / "disk", megabytes=4) as disk:
+        run = disk.folder / "run"
+
+        cut_off = commands.start("run", recipe, "--run-dir", run)
+        until_step(run, 1, 5, cut_off)
+        cut_off.role("trunk").kill()
+        cut_off.wait().failed("the trunk was killed by SIGKILL", "isthmus run --resume")
+        _assert_left(run, completed=0)
+
+        cut_off = commands.start("run", "--resume", run)
+        until_step(run, 2, 5, cut_off)
+        cut_off.role("south").kill()
+        cut_off.wait().failed("silo south was killed by SIGKILL", "isthmus run --resume")
+        _assert_left(run, completed=1)
+
+        cut_off = commands.start("run", "--resume", run)
+        until_step(run, 3, 5, cut_off)
+        orphans = cut_off.process.children()
+        assert len(orphans) == 3
+        cut_off.process.kill()
+        cut_off.wait()
+        assert RunDirectory.open(run).role("root").last_round() == 2
+
+        cut_off = commands.start("run", "--resume", run)  # at once: it has to wait for the orphans to end
+        until_step(run, 4, 5, cut_off)
+        assert not any(alive(orphan) for orphan in orphans)
+        disk.fill(cut_off.process.children())
+        cut_off.wait().failed("no room on the disk for", "remedy: free some space")
+        disk.free()
+        _assert_left(run, completed=3)
+
+        cut_off = commands.start("run", "--resume", run)
+        until_step(run, 5, 5, cut_off)
+        cut_off.process.send_signal(signal.SIGINT)
+        stopped = cut_off.wait()
+        assert stopped.code == 130
+        assert f"stopped; continue with 'isthmus run --resume {run}'" in stopped.err
+        assert "Traceback" not in stopped.out + stopped.err
+        _assert_left(run, completed=4)
+
+        commands.run("run", "--resume", run).succeeded()
+        assert_same(states(run, ROUNDS), states(undisturbed[0], ROUNDS))
+        assert_no_traceback(run)
+        steps = steps_of(run, "south")  # the round under way was repeated, never one that had ended
+        assert all(later[0] - earlier[0] in (0, 1) for earlier, later in itertools.pairwise(steps))
+        assert steps[-STEPS:] == [(ROUNDS, step) for step in range(1, STEPS + 1)]
+
+
+def test_a_lost_silo_is_named_and_the_others_go_on(recipe: Path, commands: Commands, tmp_path: Path) -> None:
+    patient = write_recipe(
+        recipe.parent / "minimum.toml",
+        root={"minimum": 1, "patience": 8.0},
+        trunk={"patience": 2.0},
+        train={"rounds": 6, "evaluate": False},
+    )
+    run = tmp_path / "run"
+    command = commands.start("run", patient, "--run-dir", run)
+    until(lambda: steps_of(run, "south") and steps_of(run, "north"), "both silos' first steps", command=command)
+    lost_in, _ = steps_of(run, "south")[-1]
+    command.role("south").kill()
+    ended = command.wait()
+    ended.succeeded()
+    assert "silo south was killed by SIGKILL; going on with 1 of 2 silos" in ended.out.splitlines()
+    rounds = read_journal(run / "root/metrics.jsonl")
+    assert [line["round"] for line in rounds] == list(range(1, 7))
+    assert [list(line["weights"]) for line in rounds[lost_in:]] == [["north"]] * (6 - lost_in)
+    assert steps_of(run, "north")[-1] == (6, STEPS)
+
+
+def test_a_second_run_in_the_same_directory_is_refused(
+    undisturbed: tuple[Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = undisturbed
+    monkeypatch.setattr("isthmus.report.record.LOCK_SECONDS", 0.1)
+    with RunDirectory.open(run).locked():
+        call(capsys, monkeypatch, "run", "--resume", run).failed("another run is under way in")
+
+
+def _assert_left(run: Path, *, completed: int) -> None:
+    """Nothing runs any more, and the root has what was there before the round that was cut off."""
+    assert not processes_of(run)
+    assert RunDirectory.open(run).role("root").last_round() == completed
+
+
+def _greedy(model: torch.nn.Module, folder: Path, prompt: str) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

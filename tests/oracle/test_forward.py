@@ -1,0 +1,47 @@
+"""Every family, every cut: the split model's logits, loss and adapter gradients are the uncut model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.oracle.conftest import BuildTwins
+from tests.oracle.twins import CUTS, FAMILIES, Twins, assert_same, distance, lora_of, ragged
+
+CASES = [(family, cut) for family in FAMILIES for cut in CUTS]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[f"{family}-{a}-{c}" for family, (a, c) in CASES])
+def twins(request: pytest.FixtureRequest, build: BuildTwins) -> Iterator[Twins]:
+    twins = build(*request.param, ends_train_a=True)
+    yield twins
+    twins.close()
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_logits_equal_the_uncut_models(twins: Twins, side: str, use_cache: bool) -> None:
+    batch = ragged(side)
+    split, whole = (model(**batch, use_cache=use_cache) for model in twins.both)
+    real = batch["attention_mask"].bool()
+    assert split.logits.shape == whole.logits.shape
+    assert (split.logits - whole.logits)[real].abs().max() <= 1e-6
+    assert abs(split.loss - whole.loss) <= 1e-6
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_and_every_adapter_gradient_equal_the_uncut_models(twins: Twins, side: str) -> None:
+    twins.service._training.forget("a")
+    losses = []
+    for model in twins.both:
+        model.zero_grad()
+        loss = model(**ragged(side)).loss
+        loss.backward()
+        losses.append(loss.detach())
+    expected = {name: parameter.grad for name, parameter in lora_of(twins.whole).items()}
+    assert distance(*losses) <= 1e-5
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    assert_same(twins.split_gradients(), expected, 1e-5)
