@@ -88,7 +88,7 @@ def make_recipe(model: Path, /, **sections: Any) -> Recipe:
     silos = sections.pop("silos", ("a",))
     values: dict[str, Any] = {
         "model": {"path": str(model), "bottom": 1, "top": 1},
-        "boundary": {"forward": {"noise": 0.0}},
+        "boundary": {path: {"noise": 0.0} for path in ("forward", "gradient", "update")},
         "train": {"evaluate": False},
         "silo": [{"name": name, "train": f"{name}.jsonl"} for name in silos],
     }

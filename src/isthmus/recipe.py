@@ -77,8 +77,11 @@ class BoundarySection(Section):
 
     codec: Literal["fp32", "bf16", "fp16"] = "fp32"
     forward: ReleaseSection = ReleaseSection(noise=0.025)
-    gradient: ReleaseSection = ReleaseSection()
-    update: ReleaseSection = ReleaseSection()
+    """Hidden states, in training and inference alike."""
+    gradient: ReleaseSection = ReleaseSection(noise=1e-5)
+    """The loss gradient on its way into the trunk."""
+    update: ReleaseSection = ReleaseSection(noise=1e-4)
+    """What bottom and top learned in a round."""
 
 
 class TrunkSection(Section):

@@ -22,10 +22,10 @@ import psutil
 import pytest
 import tomli_w
 import torch
-from tests.conftest import VOCABULARY, save_tiny_model, write_rows
 
 from isthmus.cli.main import main
 from isthmus.report.record import RunDirectory, read_journal
+from tests.conftest import VOCABULARY, save_tiny_model, write_rows
 
 PATIENCE = 150.0
 """Seconds after which something is taken to hang."""
@@ -52,8 +52,10 @@ learning_rate = 1e-2
 prompt = "{text}"
 answer = "{label}"
 
-[boundary.forward]
-noise = 0.0
+[boundary]
+forward.noise = 0.0
+gradient.noise = 0.0
+update.noise = 0.0
 
 [[silo]]
 name = "north"

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import typer
-from tests.integration.processes import call
 
 import isthmus
 from isthmus.cli.main import app
 from isthmus.recipe import Recipe
+from tests.integration.processes import call
 
 COMMANDS = {
     "run": ["RECIPE?", "--run-dir=runs/latest", "--resume="],

@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from isthmus.engines.local import at_address
+from isthmus.engines.roles import start_server
+from isthmus.recipe import Recipe
+from isthmus.report.record import RunDirectory
+from isthmus.wire.identity import Authority, save
 from tests.conftest import save_tiny_model
 from tests.integration.processes import (
     Commands,
@@ -20,12 +26,6 @@ from tests.integration.processes import (
     write_federation,
     write_recipe,
 )
-
-from isthmus.engines.local import at_address
-from isthmus.engines.roles import start_server
-from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory
-from isthmus.wire.identity import Authority, save
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
 Call = Callable[..., Ended]

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoTokenizer
+
+from isthmus.recipe import Recipe
+from isthmus.report.record import RunDirectory, read_journal
 from tests.conftest import uncut
 from tests.integration.processes import (
     Command,
@@ -28,10 +32,6 @@ from tests.integration.processes import (
     write_federation,
     write_recipe,
 )
-from transformers import AutoTokenizer
-
-from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory, read_journal
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
 ROUNDS, STEPS = 5, 40

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import make_recipe, targets_of
+from tests.conftest import make_recipe, save_tiny_model, targets_of
 from tests.oracle.twins import Twins, make_twins, save_vivid_model
 
 Models = Callable[..., Path]
@@ -20,10 +20,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The folder of a tiny model of a family, written once: ``models("llama", tie_word_embeddings=True)``."""
     folders: dict[str, Path] = {}
 
-    def folder_of(family: str, **config: Any) -> Path:
-        key = f"{family} {config}"
+    def folder_of(family: str, *, vivid: bool = True, **config: Any) -> Path:
+        key = f"{family} {vivid} {config}"
         if key not in folders:
-            folders[key] = save_vivid_model(family, tmp_path_factory.mktemp(family), **config)
+            save = save_vivid_model if vivid else save_tiny_model
+            folders[key] = save(family, tmp_path_factory.mktemp(family), **config)
         return folders[key]
 
     return folder_of
@@ -31,11 +32,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="session")
 def build(models: Models, tmp_path_factory: pytest.TempPathFactory) -> BuildTwins:
-    """Twins of a family at a cut: ``build("llama", (1, 2))``; ``sections`` go into the recipe. The caller closes them."""
+    """Twins of a family at a cut: ``build("llama", (1, 2))``, with ``sections`` in the recipe; the caller closes."""
 
-    def twins(family: str, cut: tuple[int, int], *, sections: dict[str, Any] | None = None, **how: Any) -> Twins:
+    def twins(
+        family: str,
+        cut: tuple[int, int],
+        *,
+        sections: dict[str, Any] | None = None,
+        vivid: bool = True,
+        **how: Any,
+    ) -> Twins:
         settings = {"lora": {"targets": targets_of(family)}, "model": {"bottom": cut[0], "top": cut[1]}}
-        recipe = make_recipe(models(family), **settings, **(sections or {}))
+        recipe = make_recipe(models(family, vivid=vivid), **settings, **(sections or {}))
         return make_twins(recipe, tmp_path_factory.mktemp("trunk"), **how)
 
     return twins

@@ -48,9 +48,7 @@ def whole_answer(build: BuildTwins) -> Answers:
 
 
 @pytest.mark.parametrize(("family", "cut"), GREEDY)
-def test_greedy_tokens(
-    family: str, cut: tuple[int, int], twins_of: BuildTwins, whole_answer: Answers
-) -> None:
+def test_greedy_tokens(family: str, cut: tuple[int, int], twins_of: BuildTwins, whole_answer: Answers) -> None:
     twins = twins_of(family, cut)
     tokens = generate(twins.split, prompts(), LENGTH, do_sample=False)
     assert tokens.shape == (3, 40 + LENGTH)

@@ -64,11 +64,6 @@ def load_adapter(part: Part, tensors: Mapping[str, torch.Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
-def split_by_part(tensors: Mapping[str, torch.Tensor], parts: Iterable[Part]) -> list[Tensors]:
-    """These tensors sorted into the parts they belong to."""
-    return [{name: tensors[name] for name, _ in _lora_parameters(part) if name in tensors} for part in parts]
-
-
 def shared_shapes(parts: Iterable[Part]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what silos and root exchange each round: the trainable tensors of the ends."""
     return {name: tuple(parameter.shape) for part in parts for name, parameter in trainable(part).items()}

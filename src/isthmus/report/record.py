@@ -162,15 +162,15 @@ class Journal:
         self._path = path
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)  # nothing is held back that a later close could fail on
+            path.touch()
             _drop_half_line(path)
 
     def append(self, values: dict[str, Any]) -> None:
         """Write one line, at once."""
         line = memoryview((json.dumps(values) + "\n").encode())
-        with disk_errors(self._path):
+        with disk_errors(self._path), self._path.open("ab", buffering=0) as file:
             while line:
-                line = line[self._file.write(line) :]
+                line = line[file.write(line) :]
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -184,6 +184,8 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 def _drop_half_line(path: Path) -> None:
     with path.open("rb+") as file:
         size = file.seek(0, os.SEEK_END)
+        if not size:  # new, or a device, which may be endless to read
+            return
         start = max(0, size - LONGEST_LINE)
         file.seek(start)
         tail = file.read()

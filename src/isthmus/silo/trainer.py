@@ -107,4 +107,3 @@ def _loss(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]]) ->
         total += float(model(**batch.inputs(), use_cache=False).loss) * batch.supervised
         weight += batch.supervised
     return {"loss": total / weight, "perplexity": math.exp(min(total / weight, 50.0))}
-

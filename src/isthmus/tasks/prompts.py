@@ -26,8 +26,8 @@ def read_examples(path: Path, task: TaskSection) -> list[Example]:
         DataError: the file is missing, empty, not JSONL, or a row lacks text the templates name.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().split(b"\n")  # str.splitlines would also split at U+2028, which JSON strings may hold
+    except OSError as error:
         raise DataError(f"cannot read the data file {path}", remedy="check the path in the recipe") from error
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
@@ -35,9 +35,11 @@ def read_examples(path: Path, task: TaskSection) -> list[Example]:
     return [_example(f"{path}:{number}", line, task) for number, line in rows]
 
 
-def _example(place: str, line: str, task: TaskSection) -> Example:
+def _example(place: str, line: bytes, task: TaskSection) -> Example:
     try:
-        row: Any = json.loads(line)
+        row: Any = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place} is not UTF-8: {error.reason}", remedy="save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{place} is not JSON: {error.msg}", remedy="write one JSON object a line") from error
     if not isinstance(row, dict):
@@ -51,11 +53,12 @@ def _example(place: str, line: str, task: TaskSection) -> Example:
 def _filled(template: str, row: dict[str, Any], place: str) -> str:
     try:
         text = template.format_map(row)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{place} does not fill the template {template!r}: {error}", remedy="correct the row or the template"
         ) from error
-    empty = [name for name, value in row.items() if f"{{{name}}}" in template and not str(value or "").strip()]
+    named = {name: value for name, value in row.items() if f"{{{name}}}" in template}
+    empty = [name for name, value in named.items() if value in (None, [], {}) or not str(value).strip()]
     if empty:
         raise DataError(f"{place} has no text in {empty[0]!r}", remedy="fill the field or drop the row")
     return text

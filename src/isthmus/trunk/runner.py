@@ -25,7 +25,7 @@ class Runner:
 
     def whole(self, h_TD: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """Sequences from their first token on. Padded on the right, causal attention needs no mask at all."""
-        self._check_context(lengths)
+        self.check_context(lengths)
         packing = Packing.of_lengths(lengths, self.device, pad_left=False)
         h_BLD = packing.unpack(h_TD.to(self.device, self.dtype))
         return packing.pack(self.part.hidden(inputs_embeds=h_BLD, use_cache=False))
@@ -43,7 +43,7 @@ class Runner:
             The result ``[T, D]``, and ``real_BP`` with the new positions.
         """
         past_B1 = real_BP.sum(dim=1, keepdim=True)
-        self._check_context((past_B1[:, 0] + torch.tensor(lengths, device=self.device)).tolist())
+        self.check_context((past_B1[:, 0] + torch.tensor(lengths, device=self.device)).tolist())
         packing = Packing.of_lengths(lengths, self.device, pad_left=True)
         real = torch.cat([real_BP, packing.real_BL], dim=1)
         h_BLD = self.part.hidden(
@@ -55,7 +55,8 @@ class Runner:
         )
         return packing.pack(h_BLD), real
 
-    def _check_context(self, lengths: list[int]) -> None:
+    def check_context(self, lengths: list[int]) -> None:
+        """Raise ``FrameError`` if one of these sequences is longer than the model's context."""
         if max(lengths) > self.context:
             raise FrameError(
                 f"a sequence of {max(lengths)} tokens, the model's context is {self.context}",

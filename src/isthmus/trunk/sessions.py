@@ -101,6 +101,8 @@ class Sessions:
         rows = list(request.rows) or list(range(session.real_BP.shape[0]))
         if max(rows) >= session.real_BP.shape[0] or len(rows) != len(request.lengths):
             raise FrameError(f"rows {rows[:8]} of {session.real_BP.shape[0]}", remedy="keep rows that are there")
+        past_B = session.real_BP[rows, :kept].sum(dim=1).tolist()
+        self._runner.check_context([past + new for past, new in zip(past_B, request.lengths, strict=True)])
         session.cache.crop(-request.forget)
         session.real_BP = session.real_BP[:, :kept]
         if request.rows:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from isthmus.errors import OutOfOrderError, ProtocolError, RunError, UnknownStepError
+from isthmus.errors import FrameError, OutOfOrderError, ProtocolError, RunError, UnknownStepError
 from isthmus.model import adapters
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import TrainSection
@@ -96,6 +96,7 @@ class Training:
 
         Raises:
             UnknownStepError: no such step is open.
+            FrameError: the gradient is so large that the parameters' overflow; the step stays open.
         """
         silo = self._silos.get(peer, SiloState())
         opened = self.open_step(peer, step)
@@ -103,9 +104,14 @@ class Training:
             opened = self._run(opened.input_TD.detach(), opened.lengths)
         inputs = [opened.input_TD, *self._parameters] if reply else self._parameters
         found = torch.autograd.grad(opened.output_TD, inputs, gradient_TD.to(opened.output_TD))
-        del silo.open[step]
         gradients = list(found[1:] if reply else found)
-        silo.gradients = gradients if silo.gradients is None else list(torch._foreach_add(silo.gradients, gradients))
+        if silo.gradients is not None:
+            gradients = list(torch._foreach_add(silo.gradients, gradients))
+        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+            silo.open[step] = self._run(opened.input_TD.detach(), opened.lengths)
+            raise FrameError(f"the gradients of step {step} overflow", remedy="lower the learning rate")
+        del silo.open[step]
+        silo.gradients = gradients
         return found[0] if reply else None
 
     def open_step(self, peer: str, step: int) -> OpenStep:

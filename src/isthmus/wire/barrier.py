@@ -27,6 +27,7 @@ class Barrier(Generic[T]):
         self._expected: set[str] = set()
         self._arrived: dict[str, T] = {}
         self._group = 0
+        self._clock: threading.Timer | None = None
 
     def expect(self, peers: Iterable[str]) -> None:
         """From now on exactly these are waited for."""
@@ -49,14 +50,15 @@ class Barrier(Generic[T]):
         """A peer's item; one that comes again before the barrier fires takes the place of the first."""
         with self._lock:
             self._expected.add(peer)
-            first = not self._arrived
+            if not self._arrived:
+                self._start_clock(self._group)
             self._arrived[peer] = item
-            group = self._group
-        if first:
-            timer = threading.Timer(self._patience, lambda: self._fire_if(lambda: self._group == group))
-            timer.daemon = True
-            timer.start()
         self._fire_if(lambda: self._complete())
+
+    def _start_clock(self, group: int) -> None:
+        self._clock = threading.Timer(self._patience, lambda: self._fire_if(lambda: self._group == group))
+        self._clock.daemon = True
+        self._clock.start()
 
     def _complete(self) -> bool:
         return self._expected <= self._arrived.keys()
@@ -65,6 +67,8 @@ class Barrier(Generic[T]):
         with self._lock:
             if not self._arrived or not due():
                 return
+            if self._clock is not None:
+                self._clock.cancel()
             arrived, self._arrived = self._arrived, {}
             self._expected &= arrived.keys()
             self._group += 1
