@@ -30,14 +30,16 @@ def add_adapter(part: Part, lora: LoraSection, seed: int, *, freeze_a: bool) -> 
         freeze_a: train B only, so that averages of adapters are exact.
 
     Raises:
-        ModelError: no linear layer has one of the target names.
+        ModelError: a target name is no layer's, or not a linear layer's.
     """
+    if absent := _absent(part, lora.targets):
+        raise ModelError(f"the {part.name} has no layers named {', '.join(absent)}", remedy="correct lora.targets")
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0)
     try:
         inject_adapter_in_model(config, part.model)
     except ValueError as error:
         raise ModelError(
-            f"the {part.name} has no layers named {', '.join(lora.targets)}", remedy="correct lora.targets"
+            f"no adapter fits the layers {', '.join(lora.targets)} of the {part.name}", remedy="correct lora.targets"
         ) from error
     for name, parameter in _lora_parameters(part):
         if "lora_A" in name:
@@ -96,6 +98,13 @@ def initial_tensors(config: PreTrainedConfig, lora: LoraSection, cut: Cut, seed:
             is_a = "lora_A" in whole
             tensors[whole] = _initial(parameter.shape, seed, whole) if is_a else torch.zeros(parameter.shape)
     return tensors
+
+
+def _absent(part: Part, targets: Iterable[str]) -> list[str]:
+    """Those of the names that no layer of the part has; peft complains only if all are. An end's own may be absent."""
+    names = [f".{name}" for name, _ in part.model.named_modules()]
+    elsewhere = {part.family.head, part.family.embedding}
+    return [one for one in targets if one not in elsewhere and not any(name.endswith(f".{one}") for name in names)]
 
 
 def _lora_parameters(part: Part) -> list[tuple[str, nn.Parameter]]:

@@ -50,7 +50,7 @@ class Checkpoint:
             single = self.folder / "model.safetensors"
             with safe_open(single, "pt") as tensors:
                 return dict.fromkeys(tensors.keys(), single)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ModelError(f"no readable weights in {self.folder}: {error}", remedy=_REMEDY) from error
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
@@ -89,6 +89,7 @@ class Checkpoint:
         try:
             if file not in opened:
                 opened[file] = stack.enter_context(safe_open(file, "pt"))
+            opened[file].get_slice(name)  # fails here if the file lacks what the index promises
             return opened[file]
         except (OSError, SafetensorError) as error:
             raise ModelError(f"cannot read {file}: {error}", remedy=_REMEDY) from error

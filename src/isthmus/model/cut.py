@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from isthmus.errors import CutError
+from isthmus.errors import CutError, ModelError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.families import Family, family_of
 
@@ -96,6 +96,7 @@ def load_part(
     _materialize_buffers(part.model)
     tensors = checkpoint.read(sorted(set(sources.values())))
     for own, source in sources.items():
+        _check_shape(part, own, tensors[source], f"{source} in {checkpoint.folder}")
         _assign(part.model, own, tensors[source].to(dtype, copy=True))
     part.requires_grad_(False)
     return part.eval()
@@ -131,6 +132,15 @@ def _source(part: Part, own: str, checkpoint: Checkpoint) -> str:
     if whole == f"{part.family.head}.weight" and checkpoint.config.tie_word_embeddings:
         return _embedding_name(part.family)
     return whole
+
+
+def _check_shape(part: Part, own: str, tensor: torch.Tensor, place: str) -> None:
+    due = tuple(part.model.get_parameter(own).shape)
+    if tuple(tensor.shape) != due:
+        raise ModelError(
+            f"{place} has shape {tuple(tensor.shape)}, by config.json it is {due}",
+            remedy="give model.path a folder whose config.json belongs to its weights",
+        )
 
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:

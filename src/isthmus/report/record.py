@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
+import pickle
 import re
 import time
 from collections.abc import Iterator
@@ -127,8 +129,10 @@ class RoleDirectory:
         """Keep the state after this round, whole or not at all; older rounds stay."""
         import torch
 
+        content = io.BytesIO()  # torch's own writer hides that the disk is full behind errors of many kinds
+        torch.save(state, content)
         with writing(self._rounds / f"round-{number:04d}.pt") as temporary:
-            torch.save(state, temporary)
+            temporary.write_bytes(content.getbuffer())
 
     def load_round(self, number: int) -> dict[str, Any]:
         """The state after this round.
@@ -142,7 +146,7 @@ class RoleDirectory:
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
             return state
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise RunError(f"no state of round {number} in {self.path}", remedy="start a new run") from error
 
     def last_round(self) -> int:
@@ -223,10 +227,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise RunError(
             f"cannot write {path}: {error.strerror}", remedy="name a place this user may write to"
         ) from error
-    except RuntimeError as error:  # torch.save wraps the system's error in its own
-        if "PytorchStreamWriter" not in str(error):
-            raise
-        raise _full(path) from error
 
 
 def _full(path: Path) -> DiskFullError:

@@ -1,0 +1,259 @@
+"""The recipe: what is read, and what is refused with key, reason and remedy."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from isthmus.errors import RecipeError
+from isthmus.recipe import Recipe
+
+SHIPPED = Path(__file__).parents[2] / "recipes" / "federation.toml"
+LEAST: dict[str, Any] = {
+    "model": {"path": "org/name"},
+    "train": {"evaluate": False},
+    "silo": [{"name": "a", "train": "a.jsonl"}, {"name": "b", "train": "b.jsonl"}],
+}
+Change = Callable[[dict[str, Any]], object]
+
+
+def values_with(key: str, value: object) -> dict[str, Any]:
+    """The least recipe with one key changed, named like ``silo.0.train``."""
+    values = copy.deepcopy(LEAST)
+    *path, last = key.split(".")
+    section: Any = values
+    for part in path:
+        section = section[int(part)] if isinstance(section, list) else section.setdefault(part, {})
+    section[last] = value
+    return values
+
+
+def refused(values: dict[str, Any]) -> RecipeError:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.of(values)
+    assert caught.value.remedy
+    return caught.value
+
+
+def test_the_shipped_recipe_holds_the_defaults() -> None:
+    recipe = Recipe.read(SHIPPED)
+    least = Recipe.of({**LEAST, "model": {"path": recipe.model.path}})
+    assert [silo.name for silo in recipe.silo] == ["north", "south"]
+    for name in ("seed", "threads", "model", "lora", "boundary", "trunk", "root", "federation"):
+        assert getattr(recipe, name) == getattr(least, name), name
+    assert recipe.train == least.train.model_copy(update={"evaluate": True})
+    assert recipe.wire.model_copy(update={"certificates": "certificates"}) == least.wire
+    assert recipe.minimum == 2
+
+
+def test_the_shipped_recipe_names_every_key() -> None:
+    def keys(model: Any, values: dict[str, Any]) -> set[str]:
+        missing = set(model.model_fields) - set(values)
+        return missing | {
+            f"{key}.{one}"
+            for key, value in values.items()
+            if isinstance(value, dict)
+            for one in keys(model.model_fields[key].annotation, value)
+        }
+
+    assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == {"threads", "root.minimum"}
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("sede", "seed"),
+        ("trian", "train"),
+        ("model.botom", "bottom"),
+        ("lora.alhpa", "alpha"),
+        ("train.learning_rat", "learning_rate"),
+        ("task.choice", "choices"),
+        ("boundary.forwards", "forward"),
+        ("boundary.gradient.nois", "noise"),
+        ("wire.certificate", "certificates"),
+        ("trunk.leese", "lease"),
+        ("root.minimun", "minimum"),
+        ("federation.laro", "lora"),
+        ("silo.1.heldout", "held_out"),
+        ("silo.0.qqq", ""),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known(key: str, near: str) -> None:
+    error = refused(values_with(key, 1))
+    assert error.message == f"unknown key {key!r}"
+    assert error.remedy.startswith(f"did you mean {near!r}?" if near else "did you mean")
+    assert "known: " in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", "0"),
+        ("seed", True),
+        ("seed", 1.0),
+        ("threads", 0),
+        ("model", "folder"),
+        ("model.path", 3),
+        ("model.bottom", "2"),
+        ("model.bottom", 0),
+        ("model.top", -1),
+        ("model.top", 2.5),
+        ("model.dtype", "float8"),
+        ("lora.rank", True),
+        ("lora.rank", 0),
+        ("lora.alpha", 0.0),
+        ("lora.alpha", math.nan),
+        ("lora.alpha", "16"),
+        ("lora.targets", []),
+        ("lora.targets", "q_proj"),
+        ("train.rounds", 0),
+        ("train.steps", -3),
+        ("train.batch", math.inf),
+        ("train.optimizer", "adam"),
+        ("train.learning_rate", 0),
+        ("train.learning_rate", math.inf),
+        ("train.learning_rate", True),
+        ("train.evaluate", 1),
+        ("train.max_tokens", 0),
+        ("task.choices", "yes"),
+        ("boundary.codec", "int8"),
+        ("boundary.forward.noise", -0.1),
+        ("boundary.forward.noise", math.nan),
+        ("boundary.gradient.clip", "1"),
+        ("boundary.update.clip", math.inf),
+        ("wire.deadline", 0.0),
+        ("wire.max_frame_bytes", 0),
+        ("trunk.lease", -1.0),
+        ("trunk.sessions", 0),
+        ("root.minimum", 0),
+        ("federation.lora", "average"),
+        ("silo", []),
+        ("silo", {"name": "a"}),
+        ("silo.0.name", ""),
+        ("silo.0.train", None),
+    ],
+)
+def test_a_wrong_value_names_its_key(key: str, value: object) -> None:
+    error = refused(values_with(key, value))
+    assert error.message.startswith(f"{key} = ")
+    assert error.remedy == f"correct the value of {key}"
+
+
+@pytest.mark.parametrize(
+    ("drop", "key"),
+    [
+        (lambda values: values.pop("model"), "model"),
+        (lambda values: values["model"].pop("path"), "model.path"),
+        (lambda values: values.pop("silo"), "silo"),
+        (lambda values: values["silo"][1].pop("name"), "silo.1.name"),
+        (lambda values: values["silo"][0].pop("train"), "silo.0.train"),
+    ],
+)
+def test_a_missing_key_is_named(drop: Change, key: str) -> None:
+    values = copy.deepcopy(LEAST)
+    drop(values)
+    error = refused(values)
+    assert error.message == f"the key {key!r} is missing"
+    assert error.remedy == f"add {key} to the recipe"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint", "remedy"),
+    [
+        ("silo.1.name", "a", "silo: the name 'a' is given twice", "rename one"),
+        ("silo.1.name", "trunk", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
+        ("silo.0.name", "root", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
+        ("silo.0.name", "ca", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
+        ("root.minimum", 3, "root.minimum: 3 silos needed but 2 listed", "lower it"),
+        ("train.evaluate", True, "train.evaluate: no silo has held_out rows", "set evaluate = false"),
+    ],
+)
+def test_what_cannot_be_is_refused(key: str, value: object, complaint: str, remedy: str) -> None:
+    error = refused(values_with(key, value))
+    assert complaint in error.message
+    assert remedy in error.remedy
+
+
+@pytest.mark.parametrize("name", ["A", "-a", "_a", "a b", "a/b", "../a", "a.b", "ä", "a\n", "a" * 64])
+def test_a_name_that_could_not_be_a_folder_or_a_certificate(name: str) -> None:
+    assert refused(values_with("silo.0.name", name)).message.startswith("silo.0.name = ")
+
+
+@pytest.mark.parametrize("name", ["x", "0", "north-1", "a_b", "a" * 63])
+def test_a_good_name(name: str) -> None:
+    assert Recipe.of(values_with("silo.0.name", name)).silo[0].name == name
+
+
+def test_a_whole_number_may_stand_for_a_fraction() -> None:
+    assert Recipe.of(values_with("lora.alpha", 16)).lora.alpha == 16.0
+
+
+@pytest.mark.parametrize("content", [b"seed = ", b"[model\n", b"seed = 1\nseed = 2", b'x = "caf\xe9"', b"\xff\xfe"])
+def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "r.toml").write_bytes(content)
+    with pytest.raises(RecipeError, match=r"r\.toml is not TOML") as caught:
+        Recipe.read(tmp_path / "r.toml")
+    assert caught.value.remedy == "mend the line it names"
+
+
+@pytest.mark.parametrize("name", ["absent.toml", "."])
+def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match="cannot read the recipe") as caught:
+        Recipe.read(tmp_path / name)
+    assert str(tmp_path) in caught.value.message
+    assert caught.value.remedy == "check the path"
+
+
+def test_toml_round_trip(tmp_path: Path) -> None:
+    recipe = Recipe.read(SHIPPED)
+    path = tmp_path / "again.toml"
+    for one in (recipe, recipe.model_copy(update={"threads": 3}), Recipe.of(LEAST).anchored(tmp_path)):
+        path.write_text(one.toml(), encoding="utf-8")
+        assert Recipe.read(path) == one
+
+
+def test_a_recipe_is_frozen() -> None:
+    recipe = Recipe.of(LEAST)
+    with pytest.raises(ValidationError):
+        recipe.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        recipe.boundary.forward.noise = 1.0  # type: ignore[misc]
+    assert isinstance(recipe.silo, tuple)
+    assert isinstance(recipe.lora.targets, tuple)
+
+
+def test_paths_are_anchored_at_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep").mkdir()
+    values = values_with("silo.0.held_out", "/data/h.jsonl")
+    (tmp_path / "deep" / "r.toml").write_text(Recipe.of(values).toml())
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.read(Path("deep/r.toml"))
+    folder = str(tmp_path / "deep")
+    assert recipe.wire.certificates == f"{folder}/certificates"
+    assert [silo.train for silo in recipe.silo] == [f"{folder}/a.jsonl", f"{folder}/b.jsonl"]
+    assert [silo.held_out for silo in recipe.silo] == ["/data/h.jsonl", None]
+
+
+@pytest.mark.parametrize(
+    ("path", "anchored"),
+    [("org/name", "org/name"), ("./x", "{}/x"), ("/models/x", "/models/x"), ("here", "{}/here"), ("~/x", "{home}/x")],
+)
+def test_a_model_path_is_a_folder_or_a_hub_id(tmp_path: Path, path: str, anchored: str) -> None:
+    (tmp_path / "here").mkdir()
+    recipe = Recipe.of(values_with("model.path", path)).anchored(tmp_path)
+    assert recipe.model.path == anchored.format(tmp_path, home=Path.home())
+
+
+def test_party() -> None:
+    recipe = Recipe.of(LEAST)
+    assert recipe.party("b") is recipe.silo[1]
+    with pytest.raises(RecipeError, match="no silo 'c'") as caught:
+        recipe.party("c")
+    assert caught.value.remedy == "use one of: a, b"
