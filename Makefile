@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test check proto bench clean
+.PHONY: demo test check proto bench bench-foundation bench-demo clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,8 +33,13 @@ check: .venv/ready  ## What CI checks before the tests
 proto: .venv/ready  ## The Python side of isthmus.proto
 	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. isthmus/wire/isthmus.proto
 
-bench: .venv/demo  ## Speed and memory against the uncut model
+bench: bench-foundation bench-demo  ## All benchmarks
+
+bench-foundation: .venv/demo  ## Speed and memory against the uncut model
 	$(BIN)/python -m benchmarks.foundation
+
+bench-demo: .venv/demo  ## The demo's table for three draws of rows
+	$(BIN)/python -m benchmarks.demo
 
 clean:
 	rm -rf .venv build runs

@@ -22,7 +22,7 @@ COMMANDS = {
     "certificates": ["RECIPE"],
     "generate": ["RUN_DIR", "PROMPT", "--silo=", "--max-new-tokens=64", "--chat/--no-chat=False"],
     "export": ["RUN_DIR", "OUT"],
-    "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False"],
+    "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1"],
 }
 EXPORTED = {"IsthmusError", "Recipe", "__version__", "join"}
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))

@@ -136,11 +136,12 @@ def demo(
     run_dir: Annotated[Path, typer.Option("--run-dir", help="Where the run is written.")] = Path("runs/demo"),
     cache: Annotated[Path, typer.Option(help="Where the model and the data are kept.")] = Path("build/demo"),
     quick: Annotated[bool, typer.Option(help="Fewer rounds and no baselines.")] = False,
+    seed: Annotated[int, typer.Option(help="Another seed draws other rows.")] = 1,
 ) -> None:
     """Four silos, one small real model, real reviews: the whole of isthmus in a quarter of an hour."""
     from isthmus.demo.play import play
 
-    play(run_dir, cache, quick=quick)
+    play(run_dir, cache, quick=quick, seed=seed)
 
 
 def main() -> None:

@@ -43,11 +43,6 @@ class Baselines:
         """Held-out accuracy of always giving the silo's most common answer."""
         return {silo.name: metrics.majority([tuple(row.answer) for row in silo.held_out]) for silo in self._silos}
 
-    def zero_shot(self) -> dict[str, float]:
-        """Held-out accuracy of the untrained model."""
-        adapters.load_adapter(self._whole, self._untrained)
-        return {silo.name: self._score(silo) for silo in self._silos}
-
     def alone(self) -> dict[str, float]:
         """Held-out accuracy of each silo's own model, trained on its own rows for as many steps."""
         scores = {}

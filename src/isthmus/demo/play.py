@@ -23,7 +23,8 @@ from isthmus.recipe import Recipe
 from isthmus.report.progress import read_progress
 from isthmus.report.record import RunDirectory, writing
 
-ROWS = 32
+ROWS = 8
+"""Labelled rows a silo has to train on: few, which is when joining pays."""
 HELD_OUT = 60
 QUICK_ROUNDS = 2
 PROMPT = "The plot is thin, but the two leads are a joy to watch.\nSentiment (positive or negative):"
@@ -31,38 +32,46 @@ Scores = dict[str, dict[str, float]]
 """Accuracy by column and silo."""
 
 
-def play(run_dir: Path, cache: Path, *, quick: bool) -> None:
-    """Run the whole demo and print its table.
+def play(run_dir: Path, cache: Path, *, quick: bool, seed: int) -> RunDirectory:
+    """Run the whole demo and print its table; returns the run directory, which has the table in ``demo.json`` too.
 
     Args:
         run_dir: where the run is written; if it is taken, ``-2``, ``-3``, … is added.
         cache: where model and data are kept.
         quick: fewer rounds, no baselines.
+        seed: which rows are drawn, in which order they come, and how the adapters start.
     """
     console = Console()
     console.print("[bold]isthmus demo[/bold]: four silos, one trunk, one language model between them\n")
     run = _free(run_dir)
-    directory = RunDirectory.create(run, local_recipe(demo_recipe(cache, quick=quick), run))
+    directory = RunDirectory.create(run, local_recipe(demo_recipe(cache, quick=quick, seed=seed), run))
     recipe = directory.recipe()
     started = time.perf_counter()
     run_with_progress(directory, console)
     seconds = time.perf_counter() - started
     baselines = None if quick else Baselines(recipe, lambda line: console.print(f"  {line}", highlight=False))
     scores = _scores(directory, recipe, baselines)
-    _record(directory, scores, seconds)
+    crossed = _crossed(directory, recipe)
+    _record(directory, scores, crossed, seconds)
     _print_table(console, scores)
-    _print_crossing(console, directory, recipe, seconds)
+    console.print(
+        f"federation: {seconds:.0f} s; {megabytes(crossed['up'])} of noised hidden states and gradients went up, "
+        f"{megabytes(crossed['down'])} came down; no text, label, mask or position left a silo",
+        highlight=False,
+    )
     console.print(f"\n[bold]One prompt through the split model[/bold]\n{PROMPT}", end="", highlight=False)
     sys.stdout.flush()
     generate_text(directory, PROMPT, None, max_new_tokens=3, chat=False)
     console.print(f"\nrun directory: {directory.path}", highlight=False, soft_wrap=True)
+    return directory
 
 
-def demo_recipe(cache: Path, *, quick: bool) -> Recipe:
+def demo_recipe(cache: Path, *, quick: bool, seed: int) -> Recipe:
     """The demo's recipe with its model and data in place (obtained on first use)."""
     values: dict[str, Any] = tomllib.loads(files("isthmus.demo").joinpath("demo.toml").read_text(encoding="utf-8"))
+    values["seed"] = seed
     values["model"]["path"] = str(smollm2(cache).resolve())
-    places = hutto(cache, rows=ROWS, held_out=HELD_OUT, seed=values["seed"])
+    places = hutto(cache, rows=ROWS, held_out=HELD_OUT, seed=seed)
     for silo in values["silo"]:
         silo["train"] = str(places[silo["name"]].train.resolve())
         silo["held_out"] = str(places[silo["name"]].held_out.resolve())
@@ -87,9 +96,19 @@ def _scores(run: RunDirectory, recipe: Recipe, baselines: Baselines | None) -> S
     }
 
 
-def _record(run: RunDirectory, scores: Scores, seconds: float) -> None:
+def _crossed(run: RunDirectory, recipe: Recipe) -> dict[str, int]:
+    """Bytes of all silos' frames to and from the trunk."""
+    progress = [read_progress(run, silo.name, recipe.train.steps) for silo in recipe.silo]
+    return {
+        "up": sum(silo.sent_bytes for silo in progress),
+        "down": sum(silo.received_bytes for silo in progress),
+    }
+
+
+def _record(run: RunDirectory, scores: Scores, crossed: dict[str, int], seconds: float) -> None:
     with writing(run.path / "demo.json") as temporary:
-        temporary.write_text(json.dumps({"accuracy": scores, "federation_seconds": round(seconds, 1)}, indent=1))
+        told = {"accuracy": scores, "bytes": crossed, "federation_seconds": round(seconds, 1)}
+        temporary.write_text(json.dumps(told, indent=1))
 
 
 def _print_table(console: Console, scores: Scores) -> None:
@@ -102,16 +121,6 @@ def _print_table(console: Console, scores: Scores) -> None:
     table.add_section()
     table.add_row("mean", *(f"{sum(by_silo.values()) / len(by_silo):.1%}" for by_silo in scores.values()))
     console.print(table)
-
-
-def _print_crossing(console: Console, run: RunDirectory, recipe: Recipe, seconds: float) -> None:
-    progress = [read_progress(run, silo.name, recipe.train.steps) for silo in recipe.silo]
-    up, down = (sum(getattr(silo, key) for silo in progress) for key in ("sent_bytes", "received_bytes"))
-    console.print(
-        f"federation: {seconds:.0f} s; {megabytes(up)} of noised hidden states and gradients went up, "
-        f"{megabytes(down)} came down; no text, label, mask or position left a silo",
-        highlight=False,
-    )
 
 
 def _free(run_dir: Path) -> Path:
