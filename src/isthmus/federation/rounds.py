@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import threading
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -52,18 +53,20 @@ class Rounds:
         )
         self._waiting: dict[str, Answer] = {}
         self._participants: list[str] = []
-        patience = recipe.root.patience
-        self._gathering: Barrier[None] = Barrier(patience, self._begin)
-        self._gathering.expect(silo.name for silo in recipe.silo)
-        self._updates: Barrier[Contribution] = Barrier(patience, self._end)
-        self._advance()
+        """Of the round under way, those that have not contributed yet."""
+        self._contributions: dict[str, Contribution] = {}
+        self._patience = recipe.root.patience
+        self._turn = 0
+        self._gather(silo.name for silo in recipe.silo)
 
     def ready(self, peer: str) -> Answer:
         """A silo asks for work; answered with a plan once the next round begins, or the federation is over."""
         answer: Answer = Answer()
         with self._lock:
             self._waiting[peer] = answer
-        self._advance()
+            if self.phase is Phase.TRAINING and peer in self._participants:
+                self._lose(peer)
+            self._advance()
         return answer
 
     def update(self, peer: str, request: pb.Update) -> Answer:
@@ -80,7 +83,8 @@ class Rounds:
                 raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="ask for a plan")
             tensors = codec.decode_named(request.tensors, self._shapes)
             self._participants.remove(peer)
-        self._updates.arrive(peer, (request.weight, tensors))
+            self._contributions[peer] = (request.weight, tensors)
+            self._updates.arrive(peer, None)
         answer: Answer = Answer()
         answer.set_result(pb.Accepted())
         return answer
@@ -100,29 +104,52 @@ class Rounds:
                 for peer in list(self._waiting):
                     self._gathering.arrive(peer, None)
 
-    def _begin(self, arrived: dict[str, None]) -> None:
-        with self._lock:
-            if len(arrived) < self._recipe.minimum:
-                self._fail(len(arrived))
-                return
-            self.phase = Phase.TRAINING
-            self._participants = sorted(arrived)
-            self._updates.expect(arrived)
-            self._answer(self._participants, self.completed + 1)
+    def _gather(self, peers: Iterable[str]) -> None:
+        """Wait for these, and for whoever else asks, to begin the next round."""
+        self.phase = Phase.GATHERING
+        self._gathering = self._barrier(lambda arrived: self._begin(sorted(arrived)))
+        self._gathering.expect(peers)
+        self._advance()
+
+    def _begin(self, participants: list[str]) -> None:
+        if len(participants) < self._recipe.minimum:
+            self._fail(len(participants))
+            return
+        self.phase = Phase.TRAINING
+        self._participants, self._contributions = participants, {}
+        self._updates = self._barrier(lambda _: self._end(self._contributions))
+        self._updates.expect(participants)
+        self._answer(list(participants), self.completed + 1)
+
+    def _lose(self, peer: str) -> None:
+        """A participant asks instead of contributing: its process is a new one, what it trained is gone."""
+        self._participants.remove(peer)
+        self._updates.dismiss(peer)
+        if not self._participants and not self._contributions:
+            self._gather(self._waiting)
 
     def _end(self, contributions: dict[str, Contribution]) -> None:
-        with self._lock:
-            if len(contributions) < self._recipe.minimum:
-                self._fail(len(contributions))
-                return
-            for silent in self._participants:  # it had its time; the next round does not wait for it again
-                self._gathering.dismiss(silent)
-            try:
-                self._finish_round(contributions)
-            except IsthmusError as error:
-                self._give_up(error)
-            else:
-                self._advance()
+        if len(contributions) < self._recipe.minimum:
+            self._fail(len(contributions))
+            return
+        try:
+            self._finish_round(contributions)
+        except IsthmusError as error:
+            self._give_up(error)
+        else:  # who was silent had its time: the next round does not wait for it again
+            self._gather(contributions)
+
+    def _barrier(self, fire: Callable[[dict[str, None]], None]) -> Barrier[None]:
+        """A barrier for the phase that begins; when its patience ends just as the phase does, nothing happens."""
+        self._turn += 1
+        turn = self._turn
+
+        def fire_in_turn(arrived: dict[str, None]) -> None:
+            with self._lock:
+                if turn == self._turn:
+                    fire(arrived)
+
+        return Barrier(self._patience, fire_in_turn)
 
     def _finish_round(self, contributions: dict[str, Contribution]) -> None:
         number = self.completed + 1
@@ -131,7 +158,7 @@ class Rounds:
         self._store.save_round(number, {"shared": shared})
         weights = {peer: weight for peer, (weight, _) in sorted(contributions.items())}
         self._journal.append({"round": number, "weights": weights})
-        self._shared, self.completed, self.phase = shared, number, Phase.GATHERING
+        self._shared, self.completed = shared, number
 
     def _answer(self, peers: list[str], round: int) -> None:
         plan = pb.Plan(
@@ -154,6 +181,7 @@ class Rounds:
     def _give_up(self, error: IsthmusError) -> None:
         with self._lock:
             self.phase, self._error = Phase.FAILED, error
+            self._turn += 1
             waiting, self._waiting = self._waiting, {}
         for answer in waiting.values():
             answer.set_exception(error)

@@ -1,0 +1,129 @@
+"""Four silos and one local SGD step a round are one uncut model trained on all their rows at once."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from isthmus.federation.root import RootService
+from isthmus.model import adapters
+from isthmus.recipe import Recipe
+from isthmus.report.record import RunDirectory, read_journal
+from isthmus.silo.data import Batch, collate
+from isthmus.silo.join import load_tokenizer
+from isthmus.silo.trainer import SiloData
+from isthmus.silo.worker import Worker
+from isthmus.trunk.service import TrunkService
+from isthmus.wire.channel import LoopbackChannel
+from tests.conftest import make_recipe, targets_of, uncut, write_rows
+from tests.oracle.conftest import Models
+from tests.oracle.twins import Tensors, assert_same, freeze_a, load_lora, loopback, lora_of, with_lora
+
+SILOS = {
+    "north": ((7, 1), (3, 4), (12, 2)),
+    "east": ((2, 1), (20, 5), (3, 3)),
+    "south": ((5, 3), (9, 1), (1, 1)),
+    "west": ((4, 2), (6, 6), (8, 1)),
+}
+"""Tokens of prompt and answer of every row; as many rows each, so that one batch is all of them."""
+ROUNDS = 3
+RATE = 0.005
+WAIT = 120.0
+
+
+def write_silos(folder: Path) -> list[dict[str, str]]:
+    """A file of random words for each silo; returns their sections of the recipe."""
+    draw = random.Random(5)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{draw.randrange(4, 97)}" for _ in range(count))
+
+    sections = []
+    for name, rows in SILOS.items():
+        file = write_rows(folder / f"{name}.jsonl", [{"text": words(p), "reply": words(a)} for p, a in rows])
+        sections.append({"name": name, "train": str(file)})
+    return sections
+
+
+def federation_of(model: Path, folder: Path, family: str) -> Recipe:
+    return make_recipe(
+        model,
+        silo=write_silos(folder),
+        lora={"targets": targets_of(family)},
+        model={"bottom": 1, "top": 2},
+        task={"prompt": "{text}", "answer": " {reply}"},
+        train={
+            "rounds": ROUNDS,
+            "steps": 1,
+            "batch": 3,
+            "optimizer": "sgd",
+            "learning_rate": RATE,
+            "evaluate": False,
+        },
+    )
+
+
+def federate(recipe: Recipe, run: RunDirectory) -> tuple[Tensors, list[Tensors]]:
+    """Train with a worker a thread; returns the trunk's adapter and each silo's."""
+    trunk = TrunkService(recipe, run.role("trunk"))
+    root = RootService(recipe, run.role("root"))
+
+    def silo(name: str) -> Tensors:
+        ways = {"trunk": loopback(trunk, name, recipe), "root": LoopbackChannel(root, name)}
+        worker = Worker(recipe, name, run.role(name), **ways)
+        worker.run()
+        worker.close()
+        return {key: value for part in worker._silo.parts for key, value in adapters.adapter_of(part).items()}
+
+    with ThreadPoolExecutor(len(SILOS)) as threads:
+        ends = list(threads.map(silo, SILOS, timeout=WAIT))
+    trunk.stop()
+    return adapters.adapter_of(trunk._runner.part), ends
+
+
+def batch_of_all(recipe: Recipe) -> Batch:
+    tokenizer = load_tokenizer(Path(recipe.model.path))
+    silos = [SiloData(section, recipe, tokenizer) for section in recipe.silo]
+    return collate([row for silo in silos for row in silo.train], silos[0].pad)
+
+
+def train_uncut(recipe: Recipe, start: Tensors, ends: Tensors) -> PeftModel:
+    """Plain SGD on the mean over all silos' supervised tokens."""
+    whole = with_lora(uncut(Path(recipe.model.path)), recipe)
+    load_lora(whole, start)
+    freeze_a(whole, ends)
+    trained = [parameter for parameter in lora_of(whole).values() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=RATE)
+    inputs: dict[str, Any] = batch_of_all(recipe).inputs()
+    for _ in range(ROUNDS):
+        optimizer.zero_grad()
+        whole(**inputs).loss.backward()
+        optimizer.step()
+    return whole
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_federation_is_training_on_all_rows(family: str, models: Models, tmp_path: Path) -> None:
+    recipe = federation_of(models(family), tmp_path, family)
+    run = RunDirectory(tmp_path / "run")
+    trunk, ends = federate(recipe, run)
+    first, *others = ends
+    assert all(torch.equal(other[name], tensor) for other in others for name, tensor in first.items())
+
+    start = run.role("trunk").load_round(0)["adapter"]
+    start |= {name: torch.zeros_like(value) if "lora_B" in name else value for name, value in first.items()}
+    whole = {name: value.detach() for name, value in lora_of(train_uncut(recipe, start, first)).items()}
+    assert_same(trunk | first, whole, 1e-5)
+    moved = {name for name, value in whole.items() if not torch.equal(value, start[name])}
+    assert moved == {name for name in whole if "lora_B" in name or name in trunk}
+
+    assert_same(run.role("root").load_round(ROUNDS)["shared"], {n: first[n] for n in first if "lora_B" in n}, 0.0)
+    weights = {name: float(sum(answer + 1 for _, answer in rows)) for name, rows in SILOS.items()}
+    for line in read_journal(run.role("root").path / "metrics.jsonl"):
+        assert line["weights"] == weights

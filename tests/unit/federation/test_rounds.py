@@ -1,0 +1,269 @@
+"""The state machine of the rounds, driven by silos that are threads or plain calls."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isthmus.errors import DiskFullError, FrameError, IsthmusError, OutOfOrderError, ProtocolError, QuorumError
+from isthmus.federation.rounds import Rounds
+from isthmus.report.record import RoleDirectory, read_journal
+from isthmus.wire import codec
+from isthmus.wire import isthmus_pb2 as pb
+from tests.conftest import make_recipe
+
+SHAPES = {"x": (2, 3), "y": (4,)}
+SOON, LONG, WAIT = 0.05, 600.0, 60.0
+Tensors = dict[str, torch.Tensor]
+Build = Callable[..., Rounds]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RoleDirectory:
+    return RoleDirectory(tmp_path)
+
+
+@pytest.fixture
+def build(store: RoleDirectory) -> Build:
+    def rounds(*silos: str, rounds: int = 2, minimum: int | None = None, patience: float = LONG) -> Rounds:
+        root = {"patience": patience} | ({"minimum": minimum} if minimum else {})
+        train = {"rounds": rounds, "evaluate": False}
+        return Rounds(make_recipe(Path("none"), silos=silos, root=root, train=train), SHAPES, store)
+
+    return rounds
+
+
+def constant(value: float) -> Tensors:
+    return {name: torch.full(shape, value) for name, shape in SHAPES.items()}
+
+
+def update(round: int, value: float = 1.0, weight: float = 1.0, tensors: Tensors | None = None) -> pb.Update:
+    named = codec.encode_named(constant(value) if tensors is None else tensors)
+    return pb.Update(round=round, weight=weight, tensors=named)
+
+
+def shared(plan: Any) -> Tensors:
+    return codec.decode_named(plan.adapters, SHAPES)
+
+
+def assert_plan(plan: Any, round: int, completed: int, participants: list[str], value: float) -> None:
+    assert (plan.round, plan.completed, list(plan.participants)) == (round, completed, participants)
+    for name, tensor in shared(plan).items():
+        assert torch.equal(tensor, torch.full(SHAPES[name], value))
+
+
+def plans(rounds: Rounds, *silos: str) -> list[Any]:
+    """All ask, then all are answered."""
+    answers = [rounds.ready(silo) for silo in silos]
+    return [answer.result(WAIT) for answer in answers]
+
+
+def test_round_by_round(build: Build, store: RoleDirectory) -> None:
+    rounds = build("b", "a")
+    first = rounds.ready("b")
+    assert not first.done()
+    for plan in (*plans(rounds, "a"), first.result(WAIT)):
+        assert_plan(plan, 1, 0, ["a", "b"], 0.0)
+    assert rounds.update("b", update(1, 2.0, weight=3)).result(WAIT) == pb.Accepted()
+    early = rounds.ready("b")
+    assert not early.done()
+    rounds.update("a", update(1, -2.0, weight=1))
+    assert not early.done()
+    for plan in (*plans(rounds, "a"), early.result(WAIT)):
+        assert_plan(plan, 2, 1, ["a", "b"], 1.0)
+    rounds.update("a", update(2, 0.25))
+    rounds.update("b", update(2, 0.75))
+    for plan in plans(rounds, "a", "b", "a", "stranger"):  # each at once
+        assert_plan(plan, 0, 2, [], 1.5)
+    assert store.last_round() == 2
+    lines = read_journal(store.path / "metrics.jsonl")
+    assert lines == [{"round": 1, "weights": {"a": 1.0, "b": 3.0}}, {"round": 2, "weights": {"a": 1.0, "b": 1.0}}]
+
+
+BAD_TENSORS = {
+    "missing": [pb.Tensor(name="x", shape=(2, 3), data=bytes(24))],
+    "nothing": [],
+    "foreign": codec.encode_named(constant(1.0) | {"z": torch.ones(1)}),
+    "twice": codec.encode_named(constant(1.0)) * 2,
+    "shape": codec.encode_named(constant(1.0) | {"x": torch.ones(3, 2)}),
+    "few-bytes": [pb.Tensor(name="x", shape=(2, 3), data=bytes(23)), *codec.encode_named({"y": torch.ones(4)})],
+    "nan": codec.encode_named(constant(float("nan"))),
+    "infinity": codec.encode_named(constant(float("-inf"))),
+}
+REFUSED: dict[str, tuple[str, pb.Update, type[IsthmusError]]] = {
+    "twice": ("a", update(1), ProtocolError),
+    "stranger": ("c", update(1), ProtocolError),
+    "next-round": ("b", update(2), OutOfOrderError),
+    "round-0": ("b", update(0), OutOfOrderError),
+} | {
+    f"tensors-{fault}": ("b", pb.Update(round=1, weight=1.0, tensors=tensors), FrameError)
+    for fault, tensors in BAD_TENSORS.items()
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_update_changes_nothing(case: str, build: Build) -> None:
+    peer, wrong, error = REFUSED[case]
+    rounds = build("a", "b")
+    plans(rounds, "a", "b")
+    rounds.update("a", update(1, 1.0))
+    with pytest.raises(IsthmusError) as caught:
+        rounds.update(peer, wrong)
+    assert type(caught.value) is error
+    assert caught.value.remedy
+    rounds.update("b", update(1, 3.0))
+    for plan in plans(rounds, "a", "b"):
+        assert_plan(plan, 2, 1, ["a", "b"], 2.0)
+
+
+def test_update_without_a_round(build: Build) -> None:
+    rounds = build("a", "b", rounds=1)
+    with pytest.raises(OutOfOrderError):
+        rounds.update("a", update(1))
+    plans(rounds, "a", "b")
+    for silo in ("a", "b"):
+        rounds.update(silo, update(1))
+    with pytest.raises(OutOfOrderError):
+        rounds.update("a", update(1))
+    assert_plan(plans(rounds, "a")[0], 0, 1, [], 1.0)
+
+
+def test_quorum_goes_on_without_the_missing(build: Build) -> None:
+    rounds = build("a", "b", minimum=1, patience=SOON)
+    for number in (1, 2):
+        assert_plan(plans(rounds, "a")[0], number, number - 1, ["a"], number - 1.0)
+        rounds.update("a", update(number))
+    assert plans(rounds, "a")[0].round == 0
+
+
+def test_silent_silo_comes_again(build: Build) -> None:
+    rounds = build("a", "b", rounds=3, minimum=1, patience=1.0)
+    plans(rounds, "a", "b")
+    rounds.update("a", update(1))
+    assert_plan(plans(rounds, "a")[0], 2, 1, ["a"], 1.0)  # patience with b ended, and nobody waits for it now
+    with pytest.raises(ProtocolError):
+        rounds.update("b", update(2))
+    back = rounds.ready("b")
+    rounds.update("a", update(2))
+    for plan in (*plans(rounds, "a"), back.result(WAIT)):
+        assert_plan(plan, 3, 2, ["a", "b"], 2.0)
+
+
+@pytest.mark.parametrize("when", ["gathering", "training"])
+def test_quorum_is_lost(build: Build, store: RoleDirectory, when: str) -> None:
+    rounds = build("a", "b", patience=SOON)
+    if when == "training":
+        plans(rounds, "a", "b")
+        rounds.update("a", update(1))
+    for silo in ("a", "a", "b"):  # who waits, and who asks later
+        with pytest.raises(QuorumError, match="1 silos are left, the recipe needs 2") as caught:
+            rounds.ready(silo).result(WAIT)
+        assert "--resume" in caught.value.remedy
+    with pytest.raises(OutOfOrderError):
+        rounds.update("b", update(1))
+    assert store.last_round() == 0
+
+
+def test_resume(build: Build) -> None:
+    rounds = build("a", "b", rounds=3)
+    for _ in range(2):
+        number = plans(rounds, "a", "b")[0].round
+        draw = torch.Generator().manual_seed(number)
+        for silo in ("a", "b"):
+            tensors = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
+            rounds.update(silo, update(number, weight=number, tensors=tensors))
+    expected = plans(rounds, "a", "b")[0]
+    assert (expected.round, expected.completed) == (3, 2)
+    resumed = build("a", "b", rounds=3)
+    assert plans(resumed, "a", "b") == [expected, expected]
+    for silo in ("a", "b"):
+        resumed.update(silo, update(3))
+    finished = plans(resumed, "a")[0]
+    assert finished.round == 0
+    assert plans(build("a", "b", rounds=3), "b") == [finished]
+
+
+@pytest.mark.parametrize("minimum", [1, 2])
+def test_full_disk(build: Build, store: RoleDirectory, monkeypatch: pytest.MonkeyPatch, minimum: int) -> None:
+    rounds = build("a", "b", minimum=minimum)
+    plans(rounds, "a", "b")
+    for silo in ("a", "b"):
+        rounds.update(silo, update(1))
+    plans(rounds, "a", "b")
+
+    def full(*_: object) -> None:
+        raise DiskFullError("no room", remedy="free some space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_round", full)
+        rounds.update("a", update(2))
+        waiting = rounds.ready("a")
+        rounds.update("b", update(2))
+    for answer in (waiting, rounds.ready("b"), rounds.ready("a")):
+        with pytest.raises(DiskFullError, match="no room"):
+            answer.result(WAIT)
+    assert store.rounds() == {1}
+    assert_plan(plans(build("a", "b"), "a", "b")[0], 2, 1, ["a", "b"], 1.0)
+
+
+def test_restarted_silo_is_not_waited_for(build: Build) -> None:
+    """A participant that asks again is a new process: its round goes on without it, and the next one with it."""
+    rounds = build("a", "b", minimum=1)
+    plans(rounds, "a", "b")
+    back = rounds.ready("b")
+    with pytest.raises(ProtocolError):
+        rounds.update("b", update(1))
+    rounds.update("a", update(1))
+    for plan in (*plans(rounds, "a"), back.result(WAIT)):
+        assert_plan(plan, 2, 1, ["a", "b"], 1.0)
+
+
+@pytest.mark.parametrize("silos", [("a",), ("a", "b")])
+def test_all_restarted_begin_the_round_again(build: Build, silos: tuple[str, ...]) -> None:
+    rounds = build(*silos)
+    for _ in range(3):
+        for plan in plans(rounds, *silos):
+            assert_plan(plan, 1, 0, list(silos), 0.0)
+    for silo in silos:
+        rounds.update(silo, update(1))
+    assert_plan(plans(rounds, *silos)[0], 2, 1, list(silos), 1.0)
+
+
+def test_patience_that_ends_just_as_the_last_one_comes(build: Build) -> None:
+    """Its timer has taken those who were there, and runs only after the phase is over."""
+    rounds = build("a", "b", minimum=1)
+    gathering = rounds._gathering
+    plans(rounds, "a", "b")
+    gathering._fire({"a": None})
+    updates = rounds._updates
+    rounds.update("a", update(1, 1.0))
+    rounds.update("b", update(1, 3.0))
+    updates._fire({"a": None})
+    for plan in plans(rounds, "a", "b"):
+        assert_plan(plan, 2, 1, ["a", "b"], 2.0)
+
+
+def test_many_silos_at_once(build: Build, store: RoleDirectory) -> None:
+    names = [f"silo-{number:02d}" for number in range(20)]
+    rounds = build(*names, rounds=5)
+    start = threading.Barrier(len(names))
+
+    def silo(name: str) -> list[tuple[int, float]]:
+        start.wait(WAIT)
+        seen = []
+        while (plan := rounds.ready(name).result(WAIT)).round:
+            assert list(plan.participants) == names
+            seen.append((plan.round, float(shared(plan)["x"][0, 0])))
+            rounds.update(name, update(plan.round, float(name[-2:])))
+        return seen
+
+    with ThreadPoolExecutor(len(names)) as threads:
+        histories = list(threads.map(silo, names, timeout=WAIT))
+    assert histories == [[(number, 9.5 * (number - 1)) for number in range(1, 6)]] * len(names)
+    assert store.rounds() == {1, 2, 3, 4, 5}

@@ -1,0 +1,299 @@
+"""The trunk's optimizer steps against a slow oracle: autograd on a copy of its part, one sequence at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isthmus.errors import ProtocolError
+from isthmus.model import adapters
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.recipe import Recipe
+from isthmus.report.record import RoleDirectory, RunDirectory, read_journal
+from isthmus.silo.join import greeting
+from isthmus.trunk.service import TrunkService
+from isthmus.wire import codec
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer, LoopbackChannel
+from tests.conftest import make_recipe, save_tiny_model
+from tests.oracle.twins import assert_same, random_b
+
+WIDTH = 32
+RATE = 0.005
+SOON, LONG = 0.02, 120.0
+WAIT = 60.0
+Tensors = dict[str, torch.Tensor]
+Work = tuple[int, tuple[int, ...]]
+"""Seed and sequence lengths of one forward and backward."""
+WORK_A: Work = (1, (3, 5))
+WORK_B: Work = (2, (4,))
+WORK_C: Work = (3, (2, 2, 6))
+
+
+def tensors_of(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and the gradient of what the trunk makes of them."""
+    seed, lengths = work
+    h_TD, gradient_TD = torch.randn(2, sum(lengths), WIDTH, generator=torch.Generator().manual_seed(seed))
+    return h_TD, gradient_TD
+
+
+class Trunk:
+    """A service, and how to have it wait."""
+
+    def __init__(self, recipe: Recipe, directory: RoleDirectory) -> None:
+        self.recipe = recipe
+        self.directory = directory
+        self.service = TrunkService(recipe, directory)
+        self.part = self.service._runner.part
+        if not directory.last_round():
+            adapters.load_adapter(self.part, random_b(adapters.adapter_of(self.part)))
+            self.service._training.save(0)
+
+    def patience(self, seconds: float) -> None:
+        for barrier in (self.service._steps._starts, self.service._steps._commits):
+            barrier._patience = seconds
+
+    def settle(self) -> None:
+        """Wait until everything under way is done."""
+        self.service._scheduler.submit(lambda: None).result(WAIT)
+
+    def adapter(self) -> Tensors:
+        return adapters.adapter_of(self.part)
+
+    def state(self) -> dict[str, Any]:
+        return copy.deepcopy(self.service._training._optimizer.state_dict())
+
+
+class Silo:
+    """A silo that sends what it is told to."""
+
+    def __init__(self, trunk: Trunk, name: str) -> None:
+        hello = greeting(Checkpoint(trunk.recipe.model.path), trunk.recipe)
+        self.channel = LoopbackChannel(trunk.service, name, greeting=hello)
+        self._last = 0
+
+    def begin(self, round: int = 1, participants: tuple[str, ...] = ("a", "b")) -> Answer:
+        return self.channel.submit(pb.Begin(round=round, participants=participants))
+
+    def forward(self, work: Work) -> int:
+        self._last += 1
+        hidden = codec.encode(tensors_of(work)[0], "fp32")
+        self.channel.call(pb.Forward(step=self._last, lengths=work[1], hidden=hidden, train=True))
+        return self._last
+
+    def backward(self, step: int, work: Work) -> None:
+        gradient = codec.encode(tensors_of(work)[1], "fp32")
+        self.channel.call(pb.Backward(step=step, gradient=gradient, reply=True))
+
+    def work(self, *all_work: Work) -> None:
+        for work in all_work:
+            self.backward(self.forward(work), work)
+
+    def commit(self, step: int = 1, *, weight: float, round: int = 1) -> Answer:
+        return self.channel.submit(pb.Commit(round=round, step=step, weight=weight))
+
+
+class Oracle:
+    """SGD by hand."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        self._part = copy.deepcopy(trunk.part)
+        self.named = adapters.trainable(self._part)
+        self.start = adapters.adapter_of(self._part)
+
+    def gradients(self, *all_work: Work) -> list[torch.Tensor]:
+        self._part.zero_grad()
+        for work in all_work:
+            h_TD, gradient_TD = tensors_of(work)
+            for h, gradient in zip(h_TD.split(work[1]), gradient_TD.split(work[1]), strict=True):
+                self._part.hidden(inputs_embeds=h[None], use_cache=False)[0].backward(gradient)
+        return [parameter.grad.clone() for parameter in self.named.values()]
+
+    @torch.no_grad()
+    def step(self, *shares: tuple[float, list[torch.Tensor]]) -> None:
+        total = sum(weight for weight, _ in shares)
+        for number, parameter in enumerate(self.named.values()):
+            parameter -= RATE * sum(weight / total * held[number] for weight, held in shares)
+
+    def agrees(self, trunk: Trunk) -> None:
+        """The trunk's adapter moved as this one did."""
+        trunk.settle()
+        here, there = adapters.adapter_of(self._part), trunk.adapter()
+        changes = [{name: side[name] - self.start[name] for name in self.start} for side in (there, here)]
+        assert all(change.abs().max() > 1e-3 for change in changes[1].values())
+        assert_same(*changes, 3e-4)
+
+
+Build = Callable[..., Trunk]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("model"), blocks=4, initializer_range=0.3)
+
+
+@pytest.fixture
+def build(model: Path, tmp_path: Path) -> Iterator[Build]:
+    built: list[Trunk] = []
+
+    def make(steps: int = 2, optimizer: str = "sgd") -> Trunk:
+        train = {"steps": steps, "optimizer": optimizer, "learning_rate": RATE, "evaluate": False}
+        recipe = make_recipe(model, silos=("a", "b"), train=train, trunk={"patience": LONG})
+        built.append(Trunk(recipe, RunDirectory(tmp_path).role("trunk")))
+        return built[-1]
+
+    yield make
+    for trunk in built:
+        trunk.service.stop()
+
+
+def begun(trunk: Trunk) -> tuple[Silo, Silo]:
+    """Both silos at the start of round 1."""
+    a, b = Silo(trunk, "a"), Silo(trunk, "b")
+    first = a.begin()
+    trunk.settle()
+    assert not first.done()
+    b.begin().result(WAIT)
+    first.result(WAIT)
+    return a, b
+
+
+def whole_round(trunk: Trunk, a: Silo, b: Silo, number: int) -> None:
+    """A round of one step."""
+    for answer in (a.begin(number), b.begin(number)):
+        answer.result(WAIT)
+    a.work(WORK_A)
+    b.work((number, (3,)))
+    for answer in (a.commit(weight=3, round=number), b.commit(weight=1, round=number)):
+        answer.result(WAIT)
+
+
+def test_step_is_the_mean_by_tokens(build: Build) -> None:
+    trunk = build()
+    oracle = Oracle(trunk)
+    a, b = begun(trunk)
+    for step in (1, 2):
+        assert trunk.directory.rounds() == {0}
+        a.work(WORK_A)
+        b.work(WORK_B)
+        first = a.commit(step, weight=3)
+        trunk.settle()
+        assert not first.done()
+        assert b.commit(step, weight=5).result(WAIT).contributors == 2
+        assert first.result(WAIT).contributors == 2
+        oracle.step((3, oracle.gradients(WORK_A)), (5, oracle.gradients(WORK_B)))
+        oracle.agrees(trunk)
+    assert_exact(trunk.directory.load_round(1)["adapter"], trunk.adapter())
+
+
+def test_gradients_accumulate(build: Build) -> None:
+    trunk = build()
+    oracle = Oracle(trunk)
+    a, b = begun(trunk)
+    a.work(WORK_A, WORK_C)
+    first, second = b.forward(WORK_B), b.forward(WORK_C)  # both before either's backward
+    b.backward(second, WORK_C)
+    b.backward(first, WORK_B)
+    for answer in (a.commit(weight=1), b.commit(weight=2)):
+        answer.result(WAIT)
+    oracle.step((1, oracle.gradients(WORK_A, WORK_C)), (2, oracle.gradients(WORK_B, WORK_C)))
+    oracle.agrees(trunk)
+
+
+def test_slow_silo_joins_the_next_step(build: Build) -> None:
+    trunk = build()
+    oracle = Oracle(trunk)
+    a, b = begun(trunk)
+    late = b.forward(WORK_B)
+    a.work(WORK_A)
+    trunk.patience(SOON)
+    assert a.commit(1, weight=3).result(WAIT).contributors == 1
+    oracle.step((3, oracle.gradients(WORK_A)))
+    oracle.agrees(trunk)
+
+    trunk.patience(LONG)
+    b.backward(late, WORK_B)  # its forward was with the old weights
+    a.work(WORK_C)
+    waiting = b.commit(1, weight=5)
+    assert a.commit(2, weight=2).result(WAIT).contributors == 2
+    assert waiting.result(WAIT).contributors == 2
+    oracle.step((5, oracle.gradients(WORK_B)), (2, oracle.gradients(WORK_C)))
+    oracle.agrees(trunk)
+
+    assert trunk.directory.rounds() == {0}  # b has a step to go
+    b.work(WORK_A)
+    assert b.commit(2, weight=1).result(WAIT).contributors == 1
+    oracle.step((1, oracle.gradients(WORK_A)))
+    oracle.agrees(trunk)
+    assert_exact(trunk.directory.load_round(1)["adapter"], trunk.adapter())
+    lines = read_journal(trunk.directory.path / "metrics.jsonl")
+    assert [line["silos"] for line in lines] == [["a"], ["a", "b"], ["b"]]
+
+
+def test_latecomer_joins_the_round_under_way(build: Build) -> None:
+    trunk = build(steps=1)
+    oracle = Oracle(trunk)
+    a, b = Silo(trunk, "a"), Silo(trunk, "b")
+    trunk.patience(SOON)
+    a.begin().result(WAIT)
+    trunk.patience(LONG)
+    a.work(WORK_A)
+    b.begin().result(WAIT)
+    b.work(WORK_B)
+    waiting = b.commit(weight=1)
+    assert a.commit(weight=1).result(WAIT).contributors == 2
+    waiting.result(WAIT)
+    oracle.step((1, oracle.gradients(WORK_A)), (1, oracle.gradients(WORK_B)))
+    oracle.agrees(trunk)
+
+
+def assert_exact(actual: Tensors, expected: Tensors) -> None:
+    assert_same(actual, expected, 0.0)
+
+
+def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same AdamW state."""
+    assert actual["state"].keys() == expected["state"].keys() != set()
+    for number, values in expected["state"].items():
+        assert all(torch.equal(actual["state"][number][name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("way", ["begin", "restore", "new-process"])
+def test_back_to_a_round_exactly(build: Build, way: str) -> None:
+    trunk = build(steps=1, optimizer="adamw")
+    a, b = Silo(trunk, "a"), Silo(trunk, "b")
+    whole_round(trunk, a, b, 1)
+    adapter, state = trunk.adapter(), trunk.state()
+    whole_round(trunk, a, b, 2)
+    onward = trunk.adapter()
+    if way == "new-process":
+        trunk = build(steps=1, optimizer="adamw")
+        assert_exact(trunk.adapter(), onward)
+        a, b = Silo(trunk, "a"), Silo(trunk, "b")
+    if way != "begin":
+        trunk.service.restore(1)
+    else:
+        a.work(WORK_C)  # under way, and void with the new begin
+        for answer in (a.begin(2), b.begin(2)):
+            answer.result(WAIT)
+    assert_exact(trunk.adapter(), adapter)
+    assert_same_state(trunk.state(), state)
+    whole_round(trunk, a, b, 2)
+    assert_exact(trunk.adapter(), onward)
+
+
+def test_round_without_a_state(build: Build) -> None:
+    trunk = build(steps=1)
+    a, b = Silo(trunk, "a"), Silo(trunk, "b")
+    before = trunk.adapter()
+    for answer in (a.begin(5), b.begin(5)):
+        with pytest.raises(ProtocolError, match="no state of round 4") as caught:
+            answer.result(WAIT)
+        assert "run directory" in caught.value.remedy
+    assert_exact(trunk.adapter(), before)
+    whole_round(trunk, a, b, 1)
