@@ -14,6 +14,7 @@
     ├── ProtocolError        a well-formed frame at the wrong moment
     │   ├── UnknownStepError     no such training step is open
     │   ├── OutOfOrderError      a step number that is not the next one
+    │   ├── RoundLostError       the round under way is another (the trunk started again, or the silo was too late)
     │   └── UnknownSessionError  no such inference session (evicted, expired, trunk restarted)
     ├── PeerGoneError        the other side cannot be reached any more
     └── QuorumError          fewer silos than the recipe's minimum are left
@@ -115,6 +116,10 @@ class UnknownStepError(ProtocolError):
 
 class OutOfOrderError(ProtocolError):
     code = "out-of-order"
+
+
+class RoundLostError(ProtocolError):
+    code = "round-lost"
 
 
 class UnknownSessionError(ProtocolError):

@@ -23,6 +23,7 @@ from tests.integration.processes import (
     call,
     states,
     until,
+    until_step,
     write_federation,
     write_recipe,
 )
@@ -81,11 +82,33 @@ def test_parties_on_machines_of_their_own(commands: Commands, isthmus: Call, tmp
     assert not (_run_of(machines["root"]) / "silos").exists()
 
 
+def test_servers_killed_in_mid_round_are_waited_for(commands: Commands, isthmus: Call, tmp_path: Path) -> None:
+    """The silos stay, and begin the round again with the servers that took their place; nothing else differs."""
+    train = {"rounds": 2, "steps": 30, "evaluate": False}
+    address = {"address": f"localhost:{free_port()}"}
+    recipe = write_federation(tmp_path / "made", train=train, trunk=address, root=address)
+    run = tmp_path / "run"
+    isthmus("certificates", recipe).succeeded()
+    serve = ("trunk", recipe, "--with-root", "--run-dir", run)
+    killed = commands.start(*serve)
+    silos = [commands.start("silo", recipe, name, "--run-dir", run) for name in ("north", "south")]
+    until_step(run, 2, 5, silos[0])
+    killed.process.kill()
+    killed.wait()
+    commands.start(*serve)
+    for silo in silos:
+        silo.wait().succeeded()
+        assert "round 2 is lost" in silo.stderr
+    commands.run("run", recipe, "--run-dir", tmp_path / "undisturbed").succeeded()
+    shutil.copy(recipe, run / "recipe.toml")
+    assert_same(states(run, 2), states(tmp_path / "undisturbed", 2))
+
+
 def test_a_silo_whose_trunk_never_comes_says_so(isthmus: Call, tmp_path: Path) -> None:
     recipe = write_federation(tmp_path, wire={"deadline": 1.0}, trunk={"address": f"localhost:{free_port()}"})
     isthmus("certificates", recipe).succeeded()
     ended = isthmus("silo", recipe, "north", "--run-dir", tmp_path / "run")
-    ended.failed(f"error: no trunk at {Recipe.read(recipe).trunk.address} for", "check trunk.address")
+    ended.failed(f"error: no trunk at {Recipe.read(recipe).trunk.address} for", "check its address in the recipe")
 
 
 class Federation:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from isthmus.model import adapters
 from isthmus.model.cut import Part
@@ -28,6 +29,7 @@ class Baselines:
     """
 
     def __init__(self, recipe: Recipe, tell: Callable[[str], None]) -> None:
+        transformers_logging.disable_progress_bar()
         folder = Path(recipe.model.path)
         tokenizer = load_tokenizer(folder)
         self._recipe = recipe

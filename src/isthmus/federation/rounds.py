@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from isthmus.errors import IsthmusError, OutOfOrderError, ProtocolError, QuorumError
+from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.lora import AGGREGATIONS
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
@@ -73,12 +73,13 @@ class Rounds:
         """A silo's contribution to the round under way.
 
         Raises:
-            ProtocolError: no such round, or the silo is no participant or has contributed already.
+            RoundLostError: no such round is under way.
+            ProtocolError: the silo is no participant or has contributed already.
             FrameError: tensors other than the shared ones.
         """
         with self._lock:
             if self.phase is not Phase.TRAINING or request.round != self.completed + 1:
-                raise OutOfOrderError(f"an update for round {request.round}", remedy="ask for the next plan")
+                raise RoundLostError(f"an update for round {request.round}", remedy="ask for the next plan")
             if peer not in self._participants:
                 raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="ask for a plan")
             tensors = codec.decode_named(request.tensors, self._shapes)

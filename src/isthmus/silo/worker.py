@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 
-from isthmus.errors import RunError
+from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
 from isthmus.model.optim import build_optimizer
 from isthmus.privacy.ledger import FileLedger
@@ -19,6 +21,10 @@ from isthmus.silo.update import build_update
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
+
+LOSSES = 5
+"""Rounds lost in a row after which a silo gives up."""
+log = logging.getLogger(__name__)
 
 
 class Worker:
@@ -49,7 +55,8 @@ class Worker:
         }
         self._shapes = adapters.shared_shapes(self._silo.parts)
         self._optimizer = build_optimizer(self._parameters.values(), recipe.train)
-        self._state_of_round = 0
+        self._state_of_round: int | None = 0
+        """The round whose end the optimizer is at; None within a round."""
         self._journal = directory.journal("metrics")
         self._measured = {
             line["round"] for line in read_journal(directory.path / "metrics.jsonl") if line["event"] == "evaluation"
@@ -57,7 +64,7 @@ class Worker:
 
     def run(self) -> None:
         """Take part until the federation is finished."""
-        completed = self._directory.last_round()
+        completed, losses = self._directory.last_round(), 0
         while True:
             plan: pb.Plan = self._root.call(pb.Ready(completed=completed))
             shared = codec.decode_named(plan.adapters, self._shapes)
@@ -65,8 +72,15 @@ class Worker:
             self._measure(plan.completed)
             if not plan.round:
                 break
-            self._train(plan, shared)
-            completed = plan.round
+            try:
+                self._train(plan, shared)
+            except (RoundLostError, UnknownStepError) as lost:  # the trunk started again, or went on without us
+                log.warning("round %d is lost: %s; asking for the next plan", plan.round, lost.message)
+                losses += 1
+                if losses > LOSSES:
+                    raise
+            else:
+                completed, losses = plan.round, 0
 
     def close(self) -> None:
         self._silo.close()
@@ -76,6 +90,7 @@ class Worker:
         """One round: local steps together with the other silos, then this silo's update."""
         train = self._recipe.train
         self._continue_from(plan.completed)
+        self._state_of_round = None
         self._silo.trunk.begin(plan.round, list(plan.participants))
         batches = training_batches(self._data, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
         weight = 0
@@ -92,10 +107,9 @@ class Worker:
         """Bring the optimizer to its state after this round; a silo that has none of it starts afresh."""
         if self._state_of_round == completed:
             return
-        try:
+        self._optimizer = build_optimizer(self._parameters.values(), self._recipe.train)
+        with suppress(RunError):
             self._optimizer.load_state_dict(self._directory.load_round(completed)["optimizer"])
-        except RunError:
-            self._optimizer = build_optimizer(self._parameters.values(), self._recipe.train)
         self._state_of_round = completed
 
     @torch.no_grad()
@@ -122,12 +136,8 @@ class Worker:
                 "step": number,
                 "loss": step.loss,
                 "tokens": step.tokens,
-                "seconds": round_to_ms(step.seconds),
+                "seconds": float(f"{step.seconds:.3f}"),
                 "sent_bytes": channel.sent_bytes,
                 "received_bytes": channel.received_bytes,
             }
         )
-
-
-def round_to_ms(seconds: float) -> float:
-    return round(seconds, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from isthmus.errors import OutOfOrderError, ProtocolError
+from isthmus.errors import OutOfOrderError, ProtocolError, RoundLostError
 from isthmus.recipe import TrainSection
 from isthmus.report.record import Journal
 from isthmus.trunk.scheduler import Scheduler
@@ -67,12 +67,12 @@ class Steps:
         """Answered once the step that this silo's gradients are part of is done.
 
         Raises:
-            ProtocolError: the silo has not begun this round.
+            RoundLostError: the silo has not begun this round here.
             OutOfOrderError: not its next step.
         """
         with self._lock:
             if request.round != self._round or peer not in self._done:
-                raise ProtocolError(f"{peer} is not in round {request.round}", remedy="begin the round first")
+                raise RoundLostError(f"{peer} is not in round {request.round}", remedy="ask for the next plan")
             if request.step != self._done[peer] + 1:
                 raise OutOfOrderError(
                     f"optimizer step {request.step}, step {self._done[peer] + 1} is next", remedy="commit in order"

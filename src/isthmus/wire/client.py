@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from isthmus.errors import FrameError, FrameSizeError, IdentityError, IsthmusError, PeerGoneError
+from isthmus.errors import FrameError, FrameSizeError, IdentityError, IsthmusError, PeerGoneError, ProtocolError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, check_size, settle
@@ -24,12 +24,13 @@ from isthmus.wire.server import INSTANCE, KEEPALIVE, PATH
 PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Seconds between tries to reach a server; the last for ever."""
 log = logging.getLogger(__name__)
-_TLS_WORDS = ("handshake", "CERTIFICATE", "SSL", "certificate", "Peer name")
+_TLS_WORDS = ("handshake", "CERTIFICATE", "SSL", "certificate", "Peer name", "Hostname Verification")
 _FATAL: dict[grpc.StatusCode, tuple[type[IsthmusError], str]] = {
     grpc.StatusCode.PERMISSION_DENIED: (IdentityError, "use a certificate of a silo that the recipe lists"),
     grpc.StatusCode.UNAUTHENTICATED: (IdentityError, "use a certificate of this federation"),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (FrameSizeError, "send less at a time or raise wire.max_frame_bytes"),
     grpc.StatusCode.INVALID_ARGUMENT: (FrameError, "both sides must run the same version of isthmus"),
+    grpc.StatusCode.FAILED_PRECONDITION: (ProtocolError, "ask for less at a time"),
     grpc.StatusCode.UNIMPLEMENTED: (PeerGoneError, "this address serves something else; check the recipe"),
 }
 
@@ -112,7 +113,7 @@ class GrpcChannel:
         )
 
     def _keep_streaming(self) -> None:
-        last_contact = time.monotonic()
+        last_contact, reason = time.monotonic(), ""
         pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
         while self._ended is None:
             received = self.received_bytes
@@ -120,15 +121,17 @@ class GrpcChannel:
                 self._stream()
                 error: IsthmusError | None = None
             except grpc.RpcError as broken:
-                error = self._fatal(broken)
+                error, reason = self._fatal(broken), f": {(broken.details() or '')[:200]}"
+            except FrameError as malformed:
+                error = malformed
             if self.received_bytes > received:
                 last_contact = time.monotonic()
                 pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
             waited = time.monotonic() - last_contact
             if error is None and waited > self._deadline:
                 error = PeerGoneError(
-                    f"no {self._service.lower()} at {self._address} for {waited:.0f} s",
-                    remedy="start it again, check trunk.address and root.address, then resume the run",
+                    f"no {self._service.lower()} at {self._address} for {waited:.0f} s{reason}",
+                    remedy="start it again, check its address in the recipe and both certificates, then resume the run",
                 )
             if error is not None:
                 self._end(error)

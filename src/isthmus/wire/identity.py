@@ -12,7 +12,7 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -52,14 +52,17 @@ class Identity:
         try:
             certificate = x509.load_pem_x509_certificate(self.certificate)
             authority = x509.load_pem_x509_certificate(self.authority)
-        except ValueError as error:
-            raise IdentityError(f"the certificate of {self.name} is damaged", remedy=_REMEDY) from error
+            key = serialization.load_pem_private_key(self.key, password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise IdentityError(f"the certificate or key of {self.name} is damaged", remedy=_REMEDY) from error
         now = datetime.datetime.now(datetime.UTC)
         if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
             end = certificate.not_valid_after_utc.date()
             raise IdentityError(f"the certificate of {self.name} is not valid now (it ends {end})", remedy=_REMEDY)
         if common_name(certificate) != self.name:
             raise IdentityError(f"the certificate of {self.name} is {common_name(certificate)}'s", remedy=_REMEDY)
+        if key.public_key() != certificate.public_key():
+            raise IdentityError(f"the certificate of {self.name} is for another key", remedy=_REMEDY)
         try:
             certificate.verify_directly_issued_by(authority)
         except (ValueError, TypeError, InvalidSignature) as error:
@@ -139,11 +142,13 @@ def save(identity: Identity, folder: Path) -> None:
     (place / "cert.pem").write_bytes(identity.certificate)
     key = place / "key.pem"
     key.touch(mode=0o600)
+    key.chmod(0o600)  # one that was there before too
     key.write_bytes(identity.key)
 
 
 def common_name(certificate: x509.Certificate) -> str:
-    return str(certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if names else ""
 
 
 def _x509_name(name: str) -> x509.Name:

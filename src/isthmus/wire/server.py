@@ -37,21 +37,23 @@ class Inbox:
         self._peer = peer
         self._answers: dict[int, Future[bytes]] = {}
         self._last = 0
+        self._lock = threading.Lock()  # a broken stream may still be read while the next one is
 
     def receive(self, frame: pb.Frame, outbox: queue.SimpleQueue[bytes | None]) -> None:
         """Answer this frame into the outbox, now or later. Id 0, the greeting, is answered afresh each time."""
-        for known in [known for known in self._answers if known <= frame.acked]:
-            del self._answers[known]
-        if len(self._answers) > UNACKED:
-            raise ProtocolError(f"more than {UNACKED} unread answers", remedy="read the answers")
-        answer = self._answers.get(frame.id)
-        if answer is None:
-            if 0 < frame.id <= self._last:
-                return
-            answer = serve(self._service, self._peer, frame)
-            if frame.id:
-                self._last = frame.id
-                self._answers[frame.id] = answer
+        with self._lock:
+            for known in [known for known in self._answers if known <= frame.acked]:
+                del self._answers[known]
+            if len(self._answers) > UNACKED:
+                raise ProtocolError(f"more than {UNACKED} unread answers", remedy="read the answers")
+            answer = self._answers.get(frame.id)
+            if answer is None:
+                if 0 < frame.id <= self._last:
+                    return
+                answer = serve(self._service, self._peer, frame)
+                if frame.id:
+                    self._last = frame.id
+                    self._answers[frame.id] = answer
         answer.add_done_callback(lambda done: outbox.put(done.result()))
 
 

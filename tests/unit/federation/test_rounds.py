@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.errors import DiskFullError, FrameError, IsthmusError, OutOfOrderError, ProtocolError, QuorumError
+from isthmus.errors import DiskFullError, FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.rounds import Rounds
 from isthmus.report.record import RoleDirectory, read_journal
 from isthmus.wire import codec
@@ -99,8 +99,8 @@ BAD_TENSORS = {
 REFUSED: dict[str, tuple[str, pb.Update, type[IsthmusError]]] = {
     "twice": ("a", update(1), ProtocolError),
     "stranger": ("c", update(1), ProtocolError),
-    "next-round": ("b", update(2), OutOfOrderError),
-    "round-0": ("b", update(0), OutOfOrderError),
+    "next-round": ("b", update(2), RoundLostError),
+    "round-0": ("b", update(0), RoundLostError),
 } | {
     f"tensors-{fault}": ("b", pb.Update(round=1, weight=1.0, tensors=tensors), FrameError)
     for fault, tensors in BAD_TENSORS.items()
@@ -124,12 +124,12 @@ def test_refused_update_changes_nothing(case: str, build: Build) -> None:
 
 def test_update_without_a_round(build: Build) -> None:
     rounds = build("a", "b", rounds=1)
-    with pytest.raises(OutOfOrderError):
+    with pytest.raises(RoundLostError):
         rounds.update("a", update(1))
     plans(rounds, "a", "b")
     for silo in ("a", "b"):
         rounds.update(silo, update(1))
-    with pytest.raises(OutOfOrderError):
+    with pytest.raises(RoundLostError):
         rounds.update("a", update(1))
     assert_plan(plans(rounds, "a")[0], 0, 1, [], 1.0)
 
@@ -165,7 +165,7 @@ def test_quorum_is_lost(build: Build, store: RoleDirectory, when: str) -> None:
         with pytest.raises(QuorumError, match="1 silos are left, the recipe needs 2") as caught:
             rounds.ready(silo).result(WAIT)
         assert "--resume" in caught.value.remedy
-    with pytest.raises(OutOfOrderError):
+    with pytest.raises(RoundLostError):
         rounds.update("b", update(1))
     assert store.last_round() == 0
 

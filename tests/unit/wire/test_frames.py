@@ -1,0 +1,286 @@
+"""Frames: every rule, and that bytes of any kind end in ``FrameError`` or a checked frame, never in another error."""
+
+from __future__ import annotations
+
+import math
+import random
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from isthmus.errors import FrameError, IsthmusError, MismatchError
+from isthmus.wire import codec, frames
+from isthmus.wire import isthmus_pb2 as pb
+
+WIDTH = 2
+KINDS = {field.name: field.message_type for field in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}
+UINTS = [0, 1, 2, 3, 7, 4096, 4097, 2**20, 2**20 + 1, 2**31, 2**32 - 1]
+DOUBLES = [0.0, -0.0, 1.0, -1.0, 5e-324, 1e308, math.nan, math.inf, -math.inf]
+TEXTS = ["", "a", "fp32", "bf16", "fp16", "fp64", "é" * 50, "x" * 3000, "\0"]
+COUNTS = [0, 1, 1, 2, 2, 3, 60]
+SEEDS = st.integers(0, 2**63)
+
+
+def matrix(rows: int) -> pb.Matrix:
+    return pb.Matrix(codec="fp32", rows=rows, width=WIDTH, data=bytes(4 * rows * WIDTH))
+
+
+def tensor(name: str = "a") -> pb.Tensor:
+    return pb.Tensor(name=name, shape=[2, 3], data=bytes(24))
+
+
+VALID: dict[str, Message] = {
+    "hello": pb.Hello(version=frames.VERSION, fingerprint="f" * 64, bottom=1, top=1, instance="i"),
+    "welcome": pb.Welcome(),
+    "failure": pb.Failure(code="mismatch", message="no", remedy="do"),
+    "ping": pb.Ping(),
+    "pong": pb.Pong(),
+    "begin": pb.Begin(round=1, participants=["a", "b"]),
+    "begun": pb.Begun(),
+    "forward": pb.Forward(step=1, lengths=[2, 3], hidden=matrix(5), train=True),
+    "hidden": pb.Hidden(hidden=matrix(5)),
+    "backward": pb.Backward(step=1, gradient=matrix(5), reply=True),
+    "gradient": pb.Gradient(gradient=matrix(5)),
+    "commit": pb.Commit(round=1, step=1, weight=3.0),
+    "stepped": pb.Stepped(contributors=2),
+    "decode": pb.Decode(session=1, step=1, lengths=[1, 2], hidden=matrix(3), forget=1, rows=[1, 0]),
+    "close": pb.Close(session=1),
+    "closed": pb.Closed(),
+    "ready": pb.Ready(completed=2),
+    "plan": pb.Plan(round=3, completed=2, participants=["a"], adapters=[tensor()]),
+    "update": pb.Update(round=3, weight=1.5, tensors=[tensor()]),
+    "accepted": pb.Accepted(),
+}
+SERIALIZED = [frames.wrap(body, id=5, acked=3).SerializeToString() for body in VALID.values()]
+
+
+def changed(kind: str, **fields: Any) -> Message:
+    """The valid body of this kind with other values in some fields."""
+    body = type(VALID[kind])()
+    body.CopyFrom(VALID[kind])
+    for name, value in fields.items():
+        body.ClearField(name)
+        if isinstance(value, (list, Message)):
+            getattr(body, name).MergeFrom(value)
+        else:
+            setattr(body, name, value)
+    return body
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_valid_frame_of_every_kind_passes(kind: str) -> None:
+    frame = frames.decode(frames.wrap(VALID[kind], id=7, acked=6).SerializeToString())
+    frames.check(frame)
+    assert frames.body(frame) == VALID[kind]
+    assert (frame.id, frame.acked) == (7, 6)
+
+
+BROKEN = [
+    ("hello", {"version": 0}, "protocol version 0"),
+    ("hello", {"version": frames.VERSION + 1}, "protocol version"),
+    ("begin", {"round": 0}, "round 0"),
+    ("begin", {"participants": []}, "0 participants"),
+    ("begin", {"participants": ["a"] * 4097}, "4097 participants"),
+    ("commit", {"round": 0}, "round 0"),
+    ("commit", {"step": 0}, "step 0"),
+    ("update", {"round": 0}, "round 0"),
+    ("decode", {"step": 0, "rows": []}, "something to forget"),
+    ("decode", {"step": 0, "forget": 0}, "something to forget"),
+    ("decode", {"rows": [0]}, "differ in number"),
+    ("decode", {"rows": [0, 1, 2]}, "differ in number"),
+    ("decode", {"rows": [0] * 4097}, "4097 rows"),
+]
+BROKEN += [
+    (kind, {"weight": weight}, "weight")
+    for kind in ("commit", "update")
+    for weight in (0.0, -0.0, -1.0, math.nan, math.inf, -math.inf)
+]
+BROKEN += [
+    (kind, change, told)
+    for kind in ("forward", "decode")
+    for change, told in [
+        ({"lengths": [], "hidden": matrix(0)}, "0 sequences"),
+        ({"lengths": [1] * 4097, "hidden": matrix(4097)}, "4097 sequences"),
+        ({"lengths": [5, 0], "hidden": matrix(5)}, "no or huge length"),
+        ({"lengths": [2**20 + 1], "hidden": pb.Matrix(rows=2**20 + 1)}, "no or huge length"),
+        ({"lengths": [2**32 - 1, 2], "hidden": pb.Matrix(rows=1)}, "no or huge length"),
+        ({"lengths": [2, 3], "hidden": matrix(4)}, "4 rows for sequences of 5"),
+        ({"lengths": [2, 3], "hidden": matrix(6)}, "6 rows for sequences of 5"),
+        ({"hidden": pb.Matrix()}, "0 rows"),
+        ({"lengths": [2**20] * 4096, "hidden": matrix(1)}, "rows for sequences of 4294967296"),
+    ]
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "told"), BROKEN)
+def test_a_broken_rule_is_refused(kind: str, change: dict[str, Any], told: str) -> None:
+    frame = frames.decode(frames.wrap(changed(kind, **change)).SerializeToString())
+    with pytest.raises(FrameError, match=told) as refused:
+        frames.check(frame)
+    assert refused.value.remedy
+
+
+def test_every_rule_is_tested() -> None:
+    assert {kind for kind, _, _ in BROKEN} == frames._RULES.keys()
+    assert VALID.keys() == KINDS.keys()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        changed("decode", step=0, forget=0, rows=[]),
+        changed("decode", rows=[]),
+        changed("forward", lengths=[1] * 4096, hidden=matrix(4096)),
+        changed("forward", lengths=[2**20], hidden=pb.Matrix(rows=2**20)),
+        changed("commit", weight=5e-324),
+        changed("begin", participants=["a"] * 4096),
+    ],
+)
+def test_what_just_keeps_the_rules_passes(body: Message) -> None:
+    frames.check(frames.wrap(body))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        pb.Frame(id=3).SerializeToString(),
+        b"\x98\x06\x01",  # field 99, a number
+        b"\x82\x03\x00",  # field 48, an empty message: a body of a later version
+        b"\x50\x01",  # hello as a number
+    ],
+)
+def test_a_frame_without_a_known_body_is_refused(data: bytes) -> None:
+    frame = frames.decode(data)
+    with pytest.raises(FrameError, match="without a body"):
+        frames.check(frame)
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff", b"\x0a", b"\x52\x05", b"GET / HTTP/1.1\r\n", b"\x52\x03\x12\x01\xff", bytes(9)]
+)
+def test_bytes_that_are_no_frame_are_refused(data: bytes) -> None:
+    with pytest.raises(FrameError, match=f"{len(data)} bytes") as refused:
+        frames.decode(data)
+    assert refused.value.remedy
+
+
+@pytest.mark.parametrize("kind", [IsthmusError, FrameError, MismatchError])
+def test_an_error_comes_back_as_it_was(kind: type[IsthmusError]) -> None:
+    back = frames.raised(frames.failure(kind("what é\n", remedy="do")))
+    assert type(back) is kind
+    assert (back.message, back.remedy) == ("what é\n", "do")
+
+
+@pytest.mark.parametrize("code", ["", "of a later version", "__class__"])
+def test_an_unknown_code_becomes_the_base_error(code: str) -> None:
+    back = frames.raised(pb.Failure(code=code, message="what", remedy="do"))
+    assert type(back) is IsthmusError
+    assert (back.message, back.remedy) == ("what", "do")
+
+
+def receive(data: bytes) -> None:
+    """What any receiver does with bytes: nothing but ``FrameError`` may come of it."""
+    with suppress(FrameError):
+        frame = frames.decode(data)
+        frames.check(frame)
+        read(frames.body(frame))
+
+
+def read(body: Any) -> None:
+    """Decode the tensors of a checked body, with what a receiver expects and with what the sender claims."""
+    fields = {field.name for field in type(body).DESCRIPTOR.fields}
+    for name in fields & {"hidden", "gradient"}:
+        sent = getattr(body, name)
+        rows = sum(body.lengths) if "lengths" in fields else 5
+        claims = [(rows, WIDTH, "fp32")]
+        claims += [(sent.rows, sent.width, sent.codec)] if sent.codec in codec.DTYPES else []
+        for rows, width, agreed in claims:
+            with suppress(FrameError):
+                assert codec.decode(sent, rows=rows, width=width, codec=agreed).shape == (rows, width)
+    for name in fields & {"adapters", "tensors"}:
+        sent = getattr(body, name)
+        for expected in ({"a": (2, 3)}, {claim.name: tuple(claim.shape) for claim in sent}):
+            with suppress(FrameError):
+                assert codec.decode_named(sent, expected).keys() == expected.keys()
+
+
+def mutated(draw: random.Random) -> bytes:
+    """A valid frame with some bytes changed, cut out, doubled, or of another frame."""
+    data = bytearray(draw.choice(SERIALIZED))
+    for _ in range(draw.randrange(1, 5)):
+        where = draw.randrange(len(data) + 1)
+        edit = draw.randrange(5)
+        if edit == 0:
+            data[where : where + 1] = draw.randbytes(1)
+        elif edit == 1:
+            del data[where:]
+        elif edit == 2:
+            del data[where : where + draw.randrange(4)]
+        elif edit == 3:
+            data[where:where] = data[where : where + draw.randrange(9)]
+        else:
+            data[where:] = draw.choice(SERIALIZED)[where:]
+    return bytes(data)
+
+
+def extreme(draw: random.Random, message: Message, share: float) -> Message:
+    """This message with extreme values in this share of its fields, however deep."""
+    for field in message.DESCRIPTOR.fields:
+        if field.containing_oneof is not None or draw.random() > share:
+            continue
+        if field.is_repeated:
+            fill(draw, getattr(message, field.name), field, share)
+        elif field.message_type is not None:
+            extreme(draw, getattr(message, field.name), share).SetInParent()
+        else:
+            setattr(message, field.name, scalar(draw, field))
+    return message
+
+
+def fill(draw: random.Random, values: Any, field: FieldDescriptor, share: float) -> None:
+    for _ in range(draw.choice(COUNTS)):
+        if field.message_type is not None:
+            extreme(draw, values.add(), share)
+        else:
+            values.append(scalar(draw, field))
+
+
+def scalar(draw: random.Random, field: FieldDescriptor) -> Any:
+    if field.type == FieldDescriptor.TYPE_STRING:
+        return draw.choice(TEXTS)
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return draw.randbytes(draw.choice((0, 1, 2, 4, 8, 24, 40)))
+    if field.type == FieldDescriptor.TYPE_DOUBLE:
+        return draw.choice(DOUBLES)
+    if field.type == FieldDescriptor.TYPE_UINT64:
+        return draw.choice([*UINTS, 2**63, 2**64 - 1])
+    return draw.choice(UINTS) if field.type == FieldDescriptor.TYPE_UINT32 else draw.random() < 0.5
+
+
+fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
+
+
+@settings(fuzz, max_examples=4_000)
+@given(st.binary(max_size=200))
+def test_random_bytes(data: bytes) -> None:
+    receive(data)
+
+
+@settings(fuzz, max_examples=9_000)
+@given(SEEDS)
+def test_mutated_frames(seed: int) -> None:
+    receive(mutated(random.Random(seed)))
+
+
+@settings(fuzz, max_examples=9_000)
+@given(st.sampled_from(sorted(KINDS)), SEEDS)
+def test_frames_of_extreme_values(kind: str, seed: int) -> None:
+    draw = random.Random(seed)
+    body = extreme(draw, changed(kind), draw.choice((0.1, 0.3, 0.9)))
+    receive(frames.wrap(body, id=draw.choice(UINTS), acked=draw.choice(UINTS)).SerializeToString())

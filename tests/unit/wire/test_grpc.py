@@ -1,0 +1,295 @@
+"""gRPC client and server when the connection breaks, the server goes, or the other side sends rubbish."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+
+from isthmus.errors import FrameError, FrameSizeError, IsthmusError, MismatchError, PeerGoneError, ProtocolError
+from isthmus.wire import frames
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer
+from isthmus.wire.server import UNACKED, Inbox, Server
+from tests.conformance.test_channels import (
+    AUTHORITY,
+    HANG,
+    LIMIT,
+    SILOS,
+    TRUNK,
+    Echo,
+    Late,
+    ask,
+    echoed,
+    joined,
+    number,
+    serving,
+    until,
+)
+from tests.unit.wire.test_identity import Forwarder, raw_client, raw_server
+
+
+@contextmanager
+def cuttable(service: Echo, **options: Any) -> Iterator[tuple[Any, Forwarder]]:
+    """A channel to this service and the forwarder that it goes through."""
+    with (
+        serving({"Trunk": service}) as server,
+        closing(Forwarder(server.port)) as forwarder,
+        closing(joined(forwarder.port, **options)) as channel,
+    ):
+        yield channel, forwarder
+
+
+def answer_to(data: bytes) -> bytes:
+    return frames.wrap(pb.Pong(), id=frames.decode(data).id).SerializeToString()
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def handled(service: Echo) -> list[Message]:
+    return [request for request in service.requests if not isinstance(request, pb.Ping)]
+
+
+def streams(service: Echo) -> int:
+    """Streams that greeted this service."""
+    return len(service.requests) - len(handled(service))
+
+
+def test_pending_requests_are_answered_after_a_cut_and_handled_once() -> None:
+    service = Late()
+    with cuttable(service) as (channel, forwarder):
+        answers = [channel.submit(number(value)) for value in range(10)]
+        for cut in (1, 2):
+            until(lambda: len(service.held) == 10)
+            forwarder.cut()
+            until(lambda cut=cut: streams(service) == 1 + cut)
+        service.answer(reversed)
+        assert [answer.result(HANG).completed for answer in answers] == list(range(10))
+        assert handled(service) == list(map(number, range(10)))
+
+
+def test_an_answer_given_while_nobody_listens_is_not_lost() -> None:
+    service = Late()
+    with cuttable(service) as (channel, forwarder):
+        answer = channel.submit(number(1))
+        until(lambda: service.held)
+        forwarder.passing = False
+        forwarder.cut()
+        unsent = channel.submit(number(2))
+        service.answer()
+        until(lambda: forwarder.turned_away > 1)
+        forwarder.passing = True
+        assert answer.result(HANG) == number(1)
+        until(lambda: service.held)
+        service.answer()
+        assert unsent.result(HANG) == number(2)
+        assert handled(service) == [number(1), number(2)]
+
+
+def test_a_frame_cut_in_its_middle_is_sent_again() -> None:
+    service = Echo()
+    with cuttable(service) as (channel, forwarder):
+        forwarder.cut_after(3_000_000)
+        bodies = [pb.Gradient(gradient=pb.Matrix(rows=row, data=bytes([row]) * 2**21)) for row in range(4)]
+        answers = [channel.submit(body) for body in bodies]
+        assert [answer.result(HANG) for answer in answers] == bodies
+        assert handled(service) == bodies
+        assert streams(service) == 2
+
+
+def test_many_cuts_lose_and_double_nothing() -> None:
+    service = Echo()
+    with cuttable(service) as (channel, forwarder):
+        answers: list[Answer] = []
+        for value in range(200):
+            answers.append(channel.submit(number(value)))
+            if value % 60 == 30:
+                forwarder.cut_after(1 + value)
+            time.sleep(0.001)
+        assert [answer.result(HANG).completed for answer in answers] == list(range(200))
+        assert handled(service) == list(map(number, range(200)))
+        assert streams(service) > 1
+
+
+def test_a_greeting_refused_on_a_later_stream_ends_the_channel() -> None:
+    def how(request: Message) -> Answer:
+        if streams(service) > 1:
+            raise MismatchError("another model now", remedy="take ours")
+        return echoed(request) if isinstance(request, pb.Ping) else Answer()
+
+    service = Echo(how)
+    with cuttable(service) as (channel, forwarder):
+        pending = channel.submit(number(1))
+        forwarder.cut()
+        with pytest.raises(MismatchError, match="another model now"):
+            pending.result(HANG)
+        with pytest.raises(MismatchError):
+            channel.submit(number(2))
+
+
+def test_a_server_that_comes_back_answers_what_is_pending() -> None:
+    service = Late()
+    with serving({"Trunk": service}) as server:
+        channel = joined(server.port)
+        answers = [channel.submit(number(value)) for value in range(3)]
+        until(lambda: len(service.held) == 3)
+    service.held.clear()
+    with serving({"Trunk": service}, address=f"localhost:{server.port}"), closing(channel):
+        until(lambda: len(service.held) == 3)
+        service.answer()
+        assert [answer.result(HANG).completed for answer in answers] == [0, 1, 2]
+        assert handled(service) == [*map(number, range(3))] * 2
+
+
+def test_a_server_gone_past_the_deadline_fails_everything() -> None:
+    service = Late()
+    with serving({"Trunk": service}) as server:
+        channel = joined(server.port, deadline=0.3)
+        pending = [channel.submit(number(value)) for value in range(3)]
+        until(lambda: len(service.held) == 3)
+    for failed in (*(answer.result for answer in pending), lambda _: channel.submit(number(4))):
+        with pytest.raises(PeerGoneError, match=f"localhost:{server.port}") as gone:
+            failed(HANG)
+        assert gone.value.remedy
+    channel.close()
+
+
+def test_a_server_that_was_never_there() -> None:
+    port = free_port()
+    with pytest.raises(PeerGoneError, match=f"localhost:{port}") as gone:
+        joined(port, deadline=0.3)
+    assert gone.value.remedy
+
+
+def test_another_service_than_wanted() -> None:
+    with serving({"Trunk": Echo()}) as server, pytest.raises(PeerGoneError) as gone:
+        joined(server.port, service="Root")
+    assert "check the recipe" in gone.value.remedy
+
+
+def test_frames_are_sent_again_byte_for_byte() -> None:
+    seen: list[list[bytes]] = []
+
+    def stream(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        seen.append([])
+        for data in requests:
+            seen[-1].append(data)
+            if len(seen) > 1 or len(seen[-1]) == 1:
+                yield answer_to(data)
+            elif len(seen[-1]) == 4:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "for a while")
+
+    with raw_server(stream, TRUNK) as port, closing(joined(port)) as channel:
+        answers = [channel.submit(number(value)) for value in range(3)]
+        assert [answer.result(HANG) for answer in answers] == [pb.Pong()] * 3
+    assert len(seen[0]) == 4
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("data", [b"\xff rubbish", b""])
+def test_a_server_that_answers_rubbish_fails_what_is_pending(data: bytes) -> None:
+    def stream(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        yield answer_to(next(requests))
+        next(requests)
+        yield data or pb.Frame(id=1).SerializeToString()
+
+    with raw_server(stream, TRUNK) as port, closing(joined(port)) as channel, pytest.raises(FrameError):
+        ask(channel, number(1))
+
+
+def test_a_server_with_a_lower_limit_refuses() -> None:
+    with serving({"Trunk": Echo()}, limit=10_000) as server, closing(joined(server.port)) as channel:
+        with pytest.raises(FrameSizeError) as refused:
+            ask(channel, pb.Gradient(gradient=pb.Matrix(data=bytes(20_000))))
+        assert refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("messages", "status"),
+    [
+        ((b"\xff rubbish",), grpc.StatusCode.INVALID_ARGUMENT),
+        ((frames.wrap(pb.Ping()).SerializeToString(), b"\x0a"), grpc.StatusCode.INVALID_ARGUMENT),
+        ((bytes(20_000),), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ],
+)
+def test_rubbish_ends_its_own_stream_only(messages: tuple[bytes, ...], status: grpc.StatusCode) -> None:
+    service, silo = Echo(), AUTHORITY.issue("b").client_credentials()
+    with serving({"Trunk": service}, limit=10_000) as server, closing(joined(server.port)) as other:
+        assert raw_client(server.port, *messages, credentials=silo) is status
+        assert ask(other, number(1)) == number(1)
+        assert raw_client(server.port, credentials=silo) is grpc.StatusCode.OK
+    assert streams(service) == 1 + len(messages[:-1])
+
+
+def test_a_client_that_starts_anew_is_served_anew() -> None:
+    service = Echo()
+    with serving({"Trunk": service}) as server:
+        for value in (1, 2):
+            with closing(joined(server.port)) as channel:
+                assert ask(channel, number(value)) == number(value)
+    assert handled(service) == [number(1), number(2)]
+
+
+def test_more_unread_answers_than_allowed_end_the_channel() -> None:
+    service = Echo(lambda request: echoed(request) if isinstance(request, pb.Ping) else Answer())
+    with serving({"Trunk": service}) as server, closing(joined(server.port)) as channel:
+        answers = [channel.submit(number(value)) for value in range(UNACKED + 2)]
+        with pytest.raises(ProtocolError):
+            answers[-1].result(HANG)
+
+
+def test_an_address_that_is_taken() -> None:
+    services = {"Trunk": Echo()}
+    with serving(services) as server, pytest.raises(IsthmusError, match="cannot listen") as refused:
+        Server(services, TRUNK, SILOS, f"localhost:{server.port}", LIMIT)
+    assert refused.value.remedy
+
+
+def test_inbox_answers_an_id_once_and_frees_what_is_acked() -> None:
+    service, outbox = Echo(), queue.SimpleQueue[Any]()
+    inbox = Inbox(service, "a", "i")
+    for id, acked in [(1, 0), (1, 0), (2, 0), (3, 2), (1, 0), (2, 0), (3, 0)]:
+        inbox.receive(frames.wrap(number(id), id=id, acked=acked), outbox)
+    assert [frames.decode(outbox.get()).id for _ in range(outbox.qsize())] == [1, 1, 2, 3, 3]
+    assert service.requests == [number(1), number(2), number(3)]
+
+
+def test_inbox_keeps_no_more_than_so_many_unread_answers() -> None:
+    service, outbox = Echo(), queue.SimpleQueue[Any]()
+    inbox = Inbox(service, "a", "i")
+    for id in range(1, UNACKED + 2):
+        inbox.receive(frames.wrap(number(id), id=id), outbox)
+    with pytest.raises(ProtocolError) as refused:
+        inbox.receive(frames.wrap(number(0), id=UNACKED + 2), outbox)
+    assert refused.value.remedy
+    inbox.receive(frames.wrap(number(0), id=UNACKED + 2, acked=UNACKED), outbox)
+    assert len(service.requests) == UNACKED + 2
+
+
+def test_inbox_handles_once_what_two_streams_bring_at_once() -> None:
+    def how(request: Message) -> Answer:
+        time.sleep(0.001)
+        return echoed(request)
+
+    service, outbox = Echo(how), queue.SimpleQueue[Any]()
+    inbox = Inbox(service, "a", "i")
+
+    def bring(_: int) -> None:
+        for id in range(1, 101):
+            inbox.receive(frames.wrap(number(id), id=id), outbox)
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(bring, range(3)))
+    assert service.requests == list(map(number, range(1, 101)))
+    assert outbox.qsize() == 300
