@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from isthmus.demo import play as demo
 from isthmus.recipe import Recipe
@@ -20,7 +21,9 @@ WORDS = {"w58": "w10 w11 w12", "w59": "w20 w21 w22"}
 
 def tiny_recipe(folder: Path, *, quick: bool, seed: int) -> Recipe:
     """The demo's recipe with a tiny model and made-up rows."""
-    save_tiny_model("llama", folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_model("llama", folder / "model"))
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder / "model")
     rows = [{"text": f"{WORDS[label]} w{number}", "label": label} for number in range(30, 36) for label in WORDS]
     files = {name: str(write_rows(folder / f"{name}.jsonl", rows)) for name in SILOS}
     return Recipe.of(

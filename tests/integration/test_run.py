@@ -102,6 +102,7 @@ def test_exported_adapter_on_the_uncut_model_answers_as_the_split_model(
     whole = PeftModel.from_pretrained(uncut(base), tmp_path / "adapter").eval()
     assert generated.out.strip() == _greedy(whole, base, prompt)
     assert generated.out.strip() != _greedy(uncut(base), base, prompt)
+    call(capsys, monkeypatch, "generate", run, prompt, "--chat").failed("no chat template", "leave out --chat")
 
 
 def test_run_cut_off_in_every_way_resumes_to_the_same_adapters(

@@ -27,7 +27,7 @@ ROWS = 8
 """Labelled rows a silo has to train on: few, which is when joining pays."""
 HELD_OUT = 60
 QUICK_ROUNDS = 2
-PROMPT = "The plot is thin, but the two leads are a joy to watch.\nSentiment (positive or negative):"
+PROMPT = "What should a critic write about a film she loved?"
 Scores = dict[str, dict[str, float]]
 """Accuracy by column and silo."""
 
@@ -59,9 +59,9 @@ def play(run_dir: Path, cache: Path, *, quick: bool, seed: int) -> RunDirectory:
         f"{megabytes(crossed['down'])} came down; no text, label, mask or position left a silo",
         highlight=False,
     )
-    console.print(f"\n[bold]One prompt through the split model[/bold]\n{PROMPT}", end="", highlight=False)
+    console.print(f"\n[bold]One prompt through the split model[/bold]\n{PROMPT}\n", highlight=False)
     sys.stdout.flush()
-    generate_text(directory, PROMPT, None, max_new_tokens=3, chat=False)
+    generate_text(directory, PROMPT, None, max_new_tokens=48, chat=True)
     console.print(f"\nrun directory: {directory.path}", highlight=False, soft_wrap=True)
     return directory
 

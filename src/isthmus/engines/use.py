@@ -9,7 +9,7 @@ from transformers import TextStreamer
 
 from isthmus.engines.local import at_address, serving
 from isthmus.engines.roles import set_threads
-from isthmus.errors import RunError
+from isthmus.errors import ModelError, RunError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut
@@ -75,9 +75,15 @@ def open_silo(run: RunDirectory, recipe: Recipe, name: str) -> Silo:
 
 
 def answer(silo: Silo, prompt: str, *, max_new_tokens: int, chat: bool) -> str:
-    """Greedy answer of a silo's model, streamed to standard output."""
+    """Greedy answer of a silo's model, streamed to standard output.
+
+    Raises:
+        ModelError: ``chat``, but the tokenizer has no chat template.
+    """
     tokenizer = silo.tokenizer
     if chat:
+        if tokenizer.chat_template is None:
+            raise ModelError("the model has no chat template", remedy="leave out --chat")
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True

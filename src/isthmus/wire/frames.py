@@ -13,7 +13,8 @@ from isthmus.wire import isthmus_pb2 as pb
 
 VERSION = 1
 MAX_SEQUENCES = 4096
-MAX_LENGTH = 2**20
+MAX_POSITIONS = 2**17
+"""Sequences times the longest: what a frame's batch takes once it is padded again, however few tokens crossed."""
 _REMEDY = "both sides must run the same version of isthmus"
 _FIELDS = {field.message_type: field.name for field in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}
 
@@ -66,7 +67,9 @@ def _require(fine: bool, complaint: str) -> None:
 
 def _lengths(message: Any) -> None:
     _require(0 < len(message.lengths) <= MAX_SEQUENCES, f"{len(message.lengths)} sequences in one frame")
-    _require(all(0 < length <= MAX_LENGTH for length in message.lengths), "a sequence of no or huge length")
+    _require(all(message.lengths), "a sequence without a token")
+    padded = len(message.lengths) * max(message.lengths)
+    _require(padded <= MAX_POSITIONS, f"a batch of {padded} positions, {MAX_POSITIONS} are allowed")
     rows = sum(message.lengths)
     _require(message.hidden.rows == rows, f"{message.hidden.rows} rows for sequences of {rows} tokens")
 

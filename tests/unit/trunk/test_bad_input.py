@@ -25,7 +25,7 @@ WIDTH = 32
 CONTEXT = 64
 GOOD_SESSION = 7
 NAN, INFINITY = float("nan"), float("inf")
-HUGE = 2**20 + 1
+HUGE = 2**17 + 1
 Outcome = tuple[list[Message], dict[str, torch.Tensor]]
 Serve = Callable[[], TrunkService]
 
