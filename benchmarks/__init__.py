@@ -1,1 +1,5 @@
-"""Measurements: each module compares two things in one run and writes benchmarks/results/NAME.json."""
+"""Benchmarks: each compares two things in one run, under the settings that the command gives its processes."""
+
+from isthmus.engines.threads import share_cores
+
+share_cores()  # before torch is imported

@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from isthmus.engines.lifetime import Stopped, end_with_engine, stoppable
+from isthmus.engines.threads import share_cores
 from isthmus.errors import IsthmusError
 
 app = typer.Typer(
@@ -147,6 +148,7 @@ def demo(
 def main() -> None:
     """Run the command; errors of ours are told without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    share_cores()
     end_with_engine()
     sys.exit(_exit_code())
 

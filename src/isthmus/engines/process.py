@@ -52,8 +52,7 @@ class RoleProcess:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=inherited,
-            # Waiting processes must not spin on the cores that the working one needs.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, ENGINE: str(os.getpid())},
+            env={**os.environ, ENGINE: str(os.getpid())},
         )
         self._reader = threading.Thread(target=self._read, args=(output,), name=f"log of {title}", daemon=True)
         self._reader.start()

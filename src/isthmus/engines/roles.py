@@ -6,10 +6,9 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from isthmus.engines.lifetime import Stopped
 from isthmus.engines.process import LISTENING
+from isthmus.engines.threads import set_threads
 from isthmus.errors import RecipeError
 from isthmus.federation.root import RootService
 from isthmus.recipe import Recipe
@@ -71,8 +70,3 @@ def work(recipe: Recipe, run: RunDirectory, name: str) -> None:
         worker.run()
     finally:
         worker.close()
-
-
-def set_threads(recipe: Recipe) -> None:
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)

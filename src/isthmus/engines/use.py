@@ -8,7 +8,7 @@ import torch
 from transformers import TextStreamer
 
 from isthmus.engines.local import at_address, serving
-from isthmus.engines.roles import set_threads
+from isthmus.engines.threads import set_threads
 from isthmus.errors import ModelError, RunError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint

@@ -34,14 +34,12 @@ class TrunkService:
     def __init__(self, recipe: Recipe, directory: RoleDirectory) -> None:
         checkpoint = Checkpoint(recipe.model.path)
         cut = Cut(recipe.model.bottom, recipe.model.top)
-        part = load_part(checkpoint, cut, "trunk", dtype=getattr(torch, recipe.model.dtype))
-        adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=False)
         self._hello = pb.Hello(fingerprint=checkpoint.fingerprint, bottom=cut.bottom, top=cut.top)
         self._codec = recipe.boundary.codec
-        self._runner = Runner(part)
         self._scheduler = Scheduler()
+        self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
         self._sessions = Sessions(self._runner, recipe.trunk)
-        self._training = Training(self._runner, recipe.train, directory)
+        self._training = self._scheduler.submit(lambda: Training(self._runner, recipe.train, directory)).result()
         journal = directory.journal("metrics")
         self._steps = Steps(self._training, self._scheduler, recipe.train, recipe.trunk.patience, journal)
         self._instances: dict[str, str] = {}
@@ -66,7 +64,7 @@ class TrunkService:
 
     def restore(self, number: int) -> None:
         """Serve the adapter as it was after this round; before any silo is connected."""
-        self._training.restore(number)
+        self._scheduler.submit(lambda: self._training.restore(number)).result()
 
     def stop(self) -> None:
         self._scheduler.stop()
@@ -128,6 +126,12 @@ class TrunkService:
 
     def _received(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
         return codec.decode(matrix, rows=rows, width=self._runner.width, codec=self._codec)
+
+
+def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:
+    part = load_part(checkpoint, cut, "trunk", dtype=getattr(torch, recipe.model.dtype))
+    adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=False)
+    return Runner(part)
 
 
 def _now(body: Message) -> Answer:
