@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -62,3 +63,17 @@ def test_python_example_runs(tmp_path: Path) -> None:
     services["Trunk"].stop()  # type: ignore[attr-defined]
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip()
+
+
+def test_every_figure_in_a_table_was_measured() -> None:
+    """Each number in the README's tables is the rounding of one in ``benchmarks/results`` (accuracies: in percent)."""
+    rows = [row for path in (ROOT / "benchmarks" / "results").glob("*.json") for row in json.loads(path.read_text())]
+    known = [100 * row["value"] if row["unit"] == "accuracy" else row["value"] for row in rows]
+    cells = [cell for line in README.splitlines() if line.startswith("|") for cell in re.split(r"[|*\s]+", line)]
+    figures = [cell for cell in cells if re.fullmatch(r"\d+\.\d+|\d{3,}", cell)]
+    assert len(figures) > 30
+    goals = {goal.split()[1] for row in rows if (goal := row["goal"])}
+    for figure in figures:
+        decimals = len(figure.partition(".")[2])
+        near = any(abs(value - float(figure)) <= 0.51 * 10**-decimals for value in known)
+        assert near or float(figure) in map(float, goals), figure

