@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from isthmus.errors import RecipeError
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Codec = Literal["fp32", "bf16", "fp16", "int8", "int4", "fp32+zstd", "bf16+zstd", "fp16+zstd", "int8+zstd", "int4+zstd"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
 
@@ -55,6 +56,8 @@ class TrainSection(Section):
     """Optimizer steps a round."""
     batch: Count = 4
     """Rows a step and silo."""
+    micro_batches: Annotated[int, Field(ge=1, le=64)] = 1
+    """Parts that a step's rows cross in, several on their way at a time: it hides the latency of the wire."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Positive = 5e-4
     max_tokens: Count = 512
@@ -72,16 +75,37 @@ class ReleaseSection(Section):
     """Standard deviation of the Gaussian noise on every coordinate, in the tensor's own units."""
 
 
+class CodecSection(Section):
+    """How matrices are written on the wire, each way; one name in place of the section stands for all four.
+
+    int8 and int4 have a scale for each block of 64 values and keep outliers exact; ``+zstd`` compresses the result.
+    """
+
+    forward_up: Codec = "fp32"
+    """Hidden states to the trunk."""
+    forward_down: Codec = "fp32"
+    """Hidden states from the trunk."""
+    gradient_up: Codec = "fp32"
+    """The loss gradient to the trunk. Gradients are rounded at random, without bias."""
+    gradient_down: Codec = "fp32"
+    """The gradient for bottom from the trunk."""
+
+
 class BoundarySection(Section):
     """What the silo's only exit does to the tensors that pass."""
 
-    codec: Literal["fp32", "bf16", "fp16"] = "fp32"
+    codec: CodecSection = CodecSection()
     forward: ReleaseSection = ReleaseSection(noise=0.025)
     """Hidden states, in training and inference alike."""
     gradient: ReleaseSection = ReleaseSection(noise=1e-5)
     """The loss gradient on its way into the trunk."""
     update: ReleaseSection = ReleaseSection(noise=1e-4)
     """What bottom and top learned in a round."""
+
+    @field_validator("codec", mode="before")
+    @classmethod
+    def _one_for_all(cls, value: Any) -> Any:
+        return dict.fromkeys(CodecSection.model_fields, value) if isinstance(value, str) else value
 
 
 class TrunkSection(Section):

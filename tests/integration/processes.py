@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -217,6 +218,12 @@ def processes_of(run: Path) -> list[psutil.Process]:
         if any(str(run) in word for word in process.info["cmdline"] or ()) and alive(process):
             found.append(process)
     return found
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        return int(taken.getsockname()[1])
 
 
 def alive(process: psutil.Process) -> bool:

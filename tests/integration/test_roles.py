@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from tests.integration.processes import (
     Ended,
     assert_same,
     call,
+    free_port,
     states,
     until,
     until_step,
@@ -244,12 +244,6 @@ def test_a_finished_federation_lets_a_silo_go_at_once(federation: Federation, is
     isthmus(*command).succeeded()
     assert (run.role("north").path / "ledger.jsonl").read_text() == ledger
     server.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        return int(taken.getsockname()[1])
 
 
 def _machine(recipe: Path, name: str, folder: Path) -> Path:

@@ -123,7 +123,7 @@ def test_an_unknown_key_names_the_nearest_known(key: str, near: str) -> None:
         ("train.evaluate", 1),
         ("train.max_tokens", 0),
         ("task.choices", "yes"),
-        ("boundary.codec", "int8"),
+        ("boundary.codec.gradient_up", "fp64"),
         ("boundary.forward.noise", -0.1),
         ("boundary.forward.noise", math.nan),
         ("boundary.gradient.clip", "1"),
@@ -257,3 +257,10 @@ def test_party() -> None:
     with pytest.raises(RecipeError, match="no silo 'c'") as caught:
         recipe.party("c")
     assert caught.value.remedy == "use one of: a, b"
+
+
+def test_one_codec_stands_for_all_four() -> None:
+    codecs = Recipe.of(values_with("boundary.codec", "int8+zstd")).boundary.codec
+    assert set(codecs.model_dump().values()) == {"int8+zstd"}
+    mixed = Recipe.of(values_with("boundary.codec", {"forward_up": "int4"})).boundary.codec
+    assert (mixed.forward_up, mixed.gradient_down) == ("int4", "fp32")

@@ -44,7 +44,11 @@ class Boundary:
 
     def release(self, h_TD: torch.Tensor, path: Path, step: int) -> pb.Matrix:
         """Secure ``h_TD`` and encode it; from here on it may leave, as often as the wire needs."""
-        matrix = codec.encode(self._mechanisms[path].apply(h_TD, self._generator), self._codec)
+        secured = self._mechanisms[path].apply(h_TD, self._generator)
+        if path == "gradient":
+            matrix = codec.encode(secured, self._codec.gradient_up, self._generator)
+        else:
+            matrix = codec.encode(secured, self._codec.forward_up)
         self._note(path, step, matrix.rows, matrix.width, len(matrix.data))
         return matrix
 
@@ -59,15 +63,16 @@ class Boundary:
         self._note("update", step, 1, row.shape[1], sum(len(tensor.data) for tensor in encoded))
         return encoded
 
-    def admit(self, matrix: pb.Matrix, like_TD: torch.Tensor) -> torch.Tensor:
-        """A tensor that came in, which must have the shape of ``like_TD``; on its device and in its dtype.
+    def admit(self, matrix: pb.Matrix, path: Path, like_TD: torch.Tensor) -> torch.Tensor:
+        """A tensor that came in on this path, which must have the shape of ``like_TD``; on its device and in its dtype.
 
         Raises:
             FrameError: it is anything else.
         """
         rows, width = like_TD.shape
         self.admitted_bytes += len(matrix.data)
-        return codec.decode(matrix, rows=rows, width=width, codec=self._codec).to(like_TD)
+        name = self._codec.gradient_down if path == "gradient" else self._codec.forward_down
+        return codec.decode(matrix, rows=rows, width=width, codec=name).to(like_TD)
 
     def _note(self, path: Path, step: int, rows: int, width: int, size: int) -> None:
         mechanism = self._mechanisms[path]

@@ -46,6 +46,12 @@ class Batch:
     def tokens(self) -> int:
         return int(self.attention_mask.sum())
 
+    def parts(self, count: int) -> list[Batch]:
+        """This batch's rows in at most ``count`` batches of near equal size."""
+        tensors = (self.input_ids, self.attention_mask, self.position_ids, self.labels)
+        pieces = zip(*(tensor.tensor_split(min(count, len(tensor))) for tensor in tensors), strict=True)
+        return [Batch(ids, mask, places, labels, self.keep) for ids, mask, places, labels in pieces]
+
     def inputs(self) -> dict[str, object]:
         return {
             "input_ids": self.input_ids,

@@ -8,15 +8,28 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from isthmus.errors import UnknownSessionError
+from isthmus.privacy.events import Path
 from isthmus.silo.boundary import Boundary
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.channel import Channel
+from isthmus.wire.channel import Answer, Channel
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A training step's tensor on its way through the trunk."""
+
+    step: int
+    sent_TD: torch.Tensor
+    path: Path
+    reply: bool
+    answer: Answer
 
 
 class RemoteTrunk(nn.Module):
@@ -41,7 +54,7 @@ class RemoteTrunk(nn.Module):
         if torch.is_grad_enabled():
             crossed: torch.Tensor = _Crossing.apply(h_TD, self._anchor, self, lengths)  # type: ignore[no-untyped-call]
             return crossed
-        return self.send_forward(next(self._steps), h_TD, lengths, train=False)
+        return self._landed(self._start_forward(h_TD, lengths, train=False))
 
     def begin(self, round: int, participants: list[str]) -> None:
         """Wait until all participants are ready for this round's first step."""
@@ -67,18 +80,33 @@ class RemoteTrunk(nn.Module):
         weakref.finalize(session, self._abandoned.append, session.id)
         return session
 
-    def next_step(self) -> int:
-        return next(self._steps)
+    def start_forward(self, h_TD: torch.Tensor, lengths: list[int]) -> Flight:
+        """Send a training step's hidden states, and do not wait for the answer."""
+        return self._start_forward(h_TD, lengths, train=True)
 
-    def send_forward(self, step: int, h_TD: torch.Tensor, lengths: list[int], *, train: bool) -> torch.Tensor:
+    def start_backward(self, forward: Flight, gradient_TD: torch.Tensor, *, reply: bool) -> Flight:
+        """Send the gradient of what a forward gave; ``reply`` if the gradient of what it took is wanted."""
+        gradient = self.boundary.release(gradient_TD, "gradient", forward.step)
+        request = pb.Backward(step=forward.step, gradient=gradient, reply=reply)
+        return Flight(forward.step, gradient_TD, "gradient", reply, self.channel.submit(request))
+
+    def land(self, flight: Flight) -> torch.Tensor | None:
+        """Wait for the answer; None for a backward without reply."""
+        if flight.reply:
+            return self._landed(flight)
+        flight.answer.result()
+        return None
+
+    def _start_forward(self, h_TD: torch.Tensor, lengths: list[int], *, train: bool) -> Flight:
+        step = next(self._steps)
         hidden = self.boundary.release(h_TD, "forward", step)
-        answer = self.channel.call(pb.Forward(step=step, lengths=lengths, hidden=hidden, train=train))
-        return self.boundary.admit(answer.hidden, h_TD)
+        request = pb.Forward(step=step, lengths=lengths, hidden=hidden, train=train)
+        return Flight(step, h_TD, "forward", True, self.channel.submit(request))
 
-    def send_backward(self, step: int, gradient_TD: torch.Tensor, *, reply: bool) -> torch.Tensor | None:
-        gradient = self.boundary.release(gradient_TD, "gradient", step)
-        answer = self.channel.call(pb.Backward(step=step, gradient=gradient, reply=reply))
-        return self.boundary.admit(answer.gradient, gradient_TD) if reply else None
+    def _landed(self, flight: Flight) -> torch.Tensor:
+        body: Any = flight.answer.result()
+        matrix = body.hidden if flight.path == "forward" else body.gradient
+        return self.boundary.admit(matrix, flight.path, flight.sent_TD)
 
 
 class _Crossing(torch.autograd.Function):
@@ -89,13 +117,13 @@ class _Crossing(torch.autograd.Function):
         ctx: Any, h_TD: torch.Tensor, anchor: torch.Tensor, remote: RemoteTrunk, lengths: list[int]
     ) -> torch.Tensor:
         ctx.remote = remote
-        ctx.step = remote.next_step()
-        return remote.send_forward(ctx.step, h_TD, lengths, train=True)
+        ctx.flight = remote.start_forward(h_TD, lengths)
+        return remote.land(ctx.flight)  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, gradient_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient = ctx.remote.send_backward(ctx.step, gradient_TD, reply=ctx.needs_input_grad[0])
-        return gradient, None, None, None
+        flight = ctx.remote.start_backward(ctx.flight, gradient_TD, reply=ctx.needs_input_grad[0])
+        return ctx.remote.land(flight), None, None, None
 
 
 class RemoteSession:
@@ -125,7 +153,7 @@ class RemoteSession:
         )
         self._forget, self._rows = 0, []
         self._sent.append(request)
-        return self._boundary.admit(self._ask(request).hidden, h_TD)
+        return self._boundary.admit(self._ask(request).hidden, "forward", h_TD)
 
     def forget(self, positions: int) -> None:
         self._forget += positions

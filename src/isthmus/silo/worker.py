@@ -15,7 +15,9 @@ from isthmus.model.optim import build_optimizer
 from isthmus.privacy.ledger import FileLedger
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory, read_journal
+from isthmus.silo.data import Batch
 from isthmus.silo.join import connect, join
+from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import SiloData, Step, evaluate, train_step, training_batches
 from isthmus.silo.update import build_update
 from isthmus.wire import codec
@@ -95,13 +97,19 @@ class Worker:
         batches = training_batches(self._data, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
         weight = 0
         for number in range(1, train.steps + 1):
-            step = train_step(self._silo.model, self._optimizer, next(batches))
+            step = self._step(next(batches))
             self._silo.trunk.commit(plan.round, number, step.weight)
             weight += step.weight
             self._note_step(plan.round, number, step)
         self._directory.save_round(plan.round, {"optimizer": self._optimizer.state_dict()})
         self._state_of_round = plan.round
         self._root.call(build_update(self._silo.boundary, shared, self._parameters, round=plan.round, weight=weight))
+
+    def _step(self, batch: Batch) -> Step:
+        micro_batches = self._recipe.train.micro_batches
+        if micro_batches == 1:
+            return train_step(self._silo.model, self._optimizer, batch)
+        return pipelined_step(self._silo.model, self._optimizer, batch, micro_batches)
 
     def _continue_from(self, completed: int) -> None:
         """Bring the optimizer to its state after this round; a silo that has none of it starts afresh."""

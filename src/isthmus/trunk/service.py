@@ -36,6 +36,8 @@ class TrunkService:
         cut = Cut(recipe.model.bottom, recipe.model.top)
         self._hello = pb.Hello(fingerprint=checkpoint.fingerprint, bottom=cut.bottom, top=cut.top)
         self._codec = recipe.boundary.codec
+        self._generator = torch.Generator()
+        self._generator.seed()
         self._scheduler = Scheduler()
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
         self._sessions = Sessions(self._runner, recipe.trunk)
@@ -92,28 +94,30 @@ class TrunkService:
     def _forward(self, peer: str, request: pb.Forward) -> Answer:
         def job() -> Message:
             lengths = list(request.lengths)
-            h_TD = self._received(request.hidden, sum(lengths))
+            h_TD = self._received(request.hidden, sum(lengths), self._codec.forward_up)
             if request.train:
                 h_TD = self._training.forward(peer, request.step, h_TD, lengths)
             else:
                 h_TD = self._training.evaluate(h_TD, lengths)
-            return pb.Hidden(hidden=codec.encode(h_TD, self._codec))
+            return self._hidden(h_TD)
 
         return self._scheduler.submit(job)
 
     def _backward(self, peer: str, request: pb.Backward) -> Answer:
         def job() -> Message:
             rows = sum(self._training.open_step(peer, request.step).lengths)
-            gradient_TD = self._received(request.gradient, rows)
+            gradient_TD = self._received(request.gradient, rows, self._codec.gradient_up)
             gradient = self._training.backward(peer, request.step, gradient_TD, reply=request.reply)
-            return pb.Gradient(gradient=None if gradient is None else codec.encode(gradient, self._codec))
+            if gradient is None:
+                return pb.Gradient()
+            return pb.Gradient(gradient=codec.encode(gradient, self._codec.gradient_down, self._generator))
 
         return self._scheduler.submit(job)
 
     def _decode(self, peer: str, request: pb.Decode) -> Answer:
         def job() -> Message:
-            h_TD = self._received(request.hidden, sum(request.lengths))
-            return pb.Hidden(hidden=codec.encode(self._sessions.decode(peer, request, h_TD), self._codec))
+            h_TD = self._received(request.hidden, sum(request.lengths), self._codec.forward_up)
+            return self._hidden(self._sessions.decode(peer, request, h_TD))
 
         return self._scheduler.submit(job)
 
@@ -124,8 +128,11 @@ class TrunkService:
 
         return self._scheduler.submit(job)
 
-    def _received(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
-        return codec.decode(matrix, rows=rows, width=self._runner.width, codec=self._codec)
+    def _received(self, matrix: pb.Matrix, rows: int, name: str) -> torch.Tensor:
+        return codec.decode(matrix, rows=rows, width=self._runner.width, codec=name)
+
+    def _hidden(self, h_TD: torch.Tensor) -> pb.Hidden:
+        return pb.Hidden(hidden=codec.encode(h_TD, self._codec.forward_down))
 
 
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:

@@ -1,5 +1,8 @@
 """Matrices and named tensors to bytes and back. Raw little-endian values: nothing that could execute.
 
+A codec has a name, like ``int8`` or ``fp16+zstd``; ``CODECS`` lists the ways to write a matrix, ``+zstd`` compresses
+what they wrote.
+
 Shapes: T tokens (rows), D width.
 """
 
@@ -7,33 +10,90 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import zstandard
 
 from isthmus.errors import FrameError
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.blockwise import Blockwise
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ZSTD = "+zstd"
+ZSTD_LEVEL = 1
 _REMEDY = "both sides must run the same version of isthmus with the same recipe"
 
 
-def encode(h_TD: torch.Tensor, codec: str) -> pb.Matrix:
-    """``h_TD [rows, width]`` of any float dtype as a matrix in this codec."""
+class Codec(Protocol):
+    """A way to write a float matrix ``[rows, width]`` as bytes."""
+
+    def encode(self, h_TD: torch.Tensor, generator: torch.Generator | None = None) -> bytes:
+        """The bytes; a codec that rounds coarsely does so at random, without bias, if it gets a generator."""
+        ...
+
+    def decode(self, data: bytes, rows: int, width: int) -> torch.Tensor:
+        """The matrix in a float dtype that holds all that crossed; ``FrameError`` for bytes it never wrote."""
+        ...
+
+    def most_bytes(self, rows: int, width: int) -> int:
+        """The most that a matrix of this shape takes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Every value in this dtype."""
+
+    dtype: torch.dtype
+
+    def encode(self, h_TD: torch.Tensor, generator: torch.Generator | None = None) -> bytes:
+        return _bytes(h_TD, self.dtype)
+
+    def decode(self, data: bytes, rows: int, width: int) -> torch.Tensor:
+        return _tensor(data, (rows, width), self.dtype, "matrix")
+
+    def most_bytes(self, rows: int, width: int) -> int:
+        return rows * width * self.dtype.itemsize
+
+
+CODECS: dict[str, Codec] = {
+    "fp32": Plain(torch.float32),
+    "bf16": Plain(torch.bfloat16),
+    "fp16": Plain(torch.float16),
+    "int8": Blockwise(8),
+    "int4": Blockwise(4),
+}
+NAMES = (*CODECS, *(name + ZSTD for name in CODECS))
+
+
+def encode(h_TD: torch.Tensor, name: str, generator: torch.Generator | None = None) -> pb.Matrix:
+    """``h_TD [rows, width]`` of any float dtype as a matrix in this codec (see ``Codec.encode``)."""
     rows, width = h_TD.shape
-    return pb.Matrix(codec=codec, rows=rows, width=width, data=_bytes(h_TD, DTYPES[codec]))
+    data = CODECS[name.removesuffix(ZSTD)].encode(h_TD, generator)
+    if name.endswith(ZSTD):
+        data = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(data)
+    return pb.Matrix(codec=name, rows=rows, width=width, data=data)
 
 
 def decode(matrix: pb.Matrix, *, rows: int, width: int, codec: str) -> torch.Tensor:
-    """The ``[rows, width]`` tensor of a received matrix, in the codec's dtype.
+    """The ``[rows, width]`` tensor of a received matrix, in a float dtype.
 
     Raises:
-        FrameError: another shape or codec than expected, too few or many bytes, NaN or infinity.
+        FrameError: another shape or codec than expected, bytes it never wrote, NaN or infinity.
     """
     if matrix.codec != codec:
         raise FrameError(f"matrix in codec {matrix.codec[:20]!r} where {codec!r} was agreed", remedy=_REMEDY)
     if (matrix.rows, matrix.width) != (rows, width):
         raise FrameError(f"matrix {matrix.rows} × {matrix.width} where {rows} × {width} is due", remedy=_REMEDY)
-    return _tensor(matrix.data, (rows, width), DTYPES[codec], "matrix")
+    if not rows * width:
+        raise FrameError("an empty matrix", remedy=_REMEDY)
+    plain = CODECS[codec.removesuffix(ZSTD)]
+    data = _decompressed(matrix.data, plain.most_bytes(rows, width)) if codec.endswith(ZSTD) else matrix.data
+    h_TD = plain.decode(data, rows, width)
+    if not torch.isfinite(h_TD).all():
+        raise FrameError("the matrix holds NaN or infinity", remedy="lower the sender's learning rate")
+    return h_TD
 
 
 def encode_named(tensors: Mapping[str, torch.Tensor]) -> list[pb.Tensor]:
@@ -57,6 +117,8 @@ def decode_named(tensors: Iterable[pb.Tensor], expected: Mapping[str, tuple[int,
         if tuple(tensor.shape) != expected[tensor.name]:
             raise FrameError(f"{tensor.name} has shape {tuple(tensor.shape)}", remedy=_REMEDY)
         found[tensor.name] = _tensor(tensor.data, expected[tensor.name], torch.float32, tensor.name)
+        if not torch.isfinite(found[tensor.name]).all():
+            raise FrameError(f"{tensor.name} holds NaN or infinity", remedy="lower the sender's learning rate")
     if missing := expected.keys() - found.keys():
         raise FrameError(f"the tensor {min(missing)} is missing", remedy=_REMEDY)
     return found
@@ -71,7 +133,15 @@ def _tensor(data: bytes, shape: tuple[int, ...], dtype: torch.dtype, name: str) 
     size = math.prod(shape)
     if size == 0 or len(data) != size * dtype.itemsize:
         raise FrameError(f"{name} holds {len(data)} bytes where {size * dtype.itemsize} are due", remedy=_REMEDY)
-    tensor = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
-    if not torch.isfinite(tensor).all():
-        raise FrameError(f"{name} holds NaN or infinity", remedy="lower the learning rate of the sender")
-    return tensor
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+
+
+def _decompressed(data: bytes, most: int) -> bytes:
+    """What was compressed, if it says that it is no larger than this: a peer cannot make us allocate more."""
+    try:
+        size = zstandard.get_frame_parameters(data).content_size
+        if size <= most:
+            return zstandard.ZstdDecompressor().decompress(data, max_output_size=most)
+    except zstandard.ZstdError as error:
+        raise FrameError(f"compressed bytes that cannot be read: {error}", remedy=_REMEDY) from error
+    raise FrameError(f"compressed bytes of {size} where at most {most} are due", remedy=_REMEDY)

@@ -81,7 +81,7 @@ def test_export_writes_what_peft_names(folder: Path, tmp_path: Path) -> None:
     tensors = of_all(folder)
     adapters.export(tmp_path, tensors, LORA, "some/base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 6.0, ["q_proj", "v_proj"])
+    assert (config["r"], config["lora_alpha"], set(config["target_modules"])) == (4, 6.0, {"q_proj", "v_proj"})
     assert (config["base_model_name_or_path"], config["task_type"]) == ("some/base", "CAUSAL_LM")
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert {name.removeprefix("base_model.model.") for name in stored} == set(tensors)

@@ -87,7 +87,7 @@ def test_bytes_are_counted_by_path_and_direction() -> None:
     boundary = boundary_of(codec="bf16")
     matrices = [boundary.release(torch.ones(3, 8), path, 1) for path in ("forward", "forward", "gradient")]
     boundary.release_update({"a": torch.ones(2, 2), "b": torch.ones(5)}, 1)
-    boundary.admit(matrices[0], torch.ones(3, 8))
+    boundary.admit(matrices[0], "forward", torch.ones(3, 8))
     assert boundary.released_bytes == {"forward": 2 * 48, "gradient": 48, "update": 36}
     assert boundary.admitted_bytes == 48
 
@@ -127,17 +127,17 @@ def test_nothing_is_sent_that_the_ledger_did_not_take(split: Split, tmp_path: Pa
 )
 def test_admit_refuses_another_shape_or_codec(shape: tuple[int, int], name: str) -> None:
     with pytest.raises(FrameError):
-        boundary_of().admit(codec.encode(torch.ones(shape), name), torch.ones(3, 8))
+        boundary_of().admit(codec.encode(torch.ones(shape), name), "forward", torch.ones(3, 8))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_admit_refuses_values_that_are_no_numbers(value: float) -> None:
     with pytest.raises(FrameError):
-        boundary_of().admit(codec.encode(torch.full((3, 8), value), "fp32"), torch.ones(3, 8))
+        boundary_of().admit(codec.encode(torch.full((3, 8), value), "fp32"), "forward", torch.ones(3, 8))
 
 
 def test_admit_gives_the_dtype_of_what_was_sent() -> None:
     like = torch.ones(3, 8, dtype=torch.bfloat16)
-    admitted = boundary_of().admit(codec.encode(torch.full((3, 8), 0.5), "fp32"), like)
+    admitted = boundary_of().admit(codec.encode(torch.full((3, 8), 0.5), "fp32"), "forward", like)
     assert admitted.dtype is torch.bfloat16
     assert torch.equal(admitted, like / 2)

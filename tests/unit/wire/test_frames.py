@@ -21,7 +21,7 @@ WIDTH = 2
 KINDS = {field.name: field.message_type for field in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}
 UINTS = [0, 1, 2, 3, 7, 4096, 4097, 2**17, 2**17 + 1, 2**31, 2**32 - 1]
 DOUBLES = [0.0, -0.0, 1.0, -1.0, 5e-324, 1e308, math.nan, math.inf, -math.inf]
-TEXTS = ["", "a", "fp32", "bf16", "fp16", "fp64", "é" * 50, "x" * 3000, "\0"]
+TEXTS = ["", "a", "fp32", "bf16", "fp16", "int8", "int4", "int4+zstd", "fp64", "é" * 50, "x" * 3000, "\0"]
 COUNTS = [0, 1, 1, 2, 2, 3, 60]
 SEEDS = st.integers(0, 2**63)
 
@@ -199,7 +199,7 @@ def read(body: Any) -> None:
         sent = getattr(body, name)
         rows = sum(body.lengths) if "lengths" in fields else 5
         claims = [(rows, WIDTH, "fp32")]
-        claims += [(sent.rows, sent.width, sent.codec)] if sent.codec in codec.DTYPES else []
+        claims += [(sent.rows, sent.width, sent.codec)] if sent.codec in codec.NAMES else []
         for rows, width, agreed in claims:
             with suppress(FrameError):
                 assert codec.decode(sent, rows=rows, width=width, codec=agreed).shape == (rows, width)
