@@ -24,8 +24,20 @@ MOST_OUTLIERS = 1 / 8
 """Share of a matrix's values that may be outliers. By the median, fewer than half of the blocks can hold any."""
 HEADROOM = 1.004
 """Scales are rounded to bf16, by up to 2⁻⁹: this much more, and no level is out of range."""
-SMALLEST = 1e-30
+SMALLEST, LARGEST = 1e-30, 3e38
+CHUNK = 2**17
+"""Values that are worked on at a time: small enough for the cache of a core."""
 _REMEDY = "both sides must run the same version of isthmus with the same recipe"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Some rows: flat places and values of their outliers, a scale a block, packed levels."""
+
+    places: torch.Tensor
+    values: torch.Tensor
+    scales: torch.Tensor
+    levels: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -39,28 +51,15 @@ class Blockwise:
         """Quantize to the nearest level; with a generator at random to one of the two nearest, so that the mean over
         draws is the input."""
         blocks_TNB = _blocks(h_TD.detach().to(torch.float32))
-        largest_TN = _largest(blocks_TNB)
-        places, values = _outliers(blocks_TNB, largest_TN)
-        if len(places):
-            blocks_TNB = blocks_TNB.flatten().index_fill(0, places, 0.0).view_as(blocks_TNB)
-            largest_TN = _largest(blocks_TNB)
-        scale_TN = (largest_TN * (HEADROOM / self._top)).to(torch.bfloat16)
-        scale_TN[largest_TN < SMALLEST] = 0
-        inverse_TN = torch.where(scale_TN > 0, 1 / scale_TN.float(), 0.0)
-        levels = blocks_TNB * inverse_TN.unsqueeze(2)
-        if generator is None:
-            levels.round_()
-        else:
-            draw = torch.rand(levels.shape, generator=generator, device=generator.device)
-            levels.add_(draw.to(levels.device)).floor_()
-        pieces = (
-            torch.tensor([len(places)], dtype=torch.int32),
-            places.to(torch.int32),
-            values,
-            scale_TN,
-            self._packed(levels.to(torch.int8)),
-        )
-        return b"".join(_bytes(piece) for piece in pieces)
+        at_once = max(1, CHUNK // blocks_TNB[0].numel())
+        parts = [self._quantized(part, generator) for part in torch.split(blocks_TNB, at_once)]
+        for number, part in enumerate(parts):
+            part.places.add_(number * at_once * blocks_TNB[0].numel())
+        count = sum(len(part.places) for part in parts)
+        pieces = [count.to_bytes(4, "little")]
+        for field in ("places", "values", "scales", "levels"):
+            pieces += [_bytes(getattr(part, field)) for part in parts]
+        return b"".join(pieces)
 
     def decode(self, data: bytes, rows: int, width: int) -> torch.Tensor:
         """The matrix, fp32.
@@ -74,8 +73,9 @@ class Blockwise:
         if count > rows * blocks * BLOCK * MOST_OUTLIERS or len(data) != size:
             raise FrameError(f"{len(data)} bytes with {count} outliers where {size} are due", remedy=_REMEDY)
         places, values, scales, levels = self._split(bytearray(data), rows * blocks, count)
-        h_TD = self._unpacked(levels).view(rows, blocks, BLOCK).to(torch.float32)
-        h_TD = h_TD.mul_(scales.view(rows, blocks, 1).float()).view(rows, blocks * BLOCK)
+        if not _all_below(scales, LARGEST / self._top) or not _all_below(values, LARGEST):
+            raise FrameError("scales or outliers that are too large or no numbers", remedy=_REMEDY)
+        h_TD = (self._unpacked(levels).view(rows, blocks, BLOCK) * scales.view(rows, blocks, 1).float()).flatten(1)
         if count:
             if int(places.min()) < 0 or int(places.max()) >= h_TD.numel():
                 raise FrameError("an outlier outside the matrix", remedy=_REMEDY)
@@ -86,6 +86,22 @@ class Blockwise:
         """Of an encoded matrix of this shape."""
         blocks = math.ceil(width / BLOCK)
         return self._size(rows, blocks, int(rows * blocks * BLOCK * MOST_OUTLIERS))
+
+    def _quantized(self, blocks_TNB: torch.Tensor, generator: torch.Generator | None) -> Quantized:
+        largest_TN = blocks_TNB.abs().amax(dim=2)
+        places, values = _outliers(blocks_TNB, largest_TN)
+        scales_TN = (largest_TN * (HEADROOM / self._top)).to(torch.bfloat16)
+        scales_TN[largest_TN < SMALLEST] = 0
+        inverse_TN = torch.where(scales_TN > 0, 1 / scales_TN.float(), 0.0)
+        levels = blocks_TNB * inverse_TN.unsqueeze(2)
+        levels.view(-1)[places] = 0.0
+        if generator is None:
+            levels.round_()
+        else:
+            draw = torch.rand(levels.shape, generator=generator, device=generator.device)
+            levels.add_(draw.to(levels.device)).floor_()
+            levels.view(-1)[places] = 0.0
+        return Quantized(places.to(torch.int32), values, scales_TN, self._packed(levels.to(torch.int8)))
 
     @property
     def _top(self) -> int:
@@ -125,18 +141,22 @@ def _blocks(h_TD: torch.Tensor) -> torch.Tensor:
     return h_TD.reshape(rows, -1, BLOCK)
 
 
-def _largest(blocks_TNB: torch.Tensor) -> torch.Tensor:
-    return blocks_TNB.abs().amax(dim=2)
-
-
 def _outliers(blocks_TNB: torch.Tensor, largest_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat places and values of what stands out from its row."""
+    """Flat places and values of what stands out from its row; ``largest_TN`` becomes that of the others."""
     limit_T = STANDS_OUT * largest_TN.median(dim=1).values
     row, block = (largest_TN > limit_T.unsqueeze(1)).nonzero(as_tuple=True)
     found_FB = blocks_TNB[row, block]
-    which, value = (found_FB.abs() > limit_T[row].unsqueeze(1)).nonzero(as_tuple=True)
+    out_FB = found_FB.abs() > limit_T[row].unsqueeze(1)
+    if len(row):
+        largest_TN[row, block] = found_FB.masked_fill(out_FB, 0.0).abs().amax(dim=1)
+    which, value = out_FB.nonzero(as_tuple=True)
     places = (row[which] * blocks_TNB.shape[1] + block[which]) * BLOCK + value
     return places, found_FB[which, value]
+
+
+def _all_below(tensor: torch.Tensor, bound: float) -> bool:
+    """Whether all are numbers of at most this size."""
+    return not tensor.numel() or float(tensor.abs().max()) <= bound  # NaN is not
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -51,7 +51,7 @@ class Plain:
         return _bytes(h_TD, self.dtype)
 
     def decode(self, data: bytes, rows: int, width: int) -> torch.Tensor:
-        return _tensor(data, (rows, width), self.dtype, "matrix")
+        return _tensor(data, (rows, width), self.dtype, "the matrix")
 
     def most_bytes(self, rows: int, width: int) -> int:
         return rows * width * self.dtype.itemsize
@@ -90,10 +90,7 @@ def decode(matrix: pb.Matrix, *, rows: int, width: int, codec: str) -> torch.Ten
         raise FrameError("an empty matrix", remedy=_REMEDY)
     plain = CODECS[codec.removesuffix(ZSTD)]
     data = _decompressed(matrix.data, plain.most_bytes(rows, width)) if codec.endswith(ZSTD) else matrix.data
-    h_TD = plain.decode(data, rows, width)
-    if not torch.isfinite(h_TD).all():
-        raise FrameError("the matrix holds NaN or infinity", remedy="lower the sender's learning rate")
-    return h_TD
+    return plain.decode(data, rows, width)
 
 
 def encode_named(tensors: Mapping[str, torch.Tensor]) -> list[pb.Tensor]:
@@ -117,8 +114,6 @@ def decode_named(tensors: Iterable[pb.Tensor], expected: Mapping[str, tuple[int,
         if tuple(tensor.shape) != expected[tensor.name]:
             raise FrameError(f"{tensor.name} has shape {tuple(tensor.shape)}", remedy=_REMEDY)
         found[tensor.name] = _tensor(tensor.data, expected[tensor.name], torch.float32, tensor.name)
-        if not torch.isfinite(found[tensor.name]).all():
-            raise FrameError(f"{tensor.name} holds NaN or infinity", remedy="lower the sender's learning rate")
     if missing := expected.keys() - found.keys():
         raise FrameError(f"the tensor {min(missing)} is missing", remedy=_REMEDY)
     return found
@@ -133,7 +128,10 @@ def _tensor(data: bytes, shape: tuple[int, ...], dtype: torch.dtype, name: str) 
     size = math.prod(shape)
     if size == 0 or len(data) != size * dtype.itemsize:
         raise FrameError(f"{name} holds {len(data)} bytes where {size * dtype.itemsize} are due", remedy=_REMEDY)
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+    tensor = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+    if not all(math.isfinite(bound) for bound in torch.aminmax(tensor)):
+        raise FrameError(f"{name} holds NaN or infinity", remedy="lower the sender's learning rate")
+    return tensor
 
 
 def _decompressed(data: bytes, most: int) -> bytes:

@@ -13,7 +13,7 @@ from isthmus.errors import FrameError
 from isthmus.model.split import SplitForCausalLM
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.channel import Channel
+from isthmus.wire.channel import Answer, Channel
 from tests.conftest import Split, make_recipe, save_tiny_model
 from tests.oracle.twins import ragged
 
@@ -27,9 +27,9 @@ class Tap:
         self._channel = channel
         self.crossed: list[Message] = []
 
-    def call(self, request: Message) -> Any:
-        answer = self._channel.call(request)
-        self.crossed += [request, answer]
+    def submit(self, request: Message) -> Answer:
+        answer = self._channel.submit(request)
+        self.crossed += [request, answer.result()]
         return answer
 
 
