@@ -78,7 +78,7 @@ class ReleaseSection(Section):
 class CodecSection(Section):
     """How matrices are written on the wire, each way; one name in place of the section stands for all four.
 
-    int8 and int4 have a scale for each block of 64 values and keep outliers exact; ``+zstd`` compresses the result.
+    int8 and int4 have a scale for each block of 32 values and keep outliers exact; ``+zstd`` compresses the result.
     """
 
     forward_up: Codec = "fp32"

@@ -18,8 +18,8 @@ from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.blockwise import BLOCK
 
-ERRORS = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11, "int8": 0.51 / 126, "int4": 0.51 / 6.9}
-"""Largest error of a value, relative to the largest of its block of 64."""
+ERRORS = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11, "int8": 0.55 / 127, "int4": 0.55 / 7}
+"""Largest error of a value, relative to the largest of its block; scales come in steps."""
 COARSE = ("int8", "int4", "int8+zstd", "int4+zstd")
 SHAPES = st.tuples(st.integers(1, 20), st.integers(1, 200))
 
@@ -119,7 +119,7 @@ def test_random_rounding_has_no_bias(name: str) -> None:
     h_TD, draws = residual_stream(8), 2000
     generator = torch.Generator().manual_seed(0)
     mean = torch.stack([back(h_TD, name, generator) for _ in range(draws)]).double().mean(dim=0)
-    level = largest_of_block(h_TD.clamp(-40, 40)) / (126 if name.startswith("int8") else 6.9)
+    level = largest_of_block(h_TD.clamp(-40, 40)) * 1.1 / (127 if name.startswith("int8") else 7)
     assert ((mean - h_TD).abs() <= 5 * 0.5 * level / draws**0.5 + 1e-4).all()
     assert not torch.equal(back(h_TD, name, generator), back(h_TD, name, generator))
     assert torch.equal(back(h_TD, name), back(h_TD, name))
@@ -129,7 +129,7 @@ def test_random_rounding_has_no_bias(name: str) -> None:
 def test_an_outlier_outside_the_matrix_is_refused(name: str) -> None:
     data = bytearray(codec.encode(residual_stream(), name).data)
     for place in (-1, 64 * 576):
-        struct.pack_into("<i", data, 4, place)
+        struct.pack_into("<i", data, 8, place)
         with pytest.raises(FrameError, match="an outlier outside the matrix"):
             codec.decode(pb.Matrix(codec=name, rows=64, width=576, data=bytes(data)), rows=64, width=576, codec=name)
 

@@ -1,11 +1,12 @@
-"""Blockwise quantization: int8 and int4 with one scale a block, and outliers kept exact.
+"""Blockwise quantization: int8 and int4 with one scale a block of a row, even channels, and outliers kept exact.
 
 A transformer's residual stream has a few channels, and a first position, whose values are hundreds of times the others.
-A scale that covers them leaves the others no levels, so one scale a row (or tensor) fails. Here a block that stands out
-from its row gives up its large values, which cross exactly, before its scale is taken. (LLM.int8(), Dettmers et al.
-2022, keeps whole outlying columns; single values need no calibration and follow the first position too.)
+A scale that covers them leaves the others no levels, so one scale a row (or tensor) fails. Three remedies, none of
+which needs calibration: values that stand out from their row cross exactly (LLM.int8(), Dettmers et al. 2022, keeps
+whole columns); where a matrix has many rows, each channel is centred and scaled to one size; each block of a row then
+has a scale of its own.
 
-Shapes: T tokens (rows), D width, N blocks a row, B values a block.
+Shapes: T tokens (rows), D width, N blocks a row, B values a block, C = N · B channels, the last ones filled up.
 """
 
 from __future__ import annotations
@@ -17,49 +18,60 @@ import torch
 
 from isthmus.errors import FrameError
 
-BLOCK = 64
-STANDS_OUT = 4.0
+BLOCK = 32
+STANDS_OUT = 3.0
 """An outlier is above this many times the median, over the blocks of its row, of their largest values."""
-MOST_OUTLIERS = 1 / 8
-"""Share of a matrix's values that may be outliers. By the median, fewer than half of the blocks can hold any."""
-HEADROOM = 1.004
-"""Scales are rounded to bf16, by up to 2⁻⁹: this much more, and no level is out of range."""
-SMALLEST, LARGEST = 1e-30, 3e38
+MOST_OUTLIERS = 1 / 2
+"""Share of a matrix's values that may be outliers: by the median, at most half of the blocks can hold any."""
+MANY_ROWS = 64
+"""From so many rows on, channels are made even: it costs four bytes a channel."""
+OCTAVE = 12
+"""Scales are powers of two in steps of a twelfth of an octave below the matrix's largest; one byte holds 21 octaves."""
+SMALLEST = 1e-30
 CHUNK = 2**17
 """Values that are worked on at a time: small enough for the cache of a core."""
+_STEPS = torch.exp2((torch.arange(256) - 255.0) / OCTAVE)
 _REMEDY = "both sides must run the same version of isthmus with the same recipe"
 
 
+Channels = tuple[torch.Tensor, torch.Tensor]
+"""Mean and spread of each channel, in bf16, as they cross."""
+
+
 @dataclass(frozen=True)
-class Quantized:
-    """Some rows: flat places and values of their outliers, a scale a block, packed levels."""
+class Outliers:
+    """Flat places and values of what stands out from its row, and from what on it does, ``limit_T``."""
 
     places: torch.Tensor
     values: torch.Tensor
-    scales: torch.Tensor
-    levels: torch.Tensor
+    limit_T: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Blockwise:
-    """Bytes, one after another: number of outliers (uint32), their places (uint32), their values (fp32), a scale a
-    block (bf16), levels (``bits`` each, two's complement; of two 4-bit ones, the earlier half of the block is low)."""
+    """Bytes, one after another: number of outliers (uint32), largest scale (fp32), the outliers' places (uint32) and
+    values (fp32); with many rows a mean and a spread a channel (bf16); the power of each block's scale (uint8); levels
+    (``bits`` each, two's complement; of two 4-bit ones, the one of the block's earlier half is low)."""
 
     bits: int
 
     def encode(self, h_TD: torch.Tensor, generator: torch.Generator | None = None) -> bytes:
         """Quantize to the nearest level; with a generator at random to one of the two nearest, so that the mean over
         draws is the input."""
-        blocks_TNB = _blocks(h_TD.detach().to(torch.float32))
-        at_once = max(1, CHUNK // blocks_TNB[0].numel())
-        parts = [self._quantized(part, generator) for part in torch.split(blocks_TNB, at_once)]
-        for number, part in enumerate(parts):
-            part.places.add_(number * at_once * blocks_TNB[0].numel())
-        count = sum(len(part.places) for part in parts)
-        pieces = [count.to_bytes(4, "little")]
-        for field in ("places", "values", "scales", "levels"):
-            pieces += [_bytes(getattr(part, field)) for part in parts]
-        return b"".join(pieces)
+        h_TNB = _blocks(h_TD.detach().to(torch.float32))
+        largest_TN, sums_2C = _measured(h_TNB)
+        outliers = _outliers(h_TNB, largest_TN)
+        channels = _channels(sums_2C, len(h_TNB), outliers)
+        base = self._base(largest_TN, outliers, channels)
+        powers, levels = [], []
+        for part, places in zip(_chunks(h_TNB), _places_by_chunk(h_TNB, outliers), strict=True):
+            part_TNB = _even(part, channels)
+            part_TNB.view(-1)[places] = 0.0
+            power, level = self._quantized(part_TNB, base, generator)
+            powers.append(power)
+            levels.append(level)
+        head = (torch.tensor([len(outliers.places)], dtype=torch.int32), base, outliers.places.int(), outliers.values)
+        return b"".join(_bytes(piece) for piece in (*head, *(channels or ()), *powers, *levels))
 
     def decode(self, data: bytes, rows: int, width: int) -> torch.Tensor:
         """The matrix, fp32.
@@ -67,63 +79,61 @@ class Blockwise:
         Raises:
             FrameError: too few or many bytes, an outlier outside the matrix, or NaN or infinity.
         """
-        blocks = math.ceil(width / BLOCK)
-        count = int.from_bytes(data[:4], "little")
+        blocks, count = math.ceil(width / BLOCK), int.from_bytes(data[:4], "little")
         size = self._size(rows, blocks, count)
         if count > rows * blocks * BLOCK * MOST_OUTLIERS or len(data) != size:
             raise FrameError(f"{len(data)} bytes with {count} outliers where {size} are due", remedy=_REMEDY)
-        places, values, scales, levels = self._split(bytearray(data), rows * blocks, count)
-        if not _all_below(scales, LARGEST / self._top) or not _all_below(values, LARGEST):
-            raise FrameError("scales or outliers that are too large or no numbers", remedy=_REMEDY)
-        h_TD = (self._unpacked(levels).view(rows, blocks, BLOCK) * scales.view(rows, blocks, 1).float()).flatten(1)
+        base, places, values, mean, spread, powers, levels = self._split(bytearray(data), rows, blocks, count)
+        scale_TN1 = (_STEPS[powers.int()] * base).view(rows, blocks, 1)
+        h_TC = (self._unpacked(levels).view(rows, blocks, BLOCK) * scale_TN1).flatten(1)
+        if rows >= MANY_ROWS:
+            h_TC.mul_(spread.float()).add_(mean.float())
         if count:
-            if int(places.min()) < 0 or int(places.max()) >= h_TD.numel():
+            if int(places.min()) < 0 or int(places.max()) >= h_TC.numel():
                 raise FrameError("an outlier outside the matrix", remedy=_REMEDY)
-            h_TD.view(-1)[places.long()] = values
-        return h_TD[:, :width].contiguous() if width % BLOCK else h_TD
+            h_TC.view(-1)[places.long()] = values
+        if not all(math.isfinite(bound) for bound in torch.aminmax(h_TC)):
+            raise FrameError("the matrix holds NaN or infinity", remedy="lower the sender's learning rate")
+        return h_TC[:, :width].contiguous()
 
     def most_bytes(self, rows: int, width: int) -> int:
         """Of an encoded matrix of this shape."""
         blocks = math.ceil(width / BLOCK)
         return self._size(rows, blocks, int(rows * blocks * BLOCK * MOST_OUTLIERS))
 
-    def _quantized(self, blocks_TNB: torch.Tensor, generator: torch.Generator | None) -> Quantized:
-        largest_TN = blocks_TNB.abs().amax(dim=2)
-        places, values = _outliers(blocks_TNB, largest_TN)
-        scales_TN = (largest_TN * (HEADROOM / self._top)).to(torch.bfloat16)
-        scales_TN[largest_TN < SMALLEST] = 0
-        inverse_TN = torch.where(scales_TN > 0, 1 / scales_TN.float(), 0.0)
-        levels = blocks_TNB * inverse_TN.unsqueeze(2)
-        levels.view(-1)[places] = 0.0
-        if generator is None:
-            levels.round_()
-        else:
-            draw = torch.rand(levels.shape, generator=generator, device=generator.device)
-            levels.add_(draw.to(levels.device)).floor_()
-            levels.view(-1)[places] = 0.0
-        return Quantized(places.to(torch.int32), values, scales_TN, self._packed(levels.to(torch.int8)))
-
     @property
     def _top(self) -> int:
         """The largest level."""
         return int(2 ** (self.bits - 1)) - 1
 
-    def _size(self, rows: int, blocks: int, count: int) -> int:
-        return 4 + 8 * count + rows * blocks * (2 + BLOCK * self.bits // 8)
+    def _base(self, largest_TN: torch.Tensor, outliers: Outliers, channels: Channels | None) -> torch.Tensor:
+        """A scale that no block's is above, ``[1]``."""
+        if channels is None:
+            most = torch.minimum(largest_TN.amax(dim=1), outliers.limit_T).max()
+        else:  # of T values of root mean square 1 none is above √T; a little more for the rounding of mean and spread
+            most = torch.tensor(1.02 * math.sqrt(len(largest_TN)) + 1)
+        return (most * (1.0001 / self._top)).clamp_min(SMALLEST).view(1)
 
-    def _split(self, data: bytearray, blocks: int, count: int) -> tuple[torch.Tensor, ...]:
-        sizes = ((torch.int32, count), (torch.float32, count), (torch.bfloat16, blocks))
-        pieces, at = [], 4
-        for dtype, number in sizes:
-            pieces.append(torch.frombuffer(data, dtype=dtype, count=number, offset=at) if number else torch.empty(0))
-            at += number * dtype.itemsize
-        return (*pieces, torch.frombuffer(data, dtype=torch.int8, offset=at))
-
-    def _packed(self, levels_TNB: torch.Tensor) -> torch.Tensor:
-        if self.bits == 8:
-            return levels_TNB
-        low, high = levels_TNB.chunk(2, dim=2)
-        return (low & 15) | (high << 4)
+    def _quantized(
+        self, part_TNB: torch.Tensor, base: torch.Tensor, generator: torch.Generator | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The power of each block's scale, at which no level is out of range, and the packed levels; in place."""
+        top = self._top + (0.49 if generator is None else 0.0)  # what is rounded to the nearest may reach a bit higher
+        due_TN = part_TNB.abs().amax(dim=2) * (1.0001 / top)
+        power_TN = (
+            (255 + OCTAVE * torch.log2((due_TN / base).clamp_min(SMALLEST))).ceil_().clamp_(0, 255).nan_to_num_(255)
+        )
+        levels = part_TNB.mul_((1 / (_STEPS[power_TN.int()] * base)).unsqueeze(2))
+        if generator is None:
+            levels.round_()
+        else:
+            draw = torch.rand(levels.shape, generator=generator, device=generator.device)
+            levels.add_(draw.to(levels.device)).floor_()
+        levels = levels.to(torch.int8)
+        if self.bits == 4:
+            low, high = levels.chunk(2, dim=2)
+            levels = (low & 15) | (high << 4)
+        return power_TN.to(torch.uint8), levels
 
     def _unpacked(self, levels: torch.Tensor) -> torch.Tensor:
         if self.bits == 8:
@@ -131,32 +141,84 @@ class Blockwise:
         pairs = levels.view(-1, BLOCK // 2)
         return torch.cat([(pairs << 4) >> 4, pairs >> 4], dim=1)
 
+    def _size(self, rows: int, blocks: int, count: int) -> int:
+        channels = 4 * blocks * BLOCK if rows >= MANY_ROWS else 0
+        return 8 + 8 * count + channels + rows * blocks * (1 + BLOCK * self.bits // 8)
+
+    def _split(self, data: bytearray, rows: int, blocks: int, count: int) -> list[torch.Tensor]:
+        channels = blocks * BLOCK if rows >= MANY_ROWS else 0
+        fields = ((torch.float32, 1), (torch.int32, count), (torch.float32, count), (torch.bfloat16, channels))
+        pieces, at = [], 4
+        for dtype, number in (*fields, (torch.bfloat16, channels), (torch.uint8, rows * blocks)):
+            pieces.append(torch.frombuffer(data, dtype=dtype, count=number, offset=at) if number else torch.empty(0))
+            at += number * dtype.itemsize
+        return [*pieces, torch.frombuffer(data, dtype=torch.int8, offset=at)]
+
 
 def _blocks(h_TD: torch.Tensor) -> torch.Tensor:
     """Rows cut into blocks, the last one filled up with zeros."""
-    rows, width = h_TD.shape
-    missing = -width % BLOCK
+    missing = -h_TD.shape[1] % BLOCK
     if missing:
         h_TD = torch.nn.functional.pad(h_TD, (0, missing))
-    return h_TD.reshape(rows, -1, BLOCK)
+    return h_TD.reshape(len(h_TD), -1, BLOCK)
 
 
-def _outliers(blocks_TNB: torch.Tensor, largest_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat places and values of what stands out from its row; ``largest_TN`` becomes that of the others."""
+def _chunks(h_TNB: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows, as many at a time as have ``CHUNK`` values."""
+    return h_TNB.split(_rows_at_once(h_TNB))  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _rows_at_once(h_TNB: torch.Tensor) -> int:
+    return max(1, CHUNK // h_TNB[0].numel())
+
+
+def _measured(h_TNB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest value of each block, and for each channel sum and sum of squares."""
+    parts = [(part.abs().amax(dim=2), part.flatten(1).sum(dim=0), part.flatten(1).square().sum(dim=0))
+             for part in _chunks(h_TNB)]  # fmt: skip
+    largest, sums, squares = zip(*parts, strict=True)
+    return torch.cat(largest), torch.stack([torch.stack(sums).sum(dim=0), torch.stack(squares).sum(dim=0)])
+
+
+def _outliers(h_TNB: torch.Tensor, largest_TN: torch.Tensor) -> Outliers:
     limit_T = STANDS_OUT * largest_TN.median(dim=1).values
     row, block = (largest_TN > limit_T.unsqueeze(1)).nonzero(as_tuple=True)
-    found_FB = blocks_TNB[row, block]
-    out_FB = found_FB.abs() > limit_T[row].unsqueeze(1)
-    if len(row):
-        largest_TN[row, block] = found_FB.masked_fill(out_FB, 0.0).abs().amax(dim=1)
-    which, value = out_FB.nonzero(as_tuple=True)
-    places = (row[which] * blocks_TNB.shape[1] + block[which]) * BLOCK + value
-    return places, found_FB[which, value]
+    found_FB = h_TNB[row, block]
+    which, value = (found_FB.abs() > limit_T[row].unsqueeze(1)).nonzero(as_tuple=True)
+    places = (row[which] * h_TNB.shape[1] + block[which]) * BLOCK + value
+    return Outliers(places, found_FB[which, value], limit_T)
 
 
-def _all_below(tensor: torch.Tensor, bound: float) -> bool:
-    """Whether all are numbers of at most this size."""
-    return not tensor.numel() or float(tensor.abs().max()) <= bound  # NaN is not
+def _places_by_chunk(h_TNB: torch.Tensor, outliers: Outliers) -> list[torch.Tensor]:
+    """The outliers' places, which go upwards by row, within each of ``_chunks``."""
+    size = _rows_at_once(h_TNB) * h_TNB[0].numel()
+    starts = torch.arange(0, h_TNB.numel(), size)
+    chunk = outliers.places // size
+    counts = torch.bincount(chunk, minlength=len(starts)).tolist()
+    return list((outliers.places - chunk * size).split(counts))  # type: ignore[no-untyped-call]
+
+
+def _channels(sums_2C: torch.Tensor, rows: int, outliers: Outliers) -> Channels | None:
+    """Mean and spread (root mean square deviation) of each channel without outliers; None for few rows.
+
+    A channel that hardly varies gets a spread that covers the rounding of its mean.
+    """
+    if rows < MANY_ROWS:
+        return None
+    width, places = sums_2C.shape[1], outliers.places % sums_2C.shape[1]
+    gone_2C = torch.zeros(2, width).index_add_(1, places, torch.stack([outliers.values, outliers.values.square()]))
+    mean_C, square_C = (sums_2C - gone_2C) / rows
+    spread_C = (square_C - mean_C.square()).clamp_min(0).sqrt()
+    spread_C = torch.maximum(spread_C, mean_C.abs() / 64).clamp_min(SMALLEST)
+    return mean_C.to(torch.bfloat16), spread_C.to(torch.bfloat16)
+
+
+def _even(part_TNB: torch.Tensor, channels: Channels | None) -> torch.Tensor:
+    """A copy whose channels, if they are known, are centred and of one size."""
+    if channels is None:
+        return part_TNB.clone()
+    mean_C, spread_C = channels
+    return (part_TNB.flatten(1) - mean_C.float()).mul_(1 / spread_C.float()).view(part_TNB.shape)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
