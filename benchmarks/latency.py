@@ -26,11 +26,12 @@ from isthmus.silo.trainer import train_step
 
 CACHE = Path("build/demo")
 ROUND_TRIP = 0.050
-ROWS, LENGTH, MICRO_BATCHES, STEPS = 8, 64, 4, 10
+ROWS, LENGTH, MICRO_BATCHES, STEPS = 8, 64, 4, 9
 
 
 def main() -> None:
     results = Results("latency", "make bench-latency")
+    torch.set_num_threads(1)  # a core for the silo, one for the trunk, as if they were two machines
     with ExitStack() as stack:
         near, far = (Steps(stack.enter_context(connected(trip))) for trip in (0.0, ROUND_TRIP))
         for name, micro_batches, goal in (
@@ -52,7 +53,8 @@ def connected(round_trip: float) -> Iterator[Silo]:
     """A silo whose trunk, in a process of its own, is this many seconds away and back."""
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "run"
-        run = RunDirectory.create(path, local_recipe(bench_recipe(smollm2(CACHE)), path))
+        recipe = bench_recipe(smollm2(CACHE)).model_copy(update={"threads": 1})
+        run = RunDirectory.create(path, local_recipe(recipe, path))
         with serving(run) as (_, address):
             proxy = CountingProxy(address, round_trip / 2)
             silo = join(at_address(run.recipe(), proxy.address), "bench")
