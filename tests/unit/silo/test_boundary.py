@@ -14,10 +14,11 @@ from isthmus.privacy.events import Release
 from isthmus.privacy.ledger import FileLedger, MemoryLedger
 from isthmus.recipe import BoundarySection, ReleaseSection
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.remote import RemoteTrunk
+from isthmus.silo.remote import Flight, RemoteTrunk
 from isthmus.silo.update import build_update
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer
 from tests.conftest import Split, make_recipe, save_tiny_model
 from tests.oracle.twins import prompts, ragged
 
@@ -111,10 +112,11 @@ def test_nothing_is_sent_that_the_ledger_did_not_take(split: Split, tmp_path: Pa
     model, _ = split(make_recipe(save_tiny_model("llama", tmp_path / "model")), ledger=taker)
     trunk: RemoteTrunk = model.trunk
     before = trunk.channel.sent_bytes
+    flight = Flight(1, torch.ones(1, 32), "forward", True, Answer())
     for ask in (
         lambda: model(**ragged("left")),
         lambda: model.generate(**prompts(), max_new_tokens=2),
-        lambda: trunk.send_backward(1, torch.ones(1, 32), reply=False),
+        lambda: trunk.start_backward(flight, torch.ones(1, 32), reply=False),
     ):
         with pytest.raises(DiskFullError):
             ask()
