@@ -10,7 +10,7 @@ SPINS = "30000"
 
 
 def share_cores() -> None:
-    """Have OpenMP's idle threads sleep after some 2 ms, not 15, unless the environment says otherwise.
+    """Have OpenMP's idle threads sleep after a tenth of the default's spins, unless the environment says otherwise.
 
     Silo and trunk take turns: what one's threads spin, the other computes that much slower. Call it before torch is
     imported; processes started later inherit it.

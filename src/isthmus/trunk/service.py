@@ -12,6 +12,7 @@ from isthmus.errors import MismatchError, ProtocolError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
+from isthmus.privacy.mechanisms import secret_generator
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
 from isthmus.trunk.runner import Runner
@@ -36,8 +37,7 @@ class TrunkService:
         cut = Cut(recipe.model.bottom, recipe.model.top)
         self._hello = pb.Hello(fingerprint=checkpoint.fingerprint, bottom=cut.bottom, top=cut.top)
         self._codec = recipe.boundary.codec
-        self._generator = torch.Generator()
-        self._generator.seed()
+        self._generator = secret_generator()
         self._scheduler = Scheduler()
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
         self._sessions = Sessions(self._runner, recipe.trunk)
