@@ -254,8 +254,9 @@ class Recipe(Section):
 
 
 def _explained(error: ValidationError) -> RecipeError:
-    """The first complaint of pydantic, as the key, the reason and the remedy."""
-    first = error.errors()[0]
+    """One complaint of pydantic, as the key, the reason and the remedy: an unknown key may be why another is missing."""
+    complaints = error.errors()
+    first = next((one for one in complaints if one["type"] == "extra_forbidden"), complaints[0])
     key = ".".join(str(part) for part in first["loc"]) or "recipe"
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])

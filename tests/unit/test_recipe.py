@@ -264,3 +264,9 @@ def test_one_codec_stands_for_all_four() -> None:
     assert set(codecs.model_dump().values()) == {"int8+zstd"}
     mixed = Recipe.of(values_with("boundary.codec", {"forward_up": "int4"})).boundary.codec
     assert (mixed.forward_up, mixed.gradient_down) == ("int4", "fp32")
+
+
+def test_a_misspelt_section_is_named_before_the_one_that_is_missing() -> None:
+    error = refused({"modle": {"path": "org/name"}, "silo": [{"name": "a", "train": "a.jsonl"}]})
+    assert error.message == "unknown key 'modle'"
+    assert error.remedy.startswith("did you mean 'model'?")
