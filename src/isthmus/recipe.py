@@ -254,7 +254,7 @@ class Recipe(Section):
 
 
 def _explained(error: ValidationError) -> RecipeError:
-    """One complaint of pydantic as key, reason and remedy; first an unknown key, which may be why another is missing."""
+    """One complaint of pydantic as key, reason and remedy: an unknown key first, it may be why one is missing."""
     complaints = error.errors()
     first = next((one for one in complaints if one["type"] == "extra_forbidden"), complaints[0])
     key = ".".join(str(part) for part in first["loc"]) or "recipe"
