@@ -116,6 +116,18 @@ class TrunkSection(Section):
     """Seconds an inference session is kept without a request."""
     sessions: Count = 64
     """Inference sessions kept at a time; the one longest unused makes room."""
+    session_bytes: Count = 4 * 2**30
+    """Memory for all sessions' KV caches; those longest unused make room."""
+    chunk: Count = 512
+    """Tokens of long prompts computed at a time, so that other sessions' next tokens need not wait."""
+    adapter: Literal["shared", "replica"] = "shared"
+    """One adapter stepped by all silos' gradients, or one a silo, averaged every ``average_every`` steps."""
+    average_every: Count | None = None
+    """Optimizer steps between averages of the replicas; left out: the end of each round."""
+    together: Count = 8
+    """Most silos whose frames are computed in one pass. 1: one after another."""
+    gather: Amount = 0.05
+    """Seconds that a silo's frame waits for the other silos' of the round, to be computed with them."""
 
 
 class RootSection(Section):
@@ -183,6 +195,8 @@ class Recipe(Section):
             raise ValueError("silo: the names 'trunk', 'root' and 'ca' are taken; rename the silo")
         if self.minimum > len(names):
             raise ValueError(f"root.minimum: {self.minimum} silos needed but {len(names)} listed; lower it")
+        if self.trunk.average_every is not None and self.trunk.adapter == "shared":
+            raise ValueError("trunk.average_every: a shared adapter is not averaged; set trunk.adapter = 'replica'")
         if self.train.evaluate and not any(silo.held_out for silo in self.silo):
             raise ValueError("train.evaluate: no silo has held_out rows; set evaluate = false or name held_out files")
         return self

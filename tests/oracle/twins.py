@@ -83,7 +83,8 @@ class Twins:
         """Of bottom and top as autograd left them, of the trunk as its service keeps them until the next step."""
         training = self.service._training
         found = {name: tensor.grad for part in self.split.ends for name, tensor in adapters.trainable(part).items()}
-        return found | dict(zip(training._named, training._silos["a"].gradients, strict=True))
+        names = adapters.trainable(self.service._runner.part)
+        return found | dict(zip(names, training._silos["a"].gradients, strict=True))
 
     def close(self) -> None:
         self.remote.channel.close()

@@ -53,6 +53,11 @@ def trainable(part: Part) -> dict[str, nn.Parameter]:
     return dict(sorted((name, parameter) for name, parameter in _lora_parameters(part) if parameter.requires_grad))
 
 
+def parameters(part: Part) -> dict[str, nn.Parameter]:
+    """All adapter tensors, by uncut name."""
+    return dict(_lora_parameters(part))
+
+
 def adapter_of(part: Part) -> Tensors:
     """A copy of all adapter tensors, by uncut name."""
     return {name: parameter.detach().clone() for name, parameter in _lora_parameters(part)}

@@ -11,16 +11,18 @@ from google.protobuf.message import Message
 from isthmus.errors import MismatchError, ProtocolError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.cut import Cut, load_part
-from isthmus.privacy.mechanisms import secret_generator
+from isthmus.model.cut import Cut, Part, load_part
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
+from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
+from isthmus.trunk.batches import Backwards, Evaluations, Forwards
+from isthmus.trunk.decoding import Decoding, Step
+from isthmus.trunk.gate import Gate
 from isthmus.trunk.runner import Runner
-from isthmus.trunk.scheduler import Scheduler
+from isthmus.trunk.scheduler import ALONE, Scheduler
 from isthmus.trunk.sessions import Sessions
 from isthmus.trunk.steps import Steps
 from isthmus.trunk.training import Training
-from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
 
@@ -36,12 +38,16 @@ class TrunkService:
         checkpoint = Checkpoint(recipe.model.path)
         cut = Cut(recipe.model.bottom, recipe.model.top)
         self._hello = pb.Hello(fingerprint=checkpoint.fingerprint, bottom=cut.bottom, top=cut.top)
-        self._codec = recipe.boundary.codec
-        self._generator = secret_generator()
         self._scheduler = Scheduler()
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
+        self._gate = Gate(recipe.boundary.codec, self._runner.width)
         self._sessions = Sessions(self._runner, recipe.trunk)
-        self._training = self._scheduler.submit(lambda: Training(self._runner, recipe.train, directory)).result()
+        self._decoding = Decoding(self._runner, self._sessions, self._gate, recipe.trunk.chunk)
+        adapter = _trunk_adapter(self._runner.part, recipe)
+        self._training = self._scheduler.submit(lambda: Training(self._runner, adapter, directory)).result()
+        self._forwards = Forwards(self._training, self._gate, recipe.trunk)
+        self._backwards = Backwards(self._training, self._gate, recipe.trunk)
+        self._evaluations = Evaluations(self._runner, self._gate, recipe.trunk)
         journal = directory.journal("metrics")
         self._steps = Steps(self._training, self._scheduler, recipe.train, recipe.trunk.patience, journal)
         self._instances: dict[str, str] = {}
@@ -88,57 +94,38 @@ class TrunkService:
         return _now(pb.Welcome())
 
     def _forget(self, peer: str) -> None:
+        self._scheduler.drop(peer, ProtocolError(f"another process of {peer} has come", remedy="end one of them"))
         self._training.forget(peer)
         self._sessions.close_all(peer)
 
     def _forward(self, peer: str, request: pb.Forward) -> Answer:
-        def job() -> Message:
-            lengths = list(request.lengths)
-            h_TD = self._received(request.hidden, sum(lengths), self._codec.forward_up)
-            if request.train:
-                h_TD = self._training.forward(peer, request.step, h_TD, lengths)
-            else:
-                h_TD = self._training.evaluate(h_TD, lengths)
-            return self._hidden(h_TD)
-
-        return self._scheduler.submit(job)
+        kind = self._forwards if request.train else self._evaluations
+        return self._scheduler.enqueue(kind, (peer, "train" if request.train else "evaluate"), (peer, request))
 
     def _backward(self, peer: str, request: pb.Backward) -> Answer:
-        def job() -> Message:
-            rows = sum(self._training.open_step(peer, request.step).lengths)
-            gradient_TD = self._received(request.gradient, rows, self._codec.gradient_up)
-            gradient = self._training.backward(peer, request.step, gradient_TD, reply=request.reply)
-            if gradient is None:
-                return pb.Gradient()
-            return pb.Gradient(gradient=codec.encode(gradient, self._codec.gradient_down, self._generator))
-
-        return self._scheduler.submit(job)
+        return self._scheduler.enqueue(self._backwards, (peer, "train"), (peer, request))
 
     def _decode(self, peer: str, request: pb.Decode) -> Answer:
-        def job() -> Message:
-            h_TD = self._received(request.hidden, sum(request.lengths), self._codec.forward_up)
-            return self._hidden(self._sessions.decode(peer, request, h_TD))
-
-        return self._scheduler.submit(job)
+        return self._scheduler.enqueue(self._decoding, (peer, "session", request.session), Step(peer, request))
 
     def _close(self, peer: str, request: pb.Close) -> Answer:
-        def job() -> Message:
+        def close() -> Message:
             self._sessions.close(peer, request.session)
             return pb.Closed()
 
-        return self._scheduler.submit(job)
-
-    def _received(self, matrix: pb.Matrix, rows: int, name: str) -> torch.Tensor:
-        return codec.decode(matrix, rows=rows, width=self._runner.width, codec=name)
-
-    def _hidden(self, h_TD: torch.Tensor) -> pb.Hidden:
-        return pb.Hidden(hidden=codec.encode(h_TD, self._codec.forward_down))
+        return self._scheduler.enqueue(ALONE, (peer, "session", request.session), close)
 
 
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:
     part = load_part(checkpoint, cut, "trunk", dtype=getattr(torch, recipe.model.dtype))
-    adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=False)
+    adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=recipe.trunk.adapter == "replica")
     return Runner(part)
+
+
+def _trunk_adapter(part: Part, recipe: Recipe) -> TrunkAdapter:
+    if recipe.trunk.adapter == "shared":
+        return SharedAdapter(part, recipe.train)
+    return ReplicaAdapters(part, recipe.train, recipe.trunk.average_every or recipe.train.steps)
 
 
 def _now(body: Message) -> Answer:

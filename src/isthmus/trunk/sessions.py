@@ -1,35 +1,48 @@
-"""Inference sessions: one silo's KV cache on the trunk, leased by time."""
+"""Inference sessions: one silo's KV caches on the trunk, leased by time, within a budget of memory."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from transformers import DynamicCache
-
 from isthmus.errors import FrameError, OutOfOrderError, UnknownSessionError
+from isthmus.model.packed import SequenceCache
 from isthmus.recipe import TrunkSection
 from isthmus.trunk.runner import Runner
 from isthmus.wire import isthmus_pb2 as pb
 
+GRACE = 2.0
+"""Seconds after its last step in which a session does not have to make room: a newer one waits instead."""
 Key = tuple[str, int]
 """The silo's certified name and the number it gave: no silo can name another's session."""
 
 
 @dataclass
 class Session:
-    cache: DynamicCache
-    real_BP: torch.Tensor
-    """Which cached positions hold real tokens."""
-    step: int
+    rows: list[SequenceCache]
     used: float
+    step: int = 0
+    even: int = 0
+    """Positions at the end that every row has: as many can be forgotten."""
+    busy: bool = False
+    """A step is being computed; the session is not evicted meanwhile."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(row.nbytes for row in self.rows)
+
+    def bytes_for(self, lengths: Sequence[int]) -> int:
+        """Bytes of all caches once the rows have so many more tokens."""
+        return sum(row.bytes_for(row.length + new) for row, new in zip(self.rows, lengths, strict=True))
 
 
 class Sessions:
-    """All sessions, the longest unused first. ``trunk.sessions`` of them are kept, each for ``trunk.lease`` seconds."""
+    """All sessions, the longest unused first.
+
+    ``trunk.sessions`` of them in ``trunk.session_bytes`` are kept, each for ``trunk.lease`` seconds.
+    """
 
     def __init__(self, runner: Runner, section: TrunkSection, clock: Callable[[], float] = time.monotonic) -> None:
         self._runner = runner
@@ -40,24 +53,54 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    @torch.inference_mode()
-    def decode(self, peer: str, request: pb.Decode, h_TD: torch.Tensor) -> torch.Tensor:
-        """Continue (or, at step 0, open) a session with these tokens; returns the trunk's result ``[T, D]``.
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all caches take."""
+        return sum(session.nbytes for session in self._sessions.values())
+
+    def start(self, peer: str, request: pb.Decode) -> Session:
+        """The session of this step: opened if it is step 0, rows and positions as asked.
 
         Raises:
             UnknownSessionError: it was evicted, has expired or never was; the silo replays its frames.
             OutOfOrderError: not the session's next step.
-            FrameError: it forgets or keeps what is not there, or outgrows the model's context.
+            FrameError: it forgets or keeps what is not there, outgrows the model's context or the trunk's memory.
         """
         self._expire()
         key = (peer, request.session)
-        session = self._open(key, len(request.lengths)) if request.step == 0 else self._find(key, request)
+        session = self._open(key, request) if request.step == 0 else self._find(key, request)
         if request.step:
             self._rewind(session, request)
-        lengths = list(request.lengths)
-        h_TD, session.real_BP = self._runner.continued(h_TD, lengths, session.real_BP, session.cache)
+        needed, budget = session.bytes_for(request.lengths), self._section.session_bytes
+        if needed > budget:
+            del self._sessions[key]
+            raise FrameError(
+                f"a session of {needed} bytes, the trunk keeps {budget}",
+                remedy="ask for fewer or shorter sequences, or raise trunk.session_bytes",
+            )
+        return session
+
+    def admit(self, session: Session, lengths: Sequence[int]) -> bool:
+        """Whether there is memory for so many more tokens; sessions that rest are evicted for them.
+
+        Raises:
+            UnknownSessionError: the session itself had to make room meanwhile.
+        """
+        if not any(one is session for one in self._sessions.values()):
+            raise UnknownSessionError("the session had to make room", remedy="send its frames again from the first")
+        needed = session.bytes_for(lengths) - session.nbytes
+        session.busy = True
+        self._evict_until(lambda: self.nbytes + needed <= self._section.session_bytes)
+        session.busy = self.nbytes + needed <= self._section.session_bytes
+        return session.busy
+
+    def finish(self, session: Session, lengths: list[int]) -> None:
+        """The step is done: so many tokens were appended to the rows."""
+        even = len(set(lengths)) == 1
+        session.even = session.even + lengths[0] if even else min(lengths)
         session.step += 1
-        return h_TD
+        session.busy = False
+        session.used = self._clock()
 
     def close(self, peer: str, number: int) -> None:
         """Free a session; nothing happens if it is gone already."""
@@ -68,14 +111,12 @@ class Sessions:
         for key in [key for key in self._sessions if key[0] == peer]:
             del self._sessions[key]
 
-    def _open(self, key: Key, rows: int) -> Session:
+    def _open(self, key: Key, request: pb.Decode) -> Session:
+        self._runner.check_context(list(request.lengths))
         self._sessions.pop(key, None)
-        while len(self._sessions) >= self._section.sessions:
-            self._sessions.popitem(last=False)
-        cache = DynamicCache(config=self._runner.part.config)
-        cache.activate_past_recording()  # sliding-window layers then keep what a step may yet have to forget
-        real_BP = torch.ones(rows, 0, dtype=torch.bool, device=self._runner.device)
-        session = self._sessions[key] = Session(cache, real_BP, 0, self._clock())
+        self._evict_until(lambda: len(self._sessions) < self._section.sessions, grace=0.0)
+        rows = [self._runner.new_cache() for _ in request.lengths]
+        session = self._sessions[key] = Session(rows, self._clock())
         return session
 
     def _find(self, key: Key, request: pb.Decode) -> Session:
@@ -95,22 +136,29 @@ class Sessions:
 
     def _rewind(self, session: Session, request: pb.Decode) -> None:
         """Forget positions and pick rows, as the silo's own caches did; all checks come before any change."""
-        kept = session.real_BP.shape[1] - request.forget
-        if kept < 1 or not bool(session.real_BP[:, kept:].all()):
+        kept = [row.length - request.forget for row in session.rows]
+        if request.forget > session.even or max(kept) < 1:
             raise FrameError(f"{request.forget} positions to forget", remedy="forget no more than was sent")
-        rows = list(request.rows) or list(range(session.real_BP.shape[0]))
-        if max(rows) >= session.real_BP.shape[0] or len(rows) != len(request.lengths):
-            raise FrameError(f"rows {rows[:8]} of {session.real_BP.shape[0]}", remedy="keep rows that are there")
-        past_B = session.real_BP[rows, :kept].sum(dim=1).tolist()
-        self._runner.check_context([past + new for past, new in zip(past_B, request.lengths, strict=True)])
-        session.cache.crop(-request.forget)
-        session.real_BP = session.real_BP[:, :kept]
+        rows = list(request.rows) or list(range(len(kept)))
+        if max(rows) >= len(kept) or len(rows) != len(request.lengths):
+            raise FrameError(f"rows {rows[:8]} of {len(kept)}", remedy="keep rows that are there")
+        self._runner.check_context([kept[row] + new for row, new in zip(rows, request.lengths, strict=True)])
+        for row, length in zip(session.rows, kept, strict=True):
+            row.crop(length)
+        session.even -= request.forget
         if request.rows:
-            chosen = torch.tensor(rows, device=self._runner.device)
-            session.cache.batch_select_indices(chosen)
-            session.real_BP = session.real_BP[chosen]
+            first = {row: place for place, row in reversed(list(enumerate(rows)))}
+            session.rows = [
+                session.rows[row] if first[row] == place else session.rows[row].copy() for place, row in enumerate(rows)
+            ]
+
+    def _evict_until(self, enough: Callable[[], bool], grace: float = GRACE) -> None:
+        resting = self._clock() - grace
+        idle = [key for key, one in self._sessions.items() if not one.busy and one.used <= resting]
+        while idle and not enough():
+            del self._sessions[idle.pop(0)]
 
     def _expire(self) -> None:
         oldest = self._clock() - self._section.lease
-        while self._sessions and next(iter(self._sessions.values())).used < oldest:
-            self._sessions.popitem(last=False)
+        for key in [key for key, one in self._sessions.items() if one.used < oldest and not one.busy]:
+            del self._sessions[key]

@@ -27,7 +27,7 @@ class Steps:
     """Two barriers: one before a round's first step, one at every optimizer step.
 
     A silo that is late for a step joins the next one with its gradients; the others do not wait longer than
-    ``patience`` seconds for it.
+    ``patience`` seconds for it. Steps that a silo takes by itself, between averages of replicas, have no barrier.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Steps:
             running = request.round == self._round and peer not in self._done
             if running:
                 self._done[peer] = 0
+                self._training.expected = self._at_work()
             elif request.round != self._gathering:
                 self._gathering = request.round
                 self._starts.expect(request.participants)
@@ -78,7 +79,10 @@ class Steps:
                     f"optimizer step {request.step}, step {self._done[peer] + 1} is next", remedy="commit in order"
                 )
         answer: Answer = Answer()
-        self._commits.arrive(peer, Arrival(request, answer))
+        if self._training.waits(request.step):
+            self._commits.arrive(peer, Arrival(request, answer))
+        else:
+            self._step_alone(peer, Arrival(request, answer))
         return answer
 
     def _start(self, waiting: dict[str, Answer]) -> None:
@@ -86,6 +90,7 @@ class Steps:
             number, self._gathering = self._gathering, 0
             self._round = number
             self._done = dict.fromkeys(waiting, 0)
+            self._training.expected = len(waiting)
         self._commits.expect(waiting)
 
         def restore() -> pb.Begun:
@@ -101,6 +106,7 @@ class Steps:
                 if arrival.request.round == number:
                     self._done[peer] = arrival.request.step
             finished = [peer for peer, step in self._done.items() if step >= self._train.steps]
+            self._training.expected = self._at_work()
         for peer in finished:
             self._commits.dismiss(peer)
         over = not self._commits.expected
@@ -116,6 +122,20 @@ class Steps:
             return pb.Stepped(contributors=len(arrivals))
 
         _answer_all([arrival.answer for arrival in arrivals.values()], self._scheduler, step)
+
+    def _step_alone(self, peer: str, arrival: Arrival) -> None:
+        with self._lock:
+            self._done[peer] = arrival.request.step
+
+        def step() -> pb.Stepped:
+            self._training.step({peer: arrival.request.weight}, together=False)
+            return pb.Stepped(contributors=1)
+
+        _answer_all([arrival.answer], self._scheduler, step)
+
+    def _at_work(self) -> int:
+        """Silos of the round under way that have steps before them."""
+        return sum(step < self._train.steps for step in self._done.values())
 
 
 def _answer_all(answers: list[Answer], scheduler: Scheduler, job) -> None:  # type: ignore[no-untyped-def]

@@ -17,10 +17,13 @@ from isthmus.errors import UnknownSessionError, UnknownStepError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.split import SplitForCausalLM
 from isthmus.privacy.events import Release
-from isthmus.recipe import Recipe, TrunkSection
+from isthmus.recipe import CodecSection, Recipe, TrunkSection
 from isthmus.report.record import RunDirectory
 from isthmus.silo.join import greeting
 from isthmus.silo.remote import RemoteTrunk
+from isthmus.trunk.decoding import Decoding, Step
+from isthmus.trunk.gate import Gate
+from isthmus.trunk.scheduler import Job
 from isthmus.trunk.service import TrunkService
 from isthmus.trunk.sessions import Sessions
 from isthmus.wire import codec
@@ -62,9 +65,15 @@ def hidden(rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def decode(sessions: Sessions, peer: str, session: int, step: int, lengths: tuple[int, ...] = (2,), **how: Any) -> Any:
+    """One step by itself, as the scheduler has it computed."""
     h_TD = how.pop("h_TD", None)
-    request = pb.Decode(session=session, step=step, lengths=lengths, **how)
-    return sessions.decode(peer, request, hidden(sum(lengths), seed=step) if h_TD is None else h_TD)
+    sent = codec.encode(hidden(sum(lengths), seed=step) if h_TD is None else h_TD, "fp32")
+    decoding = Decoding(sessions._runner, sessions, Gate(CodecSection(), WIDTH), chunk=512)
+    request = pb.Decode(session=session, step=step, lengths=lengths, hidden=sent, **how)
+    job = Job(decoding, (peer, session), Step(peer, request))
+    if decoding.gather([job], 0.0)[0]:
+        decoding.run([job])
+    return codec.decode(job.done.result(0).hidden, rows=sum(lengths), width=WIDTH, codec="fp32")
 
 
 def made(service: TrunkService, clock: Clock, **section: Any) -> Sessions:

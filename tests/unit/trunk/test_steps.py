@@ -13,6 +13,7 @@ import torch
 from isthmus.errors import ProtocolError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.cut import Cut, load_part
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory, RunDirectory, read_journal
 from isthmus.silo.join import greeting
@@ -66,7 +67,7 @@ class Trunk:
         return adapters.adapter_of(self.part)
 
     def state(self) -> dict[str, Any]:
-        return copy.deepcopy(self.service._training._optimizer.state_dict())
+        return copy.deepcopy(self.service._training._adapter.state()["optimizer"])
 
 
 class Silo:
@@ -102,7 +103,10 @@ class Oracle:
     """SGD by hand."""
 
     def __init__(self, trunk: Trunk) -> None:
-        self._part = copy.deepcopy(trunk.part)
+        model = trunk.recipe.model
+        self._part = load_part(Checkpoint(model.path), Cut(model.bottom, model.top), "trunk")
+        adapters.add_adapter(self._part, trunk.recipe.lora, trunk.recipe.seed, freeze_a=False)
+        adapters.load_adapter(self._part, trunk.adapter())
         self.named = adapters.trainable(self._part)
         self.start = adapters.adapter_of(self._part)
 

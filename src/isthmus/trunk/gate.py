@@ -1,0 +1,43 @@
+"""The trunk's gate: between matrices as they cross the wire and tensors as it computes on them.
+
+Shapes: T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from isthmus.privacy.mechanisms import secret_generator
+from isthmus.recipe import CodecSection
+from isthmus.wire import codec
+from isthmus.wire import isthmus_pb2 as pb
+
+
+class Gate:
+    """Decodes what comes in and encodes what goes out, with the recipe's codec for each direction."""
+
+    def __init__(self, section: CodecSection, width: int) -> None:
+        self._codec = section
+        self._width = width
+        self._generator = secret_generator()
+
+    def hidden_in(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
+        """Hidden states ``[T, D]``.
+
+        Raises:
+            FrameError: they are anything else.
+        """
+        return codec.decode(matrix, rows=rows, width=self._width, codec=self._codec.forward_up)
+
+    def gradient_in(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
+        """A loss gradient ``[T, D]``; errors as above."""
+        return codec.decode(matrix, rows=rows, width=self._width, codec=self._codec.gradient_up)
+
+    def hidden_out(self, h_TD: torch.Tensor) -> pb.Hidden:
+        return pb.Hidden(hidden=codec.encode(h_TD, self._codec.forward_down))
+
+    def gradient_out(self, gradient_TD: torch.Tensor | None) -> pb.Gradient:
+        """None: the silo's bottom does not train."""
+        if gradient_TD is None:
+            return pb.Gradient()
+        return pb.Gradient(gradient=codec.encode(gradient_TD, self._codec.gradient_down, self._generator))
