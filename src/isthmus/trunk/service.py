@@ -15,6 +15,7 @@ from isthmus.model.cut import Cut, load_part
 from isthmus.privacy.mechanisms import secret_generator
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
+from isthmus.trunk.kept import Kept
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import Scheduler
 from isthmus.trunk.sessions import Sessions
@@ -40,6 +41,7 @@ class TrunkService:
         self._generator = secret_generator()
         self._scheduler = Scheduler()
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
+        self._kept = Kept(directory.path / "kept", recipe, self._runner.width)
         self._sessions = Sessions(self._runner, recipe.trunk)
         self._training = self._scheduler.submit(lambda: Training(self._runner, recipe.train, directory)).result()
         journal = directory.journal("metrics")
@@ -50,6 +52,7 @@ class TrunkService:
             pb.Ping: lambda peer, request: _now(pb.Pong()),
             pb.Begin: self._steps.begin,
             pb.Commit: self._steps.commit,
+            pb.Keep: self._keep,
             pb.Forward: self._forward,
             pb.Backward: self._backward,
             pb.Decode: self._decode,
@@ -91,10 +94,20 @@ class TrunkService:
         self._training.forget(peer)
         self._sessions.close_all(peer)
 
+    def _keep(self, peer: str, request: pb.Keep) -> Answer:
+        def job() -> Message:
+            self._kept.write(peer, request)
+            return pb.Kept()
+
+        return self._scheduler.submit(job)
+
     def _forward(self, peer: str, request: pb.Forward) -> Answer:
         def job() -> Message:
             lengths = list(request.lengths)
-            h_TD = self._received(request.hidden, sum(lengths), self._codec.forward_up)
+            if request.examples:
+                h_TD = self._kept.read(peer, request.examples, lengths)
+            else:
+                h_TD = self._received(request.hidden, sum(lengths), self._codec.forward_up)
             if request.train:
                 h_TD = self._training.forward(peer, request.step, h_TD, lengths)
             else:
