@@ -108,15 +108,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = bool(self.config.use_cache) and labels is None and not torch.is_grad_enabled()
         cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
         shared = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
-        if cache is None and input_ids is not None and self.trunk.releases_once:
-            packing = _packing(attention_mask, input_ids)
-            h_BLD = packing.unpack(self.trunk.from_rows(packing.rows(input_ids)))
-        else:
-            h_BLD = self.bottom.hidden(
-                input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache and cache.bottom, **shared
-            )
-            packing = _packing(attention_mask, h_BLD)
-            h_BLD = packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, cache and cache.session))
+        h_BLD = self._through_trunk(input_ids, inputs_embeds, cache, shared)
         output = self.top.model(
             inputs_embeds=h_BLD,
             past_key_values=cache and cache.top,
@@ -134,6 +126,24 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
             peft = self.top.model.peft_config["default"]
             lora = LoraSection(rank=peft.r, alpha=peft.lora_alpha, targets=tuple(peft.target_modules))
             adapters.export(Path(save_directory), tensors, lora, self.config._name_or_path)
+
+    def _through_trunk(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        cache: SplitCache | None,
+        shared: dict[str, Any],
+    ) -> torch.Tensor:
+        """Bottom and trunk, ``[B, L, D]``. Only real tokens cross; where they left before, bottom does not even run."""
+        mask = shared["attention_mask"]
+        if cache is None and input_ids is not None and self.trunk.releases_once:
+            packing = _packing(mask, input_ids)
+            return packing.unpack(self.trunk.from_rows(packing.rows(input_ids)))
+        h_BLD = self.bottom.hidden(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache and cache.bottom, **shared
+        )
+        packing = _packing(mask, h_BLD)
+        return packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, cache and cache.session))
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
