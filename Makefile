@@ -3,7 +3,9 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test check proto bench bench-foundation bench-demo bench-boundary bench-latency bench-replay bench-sessions bench-together clean
+BENCHMARKS := foundation demo boundary latency generation sessions together silos release draft replay
+
+.PHONY: demo test check proto bench $(BENCHMARKS:%=bench-%) clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,28 +35,10 @@ check: .venv/ready  ## What CI checks before the tests
 proto: .venv/ready  ## The Python side of isthmus.proto
 	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. isthmus/wire/isthmus.proto
 
-bench: bench-foundation bench-demo bench-boundary bench-latency bench-replay bench-sessions bench-together  ## All benchmarks
+bench: $(BENCHMARKS:%=bench-%)  ## All benchmarks; each, as bench-boundary, writes benchmarks/results/boundary.json
 
-bench-foundation: .venv/demo  ## Speed and memory against the uncut model
-	$(BIN)/python -m benchmarks.foundation
-
-bench-demo: .venv/demo  ## The demo's table for three draws of rows
-	$(BIN)/python -m benchmarks.demo
-
-bench-boundary: .venv/demo  ## Bytes, speed and quality of what crosses
-	$(BIN)/python -m benchmarks.boundary
-
-bench-latency: .venv/demo  ## Training throughput over a long way
-	$(BIN)/python -m benchmarks.latency
-
-bench-sessions: .venv/demo  ## Many inference sessions at once against one
-	$(BIN)/python -m benchmarks.sessions
-
-bench-together: .venv/demo  ## Four silos' training steps in one pass against one after another
-	$(BIN)/python -m benchmarks.together
-
-bench-replay: .venv/demo  ## Generation while the trunk is killed
-	$(BIN)/python -m benchmarks.replay
+$(BENCHMARKS:%=bench-%): bench-%: .venv/demo
+	$(BIN)/python -m benchmarks.$*
 
 clean:
 	rm -rf .venv build runs

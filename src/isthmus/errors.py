@@ -15,7 +15,8 @@
     │   ├── UnknownStepError     no such training step is open
     │   ├── OutOfOrderError      a step number that is not the next one
     │   ├── RoundLostError       the round under way is another (the trunk started again, or the silo was too late)
-    │   └── UnknownSessionError  no such inference session (evicted, expired, trunk restarted)
+    │   ├── UnknownSessionError  no such inference session (evicted, expired, trunk restarted)
+    │   └── UnknownExampleError  no example is kept under this number (evicted, or never sent)
     ├── PeerGoneError        the other side cannot be reached any more
     └── QuorumError          fewer silos than the recipe's minimum are left
 
@@ -124,6 +125,10 @@ class RoundLostError(ProtocolError):
 
 class UnknownSessionError(ProtocolError):
     code = "unknown-session"
+
+
+class UnknownExampleError(ProtocolError):
+    code = "unknown-example"
 
 
 class PeerGoneError(IsthmusError):

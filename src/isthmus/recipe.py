@@ -46,6 +46,8 @@ class LoraSection(Section):
     alpha: Positive = 16.0
     targets: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1, strict=False)
     """Names of the linear layers that get an adapter."""
+    freeze_bottom: bool = False
+    """Bottom gets no adapter and stays the base model's: silos then share, and train, the top's alone."""
 
 
 class TrainSection(Section):
@@ -101,6 +103,11 @@ class BoundarySection(Section):
     """The loss gradient on its way into the trunk."""
     update: ReleaseSection = ReleaseSection(noise=1e-4)
     """What bottom and top learned in a round."""
+    release_once: bool = False
+    """Hidden states of an example leave once, noised once; the trunk keeps them, later epochs name them by a number.
+
+    Needs ``lora.freeze_bottom``: a bottom that trains gives other states each time. Generation is as ever.
+    """
 
     @field_validator("codec", mode="before")
     @classmethod
@@ -128,6 +135,9 @@ class TrunkSection(Section):
     """Most silos whose frames are computed in one pass. 1: one after another."""
     gather: Amount = 0.05
     """Seconds that a silo's frame waits for the other silos' of the round, to be computed with them."""
+    kept_bytes: Count = 8 * 2**30
+    """Bytes on the trunk's disk for examples that silos released once, in equal shares for all silos. In a full share
+    the example longest unused makes room; its silo sends it again, as it was, when it needs it."""
 
 
 class RootSection(Section):
@@ -199,6 +209,10 @@ class Recipe(Section):
             raise ValueError("trunk.average_every: a shared adapter is not averaged; set trunk.adapter = 'replica'")
         if self.train.evaluate and not any(silo.held_out for silo in self.silo):
             raise ValueError("train.evaluate: no silo has held_out rows; set evaluate = false or name held_out files")
+        if self.boundary.release_once and not self.lora.freeze_bottom:
+            raise ValueError(
+                "boundary.release_once: a bottom that trains gives new states each time; set lora.freeze_bottom = true"
+            )
         return self
 
     @classmethod

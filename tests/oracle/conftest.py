@@ -42,8 +42,10 @@ def build(models: Models, tmp_path_factory: pytest.TempPathFactory) -> BuildTwin
         vivid: bool = True,
         **how: Any,
     ) -> Twins:
-        settings = {"lora": {"targets": targets_of(family)}, "model": {"bottom": cut[0], "top": cut[1]}}
-        recipe = make_recipe(models(family, vivid=vivid), **settings, **(sections or {}))
+        settings: dict[str, Any] = dict(sections or {})
+        settings["lora"] = {"targets": targets_of(family), **settings.get("lora", {})}
+        settings["model"] = {"bottom": cut[0], "top": cut[1], **settings.get("model", {})}
+        recipe = make_recipe(models(family, vivid=vivid), **settings)
         return make_twins(recipe, tmp_path_factory.mktemp("trunk"), **how)
 
     return twins

@@ -122,7 +122,13 @@ def make_twins(
 def with_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """The uncut model with plain peft's adapters."""
     lora = recipe.lora
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+    frozen = "|".join(str(block) for block in range(recipe.model.bottom))
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        exclude_modules=rf".*\.layers\.({frozen})\..*" if lora.freeze_bottom else None,
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's, of transformers
         return get_peft_model(model, config).eval()

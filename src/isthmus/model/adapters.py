@@ -22,7 +22,7 @@ _PEFT_PREFIX = "base_model.model."
 
 
 def add_adapter(part: Part, lora: LoraSection, seed: int, *, freeze_a: bool) -> None:
-    """Inject LoRA layers into a part, in place.
+    """Inject LoRA layers into a part, in place; a bottom that ``lora`` freezes gets none.
 
     A starts from the same draw in every process, fixed by ``seed`` and the tensor's uncut name; B at zero.
 
@@ -32,6 +32,8 @@ def add_adapter(part: Part, lora: LoraSection, seed: int, *, freeze_a: bool) -> 
     Raises:
         ModelError: a target name is no layer's, or not a linear layer's.
     """
+    if part.name == "bottom" and lora.freeze_bottom:
+        return
     if absent := _absent(part, lora.targets):
         raise ModelError(f"the {part.name} has no layers named {', '.join(absent)}", remedy="correct lora.targets")
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0)
@@ -82,7 +84,7 @@ def export(folder: Path, tensors: Mapping[str, torch.Tensor], lora: LoraSection,
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=sorted(lora.targets),
+        target_modules=_exported_targets(tensors, lora),
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model,
@@ -110,6 +112,13 @@ def _absent(part: Part, targets: Iterable[str]) -> list[str]:
     names = [f".{name}" for name, _ in part.model.named_modules()]
     elsewhere = {part.family.head, part.family.embedding}
     return [one for one in targets if one not in elsewhere and not any(name.endswith(f".{one}") for name in names)]
+
+
+def _exported_targets(tensors: Iterable[str], lora: LoraSection) -> list[str]:
+    """The layers that the folder names: from peft too, those of a frozen bottom must not get an adapter."""
+    if not lora.freeze_bottom:
+        return sorted(lora.targets)
+    return sorted({name.rpartition(".lora_")[0] for name in tensors})
 
 
 def _lora_parameters(part: Part) -> list[tuple[str, nn.Parameter]]:

@@ -25,6 +25,10 @@ class Packing:
         size = torch.tensor(lengths, device=device).unsqueeze(1)
         return cls(place >= longest - size if pad_left else place < size)
 
+    def rows(self, ids_BL: torch.Tensor) -> list[list[int]]:
+        """The real tokens' ids, row by row."""
+        return [ids_L[real_L].tolist() for ids_L, real_L in zip(ids_BL, self.real_BL, strict=True)]
+
     def pack(self, h_BLD: torch.Tensor) -> torch.Tensor:
         """The real tokens, ``[T, D]``."""
         return h_BLD.flatten(0, 1) if self.full else h_BLD[self.real_BL]

@@ -39,6 +39,15 @@ class TrunkModule(Protocol):
 
     def open_session(self) -> TrunkSession: ...
 
+    @property
+    def releases_once(self) -> bool:
+        """Whether it takes rows of tokens (``from_rows``) and runs bottom itself, for those it has not released yet."""
+        ...
+
+    def from_rows(self, rows: list[list[int]]) -> torch.Tensor:
+        """As ``__call__`` without a session, for these sequences of token ids; bottom gets no gradient."""
+        ...
+
 
 class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model whose middle blocks are elsewhere.
@@ -89,19 +98,17 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: ``[B, L]``.
             attention_mask: ``[B, past + L]``, 1 for real tokens; None: all are.
+            use_cache: by default when there is neither a gradient nor a label to compute.
             logits_to_keep: as in transformers; ``labels`` must have as many positions.
 
         Raises:
             DataError: a mask that does not fit.
         """
         if use_cache is None:
-            use_cache = bool(self.config.use_cache) and not torch.is_grad_enabled()
+            use_cache = bool(self.config.use_cache) and labels is None and not torch.is_grad_enabled()
         cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
         shared = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
-        h_BLD = self.bottom.hidden(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache and cache.bottom, **shared
-        )
-        h_BLD = self._through_trunk(h_BLD, attention_mask, cache and cache.session)
+        h_BLD = self._through_trunk(input_ids, inputs_embeds, cache, shared)
         output = self.top.model(
             inputs_embeds=h_BLD,
             past_key_values=cache and cache.top,
@@ -121,13 +128,22 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
             adapters.export(Path(save_directory), tensors, lora, self.config._name_or_path)
 
     def _through_trunk(
-        self, h_BLD: torch.Tensor, attention_mask: torch.Tensor | None, session: TrunkSession | None
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        cache: SplitCache | None,
+        shared: dict[str, Any],
     ) -> torch.Tensor:
-        """Only real tokens cross."""
-        packing = Packing(_real(attention_mask, h_BLD))
-        if 0 in packing.lengths:
-            raise DataError("a row of padding only", remedy="drop rows without a token")
-        return packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, session))
+        """Bottom and trunk, ``[B, L, D]``. Only real tokens cross; where they left before, bottom does not even run."""
+        mask = shared["attention_mask"]
+        if cache is None and input_ids is not None and self.trunk.releases_once:
+            packing = _packing(mask, input_ids)
+            return packing.unpack(self.trunk.from_rows(packing.rows(input_ids)))
+        h_BLD = self.bottom.hidden(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache and cache.bottom, **shared
+        )
+        packing = _packing(mask, h_BLD)
+        return packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, cache and cache.session))
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -137,11 +153,18 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
-def _real(attention_mask: torch.Tensor | None, h_BLD: torch.Tensor) -> torch.Tensor:
-    """Which of the new positions hold real tokens, ``[B, L]``."""
-    batch, length, _ = h_BLD.shape
+def _packing(attention_mask: torch.Tensor | None, new: torch.Tensor) -> Packing:
+    """Only real tokens cross: which of the new positions, ``[B, L]`` or ``[B, L, D]``, hold them."""
+    packing = Packing(_real(attention_mask, new))
+    if 0 in packing.lengths:
+        raise DataError("a row of padding only", remedy="drop rows without a token")
+    return packing
+
+
+def _real(attention_mask: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    batch, length = new.shape[:2]
     if attention_mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=h_BLD.device)
+        return torch.ones(batch, length, dtype=torch.bool, device=new.device)
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
         raise DataError(
             f"an attention mask of shape {tuple(attention_mask.shape)} for {batch} rows of {length} new tokens",

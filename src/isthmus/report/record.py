@@ -39,10 +39,12 @@ class RunDirectory:
         certificates/PARTY/          made by the local engine
         trunk/metrics.jsonl          one line an optimizer step
         trunk/rounds/round-0003.pt   adapter and optimizer of the trunk after round 3
+        trunk/kept/NAME/             examples that a silo released once, as they came
         root/metrics.jsonl           one line a round
         root/rounds/round-0003.pt    adapters of the ends after round 3
         silos/NAME/metrics.jsonl     one line a step and an evaluation
         silos/NAME/ledger.jsonl      one line a release
+        silos/NAME/released/         examples released once, as they left, and the secret of their numbers
         silos/NAME/rounds/...        optimizer state of the silo after a round
         logs/ROLE.log
     """

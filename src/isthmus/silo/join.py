@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import secrets
+import shutil
+import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from isthmus.model.split import SplitForCausalLM
 from isthmus.privacy.ledger import Ledger
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.released import Released
 from isthmus.silo.remote import RemoteTrunk
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
@@ -43,13 +47,22 @@ class Silo:
         self.trunk.channel.close()
 
 
-def join(recipe: Recipe, name: str, *, ledger: Ledger | None = None, channel: Channel | None = None) -> Silo:
+def join(
+    recipe: Recipe,
+    name: str,
+    *,
+    ledger: Ledger | None = None,
+    channel: Channel | None = None,
+    releases: Path | None = None,
+) -> Silo:
     """Load the ends of the model and connect to the trunk.
 
     Args:
         name: the silo's, as in the recipe.
         ledger: notes what leaves; in memory by default.
         channel: a way to the trunk other than the recipe's address.
+        releases: where a silo that releases each example once keeps what it released; by default a folder that goes
+            with the process, as such a ledger does.
 
     Raises:
         IsthmusError: the model folder, the certificates or the trunk are unusable; the kind says which.
@@ -62,6 +75,9 @@ def join(recipe: Recipe, name: str, *, ledger: Ledger | None = None, channel: Ch
         channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
     boundary = Boundary(recipe.boundary, ledger)
     trunk = RemoteTrunk(channel, boundary)
+    if recipe.boundary.release_once:
+        folder = releases or _passing_folder(trunk)
+        trunk.released = Released(folder, bottom, boundary, recipe, checkpoint.fingerprint)
     config = copy.deepcopy(checkpoint.config)
     model = SplitForCausalLM(config, bottom, trunk, top)
     model.generation_config = copy.deepcopy(_generation_config(checkpoint, model))
@@ -117,6 +133,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _passing_folder(owner: object) -> Path:
+    """A folder that goes when its owner does."""
+    folder = tempfile.mkdtemp(prefix="isthmus-released-")
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _generation_config(checkpoint: Checkpoint, model: SplitForCausalLM):  # type: ignore[no-untyped-def]

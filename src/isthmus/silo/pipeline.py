@@ -24,8 +24,8 @@ class MicroBatch:
     """One micro-batch and how far it has come."""
 
     batch: Batch
-    h_TD: torch.Tensor
-    """Bottom's result, with its graph."""
+    h_TD: torch.Tensor | None
+    """Bottom's result, if it has a gradient to get."""
     packing: Packing
     flight: Flight
 
@@ -39,18 +39,21 @@ def pipelined_step(model: SplitForCausalLM, optimizer: torch.optim.Optimizer, ba
     losses = [_turn(model, model.trunk, part, part.batch.supervised / batch.supervised) for part in sent]
     for part in sent:
         gradient_TD = model.trunk.land(part.flight)
-        if gradient_TD is not None:
+        if gradient_TD is not None and part.h_TD is not None:
             part.h_TD.backward(gradient_TD)  # type: ignore[no-untyped-call]
     optimizer.step()
     return Step(sum(losses), batch.supervised, batch.tokens, time.perf_counter() - started)
 
 
 def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch) -> MicroBatch:
-    """Through bottom, and off to the trunk."""
-    h_BLD = model.bottom.hidden(input_ids=batch.input_ids, use_cache=False, **_masks(batch))
+    """Through bottom, where that is not done once for all, and off to the trunk."""
     packing = Packing(batch.attention_mask.bool())
+    if trunk.releases_once:
+        return MicroBatch(batch, None, packing, trunk.start_rows(packing.rows(batch.input_ids)))
+    h_BLD = model.bottom.hidden(input_ids=batch.input_ids, use_cache=False, **_masks(batch))
     h_TD = packing.pack(h_BLD)
-    return MicroBatch(batch, h_TD, packing, trunk.start_forward(h_TD, packing.lengths))
+    wanted = h_TD if h_TD.requires_grad else None
+    return MicroBatch(batch, wanted, packing, trunk.start_forward(h_TD, packing.lengths))
 
 
 def _turn(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatch, share: float) -> float:
@@ -68,7 +71,7 @@ def _turn(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatch, share: 
     loss: torch.Tensor = output.loss * share
     loss.backward()  # type: ignore[no-untyped-call]
     assert arrived_TD.grad is not None
-    part.flight = trunk.start_backward(part.flight, arrived_TD.grad, reply=part.h_TD.requires_grad)
+    part.flight = trunk.start_backward(part.flight, arrived_TD.grad, reply=part.h_TD is not None)
     return float(loss.detach())
 
 

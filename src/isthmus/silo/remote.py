@@ -8,40 +8,54 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from isthmus.errors import UnknownSessionError
+from isthmus.errors import UnknownExampleError, UnknownSessionError
 from isthmus.privacy.events import Path
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.released import Released
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
 
+KEEPS = 64
+"""Examples that may be on their way to the trunk at a time."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Flight:
     """A training step's tensor on its way through the trunk."""
 
     step: int
-    sent_TD: torch.Tensor
+    like_TD: torch.Tensor
+    """What was sent, or anything else of the answer's shape, device and dtype."""
     path: Path
     reply: bool
     answer: Answer
+    request: pb.Forward | None = None
+    """A forward by numbers: it goes again if the trunk has forgotten one of them."""
+    keeps: list[Answer] = field(default_factory=list)
+    """Of the examples that were sent for it."""
 
 
 class RemoteTrunk(nn.Module):
     """Implements ``model.split.TrunkModule`` over a channel.
 
     A training step is: forwards and backwards (as many as gradients are accumulated), then ``commit``.
+
+    Args:
+        released: of a silo that releases each example once; None: hidden states leave at every forward.
     """
 
-    def __init__(self, channel: Channel, boundary: Boundary) -> None:
+    def __init__(self, channel: Channel, boundary: Boundary, released: Released | None = None) -> None:
         super().__init__()
         self.channel = channel
         self.boundary = boundary
+        self.released = released
         self._steps = itertools.count(1)
         self._sessions = itertools.count(1)
         self._abandoned: deque[int] = deque()
@@ -52,9 +66,17 @@ class RemoteTrunk(nn.Module):
         if session is not None:
             return session.step(h_TD, lengths)
         if torch.is_grad_enabled():
-            crossed: torch.Tensor = _Crossing.apply(h_TD, self._anchor, self, lengths)  # type: ignore[no-untyped-call]
-            return crossed
+            return _cross(h_TD, self, lambda: self.start_forward(h_TD, lengths))
         return self._landed(self._start_forward(h_TD, lengths, train=False))
+
+    @property
+    def releases_once(self) -> bool:
+        return self.released is not None
+
+    def from_rows(self, rows: list[list[int]]) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return _cross(None, self, lambda: self.start_rows(rows))
+        return self._landed(self.start_rows(rows, train=False))
 
     def begin(self, round: int, participants: list[str]) -> None:
         """Wait until all participants are ready for this round's first step."""
@@ -84,6 +106,16 @@ class RemoteTrunk(nn.Module):
         """Send a training step's hidden states, and do not wait for the answer."""
         return self._start_forward(h_TD, lengths, train=True)
 
+    def start_rows(self, rows: list[list[int]], *, train: bool = True) -> Flight:
+        """As ``start_forward``, for these rows of token ids. Those never released before run through bottom first."""
+        assert self.released is not None
+        step = next(self._steps)
+        like_TD = self.released.like(sum(map(len, rows)))
+        keeps = self._keep(self.released.release(rows, step))
+        examples = [self.released.number(row) for row in rows]
+        request = pb.Forward(step=step, lengths=map(len, rows), examples=examples, train=train)
+        return Flight(step, like_TD, "forward", True, self.channel.submit(request), request, keeps)
+
     def start_backward(self, forward: Flight, gradient_TD: torch.Tensor, *, reply: bool) -> Flight:
         """Send the gradient of what a forward gave; ``reply`` if the gradient of what it took is wanted."""
         gradient = self.boundary.release(gradient_TD, "gradient", forward.step)
@@ -104,9 +136,45 @@ class RemoteTrunk(nn.Module):
         return Flight(step, h_TD, "forward", True, self.channel.submit(request))
 
     def _landed(self, flight: Flight) -> torch.Tensor:
-        body: Any = flight.answer.result()
+        body: Any = self._answered(flight)
         matrix = body.hidden if flight.path == "forward" else body.gradient
-        return self.boundary.admit(matrix, flight.path, flight.sent_TD)
+        return self.boundary.admit(matrix, flight.path, flight.like_TD)
+
+    def _answered(self, flight: Flight) -> Any:
+        """The answer; examples that the trunk has forgotten go again first, once, as they went before."""
+        try:
+            _wait(flight.keeps)
+            return flight.answer.result()
+        except UnknownExampleError:
+            if flight.request is None or self.released is None:
+                raise
+        request = flight.request
+        request.step = flight.step = next(self._steps)  # a later step may be open already
+        keeps = self._keep(self.released.again(request.examples))
+        answer = self.channel.submit(request)
+        _wait(keeps)
+        return answer.result()
+
+    def _keep(self, requests: Iterable[pb.Keep]) -> list[Answer]:
+        """Send examples, without waiting as long as few are on their way."""
+        answers: list[Answer] = []
+        for request in requests:
+            if len(answers) >= KEEPS:
+                answers[-KEEPS].result()
+            answers.append(self.channel.submit(request))
+        return answers
+
+
+def _cross(h_TD: torch.Tensor | None, remote: RemoteTrunk, start: Callable[[], Flight]) -> torch.Tensor:
+    """The result of the forward that ``start`` sends, differentiable; ``h_TD`` gets the gradient of what was sent."""
+    crossed: torch.Tensor = _Crossing.apply(h_TD, remote._anchor, remote, start)  # type: ignore[no-untyped-call]
+    return crossed
+
+
+def _wait(answers: Iterable[Answer]) -> None:
+    """Until all are there; raises the first error among them."""
+    for answer in answers:
+        answer.result()
 
 
 class _Crossing(torch.autograd.Function):
@@ -114,10 +182,10 @@ class _Crossing(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_TD: torch.Tensor, anchor: torch.Tensor, remote: RemoteTrunk, lengths: list[int]
+        ctx: Any, h_TD: torch.Tensor | None, anchor: torch.Tensor, remote: RemoteTrunk, start: Callable[[], Flight]
     ) -> torch.Tensor:
         ctx.remote = remote
-        ctx.flight = remote.start_forward(h_TD, lengths)
+        ctx.flight = start()
         return remote.land(ctx.flight)  # type: ignore[return-value]
 
     @staticmethod

@@ -33,7 +33,7 @@ class Worker:
     """Trains and measures on one silo's rows, round by round, as the root plans.
 
     Args:
-        directory: where metrics, ledger and optimizer states go. They never leave the silo.
+        directory: where metrics, ledger, released examples and optimizer states go. They never leave the silo.
         trunk, root: ways there other than the recipe's addresses.
     """
 
@@ -49,7 +49,8 @@ class Worker:
         self._recipe = recipe
         self._name = name
         self._directory = directory
-        self._silo = join(recipe, name, ledger=FileLedger(directory.path / "ledger.jsonl"), channel=trunk)
+        ledger, releases = FileLedger(directory.path / "ledger.jsonl"), directory.path / "released"
+        self._silo = join(recipe, name, ledger=ledger, channel=trunk, releases=releases)
         self._data = SiloData(recipe.party(name), recipe, self._silo.tokenizer)
         self._root = root or connect(recipe, name, "Root", recipe.root.address)
         self._parameters = {

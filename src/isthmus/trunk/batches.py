@@ -42,7 +42,7 @@ class Forwards:
     def _forward(self, silo: str, request: pb.Forward) -> Forward:
         lengths = list(request.lengths)
         self._training.check_forward(silo, request.step, lengths)
-        return Forward(silo, request.step, self._gate.hidden_in(request.hidden, sum(lengths)), lengths)
+        return Forward(silo, request.step, self._gate.forward_in(silo, request), lengths)
 
 
 class Backwards:
@@ -98,7 +98,7 @@ class Evaluations:
     def _rows(self, silo: str, request: pb.Forward) -> tuple[torch.Tensor, list[int]]:
         lengths = list(request.lengths)
         self._runner.check_context(lengths)
-        return self._gate.hidden_in(request.hidden, sum(lengths)), lengths
+        return self._gate.forward_in(silo, request), lengths
 
 
 def _gathered(jobs: list[Job], expected: int, section: TrunkSection, now: float) -> tuple[list[Job], float]:

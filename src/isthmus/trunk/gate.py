@@ -9,17 +9,34 @@ import torch
 
 from isthmus.privacy.mechanisms import secret_generator
 from isthmus.recipe import CodecSection
+from isthmus.trunk.kept import Kept
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 
 
 class Gate:
-    """Decodes what comes in and encodes what goes out, with the recipe's codec for each direction."""
+    """Decodes what comes in and encodes what goes out, with the recipe's codec for each direction.
 
-    def __init__(self, section: CodecSection, width: int) -> None:
+    Args:
+        kept: the examples that forwards may name instead of bringing them.
+    """
+
+    def __init__(self, section: CodecSection, width: int, kept: Kept) -> None:
         self._codec = section
         self._width = width
+        self._kept = kept
         self._generator = secret_generator()
+
+    def forward_in(self, silo: str, request: pb.Forward) -> torch.Tensor:
+        """A forward's hidden states ``[T, D]``, brought or kept.
+
+        Raises:
+            FrameError: they are anything else.
+            UnknownExampleError: one of the examples is not kept here.
+        """
+        if request.examples:
+            return self._kept.read(silo, request.examples, request.lengths)
+        return self.hidden_in(request.hidden, sum(request.lengths))
 
     def hidden_in(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
         """Hidden states ``[T, D]``.

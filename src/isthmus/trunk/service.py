@@ -18,6 +18,7 @@ from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
 from isthmus.trunk.batches import Backwards, Evaluations, Forwards
 from isthmus.trunk.decoding import Decoding, Step
 from isthmus.trunk.gate import Gate
+from isthmus.trunk.kept import Kept
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import ALONE, Scheduler
 from isthmus.trunk.sessions import Sessions
@@ -40,7 +41,8 @@ class TrunkService:
         self._hello = pb.Hello(fingerprint=checkpoint.fingerprint, bottom=cut.bottom, top=cut.top)
         self._scheduler = Scheduler()
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
-        self._gate = Gate(recipe.boundary.codec, self._runner.width)
+        self._kept = Kept(directory.path / "kept", recipe, self._runner.width)
+        self._gate = Gate(recipe.boundary.codec, self._runner.width, self._kept)
         self._sessions = Sessions(self._runner, recipe.trunk)
         self._decoding = Decoding(self._runner, self._sessions, self._gate, recipe.trunk.chunk)
         adapter = _trunk_adapter(self._runner.part, recipe)
@@ -56,6 +58,7 @@ class TrunkService:
             pb.Ping: lambda peer, request: _now(pb.Pong()),
             pb.Begin: self._steps.begin,
             pb.Commit: self._steps.commit,
+            pb.Keep: self._keep,
             pb.Forward: self._forward,
             pb.Backward: self._backward,
             pb.Decode: self._decode,
@@ -97,6 +100,13 @@ class TrunkService:
         self._scheduler.drop(peer, ProtocolError(f"another process of {peer} has come", remedy="end one of them"))
         self._training.forget(peer)
         self._sessions.close_all(peer)
+
+    def _keep(self, peer: str, request: pb.Keep) -> Answer:
+        def job() -> Message:
+            self._kept.write(peer, request)
+            return pb.Kept()
+
+        return self._scheduler.submit(job)
 
     def _forward(self, peer: str, request: pb.Forward) -> Answer:
         kind = self._forwards if request.train else self._evaluations

@@ -66,12 +66,32 @@ def _require(fine: bool, complaint: str) -> None:
 
 
 def _lengths(message: Any) -> None:
+    """Sequences, and hidden states for each of their tokens."""
+    _batch(message)
+    rows = sum(message.lengths)
+    _require(message.hidden.rows == rows, f"{message.hidden.rows} rows for sequences of {rows} tokens")
+
+
+def _batch(message: Any) -> None:
     _require(0 < len(message.lengths) <= MAX_SEQUENCES, f"{len(message.lengths)} sequences in one frame")
     _require(all(message.lengths), "a sequence without a token")
     padded = len(message.lengths) * max(message.lengths)
     _require(padded <= MAX_POSITIONS, f"a batch of {padded} positions, {MAX_POSITIONS} are allowed")
-    rows = sum(message.lengths)
-    _require(message.hidden.rows == rows, f"{message.hidden.rows} rows for sequences of {rows} tokens")
+
+
+def _forward(message: pb.Forward) -> None:
+    if not message.examples:
+        _lengths(message)
+        return
+    _batch(message)
+    _require(not message.HasField("hidden"), "hidden states beside the numbers of kept ones")
+    told = f"{len(message.examples)} examples for {len(message.lengths)} sequences"
+    _require(len(message.examples) == len(message.lengths), told)
+
+
+def _keep(message: pb.Keep) -> None:
+    rows = message.hidden.rows
+    _require(0 < rows <= MAX_POSITIONS, f"an example of {rows} tokens, {MAX_POSITIONS} are allowed")
 
 
 def _weight(message: Any) -> None:
@@ -103,7 +123,8 @@ def _hello(message: pb.Hello) -> None:
 _RULES: dict[str, Callable[[Any], None]] = {
     "hello": _hello,
     "begin": _begin,
-    "forward": _lengths,
+    "forward": _forward,
+    "keep": _keep,
     "commit": _commit,
     "decode": _decode,
     "update": _weight,

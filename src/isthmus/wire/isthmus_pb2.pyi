@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("id", "acked", "hello", "welcome", "failure", "ping", "pong", "begin", "begun", "forward", "hidden", "backward", "gradient", "commit", "stepped", "decode", "close", "closed", "ready", "plan", "update", "accepted")
+    __slots__ = ("id", "acked", "hello", "welcome", "failure", "ping", "pong", "begin", "begun", "forward", "hidden", "backward", "gradient", "commit", "stepped", "keep", "kept", "decode", "close", "closed", "ready", "plan", "update", "accepted")
     ID_FIELD_NUMBER: _ClassVar[int]
     ACKED_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,8 @@ class Frame(_message.Message):
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     STEPPED_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +47,8 @@ class Frame(_message.Message):
     gradient: Gradient
     commit: Commit
     stepped: Stepped
+    keep: Keep
+    kept: Kept
     decode: Decode
     close: Close
     closed: Closed
@@ -52,7 +56,7 @@ class Frame(_message.Message):
     plan: Plan
     update: Update
     accepted: Accepted
-    def __init__(self, id: _Optional[int] = ..., acked: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., acked: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ...) -> None: ...
 
 class Matrix(_message.Message):
     __slots__ = ("codec", "rows", "width", "data")
@@ -124,17 +128,31 @@ class Begun(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Keep(_message.Message):
+    __slots__ = ("example", "hidden")
+    EXAMPLE_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    example: int
+    hidden: Matrix
+    def __init__(self, example: _Optional[int] = ..., hidden: _Optional[_Union[Matrix, _Mapping]] = ...) -> None: ...
+
+class Kept(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Forward(_message.Message):
-    __slots__ = ("step", "lengths", "hidden", "train")
+    __slots__ = ("step", "lengths", "hidden", "train", "examples")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     step: int
     lengths: _containers.RepeatedScalarFieldContainer[int]
     hidden: Matrix
     train: bool
-    def __init__(self, step: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., hidden: _Optional[_Union[Matrix, _Mapping]] = ..., train: _Optional[bool] = ...) -> None: ...
+    examples: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., hidden: _Optional[_Union[Matrix, _Mapping]] = ..., train: _Optional[bool] = ..., examples: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Hidden(_message.Message):
     __slots__ = ("hidden",)

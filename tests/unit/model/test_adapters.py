@@ -15,10 +15,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from isthmus.errors import ModelError
+from isthmus.federation.root import shared_shapes
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.recipe import LoraSection
+from isthmus.silo.join import load_ends
 from tests.conftest import make_recipe, save_tiny_model, targets_of, uncut
 from tests.oracle.twins import FAMILIES, Twins, distance, lora_of, make_twins, ragged, save_vivid_model
 
@@ -131,6 +133,35 @@ def test_initial_tensors_are_those_of_the_ends(folder: Path) -> None:
     assert adapters.shared_shapes(ends) == {
         name: tuple(tensor.shape) for name, tensor in own.items() if "lora_B" in name
     }
+
+
+def test_a_frozen_bottom_has_no_adapter_and_all_roles_agree(folder: Path) -> None:
+    recipe = make_recipe(folder, lora={"freeze_bottom": True}, model={"bottom": 1, "top": 2})
+    checkpoint = Checkpoint(str(folder))
+    bottom, top = load_ends(checkpoint, recipe)
+    assert not adapters.adapter_of(bottom)
+    assert not any(parameter.requires_grad for parameter in bottom.parameters())
+    assert {int(name.split(".")[2]) for name in adapters.adapter_of(top)} == {3, 4}
+    assert shared_shapes(recipe) == adapters.shared_shapes([bottom, top])
+    initial = adapters.initial_tensors(checkpoint.config, recipe.lora, CUT, recipe.seed)
+    assert initial.keys() == adapters.adapter_of(top).keys()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, of transformers
+def test_export_of_a_frozen_bottom_is_read_by_plain_peft(folder: Path, tmp_path: Path) -> None:
+    """Without a warning that adapters are missing: peft gives bottom's layers none."""
+    recipe = make_recipe(folder, lora={"freeze_bottom": True}, model={"bottom": 2, "top": 1})
+    twins = make_twins(recipe, tmp_path / "trunk")
+    adapters.export(tmp_path / "out", twins.split_adapter(), recipe.lora, str(folder))
+    read = PeftModel.from_pretrained(uncut(folder), str(tmp_path / "out")).eval()
+    assert lora_of(read).keys() == twins.split_adapter().keys()
+    batch = ragged("left")
+    real = batch["attention_mask"].bool()
+    split, whole, plain = (model(**batch).logits[real] for model in (twins.split, read, uncut(folder)))
+    assert (split - whole).abs().max() <= 1e-5
+    assert not torch.equal(whole, plain)
+    twins.close()
 
 
 @pytest.mark.parametrize("freeze", [True, False])

@@ -48,6 +48,8 @@ VALID: dict[str, Message] = {
     "gradient": pb.Gradient(gradient=matrix(5)),
     "commit": pb.Commit(round=1, step=1, weight=3.0),
     "stepped": pb.Stepped(contributors=2),
+    "keep": pb.Keep(example=2**64 - 1, hidden=matrix(5)),
+    "kept": pb.Kept(),
     "decode": pb.Decode(session=1, step=1, lengths=[1, 2], hidden=matrix(3), forget=1, rows=[1, 0]),
     "close": pb.Close(session=1),
     "closed": pb.Closed(),
@@ -65,6 +67,8 @@ def changed(kind: str, **fields: Any) -> Message:
     body.CopyFrom(VALID[kind])
     for name, value in fields.items():
         body.ClearField(name)
+        if value is None:
+            continue
         if isinstance(value, (list, Message)):
             getattr(body, name).MergeFrom(value)
         else:
@@ -115,6 +119,24 @@ BROKEN += [
         ({"lengths": [1] * 4000 + [33], "hidden": matrix(4033)}, "a batch of 132033 positions"),  # small on the wire
     ]
 ]
+BROKEN += [
+    ("forward", {"examples": [1, 2]}, "hidden states beside"),
+    ("forward", {"examples": [1, 2], "hidden": pb.Matrix()}, "hidden states beside"),
+    ("keep", {"hidden": pb.Matrix()}, "an example of 0 tokens"),
+    ("keep", {"hidden": pb.Matrix(rows=2**17 + 1)}, "an example of 131073 tokens"),
+]
+BROKEN += [
+    ("forward", {"hidden": None, **change}, told)
+    for change, told in [
+        ({}, "0 rows for sequences of 5"),
+        ({"examples": [1]}, "1 examples for 2 sequences"),
+        ({"examples": [1, 2, 3]}, "3 examples for 2 sequences"),
+        ({"examples": [1], "lengths": []}, "0 sequences"),
+        ({"examples": [7] * 4097, "lengths": [1] * 4097}, "4097 sequences"),
+        ({"examples": [1, 2], "lengths": [5, 0]}, "a sequence without a token"),
+        ({"examples": [1, 2], "lengths": [2**17, 1]}, "a batch of 262144 positions"),
+    ]
+]
 
 
 @pytest.mark.parametrize(("kind", "change", "told"), BROKEN)
@@ -137,6 +159,8 @@ def test_every_rule_is_tested() -> None:
         changed("decode", rows=[]),
         changed("forward", lengths=[1] * 4096, hidden=matrix(4096)),
         changed("forward", lengths=[2**17], hidden=pb.Matrix(rows=2**17)),
+        changed("forward", hidden=None, lengths=[1] * 4096, examples=[7] * 4096),
+        changed("keep", example=0, hidden=pb.Matrix(rows=2**17)),
         changed("commit", weight=5e-324),
         changed("begin", participants=["a"] * 4096),
     ],
@@ -258,7 +282,7 @@ def scalar(draw: random.Random, field: FieldDescriptor) -> Any:
         return draw.randbytes(draw.choice((0, 1, 2, 4, 8, 24, 40)))
     if field.type == FieldDescriptor.TYPE_DOUBLE:
         return draw.choice(DOUBLES)
-    if field.type == FieldDescriptor.TYPE_UINT64:
+    if field.type in (FieldDescriptor.TYPE_UINT64, FieldDescriptor.TYPE_FIXED64):
         return draw.choice([*UINTS, 2**63, 2**64 - 1])
     return draw.choice(UINTS) if field.type == FieldDescriptor.TYPE_UINT32 else draw.random() < 0.5
 

@@ -1,0 +1,60 @@
+"""A federation that releases each example once, as real processes: counted in its ledgers, also when it is cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from isthmus.report.record import read_journal
+from tests.integration.processes import (
+    Commands,
+    assert_no_traceback,
+    rows_of,
+    steps_of,
+    until_step,
+    write_federation,
+)
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
+ROUNDS, STEPS = 4, 12
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Iterator[Commands]:
+    started = Commands(tmp_path)
+    yield started
+    started.end()
+
+
+def test_each_example_leaves_once_in_a_run_that_is_cut_off_and_resumed(commands: Commands, tmp_path: Path) -> None:
+    recipe = write_federation(
+        tmp_path / "made",
+        train={"rounds": ROUNDS, "steps": STEPS},
+        lora={"freeze_bottom": True},
+        boundary={"release_once": True, "forward": {"noise": 0.02}},
+    )
+    run = tmp_path / "run"
+    cut_off = commands.start("run", recipe, "--run-dir", run)
+    until_step(run, 2, 3, cut_off)  # every row has been seen
+    cut_off.role("trunk").kill()
+    cut_off.wait().failed("the trunk was killed by SIGKILL", "isthmus run --resume")
+    commands.run("run", "--resume", run).succeeded()
+
+    for silo in ("north", "south"):
+        events = [line for line in read_journal(run / "silos" / silo / "ledger.jsonl") if line["path"] == "forward"]
+        texts = {str(row) for row in rows_of(silo)}
+        assert len(events) == len(texts)
+        assert {event["noise"] for event in events} == {0.02}
+        kept, released = run / "trunk" / "kept" / silo, run / "silos" / silo / "released"
+        names = {path.name for path in kept.iterdir()}
+        assert names == {path.name for path in released.iterdir()} - {"secret"}
+        assert all((kept / name).read_bytes() == (released / name).read_bytes() for name in names)
+        assert len(names) == len(texts)
+        assert steps_of(run, silo)[-1] == (ROUNDS, STEPS)
+    measured = [line for line in read_journal(run / "silos/north/metrics.jsonl") if line["event"] == "evaluation"]
+    assert measured[-1]["loss"] < measured[0]["loss"]
+    assert_no_traceback(run)
+    commands.run("export", run, tmp_path / "adapter").succeeded()
+    commands.run("generate", run, rows_of("north")[0]["text"], "--max-new-tokens", 3).succeeded()
