@@ -6,7 +6,7 @@ Shapes: B rows, L new positions, T real tokens among them, D width, V vocabulary
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -38,6 +38,15 @@ class TrunkModule(Protocol):
         ...
 
     def open_session(self) -> TrunkSession: ...
+
+
+@runtime_checkable
+class Drafting(Protocol):
+    """An assistant model with a candidate generator of its own."""
+
+    def candidates(self, cache: SplitCache, processors: Any, generation_config: Any) -> Any:
+        """A ``CandidateGenerator`` of transformers for one generation with this cache."""
+        ...
 
 
 class SplitForCausalLM(PreTrainedModel, GenerationMixin):
@@ -101,7 +110,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         h_BLD = self.bottom.hidden(
             input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache and cache.bottom, **shared
         )
-        h_BLD = self._through_trunk(h_BLD, attention_mask, cache and cache.session)
+        h_BLD = self._through_trunk(h_BLD, attention_mask, cache)
         output = self.top.model(
             inputs_embeds=h_BLD,
             past_key_values=cache and cache.top,
@@ -121,13 +130,24 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
             adapters.export(Path(save_directory), tensors, lora, self.config._name_or_path)
 
     def _through_trunk(
-        self, h_BLD: torch.Tensor, attention_mask: torch.Tensor | None, session: TrunkSession | None
+        self, h_BLD: torch.Tensor, attention_mask: torch.Tensor | None, cache: SplitCache | None
     ) -> torch.Tensor:
         """Only real tokens cross."""
         packing = Packing(_real(attention_mask, h_BLD))
         if 0 in packing.lengths:
             raise DataError("a row of padding only", remedy="drop rows without a token")
-        return packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, session))
+        session = None if cache is None else cache.session
+        g_BLD = packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, session))
+        if cache is not None and cache.tape is not None:
+            cache.tape.add(h_BLD, g_BLD, packing.real_BL)
+        return g_BLD
+
+    def _get_candidate_generator(self, **settings: Any) -> Any:
+        assistant = settings.get("assistant_model")
+        if isinstance(assistant, Drafting):
+            cache = settings["model_kwargs"]["past_key_values"]
+            return assistant.candidates(cache, settings["logits_processor"], settings["generation_config"])
+        return super()._get_candidate_generator(**settings)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
