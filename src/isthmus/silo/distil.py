@@ -34,7 +34,7 @@ READ = 0.7
 DECAY = 0.05
 ROWS = 32
 """Prompts answered at a time."""
-BATCH, EPOCHS, LEARNING_RATE = 8, 5, 1e-3
+BATCH, EPOCHS, LEARNING_RATE = 8, 4, 1e-3
 Tell = Callable[[str], None]
 
 

@@ -24,6 +24,8 @@ BINS = 10
 """Classes of the bridge's own confidence."""
 Corpus = Sequence[tuple[list[int], int]]
 """Texts in tokens, and from where on in each (the answer) it is remembered."""
+HOPE, NOTHING = "bridge where ", "nothing"
+"""The bridge's acceptance before it is asked, by what was found where it was asked: that is where it is harder or easier."""
 FIRST_TRUST = {"prompt": (0.1, 0.3, 0.5, 0.6), "corpus": (0.05, 0.2, 0.3, 0.4)}
 """What share of looked-up tokens is taken to be right before any was tried, by tokens of context."""
 
@@ -49,7 +51,8 @@ class Sources:
         for number in range(BINS):
             share = (number + 0.5) / BINS
             self.shares[f"bridge {number}"] = Share(4 * share, 4)
-        self.shares["bridge"] = Share(2.0, 4)
+        for found in (NOTHING, *self.shares):
+            self.shares[HOPE + found] = Share(2.0, 4)
 
     def trust(self, guess: Guess | None) -> float:
         """The probability that a guess is right."""
@@ -58,8 +61,6 @@ class Sources:
     def note(self, guess: Guess, token: int) -> None:
         """What the split model said where this was guessed."""
         self.shares[guess.source].note(guess.token == token)
-        if guess.source.startswith("bridge"):
-            self.shares["bridge"].note(guess.token == token)
 
 
 class Draft(SplitForCausalLM):
@@ -160,12 +161,13 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]
 
     def _place(self, ids: list[int], reach: float, tokens: float, seconds: float, costs: Costs) -> Place | None:
         """The likeliest token after ``ids``. The bridge is asked where it promises more than it costs."""
-        sources = self._draft.sources
-        guesses = self._looked_up(ids)
+        sources, guesses = self._draft.sources, self._looked_up(ids)
         found = max(guesses, key=sources.trust, default=None)
-        known, hoped = sources.trust(found), sources.shares["bridge"].value
-        asking = hoped > known and pays(reach * (hoped - known), tokens, seconds, costs.drafted)
-        if asking and self._ahead.ready:
+        hope = HOPE + (found.source if found else NOTHING)
+        known, hoped = sources.trust(found), sources.shares[hope].value
+        gain = reach * (hoped - known) / max(0.1, 1 - hoped)  # a hit opens the way to the tokens after it
+        asked = self._ahead.ready and pays(gain, tokens, seconds, costs.drafted)
+        if asked:
             guesses = [*guesses, self._ahead.guess(ids)]
         if not guesses:
             return None
@@ -173,7 +175,8 @@ class Candidates(CandidateGenerator):  # type: ignore[misc]
         doubt = 1.0
         for guess in guesses:
             doubt *= 1 - sources.trust(guess) if guess.token == best.token else 1.0
-        return Place(best.token, 1 - doubt, tuple(guesses))
+        lessons = [*guesses, Guess(hope, guesses[-1].token)] if asked else guesses
+        return Place(best.token, 1 - doubt, tuple(lessons))
 
     def _looked_up(self, ids: list[int]) -> list[Guess]:
         found = {"prompt": self._text.find(ids), "corpus": self._draft.corpus.find(ids)}
