@@ -31,6 +31,9 @@ class Bridge(nn.Module):
         blocks: how many.
     """
 
+    scale: torch.Tensor
+    """Size of the trunk's answers: root mean square of a coordinate."""
+
     def __init__(self, bottom: Part, blocks: int = 1) -> None:
         super().__init__()
         width: int = bottom.config.hidden_size
@@ -38,14 +41,13 @@ class Bridge(nn.Module):
         self.part = _blocks_like(bottom, blocks)
         self.join = nn.Linear(2 * width, width, bias=False)
         self.register_buffer("scale", torch.ones(()))
-        """Size of the trunk's answers: root mean square of a coordinate."""
         with torch.no_grad():
             self.join.weight.copy_(torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1))
 
     def forward(self, h_TD: torch.Tensor, lengths: list[int], session: BridgeSession | None) -> torch.Tensor:
         if session is not None:
             return session.step(h_TD, lengths)
-        return torch.cat([self.open_session().step(row_TD, [len(row_TD)]) for row_TD in h_TD.split(lengths)])
+        return torch.cat([self.open_session().step(row_TD, [len(row_TD)]) for row_TD in torch.split(h_TD, lengths)])
 
     def open_session(self) -> BridgeSession:
         return BridgeSession(self)

@@ -25,7 +25,7 @@ BINS = 10
 Corpus = Sequence[tuple[list[int], int]]
 """Texts in tokens, and from where on in each (the answer) it is remembered."""
 HOPE, NOTHING = "bridge where ", "nothing"
-"""The bridge's acceptance before it is asked, by what was found where it was asked: that is where it is harder or easier."""
+"""The bridge's acceptance before it is asked, by what looking up found: places differ in how hard they are."""
 FIRST_TRUST = {"prompt": (0.1, 0.3, 0.5, 0.6), "corpus": (0.05, 0.2, 0.3, 0.4)}
 """What share of looked-up tokens is taken to be right before any was tried, by tokens of context."""
 
@@ -48,11 +48,11 @@ class Sources:
         for name, shares in FIRST_TRUST.items():
             for size, share in enumerate(shares, 1):
                 self.shares[f"{name} {size}"] = Share(4 * share, 4)
+        for found in (NOTHING, *self.shares):
+            self.shares[HOPE + found] = Share(2.0, 4)
         for number in range(BINS):
             share = (number + 0.5) / BINS
             self.shares[f"bridge {number}"] = Share(4 * share, 4)
-        for found in (NOTHING, *self.shares):
-            self.shares[HOPE + found] = Share(2.0, 4)
 
     def trust(self, guess: Guess | None) -> float:
         """The probability that a guess is right."""
@@ -98,7 +98,7 @@ class Place:
     guesses: tuple[Guess, ...]
 
 
-class Candidates(CandidateGenerator):  # type: ignore[misc]
+class Candidates(CandidateGenerator):
     """Drafts for one generation. Implements transformers' ``CandidateGenerator``.
 
     No candidate logits are given, so that when sampling, too, the split model's own choices are what is kept.
