@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test check proto bench bench-foundation bench-demo bench-boundary bench-latency bench-replay bench-latency bench-replay clean
+.PHONY: demo test check proto bench bench-foundation bench-demo bench-boundary bench-latency bench-replay bench-draft clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,7 +33,7 @@ check: .venv/ready  ## What CI checks before the tests
 proto: .venv/ready  ## The Python side of isthmus.proto
 	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. isthmus/wire/isthmus.proto
 
-bench: bench-foundation bench-demo bench-boundary bench-latency bench-replay  ## All benchmarks
+bench: bench-foundation bench-demo bench-boundary bench-latency bench-replay bench-draft  ## All benchmarks
 
 bench-foundation: .venv/demo  ## Speed and memory against the uncut model
 	$(BIN)/python -m benchmarks.foundation
@@ -49,6 +49,9 @@ bench-latency: .venv/demo  ## Training throughput over a long way
 
 bench-replay: .venv/demo  ## Generation while the trunk is killed
 	$(BIN)/python -m benchmarks.replay
+
+bench-draft: .venv/demo  ## Tokens a round trip with drafts inside the silo (needs MTS-Dialog; see benchmarks/draft.py)
+	$(BIN)/python -m benchmarks.draft
 
 clean:
 	rm -rf .venv build runs

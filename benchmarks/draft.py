@@ -38,7 +38,7 @@ from isthmus.silo.trainer import SiloData
 DATA = Path(os.environ.get("ISTHMUS_DATA", "../shared/data")) / "mts_dialog"
 CACHE = Path("build/draft")
 ROUND_TRIP = 0.080
-PROMPTS, LONGEST = 40, 96
+PROMPTS, LONGEST = 32, 96
 DIALOGUE, NOTE = 256, 128
 """Longest rows, in tokens."""
 LOOKED_UP = 8
@@ -53,7 +53,8 @@ def main() -> None:
     results = Results("draft", "make bench-draft")
     run = prepared(results)
     recipe = run.recipe()
-    torch.set_num_threads(1)  # silo and trunk take turns
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # the trunk's process too: a core each, as if they were two machines
     with serving(run) as (_, address):
         proxy, ledger = CountingProxy(address, ROUND_TRIP / 2), MemoryLedger()
         silo = open_silo(run, at_address(recipe, proxy.address), "clinic", ledger)

@@ -44,6 +44,7 @@ class RunDirectory:
         silos/NAME/metrics.jsonl     one line a step and an evaluation
         silos/NAME/ledger.jsonl      one line a release
         silos/NAME/rounds/...        optimizer state of the silo after a round
+        silos/NAME/draft.safetensors  what the silo drafts with, if it was distilled
         logs/ROLE.log
     """
 
