@@ -198,6 +198,9 @@ class Ahead:
         self._cache.activate_past_recording()
         self._fed = 0
         self._sure = 0
+        self._padded = False
+        self.ready = False
+        """Whether the bridge can be asked: not before the trunk's first answer, nor in a padded row."""
         self.asked = 0
         """Tokens drafted since ``start``."""
 
@@ -205,12 +208,14 @@ class Ahead:
         """A draft after this many tokens, all but the last of which the trunk has answered."""
         self.asked = 0
         self._sure = len(self._tape)
-        self.ready = self._sure == length - 1 and self._sure > 0 and bool(self._tape.heard().real_BL.all())
-        """Whether the bridge can be asked: not before the trunk's first answer, nor in a padded row."""
-        if self.ready and self._sure > self._fed:
+        self.ready = 0 < self._sure == length - 1 and not self._padded
+        if self.ready:
+            heard = self._tape.heard(self._fed)
+            self._padded = not bool(heard.real_BL.all())
+            self.ready = not self._padded
             session = self._cache.session
             assert isinstance(session, BridgeSession)
-            session.hear(self._tape.heard(self._fed).g_BLD[0])
+            session.hear(heard.g_BLD[0])
 
     def guess(self, ids: Sequence[int]) -> Guess:
         """The draft model's next token."""
