@@ -21,6 +21,7 @@ COMMANDS = {
     "silo": ["RECIPE", "NAME", "--run-dir=runs/silo", "--trunk=", "--root="],
     "certificates": ["RECIPE"],
     "generate": ["RUN_DIR", "PROMPT", "--silo=", "--max-new-tokens=64", "--chat/--no-chat=False"],
+    "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96"],
     "export": ["RUN_DIR", "OUT"],
     "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1"],
 }

@@ -102,6 +102,12 @@ def test_exported_adapter_on_the_uncut_model_answers_as_the_split_model(
     whole = PeftModel.from_pretrained(uncut(base), tmp_path / "adapter").eval()
     assert generated.out.strip() == _greedy(whole, base, prompt)
     assert generated.out.strip() != _greedy(uncut(base), base, prompt)
+    drafted = call(capsys, monkeypatch, "draft", run, "--prompts", 4, "--max-new-tokens", 8)
+    drafted.succeeded()
+    assert (run / "silos/north/draft.safetensors").exists()
+    again = call(capsys, monkeypatch, "generate", run, prompt, "--max-new-tokens", 8)
+    again.succeeded()
+    assert again.out == generated.out
     call(capsys, monkeypatch, "generate", run, prompt, "--chat").failed("no chat template", "leave out --chat")
 
 

@@ -123,6 +123,22 @@ def generate(
 
 
 @app.command()
+def draft(
+    run_dir: RunPath,
+    silo: Annotated[Optional[str], typer.Option(help="The silo to be; the first by default.")] = None,  # noqa: UP045
+    prompts: Annotated[int, typer.Option(min=1, help="Training prompts to answer and learn from.")] = 500,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 96,
+) -> None:
+    """Distil what 'generate' drafts with, so that a round trip brings several tokens."""
+    from isthmus.engines.use import make_draft
+    from isthmus.report.record import RunDirectory
+
+    run = RunDirectory.open(run_dir)
+    path = make_draft(run, silo, prompts=prompts, max_new_tokens=max_new_tokens, tell=typer.echo)
+    typer.echo(f"draft: {path}")
+
+
+@app.command()
 def export(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="Folder to write.")]) -> None:
     """Write the run's adapter as a standard PEFT folder for the uncut model."""
     from isthmus.engines.use import export_adapter

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,9 +16,16 @@ from isthmus.errors import ModelError, RunError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut
+from isthmus.privacy.ledger import FileLedger, Ledger
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory, disk_errors
+from isthmus.report.record import RoleDirectory, RunDirectory, disk_errors
+from isthmus.silo import draft_file
+from isthmus.silo.distil import distil
+from isthmus.silo.drafts import Draft
 from isthmus.silo.join import Silo, join
+from isthmus.silo.trainer import SiloData
+
+Tell = Callable[[str], None]
 
 
 def export_adapter(run: RunDirectory, out: Path) -> int:
@@ -52,20 +62,62 @@ def generate_text(run: RunDirectory, prompt: str, name: str | None, *, max_new_t
     Returns:
         The answer.
     """
+    with opened(run, name) as (silo, directory):
+        draft = draft_of(directory, silo)
+        return answer(silo, prompt, max_new_tokens=max_new_tokens, chat=chat, draft=draft)
+
+
+def make_draft(run: RunDirectory, name: str | None, *, prompts: int, max_new_tokens: int, tell: Tell) -> Path:
+    """Distil a silo's draft from the split model's answers to its own training prompts.
+
+    Args:
+        prompts: how many, drawn from the silo's rows.
+        tell: gets a sentence now and then.
+
+    Returns:
+        The file, which ``generate_text`` uses from now on.
+
+    Raises:
+        DataError: the silo's rows are unusable.
+    """
     recipe = run.recipe()
-    silo_name = recipe.party(name or recipe.silo[0].name).name
+    with opened(run, name, noted=True) as (silo, directory):
+        rows = SiloData(recipe.party(directory.path.name), recipe, silo.tokenizer).train
+        drawn = random.Random(recipe.seed).sample(rows, min(prompts, len(rows)))
+        draft, corpus = distil(silo, drawn, longest=max_new_tokens, tell=tell)
+        path = directory.path / draft_file.NAME
+        draft_file.save(path, draft, corpus)
+        return path
+
+
+def draft_of(directory: RoleDirectory, silo: Silo) -> Draft | None:
+    """The draft that was distilled for this silo, if one was."""
+    path = directory.path / draft_file.NAME
+    return draft_file.load(path, silo.model) if path.exists() else None
+
+
+@contextmanager
+def opened(run: RunDirectory, name: str | None, *, noted: bool = False) -> Iterator[tuple[Silo, RoleDirectory]]:
+    """A silo of the run (the recipe's first by default) with its folder; its trunk runs in a process of its own.
+
+    Args:
+        noted: write what leaves the silo into the run's ledger.
+    """
+    recipe = run.recipe()
+    directory = run.role(recipe.party(name or recipe.silo[0].name).name)
     set_threads(recipe)
+    ledger = FileLedger(directory.path / "ledger.jsonl") if noted else None
     with serving(run) as (_, address):
-        silo = open_silo(run, at_address(recipe, address), silo_name)
+        silo = open_silo(run, at_address(recipe, address), directory.path.name, ledger)
         try:
-            return answer(silo, prompt, max_new_tokens=max_new_tokens, chat=chat)
+            yield silo, directory
         finally:
             silo.close()
 
 
-def open_silo(run: RunDirectory, recipe: Recipe, name: str) -> Silo:
+def open_silo(run: RunDirectory, recipe: Recipe, name: str, ledger: Ledger | None = None) -> Silo:
     """A silo with the adapters of the last round that trunk and root both have, connected to the recipe's trunk."""
-    silo = join(recipe, name)
+    silo = join(recipe, name, ledger=ledger)
     number = run.completed()
     if number:
         shared = run.role("root").load_round(number)["shared"]
@@ -74,7 +126,7 @@ def open_silo(run: RunDirectory, recipe: Recipe, name: str) -> Silo:
     return silo
 
 
-def answer(silo: Silo, prompt: str, *, max_new_tokens: int, chat: bool) -> str:
+def answer(silo: Silo, prompt: str, *, max_new_tokens: int, chat: bool, draft: Draft | None = None) -> str:
     """Greedy answer of a silo's model, streamed to standard output.
 
     Raises:
@@ -97,6 +149,7 @@ def answer(silo: Silo, prompt: str, *, max_new_tokens: int, chat: bool) -> str:
         do_sample=False,
         streamer=streamer,
         pad_token_id=tokenizer.pad_token_id,
+        assistant_model=draft,
     )
     text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from isthmus.model.cut import Part
+from isthmus.model.tape import Tape
 
 
 class TrunkSession(Protocol):
@@ -34,24 +35,38 @@ class SplitCache(Cache):
         self.bottom = DynamicCache(config=bottom.config)
         self.top = DynamicCache(config=top.config)
         self.session = session
+        self.tape: Tape | None = None
+        """Where the trunk's answers are kept for drafts, if anyone asks for them."""
         super().__init__(layers=[*self.bottom.layers, *self.top.layers])
+
+    def record(self) -> Tape:
+        """Keep from now on what goes into the trunk and what it answers; returns where."""
+        self.tape = self.tape or Tape()
+        return self.tape
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self.session.forget(abs(tokens_to_remove))
+            if self.tape is not None:
+                self.tape.crop(abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self.session.select(beam_idx.tolist())
+        self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         rows = indices.nonzero().flatten() if indices.dtype is torch.bool else indices
-        self.session.select(rows.tolist())
+        self._select(rows.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = self.layers[0].keys.shape[0] if self.get_seq_length() else 0
         super().batch_repeat_interleave(repeats)
         if rows:
-            self.session.select([row for row in range(rows) for _ in range(repeats)])
+            self._select([row for row in range(rows) for _ in range(repeats)])
+
+    def _select(self, rows: list[int]) -> None:
+        self.session.select(rows)
+        if self.tape is not None:
+            self.tape.select(rows)

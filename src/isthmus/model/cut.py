@@ -93,7 +93,7 @@ def load_part(
         head, embedding = f"{part.family.head}.weight", _embedding_name(part.family)
         sources.pop(head, None)
         part.model.get_submodule(part.family.head).weight = tied.model.get_parameter(embedding)
-    _materialize_buffers(part.model)
+    materialize_buffers(part.model)
     tensors = checkpoint.read(sorted(set(sources.values())))
     for own, source in sources.items():
         _check_shape(part, own, tensors[source], f"{source} in {checkpoint.folder}")
@@ -149,7 +149,7 @@ def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def _materialize_buffers(model: PreTrainedModel) -> None:
+def materialize_buffers(model: PreTrainedModel) -> None:
     """Compute the buffers that no checkpoint stores (rotary frequencies, embedding scales) by the family's own code."""
     for module in model.modules():
         on_meta = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}

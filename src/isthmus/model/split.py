@@ -6,7 +6,7 @@ Shapes: B rows, L new positions, T real tokens among them, D width, V vocabulary
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -46,6 +46,15 @@ class TrunkModule(Protocol):
 
     def from_rows(self, rows: list[list[int]]) -> torch.Tensor:
         """As ``__call__`` without a session, for these sequences of token ids; bottom gets no gradient."""
+        ...
+
+
+@runtime_checkable
+class Drafting(Protocol):
+    """An assistant model with a candidate generator of its own."""
+
+    def candidates(self, cache: SplitCache, processors: Any, generation_config: Any) -> Any:
+        """A ``CandidateGenerator`` of transformers for one generation with this cache."""
         ...
 
 
@@ -143,7 +152,18 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache and cache.bottom, **shared
         )
         packing = _packing(mask, h_BLD)
-        return packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, cache and cache.session))
+        session = None if cache is None else cache.session
+        g_BLD = packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, session))
+        if cache is not None and cache.tape is not None:
+            cache.tape.add(h_BLD, g_BLD, packing.real_BL)
+        return g_BLD
+
+    def _get_candidate_generator(self, **settings: Any) -> Any:
+        assistant = settings.get("assistant_model")
+        if isinstance(assistant, Drafting):
+            cache = settings["model_kwargs"]["past_key_values"]
+            return assistant.candidates(cache, settings["logits_processor"], settings["generation_config"])
+        return super()._get_candidate_generator(**settings)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -46,6 +46,7 @@ class RunDirectory:
         silos/NAME/ledger.jsonl      one line a release
         silos/NAME/released/         examples released once, as they left, and the secret of their numbers
         silos/NAME/rounds/...        optimizer state of the silo after a round
+        silos/NAME/draft.safetensors  what the silo drafts with, if it was distilled
         logs/ROLE.log
     """
 

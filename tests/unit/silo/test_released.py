@@ -79,7 +79,7 @@ def test_a_row_is_known_however_it_is_padded_and_wherever_it_comes(start: Start)
     again = party.logits([ROWS[0]])
     assert len(party.kept()) == 2
     assert torch.allclose(first[1, -2:], again[0, -2:], atol=1e-4)
-    assert torch.equal(first[1], first[2])
+    assert torch.allclose(first[1], first[2], atol=1e-5)
 
 
 def test_other_text_is_released(start: Start) -> None:
