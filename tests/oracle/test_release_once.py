@@ -83,8 +83,8 @@ def train(twins: Twins, lengths: tuple[tuple[int, ...], ...], optimizer: str, mi
     ("lengths", "micro_batches", "tolerance"),
     [
         pytest.param(EVEN, 1, 0.0, id="bit-for-bit"),
-        pytest.param(RAGGED, 1, 2e-4, id="ragged"),
-        pytest.param(RAGGED, 2, 2e-4, id="micro-batches"),
+        pytest.param(RAGGED, 1, 1e-3, id="ragged"),
+        pytest.param(RAGGED, 2, 1e-3, id="micro-batches"),
     ],
 )
 def test_epochs(

@@ -6,7 +6,7 @@ Shapes: B rows, L new positions, T real tokens among them, D width, V vocabulary
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import nn
@@ -38,6 +38,11 @@ class TrunkModule(Protocol):
         ...
 
     def open_session(self) -> TrunkSession: ...
+
+
+@runtime_checkable
+class ReleasingTrunk(TrunkModule, Protocol):
+    """A trunk that may know sequences from before."""
 
     @property
     def releases_once(self) -> bool:
@@ -145,7 +150,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Bottom and trunk, ``[B, L, D]``. Only real tokens cross; where they left before, bottom does not even run."""
         mask = shared["attention_mask"]
-        if cache is None and input_ids is not None and self.trunk.releases_once:
+        if cache is None and input_ids is not None and _releases_once(self.trunk):
             packing = _packing(mask, input_ids)
             return packing.unpack(self.trunk.from_rows(packing.rows(input_ids)))
         h_BLD = self.bottom.hidden(
@@ -171,6 +176,10 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _releases_once(trunk: TrunkModule) -> TypeGuard[ReleasingTrunk]:
+    return isinstance(trunk, ReleasingTrunk) and trunk.releases_once
 
 
 def _packing(attention_mask: torch.Tensor | None, new: torch.Tensor) -> Packing:
