@@ -178,7 +178,7 @@ def test_a_missing_key_is_named(drop: Change, key: str) -> None:
         ("silo.1.name", "trunk", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
         ("silo.0.name", "root", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
         ("silo.0.name", "ca", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
-        ("trunk.average_every", 2, "trunk.average_every: a shared adapter is not averaged", "trunk.adapter = 'replica'"),
+        ("trunk.average_every", 2, "trunk.average_every: a shared adapter", "trunk.adapter = 'replica'"),
         ("trunk", {"adapter": "shared", "average_every": 1}, "a shared adapter is not averaged", "'replica'"),
         ("root.minimum", 3, "root.minimum: 3 silos needed but 2 listed", "lower it"),
         ("train.evaluate", True, "train.evaluate: no silo has held_out rows", "set evaluate = false"),
