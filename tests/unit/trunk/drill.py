@@ -102,7 +102,7 @@ class Silo:
 
 
 def recipe_of(model: Path, *, silos: tuple[str, ...] = NAMES, train: dict[str, Any], **trunk: Any) -> Recipe:
-    train = {"optimizer": "sgd", "learning_rate": 0.01, "evaluate": False, **train}
+    train = {"optimizer": "sgd", "learning_rate": 1e-4, "evaluate": False, **train}
     return make_recipe(model, silos=silos, train=train, trunk={"patience": LONG, "gather": LONG, **trunk})
 
 
