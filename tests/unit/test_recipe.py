@@ -63,7 +63,7 @@ def test_the_shipped_recipe_names_every_key() -> None:
             for one in keys(model.model_fields[key].annotation, value)
         }
 
-    assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == {"threads", "root.minimum"}
+    assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == {"threads", "root.minimum", "trunk.average_every"}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,13 @@ def test_an_unknown_key_names_the_nearest_known(key: str, near: str) -> None:
         ("trunk.sessions", 0),
         ("trunk.kept_bytes", 0),
         ("trunk.kept_bytes", 1e9),
+        ("trunk.session_bytes", 0),
+        ("trunk.chunk", 0),
+        ("trunk.together", 0),
+        ("trunk.gather", -0.1),
+        ("trunk.gather", math.inf),
+        ("trunk.adapter", "own"),
+        ("trunk.average_every", 0),
         ("root.minimum", 0),
         ("federation.lora", "average"),
         ("silo", []),
@@ -178,6 +185,8 @@ def test_a_missing_key_is_named(drop: Change, key: str) -> None:
         ("silo.1.name", "trunk", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
         ("silo.0.name", "root", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
         ("silo.0.name", "ca", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
+        ("trunk.average_every", 2, "trunk.average_every: a shared adapter", "trunk.adapter = 'replica'"),
+        ("trunk", {"adapter": "shared", "average_every": 1}, "a shared adapter is not averaged", "'replica'"),
         ("root.minimum", 3, "root.minimum: 3 silos needed but 2 listed", "lower it"),
         ("train.evaluate", True, "train.evaluate: no silo has held_out rows", "set evaluate = false"),
         ("boundary.release_once", True, "boundary.release_once: a bottom that trains", "lora.freeze_bottom = true"),
@@ -257,6 +266,12 @@ def test_a_model_path_is_a_folder_or_a_hub_id(tmp_path: Path, path: str, anchore
     (tmp_path / "here").mkdir()
     recipe = Recipe.of(values_with("model.path", path)).anchored(tmp_path)
     assert recipe.model.path == anchored.format(tmp_path, home=Path.home())
+
+
+@pytest.mark.parametrize("every", [None, 1, 7])
+def test_replicas_are_averaged_as_often_as_one_likes(every: int | None) -> None:
+    section = {"adapter": "replica"} | ({} if every is None else {"average_every": every})
+    assert Recipe.of(values_with("trunk", section)).trunk.average_every == every
 
 
 def test_party() -> None:

@@ -24,6 +24,8 @@ from isthmus.wire.channel import Answer, Channel
 
 KEEPS = 64
 """Examples that may be on their way to the trunk at a time."""
+REPLAYS = 16
+"""Times that a lost session's frames are sent again for one step."""
 
 
 @dataclass
@@ -233,10 +235,13 @@ class RemoteSession:
         self._channel.call(pb.Close(session=self.id))
 
     def _ask(self, request: pb.Decode) -> Any:
-        try:
-            return self._channel.call(request)
-        except UnknownSessionError:
-            if request.step == 0:
-                raise
-        answers = [self._channel.submit(sent) for sent in self._sent]
-        return [answer.result() for answer in answers][-1]
+        """The answer to the newest frame; a trunk short of memory may take the session away even while it gets it."""
+        asked = [request]
+        for _ in range(REPLAYS):
+            answers = [self._channel.submit(sent) for sent in asked]
+            try:
+                return [answer.result() for answer in answers][-1]
+            except UnknownSessionError as error:
+                lost = error
+                asked = self._sent
+        raise lost

@@ -37,7 +37,7 @@ class Forwards:
         if read:
             outputs = self._training.forward([forward for _, forward in read])
             for (job, _), output_TD in zip(read, outputs, strict=True):
-                _settle(job, partial(self._gate.hidden_out, output_TD))
+                job.settle(partial(self._gate.hidden_out, output_TD))
 
     def _forward(self, silo: str, request: pb.Forward) -> Forward:
         lengths = list(request.lengths)
@@ -63,7 +63,7 @@ class Backwards:
                 if isinstance(result, Exception):
                     job.done.set_exception(result)
                 else:
-                    _settle(job, partial(self._gate.gradient_out, result))
+                    job.settle(partial(self._gate.gradient_out, result))
 
     def _backward(self, silo: str, request: pb.Backward) -> Backward:
         rows = self._training.open_step(silo, request.step).rows
@@ -93,7 +93,7 @@ class Evaluations:
             h_TD = self._runner.whole(torch.cat([h_TD for _, (h_TD, _) in read]), lengths)
             outputs = torch.split(h_TD, [sum(own) for _, (_, own) in read])
             for (job, _), output_TD in zip(read, outputs, strict=True):
-                _settle(job, partial(self._gate.hidden_out, output_TD))
+                job.settle(partial(self._gate.hidden_out, output_TD))
 
     def _rows(self, silo: str, request: pb.Forward) -> tuple[torch.Tensor, list[int]]:
         lengths = list(request.lengths)
@@ -118,10 +118,3 @@ def _read(jobs: list[Job], read: Callable[[str, Any], T]) -> list[tuple[Job, T]]
         except Exception as error:
             job.done.set_exception(error)
     return found
-
-
-def _settle(job: Job, answer: Callable[[], Any]) -> None:
-    try:
-        job.done.set_result(answer())
-    except Exception as error:
-        job.done.set_exception(error)

@@ -6,6 +6,7 @@ Shapes: T tokens, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -83,7 +84,7 @@ class Decoding:
             if not any(len(rest) for rest in step.ahead):
                 assert step.session is not None
                 self._sessions.finish(step.session, list(step.request.lengths))
-                job.done.set_result(self._gate.hidden_out(step.result))
+                job.settle(partial(self._gate.hidden_out, step.result))
 
     def _ready(self, job: Job) -> bool:
         """Whether the step can be computed now; an error is its own and nobody else's."""

@@ -28,6 +28,13 @@ class Job:
     since: float = field(default_factory=time.monotonic)
     """When it came, or last had a turn."""
 
+    def settle(self, answer: Callable[[], Any]) -> None:
+        """Its answer is what this gives; or raises, which is then nobody else's error."""
+        try:
+            self.done.set_result(answer())
+        except Exception as error:
+            self.done.set_exception(error)
+
 
 class Kind(Protocol):
     """One kind of job and how its jobs are computed together."""
@@ -50,7 +57,7 @@ class Alone:
 
     def run(self, jobs: list[Job]) -> None:
         for job in jobs:
-            job.done.set_result(job.request())
+            job.settle(job.request)
 
 
 ALONE = Alone()

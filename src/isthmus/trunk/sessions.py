@@ -21,7 +21,11 @@ Key = tuple[str, int]
 
 @dataclass
 class Session:
+    """One session. It takes part in the count and the memory once its first step is admitted."""
+
+    key: Key
     rows: list[SequenceCache]
+    """A row may stand here several times until the step that chose it so is admitted: copies take memory."""
     used: float
     step: int = 0
     even: int = 0
@@ -31,11 +35,19 @@ class Session:
 
     @property
     def nbytes(self) -> int:
-        return sum(row.nbytes for row in self.rows)
+        return sum({id(row): row.nbytes for row in self.rows}.values())
 
     def bytes_for(self, lengths: Sequence[int]) -> int:
         """Bytes of all caches once the rows have so many more tokens."""
         return sum(row.bytes_for(row.length + new) for row, new in zip(self.rows, lengths, strict=True))
+
+    def grow(self, lengths: Sequence[int]) -> None:
+        """Take the memory for so many more tokens, and copy rows that are there several times."""
+        seen: set[int] = set()
+        for place, (row, new) in enumerate(zip(self.rows, lengths, strict=True)):
+            own = self.rows[place] = row.copy() if id(row) in seen else row
+            seen.add(id(row))
+            own.reserve(own.length + new)
 
 
 class Sessions:
@@ -59,7 +71,7 @@ class Sessions:
         return sum(session.nbytes for session in self._sessions.values())
 
     def start(self, peer: str, request: pb.Decode) -> Session:
-        """The session of this step: opened if it is step 0, rows and positions as asked.
+        """The session of this step: a new one if it is step 0, rows and positions as asked.
 
         Raises:
             UnknownSessionError: it was evicted, has expired or never was; the silo replays its frames.
@@ -68,31 +80,33 @@ class Sessions:
         """
         self._expire()
         key = (peer, request.session)
-        session = self._open(key, request) if request.step == 0 else self._find(key, request)
+        session = self._find(key, request) if request.step else self._new(key, request)
         if request.step:
             self._rewind(session, request)
         needed, budget = session.bytes_for(request.lengths), self._section.session_bytes
         if needed > budget:
-            del self._sessions[key]
+            self._sessions.pop(key, None)
             raise FrameError(
-                f"a session of {needed} bytes, the trunk keeps {budget}",
+                f"a session of {needed} bytes, trunk.session_bytes keeps {budget}",
                 remedy="ask for fewer or shorter sequences, or raise trunk.session_bytes",
             )
         return session
 
     def admit(self, session: Session, lengths: Sequence[int]) -> bool:
-        """Whether there is memory for so many more tokens; sessions that rest are evicted for them.
+        """Take the memory for so many more tokens, if it is there; sessions that rest are evicted for it.
 
         Raises:
             UnknownSessionError: the session itself had to make room meanwhile.
         """
-        if not any(one is session for one in self._sessions.values()):
+        known = self._sessions.get(session.key) is session
+        if session.step and not known:
             raise UnknownSessionError("the session had to make room", remedy="send its frames again from the first")
-        needed = session.bytes_for(lengths) - session.nbytes
+        if not self._make_room(session, session.bytes_for(lengths) - (session.nbytes if known else 0), int(not known)):
+            return False
+        session.grow(lengths)
         session.busy = True
-        self._evict_until(lambda: self.nbytes + needed <= self._section.session_bytes)
-        session.busy = self.nbytes + needed <= self._section.session_bytes
-        return session.busy
+        self._sessions[session.key] = session
+        return True
 
     def finish(self, session: Session, lengths: list[int]) -> None:
         """The step is done: so many tokens were appended to the rows."""
@@ -111,13 +125,10 @@ class Sessions:
         for key in [key for key in self._sessions if key[0] == peer]:
             del self._sessions[key]
 
-    def _open(self, key: Key, request: pb.Decode) -> Session:
+    def _new(self, key: Key, request: pb.Decode) -> Session:
         self._runner.check_context(list(request.lengths))
         self._sessions.pop(key, None)
-        self._evict_until(lambda: len(self._sessions) < self._section.sessions, grace=0.0)
-        rows = [self._runner.new_cache() for _ in request.lengths]
-        session = self._sessions[key] = Session(rows, self._clock())
-        return session
+        return Session(key, [self._runner.new_cache() for _ in request.lengths], self._clock())
 
     def _find(self, key: Key, request: pb.Decode) -> Session:
         session = self._sessions.get(key)
@@ -146,17 +157,24 @@ class Sessions:
         for row, length in zip(session.rows, kept, strict=True):
             row.crop(length)
         session.even -= request.forget
-        if request.rows:
-            first = {row: place for place, row in reversed(list(enumerate(rows)))}
-            session.rows = [
-                session.rows[row] if first[row] == place else session.rows[row].copy() for place, row in enumerate(rows)
-            ]
+        session.rows = [session.rows[row] for row in rows]
 
-    def _evict_until(self, enough: Callable[[], bool], grace: float = GRACE) -> None:
-        resting = self._clock() - grace
-        idle = [key for key, one in self._sessions.items() if not one.busy and one.used <= resting]
-        while idle and not enough():
-            del self._sessions[idle.pop(0)]
+    def _make_room(self, session: Session, nbytes: int, places: int) -> bool:
+        """Evict others that rest, the longest unused first, until so much more fits; none if that is not enough."""
+        nbytes += self.nbytes - self._section.session_bytes
+        places += len(self._sessions) - self._section.sessions
+        resting, chosen = self._clock() - GRACE, []
+        for key, one in self._sessions.items():
+            if nbytes <= 0 and places <= 0:
+                break
+            if one is not session and not one.busy and one.used <= resting:
+                chosen.append(key)
+                nbytes, places = nbytes - one.nbytes, places - 1
+        if nbytes > 0 or places > 0:
+            return False
+        for key in chosen:
+            del self._sessions[key]
+        return True
 
     def _expire(self) -> None:
         oldest = self._clock() - self._section.lease

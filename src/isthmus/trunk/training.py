@@ -140,8 +140,10 @@ class Training:
         return opened
 
     def partners(self, silo: str, step: int) -> int:
-        """How many open steps one backward could serve: those of the same pass."""
+        """How many open steps one backward could serve: those of the same pass, while its graph is there."""
         computed = self.open_step(silo, step).computed
+        if computed.outputs is None:
+            return 1
         return sum(opened.computed is computed for state in self._silos.values() for opened in state.open.values())
 
     def backward(self, backwards: list[Backward]) -> list[torch.Tensor | FrameError | None]:

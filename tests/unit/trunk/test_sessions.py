@@ -25,7 +25,7 @@ from isthmus.trunk.decoding import Decoding, Step
 from isthmus.trunk.gate import Gate
 from isthmus.trunk.scheduler import Job
 from isthmus.trunk.service import TrunkService
-from isthmus.trunk.sessions import Sessions
+from isthmus.trunk.sessions import GRACE, Sessions
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import LoopbackChannel
@@ -101,10 +101,12 @@ def test_lease_ends(service: TrunkService) -> None:
 
 
 def test_longest_unused_makes_room(service: TrunkService) -> None:
-    sessions = made(service, Clock(), sessions=2)
+    clock = Clock()
+    sessions = made(service, clock, sessions=2)
     decode(sessions, "a", 1, 0)
     decode(sessions, "b", 1, 0)
     decode(sessions, "a", 1, 1)
+    clock.now = GRACE
     decode(sessions, "a", 2, 0)
     with pytest.raises(UnknownSessionError):
         decode(sessions, "b", 1, 1)

@@ -1,0 +1,196 @@
+"""A packed pass of ragged sequences is each sequence by itself through the family's own code.
+
+Shapes: T tokens of all sequences, N of one, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isthmus.model import adapters
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.cut import Cut, Part, load_part
+from isthmus.recipe import LoraSection
+from isthmus.trunk.adapter import whole_adapter
+from isthmus.trunk.runner import Runner
+from tests.conftest import targets_of
+from tests.oracle.conftest import Models
+from tests.oracle.twins import FAMILIES, Tensors, assert_same, distance, random_b
+
+WIDTH = 32
+TOLERANCE = 1e-5
+LENGTHS = [3, 40, 1, 23, 17, 16]
+"""Below, at and beyond the sliding windows of 16."""
+CASES = [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]
+CASES.remove(("gemma2", "sdpa"))  # transformers knows no such pair
+EXAMPLES = settings(max_examples=15, deadline=None)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same trunk twice: as the runner runs it, and as transformers does."""
+
+    runner: Runner
+    plain: Part
+
+    def alone(self, h_ND: torch.Tensor) -> torch.Tensor:
+        """One whole sequence through the plain part."""
+        return self.plain.hidden(inputs_embeds=h_ND[None], use_cache=False)[0]
+
+    def each_alone(self, h_TD: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        return torch.cat([self.alone(h_ND) for h_ND in torch.split(h_TD, lengths)])
+
+
+def part_of(folder: Path, family: str, attention: str) -> Part:
+    checkpoint = Checkpoint(str(folder))
+    checkpoint.config._attn_implementation = attention
+    part = load_part(checkpoint, Cut(1, 1), "trunk")
+    assert part.config._attn_implementation == attention
+    lora = LoraSection(rank=4, targets=tuple(targets_of(family)))
+    adapters.add_adapter(part, lora, 0, freeze_a=False)
+    adapters.load_adapter(part, random_b(adapters.adapter_of(part)))
+    return part
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[f"{family}-{attention}" for family, attention in CASES])
+def pair(request: pytest.FixtureRequest, models: Models) -> Pair:
+    family, attention = request.param
+    packed, plain = (part_of(models(family), family, attention) for _ in range(2))
+    return Pair(Runner(packed), plain)
+
+
+def hidden(tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def grown(part: Part, seed: int) -> Tensors:
+    """The part's adapter, moved at random: A too."""
+    draw = torch.Generator().manual_seed(seed)
+    return {name: one + 0.2 * torch.randn(one.shape, generator=draw) for name, one in adapters.adapter_of(part).items()}
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [40], [23, 23, 23], [1, 1], [1]], ids=str)
+def test_a_pass_of_any_lengths_equals_each_sequence_alone(pair: Pair, lengths: list[int]) -> None:
+    h_TD = hidden(sum(lengths))
+    with torch.no_grad():
+        assert distance(pair.runner.whole(h_TD, lengths), pair.each_alone(h_TD, lengths)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2"])
+def test_the_sliding_windows_are_of_consequence(family: str, models: Models) -> None:
+    """Otherwise the comparisons would not notice a window that is ignored."""
+    narrow, wide = (part_of(models(family, **window), family, "eager") for window in ({}, {"sliding_window": 512}))
+    with torch.no_grad():
+        near, far = (part.hidden(inputs_embeds=hidden(40)[None], use_cache=False)[0] for part in (narrow, wide))
+    assert distance(near[:16], far[:16]) <= TOLERANCE
+    assert distance(near[16:], far[16:]) > 1e-2
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [23, 23]], ids=str)
+def test_the_gradients_of_a_pass_are_the_sums_of_each_sequences(pair: Pair, lengths: list[int]) -> None:
+    h_TD, gradient_TD = hidden(2 * sum(lengths), seed=1).chunk(2)
+    runs = [lambda h_TD: pair.runner.whole(h_TD, lengths), lambda h_TD: pair.each_alone(h_TD, lengths)]
+    found = []
+    for part, run in zip((pair.runner.part, pair.plain), runs, strict=True):
+        leaf, named = h_TD.clone().requires_grad_(), adapters.trainable(part)
+        gradients = torch.autograd.grad(run(leaf), [leaf, *named.values()], gradient_TD)
+        found.append(dict(zip(["input", *named], gradients, strict=True)))
+    assert all(gradient.abs().max() > 0 for gradient in found[1].values())
+    assert_same(*found, TOLERANCE)
+
+
+def test_stretches_of_different_adapters_equal_runs_with_each_of_them(pair: Pair) -> None:
+    """Two silos' stretches of several sequences, and a third that is the part's own."""
+    stretches = [[3, 20], [17, 1, 4], [9]]
+    part = pair.runner.part
+    own = adapters.adapter_of(part)
+    leaves = [{n: one.clone().requires_grad_() for n, one in grown(part, seed).items()} for seed in (1, 2)]
+    leaves.append({name: one.clone().requires_grad_() for name, one in own.items()})
+    h_TD, gradient_TD = hidden(2 * sum(map(sum, stretches)), seed=2).chunk(2)
+    leaf = h_TD.clone().requires_grad_()
+    sizes = [sum(lengths) for lengths in stretches]
+    grouped = [(size, whole_adapter(part, one)) for size, one in zip(sizes, leaves, strict=True)]
+    output_TD = pair.runner.whole(leaf, [length for lengths in stretches for length in lengths], grouped)
+    wanted = [leaf, *[tensor for one in leaves for tensor in one.values()]]
+    gradients = iter(torch.autograd.grad(output_TD, wanted, gradient_TD))
+    input_gradients = torch.split(next(gradients), sizes)
+    for number, (lengths, one) in enumerate(zip(stretches, leaves, strict=True)):
+        got = {"output": torch.split(output_TD.detach(), sizes)[number], "input": input_gradients[number]}
+        got |= {name: next(gradients) for name in one}
+        given = [torch.split(tensor_TD, sizes)[number] for tensor_TD in (h_TD, gradient_TD)]
+        assert_same(got, with_adapter_loaded(pair, one, lengths, *given), TOLERANCE)
+    adapters.load_adapter(pair.plain, own)
+    assert_same(adapters.adapter_of(part), own, 0.0)
+
+
+def with_adapter_loaded(
+    pair: Pair, adapter: Tensors, lengths: list[int], h_TD: torch.Tensor, gradient_TD: torch.Tensor
+) -> Tensors:
+    """Output and gradients of the plain part once it holds this adapter."""
+    adapters.load_adapter(pair.plain, adapter)
+    leaf, named = h_TD.clone().requires_grad_(), adapters.parameters(pair.plain)
+    output_TD = pair.each_alone(leaf, lengths)
+    gradients = torch.autograd.grad(output_TD, [leaf, *[named[name] for name in adapter]], gradient_TD)
+    return dict(zip(["output", "input", *adapter], [output_TD.detach(), *gradients], strict=True))
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_any_partition_into_successive_pieces_equals_the_whole(pair: Pair, data: st.DataObject) -> None:
+    """Several sequences, whose pieces come in any order; a pass takes the next piece of some of them."""
+    lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=4), label="lengths")
+    ahead = [hidden(length, seed) for seed, length in enumerate(lengths)]
+    whole = list(ahead)
+    behind: list[list[torch.Tensor]] = [[] for _ in lengths]
+    caches = [pair.runner.new_cache() for _ in lengths]
+    with torch.no_grad():
+        while left := [number for number, rest in enumerate(ahead) if len(rest)]:
+            chosen = data.draw(st.lists(st.sampled_from(left), min_size=1, unique=True), label="chosen")
+            sizes = [data.draw(st.integers(1, len(ahead[number])), label="size") for number in chosen]
+            h_TD = torch.cat([ahead[number][:size] for number, size in zip(chosen, sizes, strict=True)])
+            got_TD = pair.runner.continued(h_TD, sizes, [caches[number] for number in chosen])
+            for number, size, piece in zip(chosen, sizes, torch.split(got_TD, sizes), strict=True):
+                behind[number].append(piece)
+                ahead[number] = ahead[number][size:]
+        for h_ND, pieces in zip(whole, behind, strict=True):
+            assert distance(torch.cat(pieces), pair.alone(h_ND)) <= TOLERANCE
+
+
+@EXAMPLES
+@given(start=st.integers(1, 40), guessed=st.integers(1, 30), kept=st.integers(0, 30), rest=st.integers(1, 30))
+def test_a_cropped_cache_goes_on_as_if_it_had_never_been_longer(
+    pair: Pair, start: int, guessed: int, kept: int, rest: int
+) -> None:
+    """Its copy, too, which shares nothing with it."""
+    kept = min(kept, guessed)
+    h_ND = hidden(start + guessed + rest)
+    first, guess, last = torch.split(h_ND, [start, guessed, rest])
+    cache = pair.runner.new_cache()
+    with torch.no_grad():
+        pair.runner.continued(torch.cat([first, guess]), [start + guessed], [cache])
+        twin = cache.copy()
+        cache.crop(start + kept)
+        got = pair.runner.continued(last, [rest], [cache])
+        assert distance(got, pair.alone(torch.cat([first, guess[:kept], last]))[start + kept :]) <= TOLERANCE
+        got = pair.runner.continued(last, [rest], [twin])
+        assert distance(got, pair.alone(h_ND)[start + guessed :]) <= TOLERANCE
+
+
+@EXAMPLES
+@given(pieces=st.lists(st.integers(1, 90), min_size=1, max_size=6))
+def test_a_cache_takes_the_bytes_it_foretells(pair: Pair, pieces: list[int]) -> None:
+    runner = pair.runner
+    cache = runner.new_cache()
+    assert cache.nbytes == 0
+    with torch.no_grad():
+        for size in pieces:
+            foretold = cache.bytes_for(cache.length + size)
+            runner.continued(hidden(size), [size], [cache])
+            assert cache.nbytes == foretold
+    assert cache.length == sum(pieces)

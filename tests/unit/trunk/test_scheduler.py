@@ -1,0 +1,259 @@
+"""The scheduler with kinds of job that only note what they were asked."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from typing import Any
+
+import pytest
+
+from isthmus.trunk.scheduler import Job, Scheduler
+
+WAIT = 20.0
+TICK = 0.05
+Order = list[Any]
+
+
+class Noting:
+    """Runs up to ``most`` jobs at a time, once ``least`` are there or the oldest has waited ``patience`` seconds."""
+
+    def __init__(self, *, least: int = 1, most: int = 100, patience: float = 0.0) -> None:
+        self.least, self.most, self.patience = least, most, patience
+        self.gathered = 0
+        self.passes: list[list[Any]] = []
+
+    def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
+        self.gathered += 1
+        left = min(job.since for job in jobs) + self.patience - now
+        if len(jobs) >= self.least or left <= 0:
+            return jobs[: self.most], 0.0
+        return [], left
+
+    def run(self, jobs: list[Job]) -> None:
+        self.passes.append([job.request for job in jobs])
+        for job in jobs:
+            job.done.set_result(job.request)
+
+
+class Held:
+    """Holds the compute thread, so that what comes meanwhile is all there when it goes on."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._go = threading.Event()
+        began = threading.Event()
+        self.done = scheduler.submit(lambda: (began.set(), self._go.wait(WAIT)))
+        assert began.wait(WAIT)
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._go.set()
+
+
+@pytest.fixture
+def scheduler() -> Iterator[Scheduler]:
+    started = Scheduler()
+    yield started
+    started.stop()
+
+
+def results(*answers: Future[Any]) -> list[Any]:
+    return [answer.result(WAIT) for answer in answers]
+
+
+def test_one_lane_keeps_its_order_and_has_one_job_under_way(scheduler: Scheduler) -> None:
+    kind = Noting()
+    with Held(scheduler):
+        answers = [scheduler.enqueue(kind, ("a", "x"), number) for number in range(5)]
+    assert results(*answers) == [0, 1, 2, 3, 4]
+    assert kind.passes == [[0], [1], [2], [3], [4]]
+
+
+def test_one_lane_keeps_its_order_across_kinds(scheduler: Scheduler) -> None:
+    order: Order = []
+    slow, fast = Noting(least=2, patience=TICK), Noting()
+    with Held(scheduler):
+        first = scheduler.enqueue(slow, ("a",), 1)
+        second = scheduler.enqueue(fast, ("a",), 2)
+        for answer in (first, second):
+            answer.add_done_callback(lambda done: order.append(done.result()))
+    results(first, second)
+    assert order == [1, 2]
+
+
+def test_first_jobs_of_different_lanes_run_together(scheduler: Scheduler) -> None:
+    kind = Noting()
+    with Held(scheduler):
+        answers = [scheduler.enqueue(kind, (lane,), f"{lane}{number}") for number in (1, 2) for lane in "abc"]
+    results(*answers)
+    assert kind.passes == [["a1", "b1", "c1"], ["a2", "b2", "c2"]]
+
+
+def test_jobs_left_out_of_a_full_pass_come_in_the_next(scheduler: Scheduler) -> None:
+    kind = Noting(most=2)
+    with Held(scheduler):
+        answers = [scheduler.enqueue(kind, (lane,), lane) for lane in "abcde"]
+    results(*answers)
+    assert kind.passes == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_a_job_of_no_lane_comes_before_whatever_came_after_it(scheduler: Scheduler) -> None:
+    order: Order = []
+    kind = Noting()
+    with Held(scheduler):
+        answers = [scheduler.enqueue(kind, ("a",), "before")]
+        answers.append(scheduler.submit(lambda: "alone"))
+        answers += [scheduler.enqueue(kind, ("b",), "after"), scheduler.enqueue(kind, ("a",), "after too")]
+        for answer in answers:
+            answer.add_done_callback(lambda done: order.append(done.result()))
+    results(*answers)
+    assert order == ["before", "alone", "after", "after too"]
+    assert kind.passes == [["before"], ["after", "after too"]]
+
+
+def test_a_job_of_no_lane_does_not_wait_for_those_that_wait_for_others(scheduler: Scheduler) -> None:
+    patient = Noting(least=2, patience=WAIT)
+    waiting = scheduler.enqueue(patient, ("a",), 1)
+    assert scheduler.submit(lambda: "done").result(WAIT) == "done"
+    assert not waiting.done()
+
+
+def test_kinds_are_served_oldest_first(scheduler: Scheduler) -> None:
+    order: Order = []
+    kinds = [Noting(), Noting(), Noting()]
+    with Held(scheduler):
+        answers = [scheduler.enqueue(kinds[number], (number,), number) for number in (2, 0, 1)]
+        for answer in answers:
+            answer.add_done_callback(lambda done: order.append(done.result()))
+    results(*answers)
+    assert order == [2, 0, 1]
+
+
+class Slow(Noting):
+    """Takes several turns for every job."""
+
+    def __init__(self, turns: int, note: Callable[[Any], None]) -> None:
+        super().__init__()
+        self._left = turns
+        self._note = note
+
+    def run(self, jobs: list[Job]) -> None:
+        self._left -= 1
+        self._note(f"turn {self._left}")
+        if self._left == 0:
+            super().run(jobs)
+
+
+def test_whoever_waits_comes_between_the_turns_of_a_long_job(scheduler: Scheduler) -> None:
+    order: Order = []
+    slow, other = Slow(3, order.append), Noting()
+    with Held(scheduler):
+        answers = [scheduler.enqueue(slow, ("a",), "slow")]
+        answers += [scheduler.enqueue(other, ("b",), number) for number in (1, 2)]
+        for answer in answers:
+            answer.add_done_callback(lambda done: order.append(done.result()))
+    results(*answers)
+    assert order == ["turn 2", 1, 2, "turn 1", "turn 0", "slow"]
+
+
+class Failing(Noting):
+    """Raises in ``gather`` while a job asks for it, and in ``run``."""
+
+    def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
+        if jobs[0].request == "bad to gather":
+            raise ValueError("gather")
+        return super().gather(jobs, now)
+
+    def run(self, jobs: list[Job]) -> None:
+        if any(job.request == "settled first" for job in jobs):
+            super().run([job for job in jobs if job.request == "settled first"])
+        if any(job.request == "bad to run" for job in jobs):
+            raise ValueError("run")
+        super().run([job for job in jobs if not job.done.done()])
+
+
+def test_an_error_in_gather_is_the_first_jobs_alone(scheduler: Scheduler) -> None:
+    kind = Failing()
+    with Held(scheduler):
+        bad = scheduler.enqueue(kind, ("a",), "bad to gather")
+        good = [scheduler.enqueue(kind, (lane,), lane) for lane in "bc"]
+    with pytest.raises(ValueError, match="gather"):
+        bad.result(WAIT)
+    assert results(*good) == ["b", "c"]
+
+
+def test_an_error_in_run_reaches_those_that_ran_and_were_not_settled(scheduler: Scheduler) -> None:
+    kind, other = Failing(), Noting()
+    with Held(scheduler):
+        settled = scheduler.enqueue(kind, ("a",), "settled first")
+        failed = [scheduler.enqueue(kind, (lane,), request) for lane, request in (("b", "bad to run"), ("c", "fine"))]
+        later, elsewhere = scheduler.enqueue(kind, ("c",), "later"), scheduler.enqueue(other, ("d",), "elsewhere")
+    assert results(settled, later, elsewhere) == ["settled first", "later", "elsewhere"]
+    for answer in failed:
+        with pytest.raises(ValueError, match="run"):
+            answer.result(WAIT)
+
+
+def test_the_thread_outlives_errors_of_jobs_of_no_lane(scheduler: Scheduler) -> None:
+    def fail() -> None:
+        raise KeyError("x")
+
+    for _ in range(3):
+        with pytest.raises(KeyError):
+            scheduler.submit(fail).result(WAIT)
+    assert scheduler.submit(lambda: 4).result(WAIT) == 4
+
+
+def test_drop_fails_only_what_that_silo_sent_before(scheduler: Scheduler) -> None:
+    kind = Noting(least=5, patience=WAIT)
+    before = [scheduler.enqueue(kind, lane, lane) for lane in (("a", 1), ("a", 2), ("b", 1))]
+    with Held(scheduler):
+        dropped = scheduler.submit(lambda: scheduler.drop("a", KeyError("gone")))
+        after = scheduler.enqueue(kind, ("a", 1), "after")
+    dropped.result(WAIT)
+    for answer in before[:2]:
+        with pytest.raises(KeyError):
+            answer.result(WAIT)
+    kind.patience = 0.0
+    scheduler.enqueue(kind, ("c",), "c").result(WAIT)  # it is asked again
+    assert results(before[2], after) == [("b", 1), "after"]
+
+
+def test_nothing_spins_while_a_kind_asks_to_wait(scheduler: Scheduler) -> None:
+    first, second = Noting(least=2, patience=4 * TICK), Noting(least=2, patience=8 * TICK)
+    began = time.monotonic()
+    answers = [scheduler.enqueue(first, ("a",), 1), scheduler.enqueue(second, ("b",), 2)]
+    assert results(*answers) == [1, 2]
+    assert 8 * TICK <= time.monotonic() - began < WAIT / 2
+    assert first.gathered <= 5
+    assert second.gathered <= 7
+
+
+def test_nothing_runs_while_nothing_is_to_be_done(scheduler: Scheduler) -> None:
+    kind = Noting()
+    scheduler.enqueue(kind, ("a",), 1).result(WAIT)
+    gathered = kind.gathered
+    time.sleep(TICK)
+    assert kind.gathered == gathered
+
+
+def test_a_waiting_kind_is_asked_again_when_another_job_comes(scheduler: Scheduler) -> None:
+    kind = Noting(least=2, patience=WAIT)
+    first = scheduler.enqueue(kind, ("a",), 1)
+    time.sleep(TICK)
+    assert not first.done()
+    assert results(scheduler.enqueue(kind, ("b",), 2), first) == [2, 1]
+
+
+def test_stop_ends_the_thread() -> None:
+    before = set(threading.enumerate())
+    scheduler = Scheduler()
+    (worker,) = set(threading.enumerate()) - before
+    wait([scheduler.submit(lambda: None)], WAIT)
+    scheduler.stop()
+    worker.join(WAIT)
+    assert not worker.is_alive()
