@@ -36,7 +36,9 @@ def token_bytes(width: int) -> int:
 class WholeSequences(nn.Module):
     """A trunk as the published no-cache mode asks it: the whole sequence and its mask, for every token again.
 
-    Use it with ``generate(use_cache=False)`` and the codec fp16. Implements ``model.split.TrunkModule``.
+    Use it with ``generate(use_cache=False, logits_to_keep=0)``, since the published head too runs on all positions, and
+    the codec fp16. Its mask covers the model's longest sequence each time, ours only what there is of this one.
+    Implements ``model.split.TrunkModule``.
 
     Args:
         masked: send the mask's bytes too, on the same stream just before the hidden states.
