@@ -3,7 +3,8 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test check proto bench bench-foundation bench-demo bench-boundary bench-latency bench-replay bench-latency bench-replay clean
+.PHONY: demo test check proto clean bench bench-foundation bench-demo bench-boundary bench-latency bench-replay
+.PHONY: bench-generation bench-silos
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,7 +34,7 @@ check: .venv/ready  ## What CI checks before the tests
 proto: .venv/ready  ## The Python side of isthmus.proto
 	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. isthmus/wire/isthmus.proto
 
-bench: bench-foundation bench-demo bench-boundary bench-latency bench-replay  ## All benchmarks
+bench: bench-foundation bench-demo bench-boundary bench-latency bench-replay bench-generation bench-silos  ## All benchmarks
 
 bench-foundation: .venv/demo  ## Speed and memory against the uncut model
 	$(BIN)/python -m benchmarks.foundation
@@ -49,6 +50,12 @@ bench-latency: .venv/demo  ## Training throughput over a long way
 
 bench-replay: .venv/demo  ## Generation while the trunk is killed
 	$(BIN)/python -m benchmarks.replay
+
+bench-generation: .venv/demo  ## Generation with caches against the published mode without
+	$(BIN)/python -m benchmarks.generation
+
+bench-silos: .venv/ready  ## The network's share of a step, eight far silos against one
+	$(BIN)/python -m benchmarks.silos
 
 clean:
 	rm -rf .venv build runs
