@@ -49,7 +49,9 @@ class Outliers:
 
 @dataclass(frozen=True)
 class Blockwise:
-    """Bytes, one after another: number of outliers (uint32), largest scale (fp32), the outliers' places (uint32) and
+    """Encodes on whatever device the matrix is on; decodes on the CPU, where the bytes are.
+
+    Bytes, one after another: number of outliers (uint32), largest scale (fp32), the outliers' places (uint32) and
     values (fp32); with many rows a mean and a spread a channel (bf16); the power of each block's scale (uint8); levels
     (``bits`` each, two's complement; of two 4-bit ones, the one of the block's earlier half is low)."""
 
@@ -62,7 +64,7 @@ class Blockwise:
         largest_TN, sums_2C = _measured(h_TNB)
         outliers = _outliers(h_TNB, largest_TN)
         channels = _channels(sums_2C, len(h_TNB), outliers)
-        base = self._base(largest_TN, outliers, channels)
+        base = self._base(largest_TN, outliers, channels).to(h_TNB.device)
         powers, levels = [], []
         for part, places in zip(_chunks(h_TNB), _places_by_chunk(h_TNB, outliers), strict=True):
             part_TNB = _even(part, channels)
@@ -123,7 +125,7 @@ class Blockwise:
         power_TN = (
             (255 + OCTAVE * torch.log2((due_TN / base).clamp_min(SMALLEST))).ceil_().clamp_(0, 255).nan_to_num_(255)
         )
-        levels = part_TNB.mul_((1 / (_STEPS[power_TN.int()] * base)).unsqueeze(2))
+        levels = part_TNB.mul_((1 / (_STEPS.to(base.device)[power_TN.int()] * base)).unsqueeze(2))
         if generator is None:
             levels.round_()
         else:
@@ -192,9 +194,8 @@ def _outliers(h_TNB: torch.Tensor, largest_TN: torch.Tensor) -> Outliers:
 def _places_by_chunk(h_TNB: torch.Tensor, outliers: Outliers) -> list[torch.Tensor]:
     """The outliers' places, which go upwards by row, within each of ``_chunks``."""
     size = _rows_at_once(h_TNB) * h_TNB[0].numel()
-    starts = torch.arange(0, h_TNB.numel(), size)
     chunk = outliers.places // size
-    counts = torch.bincount(chunk, minlength=len(starts)).tolist()
+    counts = torch.bincount(chunk, minlength=math.ceil(h_TNB.numel() / size)).tolist()
     return list((outliers.places - chunk * size).split(counts))  # type: ignore[no-untyped-call]
 
 
@@ -206,7 +207,9 @@ def _channels(sums_2C: torch.Tensor, rows: int, outliers: Outliers) -> Channels 
     if rows < MANY_ROWS:
         return None
     width, places = sums_2C.shape[1], outliers.places % sums_2C.shape[1]
-    gone_2C = torch.zeros(2, width).index_add_(1, places, torch.stack([outliers.values, outliers.values.square()]))
+    gone_2C = sums_2C.new_zeros(2, width).index_add_(
+        1, places, torch.stack([outliers.values, outliers.values.square()])
+    )
     mean_C, square_C = (sums_2C - gone_2C) / rows
     spread_C = (square_C - mean_C.square()).clamp_min(0).sqrt()
     spread_C = torch.maximum(spread_C, mean_C.abs() / 64).clamp_min(SMALLEST)

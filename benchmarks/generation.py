@@ -1,0 +1,161 @@
+"""Generation after 512 tokens: caches on both sides against the published mode without any. ``make bench-generation``.
+
+All modes cross in fp16 and meet the same trunk process over mTLS, in turn; they differ in what crosses and is computed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from benchmarks.foundation import bench_recipe
+from benchmarks.proxy import CountingProxy
+from benchmarks.published import WholeSequences
+from benchmarks.results import Results
+from isthmus.demo.assets import smollm2
+from isthmus.engines.local import at_address, local_recipe, serving
+from isthmus.recipe import CodecSection, Recipe
+from isthmus.report.record import RunDirectory
+from isthmus.silo.join import Silo, join
+
+CACHE = Path("build/demo")
+PROMPT, ANSWER, SHORT = 512, 64, 6
+REPEATS = 5
+LINE_DELAY, LINE_BANDWIDTH, LINE_REPEATS = 0.010, 12.5e6, 3
+"""Seconds one way and bytes a second: 20 ms a round trip and 100 Mbit/s, for the second part."""
+CACHED, PUBLISHED, BARE = "caches", "published", "no cache"
+"""``BARE`` is the published mode without masks and with the head on the last position only: the least that a mode
+without caches can do."""
+
+
+@dataclass
+class Clock(BaseStreamer):
+    """Notes seconds and bytes as ``generate`` starts and at each of its tokens."""
+
+    proxy: CountingProxy | None = None
+    times: list[float] = field(default_factory=list)
+    up: list[int] = field(default_factory=list)
+    down: list[int] = field(default_factory=list)
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if self.proxy is not None:
+            self.up.append(self.proxy.up)
+            self.down.append(self.proxy.down)
+
+    def end(self) -> None: ...
+
+    @property
+    def prompt_pass(self) -> float:
+        """Seconds to the first token."""
+        return self.times[1] - self.times[0]
+
+    @property
+    def token(self) -> float:
+        """Seconds a token after the first."""
+        return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
+
+    @property
+    def answer(self) -> float:
+        """Seconds for the whole answer, the prompt included."""
+        return self.times[-1] - self.times[0]
+
+
+def main() -> None:
+    results = Results("generation", "make bench-generation")
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "run"
+        run = RunDirectory.create(path, local_recipe(fp16_recipe(smollm2(CACHE)), path))
+        with serving(run) as (_, address):
+            silo = join(at_address(run.recipe(), address), "bench")
+            measure_seconds(results, modes_of(silo))
+            silo.close()
+            proxy = CountingProxy(address, LINE_DELAY, LINE_BANDWIDTH)
+            silo = join(at_address(run.recipe(), proxy.address), "bench")
+            measure_line(results, modes_of(silo, proxy))
+            silo.close()
+            proxy.close()
+    print(f"written: {results.write()}")
+
+
+def fp16_recipe(folder: Path) -> Recipe:
+    recipe = bench_recipe(folder)
+    codec = CodecSection(**dict.fromkeys(CodecSection.model_fields, "fp16"))
+    return recipe.model_copy(update={"boundary": recipe.boundary.model_copy(update={"codec": codec})})
+
+
+Modes = dict[str, Callable[[int], Clock]]
+
+
+def modes_of(silo: Silo, proxy: CountingProxy | None = None) -> Modes:
+    """By name, what generates so many tokens after one prompt and tells when they came."""
+    ids = torch.randint(100, 40_000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+
+    def mode(trunk: torch.nn.Module, **how: Any) -> Callable[[int], Clock]:
+        def generate(count: int) -> Clock:
+            silo.model.trunk, clock = trunk, Clock(proxy)
+            length = {"min_new_tokens": count, "max_new_tokens": count}
+            silo.model.generate(ids, streamer=clock, do_sample=False, pad_token_id=2, **length, **how)
+            return clock
+
+        return generate
+
+    return {
+        CACHED: mode(silo.trunk, use_cache=True),
+        PUBLISHED: mode(WholeSequences(silo.trunk, masked=True), use_cache=False, logits_to_keep=0),
+        BARE: mode(WholeSequences(silo.trunk, masked=False), use_cache=False),
+    }
+
+
+def measure_seconds(results: Results, modes: Modes) -> None:
+    """All modes in turn; at last one whole answer of each, whose prompt pass is part of it."""
+    counts = {CACHED: ANSWER, PUBLISHED: SHORT, BARE: SHORT}
+    for generate in modes.values():
+        generate(2)
+    rounds = [{name: generate(counts[name]) for name, generate in modes.items()} for _ in range(REPEATS)]
+    for name in modes:
+        report_spread(results, f"{name}: prompt pass", [one[name].prompt_pass for one in rounds], "s")
+        report_spread(results, f"{name}: a token", [one[name].token for one in rounds], "s")
+    for name, goal in ((PUBLISHED, 20), (BARE, None)):
+        ratios = [one[name].token / one[CACHED].token for one in rounds]
+        report_spread(results, f"tokens/s after the prompt, {CACHED} / {name}", ratios, "ratio", at_least=goal)
+    answers = {name: modes[name](ANSWER).answer for name in (CACHED, PUBLISHED)}
+    for name, seconds in answers.items():
+        results.add(f"{name}: answer of {ANSWER} tokens with its prompt pass", seconds, "s")
+    ratio = answers[PUBLISHED] / answers[CACHED]
+    results.add(f"tokens/s over a whole answer, {CACHED} / {PUBLISHED}", ratio, "ratio")
+
+
+def report_spread(
+    results: Results, measure: str, values: list[float], unit: str, *, at_least: float | None = None
+) -> None:
+    results.add(f"{measure}, median of {len(values)}", statistics.median(values), unit, at_least=at_least)
+    results.add(f"{measure}, lowest", min(values), unit)
+    results.add(f"{measure}, highest", max(values), unit)
+
+
+def measure_line(results: Results, modes: Modes) -> None:
+    """Over an emulated line: what passes through the socket, and what the modes' ratio is there."""
+    rounds = [{name: generate(SHORT) for name, generate in modes.items()} for _ in range(LINE_REPEATS)]
+    for name, clock in rounds[0].items():
+        for way, counts in (("up", clock.up), ("down", clock.down)):
+            results.add(f"{name}: bytes {way} for the prompt", (counts[1] - counts[0]) / 1024, "KiB")
+            results.add(f"{name}: bytes {way} a token", (counts[-1] - counts[1]) / (SHORT - 1) / 1024, "KiB")
+    line = f"over {LINE_BANDWIDTH * 8 / 1e6:.0f} Mbit/s and {LINE_DELAY * 2e3:.0f} ms a round trip"
+    for name in modes:
+        report_spread(results, f"{name}: a token {line}", [one[name].token for one in rounds], "s")
+    for name in (PUBLISHED, BARE):
+        ratios = [one[name].token / one[CACHED].token for one in rounds]
+        report_spread(results, f"tokens/s {line}, {CACHED} / {name}", ratios, "ratio")
+
+
+if __name__ == "__main__":
+    main()
