@@ -40,11 +40,5 @@ bench: $(BENCHMARKS:%=bench-%)  ## All benchmarks; each, as bench-boundary, writ
 $(BENCHMARKS:%=bench-%): bench-%: .venv/demo
 	$(BIN)/python -m benchmarks.$*
 
-bench-generation: .venv/demo  ## Generation with caches against the published mode without
-	$(BIN)/python -m benchmarks.generation
-
-bench-silos: .venv/ready  ## The network's share of a step, eight far silos against one
-	$(BIN)/python -m benchmarks.silos
-
 clean:
 	rm -rf .venv build runs

@@ -5,6 +5,8 @@ Shapes: T tokens, D width.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,6 +22,10 @@ FEW = 16
 """New tokens up to which a row is never cut: a decoded token, a few drafts."""
 PAUSE = 0.05
 """Seconds until a step that found no memory is looked at again."""
+
+
+SHARE = 0.2
+"""Of the last pass's time, how long the next one waits for the sessions that were in it to come back."""
 
 
 @dataclass(eq=False)
@@ -67,13 +73,21 @@ class Decoding:
         self._sessions = sessions
         self._gate = gate
         self._chunk = chunk
+        self._answered: set[tuple[Hashable, ...]] = set()
+        """Lanes of the last pass's finished steps."""
+        self._until = 0.0
+        """The next pass waits for those up to here."""
 
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
+        missing = self._answered - {job.lane for job in jobs}
+        if missing and now < self._until:
+            return [], self._until - now
         return [job for job in jobs if self._ready(job)], PAUSE
 
     @torch.inference_mode()
     def run(self, jobs: list[Job]) -> None:
         steps: list[Step] = [job.request for job in jobs]
+        started = time.monotonic()
         try:
             self._advance(self._pieces(steps))
         except Exception:
@@ -85,6 +99,8 @@ class Decoding:
                 assert step.session is not None
                 self._sessions.finish(step.session, list(step.request.lengths))
                 job.settle(partial(self._gate.hidden_out, step.result))
+        self._answered = {job.lane for job in jobs if job.done.done()}
+        self._until = (1 + SHARE) * time.monotonic() - SHARE * started
 
     def _ready(self, job: Job) -> bool:
         """Whether the step can be computed now; an error is its own and nobody else's."""

@@ -78,6 +78,10 @@ class Steps:
                 raise OutOfOrderError(
                     f"optimizer step {request.step}, step {self._done[peer] + 1} is next", remedy="commit in order"
                 )
+            if request.step > self._train.steps:
+                raise OutOfOrderError(
+                    f"optimizer step {request.step} of {self._train.steps}", remedy="commit train.steps times a round"
+                )
         answer: Answer = Answer()
         if self._training.waits(request.step):
             self._commits.arrive(peer, Arrival(request, answer))
@@ -110,6 +114,9 @@ class Steps:
         for peer in finished:
             self._commits.dismiss(peer)
         over = not self._commits.expected
+        if over:
+            with self._lock:
+                self._round = 0  # what comes now is late for good
 
         def step() -> pb.Stepped:
             self._training.step({peer: arrival.request.weight for peer, arrival in arrivals.items()})
