@@ -122,9 +122,9 @@ class TrunkSection(Section):
     lease: Positive = 600.0
     """Seconds an inference session is kept without a request."""
     sessions: Count = 64
-    """Inference sessions kept at a time; the one longest unused makes room."""
+    """Inference sessions kept at a time; the one longest unused makes room, a new one waits while all are in use."""
     session_bytes: Count = 4 * 2**30
-    """Memory for all sessions' KV caches; those longest unused make room."""
+    """Memory for all sessions' KV caches; room is made likewise."""
     chunk: Count = 512
     """Tokens of long prompts computed at a time, so that other sessions' next tokens need not wait."""
     adapter: Literal["shared", "replica"] = "shared"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from isthmus.engines.use import whole_adapter
 from isthmus.federation.root import RootService
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
@@ -51,9 +52,10 @@ def write_silos(folder: Path) -> list[dict[str, str]]:
     return sections
 
 
-def federation_of(model: Path, folder: Path, family: str) -> Recipe:
+def federation_of(model: Path, folder: Path, family: str, adapter: str) -> Recipe:
     return make_recipe(
         model,
+        trunk={"adapter": adapter},
         silo=write_silos(folder),
         lora={"targets": targets_of(family)},
         model={"bottom": 1, "top": 2},
@@ -93,11 +95,11 @@ def batch_of_all(recipe: Recipe) -> Batch:
     return collate([row for silo in silos for row in silo.train], silos[0].pad)
 
 
-def train_uncut(recipe: Recipe, start: Tensors, ends: Tensors) -> PeftModel:
+def train_uncut(recipe: Recipe, start: Tensors, frozen: Tensors) -> PeftModel:
     """Plain SGD on the mean over all silos' supervised tokens."""
     whole = with_lora(uncut(Path(recipe.model.path)), recipe)
     load_lora(whole, start)
-    freeze_a(whole, ends)
+    freeze_a(whole, frozen)
     trained = [parameter for parameter in lora_of(whole).values() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=RATE)
     inputs: dict[str, Any] = batch_of_all(recipe).inputs()
@@ -108,20 +110,25 @@ def train_uncut(recipe: Recipe, start: Tensors, ends: Tensors) -> PeftModel:
     return whole
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_federation_is_training_on_all_rows(family: str, models: Models, tmp_path: Path) -> None:
-    recipe = federation_of(models(family), tmp_path, family)
-    run = RunDirectory(tmp_path / "run")
+@pytest.mark.parametrize(("family", "adapter"), [("llama", "shared"), ("gemma2", "shared"), ("llama", "replica")])
+def test_federation_is_training_on_all_rows(family: str, adapter: str, models: Models, tmp_path: Path) -> None:
+    """With a replica a silo, too: the mean of their single steps of SGD is a step by the mean gradient."""
+    recipe = federation_of(models(family), tmp_path, family, adapter)
+    run = RunDirectory.create(tmp_path / "run", recipe)
     trunk, ends = federate(recipe, run)
     first, *others = ends
     assert all(torch.equal(other[name], tensor) for other in others for name, tensor in first.items())
 
     start = run.role("trunk").load_round(0)["adapter"]
     start |= {name: torch.zeros_like(value) if "lora_B" in name else value for name, value in first.items()}
-    whole = {name: value.detach() for name, value in lora_of(train_uncut(recipe, start, first)).items()}
+    frozen = first if adapter == "shared" else first | trunk
+    whole = {name: value.detach() for name, value in lora_of(train_uncut(recipe, start, frozen)).items()}
     assert_same(trunk | first, whole, 1e-5)
     moved = {name for name, value in whole.items() if not torch.equal(value, start[name])}
-    assert moved == {name for name in whole if "lora_B" in name or name in trunk}
+    assert moved == {name for name in whole if "lora_B" in name or name not in frozen}
+    number, kept = whole_adapter(run)
+    assert number == ROUNDS
+    assert_same(kept, trunk | first, 0.0)
 
     assert_same(run.role("root").load_round(ROUNDS)["shared"], {n: first[n] for n in first if "lora_B" in n}, 0.0)
     weights = {name: float(sum(answer + 1 for _, answer in rows)) for name, rows in SILOS.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,6 +42,10 @@ class TrunkAdapter(Protocol):
         """
         ...
 
+    def begin(self) -> None:
+        """A round begins: what silos did since they last stepped together is dropped."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """What a stopped trunk needs to go on."""
         ...
@@ -76,6 +80,8 @@ class SharedAdapter:
         self._optimizer.zero_grad()
         self._version += 1
 
+    def begin(self) -> None: ...
+
     def state(self) -> dict[str, Any]:
         return {"adapter": adapters.adapter_of(self._part), "optimizer": self._optimizer.state_dict()}
 
@@ -90,16 +96,19 @@ class Replica:
     """One silo's own adapter."""
 
     named: dict[str, torch.nn.Parameter]
+    base: dict[str, torch.Tensor]
+    """The mean that it set out from."""
     optimizer: torch.optim.Optimizer
     weight: float = 0.0
-    """Supervised tokens since the last average."""
+    """Supervised tokens since then."""
     version: int = 0
 
 
 class ReplicaAdapters:
     """An adapter and an optimizer for each silo, averaged by supervised tokens every so many steps.
 
-    A is frozen and the same for all, so that the mean of the B is exactly the mean of what they do (FFA-LoRA).
+    A is frozen and the same for all, so that the mean of the B is exactly the mean of what they do (FFA-LoRA). A silo
+    that is late for an average keeps what it did, and brings it to the next.
 
     Args:
         every: steps from one average to the next; the last of ``train.steps`` always averages.
@@ -138,6 +147,9 @@ class ReplicaAdapters:
         if together:
             self._average([self._replica(silo) for silo in sorted(gradients)])
 
+    def begin(self) -> None:
+        self._follow(self._replicas.values())
+
     def state(self) -> dict[str, Any]:
         optimizers = {silo: replica.optimizer.state_dict() for silo, replica in self._replicas.items()}
         return {"adapter": adapters.adapter_of(self._part), "optimizers": self._optimizers | optimizers}
@@ -150,23 +162,33 @@ class ReplicaAdapters:
 
     @torch.no_grad()
     def _average(self, contributors: list[Replica]) -> None:
-        """The weighted mean becomes the part's own adapter, and every silo's."""
+        """The part's own adapter moves by the weighted mean of how far these did; they and all that rest follow it."""
         total = sum(replica.weight for replica in contributors)
         for name, mean in self._mean.items():
-            mean.copy_(sum((one.weight / total * one.named[name] for one in contributors), torch.zeros_like(mean)))
-            for replica in self._replicas.values():
-                replica.named[name].copy_(mean)
-        for replica in self._replicas.values():
+            ways = (one.weight / total * (one.named[name] - one.base[name]) for one in contributors)
+            mean.add_(sum(ways, torch.zeros_like(mean)))
+        resting = [replica for replica in self._replicas.values() if not replica.weight]
+        self._follow([*contributors, *resting])
+
+    @torch.no_grad()
+    def _follow(self, replicas: Iterable[Replica]) -> None:
+        """These become the mean."""
+        base = {name: mean.detach().clone() for name, mean in self._mean.items()}
+        for replica in replicas:
+            for name, parameter in replica.named.items():
+                parameter.copy_(base[name])
+            replica.base = base
             replica.weight = 0.0
             replica.version += 1
 
     def _replica(self, silo: str) -> Replica:
         if silo not in self._replicas:
-            named = {name: torch.nn.Parameter(mean.detach().clone()) for name, mean in self._mean.items()}
+            base = {name: mean.detach().clone() for name, mean in self._mean.items()}
+            named = {name: torch.nn.Parameter(one.clone()) for name, one in base.items()}
             optimizer = build_optimizer(named.values(), self._train)
             if silo in self._optimizers:
                 optimizer.load_state_dict(self._optimizers[silo])
-            self._replicas[silo] = Replica(named, optimizer, version=self._loads * 2**32)
+            self._replicas[silo] = Replica(named, base, optimizer, version=self._loads * 2**32)
         return self._replicas[silo]
 
 

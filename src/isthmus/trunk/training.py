@@ -192,6 +192,7 @@ class Training:
             state.open.clear()
             state.gradients = None
         if self._round == number:
+            self._adapter.begin()
             return
         try:
             self._load(number)

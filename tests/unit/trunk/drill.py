@@ -107,7 +107,7 @@ def recipe_of(model: Path, *, silos: tuple[str, ...] = NAMES, train: dict[str, A
 
 
 def results(answers: Iterable[Answer]) -> list[Any]:
-    return [answer.result(WAIT) for answer in answers]
+    return [answer.result(WAIT) for answer in list(answers)]  # all are sent before the first is waited for
 
 
 def decoded(answer: Answer) -> torch.Tensor | None:

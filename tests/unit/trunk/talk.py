@@ -22,7 +22,7 @@ from tests.oracle.twins import distance
 
 WIDTH = 32
 WAIT = 60.0
-SOON = 0.2
+SOON = 0.4
 TOLERANCE = 1e-5
 BYTES = 3 * 2 * 2 * 8 * 4
 """Of one position: 3 blocks, keys and values, 2 heads of 8 values of 4 bytes."""
