@@ -31,19 +31,26 @@ def group_adapters(part: Part) -> Groups:
     groups = Groups()
     for name, layer in part.model.named_modules():
         if isinstance(layer, Linear):
-            layer.forward = partial(_forward, layer, layer.forward, part.whole_name(name), groups)
+            layer.forward = partial(_forward, layer, part.whole_name(name), groups)
     return groups
 
 
-def _forward(layer: Linear, plain, name: str, groups: Groups, x_1TD: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def _forward(layer: Linear, name: str, groups: Groups, x_1TD: torch.Tensor) -> torch.Tensor:
     """The layer's base result and each stretch's own change, in peft's order of operations."""
-    if groups.stretches is None:
-        return plain(x_1TD)  # type: ignore[no-any-return]
     base: torch.Tensor = layer.base_layer(x_1TD)
-    scaling = layer.scaling["default"]
-    pieces = torch.split(x_1TD, [tokens for tokens, _ in groups.stretches], dim=1)
-    changes = []
-    for piece, (_, adapter) in zip(pieces, groups.stretches, strict=True):
-        a, b = adapter[f"{name}.lora_A.weight"], adapter[f"{name}.lora_B.weight"]
-        changes.append(linear(linear(piece.to(a.dtype), a), b) * scaling)
-    return (base + torch.cat(changes, dim=1)).to(base.dtype)
+    if groups.stretches is None:
+        change = _change(layer, x_1TD, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    else:
+        pieces = torch.split(x_1TD, [tokens for tokens, _ in groups.stretches], dim=1)
+        keys = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        changes = [
+            _change(layer, piece, *(adapter[key] for key in keys))
+            for piece, (_, adapter) in zip(pieces, groups.stretches, strict=True)
+        ]
+        change = torch.cat(changes, dim=1)
+    return (base + change).to(base.dtype)
+
+
+def _change(layer: Linear, x_1TD: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    change: torch.Tensor = linear(linear(x_1TD.to(a.dtype), a), b) * layer.scaling["default"]
+    return change
