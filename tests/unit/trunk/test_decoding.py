@@ -7,8 +7,24 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from isthmus.errors import FrameError, OutOfOrderError
+from isthmus.trunk.decoding import Step
+from isthmus.trunk.scheduler import Job
+from isthmus.wire import codec
+from isthmus.wire import isthmus_pb2 as pb
 from tests.oracle.twins import distance
-from tests.unit.trunk.talk import ONE, TOLERANCE, WAIT, Build, Story, alone, assert_equal, decoded, prompt, tokens
+from tests.unit.trunk.talk import (
+    ONE,
+    TOLERANCE,
+    WAIT,
+    Build,
+    Story,
+    alone,
+    assert_equal,
+    decoded,
+    hidden,
+    prompt,
+    tokens,
+)
 
 STORIES: list[Story] = [
     [prompt(5), ONE, ONE, ONE],
@@ -113,3 +129,21 @@ def test_one_bad_step_gets_its_own_error_and_the_others_their_results(build: Bui
         with pytest.raises(error):
             answer.result(WAIT)
     assert_equal([c.send(1, 1, ONE)], expected[1:2])
+
+
+def test_a_pass_waits_a_moment_for_the_sessions_of_the_last_one(build: Build) -> None:
+    """Or the first one back would run alone, and the others a pass later."""
+    trunk = build()
+    silo = trunk.silo("a")
+    with trunk.held():
+        answers = [silo.send(number, 0, prompt(3)) for number in range(2)]
+    [decoded(answer) for answer in answers]
+    decoding = trunk.service._decoding
+    frame = codec.encode(hidden(0, 1, ONE), "fp32")
+    jobs = [
+        Job(decoding, ("a", "session", number), Step("a", pb.Decode(session=number, step=1, lengths=[1], hidden=frame)))
+        for number in range(2)
+    ]
+    assert decoding.gather(jobs[:1], decoding._until - 1e-6) == ([], pytest.approx(1e-6, rel=0.1))
+    assert decoding.gather(jobs, decoding._until - 1e-6)[0] == jobs
+    assert decoding.gather(jobs[:1], decoding._until)[0] == jobs[:1]
