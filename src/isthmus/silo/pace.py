@@ -40,15 +40,6 @@ def pays(reach: float, tokens: float, seconds: float, cost: float) -> bool:
     return reach * seconds > cost * tokens
 
 
-def best_length(acceptance: float, costs: Costs, most: int = MOST) -> int:
-    """How many tokens to draft if each is accepted with this probability; 0 when drafting does not pay."""
-    length, reach, tokens, seconds = 0, acceptance, 1.0, costs.round_trip + costs.verified
-    cost = costs.drafted + costs.verified
-    while length < most and pays(reach, tokens, seconds, cost):
-        length, tokens, seconds, reach = length + 1, tokens + reach, seconds + cost, reach * acceptance
-    return length
-
-
 @dataclass
 class Share:
     """How many of the tokens of one kind were accepted lately, with a guess to begin with."""

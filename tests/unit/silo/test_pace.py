@@ -8,10 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.silo.pace import MOST, Costs, Line, Pace, Share, best_length
+from isthmus.silo.pace import MOST, Costs, Line, Pace, Share, pays
 
 acceptances = st.floats(0.01, 0.99)
 times = st.floats(0.001, 2.0)
+
+
+def best_length(acceptance: float, costs: Costs, most: int = MOST) -> int:
+    """How many tokens to draft if each is accepted with this probability; 0 when drafting does not pay."""
+    length, reach, tokens, seconds = 0, acceptance, 1.0, costs.round_trip + costs.verified
+    cost = costs.drafted + costs.verified
+    while length < most and pays(reach, tokens, seconds, cost):
+        length, tokens, seconds, reach = length + 1, tokens + reach, seconds + cost, reach * acceptance
+    return length
 
 
 def rate(acceptance: float, costs: Costs, length: int) -> float:
