@@ -254,7 +254,7 @@ def stepped_by_hand(part: Part, name: str) -> Tensors:
 
 
 def test_a_silo_late_for_an_average_keeps_what_it_did_and_brings_it_to_the_next(drills: Drills) -> None:
-    drill = drills(gather=SHORT, steps=2, patience=SHORT)
+    drill = drills(gather=SHORT, steps=4, average_every=2, patience=SHORT)
     change = {name: stepped_by_hand(plain_copy(drill), name) for name in "ab"}
     start = {key: tensor for key, tensor in drill.adapter().items() if "lora_B" in key}
     drill.begin(1, ("a", "b"))
