@@ -22,8 +22,6 @@ FEW = 16
 """New tokens up to which a row is never cut: a decoded token, a few drafts."""
 PAUSE = 0.05
 """Seconds until a step that found no memory is looked at again."""
-
-
 SHARE = 0.2
 """Of the last pass's time, how long the next one waits for the sessions that were in it to come back."""
 
@@ -117,13 +115,13 @@ class Decoding:
     def _pieces(self, steps: list[Step]) -> list[Piece]:
         """All short rows whole, and of long ones what the chunk has room for; at least half of it is theirs."""
         rest = [(step, row, len(tokens)) for step in steps for row, tokens in enumerate(step.ahead) if len(tokens)]
-        short = [Piece(*one) for one in rest if one[2] <= FEW]
-        room = max(self._chunk - sum(piece.size for piece in short), self._chunk // 2, FEW)
+        pieces = [Piece(*one) for one in rest if one[2] <= FEW]
+        room = max(self._chunk - sum(piece.size for piece in pieces), self._chunk // 2, FEW)
         for step, row, tokens in rest:
             if tokens > FEW and room > 0:
-                short.append(Piece(step, row, min(tokens, room)))
+                pieces.append(Piece(step, row, min(tokens, room)))
                 room -= tokens
-        return short
+        return pieces
 
     def _advance(self, pieces: list[Piece]) -> None:
         sizes = [piece.size for piece in pieces]

@@ -73,7 +73,7 @@ class Steps:
         """
         with self._lock:
             if request.round != self._round or peer not in self._done:
-                raise RoundLostError(f"{peer} is not in round {request.round}", remedy="ask for the next plan")
+                raise _lost(peer, request.round)
             if request.step != self._done[peer] + 1:
                 raise OutOfOrderError(
                     f"optimizer step {request.step}, step {self._done[peer] + 1} is next", remedy="commit in order"
@@ -106,11 +106,15 @@ class Steps:
     def _step(self, arrivals: dict[str, Arrival]) -> None:
         with self._lock:
             number = self._round
-            for peer, arrival in arrivals.items():
-                if arrival.request.round == number:
-                    self._done[peer] = arrival.request.step
+            late = {peer: arrival for peer, arrival in arrivals.items() if arrival.request.round != number}
+            arrivals = {peer: arrival for peer, arrival in arrivals.items() if peer not in late}
+            self._done |= {peer: arrival.request.step for peer, arrival in arrivals.items()}
             finished = [peer for peer, step in self._done.items() if step >= self._train.steps]
             self._training.expected = self._at_work()
+        for peer, arrival in late.items():  # the round ended while they were on their way to the barrier
+            arrival.answer.set_exception(_lost(peer, arrival.request.round))
+        if not arrivals:
+            return
         for peer in finished:
             self._commits.dismiss(peer)
         over = not self._commits.expected
@@ -143,6 +147,10 @@ class Steps:
     def _at_work(self) -> int:
         """Silos of the round under way that have steps before them."""
         return sum(step < self._train.steps for step in self._done.values())
+
+
+def _lost(peer: str, round: int) -> RoundLostError:
+    return RoundLostError(f"{peer} is not in round {round}", remedy="ask for the next plan")
 
 
 def _answer_all(answers: list[Answer], scheduler: Scheduler, job) -> None:  # type: ignore[no-untyped-def]

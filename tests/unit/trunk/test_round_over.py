@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from isthmus.errors import OutOfOrderError, RoundLostError
+from isthmus.trunk.steps import Arrival
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer
 from tests.unit.trunk.drill import Drill, recipe_of, results
 from tests.unit.trunk.talk import WAIT
 
@@ -42,4 +45,24 @@ def test_more_steps_than_a_round_has(model: Path, tmp_path: Path) -> None:
     drill.service._steps._done["a"] = 1
     with pytest.raises(OutOfOrderError, match="of 1"):
         a.commit(2, 2.0).result(WAIT)
+    drill.service.stop()
+
+
+def test_a_commit_that_the_rounds_end_overtakes(model: Path, tmp_path: Path) -> None:
+    """It was let in, and at the barrier the round is another: no step, and no state is saved."""
+    recipe = recipe_of(model, silos=("a", "b"), train={"steps": 1}, gather=0.0)
+    drill = Drill(recipe, tmp_path)
+    a, b = (drill.silos[name] for name in "ab")
+    drill.begin(names=("a", "b"))
+    results([a.commit(1, 2.0), b.commit(1, 2.0)])
+    before, rounds = drill.adapter(), drill.directory.load_round(0)
+    a.work(WORK)
+    late: Answer = Answer()
+    drill.service._steps._commits.arrive("a", Arrival(pb.Commit(round=1, step=1, weight=2.0), late))
+    with pytest.raises(RoundLostError):
+        late.result(WAIT)
+    drill.service._scheduler.submit(lambda: None).result(WAIT)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in drill.adapter().items())
+    again = drill.directory.load_round(0)["adapter"]
+    assert all(torch.equal(tensor, again[name]) for name, tensor in rounds["adapter"].items())
     drill.service.stop()

@@ -23,24 +23,16 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel
 from tests.conftest import make_recipe, save_tiny_model
 from tests.oracle.twins import assert_same, random_b
+from tests.unit.trunk.drill import Work, tensors_of
 
 WIDTH = 32
 RATE = 0.005
 SOON, LONG = 0.02, 120.0
 WAIT = 60.0
 Tensors = dict[str, torch.Tensor]
-Work = tuple[int, tuple[int, ...]]
-"""Seed and sequence lengths of one forward and backward."""
 WORK_A: Work = (1, (3, 5))
 WORK_B: Work = (2, (4,))
 WORK_C: Work = (3, (2, 2, 6))
-
-
-def tensors_of(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and the gradient of what the trunk makes of them."""
-    seed, lengths = work
-    h_TD, gradient_TD = torch.randn(2, sum(lengths), WIDTH, generator=torch.Generator().manual_seed(seed))
-    return h_TD, gradient_TD
 
 
 class Trunk:
