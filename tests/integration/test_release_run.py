@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,6 @@ from tests.integration.processes import (
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
 ROUNDS, STEPS = 4, 12
-
-
-@pytest.fixture
-def commands(tmp_path: Path) -> Iterator[Commands]:
-    started = Commands(tmp_path)
-    yield started
-    started.end()
 
 
 def test_each_example_leaves_once_in_a_run_that_is_cut_off_and_resumed(commands: Commands, tmp_path: Path) -> None:

@@ -33,13 +33,6 @@ Call = Callable[..., Ended]
 
 
 @pytest.fixture
-def commands(tmp_path: Path) -> Iterator[Commands]:
-    started = Commands(tmp_path)
-    yield started
-    started.end()
-
-
-@pytest.fixture
 def isthmus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
     """The command in this process."""
     return lambda *arguments: call(capsys, monkeypatch, *arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,13 +34,6 @@ from tests.integration.processes import (
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
 ROUNDS, STEPS = 5, 40
-
-
-@pytest.fixture
-def commands(tmp_path: Path) -> Iterator[Commands]:
-    started = Commands(tmp_path)
-    yield started
-    started.end()
 
 
 @pytest.fixture(scope="module")
