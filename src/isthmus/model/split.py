@@ -24,13 +24,21 @@ from isthmus.recipe import LoraSection
 class TrunkModule(Protocol):
     """The middle of the model as its ends see it. Real tokens only: no padding, mask or positions cross."""
 
-    def __call__(self, h_TD: torch.Tensor, lengths: list[int], session: TrunkSession | None) -> torch.Tensor:
+    def __call__(
+        self,
+        h_TD: torch.Tensor,
+        lengths: list[int],
+        session: TrunkSession | None,
+        rows: list[list[int]] | None = None,
+    ) -> torch.Tensor:
         """Run the trunk's blocks.
 
         Args:
             h_TD: the sequences' tokens one after another.
             lengths: how many tokens each sequence has.
             session: the cache to continue; without one, each sequence starts at position 0.
+            rows: the token ids behind ``h_TD``, if there are any. They stay in the silo: its boundary wants to know
+                whom a tensor is about.
 
         Returns:
             ``[T, D]``; differentiable when gradients are enabled and there is no session.
@@ -158,7 +166,8 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         )
         packing = _packing(mask, h_BLD)
         session = None if cache is None else cache.session
-        g_BLD = packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, session))
+        rows = None if input_ids is None else packing.rows(input_ids)
+        g_BLD = packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, session, rows))
         if cache is not None and cache.tape is not None:
             cache.tape.add(h_BLD, g_BLD, packing.real_BL)
         return g_BLD

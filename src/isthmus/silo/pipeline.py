@@ -53,7 +53,7 @@ def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch) -> MicroBat
     h_BLD = model.bottom.hidden(input_ids=batch.input_ids, use_cache=False, **_masks(batch))
     h_TD = packing.pack(h_BLD)
     wanted = h_TD if h_TD.requires_grad else None
-    return MicroBatch(batch, wanted, packing, trunk.start_forward(h_TD, packing.lengths))
+    return MicroBatch(batch, wanted, packing, trunk.start_forward(h_TD, packing.lengths, packing.rows(batch.input_ids)))
 
 
 def _turn(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatch, share: float) -> float:

@@ -16,10 +16,12 @@ import torch
 from isthmus.errors import ModelError, RunError
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
+from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import Recipe
 from isthmus.report.record import disk_errors, writing
 from isthmus.report.store import Store
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.register import Register
 from isthmus.wire import isthmus_pb2 as pb
 
 Row = list[int]
@@ -62,11 +64,12 @@ class Released:
         first = next(self._bottom.parameters())
         return first.new_empty(1).expand(tokens, self._bottom.config.hidden_size)
 
-    def release(self, rows: Iterable[Row], step: int) -> list[pb.Keep]:
+    def release(self, rows: Iterable[Row], step: int, register: Register) -> list[pb.Keep]:
         """The frames of those rows that were not released before; the ledger has them now, and the disk.
 
         Args:
             step: under which the ledger notes them.
+            register: says whom they are about.
 
         Raises:
             ModelError: bottom trains.
@@ -78,7 +81,9 @@ class Released:
                 remedy="freeze bottom, or set boundary.release_once = false",
             )
         new = {number: row for row in rows if (number := self.number(row)) not in self._store}
-        return [self._released(number, h_TD, step) for number, h_TD in zip(new, self._run(new.values()), strict=True)]
+        about = [register.subjects([row], [len(row)]) for row in new.values()]
+        states = zip(new, self._run(new.values()), about, strict=True)
+        return [self._released(number, h_TD, step, subjects) for number, h_TD, subjects in states]
 
     def again(self, numbers: Iterable[int]) -> Iterator[pb.Keep]:
         """The frames of these examples as they were when they were released.
@@ -95,8 +100,8 @@ class Released:
                 )
             yield pb.Keep(example=number, hidden=pb.Matrix.FromString(data))
 
-    def _released(self, number: int, h_TD: torch.Tensor, step: int) -> pb.Keep:
-        matrix = self._boundary.release(h_TD, "forward", step)
+    def _released(self, number: int, h_TD: torch.Tensor, step: int, subjects: Subjects) -> pb.Keep:
+        matrix = self._boundary.release(h_TD, "forward", step, subjects)
         self._store.write(number, matrix.SerializeToString())
         return pb.Keep(example=number, hidden=matrix)
 

@@ -17,7 +17,9 @@ from torch import nn
 
 from isthmus.errors import UnknownExampleError, UnknownSessionError
 from isthmus.privacy.events import Path
+from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.register import History, Register
 from isthmus.silo.released import Released
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
@@ -38,6 +40,7 @@ class Flight:
     path: Path
     reply: bool
     answer: Answer
+    subjects: Subjects
     request: pb.Forward | None = None
     """A forward by numbers: it goes again if the trunk has forgotten one of them."""
     keeps: list[Answer] = field(default_factory=list)
@@ -50,13 +53,21 @@ class RemoteTrunk(nn.Module):
     A training step is: forwards and backwards (as many as gradients are accumulated), then ``commit``.
 
     Args:
+        register: says whom tensors are about.
         released: of a silo that releases each example once; None: hidden states leave at every forward.
     """
 
-    def __init__(self, channel: Channel, boundary: Boundary, released: Released | None = None) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        boundary: Boundary,
+        register: Register | None = None,
+        released: Released | None = None,
+    ) -> None:
         super().__init__()
         self.channel = channel
         self.boundary = boundary
+        self.register = register or Register()
         self.released = released
         self._steps = itertools.count(1)
         self._sessions = itertools.count(1)
@@ -64,12 +75,18 @@ class RemoteTrunk(nn.Module):
         # Autograd calls our backward only if an input requires grad; a frozen bottom gives none, this one always does.
         self._anchor = torch.zeros((), requires_grad=True)
 
-    def forward(self, h_TD: torch.Tensor, lengths: list[int], session: RemoteSession | None) -> torch.Tensor:
+    def forward(
+        self,
+        h_TD: torch.Tensor,
+        lengths: list[int],
+        session: RemoteSession | None,
+        rows: list[list[int]] | None = None,
+    ) -> torch.Tensor:
         if session is not None:
-            return session.step(h_TD, lengths)
+            return session.step(h_TD, lengths, rows)
         if torch.is_grad_enabled():
-            return _cross(h_TD, self, lambda: self.start_forward(h_TD, lengths))
-        return self._landed(self._start_forward(h_TD, lengths, train=False))
+            return _cross(h_TD, self, lambda: self.start_forward(h_TD, lengths, rows))
+        return self._landed(self.start_forward(h_TD, lengths, rows, train=False))
 
     @property
     def releases_once(self) -> bool:
@@ -100,29 +117,36 @@ class RemoteTrunk(nn.Module):
     def open_session(self) -> RemoteSession:
         while self._abandoned:
             self.channel.submit(pb.Close(session=self._abandoned.popleft()))
-        session = RemoteSession(self.channel, self.boundary, next(self._sessions))
+        session = RemoteSession(self.channel, self.boundary, self.register, next(self._sessions))
         weakref.finalize(session, self._abandoned.append, session.id)
         return session
 
-    def start_forward(self, h_TD: torch.Tensor, lengths: list[int]) -> Flight:
+    def start_forward(
+        self, h_TD: torch.Tensor, lengths: list[int], rows: list[list[int]] | None = None, *, train: bool = True
+    ) -> Flight:
         """Send a training step's hidden states, and do not wait for the answer."""
-        return self._start_forward(h_TD, lengths, train=True)
+        step = next(self._steps)
+        subjects = self.register.subjects(rows, lengths)
+        hidden = self.boundary.release(h_TD, "forward", step, subjects)
+        request = pb.Forward(step=step, lengths=lengths, hidden=hidden, train=train)
+        return Flight(step, h_TD, "forward", True, self.channel.submit(request), subjects)
 
     def start_rows(self, rows: list[list[int]], *, train: bool = True) -> Flight:
         """As ``start_forward``, for these rows of token ids. Those never released before run through bottom first."""
         assert self.released is not None
         step = next(self._steps)
         like_TD = self.released.like(sum(map(len, rows)))
-        keeps = self._keep(self.released.release(rows, step))
+        subjects = self.register.subjects(rows, list(map(len, rows)))
+        keeps = self._keep(self.released.release(rows, step, self.register))
         examples = [self.released.number(row) for row in rows]
-        request = pb.Forward(step=step, lengths=map(len, rows), examples=examples, train=train)
-        return Flight(step, like_TD, "forward", True, self.channel.submit(request), request, keeps)
+        request = pb.Forward(step=step, lengths=subjects.lengths, examples=examples, train=train)
+        return Flight(step, like_TD, "forward", True, self.channel.submit(request), subjects, request, keeps)
 
     def start_backward(self, forward: Flight, gradient_TD: torch.Tensor, *, reply: bool) -> Flight:
         """Send the gradient of what a forward gave; ``reply`` if the gradient of what it took is wanted."""
-        gradient = self.boundary.release(gradient_TD, "gradient", forward.step)
+        gradient = self.boundary.release(gradient_TD, "gradient", forward.step, forward.subjects)
         request = pb.Backward(step=forward.step, gradient=gradient, reply=reply)
-        return Flight(forward.step, gradient_TD, "gradient", reply, self.channel.submit(request))
+        return Flight(forward.step, gradient_TD, "gradient", reply, self.channel.submit(request), forward.subjects)
 
     def land(self, flight: Flight) -> torch.Tensor | None:
         """Wait for the answer; None for a backward without reply."""
@@ -130,12 +154,6 @@ class RemoteTrunk(nn.Module):
             return self._landed(flight)
         flight.answer.result()
         return None
-
-    def _start_forward(self, h_TD: torch.Tensor, lengths: list[int], *, train: bool) -> Flight:
-        step = next(self._steps)
-        hidden = self.boundary.release(h_TD, "forward", step)
-        request = pb.Forward(step=step, lengths=lengths, hidden=hidden, train=train)
-        return Flight(step, h_TD, "forward", True, self.channel.submit(request))
 
     def _landed(self, flight: Flight) -> torch.Tensor:
         body: Any = self._answered(flight)
@@ -202,22 +220,26 @@ class RemoteSession:
     Sent frames are kept: a trunk that lost the session gets them again, as they were, with their noise.
     """
 
-    def __init__(self, channel: Channel, boundary: Boundary, id: int) -> None:
+    def __init__(self, channel: Channel, boundary: Boundary, register: Register, id: int) -> None:
         self.id = id
         self._channel = channel
         self._boundary = boundary
+        self._register = register
+        self._history: History | None = None
         self._sent: list[pb.Decode] = []
         self._forget = 0
         self._rows: list[int] = []
 
-    def step(self, h_TD: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def step(self, h_TD: torch.Tensor, lengths: list[int], rows: list[list[int]] | None = None) -> torch.Tensor:
         """Append these tokens to the cache and run them."""
         number = len(self._sent)
+        self._history = self._history or self._register.history(len(lengths))
+        subjects = self._history.subjects(rows, lengths)
         request = pb.Decode(
             session=self.id,
             step=number,
             lengths=lengths,
-            hidden=self._boundary.release(h_TD, "forward", number),
+            hidden=self._boundary.release(h_TD, "forward", number, subjects),
             forget=self._forget,
             rows=self._rows,
         )
@@ -227,9 +249,13 @@ class RemoteSession:
 
     def forget(self, positions: int) -> None:
         self._forget += positions
+        if self._history is not None:
+            self._history.forget(positions)
 
     def select(self, rows: list[int]) -> None:
         self._rows = [self._rows[row] for row in rows] if self._rows else list(rows)
+        if self._history is not None:
+            self._history.select(rows)
 
     def close(self) -> None:
         self._channel.call(pb.Close(session=self.id))

@@ -91,7 +91,7 @@ def test_the_silo_starts_again_and_releases_nothing_again(start: Start) -> None:
 def test_a_silo_that_died_before_it_could_send_sends_what_it_had_released(start: Start) -> None:
     party = start()
     rows = [row.prompt + row.answer for row in ROWS]
-    released = party.trunk.released.release(rows, 1)
+    released = party.trunk.released.release(rows, 1, party.trunk.register)
     party.start_silo()
     party.forget()
     party.logits()
