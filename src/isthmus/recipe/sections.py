@@ -80,6 +80,8 @@ class BoundarySection(Section):
     """The loss gradient on its way into the trunk."""
     update: ReleaseSection = ReleaseSection(noise=1e-4)
     """What bottom and top learned in a round."""
+    tail: Count | None = None
+    """How many of a prompt's last positions cross; left out: all. The others stay in the silo, in bottom."""
     release_once: bool = False
     """Hidden states of an example leave once, noised once; the trunk keeps them, later epochs name them by a number.
 

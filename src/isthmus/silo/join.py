@@ -79,7 +79,7 @@ def join(
         folder = releases or _passing_folder(trunk)
         trunk.released = Released(folder, bottom, boundary, recipe, checkpoint.fingerprint)
     config = copy.deepcopy(checkpoint.config)
-    model = SplitForCausalLM(config, bottom, trunk, top)
+    model = SplitForCausalLM(config, bottom, trunk, top, tail=recipe.boundary.tail)
     model.generation_config = copy.deepcopy(_generation_config(checkpoint, model))
     return Silo(model.eval(), tokenizer, trunk, boundary)
 

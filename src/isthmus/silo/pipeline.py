@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from isthmus.model.crossing import before_last, crossing
 from isthmus.model.packing import Packing
 from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.data import Batch
@@ -47,13 +49,16 @@ def pipelined_step(model: SplitForCausalLM, optimizer: torch.optim.Optimizer, ba
 
 def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch) -> MicroBatch:
     """Through bottom, where that is not done once for all, and off to the trunk."""
-    packing = Packing(batch.attention_mask.bool())
+    real_BL = batch.attention_mask.bool()
+    crosses_BL = crossing(real_BL, model.tail, None, batch.targets)
+    packing = Packing(crosses_BL)
+    rows = Packing(before_last(real_BL, crosses_BL)).rows(batch.input_ids)
     if trunk.releases_once:
-        return MicroBatch(batch, None, packing, trunk.start_rows(packing.rows(batch.input_ids)))
+        return MicroBatch(batch, None, packing, trunk.start_rows(rows, packing.lengths))
     h_BLD = model.bottom.hidden(input_ids=batch.input_ids, use_cache=False, **_masks(batch))
     h_TD = packing.pack(h_BLD)
     wanted = h_TD if h_TD.requires_grad else None
-    return MicroBatch(batch, wanted, packing, trunk.start_forward(h_TD, packing.lengths, packing.rows(batch.input_ids)))
+    return MicroBatch(batch, wanted, packing, trunk.start_forward(h_TD, packing.lengths, rows))
 
 
 def _turn(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatch, share: float) -> float:
@@ -61,13 +66,10 @@ def _turn(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatch, share: 
     arrived = trunk.land(part.flight)
     assert arrived is not None
     arrived_TD = arrived.requires_grad_(True)
-    output = model.top.model(
-        inputs_embeds=part.packing.unpack(arrived_TD),
-        labels=part.batch.labels,
-        logits_to_keep=part.batch.keep,
-        use_cache=False,
-        **_masks(part.batch),
-    )
+    supervision, shared = part.batch.supervision(), {**_masks(part.batch), "use_cache": False}
+    g_BLD = part.packing.unpack(arrived_TD)
+    g_BLD, shared = model.for_top(g_BLD, part.packing.real_BL, None, supervision["logits_to_keep"], shared)
+    output = model.top.model(inputs_embeds=g_BLD, **supervision, **shared)
     loss: torch.Tensor = output.loss * share
     loss.backward()  # type: ignore[no-untyped-call]
     assert arrived_TD.grad is not None
@@ -75,5 +77,5 @@ def _turn(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatch, share: 
     return float(loss.detach())
 
 
-def _masks(batch: Batch) -> dict[str, torch.Tensor]:
+def _masks(batch: Batch) -> dict[str, Any]:
     return {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}

@@ -20,7 +20,7 @@ from isthmus.privacy.events import Path
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.register import History, Register
-from isthmus.silo.released import Released
+from isthmus.silo.released import Ending, Released
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
 
@@ -92,10 +92,10 @@ class RemoteTrunk(nn.Module):
     def releases_once(self) -> bool:
         return self.released is not None
 
-    def from_rows(self, rows: list[list[int]]) -> torch.Tensor:
+    def from_rows(self, rows: list[list[int]], lengths: list[int]) -> torch.Tensor:
         if torch.is_grad_enabled():
-            return _cross(None, self, lambda: self.start_rows(rows))
-        return self._landed(self.start_rows(rows, train=False))
+            return _cross(None, self, lambda: self.start_rows(rows, lengths))
+        return self._landed(self.start_rows(rows, lengths, train=False))
 
     def begin(self, round: int, participants: list[str]) -> None:
         """Wait until all participants are ready for this round's first step."""
@@ -131,15 +131,19 @@ class RemoteTrunk(nn.Module):
         request = pb.Forward(step=step, lengths=lengths, hidden=hidden, train=train)
         return Flight(step, h_TD, "forward", True, self.channel.submit(request), subjects)
 
-    def start_rows(self, rows: list[list[int]], *, train: bool = True) -> Flight:
-        """As ``start_forward``, for these rows of token ids. Those never released before run through bottom first."""
+    def start_rows(self, rows: list[list[int]], lengths: list[int], *, train: bool = True) -> Flight:
+        """As ``start_forward``, for the last ``lengths`` tokens of these rows of token ids.
+
+        Those never released before run through bottom first.
+        """
         assert self.released is not None
         step = next(self._steps)
-        like_TD = self.released.like(sum(map(len, rows)))
-        subjects = self.register.subjects(rows, list(map(len, rows)))
-        keeps = self._keep(self.released.release(rows, step, self.register))
-        examples = [self.released.number(row) for row in rows]
-        request = pb.Forward(step=step, lengths=subjects.lengths, examples=examples, train=train)
+        like_TD = self.released.like(sum(lengths))
+        subjects = self.register.subjects(rows, lengths)
+        examples = [Ending(tuple(row), length) for row, length in zip(rows, lengths, strict=True)]
+        keeps = self._keep(self.released.release(examples, step, self.register))
+        numbers = [self.released.number(example) for example in examples]
+        request = pb.Forward(step=step, lengths=lengths, examples=numbers, train=train)
         return Flight(step, like_TD, "forward", True, self.channel.submit(request), subjects, request, keeps)
 
     def start_backward(self, forward: Flight, gradient_TD: torch.Tensor, *, reply: bool) -> Flight:
