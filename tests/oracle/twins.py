@@ -109,13 +109,14 @@ def make_twins(
         tensors |= random_b(tensors)
     for part in twins.parts:
         adapters.load_adapter(part, tensors)
-    load_lora(twins.whole, tensors)
+    load_lora(twins.whole, {name: one for name, one in tensors.items() if "lora_" in name})
     for part in split.ends:
         for name, parameter in part.named_parameters():
             if "lora_A" in name:
                 parameter.requires_grad_(ends_train_a)
     if not ends_train_a:
-        freeze_a(twins.whole, adapters.adapter_of(split.bottom) | adapters.adapter_of(split.top))
+        ends = adapters.adapter_of(split.bottom) | adapters.adapter_of(split.top)
+        freeze_a(twins.whole, [name for name in ends if "lora_" in name])
     return twins
 
 

@@ -80,8 +80,9 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     uncut model. Positions follow from the attention mask; 4-D masks and custom ``position_ids`` do not cross.
 
     Args:
-        tail: how many of a prompt's last positions cross; None: all. Trunk and top then know nothing of the others
-            but what bottom made of them.
+        tail: how many of a prompt's last positions cross; None: all. Of the others, trunk and top know nothing but what
+            bottom made of them.
+        residual: top sees bottom's result where nothing crossed (and its trunk adds to it where something did).
     """
 
     config_class = PreTrainedConfig
@@ -93,10 +94,18 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
 
     def __init__(
-        self, config: PreTrainedConfig, bottom: Part, trunk: TrunkModule, top: Part, *, tail: int | None = None
+        self,
+        config: PreTrainedConfig,
+        bottom: Part,
+        trunk: TrunkModule,
+        top: Part,
+        *,
+        tail: int | None = None,
+        residual: bool = False,
     ) -> None:
         super().__init__(config)
         self.tail = tail
+        self.residual = residual
         self.bottom = bottom
         self.top = top
         self.trunk = trunk
@@ -166,13 +175,13 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor,
         shared: dict[str, Any],
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """What top gets of the trunk's answers; where only a tail crossed, it attends to that, counted from 0.
+        """What top gets of the trunk's answers; where it knows only those to a tail, it attends to these, from place 0.
 
         Args:
             g_BLD: zero where nothing crossed.
             shared: arguments of top's forward; they come back, changed if need be.
         """
-        if self.tail is None:
+        if self.tail is None or self.residual:
             return g_BLD, shared
         start = 0
         if isinstance(logits_to_keep, int) and logits_to_keep:
@@ -202,18 +211,22 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         crosses_BL: torch.Tensor,
         shared: dict[str, Any],
     ) -> torch.Tensor:
-        """Bottom and trunk, ``[B, L, D]``; zero where nothing crosses. What left before, bottom does not even run."""
+        """Bottom and trunk, ``[B, L, D]``; where nothing crosses, zero or the residual.
+
+        What left before, bottom does not even run.
+        """
         packing = Packing(crosses_BL)
         if 0 in packing.lengths:
             raise DataError("a row of padding only", remedy="drop rows without a token")
         rows = None if input_ids is None else Packing(before_last(real_BL, crosses_BL)).rows(input_ids)
-        if cache is None and rows is not None and _releases_once(self.trunk):
+        if cache is None and rows is not None and not self.residual and _releases_once(self.trunk):
             return packing.unpack(self.trunk.from_rows(rows, packing.lengths))
         h_BLD = self.bottom.hidden(
             input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache and cache.bottom, **shared
         )
         session = None if cache is None else cache.session
-        g_BLD = packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, session, rows))
+        g_TD = self.trunk(packing.pack(h_BLD), packing.lengths, session, rows)
+        g_BLD = packing.unpack(g_TD, h_BLD if self.residual else None)
         if cache is not None and cache.tape is not None:
             cache.tape.add(h_BLD, g_BLD, packing.real_BL)
         return g_BLD

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from isthmus.errors import ModelError, RunError
+from isthmus.model.bottleneck import DOWN, project, tensor_of
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.privacy.subjects import Subjects
@@ -67,9 +68,9 @@ class Released:
         return int.from_bytes(digest.digest(), "little")
 
     def like(self, tokens: int) -> torch.Tensor:
-        """A tensor in the shape of so many tokens' hidden states, with bottom's device and dtype, without memory."""
-        first = next(self._bottom.parameters())
-        return first.new_empty(1).expand(tokens, self._bottom.config.hidden_size)
+        """A tensor in the shape of so many tokens' released states, with bottom's device and dtype, without memory."""
+        first, down_WD = next(self._bottom.parameters()), tensor_of(self._bottom, DOWN)
+        return first.new_empty(1).expand(tokens, self._bottom.config.hidden_size if down_WD is None else len(down_WD))
 
     def release(self, examples: Iterable[Ending], step: int, register: Register) -> list[pb.Keep]:
         """The frames of those examples that were not released before; the ledger has them now, and the disk.
@@ -114,7 +115,7 @@ class Released:
 
     @torch.no_grad()
     def _run(self, examples: Collection[Ending]) -> list[torch.Tensor]:
-        """Bottom's result for what crosses of each, ``[T, D]``. Padded on the right, causal attention needs no mask."""
+        """What crosses of each, ``[T, W]``. Padded on the right, causal attention needs no mask."""
         rows, crossing = [one.row for one in examples], [one.length for one in examples]
         if not rows:
             return []
@@ -123,6 +124,7 @@ class Released:
         ids_BL = torch.zeros(packing.real_BL.shape, dtype=torch.long, device=device)
         ids_BL[packing.real_BL] = torch.tensor([token for row in rows for token in row], device=device)
         h_BLD = self._bottom.eval().hidden(input_ids=ids_BL, use_cache=False)
+        h_BLD = project(h_BLD, tensor_of(self._bottom, DOWN))
         ends = zip(h_BLD, packing.lengths, crossing, strict=True)
         return [h_LD[length - last : length] for h_LD, length, last in ends]
 
