@@ -29,7 +29,7 @@ LENGTHS = [3, 40, 1, 23]
 META, CUDA = torch.device("meta"), torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 anywhere = pytest.mark.parametrize("device", [META, pytest.param(CUDA, marks=needs_cuda)], ids=str)
-FP32, BF16 = 1e-4, 5e-2
+FP32, BF16, FLASH = 1e-4, 0.1, 0.05
 """How far results may be apart, relative to the largest: kernels sum in other orders."""
 
 
@@ -110,7 +110,7 @@ def test_flash_attention_on_packed_sequences_is_attention_on_padded_ones(
             output = kernel(*states, layout, None)
             results.append([output, *torch.autograd.grad(output.float().square().sum(), states)])
         for one, other in zip(*results, strict=True):
-            assert distance(one.float(), other.float()) <= BF16
+            assert distance(one.float(), other.float()) <= FLASH
 
 
 def service(model: Path, directory: Path, **section: Any) -> Trunk:

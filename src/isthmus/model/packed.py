@@ -77,12 +77,12 @@ class SequenceCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def since(self, start: int) -> tuple[torch.Tensor, ...]:
-        """Of each block, keys and values from this position on, ``[2, 1, H, P - start, d]``."""
-        return self._kv[..., start : self.length, :].unbind(0)
+        """Of each block, keys and values from this position on, ``[2, H, P - start, d]``."""
+        return self._kv[:, :, 0, :, start : self.length].unbind(0)
 
-    def append(self, kv_L21HNd: torch.Tensor) -> None:
+    def append(self, kv_L2HNd: torch.Tensor) -> None:
         """Write all blocks' new keys and values behind the others; they count once ``length`` is raised."""
-        self._kv[..., self.length : self.length + kv_L21HNd.shape[-2], :] = kv_L21HNd
+        self._kv[:, :, 0, :, self.length : self.length + kv_L2HNd.shape[-2]] = kv_L2HNd
 
     def crop(self, length: int) -> None:
         """Forget all positions from this one on."""
@@ -125,7 +125,7 @@ class Sequences:
         self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
         self._layouts: dict[int | None, tuple[Layout, list[tuple[torch.Tensor, ...]]]] = {}
         self._fresh: list[torch.Tensor] = []
-        """Of each block that the kernel has computed, what its caches still lack, ``[2, 1, H, T, d]``."""
+        """Of each block that the kernel has computed, what its caches still lack, ``[2, H, T, d]``."""
 
     @property
     def even(self) -> bool:
@@ -154,11 +154,11 @@ class Sequences:
         layout, past = self._layout(window, query_1HTd.device)
         if not past:
             return kernel(query_1HTd, key_1HTd, value_1HTd, layout, scale)
-        fresh_21HTd = torch.stack((key_1HTd, value_1HTd))
-        self._fresh.append(fresh_21HTd)
-        new = torch.split(fresh_21HTd, self.lengths, dim=-2)
+        fresh_2HTd = torch.cat((key_1HTd, value_1HTd))
+        self._fresh.append(fresh_2HTd)
+        new = torch.split(fresh_2HTd, self.lengths, dim=-2)
         pieces = [piece for cached, own in zip(past, new, strict=True) for piece in (cached[block], own)]
-        key_1HSd, value_1HSd = torch.cat(pieces, dim=-2)
+        key_1HSd, value_1HSd = torch.cat(pieces, dim=-2).chunk(2)
         return kernel(query_1HTd, key_1HSd, value_1HSd, layout, scale)
 
     def finish(self) -> None:
@@ -166,8 +166,8 @@ class Sequences:
         if self.caches is None:
             return
         pieces = torch.split(torch.stack(self._fresh), self.lengths, dim=-2) if self._fresh else ()
-        for cache, kv_L21HNd in zip(self.caches, pieces, strict=False):
-            cache.append(kv_L21HNd)
+        for cache, kv_L2HNd in zip(self.caches, pieces, strict=False):
+            cache.append(kv_L2HNd)
         for cache, new in zip(self.caches, self.lengths, strict=True):
             cache.length += new
 
