@@ -49,10 +49,16 @@ class WholeSequences(nn.Module):
         self._remote = remote
         self._masked = masked
 
-    def forward(self, h_TD: torch.Tensor, lengths: list[int], session: TrunkSession | None) -> torch.Tensor:
+    def forward(
+        self,
+        h_TD: torch.Tensor,
+        lengths: list[int],
+        session: TrunkSession | None,
+        rows: list[list[int]] | None = None,
+    ) -> torch.Tensor:
         if self._masked:
             self._remote.channel.submit(ballast(mask_bytes(max(lengths))))
-        crossed: torch.Tensor = self._remote(h_TD, lengths, None)
+        crossed: torch.Tensor = self._remote(h_TD, lengths, None, rows)
         return crossed
 
     def open_session(self) -> TrunkSession:

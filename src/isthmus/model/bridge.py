@@ -44,7 +44,13 @@ class Bridge(nn.Module):
         with torch.no_grad():
             self.join.weight.copy_(torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1))
 
-    def forward(self, h_TD: torch.Tensor, lengths: list[int], session: BridgeSession | None) -> torch.Tensor:
+    def forward(
+        self,
+        h_TD: torch.Tensor,
+        lengths: list[int],
+        session: BridgeSession | None,
+        rows: list[list[int]] | None = None,
+    ) -> torch.Tensor:
         if session is not None:
             return session.step(h_TD, lengths)
         return torch.cat([self.open_session().step(row_TD, [len(row_TD)]) for row_TD in torch.split(h_TD, lengths)])

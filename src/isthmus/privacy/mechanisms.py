@@ -21,14 +21,22 @@ class Gaussian:
     def of(cls, section: ReleaseSection) -> Gaussian:
         return cls(section.clip, section.noise)
 
-    def apply(self, h_TD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The secured tensor, in float32 ``[T, D]``."""
+    def apply(
+        self, h_TD: torch.Tensor, generator: torch.Generator, factors_T: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The secured tensor, in float32 ``[T, D]``.
+
+        Args:
+            factors_T: by what each row's noise is multiplied; None: 1.
+        """
         h_TD = h_TD.detach().to(torch.float32)
         if self.clip:
             norms = h_TD.norm(dim=1, keepdim=True).clamp_min(1e-30)
             h_TD = h_TD * (self.clip / norms).clamp_max(1.0)
         if self.noise:
             draw = torch.randn(h_TD.shape, generator=generator, device=generator.device)
+            if factors_T is not None:
+                draw *= factors_T.to(draw).unsqueeze(1)
             h_TD = h_TD + self.noise * draw.to(h_TD.device)
         return h_TD
 

@@ -13,6 +13,7 @@ import torch
 from isthmus.privacy.events import Path, Release
 from isthmus.privacy.ledger import Ledger, MemoryLedger
 from isthmus.privacy.mechanisms import Gaussian, secret_generator
+from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -42,9 +43,13 @@ class Boundary:
         """Payload bytes that left, by path."""
         self.admitted_bytes = 0
 
-    def release(self, h_TD: torch.Tensor, path: Path, step: int) -> pb.Matrix:
-        """Secure ``h_TD`` and encode it; from here on it may leave, as often as the wire needs."""
-        secured = self._mechanisms[path].apply(h_TD, self._generator)
+    def release(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> pb.Matrix:
+        """Secure ``h_TD`` and encode it; from here on it may leave, as often as the wire needs.
+
+        Args:
+            subjects: whom its rows are about.
+        """
+        secured = self._mechanisms[path].apply(h_TD, self._generator, subjects.factors_T)
         if path == "gradient":
             matrix = codec.encode(secured, self._codec.gradient_up, self._generator)
         else:

@@ -75,12 +75,12 @@ def join(
     if channel is None:
         channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
     boundary = Boundary(recipe.boundary, ledger)
-    trunk = RemoteTrunk(channel, boundary)
+    trunk = RemoteTrunk(channel, boundary, ends=(bottom, top), gradients=recipe.boundary.gradients)
     if recipe.boundary.release_once:
         folder = releases or _passing_folder(trunk)
         trunk.released = Released(folder, bottom, boundary, recipe, checkpoint.fingerprint)
     config = copy.deepcopy(checkpoint.config)
-    model = SplitForCausalLM(config, bottom, trunk, top)
+    model = SplitForCausalLM(config, bottom, trunk, top, tail=recipe.boundary.tail, residual=recipe.boundary.residual)
     model.generation_config = copy.deepcopy(_generation_config(checkpoint, model))
     return Silo(model.eval(), tokenizer, trunk, boundary)
 
@@ -92,7 +92,7 @@ def load_ends(checkpoint: Checkpoint, recipe: Recipe, device: torch.device = CPU
     bottom = load_part(checkpoint, cut, "bottom", dtype=dtype, device=device)
     top = load_part(checkpoint, cut, "top", dtype=dtype, device=device, tied=bottom)
     for part in (bottom, top):
-        adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=recipe.federation.lora == "frozen-a")
+        adapters.equip(part, recipe)
     return bottom, top
 
 

@@ -1,6 +1,6 @@
 """The trunk's gate: between matrices as they cross the wire and tensors as it computes on them.
 
-Shapes: T tokens, D width.
+Shapes: T tokens, D the model's width, W what crosses of it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ class Gate:
     """Decodes what comes in and encodes what goes out, with the recipe's codec for each direction.
 
     Args:
+        crossing_width: of the hidden states that come.
+        width: of what the trunk answers.
         kept: the examples that forwards may name instead of bringing them.
         device: where the trunk computes.
     """
 
-    def __init__(self, section: CodecSection, width: int, kept: Kept, device: torch.device = CPU) -> None:
+    def __init__(
+        self, section: CodecSection, crossing_width: int, width: int, kept: Kept, device: torch.device = CPU
+    ) -> None:
         self._codec = section
+        self._crossing_width = crossing_width
         self._width = width
         self._kept = kept
         self._device = device
         self._generator = secret_generator(device)
 
     def forward_in(self, silo: str, request: pb.Forward) -> torch.Tensor:
-        """A forward's hidden states ``[T, D]``, brought or kept.
+        """A forward's hidden states ``[T, W]``, brought or kept.
 
         Raises:
             FrameError: they are anything else.
@@ -42,16 +47,16 @@ class Gate:
         return self.hidden_in(request.hidden, sum(request.lengths))
 
     def hidden_in(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
-        """Hidden states ``[T, D]``.
+        """Hidden states ``[T, W]``.
 
         Raises:
             FrameError: they are anything else.
         """
-        return self._decoded(matrix, rows, self._codec.forward_up)
+        return self._decoded(matrix, rows, self._crossing_width, self._codec.forward_up)
 
     def gradient_in(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
         """A loss gradient ``[T, D]``; errors as above."""
-        return self._decoded(matrix, rows, self._codec.gradient_up)
+        return self._decoded(matrix, rows, self._width, self._codec.gradient_up)
 
     def hidden_out(self, h_TD: torch.Tensor) -> pb.Hidden:
         return pb.Hidden(hidden=codec.encode(h_TD, self._codec.forward_down))
@@ -62,5 +67,5 @@ class Gate:
             return pb.Gradient()
         return pb.Gradient(gradient=codec.encode(gradient_TD, self._codec.gradient_down, self._generator))
 
-    def _decoded(self, matrix: pb.Matrix, rows: int, name: str) -> torch.Tensor:
-        return codec.decode(matrix, rows=rows, width=self._width, codec=name, device=self._device)
+    def _decoded(self, matrix: pb.Matrix, rows: int, width: int, name: str) -> torch.Tensor:
+        return codec.decode(matrix, rows=rows, width=width, codec=name, device=self._device)

@@ -46,8 +46,9 @@ class TrunkService:
         self._hello = pb.Hello(fingerprint=checkpoint.fingerprint, bottom=cut.bottom, top=cut.top)
         self._scheduler = Scheduler()
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
-        self._kept = Kept(directory.path / "kept", recipe, self._runner.width, self._runner.device)
-        self._gate = Gate(recipe.boundary.codec, self._runner.width, self._kept, self._runner.device)
+        runner = self._runner
+        self._kept = Kept(directory.path / "kept", recipe, runner.crossing_width, runner.device)
+        self._gate = Gate(recipe.boundary.codec, runner.crossing_width, runner.width, self._kept, runner.device)
         self._sessions = Sessions(self._runner, recipe.trunk)
         self._decoding = Decoding(self._runner, self._sessions, self._gate, recipe.trunk.chunk)
         adapter = _trunk_adapter(self._runner.part, recipe)
@@ -134,8 +135,8 @@ class TrunkService:
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:
     dtype = getattr(torch, recipe.trunk.dtype or recipe.model.dtype)
     part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=find_device(recipe.trunk.device))
-    adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=recipe.trunk.adapter == "replica")
-    return Runner(part)
+    adapters.equip(part, recipe)
+    return Runner(part, residual=recipe.boundary.residual)
 
 
 def _trunk_adapter(part: Part, recipe: Recipe) -> TrunkAdapter:

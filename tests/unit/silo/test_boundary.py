@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from isthmus.errors import DiskFullError, FrameError
 from isthmus.privacy.events import Release
 from isthmus.privacy.ledger import FileLedger, MemoryLedger
+from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection, ReleaseSection
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.remote import Flight, RemoteTrunk
@@ -41,6 +42,10 @@ def boundary_of(*, forward=(0.0, 0.0), gradient=(0.0, 0.0), update=(0.0, 0.0), *
     return Boundary(BoundarySection(codec=how.pop("codec", "fp32"), **sections), **how)
 
 
+def about(rows: int) -> Subjects:
+    return Subjects(("record",), (rows,))
+
+
 def sent(matrix: pb.Matrix) -> torch.Tensor:
     return codec.decode(matrix, rows=matrix.rows, width=matrix.width, codec=matrix.codec).float()
 
@@ -51,7 +56,7 @@ def sent(matrix: pb.Matrix) -> torch.Tensor:
 )
 def test_clip_bounds_every_row(rows: int, width: int, clip: float, scale: float, name: str) -> None:
     boundary = boundary_of(forward=(clip, 0.0), codec=name)
-    norms = sent(boundary.release(rows_of(rows, width, scale), "forward", 1)).double().norm(dim=1)
+    norms = sent(boundary.release(rows_of(rows, width, scale), "forward", 1, about(rows))).double().norm(dim=1)
     assert torch.all(norms <= clip * (1 + (1e-5 if name == "fp32" else 2**-8)))
 
 
@@ -60,7 +65,7 @@ def test_each_path_has_its_own_mechanism() -> None:
     boundary = boundary_of(forward=(1.0, 0.0), gradient=(0.5, 0.0), update=(0.0, 0.1), ledger=ledger)
     h_TD = rows_of(50, 8, 10.0)
     for path, clip in (("forward", 1.0), ("gradient", 0.5)):
-        assert torch.allclose(sent(boundary.release(h_TD, path, 4)).norm(dim=1), torch.tensor(clip))
+        assert torch.allclose(sent(boundary.release(h_TD, path, 4, about(50))).norm(dim=1), torch.tensor(clip))
     update = boundary.release_update({"w": h_TD}, 2)[0]
     drawn = torch.frombuffer(bytearray(update.data), dtype=torch.float32).view(50, 8) - h_TD
     assert drawn.std() == pytest.approx(0.1, rel=0.2)
@@ -86,7 +91,7 @@ def test_an_update_is_clipped_as_a_whole(sizes: list[int], clip: float, scale: f
 
 def test_bytes_are_counted_by_path_and_direction() -> None:
     boundary = boundary_of(codec="bf16")
-    matrices = [boundary.release(torch.ones(3, 8), path, 1) for path in ("forward", "forward", "gradient")]
+    matrices = [boundary.release(torch.ones(3, 8), path, 1, about(3)) for path in ("forward", "forward", "gradient")]
     boundary.release_update({"a": torch.ones(2, 2), "b": torch.ones(5)}, 1)
     boundary.admit(matrices[0], "forward", torch.ones(3, 8))
     assert boundary.released_bytes == {"forward": 2 * 48, "gradient": 48, "update": 36}
@@ -96,8 +101,8 @@ def test_bytes_are_counted_by_path_and_direction() -> None:
 def test_a_refusing_ledger_stops_every_release() -> None:
     boundary = boundary_of(ledger=Refusing())
     for release in (
-        lambda: boundary.release(torch.ones(1, 2), "forward", 1),
-        lambda: boundary.release(torch.ones(1, 2), "gradient", 1),
+        lambda: boundary.release(torch.ones(1, 2), "forward", 1, about(1)),
+        lambda: boundary.release(torch.ones(1, 2), "gradient", 1, about(1)),
         lambda: boundary.release_update({"w": torch.ones(2)}, 1),
     ):
         with pytest.raises(DiskFullError):
@@ -112,7 +117,7 @@ def test_nothing_is_sent_that_the_ledger_did_not_take(split: Split, tmp_path: Pa
     model, _ = split(make_recipe(save_tiny_model("llama", tmp_path / "model")), ledger=taker)
     trunk: RemoteTrunk = model.trunk
     before = trunk.channel.sent_bytes
-    flight = Flight(1, torch.ones(1, 32), "forward", True, Answer())
+    flight = Flight(1, torch.ones(1, 32), "forward", True, Answer(), about(1), 32)
     for ask in (
         lambda: model(**ragged("left")),
         lambda: model.generate(**prompts(), max_new_tokens=2),

@@ -1,0 +1,39 @@
+"""The recipe: one TOML file that fixes a whole federation.
+
+``Recipe.read`` refuses, at start, every unknown key (naming the nearest known one), wrong type and impossible
+combination. A recipe is frozen: what a run did can be read off the copy in its run directory.
+"""
+
+from isthmus.recipe.privacy import ReleaseSection
+from isthmus.recipe.recipe import Recipe
+from isthmus.recipe.sections import (
+    BoundarySection,
+    Codec,
+    CodecSection,
+    FederationSection,
+    LoraSection,
+    ModelSection,
+    RootSection,
+    SiloSection,
+    TaskSection,
+    TrainSection,
+    TrunkSection,
+    WireSection,
+)
+
+__all__ = [
+    "BoundarySection",
+    "Codec",
+    "CodecSection",
+    "FederationSection",
+    "LoraSection",
+    "ModelSection",
+    "Recipe",
+    "ReleaseSection",
+    "RootSection",
+    "SiloSection",
+    "TaskSection",
+    "TrainSection",
+    "TrunkSection",
+    "WireSection",
+]

@@ -1,0 +1,172 @@
+"""The recipe's sections, but for those on privacy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from isthmus.recipe.privacy import ReleaseSection
+from isthmus.recipe.section import Amount, Count, Positive, Section
+
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Codec = Literal["fp32", "bf16", "fp16", "int8", "int4", "fp32+zstd", "bf16+zstd", "fp16+zstd", "int8+zstd", "int4+zstd"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+
+class ModelSection(Section):
+    """The base model and where it is cut."""
+
+    path: str
+    """Folder of a Hugging Face model (``config.json`` and safetensors), or a model id of the hub."""
+    bottom: Count = 2
+    """Blocks that a silo keeps at the input side."""
+    top: Count = 2
+    """Blocks that a silo keeps at the output side."""
+    dtype: Dtype = "float32"
+
+
+class LoraSection(Section):
+    """The adapters: low-rank updates of linear layers, on every part."""
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    targets: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1, strict=False)
+    """Names of the linear layers that get an adapter."""
+    freeze_bottom: bool = False
+    """Bottom gets no adapter and stays the base model's: silos then share, and train, the top's alone."""
+
+
+class TrainSection(Section):
+    """What each silo does in a round."""
+
+    rounds: Count = 4
+    steps: Count = 10
+    """Optimizer steps a round."""
+    batch: Count = 4
+    """Rows a step and silo."""
+    micro_batches: Annotated[int, Field(ge=1, le=64)] = 1
+    """Parts that a step's rows cross in, several on their way at a time: it hides the latency of the wire."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Positive = 5e-4
+    max_tokens: Count = 512
+    """Longest row in tokens; a longer prompt loses its beginning."""
+    evaluate: bool = True
+    """Measure held-out accuracy (or loss) after every round."""
+
+
+class CodecSection(Section):
+    """How matrices are written on the wire, each way; one name in place of the section stands for all four.
+
+    int8 and int4 have a scale for each block of 32 values and keep outliers exact; ``+zstd`` compresses the result.
+    """
+
+    forward_up: Codec = "fp32"
+    """Hidden states to the trunk."""
+    forward_down: Codec = "fp32"
+    """Hidden states from the trunk."""
+    gradient_up: Codec = "fp32"
+    """The loss gradient to the trunk. Gradients are rounded at random, without bias."""
+    gradient_down: Codec = "fp32"
+    """The gradient for bottom from the trunk."""
+
+
+class BoundarySection(Section):
+    """What the silo's only exit does to the tensors that pass."""
+
+    codec: CodecSection = CodecSection()
+    forward: ReleaseSection = ReleaseSection(noise=0.025)
+    """Hidden states, in training and inference alike."""
+    gradient: ReleaseSection = ReleaseSection(noise=1e-5)
+    """The loss gradient on its way into the trunk."""
+    update: ReleaseSection = ReleaseSection(noise=1e-4)
+    """What bottom and top learned in a round."""
+    tail: Count | None = None
+    """How many of a prompt's last positions cross; left out: all. The others stay in the silo, in bottom."""
+    width: Count | None = None
+    """Numbers a token that cross, by a learned projection; left out: the model's own width."""
+    residual: bool = False
+    """The trunk answers with what its blocks add, and the silo adds it to its own states, which it keeps without noise.
+
+    Top then sees every position, also those that never crossed.
+    """
+    gradients: bool = True
+    """Loss gradients cross: the trunk's adapter trains. False: none leaves, and bottom trains by the residual alone."""
+    release_once: bool = False
+    """Hidden states of an example leave once, noised once; the trunk keeps them, later epochs name them by a number.
+
+    Needs ``lora.freeze_bottom``: a bottom that trains gives other states each time. Generation is as ever.
+    """
+
+    @field_validator("codec", mode="before")
+    @classmethod
+    def _one_for_all(cls, value: Any) -> Any:
+        return dict.fromkeys(CodecSection.model_fields, value) if isinstance(value, str) else value
+
+
+class TrunkSection(Section):
+    address: str = "localhost:7001"
+    device: Device = "cpu"
+    """Where the trunk computes: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a CUDA device if there is one."""
+    dtype: Dtype | None = None
+    """Of the trunk's blocks; left out: ``model.dtype``. An accelerator may want 16 bits where silos want 32."""
+    patience: Positive = 60.0
+    """Seconds the other silos wait for a slow one at a step, counted from the first that is ready."""
+    lease: Positive = 600.0
+    """Seconds an inference session is kept without a request."""
+    sessions: Count = 64
+    """Inference sessions kept at a time; the one longest unused makes room, a new one waits while all are in use."""
+    session_bytes: Count = 4 * 2**30
+    """Memory, of the trunk's device, for all sessions' KV caches; room is made likewise."""
+    chunk: Count = 512
+    """Tokens of long prompts computed at a time, so that other sessions' next tokens need not wait."""
+    adapter: Literal["shared", "replica"] = "shared"
+    """One adapter stepped by all silos' gradients, or one a silo, averaged every ``average_every`` steps."""
+    average_every: Count | None = None
+    """Optimizer steps between averages of the replicas; left out: the end of each round."""
+    together: Count = 8
+    """Most silos whose frames are computed in one pass. 1: one after another."""
+    gather: Amount = 0.05
+    """Seconds that a silo's frame waits for the other silos' of the round, to be computed with them."""
+    kept_bytes: Count = 8 * 2**30
+    """Bytes on the trunk's disk for examples that silos released once, in equal shares for all silos. In a full share
+    the example longest unused makes room; its silo sends it again, as it was, when it needs it."""
+
+
+class RootSection(Section):
+    address: str = "localhost:7001"
+    patience: Positive = 300.0
+    """Seconds the other silos wait for a slow one at the end of a round, counted from the first that is ready."""
+    minimum: Count | None = None
+    """Fewest silos that a round needs; left out: all of them."""
+
+
+class WireSection(Section):
+    certificates: str = "certificates"
+    """Folder with one folder a party, each holding ``ca.pem``, ``cert.pem`` and ``key.pem``."""
+    deadline: Positive = 60.0
+    """Seconds to keep trying to reach a peer that is gone."""
+    max_frame_bytes: Count = 64 * 2**20
+
+
+class FederationSection(Section):
+    lora: Literal["frozen-a"] = "frozen-a"
+    """How bottom and top adapters are averaged: with A frozen, the mean of B·A is exactly mean(B)·A."""
+
+
+class TaskSection(Section):
+    """How a data row becomes a prompt and an answer. ``{field}`` stands for a field of the row."""
+
+    prompt: str = "{prompt}"
+    answer: str = "{answer}"
+    choices: tuple[str, ...] = Field(default=(), strict=False)
+    """The possible answers of a classification task; empty for free text."""
+
+
+class SiloSection(Section):
+    name: Name
+    train: str
+    """JSONL file of this silo's own rows."""
+    held_out: str | None = None
+    """JSONL file of rows to measure on."""
