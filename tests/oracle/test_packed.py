@@ -26,9 +26,10 @@ from tests.oracle.twins import FAMILIES, Tensors, assert_same, distance, random_
 from tests.oracle.varlen import varlen
 
 WIDTH = 32
-TOLERANCE = 1e-5
+TOLERANCE = 2e-5
+"""The plain part's own rounding is of 1.2e-5, against 64 bits."""
 OTHER_ORDER = 5e-5
-"""Of what is summed in another order than by the plain part, whose own rounding is of 1e-5."""
+"""Of what is summed in another order than by the plain part."""
 LENGTHS = [3, 40, 1, 23, 17, 16]
 """Below, at and beyond the sliding windows of 16."""
 CASES: list[tuple[str, str, Kernel | None]] = [
