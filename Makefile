@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 BENCHMARKS := foundation demo boundary latency generation sessions together silos release draft replay
 
-.PHONY: demo test check proto bench $(BENCHMARKS:%=bench-%) clean
+.PHONY: demo test check proto bench $(BENCHMARKS:%=bench-%) bench-cuda clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -39,6 +39,9 @@ bench: $(BENCHMARKS:%=bench-%)  ## All benchmarks; each, as bench-boundary, writ
 
 $(BENCHMARKS:%=bench-%): bench-%: .venv/demo
 	$(BIN)/python -m benchmarks.$*
+
+bench-cuda: .venv/ready  ## On a CUDA device, with a random model of the LLaMA-2-7B shape: nothing to download
+	@$(BIN)/python -m benchmarks.cuda
 
 clean:
 	rm -rf .venv build runs

@@ -33,6 +33,7 @@ CACHE = Path("build/demo")
 LENGTHS, PADDED, WIDTH = [674, 367], 920, 4096
 STEPS = 40
 CODECS = ("fp32", "int8", "int4")
+CPU = torch.device("cpu")
 
 
 def main() -> None:
@@ -52,13 +53,14 @@ def residual_stream(rows: int, width: int) -> torch.Tensor:
     return h_TD
 
 
-def measure_training_bytes(results: Results) -> None:
-    """Whole frames of one step, in all four directions."""
+def measure_training_bytes(results: Results, device: torch.device = CPU) -> None:
+    """Whole frames of one step, in all four directions, of tensors on this device."""
     before = published.training_step_bytes(LENGTHS, PADDED, WIDTH) / 2**20
     results.add("training step, published format", before, "MiB")
     hidden, gradient = residual_stream(sum(LENGTHS), WIDTH), torch.randn(sum(LENGTHS), WIDTH) * 1e-5
+    hidden, gradient = hidden.to(device), gradient.to(device)
     for name, goal in (("fp32", None), ("int8", 17.0), ("int8+zstd", 17.0), ("int4", 9.0), ("int4+zstd", 9.0)):
-        h, g = codec.encode(hidden, name), codec.encode(gradient, name, torch.Generator())
+        h, g = codec.encode(hidden, name), codec.encode(gradient, name, torch.Generator(device))
         bodies = (
             pb.Forward(step=1, lengths=LENGTHS, hidden=h, train=True),
             pb.Hidden(hidden=h),
@@ -73,29 +75,29 @@ def measure_training_bytes(results: Results) -> None:
     results.add("fields that could hold a mask or positions", len(fields - known), "fields", at_most=0)
 
 
-def measure_token_bytes(results: Results) -> None:
+def measure_token_bytes(results: Results, device: torch.device = CPU) -> None:
     """A decoded token's frame, one direction."""
     results.add("decoded token, published format", published.token_bytes(WIDTH) / 1024, "KiB")
     for name, goal in (("int8", 4.3), ("int4", 4.3)):
-        h = codec.encode(residual_stream(2, WIDTH)[1:], name)
+        h = codec.encode(residual_stream(2, WIDTH)[1:].to(device), name)
         size = frames.wrap(pb.Decode(session=1, step=300, lengths=[1], hidden=h), id=1000, acked=999).ByteSize()
         results.add(f"decoded token, {name}", size / 1024, "KiB", at_most=goal)
 
 
-def measure_codec_speed(results: Results) -> None:
-    """Gigabytes of fp32 input a second, on one core."""
+def measure_codec_speed(results: Results, device: torch.device = CPU, where: str = "one core") -> None:
+    """Gigabytes of fp32 input a second, on one core, or from and to an accelerator with the copying of bytes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    h_TD = residual_stream(sum(LENGTHS), WIDTH)
+    h_TD = residual_stream(sum(LENGTHS), WIDTH).to(device)
     size = h_TD.numel() * 4 / 1e9
     for name, at_random, goal in (("int8", False, 1.0), ("int8", True, None), ("int4", False, None)):
-        generator = torch.Generator() if at_random else None
+        generator = torch.Generator(device) if at_random else None
         matrix = codec.encode(h_TD, name, generator)
-        encoding = median_seconds(partial(codec.encode, h_TD, name, generator))
-        decoding = median_seconds(partial(codec.decode, matrix, rows=sum(LENGTHS), width=WIDTH, codec=name))
+        decode = partial(codec.decode, matrix, rows=sum(LENGTHS), width=WIDTH, codec=name, device=device)
         how = f"{name}, rounded at random" if at_random else name
-        results.add(f"encode {how}, one core", size / encoding, "GB/s", at_least=goal)
-        results.add(f"decode {how}, one core", size / decoding, "GB/s", at_least=goal)
+        encoding, decoding = median_seconds(partial(codec.encode, h_TD, name, generator)), median_seconds(decode)
+        results.add(f"encode {how}, {where}", size / encoding, "GB/s", at_least=goal)
+        results.add(f"decode {how}, {where}", size / decoding, "GB/s", at_least=goal)
     torch.set_num_threads(threads)
 
 

@@ -28,9 +28,10 @@ class Row:
 class Results:
     """Rows of one benchmark, printed as they come and written as JSON at the end."""
 
-    def __init__(self, name: str, command: str) -> None:
+    def __init__(self, name: str, command: str, device: torch.device | None = None) -> None:
         self._name = name
         self._command = command
+        self._hardware = hardware(device)
         self.rows: list[Row] = []
 
     def add(
@@ -40,7 +41,7 @@ class Results:
         goal = f"≤ {at_most}" if at_most is not None else f"≥ {at_least}" if at_least is not None else None
         met = value <= at_most if at_most is not None else value >= at_least if at_least is not None else None
         today = datetime.date.today().isoformat()
-        row = Row(measure, round(value, 4), unit, goal, met, self._command, hardware(), today)
+        row = Row(measure, round(value, 4), unit, goal, met, self._command, self._hardware, today)
         self.rows.append(row)
         verdict = "" if met is None else f"   goal {goal}: {'met' if met else 'MISSED'}"
         print(f"{measure}: {row.value:g} {unit}{verdict}", flush=True)
@@ -52,11 +53,14 @@ class Results:
         return path
 
 
-def hardware() -> str:
-    """The processor and the number of threads torch uses."""
+def hardware(device: torch.device | None = None) -> str:
+    """The processor and the number of threads torch uses, and the accelerator, if one is."""
     model = platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             model = line.partition(":")[2].strip()
             break
-    return f"{model}, {torch.get_num_threads()} cores"
+    processor = f"{model}, {torch.get_num_threads()} cores"
+    if device is None or device.type != "cuda":
+        return processor
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}; {processor}"

@@ -23,7 +23,7 @@ from isthmus.engines.local import at_address, local_recipe, serving
 from isthmus.recipe import Recipe
 from isthmus.report.record import RunDirectory
 from isthmus.silo.join import Silo, join
-from isthmus.silo.remote import RemoteTrunk
+from isthmus.silo.remote import RemoteSession, RemoteTrunk
 
 CACHE = Path("build/demo")
 PROMPT, ANSWER, REPEATS = 128, 48, 5
@@ -47,10 +47,10 @@ def main() -> None:
     print(f"written: {results.write()}")
 
 
-def measure(counts: tuple[int, ...], rate: Callable[[int], float]) -> dict[int, list[float]]:
+def measure(counts: tuple[int, ...], rate: Callable[[int], float], repeats: int = REPEATS) -> dict[int, list[float]]:
     """Tokens a second for each number of sessions, in turn, the first repeat left out."""
-    repeats = [{count: rate(count) for count in counts} for _ in range(REPEATS + 1)][1:]
-    return {count: [one[count] for one in repeats] for count in counts}
+    rounds = [{count: rate(count) for count in counts} for _ in range(repeats + 1)][1:]
+    return {count: [one[count] for one in rounds] for count in counts}
 
 
 def report(results: Results, what: str, rates: dict[int, list[float]], *, goal: float | None = None) -> None:
@@ -66,19 +66,30 @@ def report(results: Results, what: str, rates: dict[int, list[float]], *, goal: 
 
 def trunk_rate(trunk: RemoteTrunk, count: int) -> float:
     """Tokens a second of so many sessions that all decode at once."""
-    tokens = [torch.randn(1, WIDTH) for _ in range(count)]
-    sessions = [trunk.open_session() for _ in range(count)]
-    for number, session in enumerate(sessions):
-        session.step(torch.randn(PROMPT + number, WIDTH), [PROMPT + number])
-
-    def decode(number: int) -> None:
-        for _ in range(ANSWER):
-            sessions[number].step(tokens[number], [1])
-
-    seconds = at_once(decode, count)
+    sessions = prompted(trunk, count, PROMPT, WIDTH)
+    seconds = decode(sessions, ANSWER, WIDTH)
     for session in sessions:
         session.close()
     return count * ANSWER / seconds
+
+
+def prompted(trunk: RemoteTrunk, count: int, prompt: int, width: int) -> list[RemoteSession]:
+    """So many sessions after prompts of about this length."""
+    sessions = [trunk.open_session() for _ in range(count)]
+    for number, session in enumerate(sessions):
+        session.step(torch.randn(prompt + number, width), [prompt + number])
+    return sessions
+
+
+def decode(sessions: list[RemoteSession], answer: int, width: int) -> float:
+    """Seconds until each of these has decoded so many tokens, all at once."""
+    tokens = [torch.randn(1, width) for _ in sessions]
+
+    def decode_one(number: int) -> None:
+        for _ in range(answer):
+            sessions[number].step(tokens[number], [1])
+
+    return at_once(decode_one, len(sessions))
 
 
 def model_rate(silo: Silo, count: int) -> float:

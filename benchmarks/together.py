@@ -21,7 +21,8 @@ from benchmarks.sessions import at_once, silos_recipe
 from isthmus.demo.assets import smollm2
 from isthmus.engines.local import at_address, local_recipe, serving
 from isthmus.report.record import RunDirectory
-from isthmus.silo.join import Silo, join
+from isthmus.silo.join import join
+from isthmus.silo.remote import RemoteTrunk
 
 CACHE = Path("build/demo")
 SILOS = ("north", "east", "south", "west")
@@ -43,32 +44,36 @@ def main() -> None:
             times = [{name: way.step(lengths) for name, way in ways.items()} for _ in range(STEPS)][1:]
             for name in WAYS:
                 results.add(f"{shape}, {name}: step of 4 silos", statistics.median(one[name] for one in times), "s")
-            for name in ("shared", "replica"):
-                ratios = [one["sequential"] / one[name] for one in times]
-                results.add(
-                    f"{shape}, {name}: speed against sequential", statistics.median(ratios), "ratio", at_least=1.0
-                )
-                results.add(f"{shape}, {name}: lowest step", min(ratios), "ratio")
-                results.add(f"{shape}, {name}: highest step", max(ratios), "ratio")
+            report(results, shape, times)
     print(f"written: {results.write()}")
+
+
+def report(results: Results, shape: str, times: list[dict[str, float]]) -> None:
+    """How many times as fast a step was in each way as one silo after another."""
+    for name in ("shared", "replica"):
+        ratios = [one["sequential"] / one[name] for one in times]
+        results.add(f"{shape}, {name}: speed against sequential", statistics.median(ratios), "ratio", at_least=1.0)
+        results.add(f"{shape}, {name}: lowest step", min(ratios), "ratio")
+        results.add(f"{shape}, {name}: highest step", max(ratios), "ratio")
 
 
 class Federation:
     """Silos that take optimizer steps at once."""
 
-    def __init__(self, silos: list[Silo]) -> None:
-        self._silos = silos
+    def __init__(self, trunks: dict[str, RemoteTrunk], width: int) -> None:
+        self._trunks = list(trunks.values())
+        self._width = width
         self._number = 0
-        at_once(lambda number: silos[number].trunk.begin(1, list(SILOS)), len(silos))
+        at_once(lambda number: self._trunks[number].begin(1, list(trunks)), len(trunks))
 
     def step(self, lengths: list[int]) -> float:
         """Seconds until all have taken one step with sequences of these lengths."""
         self._number += 1
-        h_TD = torch.randn(len(self._silos), sum(lengths), WIDTH)
-        return at_once(lambda number: self._take(number, h_TD[number], lengths), len(self._silos))
+        h_TD = torch.randn(len(self._trunks), sum(lengths), self._width)
+        return at_once(lambda number: self._take(number, h_TD[number], lengths), len(self._trunks))
 
     def _take(self, number: int, h_TD: torch.Tensor, lengths: list[int]) -> None:
-        trunk = self._silos[number].trunk
+        trunk = self._trunks[number]
         flight = trunk.start_forward(h_TD, lengths)
         trunk.land(flight)
         trunk.land(trunk.start_backward(flight, 1e-3 * h_TD, reply=True))
@@ -87,7 +92,7 @@ def federation(section: dict[str, Any]) -> Iterator[Federation]:
         silos = [join(at_address(run.recipe(), address), name) for name in SILOS]
         for silo in silos:
             stack.callback(silo.close)
-        yield Federation(silos)
+        yield Federation({name: silo.trunk for name, silo in zip(SILOS, silos, strict=True)}, WIDTH)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The codecs on an accelerator: no step of theirs mixes devices, and where there is one, what it wrote comes back.
+"""Codecs and trunk on an accelerator: no step of theirs mixes devices, and where there is one, it computes the same.
 
 Without an accelerator, torch's ``meta`` device stands for one: its tensors have shapes and no values, and mix with the
-CPU's as little. They go through those steps of the encoders that do not depend on values.
+CPU's as little. They go through those steps of the codecs that do not depend on values, and through the trunk's passes.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from isthmus.errors import FrameError
 from isthmus.privacy.mechanisms import Gaussian
 from isthmus.wire import blockwise, codec
-from isthmus.wire.blockwise import Blockwise, Outliers
+from isthmus.wire.blockwise import BLOCK, Blockwise, Outliers
 
 ELSEWHERE, CUDA = torch.device("meta"), torch.device("cuda")
 ROWS, WIDTH = 80, 96
+MANY = 1 + codec.FEW // WIDTH
+"""Rows enough to be coded on the device."""
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -46,9 +49,40 @@ def test_noise_and_clipping_stay_on_the_device() -> None:
     assert secured.device.type == "meta"
 
 
+@pytest.mark.parametrize("rows", [ROWS, 3])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dequantizing_stays_on_the_device(rows: int, bits: int) -> None:
+    data = Blockwise(bits).encode(matrix(rows))
+    count = int.from_bytes(data[:4], "little")
+    whole = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(ELSEWHERE)
+    assert Blockwise(bits)._dequantized(whole, rows, WIDTH // BLOCK, count).device.type == "meta"
+
+
 @needs_cuda
 @pytest.mark.parametrize("name", codec.NAMES)
-@pytest.mark.parametrize("rows", [ROWS, 3])
+@pytest.mark.parametrize("rows", [MANY, 3])
+def test_what_is_decoded_on_the_device_is_what_the_processor_decodes(name: str, rows: int) -> None:
+    sent = codec.encode(matrix(rows), name)
+    here, there = (
+        codec.decode(sent, rows=rows, width=WIDTH, codec=name, device=torch.device(device))
+        for device in ("cpu", "cuda")
+    )
+    assert there.device.type == "cuda"
+    assert float((there.cpu() - here).abs().max()) <= 1e-6 * float(here.abs().max())
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+def test_the_device_refuses_what_is_not_finite(name: str) -> None:
+    sent = codec.encode(torch.ones(MANY, WIDTH), name)
+    sent.data = sent.data[:4] + b"\xff" * (len(sent.data) - 4)
+    with pytest.raises(FrameError):
+        codec.decode(sent, rows=MANY, width=WIDTH, codec=name, device=CUDA)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", codec.NAMES)
+@pytest.mark.parametrize("rows", [MANY, ROWS, 3])
 @pytest.mark.parametrize("generator", [None, "cpu", "cuda"])
 def test_a_matrix_on_the_device_comes_back(name: str, rows: int, generator: str | None) -> None:
     h_TD, draw = matrix(rows), None if generator is None else torch.Generator(generator).manual_seed(1)

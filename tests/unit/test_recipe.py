@@ -69,6 +69,7 @@ def test_the_shipped_recipe_names_every_key() -> None:
         "boundary.width",
         "root.minimum",
         "trunk.average_every",
+        "trunk.dtype",
     }
 
 

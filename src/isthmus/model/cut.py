@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from isthmus.errors import CutError, ModelError
 from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.device import CPU
 from isthmus.model.families import Family, family_of
 
 PartName = Literal["bottom", "trunk", "top"]
@@ -77,7 +78,13 @@ class Part(nn.Module):
 
 
 def load_part(
-    checkpoint: Checkpoint, cut: Cut, name: PartName, *, dtype: torch.dtype = torch.float32, tied: Part | None = None
+    checkpoint: Checkpoint,
+    cut: Cut,
+    name: PartName,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    tied: Part | None = None,
 ) -> Part:
     """Build one part and read its tensors, and no others, from the checkpoint.
 
@@ -97,9 +104,9 @@ def load_part(
     tensors = checkpoint.read(sorted(set(sources.values())))
     for own, source in sources.items():
         _check_shape(part, own, tensors[source], f"{source} in {checkpoint.folder}")
-        _assign(part.model, own, tensors[source].to(dtype, copy=True))
+        _assign(part.model, own, tensors[source].to(device, dtype, copy=True))
     part.requires_grad_(False)
-    return part.eval()
+    return part.to(device).eval()
 
 
 def empty_part(config: PreTrainedConfig, cut: Cut, name: PartName) -> Part:

@@ -1,9 +1,10 @@
 """Packed computing: many sequences one after another in one pass, each attending to itself and its own cache.
 
-Everything but attention treats tokens alike, so sequences of any lengths and owners share one pass without padding;
-attention is the family's own, called for each sequence.
+Everything but attention treats tokens alike, so sequences of any lengths and owners share one pass without padding.
+Attention is the family's own, called for each sequence; on an accelerator one kernel's, for all at once.
 
-Shapes: T tokens of all sequences, N new tokens of one, P positions of one in its cache, H heads, d width of a head.
+Shapes: T tokens of all sequences, S positions that they may see, N new tokens of one, P positions of one in its cache,
+H heads, d width of a head, L blocks.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from isthmus.model.cut import Part
+from isthmus.model.kernels import Kernel, Layout
 
 NAME = "isthmus_packed"
 SMALLEST = 64
@@ -38,6 +40,11 @@ class SequenceCache:
         self._kv = torch.empty(*self._shape, 0, width, dtype=dtype, device=device)
         self._limit: int = config.max_position_embeddings
         self.length = 0
+
+    @property
+    def head(self) -> int:
+        """Values of a head."""
+        return self._kv.shape[-1]
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +76,14 @@ class SequenceCache:
         values[:, :, self.length : end] = value_1HNd
         return keys[:, :, :end], values[:, :, :end]
 
+    def since(self, start: int) -> tuple[torch.Tensor, ...]:
+        """Of each block, keys and values from this position on, ``[2, H, P - start, d]``."""
+        return self._kv[:, :, 0, :, start : self.length].unbind(0)
+
+    def append(self, kv_L2HNd: torch.Tensor) -> None:
+        """Write all blocks' new keys and values behind the others; they count once ``length`` is raised."""
+        self._kv[:, :, 0, :, self.length : self.length + kv_L2HNd.shape[-2]] = kv_L2HNd
+
     def crop(self, length: int) -> None:
         """Forget all positions from this one on."""
         self.length = min(self.length, length)
@@ -93,13 +108,24 @@ class Sequences:
         attention: name of the attention that the part would use by itself.
         lengths: new tokens of each sequence.
         caches: of each; without them, every sequence starts at position 0 and leaves nothing behind.
+        kernel: computes the attention of several at once; None: each is computed by itself.
     """
 
-    def __init__(self, attention: str, lengths: list[int], caches: list[SequenceCache] | None = None) -> None:
+    def __init__(
+        self,
+        attention: str,
+        lengths: list[int],
+        caches: list[SequenceCache] | None = None,
+        kernel: Kernel | None = None,
+    ) -> None:
         self.attention = attention
         self.lengths = lengths
         self.caches = caches
+        self.kernel = kernel if len(lengths) > 1 else None
         self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
+        self._layouts: dict[int | None, tuple[Layout, list[tuple[torch.Tensor, ...]]]] = {}
+        self._fresh: list[torch.Tensor] = []
+        """Of each block that the kernel has computed, what its caches still lack, ``[2, H, T, d]``."""
 
     @property
     def even(self) -> bool:
@@ -108,11 +134,42 @@ class Sequences:
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """Position of each token within its sequence, ``[1, T]``."""
-        starts = [cache.length for cache in self.caches] if self.caches else [0] * len(self.lengths)
-        pieces = [
-            torch.arange(start, start + new, device=device) for start, new in zip(starts, self.lengths, strict=True)
-        ]
-        return torch.cat(pieces).unsqueeze(0)
+        pieces = [torch.arange(past, past + new) for past, new in zip(self._past, self.lengths, strict=True)]
+        return torch.cat(pieces).unsqueeze(0).to(device)
+
+    def attend(
+        self,
+        kernel: Kernel,
+        block: int,
+        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        window: int | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """The attention of all sequences in one call, ``[1, T, H, d]``; caches get the new positions at ``finish``.
+
+        Args:
+            states: queries, keys and values of the new tokens, ``[1, H, T, d]``.
+        """
+        query_1HTd, key_1HTd, value_1HTd = states
+        layout, past = self._layout(window, query_1HTd.device)
+        if not past:
+            return kernel(query_1HTd, key_1HTd, value_1HTd, layout, scale)
+        fresh_2HTd = torch.cat((key_1HTd, value_1HTd))
+        self._fresh.append(fresh_2HTd)
+        new = torch.split(fresh_2HTd, self.lengths, dim=-2)
+        pieces = [piece for cached, own in zip(past, new, strict=True) for piece in (cached[block], own)]
+        key_1HSd, value_1HSd = torch.cat(pieces, dim=-2).chunk(2)
+        return kernel(query_1HTd, key_1HSd, value_1HSd, layout, scale)
+
+    def finish(self) -> None:
+        """The new positions are in the caches from here on."""
+        if self.caches is None:
+            return
+        pieces = torch.split(torch.stack(self._fresh), self.lengths, dim=-2) if self._fresh else ()
+        for cache, kv_L2HNd in zip(self.caches, pieces, strict=False):
+            cache.append(kv_L2HNd)
+        for cache, new in zip(self.caches, self.lengths, strict=True):
+            cache.length += new
 
     def mask(self, new: int, past: int, window: int | None, config: PreTrainedConfig, like: torch.Tensor) -> Any:
         """What ``new`` tokens after ``past`` cached positions may attend to, as the attention takes it; made once a
@@ -123,6 +180,19 @@ class Sequences:
             causal = past == 0 and inside and self.attention == "sdpa"
             self._masks[key] = None if new == 1 or causal else self._make_mask(new, past, window, config, like)
         return self._masks[key]
+
+    @property
+    def _past(self) -> list[int]:
+        return [cache.length for cache in self.caches] if self.caches else [0] * len(self.lengths)
+
+    def _layout(self, window: int | None, device: torch.device) -> tuple[Layout, list[tuple[torch.Tensor, ...]]]:
+        """How the sequences lie, and of each the cached positions that a new token can see; made once a pass."""
+        if window not in self._layouts:
+            starts = [0 if window is None else max(0, past - window + 1) for past in self._past]
+            seen = [past - start + new for past, start, new in zip(self._past, starts, self.lengths, strict=True)]
+            cached = [cache.since(start) for cache, start in zip(self.caches or (), starts, strict=False)]
+            self._layouts[window] = Layout(self.lengths, seen, window, device), cached
+        return self._layouts[window]
 
     def _make_mask(self, new: int, past: int, window: int | None, config: PreTrainedConfig, like: torch.Tensor) -> Any:
         allowed = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
@@ -171,6 +241,9 @@ def _attend(
         mask = sequences.mask(length, 0, window, module.config, query_1HTd)
         output_BNHd = attention(module, *batch, mask, **settings)[0]
         return output_BNHd.reshape(1, rows * length, *output_BNHd.shape[2:]), None
+    if sequences.kernel is not None:
+        states = query_1HTd, key_1HTd, value_1HTd
+        return sequences.attend(sequences.kernel, module.layer_idx, states, window, settings.get("scaling")), None
     pieces = []
     split = (torch.split(states, sequences.lengths, dim=2) for states in (query_1HTd, key_1HTd, value_1HTd))
     for number, (query, key, value) in enumerate(zip(*split, strict=True)):

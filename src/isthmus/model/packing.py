@@ -1,6 +1,6 @@
 """Between padded batches, which models compute on, and packed sequences, which cross.
 
-Shapes: B rows, L positions, T real tokens among them (in row order), D width.
+Shapes: B rows, L positions, T real tokens among them (in row order), D width, N positions of the longest row.
 """
 
 from __future__ import annotations
@@ -40,3 +40,29 @@ class Packing:
             return h_TD.view(rows, length, -1)
         h_BLD = h_TD.new_zeros(rows, length, h_TD.shape[1]) if others_BLD is None else others_BLD
         return h_BLD.masked_scatter(self.real_BL.unsqueeze(-1), h_TD)
+
+
+class Padding:
+    """Packed sequences as rows of one length. Unlike ``Packing`` it asks a device nothing: lengths are known here.
+
+    What fills a row up is its own last token again, so that whatever one sequence holds stays among its own.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self._shape = len(lengths), max(lengths)
+        self._even = min(lengths) == max(lengths)
+        size_B1 = torch.tensor(lengths).unsqueeze(1)
+        place_N = torch.arange(max(lengths))
+        start_B1 = size_B1.cumsum(dim=0) - size_B1
+        self._taken = (start_B1 + torch.minimum(place_N, size_B1 - 1)).flatten().to(device)
+        self._real = (place_N < size_B1).flatten().nonzero().flatten().to(device)
+
+    def pad(self, states: torch.Tensor, dim: int) -> torch.Tensor:
+        """``T`` tokens in this dimension become ``B, N``."""
+        filled = states if self._even else states.index_select(dim, self._taken)
+        return filled.view(*filled.shape[:dim], *self._shape, *filled.shape[dim + 1 :])
+
+    def unpad(self, states: torch.Tensor, dim: int) -> torch.Tensor:
+        """``B, N`` from this dimension on become ``T`` tokens again."""
+        flat = states.flatten(dim, dim + 1)
+        return flat if self._even else flat.index_select(dim, self._real)

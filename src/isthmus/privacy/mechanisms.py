@@ -41,6 +41,6 @@ class Gaussian:
         return h_TD
 
 
-def secret_generator() -> torch.Generator:
+def secret_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded by the operating system's entropy, apart from torch's global one."""
-    return torch.Generator().manual_seed(secrets.randbits(63))
+    return torch.Generator(device).manual_seed(secrets.randbits(63))

@@ -9,6 +9,8 @@ from pydantic import Field, field_validator
 from isthmus.recipe.privacy import ReleaseSection
 from isthmus.recipe.section import Amount, Count, Positive, Section
 
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Codec = Literal["fp32", "bf16", "fp16", "int8", "int4", "fp32+zstd", "bf16+zstd", "fp16+zstd", "int8+zstd", "int4+zstd"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
@@ -22,7 +24,7 @@ class ModelSection(Section):
     """Blocks that a silo keeps at the input side."""
     top: Count = 2
     """Blocks that a silo keeps at the output side."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
 
 
 class LoraSection(Section):
@@ -105,6 +107,10 @@ class BoundarySection(Section):
 
 class TrunkSection(Section):
     address: str = "localhost:7001"
+    device: Device = "cpu"
+    """Where the trunk computes: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a CUDA device if there is one."""
+    dtype: Dtype | None = None
+    """Of the trunk's blocks; left out: ``model.dtype``. An accelerator may want 16 bits where silos want 32."""
     patience: Positive = 60.0
     """Seconds the other silos wait for a slow one at a step, counted from the first that is ready."""
     lease: Positive = 600.0
@@ -112,7 +118,7 @@ class TrunkSection(Section):
     sessions: Count = 64
     """Inference sessions kept at a time; the one longest unused makes room, a new one waits while all are in use."""
     session_bytes: Count = 4 * 2**30
-    """Memory for all sessions' KV caches; room is made likewise."""
+    """Memory, of the trunk's device, for all sessions' KV caches; room is made likewise."""
     chunk: Count = 512
     """Tokens of long prompts computed at a time, so that other sessions' next tokens need not wait."""
     adapter: Literal["shared", "replica"] = "shared"

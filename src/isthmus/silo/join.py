@@ -17,6 +17,7 @@ from isthmus.errors import ModelError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
+from isthmus.model.device import CPU
 from isthmus.model.split import SplitForCausalLM
 from isthmus.privacy.ledger import Ledger
 from isthmus.recipe import Recipe
@@ -84,12 +85,12 @@ def join(
     return Silo(model.eval(), tokenizer, trunk, boundary)
 
 
-def load_ends(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Part, Part]:
-    """Bottom and top with fresh adapters."""
+def load_ends(checkpoint: Checkpoint, recipe: Recipe, device: torch.device = CPU) -> tuple[Part, Part]:
+    """Bottom and top with fresh adapters, on this device."""
     cut = Cut(recipe.model.bottom, recipe.model.top)
     dtype = getattr(torch, recipe.model.dtype)
-    bottom = load_part(checkpoint, cut, "bottom", dtype=dtype)
-    top = load_part(checkpoint, cut, "top", dtype=dtype, tied=bottom)
+    bottom = load_part(checkpoint, cut, "bottom", dtype=dtype, device=device)
+    top = load_part(checkpoint, cut, "top", dtype=dtype, device=device, tied=bottom)
     for part in (bottom, top):
         adapters.equip(part, recipe)
     return bottom, top

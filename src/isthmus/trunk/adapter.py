@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from isthmus.model.grouped import Adapter
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import TrainSection
 
-Gradients = Sequence[torch.Tensor]
+Gradients = list[torch.Tensor]
 """One tensor a trainable parameter, in the order of their names."""
 
 
@@ -74,8 +74,11 @@ class SharedAdapter:
     def step(self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool) -> None:
         total = sum(weight for weight, _ in gradients.values())
         shares = [(weight / total, held) for _, (weight, held) in sorted(gradients.items()) if held is not None]
-        for number, parameter in enumerate(self._named.values()):
-            parameter.grad = sum((share * held[number] for share, held in shares), torch.zeros_like(parameter))
+        means: Gradients = [torch.zeros_like(parameter) for parameter in self._named.values()]
+        for share, held in shares:  # all tensors in a few kernels, where the device has such
+            means = list(torch._foreach_add(means, list(torch._foreach_mul(held, share))))
+        for parameter, mean in zip(self._named.values(), means, strict=True):
+            parameter.grad = mean
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._version += 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from isthmus.model.device import CPU
 from isthmus.privacy.mechanisms import secret_generator
 from isthmus.recipe import CodecSection
 from isthmus.trunk.kept import Kept
@@ -21,14 +22,18 @@ class Gate:
         crossing_width: of the hidden states that come.
         width: of what the trunk answers.
         kept: the examples that forwards may name instead of bringing them.
+        device: where the trunk computes.
     """
 
-    def __init__(self, section: CodecSection, crossing_width: int, width: int, kept: Kept) -> None:
+    def __init__(
+        self, section: CodecSection, crossing_width: int, width: int, kept: Kept, device: torch.device = CPU
+    ) -> None:
         self._codec = section
         self._crossing_width = crossing_width
         self._width = width
         self._kept = kept
-        self._generator = secret_generator()
+        self._device = device
+        self._generator = secret_generator(device)
 
     def forward_in(self, silo: str, request: pb.Forward) -> torch.Tensor:
         """A forward's hidden states ``[T, W]``, brought or kept.
@@ -47,11 +52,11 @@ class Gate:
         Raises:
             FrameError: they are anything else.
         """
-        return codec.decode(matrix, rows=rows, width=self._crossing_width, codec=self._codec.forward_up)
+        return self._decoded(matrix, rows, self._crossing_width, self._codec.forward_up)
 
     def gradient_in(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
         """A loss gradient ``[T, D]``; errors as above."""
-        return codec.decode(matrix, rows=rows, width=self._width, codec=self._codec.gradient_up)
+        return self._decoded(matrix, rows, self._width, self._codec.gradient_up)
 
     def hidden_out(self, h_TD: torch.Tensor) -> pb.Hidden:
         return pb.Hidden(hidden=codec.encode(h_TD, self._codec.forward_down))
@@ -61,3 +66,6 @@ class Gate:
         if gradient_TD is None:
             return pb.Gradient()
         return pb.Gradient(gradient=codec.encode(gradient_TD, self._codec.gradient_down, self._generator))
+
+    def _decoded(self, matrix: pb.Matrix, rows: int, width: int, name: str) -> torch.Tensor:
+        return codec.decode(matrix, rows=rows, width=width, codec=name, device=self._device)

@@ -13,6 +13,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from isthmus.errors import FrameError, FrameSizeError, ProtocolError, UnknownExampleError
+from isthmus.model.device import CPU
 from isthmus.recipe import Recipe
 from isthmus.report.store import Store
 from isthmus.wire import codec
@@ -27,11 +28,13 @@ class Kept:
     Args:
         folder: one folder a silo in it, one file an example: the matrix as it came.
         width: of the hidden states.
+        device: where they are read to.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, width: int) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, width: int, device: torch.device = CPU) -> None:
         self._folder = folder
         self._width = width
+        self._device = device
         self._agreed = recipe.boundary.release_once
         self._codec = recipe.boundary.codec.forward_up
         self._share = recipe.trunk.kept_bytes // len(recipe.silo)
@@ -96,4 +99,4 @@ class Kept:
     def _decoded(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
         if matrix.rows != rows:
             raise FrameError(f"an example of {matrix.rows} tokens is kept, not of {rows}", remedy="name it anew")
-        return codec.decode(matrix, rows=rows, width=self._width, codec=self._codec)
+        return codec.decode(matrix, rows=rows, width=self._width, codec=self._codec, device=self._device)

@@ -11,6 +11,7 @@ from isthmus.errors import FrameError
 from isthmus.model.bottleneck import UP, project, tensor_of
 from isthmus.model.cut import Part
 from isthmus.model.grouped import Adapter, group_adapters
+from isthmus.model.kernels import kernel_for
 from isthmus.model.packed import SequenceCache, Sequences, pack_attention
 
 
@@ -31,7 +32,8 @@ class Runner:
         first = next(part.parameters())
         self.device, self.dtype = first.device, first.dtype
         self._attention = pack_attention(part)
-        self._groups = group_adapters(part)
+        self._kernel = kernel_for(self._attention, self.device, self.dtype, self.new_cache().head)
+        self._groups = group_adapters(part, at_once=self.device.type != "cpu")
 
     def whole(
         self, h_TD: torch.Tensor, lengths: list[int], stretches: list[tuple[int, Adapter]] | None = None
@@ -41,19 +43,16 @@ class Runner:
         Args:
             stretches: tokens and the adapter they go through, one a silo; None: the part's own for all.
         """
-        self._groups.stretches = stretches
-        try:
-            return self._run(h_TD, Sequences(self._attention, lengths))
-        finally:
-            self._groups.stretches = None
+        with self._groups.through(stretches, self.device):
+            return self._run(h_TD, Sequences(self._attention, lengths, kernel=self._kernel))
 
     def continued(self, h_TD: torch.Tensor, lengths: list[int], caches: list[SequenceCache]) -> torch.Tensor:
         """Sequences continued from their caches, which are extended in place, ``[T, D]``."""
         for cache, new in zip(caches, lengths, strict=True):
             cache.reserve(cache.length + new)
-        h_TD = self._run(h_TD, Sequences(self._attention, lengths, caches))
-        for cache, new in zip(caches, lengths, strict=True):
-            cache.length += new
+        sequences = Sequences(self._attention, lengths, caches, self._kernel)
+        h_TD = self._run(h_TD, sequences)
+        sequences.finish()
         return h_TD
 
     def new_cache(self) -> SequenceCache:

@@ -12,6 +12,7 @@ from isthmus.errors import MismatchError, ProtocolError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
+from isthmus.model.device import find_device
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
 from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
@@ -33,16 +34,21 @@ class TrunkService:
 
     Args:
         directory: where the trunk writes its rounds and metrics.
+        checkpoint: the base model; the recipe's by default.
+
+    Raises:
+        RecipeError: torch has no such device as ``trunk.device`` here.
     """
 
-    def __init__(self, recipe: Recipe, directory: RoleDirectory) -> None:
-        checkpoint = Checkpoint(recipe.model.path)
+    def __init__(self, recipe: Recipe, directory: RoleDirectory, *, checkpoint: Checkpoint | None = None) -> None:
+        checkpoint = checkpoint or Checkpoint(recipe.model.path)
         cut = Cut(recipe.model.bottom, recipe.model.top)
         self._hello = pb.Hello(fingerprint=checkpoint.fingerprint, bottom=cut.bottom, top=cut.top)
         self._scheduler = Scheduler()
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
-        self._kept = Kept(directory.path / "kept", recipe, self._runner.crossing_width)
-        self._gate = Gate(recipe.boundary.codec, self._runner.crossing_width, self._runner.width, self._kept)
+        runner = self._runner
+        self._kept = Kept(directory.path / "kept", recipe, runner.crossing_width, runner.device)
+        self._gate = Gate(recipe.boundary.codec, runner.crossing_width, runner.width, self._kept, runner.device)
         self._sessions = Sessions(self._runner, recipe.trunk)
         self._decoding = Decoding(self._runner, self._sessions, self._gate, recipe.trunk.chunk)
         adapter = _trunk_adapter(self._runner.part, recipe)
@@ -127,7 +133,8 @@ class TrunkService:
 
 
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:
-    part = load_part(checkpoint, cut, "trunk", dtype=getattr(torch, recipe.model.dtype))
+    dtype = getattr(torch, recipe.trunk.dtype or recipe.model.dtype)
+    part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=find_device(recipe.trunk.device))
     adapters.equip(part, recipe)
     return Runner(part, residual=recipe.boundary.residual)
 

@@ -5,6 +5,7 @@ Shapes: T tokens of all sequences of a silo, S tokens of all silos computed toge
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -231,7 +232,7 @@ class Training:
         state = self._silos[one.silo]
         if state.gradients is not None:
             gradients = list(torch._foreach_add(state.gradients, gradients))
-        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+        if not torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all():
             return FrameError(f"the gradients of step {one.step} overflow", remedy="lower the learning rate")
         del state.open[one.step]
         state.gradients = gradients

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -29,8 +30,8 @@ OCTAVE = 12
 """Scales are powers of two in steps of a twelfth of an octave below the matrix's largest; one byte holds 21 octaves."""
 SMALLEST = 1e-30
 CHUNK = 2**17
-"""Values that are worked on at a time: small enough for the cache of a core."""
-_STEPS = torch.exp2((torch.arange(256) - 255.0) / OCTAVE)
+"""Values that the CPU works on at a time: small enough for the cache of a core."""
+CPU = torch.device("cpu")
 _REMEDY = "both sides must run the same version of isthmus with the same recipe"
 
 
@@ -49,7 +50,7 @@ class Outliers:
 
 @dataclass(frozen=True)
 class Blockwise:
-    """Encodes on whatever device the matrix is on; decodes on the CPU, where the bytes are.
+    """Encodes on whatever device the matrix is on; decodes on the device that it is wanted on.
 
     Bytes, one after another: number of outliers (uint32), largest scale (fp32), the outliers' places (uint32) and
     values (fp32); with many rows a mean and a spread a channel (bf16); the power of each block's scale (uint8); levels
@@ -73,10 +74,10 @@ class Blockwise:
             powers.append(power)
             levels.append(level)
         head = (torch.tensor([len(outliers.places)], dtype=torch.int32), base, outliers.places.int(), outliers.values)
-        return b"".join(_bytes(piece) for piece in (*head, *(channels or ()), *powers, *levels))
+        return _bytes((*head, *(channels or ()), *powers, *levels), h_TNB.device)
 
-    def decode(self, data: bytes, rows: int, width: int) -> torch.Tensor:
-        """The matrix, fp32.
+    def decode(self, data: bytes, rows: int, width: int, device: torch.device = CPU) -> torch.Tensor:
+        """The matrix, fp32, on this device.
 
         Raises:
             FrameError: too few or many bytes, an outlier outside the matrix, or NaN or infinity.
@@ -85,16 +86,12 @@ class Blockwise:
         size = self._size(rows, blocks, count)
         if count > rows * blocks * BLOCK * MOST_OUTLIERS or len(data) != size:
             raise FrameError(f"{len(data)} bytes with {count} outliers where {size} are due", remedy=_REMEDY)
-        base, places, values, mean, spread, powers, levels = self._split(bytearray(data), rows, blocks, count)
-        scale_TN1 = (_STEPS[powers.int()] * base).view(rows, blocks, 1)
-        h_TC = (self._unpacked(levels).view(rows, blocks, BLOCK) * scale_TN1).flatten(1)
-        if rows >= MANY_ROWS:
-            h_TC.mul_(spread.float()).add_(mean.float())
-        if count:
-            if int(places.min()) < 0 or int(places.max()) >= h_TC.numel():
-                raise FrameError("an outlier outside the matrix", remedy=_REMEDY)
-            h_TC.view(-1)[places.long()] = values
-        if not all(math.isfinite(bound) for bound in torch.aminmax(h_TC)):
+        whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        places = whole[8 : 8 + 4 * count].view(torch.int32)
+        if count and (int(places.min()) < 0 or int(places.max()) >= rows * blocks * BLOCK):
+            raise FrameError("an outlier outside the matrix", remedy=_REMEDY)
+        h_TC = self._dequantized(whole.to(device), rows, blocks, count)
+        if not is_finite(h_TC):
             raise FrameError("the matrix holds NaN or infinity", remedy="lower the sender's learning rate")
         return h_TC[:, :width].contiguous()
 
@@ -125,7 +122,7 @@ class Blockwise:
         power_TN = (
             (255 + OCTAVE * torch.log2((due_TN / base).clamp_min(SMALLEST))).ceil_().clamp_(0, 255).nan_to_num_(255)
         )
-        levels = part_TNB.mul_((1 / (_STEPS.to(base.device)[power_TN.int()] * base)).unsqueeze(2))
+        levels = part_TNB.mul_((1 / (_steps(base.device)[power_TN.int()] * base)).unsqueeze(2))
         if generator is None:
             levels.round_()
         else:
@@ -143,18 +140,42 @@ class Blockwise:
         pairs = levels.view(-1, BLOCK // 2)
         return torch.cat([(pairs << 4) >> 4, pairs >> 4], dim=1)
 
+    def _dequantized(self, whole: torch.Tensor, rows: int, blocks: int, count: int) -> torch.Tensor:
+        """The matrix, the last block filled up, of all its bytes; on their device, which is asked nothing."""
+        base, places, values, mean, spread, powers, levels = self._split(whole, rows, blocks, count)
+        scale_TN1 = (_steps(whole.device)[powers.int()] * base).view(rows, blocks, 1)
+        h_TC = (self._unpacked(levels).view(rows, blocks, BLOCK) * scale_TN1).flatten(1)
+        if rows >= MANY_ROWS:
+            h_TC.mul_(spread.float()).add_(mean.float())
+        if count:
+            h_TC.view(-1)[places.long()] = values
+        return h_TC
+
     def _size(self, rows: int, blocks: int, count: int) -> int:
         channels = 4 * blocks * BLOCK if rows >= MANY_ROWS else 0
         return 8 + 8 * count + channels + rows * blocks * (1 + BLOCK * self.bits // 8)
 
-    def _split(self, data: bytearray, rows: int, blocks: int, count: int) -> list[torch.Tensor]:
+    def _split(self, whole: torch.Tensor, rows: int, blocks: int, count: int) -> list[torch.Tensor]:
         channels = blocks * BLOCK if rows >= MANY_ROWS else 0
         fields = ((torch.float32, 1), (torch.int32, count), (torch.float32, count), (torch.bfloat16, channels))
         pieces, at = [], 4
         for dtype, number in (*fields, (torch.bfloat16, channels), (torch.uint8, rows * blocks)):
-            pieces.append(torch.frombuffer(data, dtype=dtype, count=number, offset=at) if number else torch.empty(0))
-            at += number * dtype.itemsize
-        return [*pieces, torch.frombuffer(data, dtype=torch.int8, offset=at)]
+            end = at + number * dtype.itemsize
+            pieces.append(whole[at:end].view(dtype))
+            at = end
+        return [*pieces, whole[at:].view(torch.int8)]
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; a device is asked once."""
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+@cache
+def _steps(device: torch.device) -> torch.Tensor:
+    """Each power's scale, relative to the matrix's largest."""
+    with torch.inference_mode(False):
+        return torch.exp2((torch.arange(256) - 255.0) / OCTAVE).to(device)
 
 
 def _blocks(h_TD: torch.Tensor) -> torch.Tensor:
@@ -166,12 +187,13 @@ def _blocks(h_TD: torch.Tensor) -> torch.Tensor:
 
 
 def _chunks(h_TNB: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Rows, as many at a time as have ``CHUNK`` values."""
+    """Rows, as many at a time as the device likes."""
     return h_TNB.split(_rows_at_once(h_TNB))  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _rows_at_once(h_TNB: torch.Tensor) -> int:
-    return max(1, CHUNK // h_TNB[0].numel())
+    """On the CPU as many as have ``CHUNK`` values, elsewhere all."""
+    return max(1, CHUNK // h_TNB[0].numel()) if h_TNB.device.type == "cpu" else len(h_TNB)
 
 
 def _measured(h_TNB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,6 +215,8 @@ def _outliers(h_TNB: torch.Tensor, largest_TN: torch.Tensor) -> Outliers:
 
 def _places_by_chunk(h_TNB: torch.Tensor, outliers: Outliers) -> list[torch.Tensor]:
     """The outliers' places, which go upwards by row, within each of ``_chunks``."""
+    if _rows_at_once(h_TNB) >= len(h_TNB):
+        return [outliers.places]
     size = _rows_at_once(h_TNB) * h_TNB[0].numel()
     chunk = outliers.places // size
     counts = torch.bincount(chunk, minlength=math.ceil(h_TNB.numel() / size)).tolist()
@@ -224,6 +248,7 @@ def _even(part_TNB: torch.Tensor, channels: Channels | None) -> torch.Tensor:
     return (part_TNB.flatten(1) - mean_C.float()).mul_(1 / spread_C.float()).view(part_TNB.shape)
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    plain = tensor.to("cpu").contiguous().view(-1)
-    return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+def _bytes(pieces: tuple[torch.Tensor, ...], device: torch.device) -> bytes:
+    """One after another; put together on the device, so that they come from it in one copy."""
+    plain = [piece.to(device).contiguous().view(-1).view(torch.uint8) for piece in pieces if piece.numel()]
+    return torch.cat(plain).cpu().numpy().tobytes()

@@ -18,10 +18,13 @@ import zstandard
 
 from isthmus.errors import FrameError
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.blockwise import Blockwise
+from isthmus.wire.blockwise import Blockwise, is_finite
 
 ZSTD = "+zstd"
 ZSTD_LEVEL = 1
+FEW = 2**16
+"""Values up to which a matrix is coded on the CPU wherever it is: one copy is cheaper than many small kernels."""
+CPU = torch.device("cpu")
 _REMEDY = "both sides must run the same version of isthmus with the same recipe"
 
 
@@ -32,8 +35,9 @@ class Codec(Protocol):
         """The bytes; a codec that rounds coarsely does so at random, without bias, if it gets a generator."""
         ...
 
-    def decode(self, data: bytes, rows: int, width: int) -> torch.Tensor:
-        """The matrix in a float dtype that holds all that crossed; ``FrameError`` for bytes it never wrote."""
+    def decode(self, data: bytes, rows: int, width: int, device: torch.device) -> torch.Tensor:
+        """The matrix, on this device, in a float dtype that holds all that crossed; ``FrameError`` for bytes it never
+        wrote."""
         ...
 
     def most_bytes(self, rows: int, width: int) -> int:
@@ -50,8 +54,8 @@ class Plain:
     def encode(self, h_TD: torch.Tensor, generator: torch.Generator | None = None) -> bytes:
         return _bytes(h_TD, self.dtype)
 
-    def decode(self, data: bytes, rows: int, width: int) -> torch.Tensor:
-        return _tensor(data, (rows, width), self.dtype, "the matrix")
+    def decode(self, data: bytes, rows: int, width: int, device: torch.device) -> torch.Tensor:
+        return _tensor(data, (rows, width), self.dtype, "the matrix", device)
 
     def most_bytes(self, rows: int, width: int) -> int:
         return rows * width * self.dtype.itemsize
@@ -68,16 +72,17 @@ NAMES = (*CODECS, *(name + ZSTD for name in CODECS))
 
 
 def encode(h_TD: torch.Tensor, name: str, generator: torch.Generator | None = None) -> pb.Matrix:
-    """``h_TD [rows, width]`` of any float dtype as a matrix in this codec (see ``Codec.encode``)."""
+    """``h_TD [rows, width]`` of any float dtype and device as a matrix in this codec (see ``Codec.encode``)."""
     rows, width = h_TD.shape
+    h_TD = h_TD.detach().to(_workplace(rows * width, h_TD.device))
     data = CODECS[name.removesuffix(ZSTD)].encode(h_TD, generator)
     if name.endswith(ZSTD):
         data = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(data)
     return pb.Matrix(codec=name, rows=rows, width=width, data=data)
 
 
-def decode(matrix: pb.Matrix, *, rows: int, width: int, codec: str) -> torch.Tensor:
-    """The ``[rows, width]`` tensor of a received matrix, in a float dtype.
+def decode(matrix: pb.Matrix, *, rows: int, width: int, codec: str, device: torch.device = CPU) -> torch.Tensor:
+    """The ``[rows, width]`` tensor of a received matrix, in a float dtype, on this device.
 
     Raises:
         FrameError: another shape or codec than expected, bytes it never wrote, NaN or infinity.
@@ -90,7 +95,7 @@ def decode(matrix: pb.Matrix, *, rows: int, width: int, codec: str) -> torch.Ten
         raise FrameError("an empty matrix", remedy=_REMEDY)
     plain = CODECS[codec.removesuffix(ZSTD)]
     data = _decompressed(matrix.data, plain.most_bytes(rows, width)) if codec.endswith(ZSTD) else matrix.data
-    return plain.decode(data, rows, width)
+    return plain.decode(data, rows, width, _workplace(rows * width, device)).to(device)
 
 
 def encode_named(tensors: Mapping[str, torch.Tensor]) -> list[pb.Tensor]:
@@ -124,12 +129,19 @@ def _bytes(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
     return plain.view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _tensor(data: bytes, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> torch.Tensor:
+def _workplace(values: int, device: torch.device) -> torch.device:
+    """Where so many values of this device are coded."""
+    return device if values > FEW else CPU
+
+
+def _tensor(
+    data: bytes, shape: tuple[int, ...], dtype: torch.dtype, name: str, device: torch.device = CPU
+) -> torch.Tensor:
     size = math.prod(shape)
     if size == 0 or len(data) != size * dtype.itemsize:
         raise FrameError(f"{name} holds {len(data)} bytes where {size * dtype.itemsize} are due", remedy=_REMEDY)
-    tensor = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
-    if not all(math.isfinite(bound) for bound in torch.aminmax(tensor)):
+    tensor = torch.frombuffer(bytearray(data), dtype=dtype).to(device).view(shape)
+    if not is_finite(tensor):
         raise FrameError(f"{name} holds NaN or infinity", remedy="lower the sender's learning rate")
     return tensor
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.model.packing import Packing
+from isthmus.model.packing import Packing, Padding
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 CPU = torch.device("cpu")
@@ -60,3 +60,17 @@ def test_gradients_pass_both_ways(lengths: list[int]) -> None:
     h_TD = torch.ones(sum(lengths), 2, requires_grad=True)
     packing.pack(packing.unpack(h_TD) * 3).sum().backward()
     assert torch.equal(h_TD.grad, torch.full_like(h_TD, 3))
+
+
+@settings(derandomize=True, deadline=None)
+@given(LENGTHS, st.integers(0, 9))
+def test_padding_fills_a_row_up_with_its_own_last_token(lengths: list[int], seed: int) -> None:
+    padding = Padding(lengths, CPU)
+    h_TD = torch.randn(sum(lengths), 3, generator=torch.Generator().manual_seed(seed))
+    h_BND = padding.pad(h_TD, dim=0)
+    assert h_BND.shape == (len(lengths), max(lengths), 3)
+    for row_ND, own_ND in zip(h_BND, torch.split(h_TD, lengths), strict=True):
+        rest = max(lengths) - len(own_ND)
+        assert torch.equal(row_ND, torch.cat([own_ND, own_ND[-1:].expand(rest, 3)]))
+    assert torch.equal(padding.unpad(h_BND, dim=0), h_TD)
+    assert torch.equal(padding.unpad(padding.pad(h_TD.T, dim=1), dim=1), h_TD.T)

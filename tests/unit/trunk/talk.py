@@ -121,6 +121,6 @@ def alone(trunk: Trunk, number: int, story: Story) -> list[torch.Tensor]:
     return answers
 
 
-def assert_equal(answers: list[Answer], expected: list[torch.Tensor]) -> None:
+def assert_equal(answers: list[Answer], expected: list[torch.Tensor], tolerance: float = TOLERANCE) -> None:
     for answer, one in zip(answers, expected, strict=True):
-        assert distance(decoded(answer), one) <= TOLERANCE
+        assert distance(decoded(answer), one) <= tolerance

@@ -69,7 +69,7 @@ def decode(sessions: Sessions, peer: str, session: int, step: int, lengths: tupl
     h_TD = how.pop("h_TD", None)
     sent = codec.encode(hidden(sum(lengths), seed=step) if h_TD is None else h_TD, "fp32")
     kept: Any = None  # nothing is named by number here
-    decoding = Decoding(sessions._runner, sessions, Gate(CodecSection(), WIDTH, kept), chunk=512)
+    decoding = Decoding(sessions._runner, sessions, Gate(CodecSection(), WIDTH, WIDTH, kept), chunk=512)
     request = pb.Decode(session=session, step=step, lengths=lengths, hidden=sent, **how)
     job = Job(decoding, (peer, session), Step(peer, request))
     if decoding.gather([job], 0.0)[0]:
