@@ -2,11 +2,11 @@
 
 The gradient of a linear layer's weight is a sum over tokens of (error) · (input)ᵀ: its rows span the inputs. With fewer
 tokens than dimensions, a token's input lies in that span exactly and hardly any other's does. The first block's inputs
-name the tokens; the next block's, which depend on everything before, put them in order: a right prefix stays in the span.
+name the tokens; the next block's, which depend on all that came before, order them: right prefixes stay in the span.
 
-With LoRA, W + B·A: the gradient of A [r, D] spans the inputs x of at most r tokens, but vanishes while B is zero; that of
-B [out, r] spans A·x, in r dimensions only, so that fewer than r tokens can be told. With A frozen, as exact averaging
-has it, there is only the latter.
+With LoRA, W + B·A: the gradient of A [r, D] spans the inputs x of at most r tokens, but vanishes while B is zero; that
+of B [out, r] spans A·x, in r dimensions only, so that fewer than r tokens can be told. With A frozen, as exact
+averaging has it, there is only the latter.
 
 Shapes: B sequences, L positions, N inputs, D width, K dimensions in which a span is seen, R its rank, V vocabulary.
 """
@@ -25,6 +25,12 @@ from isthmus.model.cut import Part
 
 PRECISION = 1e-6
 """Singular values below this share of the largest are rounding."""
+TINY = 1e-12
+"""An input shorter than this (a padding token's) is in no span."""
+TOKENWISE = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+"""Layers whose input, in the first block, is one token's alone."""
+BLIND = ("q_proj", "k_proj")
+"""Layers without a gradient from a text's first token: it attends to itself alone."""
 CHUNK = 512
 """Sequences run at a time."""
 
@@ -48,6 +54,16 @@ class Span:
         return self.basis_KR.shape[1]
 
     @property
+    def of_token(self) -> bool:
+        """Whether the inputs depend on one token, not on those before it."""
+        return self.block == 0 and self.layer.endswith(TOKENWISE)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether first tokens show, too."""
+        return not self.layer.endswith(BLIND)
+
+    @property
     def exact(self) -> bool:
         """Whether all inputs lie in the span and others do not: there were few enough."""
         return 0 < self.rank < self.most
@@ -55,16 +71,17 @@ class Span:
     def distance(self, x_ND: torch.Tensor) -> torch.Tensor:
         """How far each input lies outside the span, from 0 (within) to 1 (orthogonal), ``[N]``."""
         x_NK = x_ND.double() if self.down_KD is None else x_ND.double() @ self.down_KD.T
-        outside_NK = x_NK - (x_NK @ self.basis_KR) @ self.basis_KR.T
-        return outside_NK.norm(dim=1) / x_NK.norm(dim=1).clamp_min(1e-30)
+        norm_N = x_NK.norm(dim=1)
+        outside_NK: torch.Tensor = x_NK - (x_NK @ self.basis_KR) @ self.basis_KR.T
+        return torch.where(norm_N > TINY, outside_NK.norm(dim=1) / norm_N.clamp_min(TINY), 1.0)
 
 
 class ExactSearch:
     """Tokens and sequences of one silo's batch, from the gradient of its adapters.
 
-    Who has this: the root (a silo's update after one step of SGD is its gradient, times a number that does not matter), with
-    the public base model and the shared adapters of the round's beginning. If it pools with the trunk, ``part`` may
-    reach into the trunk's blocks and ``gradient`` hold their adapters' gradients, too.
+    Who has this: the root (a silo's update after one step of SGD is its gradient, times a number that does not matter),
+    with the public base model and the shared adapters of the round's beginning. If it pools with the trunk, ``part``
+    may reach into the trunk's blocks and ``gradient`` hold their adapters' gradients, too.
 
     Args:
         part: the first blocks with the embedding, with adapters as the round began.
@@ -83,8 +100,8 @@ class ExactSearch:
         self.spans = [span for span in _spans(part, gradient, noise) if span.rank]
         if not any(name.startswith(part.family.block_prefix() + "0.") for name in gradient):
             raise DataError("no gradient of the first block's adapter", remedy="give the adapter tensors of bottom")
-        self._first = [span for span in self.spans if span.block == 0]
-        self._deeper = [span for span in self.spans if span.block > 0 and span.exact]
+        self._first = _everywhere([span for span in self.spans if span.of_token])
+        self._deeper = [span for span in self.spans if not span.of_token and span.exact]
 
     def obstacles(self, *, steps: int = 1, optimizer: str = "sgd") -> list[str]:
         """Why the search is not exact here; empty if it is.
@@ -155,18 +172,19 @@ class ExactSearch:
             stems = {tuple(one[:-1]) for one in grown}
             finished += [one for one in prefixes if one and tuple(one) not in stems]
             prefixes = grown
-        return sorted(finished + prefixes, key=len, reverse=True)
+        return _without_echoes(sorted(finished + prefixes, key=len, reverse=True))
 
     @torch.no_grad()
     def _extended(self, prefixes: list[list[int]], pool: list[int], beam: int) -> list[list[int]]:
         """Those of all prefixes with one more token that stay in the spans, the nearest ``beam``."""
         tried = [[*prefix, token] for prefix in prefixes for token in pool]
-        layers = [span.layer for span in self._deeper]
+        spans = self._deeper if prefixes != [[]] else _everywhere(self._deeper)
+        layers = [span.layer for span in spans]
         pieces = [torch.empty(0, dtype=torch.float64)]
         for start in range(0, len(tried), CHUNK):
             ids_BL = torch.tensor(tried[start : start + CHUNK])
             inputs = _inputs(self._part, ids_BL, layers)
-            pieces.append(_worst(self._deeper, [inputs[layer][:, -1] for layer in layers], len(ids_BL)))
+            pieces.append(_worst(spans, [inputs[layer][:, -1] for layer in layers], len(ids_BL)))
         distance_B = torch.cat(pieces)
         return [tried[number] for number in distance_B.argsort()[:beam] if distance_B[number] <= self._tolerance]
 
@@ -191,12 +209,25 @@ def _spans(part: Part, gradient: Mapping[str, torch.Tensor], noise: float) -> li
     return spans
 
 
+def _without_echoes(texts: list[list[int]]) -> list[list[int]]:
+    """Less the repetitions of a text's first token: attention over equal inputs gives the same, however many."""
+    varied = {text[0] for text in texts if len(set(text)) > 1}
+    return [text for text in texts if len(set(text)) > 1 or text[0] not in varied]
+
+
+def _everywhere(spans: list[Span]) -> list[Span]:
+    """Those in which first tokens show, too, if any are exact; those alone fit every token."""
+    kept = [span for span in spans if span.everywhere and span.exact]
+    return kept or spans
+
+
 def _row_space(tensor: torch.Tensor, noise: float) -> torch.Tensor:
     """Orthonormal columns that span the rows, but for those that rounding or noise explain (Marchenko–Pastur edge)."""
     _, sizes, rows = torch.linalg.svd(tensor.double(), full_matrices=False)
     edge = noise * (tensor.shape[0] ** 0.5 + tensor.shape[1] ** 0.5)
     kept = sizes > max(edge, PRECISION * float(sizes[0]), 1e-30)
-    return rows[kept].T
+    basis_KR: torch.Tensor = rows[kept].T
+    return basis_KR
 
 
 def _worst(spans: Sequence[Span], inputs: Sequence[torch.Tensor], count: int) -> torch.Tensor:

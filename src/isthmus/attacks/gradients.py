@@ -1,8 +1,8 @@
 """Text by gradient matching: inputs are sought whose gradient is the one that was seen.
 
-After DLG (Zhu et al. 2019), with the cosine distance of Geiping et al. (2020), and with LAMP's penalty on embeddings and
-discrete moves under a language model (Balunović et al. 2022). Where ``dager`` is exact, use that: this is for what it
-cannot do (more tokens than the adapter's rank, another optimizer, noise).
+After DLG (Zhu et al. 2019), with the cosine distance of Geiping et al. (2020), and with LAMP's penalty on embeddings
+and discrete moves under a language model (Balunović et al. 2022). Where ``dager`` is exact, use that: this is for what
+it cannot do (more tokens than the adapter's rank, another optimizer, noise).
 
 Shapes: L positions, D width, V vocabulary.
 """
@@ -77,7 +77,7 @@ class GradientMatcher:
         embedding_VD: torch.Tensor,
         *,
         unlikely: Unlikely | None = None,
-        effort: Effort = Effort(),  # noqa: B008
+        effort: Effort = Effort(),
     ) -> None:
         self._gradient_of, self._effort, self._unlikely = gradient_of, effort, unlikely
         self._seen = {name: tensor.detach().float() for name, tensor in seen.items() if bool(tensor.any())}

@@ -43,7 +43,7 @@ class Lens:
     @torch.no_grad()
     def logits(self, at_S: torch.Tensor) -> torch.Tensor:
         """The next token's logits at these positions, ``[S, V]``."""
-        raw_SV: torch.Tensor = self.z_LD[at_S] @ self.head_VD.T
+        raw_SV = self.z_LD[at_S] @ self.head_VD.T
         return raw_SV if self._cap is None else self._cap * (raw_SV / self._cap).tanh()
 
     def slope(self, logits_SV: torch.Tensor) -> torch.Tensor | float:
@@ -57,6 +57,7 @@ class Lens:
 
     def push(self, r_LD: torch.Tensor) -> torch.Tensor:
         """How the head's input moves as the trunk's result moves along ``r_LD``: the Jacobian, ``[L, D]``."""
+        moved_LD: torch.Tensor
         (moved_LD,) = torch.autograd.grad(self._pulled_LD, self._probe_LD, r_LD, retain_graph=True)
         return moved_LD
 
@@ -83,4 +84,5 @@ def clipped(e_LD: torch.Tensor, clip: float) -> torch.Tensor:
     """Each row at most this long, as the boundary clips; 0: as it is."""
     if not clip:
         return e_LD
-    return e_LD * (clip / e_LD.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
+    shrink_L1: torch.Tensor = (clip / e_LD.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
+    return e_LD * shrink_L1
