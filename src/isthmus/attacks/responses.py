@@ -3,7 +3,7 @@
 The gradient that leaves is linear in the one-hot tokens once top and the trunk's result are known (see ``lens``). So
 the tokens are found by least squares, damped as the noise demands, then decoded against the whole vocabulary together
 with what top itself expects to come next (the prior), and mended as long as the fit improves: all positions at once by
-an approximation, then under noise one by one, exactly, among the best few of each.
+an approximation, then one by one, exactly, among the best few of each.
 
 Shapes: L positions of one sequence, S of them supervised, D width, V vocabulary, K tokens kept.
 """
@@ -22,7 +22,7 @@ from isthmus.model.cut import Part
 FLOOR = 1e-6
 """Noise that is assumed at least, as a share of the gradient's root mean square."""
 ITERATIONS = 60
-SWEEPS = 6
+SWEEPS = 24
 PROBES = 4
 SHORTLIST = 8
 
@@ -58,7 +58,7 @@ class GradientInverter:
     Args:
         top: as the adversary holds it.
         prior: weight of top's own expectation; 0 trusts the gradient alone.
-        shortlist: tokens that are tried exactly at each position, under noise.
+        shortlist: tokens that are tried exactly at each position, if the fit is not perfect.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class GradientInverter:
         at_S = self.supervised() if at_S is None else at_S
         for _ in range(3 if self._defence.clip else 1):
             token_S = self._mended(at_S, self._decoded(at_S, self._solve(at_S)))
-            if self._defence.noise:
+            if not self._explained(at_S, token_S):
                 token_S = self._picked(at_S, token_S)
             if self._defence.clip:
                 due_LD = self._lens.gradient(at_S, token_S, self._defence.weight)
@@ -167,16 +167,31 @@ class GradientInverter:
         return self._nearest(at_S, u_LD[at_S] / shrunk_S1, gain_S1 * shrunk_S1 / self._noise**2).argmax(dim=1)
 
     def _mended(self, at_S: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
-        """Tokens changed one position at a time to what the residual asks for, as long as the fit improves."""
+        """Tokens changed to what the residual asks for: as many at once as still improve the fit, most urgent first."""
         gain_S1 = self._gain(at_S)
         cost, residual_LD = self._cost(at_S, token_S)
+        share = 1.0
         for _ in range(SWEEPS):
-            better_S = self._wished(at_S, token_S, residual_LD, gain_S1).argmax(dim=1)
+            score_SV = self._wished(at_S, token_S, residual_LD, gain_S1)
+            best_S = score_SV.argmax(dim=1)
+            every = torch.arange(len(at_S))
+            urgency_S = score_SV[every, best_S] - score_SV[every, token_S]
+            chosen = urgency_S.argsort(descending=True)[: max(1, int(share * int((urgency_S > 0).sum())))]
+            better_S = token_S.clone()
+            better_S[chosen] = best_S[chosen]
             new_cost, new_residual_LD = self._cost(at_S, better_S)
-            if new_cost >= cost:
+            if new_cost < cost:
+                token_S, cost, residual_LD, share = better_S, new_cost, new_residual_LD, min(1.0, 2 * share)
+            elif len(chosen) == 1:
                 break
-            token_S, cost, residual_LD = better_S, new_cost, new_residual_LD
+            else:
+                share /= 4
         return token_S
+
+    def _explained(self, at_S: torch.Tensor, token_S: torch.Tensor) -> bool:
+        """Whether there is no noise and these tokens leave nothing over."""
+        due_LD = self._forward(self._lens.cotangent(at_S, token_S, self._defence.weight))
+        return not self._defence.noise and float((self._e_LD - due_LD).norm()) < 1e-3 * float(self._e_LD.norm())
 
     def _picked(self, at_S: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
         """Tokens changed one by one, from the last, to the exactly best of a shortlist."""

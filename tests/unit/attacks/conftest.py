@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import save_tiny_model
 from tests.oracle.twins import save_vivid_model
 from tests.unit.attacks.victims import Parts, load_parts
 
@@ -24,3 +25,9 @@ def parts_of(tmp_path_factory: pytest.TempPathFactory) -> PartsOf:
         return loaded[family]
 
     return parts
+
+
+@pytest.fixture(scope="package")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny uncut model's folder."""
+    return save_tiny_model("llama", tmp_path_factory.mktemp("tiny"), blocks=2)
