@@ -13,11 +13,12 @@ Shapes: B sequences, L positions, N inputs, D width, K dimensions in which a spa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from isthmus.errors import DataError
 from isthmus.model import adapters
@@ -239,16 +240,24 @@ def _worst(spans: Sequence[Span], inputs: Sequence[torch.Tensor], count: int) ->
     return worst_N if spans else worst_N + 1
 
 
+class _Seen(Exception):  # noqa: N818 (not an error: the rest of the part need not run)
+    pass
+
+
 def _inputs(part: Part, ids_BL: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
     """What each of these layers is given, ``[B, L, D]``, when the part reads these tokens."""
     seen: dict[str, torch.Tensor] = {}
 
-    def note(layer: str) -> object:
-        return lambda module, arguments: seen.__setitem__(layer, arguments[0])
+    def note(layer: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def keep(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            seen[layer] = arguments[0]
+            if len(seen) == len(set(layers)):
+                raise _Seen
 
-    with ExitStack() as stack:
+        return keep
+
+    with ExitStack() as stack, suppress(_Seen):
         for layer in layers:
-            hook = part.model.get_submodule(layer).register_forward_pre_hook(note(layer))
-            stack.callback(hook.remove)
+            stack.callback(part.model.get_submodule(layer).register_forward_pre_hook(note(layer)).remove)
         part.hidden(input_ids=ids_BL, use_cache=False)
     return seen

@@ -23,6 +23,9 @@ from isthmus.errors import DataError
 Tensors = Mapping[str, torch.Tensor]
 GradientOf = Callable[[torch.Tensor], Tensors]
 """From input embeddings ``[L, D]`` to the gradient that they would have caused, differentiable."""
+EXACT = 1e-4
+"""A distance that only the right text has."""
+POOL = 16
 Unlikely = Callable[[Sequence[int]], float]
 """How unlikely a text is: its loss a token by a language model."""
 
@@ -33,12 +36,16 @@ class Effort:
 
     starts: int = 8
     """Random beginnings, of which the best is followed."""
+    tries: int = 3
+    """Times that this is done anew, unless a match is all but exact."""
     steps: int = 300
     learning_rate: float = 0.1
     every: int = 50
     """Steps between rounds of discrete moves."""
     moves: int = 40
     """Swaps, shifts and changes of tokens tried a round."""
+    sweeps: int = 4
+    """Times at most that every place is gone through at the end."""
     penalty: float = 0.05
     """Weight of the distance between the embeddings' mean length and the vocabulary's."""
     fluency: float = 0.05
@@ -105,12 +112,19 @@ class GradientMatcher:
         Args:
             known: tokens that the adversary knows (a prompt template's), by position.
         """
-        known = dict(known or {})
+        best = self._try(length, dict(known or {}))
+        for _ in range(1, self._effort.tries):
+            if best.distance < EXACT:
+                break
+            best = min(best, self._try(length, dict(known or {})), key=lambda match: match.distance)
+        return best
+
+    def _try(self, length: int, known: Mapping[int, int]) -> Match:
         x_LD = min((self._start(length, known) for _ in range(self._effort.starts)), key=self._value)
         for _ in range(0, self._effort.steps, self._effort.every):
             x_LD = self._descend(x_LD, known)
             x_LD = self._moved(self.nearest(x_LD), x_LD, known)
-        ids = self.nearest(x_LD)
+        ids = self._polished(self.nearest(x_LD), x_LD, known)
         return Match(ids, self._value(self._embedding_VD[ids]))
 
     def nearest(self, x_LD: torch.Tensor) -> list[int]:
@@ -149,21 +163,47 @@ class GradientMatcher:
         """The vectors, or the embeddings of the best text near them where those do better."""
         free = [place for place in range(len(ids)) if place not in known]
         best, cost = ids, self._judged(ids)
+        pools = self._pools(best, x_LD)
         for _ in range(self._effort.moves if free else 0):
-            tried = self._move(best, free, x_LD)
+            tried = self._move(best, free, pools)
             judged = self._judged(tried)
             if judged < cost:
-                best, cost = tried, judged
+                best, cost, pools = tried, judged, self._pools(tried, x_LD)
         on_tokens_LD = self._embedding_VD[best]
         return on_tokens_LD if self._value(on_tokens_LD) < self._value(x_LD) else x_LD
+
+    def _polished(self, ids: list[int], x_LD: torch.Tensor, known: Mapping[int, int]) -> list[int]:
+        """Place after place every token of its pool and every swap is tried, until nothing does better."""
+        cost = self._judged(ids)
+        for _ in range(self._effort.sweeps):
+            before = cost
+            for place in (place for place in range(len(ids)) if place not in known):
+                pool = self._pools(ids, x_LD)[place]
+                tried = [[*ids[:place], token, *ids[place + 1 :]] for token in pool]
+                tried += [_swapped(ids, place, other) for other in range(place) if other not in known]
+                judged = [self._judged(one) for one in tried]
+                if min(judged) < cost:
+                    cost, ids = min(judged), tried[judged.index(min(judged))]
+            if cost == before:
+                break
+        return ids
 
     def _judged(self, ids: list[int]) -> float:
         fluency = self._effort.fluency * self._unlikely(ids) if self._unlikely else 0.0
         return self._value(self._embedding_VD[ids]) + fluency
 
-    def _move(self, ids: list[int], free: list[int], x_LD: torch.Tensor) -> list[int]:
-        """Two tokens change places, one goes elsewhere, or one becomes another that lies near."""
-        kind = self._random.choice(("swap", "shift", "change"))
+    def _pools(self, ids: list[int], x_LD: torch.Tensor) -> list[list[int]]:
+        """For each place, tokens that may belong there: near the vector found, or promising by the slope (HotFlip)."""
+        on_tokens_LD = self._embedding_VD[ids].clone().requires_grad_()
+        (slope_LD,) = torch.autograd.grad(self.distance(on_tokens_LD), on_tokens_LD)
+        near_LV = normalize(x_LD, dim=1) @ normalize(self._embedding_VD, dim=1).T
+        count = min(POOL, len(self._embedding_VD))
+        found: list[torch.Tensor] = [near_LV, -slope_LD @ self._embedding_VD.T]
+        return torch.cat([one_LV.topk(count, dim=1).indices for one_LV in found], dim=1).tolist()
+
+    def _move(self, ids: list[int], free: list[int], pools: list[list[int]]) -> list[int]:
+        """Two tokens change places, one goes elsewhere, or one becomes another of its pool."""
+        kind = self._random.choice(("swap", "shift", "change", "change"))
         moved = [ids[place] for place in free]
         one, two = self._random.randrange(len(free)), self._random.randrange(len(free))
         if kind == "swap":
@@ -171,12 +211,17 @@ class GradientMatcher:
         elif kind == "shift":
             moved.insert(two, moved.pop(one))
         else:
-            near = (normalize(x_LD[free[one]], dim=0) @ normalize(self._embedding_VD, dim=1).T).topk(16).indices
-            moved[one] = int(near[self._random.randrange(len(near))])
+            moved[one] = self._random.choice(pools[free[one]])
         whole = list(ids)
         for place, token in zip(free, moved, strict=True):
             whole[place] = token
         return whole
+
+
+def _swapped(ids: list[int], one: int, two: int) -> list[int]:
+    swapped = list(ids)
+    swapped[one], swapped[two] = swapped[two], swapped[one]
+    return swapped
 
 
 def adapter_gradient(
