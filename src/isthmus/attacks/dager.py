@@ -121,6 +121,9 @@ class ExactSearch:
         elif not any(span.exact for span in self._first):
             most = max(span.most for span in self._first)
             found.append(f"the gradient has full rank: {most} tokens or more, or noise")
+        elif all(span.rank == span.most - 1 and span.down_KD is None for span in self._first if span.exact):
+            most = max(span.most for span in self._first)
+            found.append(f"the gradient of A has full rank: if there are {most} tokens or more, none lies in its span")
         if not self._deeper:
             found.append("no later block whose span is exact: tokens can be found, but not their order")
         return found

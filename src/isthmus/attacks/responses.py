@@ -25,6 +25,12 @@ ITERATIONS = 60
 SWEEPS = 24
 PROBES = 4
 SHORTLIST = 8
+WIDE = 64
+"""Tokens that are tried where the ones found so far leave more than the noise unexplained."""
+SUSPICIOUS = 4.0
+"""What is left at a position, in units of the noise's variance, above which its token must be wrong."""
+HOPELESS = 30.0
+"""Nats behind the best of its position at which a token is not tried exactly."""
 
 
 @torch.no_grad()
@@ -58,7 +64,8 @@ class GradientInverter:
     Args:
         top: as the adversary holds it.
         prior: weight of top's own expectation; 0 trusts the gradient alone.
-        shortlist: tokens that are tried exactly at each position, if the fit is not perfect.
+        ending: the token that closes every answer, if that is known (the end-of-text token of free text).
+        shortlist: tokens that are tried exactly at each position where the fit could be chance.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class GradientInverter:
         defence: Defence,
         *,
         prior: float = 1.0,
+        ending: int | None = None,
         shortlist: int = SHORTLIST,
     ) -> None:
         if e_LD.shape != g_LD.shape:
@@ -79,6 +87,7 @@ class GradientInverter:
         self._lens = Lens(top, g_LD)
         self._e_LD = e_LD.detach().to(torch.float32)
         self._defence, self._prior, self._shortlist = defence, prior, shortlist
+        self._ending = ending
         self._noise = max(defence.noise, FLOOR * float(self._e_LD.square().mean().sqrt()), 1e-30)
         self._scale_L1 = torch.ones(len(e_LD), 1)
         """How much longer each row was before it was clipped, as far as is known."""
@@ -159,12 +168,21 @@ class GradientInverter:
         centre_SD = (prior_SV.exp() * slope) @ lens.head_VD / weight - aim_SD
         sizes_V = lens.head_VD.square().sum(dim=1) / weight**2
         misfit_SV = slope * slope * sizes_V - 2 * slope * (centre_SD @ lens.head_VD.T) / weight
-        return self._prior * prior_SV - precision_S1 / 2 * misfit_SV
+        score_SV = self._prior * prior_SV - precision_S1 / 2 * misfit_SV
+        if self._ending is not None:
+            score_SV[-1] = -torch.inf
+            score_SV[-1, self._ending] = 0.0
+        return score_SV
 
     def _decoded(self, at_S: torch.Tensor, u_LD: torch.Tensor) -> torch.Tensor:
         gain_S1 = self._gain(at_S)
         shrunk_S1 = gain_S1 / (gain_S1 + self._damping())
-        return self._nearest(at_S, u_LD[at_S] / shrunk_S1, gain_S1 * shrunk_S1 / self._noise**2).argmax(dim=1)
+        doubt = self._doubt(self._e_LD - self._forward(u_LD))
+        return self._nearest(at_S, u_LD[at_S] / shrunk_S1, gain_S1 * shrunk_S1 / doubt**2).argmax(dim=1)
+
+    def _doubt(self, residual_LD: torch.Tensor) -> float:
+        """The noise, or what is unexplained so far if that is more: approximate scores must not claim more."""
+        return max(self._noise, float(residual_LD.square().mean().sqrt()))
 
     def _mended(self, at_S: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
         """Tokens changed to what the residual asks for: as many at once as still improve the fit, most urgent first."""
@@ -194,26 +212,48 @@ class GradientInverter:
         return not self._defence.noise and float((self._e_LD - due_LD).norm()) < 1e-3 * float(self._e_LD.norm())
 
     def _picked(self, at_S: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
-        """Tokens changed one by one, from the last, to the exactly best of a shortlist."""
-        _, residual_LD = self._cost(at_S, token_S)
-        scores_SV = self._wished(at_S, token_S, residual_LD, self._gain(at_S))
-        candidates_SK = scores_SV.topk(min(self._shortlist, scores_SV.shape[1]), dim=1).indices
+        """Tokens changed one by one, from the last, to the exactly best of a shortlist.
+
+        A position's gradient comes of its own loss and of later ones. So once the later tokens are right, a position
+        that is not explained has a wrong token: there the shortlist is long, until one stays unexplained.
+        """
+        gain_S1, token_S = self._gain(at_S), token_S.clone()
         prior_SV = self._lens.logits(at_S).log_softmax(dim=1)
-        token_S = token_S.clone()
+        _, residual_LD = self._cost(at_S, token_S)
+        score_SV = self._wished(at_S, token_S, residual_LD, gain_S1)
+        hopeful = True
         for place in reversed(range(len(at_S))):
-            at, own = at_S[place : place + 1], token_S[place : place + 1]
-            base_LD = self._lens.cotangent(at, own, self._defence.weight)
-            tried = []
-            for token in candidates_SK[place].unsqueeze(1):
-                change_LD = self._forward(self._lens.cotangent(at, token, self._defence.weight) - base_LD)
+            wide = hopeful and self._suspicious(residual_LD[at_S[place]])
+            if wide:
+                score_SV = self._wished(at_S, token_S, residual_LD, gain_S1)
+            best_K, shortlist_K = score_SV[place].topk(min(WIDE, score_SV.shape[1]))
+            shortlist_K = shortlist_K[best_K > (-torch.inf if wide else best_K[0] - HOPELESS)]
+            if not wide:
+                shortlist_K = shortlist_K[: self._shortlist]
+            token_S[place], residual_LD = self._best(
+                at_S[place], int(token_S[place]), shortlist_K.tolist(), residual_LD, prior_SV[place]
+            )
+            hopeful = hopeful and not self._suspicious(residual_LD[at_S[place]])
+        return token_S
+
+    def _suspicious(self, residual_D: torch.Tensor) -> bool:
+        return float(residual_D.square().mean()) > SUSPICIOUS * self._noise**2
+
+    def _best(
+        self, at: torch.Tensor, own: int, others: list[int], residual_LD: torch.Tensor, prior_V: torch.Tensor
+    ) -> tuple[int, torch.Tensor]:
+        """The best of these tokens at one position, by their exact gradients, and the residual that it leaves."""
+        at_1, weight = at.unsqueeze(0), self._defence.weight
+        base_LD = self._lens.cotangent(at_1, torch.tensor([own]), weight)
+        tried = [(0.0, own, residual_LD)]
+        for token in others:
+            if token != own:
+                change_LD = self._forward(self._lens.cotangent(at_1, torch.tensor([token]), weight) - base_LD)
                 left_LD = residual_LD - change_LD
                 fit = float(left_LD.square().sum() - residual_LD.square().sum()) / (2 * self._noise**2)
-                gained = self._prior * float(prior_SV[place, token] - prior_SV[place, own])
-                tried.append((fit - gained, int(token), left_LD))
-            best = min(tried, key=lambda one: one[0])
-            if best[0] < 0:
-                token_S[place], residual_LD = best[1], best[2]
-        return token_S
+                tried.append((fit - self._prior * float(prior_V[token] - prior_V[own]), token, left_LD))
+        _, token, left_LD = min(tried, key=lambda one: one[0])
+        return token, left_LD
 
     def _wished(
         self, at_S: torch.Tensor, token_S: torch.Tensor, residual_LD: torch.Tensor, gain_S1: torch.Tensor
@@ -221,7 +261,7 @@ class GradientInverter:
         """Each token's score by what the residual asks of each position, ``[S, V]``."""
         own_LD = self._lens.cotangent(at_S, token_S, self._defence.weight)
         wish_SD = self._transposed(residual_LD, at_S)[at_S] / gain_S1 + own_LD[at_S]
-        return self._nearest(at_S, wish_SD, gain_S1 / self._noise**2)
+        return self._nearest(at_S, wish_SD, gain_S1 / self._doubt(residual_LD) ** 2)
 
     def _cost(self, at_S: torch.Tensor, token_S: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Negative log-posterior of these tokens, and what they leave unexplained."""
