@@ -112,8 +112,9 @@ def test_as_many_tokens_as_a_has_rows_still_fit_and_one_more_does_not(folder: Pa
     fits, full = (silo.gradient([TEXTS[0]]), silo.gradient([[*TEXTS[0], 31]]))
     only_a = [{name: tensor for name, tensor in one.items() if "lora_A" in name} for one in (fits, full)]
     assert set(ExactSearch(silo.bottom, only_a[0]).tokens()) == distinct(TOLD[:1])
-    found = ExactSearch(silo.bottom, only_a[1]).tokens()
-    assert not distinct(TEXTS[:1]) <= set(found)
+    search = ExactSearch(silo.bottom, only_a[1])
+    assert not distinct(TEXTS[:1]) <= set(search.tokens())
+    assert "A has full rank" in search.obstacles()[0]
 
 
 def test_a_tells_nothing_while_b_is_zero(folder: Path) -> None:

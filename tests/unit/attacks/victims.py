@@ -27,8 +27,8 @@ class Seen:
     e_LD: torch.Tensor
 
 
-def load_parts(folder: Path, cut: Cut = Cut(1, 1)) -> Parts:  # noqa: B008
-    checkpoint = Checkpoint(str(folder))
+def load_parts(folder: Path) -> Parts:
+    checkpoint, cut = Checkpoint(str(folder)), Cut(1, 1)
     bottom = load_part(checkpoint, cut, "bottom")
     return Parts(bottom, load_part(checkpoint, cut, "trunk"), load_part(checkpoint, cut, "top", tied=bottom))
 
