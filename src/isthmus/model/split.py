@@ -62,6 +62,14 @@ class ReleasingTrunk(TrunkModule, Protocol):
         ...
 
 
+class Shield(Protocol):
+    """Runs bottom so that some tokens spread less into what leaves."""
+
+    def hidden(self, bottom: Part, session: TrunkSession | None = None, **inputs: Any) -> torch.Tensor:
+        """As ``bottom.hidden(**inputs)``; ``session`` goes with the cache among the inputs."""
+        ...
+
+
 @runtime_checkable
 class Drafting(Protocol):
     """An assistant model with a candidate generator of its own."""
@@ -91,6 +99,8 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         self.bottom = bottom
         self.top = top
         self.trunk = trunk
+        self.shield: Shield | None = None
+        """Runs bottom in its stead."""
 
     @property
     def ends(self) -> tuple[Part, Part]:
@@ -141,6 +151,14 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=cache)
 
+    def through_bottom(self, cache: SplitCache | None, **inputs: Any) -> torch.Tensor:
+        """Bottom's result, ``[B, L, D]``; arguments as for its backbone, less the cache."""
+        if cache is not None:
+            inputs["past_key_values"] = cache.bottom
+        if self.shield is None:
+            return self.bottom.hidden(**inputs)
+        return self.shield.hidden(self.bottom, None if cache is None else cache.session, **inputs)
+
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the adapters of the silo's own parts (the base model stays where it is)."""
         tensors = {name: tensor for part in self.ends for name, tensor in adapters.adapter_of(part).items()}
@@ -161,9 +179,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and input_ids is not None and _releases_once(self.trunk):
             packing = _packing(mask, input_ids)
             return packing.unpack(self.trunk.from_rows(packing.rows(input_ids)))
-        h_BLD = self.bottom.hidden(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache and cache.bottom, **shared
-        )
+        h_BLD = self.through_bottom(cache, input_ids=input_ids, inputs_embeds=inputs_embeds, **shared)
         packing = _packing(mask, h_BLD)
         session = None if cache is None else cache.session
         rows = None if input_ids is None else packing.rows(input_ids)

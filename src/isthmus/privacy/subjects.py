@@ -20,6 +20,8 @@ class Subjects:
     """Rows of each sequence."""
     factors_T: torch.Tensor | None = None
     """By what each row's noise is multiplied; None: 1 for all."""
+    budgets: tuple[float, ...] | None = None
+    """Each record's own epsilon; infinite where it has none; None: no record has one."""
 
     @property
     def rows(self) -> int:

@@ -50,7 +50,7 @@ def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch) -> MicroBat
     packing = Packing(batch.attention_mask.bool())
     if trunk.releases_once:
         return MicroBatch(batch, None, packing, trunk.start_rows(packing.rows(batch.input_ids)))
-    h_BLD = model.bottom.hidden(input_ids=batch.input_ids, use_cache=False, **_masks(batch))
+    h_BLD = model.through_bottom(None, input_ids=batch.input_ids, use_cache=False, **_masks(batch))
     h_TD = packing.pack(h_BLD)
     wanted = h_TD if h_TD.requires_grad else None
     return MicroBatch(batch, wanted, packing, trunk.start_forward(h_TD, packing.lengths, packing.rows(batch.input_ids)))

@@ -247,6 +247,12 @@ class RemoteSession:
         self._sent.append(request)
         return self._boundary.admit(self._ask(request).hidden, "forward", h_TD)
 
+    def hear(self, rows: list[list[int]]) -> list[list[int]] | None:
+        """The next step's new tokens, before bottom runs; returns the classes of all rows' tokens, if anyone asks for
+        classes."""
+        self._history = self._history or self._register.history(len(rows))
+        return self._history.hear(rows)
+
     def forget(self, positions: int) -> None:
         self._forget += positions
         if self._history is not None:
