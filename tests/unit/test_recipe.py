@@ -63,7 +63,12 @@ def test_the_shipped_recipe_names_every_key() -> None:
             for one in keys(model.model_fields[key].annotation, value)
         }
 
-    assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == {"threads", "root.minimum", "trunk.average_every"}
+    assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == {
+        "threads",
+        "root.minimum",
+        "trunk.average_every",
+        "sensitivity",
+    }
 
 
 @pytest.mark.parametrize(
