@@ -60,7 +60,7 @@ def test_a_functions_module_is_no_path(tmp_path: Path) -> None:
         ({"fields": {"promt": "low"}}, "answer, prompt"),
         ({"function": "look"}, "module:name"),
         ({"function": ":look"}, "module:name"),
-        ({"detectors": ["email"]}, "name"),
+        ({"detectors": ["email"]}, "detectors"),
         ({"classes": {"high": {"niose": 1.0}, "low": {}}}, "noise"),
         ({"clases": {}}, "classes"),
         ({"region": "usa"}, "region"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from stdnum import iban, luhn
 from stdnum.gb import nhs
@@ -34,6 +34,7 @@ def test_the_recipe_knows_the_same_detectors() -> None:
     assert set(DETECTORS) == detectors.KNOWN
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.sampled_from([("DE", 18), ("AT", 16), ("PL", 24)]), digits(24, 24), st.sampled_from(["", " "]), AROUND, AFTER)
 def test_iban(kind: tuple[str, int], account: str, separator: str, before: str, after: str) -> None:
     country, account = kind[0], account[: kind[1]]
@@ -46,6 +47,7 @@ def test_iban(kind: tuple[str, int], account: str, separator: str, before: str, 
     assert grouped(wrong, 4, separator) not in found("iban", f"{before}{grouped(wrong, 4, separator)}")
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.sampled_from("3456"), digits(14, 14), st.sampled_from(["", " ", "-"]), AROUND, AFTER)
 def test_card(first: str, rest: str, separator: str, before: str, after: str) -> None:
     number = first + rest
@@ -58,6 +60,7 @@ def test_card(first: str, rest: str, separator: str, before: str, after: str) ->
     assert grouped(wrong, 4, separator) not in found("card", before + grouped(wrong, 4, separator))
 
 
+@settings(derandomize=True, deadline=None)
 @given(digits(9, 9), st.sampled_from(["", " "]), AROUND)
 def test_national_id_with_a_checksum(number: str, separator: str, before: str) -> None:
     whole = next((number + check for check in "0123456789" if nhs.is_valid(number + check)), None)
@@ -140,6 +143,7 @@ def test_listed_names_are_found_in_any_case_and_as_whole_words() -> None:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
+@settings(derandomize=True, deadline=None)
 @given(text=st.text(max_size=200) | st.text("0123456789 .-/:@AbcDr'", max_size=300))
 def test_any_text_gives_stretches_within_it(name: str, text: str) -> None:
     for start, end in detectors.build(name, region="US", listed=("a",))(text):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -42,6 +42,7 @@ def reading() -> Reading:
     return Reading(Sensitivity(SensitivitySection.model_validate(SECTION)), decode)
 
 
+@settings(derandomize=True, deadline=None)
 @given(TEXTS)
 def test_text_and_offsets_are_the_tokenizers_own(text: str) -> None:
     encoded = tokenizer().encode(text)
@@ -55,6 +56,7 @@ def test_text_and_offsets_are_the_tokenizers_own(text: str) -> None:
     assert {place for start, end in one.offsets for place in range(start, end)} == set(range(len(text)))
 
 
+@settings(derandomize=True, deadline=None)
 @given(TEXTS, st.data())
 def test_however_the_tokens_come_the_text_is_the_same(text: str, data: st.DataObject) -> None:
     ids = tokenizer().encode(text).ids
@@ -68,6 +70,7 @@ def test_however_the_tokens_come_the_text_is_the_same(text: str, data: st.DataOb
     assert all(late >= early for late, early in zip(in_pieces.classes, at_once.classes, strict=True))
 
 
+@settings(derandomize=True, deadline=None)
 @given(TEXTS, TEXTS, st.data())
 def test_what_is_forgotten_leaves_no_trace_in_the_text(text: str, more: str, data: st.DataObject) -> None:
     ids = tokenizer().encode(text).ids
@@ -84,6 +87,7 @@ def test_what_is_forgotten_leaves_no_trace_in_the_text(text: str, more: str, dat
     assert one.classes == twin.classes
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.lists(st.integers(0, 255), max_size=40))
 def test_bytes_that_are_no_text_are_read_too(ids: list[int]) -> None:
     one = reading()

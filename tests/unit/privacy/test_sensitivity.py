@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.errors import DataError, RecipeError
@@ -73,6 +73,7 @@ def test_the_budget_is_the_smallest_of_all_classes() -> None:
     assert one.epsilon([]) == math.inf
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1), st.lists(st.floats(0.01, 100), min_size=3, max_size=3))
 def test_weights_over_their_root_mean_square_keep_the_average_power(tokens: list[int], noises: list[float]) -> None:
     one = sensitivity(classes={f"c{n}": {"noise": noise} for n, noise in enumerate(noises)})
