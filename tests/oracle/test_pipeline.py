@@ -12,7 +12,7 @@ from isthmus.silo.trainer import train_step
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
 from tests.oracle.conftest import BuildTwins
-from tests.oracle.twins import FAMILIES, Twins, assert_same, ragged
+from tests.oracle.twins import FAMILIES, Twins, assert_same, batch_of, ragged
 
 LENGTHS = (3, 40, 23, 11, 30)
 
@@ -36,8 +36,7 @@ class Order:
 
 
 def batch() -> Batch:
-    rows = ragged("left", lengths=LENGTHS)
-    return Batch(**rows, keep=rows["input_ids"].shape[1])
+    return batch_of(ragged("left", lengths=LENGTHS))
 
 
 def gradients(twins: Twins, micro_batches: int | None) -> tuple[float, dict[str, torch.Tensor]]:

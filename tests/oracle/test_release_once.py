@@ -16,7 +16,7 @@ from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import train_step
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.test_hf_trainer import rows, trainer_of
-from tests.oracle.twins import FAMILIES, Twins, assert_same, distance, lora_of, ragged
+from tests.oracle.twins import FAMILIES, Twins, assert_same, batch_of, distance, lora_of, ragged
 
 EPOCHS, RATE = 3, 1e-3
 RAGGED, EVEN = ((6, 25, 14), (9, 3, 40)), ((20,) * 3, (26,) * 3)
@@ -37,10 +37,7 @@ def build_once(twins_of: BuildTwins) -> Build:
 
 def epochs(lengths: tuple[tuple[int, ...], ...]) -> Iterator[Batch]:
     """The same rows in every epoch, the batches' order turned around every time."""
-    batches = []
-    for seed, of_batch in enumerate(lengths):
-        rows = ragged("left", seed=seed, lengths=of_batch)
-        batches.append(Batch(**rows, keep=rows["input_ids"].shape[1]))
+    batches = [batch_of(ragged("left", seed=seed, lengths=of_batch)) for seed, of_batch in enumerate(lengths)]
     for epoch in range(EPOCHS):
         yield from batches[:: -1 if epoch % 2 else 1]
 

@@ -10,7 +10,7 @@ import torch
 from isthmus.silo.data import Batch
 from isthmus.silo.trainer import train_step
 from tests.oracle.conftest import BuildTwins
-from tests.oracle.twins import FAMILIES, Twins, assert_same, lora_of, ragged
+from tests.oracle.twins import FAMILIES, Twins, assert_same, batch_of, lora_of, ragged
 
 STEPS = 10
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
@@ -18,8 +18,7 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 def batches(*, padding: bool) -> Iterator[Batch]:
     for step in range(STEPS):
-        batch = ragged("left", seed=step, lengths=(6 + step, 25, 14) if padding else (20 + step,) * 3)
-        yield Batch(**batch, keep=batch["input_ids"].shape[1])
+        yield batch_of(ragged("left", seed=step, lengths=(6 + step, 25, 14) if padding else (20 + step,) * 3))
 
 
 def train(twins: Twins, optimizer: str, *, padding: bool) -> None:

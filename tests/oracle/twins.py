@@ -21,7 +21,7 @@ from isthmus.model.cut import Part
 from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
-from isthmus.silo.data import IGNORED, positions
+from isthmus.silo.data import IGNORED, Batch, positions
 from isthmus.silo.join import greeting, join
 from isthmus.silo.remote import RemoteTrunk
 from isthmus.trunk.service import TrunkService
@@ -109,13 +109,14 @@ def make_twins(
         tensors |= random_b(tensors)
     for part in twins.parts:
         adapters.load_adapter(part, tensors)
-    load_lora(twins.whole, tensors)
+    load_lora(twins.whole, {name: one for name, one in tensors.items() if "lora_" in name})
     for part in split.ends:
         for name, parameter in part.named_parameters():
             if "lora_A" in name:
                 parameter.requires_grad_(ends_train_a)
     if not ends_train_a:
-        freeze_a(twins.whole, adapters.adapter_of(split.bottom) | adapters.adapter_of(split.top))
+        ends = adapters.adapter_of(split.bottom) | adapters.adapter_of(split.top)
+        freeze_a(twins.whole, [name for name in ends if "lora_" in name])
     return twins
 
 
@@ -188,6 +189,12 @@ def ragged(side: str, seed: int = 0, lengths: tuple[int, ...] = (3, 40, 23)) -> 
     draw = torch.Generator().manual_seed(seed)
     texts = [torch.randint(4, VOCABULARY, (length,), generator=draw).tolist() for length in lengths]
     return padded([(ids, [IGNORED, *ids[1:]]) for ids in texts], side)
+
+
+def batch_of(rows: Inputs) -> Batch:
+    """The same rows as the silo's own training takes them."""
+    targets = torch.cat([rows["labels"][:, 1:], torch.full((len(rows["labels"]), 1), IGNORED)], dim=1)
+    return Batch(rows["input_ids"], rows["attention_mask"], rows["position_ids"], targets)
 
 
 def prompts(lengths: tuple[int, ...] = (3, 40, 23), seed: int = 0) -> Inputs:

@@ -65,6 +65,8 @@ def test_the_shipped_recipe_names_every_key() -> None:
 
     assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == {
         "threads",
+        "boundary.tail",
+        "boundary.width",
         "root.minimum",
         "trunk.average_every",
         "sensitivity",

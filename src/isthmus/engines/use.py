@@ -15,7 +15,6 @@ from isthmus.engines.threads import set_threads
 from isthmus.errors import ModelError, RunError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.cut import Cut
 from isthmus.privacy.ledger import FileLedger, Ledger
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory, RunDirectory, disk_errors
@@ -31,10 +30,16 @@ def export_adapter(run: RunDirectory, out: Path) -> int:
     """Write the adapter of bottom, trunk and top as one PEFT folder; returns the number of rounds behind it.
 
     Raises:
-        RunError: the directory holds no finished round of trunk and root.
+        RunError: the directory holds no finished round of trunk and root, or the uncut model has no place for what
+            was trained.
     """
-    number, tensors = whole_adapter(run)
     recipe = run.recipe()
+    if recipe.boundary.width is not None or recipe.boundary.residual or recipe.boundary.tail is not None:
+        raise RunError(
+            "with boundary.tail, width or residual the parts are no cut model: no adapter of the uncut one equals them",
+            remedy="use the run as it is, with 'isthmus generate'",
+        )
+    number, tensors = whole_adapter(run)
     with disk_errors(out):
         adapters.export(out, tensors, recipe.lora, recipe.model.path)
     return number
@@ -46,8 +51,7 @@ def whole_adapter(run: RunDirectory) -> tuple[int, dict[str, torch.Tensor]]:
     if number == 0:
         raise RunError(f"{run.path} holds no finished round", remedy="let the run finish a round first")
     recipe = run.recipe()
-    cut = Cut(recipe.model.bottom, recipe.model.top)
-    frozen = adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe.lora, cut, recipe.seed)
+    frozen = adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe)
     return number, {**frozen, **trunk.load_round(number)["adapter"], **root.load_round(number)["shared"]}
 
 

@@ -8,7 +8,6 @@ from isthmus.errors import ProtocolError
 from isthmus.federation.rounds import Rounds
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.cut import Cut, empty_part
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
 from isthmus.wire import isthmus_pb2 as pb
@@ -36,9 +35,4 @@ class RootService:
 def shared_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the adapter tensors that the silos of this recipe share."""
     config = Checkpoint(recipe.model.path).config
-    cut = Cut(recipe.model.bottom, recipe.model.top)
-    ends = [empty_part(config, cut, "bottom"), empty_part(config, cut, "top")]
-    for part in ends:
-        part.requires_grad_(False)
-        adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=True)
-    return adapters.shared_shapes(ends)
+    return adapters.shared_shapes(adapters.empty_ends(config, recipe))

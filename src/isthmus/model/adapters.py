@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from isthmus.errors import ModelError
+from isthmus.model import bottleneck
 from isthmus.model.cut import Cut, Part, empty_part
-from isthmus.recipe import LoraSection
+from isthmus.recipe import LoraSection, Recipe
 
 Tensors = dict[str, torch.Tensor]
 _PEFT_PREFIX = "base_model.model."
@@ -43,32 +44,44 @@ def add_adapter(part: Part, lora: LoraSection, seed: int, *, freeze_a: bool) -> 
         raise ModelError(
             f"no adapter fits the layers {', '.join(lora.targets)} of the {part.name}", remedy="correct lora.targets"
         ) from error
-    for name, parameter in _lora_parameters(part):
+    for name, parameter in _added_parameters(part):
         if "lora_A" in name:
             parameter.requires_grad_(not freeze_a)
-            if not parameter.is_meta:
-                parameter.data.copy_(_initial(parameter.shape, seed, name))
+    _start(part, seed)
+
+
+def equip(part: Part, recipe: Recipe) -> None:
+    """Add to a part all that the recipe has it learn: LoRA, and the layers of a bottleneck or residual path.
+
+    Raises:
+        ModelError: the recipe does not fit the part.
+    """
+    exact = recipe.trunk.adapter == "replica" if part.name == "trunk" else recipe.federation.lora == "frozen-a"
+    add_adapter(part, recipe.lora, recipe.seed, freeze_a=exact)
+    frozen = part.name == "bottom" and recipe.lora.freeze_bottom
+    bottleneck.add_crossing(part, recipe.boundary, frozen=frozen)
+    _start(part, recipe.seed)
 
 
 def trainable(part: Part) -> dict[str, nn.Parameter]:
     """The parameters that train, by uncut name, in the order of their names."""
-    return dict(sorted((name, parameter) for name, parameter in _lora_parameters(part) if parameter.requires_grad))
+    return dict(sorted((name, parameter) for name, parameter in _added_parameters(part) if parameter.requires_grad))
 
 
 def parameters(part: Part) -> dict[str, nn.Parameter]:
     """All adapter tensors, by uncut name."""
-    return dict(_lora_parameters(part))
+    return dict(_added_parameters(part))
 
 
 def adapter_of(part: Part) -> Tensors:
     """A copy of all adapter tensors, by uncut name."""
-    return {name: parameter.detach().clone() for name, parameter in _lora_parameters(part)}
+    return {name: parameter.detach().clone() for name, parameter in _added_parameters(part)}
 
 
 @torch.no_grad()
 def load_adapter(part: Part, tensors: Mapping[str, torch.Tensor]) -> None:
     """Set those of the part's adapter tensors that are given."""
-    for name, parameter in _lora_parameters(part):
+    for name, parameter in _added_parameters(part):
         if name in tensors:
             parameter.copy_(tensors[name])
 
@@ -95,16 +108,19 @@ def export(folder: Path, tensors: Mapping[str, torch.Tensor], lora: LoraSection,
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def initial_tensors(config: PreTrainedConfig, lora: LoraSection, cut: Cut, seed: int) -> Tensors:
+def empty_ends(config: PreTrainedConfig, recipe: Recipe) -> list[Part]:
+    """Bottom and top with their adapters: every shape, no memory."""
+    cut = Cut(recipe.model.bottom, recipe.model.top)
+    ends = [empty_part(config, cut, "bottom"), empty_part(config, cut, "top")]
+    for part in ends:
+        equip(part, recipe)
+    return ends
+
+
+def initial_tensors(config: PreTrainedConfig, recipe: Recipe) -> Tensors:
     """The ends' adapter tensors as every silo starts with them, by uncut name, without loading a model."""
-    tensors: Tensors = {}
-    for name in ("bottom", "top"):
-        part = empty_part(config, cut, name)
-        add_adapter(part, lora, seed, freeze_a=True)
-        for whole, parameter in _lora_parameters(part):
-            is_a = "lora_A" in whole
-            tensors[whole] = _initial(parameter.shape, seed, whole) if is_a else torch.zeros(parameter.shape)
-    return tensors
+    named = [pair for part in empty_ends(config, recipe) for pair in _added_parameters(part)]
+    return {name: _initial(parameter.shape, recipe.seed, name) for name, parameter in named}
 
 
 def _absent(part: Part, targets: Iterable[str]) -> list[str]:
@@ -121,18 +137,31 @@ def _exported_targets(tensors: Iterable[str], lora: LoraSection) -> list[str]:
     return sorted({name.rpartition(".lora_")[0] for name in tensors})
 
 
-def _lora_parameters(part: Part) -> list[tuple[str, nn.Parameter]]:
-    """Adapter parameters by uncut name, without peft's adapter name (``.default``)."""
+def _added_parameters(part: Part) -> list[tuple[str, nn.Parameter]]:
+    """What the base model lacks, by uncut name, without peft's adapter name (``.default``)."""
     return [
         (part.whole_name(name).replace(".default", ""), parameter)
         for name, parameter in part.model.named_parameters()
-        if "lora_" in name
+        if "lora_" in name or name in bottleneck.NAMES
     ]
 
 
+@torch.no_grad()
+def _start(part: Part, seed: int) -> None:
+    """Give every adapter tensor its first value."""
+    for name, parameter in _added_parameters(part):
+        if not parameter.is_meta:
+            parameter.copy_(_initial(parameter.shape, seed, name))
+
+
 def _initial(shape: torch.Size, seed: int, name: str) -> torch.Tensor:
-    """Uniform in ±1/√(inputs), peft's default for A (Kaiming with a = √5), from a draw that only the name fixes."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    """From a draw that only the name fixes: A uniform in ±1/√(inputs), peft's default (Kaiming with a = √5); B is 0."""
+    if "lora_B" in name:
+        return torch.zeros(shape)
+    drawn = name if "lora_A" in name else "boundary"  # silo and trunk draw one basis
+    digest = hashlib.sha256(f"{seed}/{drawn}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if name in bottleneck.NAMES:
+        return bottleneck.initial(name, shape, generator)
     bound = 1 / math.sqrt(shape[1])
     return torch.rand(shape, generator=generator) * (2 * bound) - bound

@@ -37,6 +37,8 @@ class SplitCache(Cache):
         self.session = session
         self.tape: Tape | None = None
         """Where the trunk's answers are kept for drafts, if anyone asks for them."""
+        self._crossed_BL: torch.Tensor | None = None
+        """Which of top's positions crossed, where not all did."""
         super().__init__(layers=[*self.bottom.layers, *self.top.layers])
 
     def record(self) -> Tape:
@@ -44,10 +46,19 @@ class SplitCache(Cache):
         self.tape = self.tape or Tape()
         return self.tape
 
+    def cross(self, crosses_BL: torch.Tensor) -> torch.Tensor:
+        """Note which of top's next positions crossed; returns it for all of top's positions, ``[B, past + L]``."""
+        if self._crossed_BL is not None:
+            crosses_BL = torch.cat([self._crossed_BL, crosses_BL], dim=1)
+        self._crossed_BL = crosses_BL
+        return crosses_BL
+
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self.session.forget(abs(tokens_to_remove))
+            if self._crossed_BL is not None:
+                self._crossed_BL = self._crossed_BL[:, : -abs(tokens_to_remove)]
             if self.tape is not None:
                 self.tape.crop(abs(tokens_to_remove))
 
@@ -68,5 +79,7 @@ class SplitCache(Cache):
 
     def _select(self, rows: list[int]) -> None:
         self.session.select(rows)
+        if self._crossed_BL is not None:
+            self._crossed_BL = self._crossed_BL[rows]
         if self.tape is not None:
             self.tape.select(rows)

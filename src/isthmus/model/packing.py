@@ -33,10 +33,10 @@ class Packing:
         """The real tokens, ``[T, D]``."""
         return h_BLD.flatten(0, 1) if self.full else h_BLD[self.real_BL]
 
-    def unpack(self, h_TD: torch.Tensor) -> torch.Tensor:
-        """The padded batch, ``[B, L, D]``, zero at padding."""
+    def unpack(self, h_TD: torch.Tensor, others_BLD: torch.Tensor | None = None) -> torch.Tensor:
+        """The padded batch, ``[B, L, D]``; elsewhere zero, or what ``others_BLD`` has there."""
         rows, length = self.real_BL.shape
         if self.full:
             return h_TD.view(rows, length, -1)
-        h_BLD = h_TD.new_zeros(rows, length, h_TD.shape[1])
+        h_BLD = h_TD.new_zeros(rows, length, h_TD.shape[1]) if others_BLD is None else others_BLD
         return h_BLD.masked_scatter(self.real_BL.unsqueeze(-1), h_TD)

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from isthmus.errors import DataError
 from isthmus.model import adapters
 from isthmus.model.cache import SplitCache, TrunkSession
+from isthmus.model.crossing import before_last, crossing
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.recipe import LoraSection
@@ -37,8 +38,8 @@ class TrunkModule(Protocol):
             h_TD: the sequences' tokens one after another.
             lengths: how many tokens each sequence has.
             session: the cache to continue; without one, each sequence starts at position 0.
-            rows: the token ids behind ``h_TD``, if there are any. They stay in the silo: its boundary wants to know
-                whom a tensor is about.
+            rows: new token ids of each sequence, if there are any; the last of them are behind ``h_TD``. They stay in
+                the silo, whose boundary wants to know whom a tensor is about.
 
         Returns:
             ``[T, D]``; differentiable when gradients are enabled and there is no session.
@@ -57,8 +58,9 @@ class ReleasingTrunk(TrunkModule, Protocol):
         """Whether it takes rows of tokens (``from_rows``) and runs bottom itself, for those it has not released yet."""
         ...
 
-    def from_rows(self, rows: list[list[int]]) -> torch.Tensor:
-        """As ``__call__`` without a session, for these sequences of token ids; bottom gets no gradient."""
+    def from_rows(self, rows: list[list[int]], lengths: list[int]) -> torch.Tensor:
+        """As ``__call__`` without a session, for the last ``lengths`` tokens of these sequences; bottom gets no
+        gradient."""
         ...
 
 
@@ -84,6 +86,11 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
 
     ``forward``, ``generate`` (greedy, sampling, beams, assisted), ``Trainer`` and ``pipeline`` work as on the
     uncut model. Positions follow from the attention mask; 4-D masks and custom ``position_ids`` do not cross.
+
+    Args:
+        tail: how many of a prompt's last positions cross; None: all. Of the others, trunk and top know nothing but what
+            bottom made of them.
+        residual: top sees bottom's result where nothing crossed (and its trunk adds to it where something did).
     """
 
     config_class = PreTrainedConfig
@@ -94,8 +101,19 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: PreTrainedConfig, bottom: Part, trunk: TrunkModule, top: Part) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        bottom: Part,
+        trunk: TrunkModule,
+        top: Part,
+        *,
+        tail: int | None = None,
+        residual: bool = False,
+    ) -> None:
         super().__init__(config)
+        self.tail = tail
+        self.residual = residual
         self.bottom = bottom
         self.top = top
         self.trunk = trunk
@@ -139,8 +157,16 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and labels is None and not torch.is_grad_enabled()
         cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
+        past = 0 if cache is None else cache.get_seq_length()
         shared = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
-        h_BLD = self._through_trunk(input_ids, inputs_embeds, cache, shared)
+        new = input_ids if inputs_embeds is None else inputs_embeds
+        assert new is not None
+        real_BL = _real(attention_mask, new)
+        asked = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else 1
+        tail = None if past else self.tail
+        crosses_BL = crossing(real_BL, tail, labels, kwargs.get("shift_labels"), asked=asked)
+        h_BLD = self._through_trunk(input_ids, inputs_embeds, cache, real_BL, crosses_BL, shared)
+        h_BLD, shared = self.for_top(h_BLD, crosses_BL, cache, logits_to_keep, shared)
         output = self.top.model(
             inputs_embeds=h_BLD,
             past_key_values=cache and cache.top,
@@ -159,6 +185,33 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
             return self.bottom.hidden(**inputs)
         return self.shield.hidden(self.bottom, None if cache is None else cache.session, **inputs)
 
+    def for_top(
+        self,
+        g_BLD: torch.Tensor,
+        crosses_BL: torch.Tensor,
+        cache: SplitCache | None,
+        logits_to_keep: int | torch.Tensor,
+        shared: dict[str, Any],
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """What top gets of the trunk's answers; where it knows only those to a tail, it attends to these, from place 0.
+
+        Args:
+            g_BLD: zero where nothing crossed.
+            shared: arguments of top's forward; they come back, changed if need be.
+        """
+        if self.tail is None or self.residual:
+            return g_BLD, shared
+        start = 0
+        if isinstance(logits_to_keep, int) and logits_to_keep:
+            first = int(crosses_BL.any(dim=0).int().argmax())
+            start = min(first, crosses_BL.shape[1] - logits_to_keep)
+        crossed_BL = crosses_BL[:, start:]
+        if cache is not None:
+            crossed_BL = cache.cross(crossed_BL)
+        g_BLD = g_BLD[:, start:]
+        places_BL = (crossed_BL.cumsum(dim=1) - 1).clamp_min(0)[:, -g_BLD.shape[1] :]
+        return g_BLD, {**shared, "attention_mask": crossed_BL.long(), "position_ids": places_BL}
+
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the adapters of the silo's own parts (the base model stays where it is)."""
         tensors = {name: tensor for part in self.ends for name, tensor in adapters.adapter_of(part).items()}
@@ -172,18 +225,24 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         cache: SplitCache | None,
+        real_BL: torch.Tensor,
+        crosses_BL: torch.Tensor,
         shared: dict[str, Any],
     ) -> torch.Tensor:
-        """Bottom and trunk, ``[B, L, D]``. Only real tokens cross; where they left before, bottom does not even run."""
-        mask = shared["attention_mask"]
-        if cache is None and input_ids is not None and _releases_once(self.trunk):
-            packing = _packing(mask, input_ids)
-            return packing.unpack(self.trunk.from_rows(packing.rows(input_ids)))
+        """Bottom and trunk, ``[B, L, D]``; where nothing crosses, zero or the residual.
+
+        What left before, bottom does not even run.
+        """
+        packing = Packing(crosses_BL)
+        if 0 in packing.lengths:
+            raise DataError("a row of padding only", remedy="drop rows without a token")
+        rows = None if input_ids is None else Packing(before_last(real_BL, crosses_BL)).rows(input_ids)
+        if cache is None and rows is not None and not self.residual and _releases_once(self.trunk):
+            return packing.unpack(self.trunk.from_rows(rows, packing.lengths))
         h_BLD = self.through_bottom(cache, input_ids=input_ids, inputs_embeds=inputs_embeds, **shared)
-        packing = _packing(mask, h_BLD)
         session = None if cache is None else cache.session
-        rows = None if input_ids is None else packing.rows(input_ids)
-        g_BLD = packing.unpack(self.trunk(packing.pack(h_BLD), packing.lengths, session, rows))
+        g_TD = self.trunk(packing.pack(h_BLD), packing.lengths, session, rows)
+        g_BLD = packing.unpack(g_TD, h_BLD if self.residual else None)
         if cache is not None and cache.tape is not None:
             cache.tape.add(h_BLD, g_BLD, packing.real_BL)
         return g_BLD
@@ -205,14 +264,6 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _releases_once(trunk: TrunkModule) -> TypeGuard[ReleasingTrunk]:
     return isinstance(trunk, ReleasingTrunk) and trunk.releases_once
-
-
-def _packing(attention_mask: torch.Tensor | None, new: torch.Tensor) -> Packing:
-    """Only real tokens cross: which of the new positions, ``[B, L]`` or ``[B, L, D]``, hold them."""
-    packing = Packing(_real(attention_mask, new))
-    if 0 in packing.lengths:
-        raise DataError("a row of padding only", remedy="drop rows without a token")
-    return packing
 
 
 def _real(attention_mask: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,8 @@ def _ips(text: str) -> Iterator[Stretch]:
             ipaddress.ip_address(match[0])
         except ValueError:
             continue
-        yield match.span()
+        if any(map(str.isdigit, match[0])):
+            yield match.span()
 
 
 def _ibans(text: str) -> Iterator[Stretch]:

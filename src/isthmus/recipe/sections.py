@@ -82,6 +82,17 @@ class BoundarySection(Section):
     """The loss gradient on its way into the trunk."""
     update: ReleaseSection = ReleaseSection(noise=1e-4)
     """What bottom and top learned in a round."""
+    tail: Count | None = None
+    """How many of a prompt's last positions cross; left out: all. The others stay in the silo, in bottom."""
+    width: Count | None = None
+    """Numbers a token that cross, by a learned projection; left out: the model's own width."""
+    residual: bool = False
+    """The trunk answers with what its blocks add, and the silo adds it to its own states, which it keeps without noise.
+
+    Top then sees every position, also those that never crossed.
+    """
+    gradients: bool = True
+    """Loss gradients cross: the trunk's adapter trains. False: none leaves, and bottom trains by the residual alone."""
     release_once: bool = False
     """Hidden states of an example leave once, noised once; the trunk keeps them, later epochs name them by a number.
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from isthmus.errors import DataError
+from isthmus.model.crossing import IGNORED
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.tasks.prompts import Example
-
-IGNORED = -100
-"""Label of a position without loss, as in transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +31,21 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model's forward takes. Only the last ``keep`` positions are supervised, and labels cover only those."""
+    """What a model's forward takes. Only the last positions are supervised, those that ``targets`` covers.
+
+    An answer's last token is a target and no input: nothing follows it, and where answers are choices it is the label.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
-    labels: torch.Tensor
-    keep: int
+    targets: torch.Tensor
+    """The token that each of these positions should predict, or ``IGNORED``."""
 
     @property
     def supervised(self) -> int:
-        """Tokens with a loss: the weight of this batch. (The first label position has no prediction before it.)"""
-        return int((self.labels[:, 1:] != IGNORED).sum())
+        """Tokens with a loss: the weight of this batch."""
+        return int((self.targets != IGNORED).sum())
 
     @property
     def tokens(self) -> int:
@@ -51,18 +53,28 @@ class Batch:
 
     def parts(self, count: int) -> list[Batch]:
         """This batch's rows in at most ``count`` batches of near equal size."""
-        tensors = (self.input_ids, self.attention_mask, self.position_ids, self.labels)
-        pieces = zip(*(tensor.tensor_split(min(count, len(tensor))) for tensor in tensors), strict=True)
-        return [Batch(ids, mask, places, labels, self.keep) for ids, mask, places, labels in pieces]
+        tensors = (self.input_ids, self.attention_mask, self.position_ids, self.targets)
+        return [
+            Batch(*piece)
+            for piece in zip(*(tensor.tensor_split(min(count, len(tensor))) for tensor in tensors), strict=True)
+        ]
 
-    def inputs(self) -> dict[str, object]:
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of a causal model's forward that gives a loss."""
+        return {**self.unsupervised(), **self.supervision()}
+
+    def unsupervised(self) -> dict[str, Any]:
+        """The same without a loss."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
-            "labels": self.labels,
-            "logits_to_keep": self.keep,
+            "logits_to_keep": self.targets.shape[1],
         }
+
+    def supervision(self) -> dict[str, Any]:
+        """What a forward needs for the loss."""
+        return {"labels": self.targets, "shift_labels": self.targets, "logits_to_keep": self.targets.shape[1]}
 
 
 def tokenize(
@@ -92,19 +104,19 @@ def tokenize(
 
 
 def collate(rows: list[Tokens], pad: int) -> Batch:
-    """Rows as one batch, padded on the left."""
-    length = max(len(row.prompt) + len(row.answer) for row in rows)
-    keep = max(len(row.answer) for row in rows) + 1
+    """Rows as one batch, padded on the left. A row without an answer is a prompt to go on from."""
+    inputs = [(row.prompt + row.answer)[: len(row.prompt) + max(0, len(row.answer) - 1)] for row in rows]
+    length = max(map(len, inputs))
+    keep = max(1, *(len(row.answer) for row in rows))
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
-    labels = torch.full((len(rows), keep), IGNORED)
-    for number, row in enumerate(rows):
-        whole = row.prompt + row.answer
-        ids[number, -len(whole) :] = torch.tensor(whole)
-        mask[number, -len(whole) :] = 1
+    targets = torch.full((len(rows), keep), IGNORED)
+    for number, (row, tokens) in enumerate(zip(rows, inputs, strict=True)):
+        ids[number, -len(tokens) :] = torch.tensor(tokens)
+        mask[number, -len(tokens) :] = 1
         if row.answer:
-            labels[number, -len(row.answer) :] = torch.tensor(row.answer)
-    return Batch(ids, mask, positions(mask), labels, keep)
+            targets[number, -len(row.answer) :] = torch.tensor(row.answer)
+    return Batch(ids, mask, positions(mask), targets)
 
 
 def positions(mask_BL: torch.Tensor) -> torch.Tensor:

@@ -81,14 +81,14 @@ def join(
         channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
     boundary = Boundary(recipe.boundary, ledger)
     known = open_register(recipe, tokenizer, register)
-    trunk = RemoteTrunk(channel, boundary, known)
+    trunk = RemoteTrunk(channel, boundary, known, ends=(bottom, top), gradients=recipe.boundary.gradients)
     strength = recipe.sensitivity.attention if recipe.sensitivity else 0.0
     shield = Shield(known, strength) if strength else None
     if recipe.boundary.release_once:
         folder = releases or _passing_folder(trunk)
         trunk.released = Released(folder, bottom, boundary, recipe, checkpoint.fingerprint, shield)
     config = copy.deepcopy(checkpoint.config)
-    model = SplitForCausalLM(config, bottom, trunk, top)
+    model = SplitForCausalLM(config, bottom, trunk, top, tail=recipe.boundary.tail, residual=recipe.boundary.residual)
     model.shield = shield
     model.generation_config = copy.deepcopy(_generation_config(checkpoint, model))
     return Silo(model.eval(), tokenizer, trunk, boundary)
@@ -124,7 +124,7 @@ def known_data(recipe: Recipe, name: str, silo: Silo) -> SiloData:
     """
     register = silo.trunk.register
     data = SiloData(recipe.party(name), recipe, silo.tokenizer, register.sensitivity)
-    register.learn([*data.train, *data.held_out], data.train, getattr(recipe.boundary, "tail", None))
+    register.learn([*data.train, *data.held_out], data.train, recipe.boundary.tail)
     return data
 
 
@@ -135,7 +135,7 @@ def load_ends(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Part, Part]:
     bottom = load_part(checkpoint, cut, "bottom", dtype=dtype)
     top = load_part(checkpoint, cut, "top", dtype=dtype, tied=bottom)
     for part in (bottom, top):
-        adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=recipe.federation.lora == "frozen-a")
+        adapters.equip(part, recipe)
     return bottom, top
 
 

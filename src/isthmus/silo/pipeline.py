@@ -2,16 +2,19 @@
 
 While one crosses or the trunk computes it, bottom or top computes another; the sum of gradients is the same.
 
-Shapes: B rows, L positions, T real tokens, D width.
+Shapes: B rows, L positions, T tokens that cross, D the model's width, W what
+crosses of it.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from isthmus.model.crossing import before_last, crossing
 from isthmus.model.packing import Packing
 from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.data import Batch
@@ -24,56 +27,75 @@ class MicroBatch:
     """One micro-batch and how far it has come."""
 
     batch: Batch
-    h_TD: torch.Tensor | None
-    """Bottom's result, if it has a gradient to get."""
+    h_BLD: torch.Tensor | None
+    """Bottom's result; None where bottom did not run again."""
+    leaf_BLD: torch.Tensor | None
+    """The same, cut off, as the residual path takes it to top."""
+    h_TW: torch.Tensor | None
+    """What of it crossed."""
     packing: Packing
     flight: Flight
 
 
 def pipelined_step(model: SplitForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch, micro_batches: int) -> Step:
     """As ``trainer.train_step``, with the batch's rows in this many micro-batches (or one a row, if rows are fewer)."""
-    assert isinstance(model.trunk, RemoteTrunk)
+    trunk = model.trunk
+    assert isinstance(trunk, RemoteTrunk)
     started = time.perf_counter()
     optimizer.zero_grad()
-    sent = [_send(model, model.trunk, part) for part in batch.parts(micro_batches)]
-    losses = [_turn(model, model.trunk, part, part.batch.supervised / batch.supervised) for part in sent]
+    sent = [_send(model, trunk, part) for part in batch.parts(micro_batches)]
+    losses = [_turn(model, trunk, part, part.batch.supervised / batch.supervised) for part in sent]
     for part in sent:
-        gradient_TD = model.trunk.land(part.flight)
-        if gradient_TD is not None and part.h_TD is not None:
-            part.h_TD.backward(gradient_TD)  # type: ignore[no-untyped-call]
+        _return(part, trunk.land(part.flight) if trunk.gradients else None)
     optimizer.step()
     return Step(sum(losses), batch.supervised, batch.tokens, time.perf_counter() - started)
 
 
 def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch) -> MicroBatch:
     """Through bottom, where that is not done once for all, and off to the trunk."""
-    packing = Packing(batch.attention_mask.bool())
-    if trunk.releases_once:
-        return MicroBatch(batch, None, packing, trunk.start_rows(packing.rows(batch.input_ids)))
+    real_BL = batch.attention_mask.bool()
+    crosses_BL = crossing(real_BL, model.tail, None, batch.targets)
+    packing = Packing(crosses_BL)
+    rows = Packing(before_last(real_BL, crosses_BL)).rows(batch.input_ids)
+    if trunk.releases_once and not model.residual:
+        flight = trunk.start_rows(rows, packing.lengths, train=trunk.gradients)
+        return MicroBatch(batch, None, None, None, packing, flight)
     h_BLD = model.through_bottom(None, input_ids=batch.input_ids, use_cache=False, **_masks(batch))
-    h_TD = packing.pack(h_BLD)
-    wanted = h_TD if h_TD.requires_grad else None
-    return MicroBatch(batch, wanted, packing, trunk.start_forward(h_TD, packing.lengths, packing.rows(batch.input_ids)))
+    h_TW = trunk.narrow(packing.pack(h_BLD))
+    if trunk.releases_once:
+        flight = trunk.start_rows(rows, packing.lengths, train=trunk.gradients)
+    else:
+        flight = trunk.start_forward(h_TW, packing.lengths, rows, train=trunk.gradients)
+    leaf_BLD = h_BLD.detach().requires_grad_(h_BLD.requires_grad) if model.residual else None
+    return MicroBatch(batch, h_BLD, leaf_BLD, h_TW, packing, flight)
 
 
 def _turn(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatch, share: float) -> float:
     """Through top to the loss and back, and the gradient off to the trunk; returns this part's share of the loss."""
     arrived = trunk.land(part.flight)
     assert arrived is not None
-    arrived_TD = arrived.requires_grad_(True)
-    output = model.top.model(
-        inputs_embeds=part.packing.unpack(arrived_TD),
-        labels=part.batch.labels,
-        logits_to_keep=part.batch.keep,
-        use_cache=False,
-        **_masks(part.batch),
-    )
+    arrived_TD = arrived.requires_grad_(trunk.gradients)
+    g_TD = arrived_TD if part.leaf_BLD is None else trunk.join(part.packing.pack(part.leaf_BLD), arrived_TD)
+    g_BLD = part.packing.unpack(g_TD, part.leaf_BLD)
+    supervision, shared = part.batch.supervision(), {**_masks(part.batch), "use_cache": False}
+    g_BLD, shared = model.for_top(g_BLD, part.packing.real_BL, None, supervision["logits_to_keep"], shared)
+    output = model.top.model(inputs_embeds=g_BLD, **supervision, **shared)
     loss: torch.Tensor = output.loss * share
     loss.backward()  # type: ignore[no-untyped-call]
-    assert arrived_TD.grad is not None
-    part.flight = trunk.start_backward(part.flight, arrived_TD.grad, reply=part.h_TD is not None)
+    if trunk.gradients:
+        assert arrived_TD.grad is not None
+        wanted = part.h_TW is not None and part.h_TW.requires_grad
+        part.flight = trunk.start_backward(part.flight, arrived_TD.grad, reply=wanted)
     return float(loss.detach())
 
 
-def _masks(batch: Batch) -> dict[str, torch.Tensor]:
+def _return(part: MicroBatch, gradient_TW: torch.Tensor | None) -> None:
+    """Bottom's gradients: of what crossed, and of the residual path."""
+    ways = ((part.h_TW, gradient_TW), (part.h_BLD, None if part.leaf_BLD is None else part.leaf_BLD.grad))
+    given = [(state, gradient) for state, gradient in ways if state is not None and gradient is not None]
+    if given:
+        torch.autograd.backward([state for state, _ in given], [gradient for _, gradient in given])
+
+
+def _masks(batch: Batch) -> dict[str, Any]:
     return {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}

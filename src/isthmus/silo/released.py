@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from isthmus.errors import ModelError, RunError
+from isthmus.model.bottleneck import DOWN, project, tensor_of
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.privacy.subjects import Subjects
@@ -24,8 +26,14 @@ from isthmus.silo.secret import kept_secret
 from isthmus.silo.shield import Shield
 from isthmus.wire import isthmus_pb2 as pb
 
-Row = list[int]
-"""Token ids of one sequence, without padding."""
+
+@dataclass(frozen=True)
+class Ending:
+    """One sequence, of which the last tokens cross."""
+
+    row: tuple[int, ...]
+    """Token ids, without padding."""
+    length: int
 
 
 class Released:
@@ -65,19 +73,19 @@ class Released:
             told.append(recipe.sensitivity.model_dump_json())
         self._hash = hashlib.blake2b("\n".join(told).encode(), key=kept_secret(folder / "secret"), digest_size=8)
 
-    def number(self, row: Row) -> int:
-        """Under which the trunk keeps this row."""
+    def number(self, example: Ending) -> int:
+        """Under which the trunk keeps this example."""
         digest = self._hash.copy()
-        digest.update(array("q", row).tobytes())
+        digest.update(array("q", (example.length, *example.row)).tobytes())
         return int.from_bytes(digest.digest(), "little")
 
     def like(self, tokens: int) -> torch.Tensor:
-        """A tensor in the shape of so many tokens' hidden states, with bottom's device and dtype, without memory."""
-        first = next(self._bottom.parameters())
-        return first.new_empty(1).expand(tokens, self._bottom.config.hidden_size)
+        """A tensor in the shape of so many tokens' released states, with bottom's device and dtype, without memory."""
+        first, down_WD = next(self._bottom.parameters()), tensor_of(self._bottom, DOWN)
+        return first.new_empty(1).expand(tokens, self._bottom.config.hidden_size if down_WD is None else len(down_WD))
 
-    def release(self, rows: Iterable[Row], step: int, register: Register) -> list[pb.Keep]:
-        """The frames of those rows that were not released before; the ledger has them now, and the disk.
+    def release(self, examples: Iterable[Ending], step: int, register: Register) -> list[pb.Keep]:
+        """The frames of those examples that were not released before; the ledger has them now, and the disk.
 
         Args:
             step: under which the ledger notes them.
@@ -92,8 +100,8 @@ class Released:
                 "bottom trains, but its hidden states are released once",
                 remedy="freeze bottom, or set boundary.release_once = false",
             )
-        new = {number: row for row in rows if (number := self.number(row)) not in self._store}
-        about = [register.subjects([row], [len(row)]) for row in new.values()]
+        new = {number: one for one in examples if (number := self.number(one)) not in self._store}
+        about = [register.subjects([list(one.row)], [one.length]) for one in new.values()]
         states = zip(new, self._run(new.values()), about, strict=True)
         return [self._released(number, h_TD, step, subjects) for number, h_TD, subjects in states]
 
@@ -118,13 +126,13 @@ class Released:
         return pb.Keep(example=number, hidden=matrix)
 
     @torch.no_grad()
-    def _run(self, rows: Iterable[Row]) -> list[torch.Tensor]:
-        """Bottom's result for each row, ``[T, D]``. Padded on the right, causal attention needs no mask at all."""
-        lengths = [len(row) for row in rows]
-        if not lengths:
+    def _run(self, examples: Collection[Ending]) -> list[torch.Tensor]:
+        """What crosses of each, ``[T, W]``. Padded on the right, causal attention needs no mask."""
+        rows, crossing = [one.row for one in examples], [one.length for one in examples]
+        if not rows:
             return []
         device = next(self._bottom.parameters()).device
-        packing = Packing.of_lengths(lengths, device, pad_left=False)
+        packing = Packing.of_lengths(list(map(len, rows)), device, pad_left=False)
         ids_BL = torch.zeros(packing.real_BL.shape, dtype=torch.long, device=device)
         ids_BL[packing.real_BL] = torch.tensor([token for row in rows for token in row], device=device)
         bottom = self._bottom.eval()
@@ -133,4 +141,6 @@ class Released:
         else:
             mask_BL = packing.real_BL.long()
             h_BLD = self._shield.hidden(bottom, input_ids=ids_BL, attention_mask=mask_BL, use_cache=False)
-        return [h_LD[:length] for h_LD, length in zip(h_BLD, lengths, strict=True)]
+        h_BLD = project(h_BLD, tensor_of(self._bottom, DOWN))
+        ends = zip(h_BLD, packing.lengths, crossing, strict=True)
+        return [h_LD[length - last : length] for h_LD, length, last in ends]

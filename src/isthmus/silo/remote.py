@@ -1,6 +1,6 @@
 """The trunk as the silo's model sees it: a module whose forward and backward cross the wire.
 
-Shapes: T tokens of all sequences one after another, D width.
+Shapes: T tokens of all sequences one after another, D the model's width, W what crosses of it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from isthmus.errors import UnknownExampleError, UnknownSessionError
+from isthmus.model.bottleneck import DOWN, GATE, project, tensor_of
+from isthmus.model.cut import Part
 from isthmus.privacy.events import Path
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.register import History, Register
-from isthmus.silo.released import Released
+from isthmus.silo.released import Ending, Released
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
 
@@ -36,11 +38,13 @@ class Flight:
 
     step: int
     like_TD: torch.Tensor
-    """What was sent, or anything else of the answer's shape, device and dtype."""
+    """Anything of the answer's shape, device and dtype."""
     path: Path
     reply: bool
     answer: Answer
     subjects: Subjects
+    width: int
+    """Of the hidden states that were sent."""
     request: pb.Forward | None = None
     """A forward by numbers: it goes again if the trunk has forgotten one of them."""
     keeps: list[Answer] = field(default_factory=list)
@@ -54,7 +58,9 @@ class RemoteTrunk(nn.Module):
 
     Args:
         register: says whom tensors are about.
+        ends: bottom and top, for the layers that the recipe may add where they meet the trunk.
         released: of a silo that releases each example once; None: hidden states leave at every forward.
+        gradients: whether loss gradients leave. Without them the trunk learns nothing, and hidden states get none.
     """
 
     def __init__(
@@ -62,9 +68,14 @@ class RemoteTrunk(nn.Module):
         channel: Channel,
         boundary: Boundary,
         register: Register | None = None,
+        *,
+        ends: tuple[Part, Part] | None = None,
         released: Released | None = None,
+        gradients: bool = True,
     ) -> None:
         super().__init__()
+        self.gradients = gradients
+        self._ends = ends or ()
         self.channel = channel
         self.boundary = boundary
         self.register = register or Register()
@@ -82,20 +93,38 @@ class RemoteTrunk(nn.Module):
         session: RemoteSession | None,
         rows: list[list[int]] | None = None,
     ) -> torch.Tensor:
+        h_TW = self.narrow(h_TD)
         if session is not None:
-            return session.step(h_TD, lengths, rows)
-        if torch.is_grad_enabled():
-            return _cross(h_TD, self, lambda: self.start_forward(h_TD, lengths, rows))
-        return self._landed(self.start_forward(h_TD, lengths, rows, train=False))
+            return self.join(h_TD, session.step(h_TW, lengths, rows))
+        train = torch.is_grad_enabled() and self.gradients
+
+        def start() -> Flight:
+            if self.released is not None and rows is not None:
+                return self.start_rows(rows, lengths, train=train)
+            return self.start_forward(h_TW, lengths, rows, train=train)
+
+        return self.join(h_TD, _cross(h_TW, self, start) if train else self._landed(start()))
+
+    def narrow(self, h_TD: torch.Tensor) -> torch.Tensor:
+        """What of bottom's result crosses, ``[T, W]``: all of it, or its projection to the recipe's width."""
+        return project(h_TD, self._layer(0, DOWN))
+
+    def join(self, h_TD: torch.Tensor, g_TD: torch.Tensor) -> torch.Tensor:
+        """What top gets for the trunk's answer to ``h_TD``: the answer, or with a residual path their weighted sum."""
+        gate_D = self._layer(1, GATE)
+        return g_TD if gate_D is None else h_TD + gate_D.to(g_TD.dtype) * g_TD
+
+    def _layer(self, end: int, name: str) -> torch.Tensor | None:
+        return tensor_of(self._ends[end], name) if self._ends else None
 
     @property
     def releases_once(self) -> bool:
         return self.released is not None
 
-    def from_rows(self, rows: list[list[int]]) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            return _cross(None, self, lambda: self.start_rows(rows))
-        return self._landed(self.start_rows(rows, train=False))
+    def from_rows(self, rows: list[list[int]], lengths: list[int]) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradients:
+            return _cross(None, self, lambda: self.start_rows(rows, lengths))
+        return self._landed(self.start_rows(rows, lengths, train=False))
 
     def begin(self, round: int, participants: list[str]) -> None:
         """Wait until all participants are ready for this round's first step."""
@@ -117,36 +146,48 @@ class RemoteTrunk(nn.Module):
     def open_session(self) -> RemoteSession:
         while self._abandoned:
             self.channel.submit(pb.Close(session=self._abandoned.popleft()))
-        session = RemoteSession(self.channel, self.boundary, self.register, next(self._sessions))
+        session = RemoteSession(self, next(self._sessions))
         weakref.finalize(session, self._abandoned.append, session.id)
         return session
 
     def start_forward(
-        self, h_TD: torch.Tensor, lengths: list[int], rows: list[list[int]] | None = None, *, train: bool = True
+        self, h_TW: torch.Tensor, lengths: list[int], rows: list[list[int]] | None = None, *, train: bool = True
     ) -> Flight:
         """Send a training step's hidden states, and do not wait for the answer."""
         step = next(self._steps)
         subjects = self.register.subjects(rows, lengths)
-        hidden = self.boundary.release(h_TD, "forward", step, subjects)
+        hidden = self.boundary.release(h_TW, "forward", step, subjects)
         request = pb.Forward(step=step, lengths=lengths, hidden=hidden, train=train)
-        return Flight(step, h_TD, "forward", True, self.channel.submit(request), subjects)
+        return Flight(
+            step, self.answer_to(h_TW), "forward", True, self.channel.submit(request), subjects, h_TW.shape[1]
+        )
 
-    def start_rows(self, rows: list[list[int]], *, train: bool = True) -> Flight:
-        """As ``start_forward``, for these rows of token ids. Those never released before run through bottom first."""
+    def start_rows(self, rows: list[list[int]], lengths: list[int], *, train: bool = True) -> Flight:
+        """As ``start_forward``, for the last ``lengths`` tokens of these rows of token ids.
+
+        Those never released before run through bottom first.
+        """
         assert self.released is not None
         step = next(self._steps)
-        like_TD = self.released.like(sum(map(len, rows)))
-        subjects = self.register.subjects(rows, list(map(len, rows)))
-        keeps = self._keep(self.released.release(rows, step, self.register))
-        examples = [self.released.number(row) for row in rows]
-        request = pb.Forward(step=step, lengths=subjects.lengths, examples=examples, train=train)
-        return Flight(step, like_TD, "forward", True, self.channel.submit(request), subjects, request, keeps)
+        subjects = self.register.subjects(rows, lengths)
+        examples = [Ending(tuple(row), length) for row, length in zip(rows, lengths, strict=True)]
+        keeps = self._keep(self.released.release(examples, step, self.register))
+        numbers = [self.released.number(example) for example in examples]
+        request = pb.Forward(step=step, lengths=lengths, examples=numbers, train=train)
+        like_TW = self.released.like(sum(lengths))
+        answer = self.channel.submit(request)
+        return Flight(
+            step, self.answer_to(like_TW), "forward", True, answer, subjects, like_TW.shape[1], request, keeps
+        )
 
     def start_backward(self, forward: Flight, gradient_TD: torch.Tensor, *, reply: bool) -> Flight:
         """Send the gradient of what a forward gave; ``reply`` if the gradient of what it took is wanted."""
         gradient = self.boundary.release(gradient_TD, "gradient", forward.step, forward.subjects)
         request = pb.Backward(step=forward.step, gradient=gradient, reply=reply)
-        return Flight(forward.step, gradient_TD, "gradient", reply, self.channel.submit(request), forward.subjects)
+        like_TW = gradient_TD[:1, :1].expand(len(gradient_TD), forward.width)
+        return Flight(
+            forward.step, like_TW, "gradient", reply, self.channel.submit(request), forward.subjects, forward.width
+        )
 
     def land(self, flight: Flight) -> torch.Tensor | None:
         """Wait for the answer; None for a backward without reply."""
@@ -154,6 +195,11 @@ class RemoteTrunk(nn.Module):
             return self._landed(flight)
         flight.answer.result()
         return None
+
+    def answer_to(self, h_TW: torch.Tensor) -> torch.Tensor:
+        """A tensor in the shape of the trunk's answer, without memory."""
+        width = self._ends[0].config.hidden_size if self._ends else h_TW.shape[1]
+        return h_TW.detach()[:1, :1].expand(len(h_TW), width)
 
     def _landed(self, flight: Flight) -> torch.Tensor:
         body: Any = self._answered(flight)
@@ -220,37 +266,36 @@ class RemoteSession:
     Sent frames are kept: a trunk that lost the session gets them again, as they were, with their noise.
     """
 
-    def __init__(self, channel: Channel, boundary: Boundary, register: Register, id: int) -> None:
+    def __init__(self, trunk: RemoteTrunk, id: int) -> None:
         self.id = id
-        self._channel = channel
-        self._boundary = boundary
-        self._register = register
+        self._trunk = trunk
+        self._channel = trunk.channel
         self._history: History | None = None
         self._sent: list[pb.Decode] = []
         self._forget = 0
         self._rows: list[int] = []
 
-    def step(self, h_TD: torch.Tensor, lengths: list[int], rows: list[list[int]] | None = None) -> torch.Tensor:
+    def step(self, h_TW: torch.Tensor, lengths: list[int], rows: list[list[int]] | None = None) -> torch.Tensor:
         """Append these tokens to the cache and run them."""
         number = len(self._sent)
-        self._history = self._history or self._register.history(len(lengths))
+        self._history = self._history or self._trunk.register.history(len(lengths))
         subjects = self._history.subjects(rows, lengths)
         request = pb.Decode(
             session=self.id,
             step=number,
             lengths=lengths,
-            hidden=self._boundary.release(h_TD, "forward", number, subjects),
+            hidden=self._trunk.boundary.release(h_TW, "forward", number, subjects),
             forget=self._forget,
             rows=self._rows,
         )
         self._forget, self._rows = 0, []
         self._sent.append(request)
-        return self._boundary.admit(self._ask(request).hidden, "forward", h_TD)
+        return self._trunk.boundary.admit(self._ask(request).hidden, "forward", self._trunk.answer_to(h_TW))
 
     def hear(self, rows: list[list[int]]) -> list[list[int]] | None:
         """The next step's new tokens, before bottom runs; returns the classes of all rows' tokens, if anyone asks for
         classes."""
-        self._history = self._history or self._register.history(len(rows))
+        self._history = self._history or self._trunk.register.history(len(rows))
         return self._history.hear(rows)
 
     def forget(self, positions: int) -> None:

@@ -95,8 +95,7 @@ def _accuracy(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]]
 def _best_token(model: PreTrainedModel, data: SiloData, rows: list[Tokens]) -> list[int]:
     """The likeliest choice after each prompt, where every choice is one token."""
     batch = collate([Tokens(row.prompt, []) for row in rows], data.pad)
-    inputs = {**batch.inputs(), "labels": None}
-    logits_BC = model(**inputs, use_cache=False).logits[:, -1, [choice[0] for choice in data.choices]]
+    logits_BC = model(**batch.unsupervised(), use_cache=False).logits[:, -1, [choice[0] for choice in data.choices]]
     numbers: list[int] = logits_BC.argmax(dim=1).tolist()
     return numbers
 
@@ -106,9 +105,8 @@ def _best_text(model: PreTrainedModel, data: SiloData, rows: list[Tokens]) -> li
     scores = []
     for choice in data.choices:
         batch = collate([Tokens(row.prompt, list(choice)) for row in rows], data.pad)
-        inputs = {**batch.inputs(), "labels": None}
-        logits = model(**inputs, use_cache=False).logits[:, :-1].log_softmax(dim=-1)
-        scores.append(logits.gather(2, batch.labels[:, 1:].unsqueeze(2)).sum(dim=(1, 2)))
+        logits = model(**batch.inputs(), use_cache=False).logits.log_softmax(dim=-1)
+        scores.append(logits.gather(2, batch.targets.unsqueeze(2)).sum(dim=(1, 2)))
     numbers: list[int] = torch.stack(scores, dim=1).argmax(dim=1).tolist()
     return numbers
 

@@ -1,6 +1,6 @@
 """The trunk's gate: between matrices as they cross the wire and tensors as it computes on them.
 
-Shapes: T tokens, D width.
+Shapes: T tokens, D the model's width, W what crosses of it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ class Gate:
     """Decodes what comes in and encodes what goes out, with the recipe's codec for each direction.
 
     Args:
+        crossing_width: of the hidden states that come.
+        width: of what the trunk answers.
         kept: the examples that forwards may name instead of bringing them.
     """
 
-    def __init__(self, section: CodecSection, width: int, kept: Kept) -> None:
+    def __init__(self, section: CodecSection, crossing_width: int, width: int, kept: Kept) -> None:
         self._codec = section
+        self._crossing_width = crossing_width
         self._width = width
         self._kept = kept
         self._generator = secret_generator()
 
     def forward_in(self, silo: str, request: pb.Forward) -> torch.Tensor:
-        """A forward's hidden states ``[T, D]``, brought or kept.
+        """A forward's hidden states ``[T, W]``, brought or kept.
 
         Raises:
             FrameError: they are anything else.
@@ -39,12 +42,12 @@ class Gate:
         return self.hidden_in(request.hidden, sum(request.lengths))
 
     def hidden_in(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
-        """Hidden states ``[T, D]``.
+        """Hidden states ``[T, W]``.
 
         Raises:
             FrameError: they are anything else.
         """
-        return codec.decode(matrix, rows=rows, width=self._width, codec=self._codec.forward_up)
+        return codec.decode(matrix, rows=rows, width=self._crossing_width, codec=self._codec.forward_up)
 
     def gradient_in(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
         """A loss gradient ``[T, D]``; errors as above."""

@@ -1,6 +1,6 @@
 """The runner: the trunk's blocks applied to packed sequences.
 
-Shapes: T tokens of all sequences one after another, D width.
+Shapes: T tokens of all sequences one after another, D the model's width, W what crosses of it.
 """
 
 from __future__ import annotations
@@ -8,17 +8,25 @@ from __future__ import annotations
 import torch
 
 from isthmus.errors import FrameError
+from isthmus.model.bottleneck import UP, project, tensor_of
 from isthmus.model.cut import Part
 from isthmus.model.grouped import Adapter, group_adapters
 from isthmus.model.packed import SequenceCache, Sequences, pack_attention
 
 
 class Runner:
-    """Runs the trunk part on the sequences of many silos at once. Nothing is padded."""
+    """Runs the trunk part on the sequences of many silos at once. Nothing is padded.
 
-    def __init__(self, part: Part) -> None:
+    Args:
+        residual: results are what the blocks added to what went in.
+    """
+
+    def __init__(self, part: Part, *, residual: bool = False) -> None:
         self.part = part
+        self._residual = residual
+        self._up = tensor_of(part, UP)
         self.width: int = part.config.hidden_size
+        self.crossing_width = self.width if self._up is None else self._up.shape[1]
         self.context: int = part.config.max_position_embeddings
         first = next(part.parameters())
         self.device, self.dtype = first.device, first.dtype
@@ -60,10 +68,19 @@ class Runner:
             )
 
     def _run(self, h_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        h_TD = self._widened(h_TD.to(self.device, self.dtype))
         h_1TD = self.part.hidden(
-            inputs_embeds=h_TD.to(self.device, self.dtype).unsqueeze(0),
+            inputs_embeds=h_TD.unsqueeze(0),
             position_ids=sequences.positions(self.device),
             use_cache=False,
             sequences=sequences,
         )
-        return h_1TD.squeeze(0)
+        return h_1TD.squeeze(0) - h_TD if self._residual else h_1TD.squeeze(0)
+
+    def _widened(self, h_TW: torch.Tensor) -> torch.Tensor:
+        """What came through a bottleneck, each stretch by its own adapter's ``up``."""
+        if self._up is None or self._groups.stretches is None:
+            return project(h_TW, self._up)
+        pieces = torch.split(h_TW, [tokens for tokens, _ in self._groups.stretches])
+        ups = [adapter[f"{UP}.weight"] for _, adapter in self._groups.stretches]
+        return torch.cat([project(piece, up) for piece, up in zip(pieces, ups, strict=True)])

@@ -41,8 +41,8 @@ class TrunkService:
         self._hello = pb.Hello(fingerprint=checkpoint.fingerprint, bottom=cut.bottom, top=cut.top)
         self._scheduler = Scheduler()
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
-        self._kept = Kept(directory.path / "kept", recipe, self._runner.width)
-        self._gate = Gate(recipe.boundary.codec, self._runner.width, self._kept)
+        self._kept = Kept(directory.path / "kept", recipe, self._runner.crossing_width)
+        self._gate = Gate(recipe.boundary.codec, self._runner.crossing_width, self._runner.width, self._kept)
         self._sessions = Sessions(self._runner, recipe.trunk)
         self._decoding = Decoding(self._runner, self._sessions, self._gate, recipe.trunk.chunk)
         adapter = _trunk_adapter(self._runner.part, recipe)
@@ -128,8 +128,8 @@ class TrunkService:
 
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:
     part = load_part(checkpoint, cut, "trunk", dtype=getattr(torch, recipe.model.dtype))
-    adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=recipe.trunk.adapter == "replica")
-    return Runner(part)
+    adapters.equip(part, recipe)
+    return Runner(part, residual=recipe.boundary.residual)
 
 
 def _trunk_adapter(part: Part, recipe: Recipe) -> TrunkAdapter:

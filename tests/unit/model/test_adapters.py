@@ -30,11 +30,11 @@ PRINT_A = """
 import hashlib, sys
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.cut import Cut
-from isthmus.recipe import LoraSection
+from tests.conftest import make_recipe
 config = Checkpoint(sys.argv[1]).config
 for seed in (3, 4):
-    tensors = adapters.initial_tensors(config, LoraSection(rank=4, alpha=6.0), Cut(1, 2), seed)
+    recipe = make_recipe(sys.argv[1], seed=seed, lora={"rank": 4, "alpha": 6.0}, model={"bottom": 1, "top": 2})
+    tensors = adapters.initial_tensors(config, recipe)
     print({name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()})
 """
 
@@ -62,6 +62,29 @@ def part_of(folder: Path, name: str, lora: LoraSection = LORA, seed: int = 0, *,
 def of_all(folder: Path, seed: int = 0) -> dict[str, torch.Tensor]:
     parts = [part_of(folder, name, seed=seed) for name in ("bottom", "trunk", "top")]
     return {name: tensor for part in parts for name, tensor in adapters.adapter_of(part).items()}
+
+
+def test_the_ends_own_layers_are_shared_and_start_alike_in_silo_and_trunk(folder: Path) -> None:
+    recipe = make_recipe(folder, boundary={"width": 5, "residual": True}, model={"bottom": 1, "top": 2})
+    checkpoint = Checkpoint(str(folder))
+    bottom, top = load_ends(checkpoint, recipe)
+    shapes = adapters.shared_shapes([bottom, top])
+    assert shared_shapes(recipe) == shapes
+    assert (shapes["boundary_down.weight"], shapes["boundary_gate.weight"]) == ((5, 32), (32,))
+    trunk = load_part(checkpoint, CUT, "trunk")
+    adapters.equip(trunk, recipe)
+    down_WD, up_DW = (
+        adapters.adapter_of(bottom)["boundary_down.weight"],
+        adapters.adapter_of(trunk)["boundary_up.weight"],
+    )
+    assert torch.equal(down_WD, up_DW.T)
+    assert torch.allclose(down_WD @ up_DW, torch.eye(5), atol=1e-6)
+
+
+def test_a_bottleneck_as_wide_as_the_model_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match="bottleneck of 32") as caught:
+        load_ends(Checkpoint(str(folder)), make_recipe(folder, boundary={"width": 32}))
+    assert "boundary.width" in caught.value.remedy
 
 
 @torch.no_grad()
@@ -125,7 +148,8 @@ def test_every_a_is_its_own_draw_within_pefts_bounds(folder: Path) -> None:
 
 
 def test_initial_tensors_are_those_of_the_ends(folder: Path) -> None:
-    initial = adapters.initial_tensors(Checkpoint(str(folder)).config, LORA, CUT, 0)
+    recipe = make_recipe(folder, lora=LORA.model_dump(), model={"bottom": CUT.bottom, "top": CUT.top})
+    initial = adapters.initial_tensors(Checkpoint(str(folder)).config, recipe)
     ends = [part_of(folder, name) for name in ("bottom", "top")]
     own = {name: tensor for part in ends for name, tensor in adapters.adapter_of(part).items()}
     assert initial.keys() == own.keys()
@@ -143,7 +167,7 @@ def test_a_frozen_bottom_has_no_adapter_and_all_roles_agree(folder: Path) -> Non
     assert not any(parameter.requires_grad for parameter in bottom.parameters())
     assert {int(name.split(".")[2]) for name in adapters.adapter_of(top)} == {3, 4}
     assert shared_shapes(recipe) == adapters.shared_shapes([bottom, top])
-    initial = adapters.initial_tensors(checkpoint.config, recipe.lora, CUT, recipe.seed)
+    initial = adapters.initial_tensors(checkpoint.config, recipe)
     assert initial.keys() == adapters.adapter_of(top).keys()
 
 

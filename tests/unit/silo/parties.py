@@ -25,7 +25,7 @@ from isthmus.wire.channel import Answer, LoopbackChannel
 
 WIDTH, EPOCHS = 32, 3
 ROWS = [Tokens(list(range(4, 4 + n)), [50 + n, 60 + n]) for n in (3, 9, 5, 7)]
-TOKENS = [len(row.prompt) + 2 for row in ROWS]
+TOKENS = [len(row.prompt) + 1 for row in ROWS]
 MATRIX = 4 * WIDTH
 """Bytes of one token's hidden states."""
 HEADER, PER_ROW = 16, 10

@@ -117,7 +117,7 @@ def test_nothing_is_sent_that_the_ledger_did_not_take(split: Split, tmp_path: Pa
     model, _ = split(make_recipe(save_tiny_model("llama", tmp_path / "model")), ledger=taker)
     trunk: RemoteTrunk = model.trunk
     before = trunk.channel.sent_bytes
-    flight = Flight(1, torch.ones(1, 32), "forward", True, Answer(), about(1))
+    flight = Flight(1, torch.ones(1, 32), "forward", True, Answer(), about(1), 32)
     for ask in (
         lambda: model(**ragged("left")),
         lambda: model.generate(**prompts(), max_new_tokens=2),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from isthmus.errors import DataError
 from isthmus.recipe import Recipe
 from isthmus.silo import trainer
-from isthmus.silo.data import IGNORED, Batch, Tokens, batches, collate, positions, tokenize
+from isthmus.silo.data import IGNORED, Tokens, batches, collate, positions, tokenize
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.trainer import SiloData, evaluate, train_step, training_batches
 from isthmus.tasks.prompts import Example
@@ -78,29 +78,31 @@ def test_rows_that_cannot_be_used(folder: Path, prompt: str, answer: str, most: 
 
 @settings(derandomize=True, deadline=None)
 @given(ROWS)
-def test_collate_pads_on_the_left_and_labels_the_answers(rows: list[Tokens]) -> None:
+def test_collate_pads_on_the_left_and_keeps_the_last_answer_token_as_a_target(rows: list[Tokens]) -> None:
     batch = collate(rows, 0)
-    assert batch.keep == batch.labels.shape[1] == 1 + max(len(row.answer) for row in rows)
-    for row, ids, mask, place, labels in zip(
-        rows, batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels, strict=True
+    keep = batch.targets.shape[1]
+    assert keep == max(len(row.answer) for row in rows)
+    for row, ids, mask, place, targets in zip(
+        rows, batch.input_ids, batch.attention_mask, batch.position_ids, batch.targets, strict=True
     ):
-        whole = row.prompt + row.answer
+        whole = row.prompt + row.answer[:-1]
         blank = len(ids) - len(whole)
         assert ids.tolist() == [0] * blank + whole
         assert mask.tolist() == [0] * blank + [1] * len(whole)
         assert place.tolist() == [0] * blank + list(range(len(whole)))
-        assert labels.tolist() == [IGNORED] * (batch.keep - len(row.answer)) + row.answer
+        assert targets.tolist() == [IGNORED] * (keep - len(row.answer)) + row.answer
     assert batch.supervised == sum(len(row.answer) for row in rows)
-    assert batch.tokens == sum(len(row.prompt) + len(row.answer) for row in rows)
+    assert batch.tokens == sum(len(row.prompt) + len(row.answer) - 1 for row in rows)
 
 
 def test_positions_of_any_mask() -> None:
     assert positions(torch.tensor([[0, 0, 1, 1], [1, 1, 0, 1]])).tolist() == [[0, 0, 0, 1], [0, 1, 1, 2]]
 
 
-def test_the_first_label_has_no_prediction_and_no_weight() -> None:
-    whole = torch.tensor([[5, 6, 7]])
-    assert Batch(whole, torch.ones_like(whole), positions(torch.ones_like(whole)), whole, 3).supervised == 2
+def test_a_prompt_without_an_answer_is_all_input() -> None:
+    batch = collate([Tokens([5, 6, 7], []), Tokens([8], [])], 0)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch.targets.tolist() == [[IGNORED]] * 2
 
 
 @settings(derandomize=True, deadline=None)
@@ -147,7 +149,7 @@ def test_a_train_step_reports_and_steps(folder: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batch = collate([Tokens([5, 6], [7, 8]), Tokens([9], [10])], 0)
     steps = [train_step(model, optimizer, batch) for _ in range(2)]
-    assert [(step.weight, step.tokens) for step in steps] == [(3, 6)] * 2
+    assert [(step.weight, step.tokens) for step in steps] == [(3, 4)] * 2
     assert steps[1].loss < steps[0].loss
 
 

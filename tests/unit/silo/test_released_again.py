@@ -12,6 +12,7 @@ import torch
 
 from isthmus import errors
 from isthmus.privacy.events import Release
+from isthmus.silo.released import Ending
 from isthmus.wire import isthmus_pb2 as pb
 from tests.unit.silo.parties import EPOCHS, MATRIX, ROWS, TOKENS, Start
 
@@ -90,8 +91,8 @@ def test_the_silo_starts_again_and_releases_nothing_again(start: Start) -> None:
 
 def test_a_silo_that_died_before_it_could_send_sends_what_it_had_released(start: Start) -> None:
     party = start()
-    rows = [row.prompt + row.answer for row in ROWS]
-    released = party.trunk.released.release(rows, 1, party.trunk.register)
+    endings = [Ending((*row.prompt, *row.answer[:-1]), size) for row, size in zip(ROWS, TOKENS, strict=True)]
+    released = party.trunk.released.release(endings, 1, party.trunk.register)
     party.start_silo()
     party.forget()
     party.logits()

@@ -1,0 +1,74 @@
+"""What the recipe may add where the parts meet: a narrow crossing, and a residual path that stays in the silo.
+
+*Bottleneck*: ``down`` in the silo maps a hidden state to fewer numbers, ``up`` in the trunk maps them back. Fewer bytes
+cross, and the same noise hides more. Both are trained with the adapters; they start as one random projection.
+
+*Residual*: the trunk answers with what its blocks added, and the silo adds that to its own state, which no noise ever
+touched; ``gate`` weighs it, channel by channel.
+
+Shapes: T tokens, D the model's width, W what crosses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from isthmus.errors import ModelError
+from isthmus.model.cut import Part
+from isthmus.recipe import BoundarySection
+
+DOWN, UP, GATE = "boundary_down", "boundary_up", "boundary_gate"
+NAMES = (f"{DOWN}.weight", f"{UP}.weight", f"{GATE}.weight")
+
+
+def add_crossing(part: Part, section: BoundarySection, *, frozen: bool) -> None:
+    """Add to a part what this section wants of it, without values yet.
+
+    Args:
+        frozen: it does not train.
+
+    Raises:
+        ModelError: the bottleneck is no narrower than the model.
+    """
+    width: int = part.config.hidden_size
+    if section.width is not None:
+        if section.width >= width:
+            raise ModelError(
+                f"a bottleneck of {section.width} in a model of width {width}", remedy="lower boundary.width"
+            )
+        if part.name == "bottom":
+            _add(part, DOWN, (section.width, width), frozen)
+        if part.name == "trunk":
+            _add(part, UP, (width, section.width), frozen)
+    if section.residual and part.name == "top":
+        _add(part, GATE, (width,), frozen)
+
+
+def initial(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """The value that one of ``NAMES`` starts with: the same orthonormal basis for down and up, ones for the gate."""
+    if name.startswith(GATE):
+        return torch.ones(shape)
+    long, short = max(shape), min(shape)
+    basis, triangle = torch.linalg.qr(torch.randn(long, short, generator=generator))
+    basis = torch.mul(basis, triangle.diagonal().sign())
+    return basis.T.contiguous() if shape[0] == short else basis
+
+
+def tensor_of(part: Part, name: str) -> torch.Tensor | None:
+    """The weight of one of the added modules, if the part has it."""
+    module = part.model._modules.get(name)
+    return None if module is None else module.get_parameter("weight")
+
+
+def project(h_TD: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Through ``down`` or ``up``, where there is one."""
+    return h_TD if weight is None else linear(h_TD, weight.to(h_TD.dtype))
+
+
+def _add(part: Part, name: str, shape: tuple[int, ...], frozen: bool) -> None:
+    module = nn.Module()
+    like = next(part.model.parameters())
+    module.weight = nn.Parameter(torch.empty(shape, device=like.device), requires_grad=not frozen)
+    part.model.add_module(name, module)
