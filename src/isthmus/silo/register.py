@@ -172,6 +172,8 @@ class Register:
         try:
             kept = json.loads(path.read_text())
             scale, same = float(kept["scale"]), kept["section"] == self.sensitivity.section.model_dump(mode="json")
+            if not 0 < scale < float("inf"):
+                raise ValueError(scale)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise RunError(f"{path} is damaged", remedy="delete it: it is computed again from the data") from error
         return scale if same else None
