@@ -73,6 +73,9 @@ _DATES = tuple(
         rf"|(?:nineteen|twenty)[ -]{_BELOW_100}\b)",
     )
 )
+_MONTH_ALONE = re.compile(
+    rf"\b(?:in|since|until|till|by|of|this|last|next|early|late|mid|from)[ -]({_MONTH})\b", re.IGNORECASE
+)
 
 
 def build(name: str, *, region: str, listed: Iterable[str]) -> Detector:
@@ -167,6 +170,8 @@ def _record_numbers(text: str) -> Iterator[Stretch]:
 def _dates(text: str) -> Iterator[Stretch]:
     for pattern in _DATES:
         yield from _matches(pattern, text)
+    for match in _MONTH_ALONE.finditer(text):
+        yield match.span(1)
 
 
 _PLAIN: dict[str, Detector] = {

@@ -50,8 +50,8 @@ AMBIGUOUS = _words(
 )
 """Given names that are words too: they count before another capitalized word only."""
 TITLES = _words(
-    """Dr Doctor Doctors Drs Mr Mrs Ms Miss Mister Prof Professor Nurse Sir Madam Sister Herr Frau Monsieur Madame Señor
-    Señora Sra"""
+    """Dr Doctor Doctors Drs Mr Mrs Ms Miss Misses Mister Prof Professor Nurse Sir Madam Sister Herr Frau Monsieur
+    Madame Señor Señora Sra"""
 )
 STOP = _words(
     """Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August
@@ -64,6 +64,7 @@ STOP = _words(
     General Primary Care Intensive Unit State States United North South East West New York City County Christmas Easter
     Thanksgiving English American African Caucasian Hispanic Asian European Indian Mexican Spanish Chinese Blood
     Pressure Heart Lung Neuro Ent Heent
+    Do Don't Does Did He's She's That's How's What's It's There's Let's Can't Didn't
     Disease Syndrome Services Home Drive Day Disorder Test Scale Score Store"""
 )
 _WORD = re.compile(r"[^\W\d_](?:[\w'’]*[^\W_])?(?:-[^\W\d_][\w'’]*)*")
@@ -71,8 +72,8 @@ _LEAD = re.compile(
     r"(?:\b(?:[Nn]ame(?:'s|’s)?(?: is| was)?|[Nn]amed|[Cc]alled|I am|I'm|I’m|[Tt]his is|[Ss]igned by|[Rr]eferred by)"
     r"\s*:?\s+)$"
 )
+_TITLE = re.compile(r"\b(?:doctors?|dr|mister|mr|mrs|miss|ms|professor|nurse|sister)\.?\s+$")
 _SENTENCE_END = re.compile(r"(?:^|[.!?:;]|[\n\r])[\s\"'“”‘(\[*-]*$")
-_JOINT = re.compile(r"(?: |\. |, (?=(?:Jr|Sr)\b)|  )?$")
 LONGEST = 4
 """Words in a name, at most."""
 
@@ -115,7 +116,8 @@ def _run(text: str, words: list[re.Match[str]], first: int) -> int:
             abbreviated = len(words[end - 1][0]) == 1 or words[end - 1][0] in TITLES | {"St"}
             if between not in (" ", "  ", "-") and not (between.startswith(".") and abbreviated):
                 break
-            initial = text[words[end].start() : words[end].end() + 1] == f"{words[end][0][0]}."
+            dotted = text[words[end].start() : words[end].end() + 1] == f"{words[end][0][0]}."
+            initial = dotted or (len(words[end][0]) == 1 and words[end - 1][0] in TITLES)
             if words[end][0] in STOP - AMBIGUOUS and not initial:
                 break
         end += 1
@@ -138,7 +140,7 @@ def _name_within(text: str, run: list[re.Match[str]], small: set[str]) -> int | 
         if word in GIVEN or (word in AMBIGUOUS and place + 1 < len(words)):
             return place
     before = text[max(0, run[0].start() - 24) : run[0].start()]
-    if _LEAD.search(before) and not words[0].isupper():
+    if _TITLE.search(before) or (_LEAD.search(before) and not words[0].isupper()):
         return 0
     ordinary = all(len(word) == 1 for word in words) or any(
         word.lower() in small or (word.isupper() and len(word) > 1) for word in words
