@@ -132,6 +132,7 @@ def test_noise_in_captured_frames_follows_the_classes_and_keeps_its_average(star
 def test_the_gradients_noise_follows_the_same_classes(start: Start) -> None:
     """So large a noise that the gradient itself does not count."""
     one = start(boundary={"gradient": {"noise": 1e4}})
+    one.optimizer.param_groups[0]["lr"] = 0.0
     for _ in range(8):
         one.train()
     sent = [
