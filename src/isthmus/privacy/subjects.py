@@ -21,7 +21,7 @@ class Subjects:
     factors_T: torch.Tensor | None = None
     """By what each row's noise is multiplied; None: 1 for all."""
     budgets: tuple[float, ...] | None = None
-    """Each record's own epsilon; infinite where it has none; None: no record has one."""
+    """The largest epsilon of each sequence's record, where it is below the recipe's; None: the recipe's for all."""
 
     @property
     def rows(self) -> int:
