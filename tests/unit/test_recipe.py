@@ -70,6 +70,7 @@ def test_the_shipped_recipe_names_every_key() -> None:
         "root.minimum",
         "trunk.average_every",
         "trunk.dtype",
+        "sensitivity",
     }
 
 

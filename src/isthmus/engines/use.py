@@ -21,8 +21,7 @@ from isthmus.report.record import RoleDirectory, RunDirectory, disk_errors
 from isthmus.silo import draft_file
 from isthmus.silo.distil import distil
 from isthmus.silo.drafts import Draft
-from isthmus.silo.join import Silo, join
-from isthmus.silo.trainer import SiloData
+from isthmus.silo.join import Silo, join, known_data
 
 Tell = Callable[[str], None]
 
@@ -86,7 +85,7 @@ def make_draft(run: RunDirectory, name: str | None, *, prompts: int, max_new_tok
     """
     recipe = run.recipe()
     with opened(run, name, noted=True) as (silo, directory):
-        rows = SiloData(recipe.party(directory.path.name), recipe, silo.tokenizer).train
+        rows = known_data(recipe, directory.path.name, silo).train
         drawn = random.Random(recipe.seed).sample(rows, min(prompts, len(rows)))
         draft, corpus = distil(silo, drawn, longest=max_new_tokens, tell=tell)
         path = directory.path / draft_file.NAME
@@ -120,8 +119,14 @@ def opened(run: RunDirectory, name: str | None, *, noted: bool = False) -> Itera
 
 
 def open_silo(run: RunDirectory, recipe: Recipe, name: str, ledger: Ledger | None = None) -> Silo:
-    """A silo with the adapters of the last round that trunk and root both have, connected to the recipe's trunk."""
-    silo = join(recipe, name, ledger=ledger)
+    """A silo with the adapters of the last round that trunk and root both have, connected to the recipe's trunk.
+
+    Raises:
+        DataError: sensitivity is asked for, but the silo's rows are unusable.
+    """
+    silo = join(recipe, name, ledger=ledger, register=run.role(name).path / "register")
+    if recipe.sensitivity is not None:
+        known_data(recipe, name, silo)
     number = run.completed()
     if number:
         shared = run.role("root").load_round(number)["shared"]

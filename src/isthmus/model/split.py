@@ -64,6 +64,14 @@ class ReleasingTrunk(TrunkModule, Protocol):
         ...
 
 
+class Shield(Protocol):
+    """Runs bottom so that some tokens spread less into what leaves."""
+
+    def hidden(self, bottom: Part, session: TrunkSession | None = None, **inputs: Any) -> torch.Tensor:
+        """As ``bottom.hidden(**inputs)``; ``session`` goes with the cache among the inputs."""
+        ...
+
+
 @runtime_checkable
 class Drafting(Protocol):
     """An assistant model with a candidate generator of its own."""
@@ -109,6 +117,8 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         self.bottom = bottom
         self.top = top
         self.trunk = trunk
+        self.shield: Shield | None = None
+        """Runs bottom in its stead."""
 
     @property
     def ends(self) -> tuple[Part, Part]:
@@ -167,6 +177,14 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=cache)
 
+    def through_bottom(self, cache: SplitCache | None, **inputs: Any) -> torch.Tensor:
+        """Bottom's result, ``[B, L, D]``; arguments as for its backbone, less the cache."""
+        if cache is not None:
+            inputs["past_key_values"] = cache.bottom
+        if self.shield is None:
+            return self.bottom.hidden(**inputs)
+        return self.shield.hidden(self.bottom, None if cache is None else cache.session, **inputs)
+
     def for_top(
         self,
         g_BLD: torch.Tensor,
@@ -221,9 +239,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         rows = None if input_ids is None else Packing(before_last(real_BL, crosses_BL)).rows(input_ids)
         if cache is None and rows is not None and not self.residual and _releases_once(self.trunk):
             return packing.unpack(self.trunk.from_rows(rows, packing.lengths))
-        h_BLD = self.bottom.hidden(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache and cache.bottom, **shared
-        )
+        h_BLD = self.through_bottom(cache, input_ids=input_ids, inputs_embeds=inputs_embeds, **shared)
         session = None if cache is None else cache.session
         g_TD = self.trunk(packing.pack(h_BLD), packing.lengths, session, rows)
         g_BLD = packing.unpack(g_TD, h_BLD if self.residual else None)

@@ -20,6 +20,7 @@ from isthmus.recipe.sections import (
     TrunkSection,
     WireSection,
 )
+from isthmus.recipe.sensitivity import SensitivityClass, SensitivitySection
 
 __all__ = [
     "BoundarySection",
@@ -31,6 +32,8 @@ __all__ = [
     "Recipe",
     "ReleaseSection",
     "RootSection",
+    "SensitivityClass",
+    "SensitivitySection",
     "SiloSection",
     "TaskSection",
     "TrainSection",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args, get_origin
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
@@ -24,6 +24,7 @@ from isthmus.recipe.sections import (
     TrunkSection,
     WireSection,
 )
+from isthmus.recipe.sensitivity import SensitivitySection
 
 
 class Recipe(Section):
@@ -37,6 +38,7 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     task: TaskSection = TaskSection()
     boundary: BoundarySection = BoundarySection()
+    sensitivity: SensitivitySection | None = None
     wire: WireSection = WireSection()
     trunk: TrunkSection = TrunkSection()
     root: RootSection = RootSection()
@@ -61,6 +63,10 @@ class Recipe(Section):
             raise ValueError(
                 "boundary.release_once: a bottom that trains gives new states each time; set lora.freeze_bottom = true"
             )
+        for field in self.sensitivity.fields if self.sensitivity else ():
+            if field not in self.task.fields:
+                used = ", ".join(sorted(self.task.fields)) or "none"
+                raise ValueError(f"sensitivity.fields: no template has {field!r}; use one of: {used}")
         return self
 
     @classmethod
@@ -98,6 +104,7 @@ class Recipe(Section):
                 "model": self.model.model_copy(
                     update={"path": absolute(self.model.path) if local else self.model.path}
                 ),
+                "sensitivity": self.sensitivity and self.sensitivity.anchored(absolute),
                 "wire": self.wire.model_copy(update={"certificates": absolute(self.wire.certificates)}),
                 "silo": tuple(
                     silo.model_copy(
@@ -151,6 +158,10 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         if isinstance(part, int):
             continue
+        if get_origin(section) is dict:
+            section = get_args(section)[1]
+            continue
         section = section.model_fields[part].annotation
-        section = getattr(section, "__args__", (section,))[0]
+        if get_origin(section) is not dict:
+            section = getattr(section, "__args__", (section,))[0]
     return sorted(section.model_fields)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -162,6 +164,15 @@ class TaskSection(Section):
     answer: str = "{answer}"
     choices: tuple[str, ...] = Field(default=(), strict=False)
     """The possible answers of a classification task; empty for free text."""
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Names of the row's fields that the templates use; empty for a template that is malformed."""
+        try:
+            pieces = [*Formatter().parse(self.prompt), *Formatter().parse(self.answer)]
+        except ValueError:
+            return frozenset()
+        return frozenset(re.split(r"[.\[]", name)[0] for _, name, _, _ in pieces if name)
 
 
 class SiloSection(Section):

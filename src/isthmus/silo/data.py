@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from isthmus.errors import DataError
 from isthmus.model.crossing import IGNORED
+from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.tasks.prompts import Example
 
 
@@ -24,6 +25,8 @@ class Tokens:
 
     prompt: list[int]
     answer: list[int]
+    classes: tuple[int, ...] | None = None
+    """Of the tokens of prompt and answer, where they are asked for (see ``privacy.sensitivity``)."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,29 @@ class Batch:
 
 
 def tokenize(
-    examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, free_text: bool
+    examples: list[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    *,
+    free_text: bool,
+    sensitivity: Sensitivity | None = None,
 ) -> list[Tokens]:
     """Examples in tokens.
 
     Args:
         max_tokens: longest prompt and answer together; a longer prompt loses its beginning.
         free_text: close answers with the end-of-text token.
+        sensitivity: says how sensitive text is, if that is wanted.
 
     Raises:
-        DataError: an answer alone is too long, or prompt or answer have no token.
+        DataError: an answer alone is too long, or prompt or answer have no token; or the silo's own sensitivity
+            function failed.
     """
-    return [_tokens(example, tokenizer, max_tokens, free_text) for example in examples]
+    rows = [_tokens(example, tokenizer, max_tokens, free_text) for example in examples]
+    if sensitivity is None:
+        return rows
+    pairs = zip(rows, examples, strict=True)
+    return [replace(row, classes=_classes(row, example, tokenizer, sensitivity)) for row, example in pairs]
 
 
 def collate(rows: list[Tokens], pad: int) -> Batch:
@@ -132,3 +146,16 @@ def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: in
             f"a row of {len(prompt)} prompt and {len(answer)} answer tokens", remedy="raise train.max_tokens"
         )
     return Tokens(prompt[-room:], answer)
+
+
+def _classes(
+    row: Tokens, example: Example, tokenizer: PreTrainedTokenizerBase, sensitivity: Sensitivity
+) -> tuple[int, ...]:
+    """The class of each token of a row; the end-of-text token stands for no text."""
+    prompt: list[tuple[int, int]] = tokenizer(example.prompt, return_offsets_mapping=True)["offset_mapping"]
+    told = tokenizer(example.answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    moved = len(example.prompt)
+    answer = [(start + moved, end + moved) for start, end in told]
+    closing = [(0, 0)] * (len(row.answer) - len(answer))
+    offsets = [*prompt[-len(row.prompt) :], *answer, *closing]
+    return tuple(sensitivity.classes(example.prompt + example.answer, offsets, example.spans))

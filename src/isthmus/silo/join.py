@@ -20,10 +20,14 @@ from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import CPU
 from isthmus.model.split import SplitForCausalLM
 from isthmus.privacy.ledger import Ledger
+from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.register import Register
 from isthmus.silo.released import Released
 from isthmus.silo.remote import RemoteTrunk
+from isthmus.silo.shield import Shield
+from isthmus.silo.trainer import SiloData
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
@@ -55,6 +59,7 @@ def join(
     ledger: Ledger | None = None,
     channel: Channel | None = None,
     releases: Path | None = None,
+    register: Path | None = None,
 ) -> Silo:
     """Load the ends of the model and connect to the trunk.
 
@@ -64,6 +69,7 @@ def join(
         channel: a way to the trunk other than the recipe's address.
         releases: where a silo that releases each example once keeps what it released; by default a folder that goes
             with the process, as such a ledger does.
+        register: where the silo keeps the key of its records' names; by default they last as long as the process.
 
     Raises:
         IsthmusError: the model folder, the certificates or the trunk are unusable; the kind says which.
@@ -75,14 +81,52 @@ def join(
     if channel is None:
         channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
     boundary = Boundary(recipe.boundary, ledger)
-    trunk = RemoteTrunk(channel, boundary, ends=(bottom, top), gradients=recipe.boundary.gradients)
+    known = open_register(recipe, tokenizer, register)
+    trunk = RemoteTrunk(channel, boundary, known, ends=(bottom, top), gradients=recipe.boundary.gradients)
+    strength = recipe.sensitivity.attention if recipe.sensitivity else 0.0
+    shield = Shield(known, strength) if strength else None
     if recipe.boundary.release_once:
         folder = releases or _passing_folder(trunk)
-        trunk.released = Released(folder, bottom, boundary, recipe, checkpoint.fingerprint)
+        trunk.released = Released(folder, bottom, boundary, recipe, checkpoint.fingerprint, shield)
     config = copy.deepcopy(checkpoint.config)
     model = SplitForCausalLM(config, bottom, trunk, top, tail=recipe.boundary.tail, residual=recipe.boundary.residual)
+    model.shield = shield
     model.generation_config = copy.deepcopy(_generation_config(checkpoint, model))
     return Silo(model.eval(), tokenizer, trunk, boundary)
+
+
+def open_register(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> Register:
+    """The register of a silo, kept in this folder if one is given.
+
+    Raises:
+        RecipeError, DataError, ModelError: sensitivity is asked for, but its function, its file of names or the
+            tokenizer is unusable.
+    """
+    if recipe.sensitivity is None:
+        return Register(folder)
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "sensitivity needs to know which characters a token stands for, and this tokenizer cannot say",
+            remedy="use a model with a tokenizer.json, or leave out [sensitivity]",
+        )
+
+    def decode(ids: list[int]) -> str:
+        text: str = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    return Register(folder, Sensitivity(recipe.sensitivity), decode)
+
+
+def known_data(recipe: Recipe, name: str, silo: Silo) -> SiloData:
+    """The silo's rows, which its register knows from now on.
+
+    Raises:
+        DataError: a file is unusable, or the silo's own sensitivity function failed.
+    """
+    register = silo.trunk.register
+    data = SiloData(recipe.party(name), recipe, silo.tokenizer, register.sensitivity)
+    register.learn([*data.train, *data.held_out], data.train, recipe.boundary.tail)
+    return data
 
 
 def load_ends(checkpoint: Checkpoint, recipe: Recipe, device: torch.device = CPU) -> tuple[Part, Part]:

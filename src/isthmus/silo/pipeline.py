@@ -60,7 +60,7 @@ def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch) -> MicroBat
     if trunk.releases_once and not model.residual:
         flight = trunk.start_rows(rows, packing.lengths, train=trunk.gradients)
         return MicroBatch(batch, None, None, None, packing, flight)
-    h_BLD = model.bottom.hidden(input_ids=batch.input_ids, use_cache=False, **_masks(batch))
+    h_BLD = model.through_bottom(None, input_ids=batch.input_ids, use_cache=False, **_masks(batch))
     h_TW = trunk.narrow(packing.pack(h_BLD))
     if trunk.releases_once:
         flight = trunk.start_rows(rows, packing.lengths, train=trunk.gradients)

@@ -6,7 +6,6 @@ Shapes: B rows, L positions, T tokens of one row, D width.
 from __future__ import annotations
 
 import hashlib
-import secrets
 from array import array
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import Recipe
-from isthmus.report.record import disk_errors, writing
 from isthmus.report.store import Store
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.register import Register
+from isthmus.silo.secret import kept_secret
+from isthmus.silo.shield import Shield
 from isthmus.wire import isthmus_pb2 as pb
 
 
@@ -50,16 +50,28 @@ class Released:
         folder: of the bytes and the secret; in the silo's own directory.
         bottom: must not train.
         fingerprint: of the base model.
+        shield: runs bottom, where sensitive text is to spread less.
     """
 
-    def __init__(self, folder: Path, bottom: Part, boundary: Boundary, recipe: Recipe, fingerprint: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        bottom: Part,
+        boundary: Boundary,
+        recipe: Recipe,
+        fingerprint: str,
+        shield: Shield | None = None,
+    ) -> None:
         self._folder = folder
         self._bottom = bottom
         self._boundary = boundary
+        self._shield = shield
         self._store = Store(folder)
         secured = recipe.boundary.forward.model_dump_json()
-        told = (fingerprint, str(recipe.model.bottom), recipe.model.dtype, secured, recipe.boundary.codec.forward_up)
-        self._hash = hashlib.blake2b("\n".join(told).encode(), key=_secret(folder / "secret"), digest_size=8)
+        told = [fingerprint, str(recipe.model.bottom), recipe.model.dtype, secured, recipe.boundary.codec.forward_up]
+        if recipe.sensitivity is not None:
+            told.append(recipe.sensitivity.model_dump_json())
+        self._hash = hashlib.blake2b("\n".join(told).encode(), key=kept_secret(folder / "secret"), digest_size=8)
 
     def number(self, example: Ending) -> int:
         """Under which the trunk keeps this example."""
@@ -123,18 +135,12 @@ class Released:
         packing = Packing.of_lengths(list(map(len, rows)), device, pad_left=False)
         ids_BL = torch.zeros(packing.real_BL.shape, dtype=torch.long, device=device)
         ids_BL[packing.real_BL] = torch.tensor([token for row in rows for token in row], device=device)
-        h_BLD = self._bottom.eval().hidden(input_ids=ids_BL, use_cache=False)
+        bottom = self._bottom.eval()
+        if self._shield is None:
+            h_BLD = bottom.hidden(input_ids=ids_BL, use_cache=False)
+        else:
+            mask_BL = packing.real_BL.long()
+            h_BLD = self._shield.hidden(bottom, input_ids=ids_BL, attention_mask=mask_BL, use_cache=False)
         h_BLD = project(h_BLD, tensor_of(self._bottom, DOWN))
         ends = zip(h_BLD, packing.lengths, crossing, strict=True)
         return [h_LD[length - last : length] for h_LD, length, last in ends]
-
-
-def _secret(path: Path) -> bytes:
-    """The silo's secret, made when it is first needed."""
-    with disk_errors(path):
-        if path.exists():
-            return path.read_bytes()
-        with writing(path) as temporary:
-            temporary.touch(mode=0o600)
-            temporary.write_bytes(secrets.token_bytes(32))
-        return path.read_bytes()

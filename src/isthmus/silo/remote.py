@@ -292,6 +292,12 @@ class RemoteSession:
         self._sent.append(request)
         return self._trunk.boundary.admit(self._ask(request).hidden, "forward", self._trunk.answer_to(h_TW))
 
+    def hear(self, rows: list[list[int]]) -> list[list[int]] | None:
+        """The next step's new tokens, before bottom runs; returns the classes of all rows' tokens, if anyone asks for
+        classes."""
+        self._history = self._history or self._trunk.register.history(len(rows))
+        return self._history.hear(rows)
+
     def forget(self, positions: int) -> None:
         self._forget += positions
         if self._history is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SiloSection
 from isthmus.silo.data import Batch, Tokens, batches, collate, tokenize
 from isthmus.tasks import metrics
@@ -31,14 +32,26 @@ class Step:
 class SiloData:
     """One silo's rows in tokens.
 
+    Args:
+        sensitivity: says how sensitive their text is, if that is wanted.
+
     Raises:
-        DataError: a file is unusable.
+        DataError: a file is unusable, or the silo's own sensitivity function failed.
     """
 
-    def __init__(self, section: SiloSection, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        section: SiloSection,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        sensitivity: Sensitivity | None = None,
+    ) -> None:
+        longest, free = recipe.train.max_tokens, not recipe.task.choices
+        fields = recipe.sensitivity.fields if recipe.sensitivity and sensitivity else {}
+
         def tokens_of(path: str) -> list[Tokens]:
-            examples = read_examples(Path(path), recipe.task)
-            return tokenize(examples, tokenizer, recipe.train.max_tokens, free_text=not recipe.task.choices)
+            examples = read_examples(Path(path), recipe.task, fields)
+            return tokenize(examples, tokenizer, longest, free_text=free, sensitivity=sensitivity)
 
         self.name = section.name
         self.train = tokens_of(section.train)

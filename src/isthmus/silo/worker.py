@@ -16,9 +16,9 @@ from isthmus.privacy.ledger import FileLedger
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory, read_journal
 from isthmus.silo.data import Batch
-from isthmus.silo.join import connect, join
+from isthmus.silo.join import connect, join, known_data
 from isthmus.silo.pipeline import pipelined_step
-from isthmus.silo.trainer import SiloData, Step, evaluate, train_step, training_batches
+from isthmus.silo.trainer import Step, evaluate, train_step, training_batches
 from isthmus.silo.update import build_update
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -50,8 +50,9 @@ class Worker:
         self._name = name
         self._directory = directory
         ledger, releases = FileLedger(directory.path / "ledger.jsonl"), directory.path / "released"
-        self._silo = join(recipe, name, ledger=ledger, channel=trunk, releases=releases)
-        self._data = SiloData(recipe.party(name), recipe, self._silo.tokenizer)
+        register = directory.path / "register"
+        self._silo = join(recipe, name, ledger=ledger, channel=trunk, releases=releases, register=register)
+        self._data = known_data(recipe, name, self._silo)
         self._root = root or connect(recipe, name, "Root", recipe.root.address)
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()

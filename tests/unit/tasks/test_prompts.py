@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from isthmus.errors import DataError
 from isthmus.recipe import TaskSection
-from isthmus.tasks.prompts import Example, read_examples
+from isthmus.tasks.prompts import Example, _spans, read_examples
 
 TASK = TaskSection(prompt="{text} is", answer=" {label}")
 CHOICE = TaskSection(prompt="{text}", answer="{label}", choices=("yes", "no"))
@@ -117,3 +119,29 @@ def test_another_encoding(tmp_path: Path) -> None:
     error = refused(tmp_path, '{"text": "café", "label": "yes"}'.encode("latin-1"))
     assert "UTF-8" in error.message
     assert "UTF-8" in error.remedy
+
+
+def test_the_places_of_fields_with_a_class_are_told(tmp_path: Path) -> None:
+    """In prompt and answer together, for each time that a template uses them."""
+    task = TaskSection(prompt="{{a}} {name!r:>6}, {note} {name}", answer=" {tags[0]}: {name} {score:.{digits}f}")
+    row = {"name": "Bo", "note": "é{name}", "tags": ["x", "y"], "score": 0.25, "digits": 1}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    (example,) = read_examples(path, task, {"name": "high", "tags": "low", "score": "low"})
+    whole = example.prompt + example.answer
+    assert whole == "{a}   'Bo', é{name} Bo x: Bo 0.2"
+    found = [(whole[start:end], kind) for start, end, kind in example.spans]
+    assert found == [("  'Bo'", "high"), ("Bo", "high"), ("x", "low"), ("Bo", "high"), ("0.2", "low")]
+    assert read_examples(path, task) == [Example(example.prompt, example.answer)]
+
+
+@given(st.dictionaries(st.sampled_from(["a", "b", "c"]), st.text(min_size=1, max_size=9), min_size=3))
+def test_any_fields_text_is_at_its_place(row: dict[str, str]) -> None:
+    template = "x{a}{b}{{}}{c}é{a}"
+    text = template.format_map(row)
+    found = list(_spans(template, row, {"a": "1", "c": "3"}))
+    assert [(text[start:end], kind) for start, end, kind in found] == [
+        (row["a"], "1"),
+        (row["c"], "3"),
+        (row["a"], "1"),
+    ]
