@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -16,13 +16,15 @@ from isthmus.errors import ModelError, RunError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut
-from isthmus.privacy.ledger import FileLedger, Ledger
+from isthmus.privacy.ledger import Ledger
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory, RunDirectory, disk_errors
 from isthmus.silo import draft_file
 from isthmus.silo.distil import distil
 from isthmus.silo.drafts import Draft
+from isthmus.silo.held import open_ledger, read_secret
 from isthmus.silo.join import Silo, join
+from isthmus.silo.register import Register
 from isthmus.silo.trainer import SiloData
 
 Tell = Callable[[str], None]
@@ -81,7 +83,7 @@ def make_draft(run: RunDirectory, name: str | None, *, prompts: int, max_new_tok
         DataError: the silo's rows are unusable.
     """
     recipe = run.recipe()
-    with opened(run, name, noted=True) as (silo, directory):
+    with opened(run, name) as (silo, directory):
         rows = SiloData(recipe.party(directory.path.name), recipe, silo.tokenizer).train
         drawn = random.Random(recipe.seed).sample(rows, min(prompts, len(rows)))
         draft, corpus = distil(silo, drawn, longest=max_new_tokens, tell=tell)
@@ -97,27 +99,28 @@ def draft_of(directory: RoleDirectory, silo: Silo) -> Draft | None:
 
 
 @contextmanager
-def opened(run: RunDirectory, name: str | None, *, noted: bool = False) -> Iterator[tuple[Silo, RoleDirectory]]:
+def opened(run: RunDirectory, name: str | None) -> Iterator[tuple[Silo, RoleDirectory]]:
     """A silo of the run (the recipe's first by default) with its folder; its trunk runs in a process of its own.
 
-    Args:
-        noted: write what leaves the silo into the run's ledger.
+    What leaves the silo is noted in its ledger and charged, as in training.
     """
     recipe = run.recipe()
     directory = run.role(recipe.party(name or recipe.silo[0].name).name)
     set_threads(recipe)
-    ledger = FileLedger(directory.path / "ledger.jsonl") if noted else None
-    with serving(run) as (_, address):
-        silo = open_silo(run, at_address(recipe, address), directory.path.name, ledger)
+    with closing(open_ledger(directory, recipe, directory.path.name)) as ledger, serving(run) as (_, address):
+        register = Register(read_secret(directory.path / "secret"))
+        silo = open_silo(run, at_address(recipe, address), directory.path.name, ledger, register)
         try:
             yield silo, directory
         finally:
             silo.close()
 
 
-def open_silo(run: RunDirectory, recipe: Recipe, name: str, ledger: Ledger | None = None) -> Silo:
+def open_silo(
+    run: RunDirectory, recipe: Recipe, name: str, ledger: Ledger | None = None, register: Register | None = None
+) -> Silo:
     """A silo with the adapters of the last round that trunk and root both have, connected to the recipe's trunk."""
-    silo = join(recipe, name, ledger=ledger)
+    silo = join(recipe, name, ledger=ledger, register=register)
     number = run.completed()
     if number:
         shared = run.role("root").load_round(number)["shared"]

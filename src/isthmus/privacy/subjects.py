@@ -20,6 +20,8 @@ class Subjects:
     """Rows of each sequence."""
     factors_T: torch.Tensor | None = None
     """By what each row's noise is multiplied; None: 1 for all."""
+    budgets: tuple[float, ...] | None = None
+    """The largest epsilon of each sequence's record, where it is below the recipe's; None: the recipe's for all."""
 
     @property
     def rows(self) -> int:

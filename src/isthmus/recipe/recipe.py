@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from isthmus.errors import RecipeError
+from isthmus.recipe.privacy import PrivacySection
 from isthmus.recipe.section import Count, Section
 from isthmus.recipe.sections import (
     BoundarySection,
@@ -37,6 +38,7 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     task: TaskSection = TaskSection()
     boundary: BoundarySection = BoundarySection()
+    privacy: PrivacySection = PrivacySection()
     wire: WireSection = WireSection()
     trunk: TrunkSection = TrunkSection()
     root: RootSection = RootSection()
@@ -61,7 +63,19 @@ class Recipe(Section):
             raise ValueError(
                 "boundary.release_once: a bottom that trains gives new states each time; set lora.freeze_bottom = true"
             )
+        self._affordable()
         return self
+
+    def _affordable(self) -> None:
+        """A budget that no release could keep to is refused here rather than at the first frame."""
+        budgets = {"record_epsilon": ("forward", "gradient"), "silo_epsilon": ("forward", "gradient", "update")}
+        for key, paths in budgets.items():
+            for path in paths if getattr(self.privacy, key) is not None else ():
+                if not getattr(self.boundary, path).bounded:
+                    raise ValueError(
+                        f"privacy.{key}: what leaves by boundary.{path} has no clip or no noise, so no finite epsilon; "
+                        f"give boundary.{path} both, or leave the budget out"
+                    )
 
     @classmethod
     def read(cls, path: Path) -> Recipe:

@@ -18,9 +18,11 @@ from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.split import SplitForCausalLM
-from isthmus.privacy.ledger import Ledger
+from isthmus.privacy.budget import Budget
+from isthmus.privacy.ledger import Ledger, MemoryLedger
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.register import Register
 from isthmus.silo.released import Released
 from isthmus.silo.remote import RemoteTrunk
 from isthmus.wire import frames
@@ -45,6 +47,7 @@ class Silo:
 
     def close(self) -> None:
         self.trunk.channel.close()
+        self.boundary.ledger.close()
 
 
 def join(
@@ -54,6 +57,7 @@ def join(
     ledger: Ledger | None = None,
     channel: Channel | None = None,
     releases: Path | None = None,
+    register: Register | None = None,
 ) -> Silo:
     """Load the ends of the model and connect to the trunk.
 
@@ -63,6 +67,7 @@ def join(
         channel: a way to the trunk other than the recipe's address.
         releases: where a silo that releases each example once keeps what it released; by default a folder that goes
             with the process, as such a ledger does.
+        register: says whom tensors are about; by default with a key that goes with the process.
 
     Raises:
         IsthmusError: the model folder, the certificates or the trunk are unusable; the kind says which.
@@ -73,8 +78,9 @@ def join(
     bottom, top = load_ends(checkpoint, recipe)
     if channel is None:
         channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
-    boundary = Boundary(recipe.boundary, ledger)
-    trunk = RemoteTrunk(channel, boundary)
+    ledger = ledger or MemoryLedger()
+    boundary = Boundary(recipe.boundary, ledger, budget=Budget(recipe.privacy, ledger.history()))
+    trunk = RemoteTrunk(channel, boundary, register)
     if recipe.boundary.release_once:
         folder = releases or _passing_folder(trunk)
         trunk.released = Released(folder, bottom, boundary, recipe, checkpoint.fingerprint)

@@ -6,7 +6,6 @@ Shapes: B rows, L positions, T tokens of one row, D width.
 from __future__ import annotations
 
 import hashlib
-import secrets
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,9 +17,9 @@ from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import Recipe
-from isthmus.report.record import disk_errors, writing
 from isthmus.report.store import Store
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.held import read_secret
 from isthmus.silo.register import Register
 from isthmus.wire import isthmus_pb2 as pb
 
@@ -51,13 +50,17 @@ class Released:
         self._store = Store(folder)
         secured = recipe.boundary.forward.model_dump_json()
         told = (fingerprint, str(recipe.model.bottom), recipe.model.dtype, secured, recipe.boundary.codec.forward_up)
-        self._hash = hashlib.blake2b("\n".join(told).encode(), key=_secret(folder / "secret"), digest_size=8)
+        self._hash = hashlib.blake2b("\n".join(told).encode(), key=read_secret(folder / "secret"), digest_size=8)
 
     def number(self, row: Row) -> int:
         """Under which the trunk keeps this row."""
         digest = self._hash.copy()
         digest.update(array("q", row).tobytes())
         return int.from_bytes(digest.digest(), "little")
+
+    def holds(self, row: Row) -> bool:
+        """Whether this row was released before."""
+        return self.number(row) in self._store
 
     def like(self, tokens: int) -> torch.Tensor:
         """A tensor in the shape of so many tokens' hidden states, with bottom's device and dtype, without memory."""
@@ -117,14 +120,3 @@ class Released:
         ids_BL[packing.real_BL] = torch.tensor([token for row in rows for token in row], device=device)
         h_BLD = self._bottom.eval().hidden(input_ids=ids_BL, use_cache=False)
         return [h_LD[:length] for h_LD, length in zip(h_BLD, lengths, strict=True)]
-
-
-def _secret(path: Path) -> bytes:
-    """The silo's secret, made when it is first needed."""
-    with disk_errors(path):
-        if path.exists():
-            return path.read_bytes()
-        with writing(path) as temporary:
-            temporary.touch(mode=0o600)
-            temporary.write_bytes(secrets.token_bytes(32))
-        return path.read_bytes()

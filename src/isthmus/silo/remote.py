@@ -97,6 +97,16 @@ class RemoteTrunk(nn.Module):
             return _cross(None, self, lambda: self.start_rows(rows))
         return self._landed(self.start_rows(rows, train=False))
 
+    def affordable(self, rows: list[list[int]], *, train: bool = True) -> list[bool]:
+        """For each sequence of token ids, whether the privacy budgets bear that it takes part.
+
+        Args:
+            train: in a whole training step, forward and backward, rather than in a forward alone.
+        """
+        subjects = self.register.subjects(rows, list(map(len, rows)))
+        forward = [self.released is None or not self.released.holds(row) for row in rows]
+        return self.boundary.affordable(subjects, forward, gradient=train)
+
     def begin(self, round: int, participants: list[str]) -> None:
         """Wait until all participants are ready for this round's first step."""
         self.channel.call(pb.Begin(round=round, participants=participants))
