@@ -7,7 +7,11 @@
     │   └── MismatchError    the two ends do not hold the same base model
     ├── DataError            a data file is missing, empty or unreadable
     ├── RunError             a run directory is missing, incomplete or taken
-    │   └── DiskFullError    the disk has no room for what the run must write
+    │   ├── DiskFullError    the disk has no room for what the run must write
+    │   └── LedgerError      a ledger was truncated, edited, or holds what cannot be accounted
+    │       ├── LedgerTakenError  another silo holds the ledger
+    │       └── ClockError        the clock is behind the ledger's last entry
+    ├── BudgetExhausted      a release would cost a record, or the silo, more privacy than the recipe allows
     ├── IdentityError        a certificate is absent, expired, foreign or not entitled
     ├── FrameError           a peer sent something malformed
     │   └── FrameSizeError   a frame is larger than the federation allows
@@ -88,6 +92,23 @@ class RunError(IsthmusError):
 
 class DiskFullError(RunError):
     code = "disk-full"
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class LedgerError(RunError):
+    code = "ledger"
+
+
+class LedgerTakenError(LedgerError):
+    code = "ledger-taken"
+
+
+class ClockError(LedgerError):
+    code = "clock"
+
+
+class BudgetExhausted(IsthmusError):  # noqa: N818 (no failure: what was agreed)
+    code = "budget"
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 

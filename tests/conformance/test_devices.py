@@ -11,6 +11,8 @@ import torch
 
 from isthmus.errors import FrameError
 from isthmus.privacy.mechanisms import Gaussian
+from isthmus.privacy.noise import SecretNoise
+from isthmus.privacy.subjects import Subjects
 from isthmus.wire import blockwise, codec
 from isthmus.wire.blockwise import BLOCK, Blockwise, Outliers
 
@@ -45,7 +47,9 @@ def test_quantizing_stays_on_the_device(rows: int, bits: int, at_random: bool) -
 
 
 def test_noise_and_clipping_stay_on_the_device() -> None:
-    secured = Gaussian(clip=1.0, noise=0.1).apply(torch.empty(3, WIDTH, device=ELSEWHERE), torch.Generator())
+    secured = Gaussian(clip=1.0, noise=0.1).secure(
+        torch.empty(3, WIDTH, device=ELSEWHERE), Subjects(("r",), (3,)), SecretNoise()
+    )
     assert secured.device.type == "meta"
 
 

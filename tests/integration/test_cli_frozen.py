@@ -22,6 +22,7 @@ COMMANDS = {
     "certificates": ["RECIPE"],
     "generate": ["RUN_DIR", "PROMPT", "--silo=", "--max-new-tokens=64", "--chat/--no-chat=False"],
     "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96"],
+    "privacy": ["RUN_DIR", "--json=False"],
     "export": ["RUN_DIR", "OUT"],
     "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1"],
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.privacy.ledger import read_ledger
 from isthmus.report.record import read_journal
 from tests.integration.processes import (
     Commands,
@@ -35,10 +36,10 @@ def test_each_example_leaves_once_in_a_run_that_is_cut_off_and_resumed(commands:
     commands.run("run", "--resume", run).succeeded()
 
     for silo in ("north", "south"):
-        events = [line for line in read_journal(run / "silos" / silo / "ledger.jsonl") if line["path"] == "forward"]
+        events = [one for one in read_ledger(run / "silos" / silo / "ledger.jsonl").releases() if one.path == "forward"]
         texts = {str(row) for row in rows_of(silo)}
         assert len(events) == len(texts)
-        assert {event["noise"] for event in events} == {0.02}
+        assert {event.noise for event in events} == {0.02}
         kept, released = run / "trunk" / "kept" / silo, run / "silos" / silo / "released"
         names = {path.name for path in kept.iterdir()}
         assert names == {path.name for path in released.iterdir()} - {"secret"}

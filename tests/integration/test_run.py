@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
+from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 from isthmus.report.record import RunDirectory, read_journal
 from tests.conftest import uncut
@@ -59,7 +62,7 @@ def test_run_directory_holds_what_the_run_did(undisturbed: tuple[Path, str], rec
     assert Recipe.read(run / "recipe.toml").train == Recipe.read(recipe).train
     for silo in ("north", "south"):
         assert steps_of(run, silo) == [(r, s) for r in range(1, ROUNDS + 1) for s in range(1, STEPS + 1)]
-        paths = [line["path"] for line in read_journal(run / "silos" / silo / "ledger.jsonl")]
+        paths = [release.path for release in read_ledger(run / "silos" / silo / "ledger.jsonl").releases()]
         assert paths.count("update") == ROUNDS
         assert paths.count("gradient") == ROUNDS * STEPS
         assert RunDirectory.open(run).role(silo).rounds() == set(range(1, ROUNDS + 1))
@@ -71,6 +74,7 @@ def test_run_directory_holds_what_the_run_did(undisturbed: tuple[Path, str], rec
     assert {log.name for log in (run / "logs").iterdir()} == {"trunk.log", "north.log", "south.log"}
     assert f"run directory: {run}" in printed.splitlines()
     assert f"{ROUNDS * STEPS}/{ROUNDS * STEPS}" in printed
+    assert "privacy spent, epsilon at delta 1e-05" in printed
     assert_no_traceback(run)
     assert not processes_of(run)
 
@@ -101,6 +105,28 @@ def test_exported_adapter_on_the_uncut_model_answers_as_the_split_model(
     again.succeeded()
     assert again.out == generated.out
     call(capsys, monkeypatch, "generate", run, prompt, "--chat").failed("no chat template", "leave out --chat")
+
+
+def test_privacy_tells_what_was_spent_and_notices_an_edit(
+    undisturbed: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed[0], run)
+    asked = call(capsys, monkeypatch, "privacy", run, "--json")
+    asked.succeeded()
+    north, south = json.loads(asked.out)
+    assert (north["silo"], south["silo"], north["verified"], north["delta"]) == ("north", "south", True, 1e-5)
+    assert north["paths"]["gradient"]["releases"] == ROUNDS * STEPS
+    assert (north["worst"]["value"], north["worst"]["method"]) == (None, "none")  # nothing is clipped
+    shown = call(capsys, monkeypatch, "privacy", run)
+    shown.succeeded()
+    assert "∞" in shown.out
+    ledger = run / "silos" / "south" / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('"noise": 0.0', '"noise": 9.0', 1))
+    edited = call(capsys, monkeypatch, "privacy", run, "--json")
+    assert edited.code == 1
+    assert [one["verified"] for one in json.loads(edited.out)] == [True, False]
+    call(capsys, monkeypatch, "run", "--resume", run).failed("does not hold together", "remedy: restore the ledger")
 
 
 def test_run_cut_off_in_every_way_resumes_to_the_same_adapters(

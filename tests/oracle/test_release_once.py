@@ -52,7 +52,7 @@ def count_bottom(twins: Twins) -> list[int]:
 
 def released(twins: Twins) -> list[int]:
     """Tokens of each hidden state that left."""
-    releases: list[Release] = twins.remote.boundary._ledger.releases
+    releases: list[Release] = twins.remote.boundary.ledger.releases
     return [release.rows for release in releases if release.path == "forward"]
 
 

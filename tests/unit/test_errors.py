@@ -21,7 +21,7 @@ def drawn() -> dict[str, str]:
     found: dict[str, str] = {}
     above: dict[int, str] = {}
     for line in (errors.__doc__ or "").splitlines():
-        if match := re.match(r"^    (?P<branch>[│├└─ ]*)(?P<name>[A-Z]\w*Error)\b", line):
+        if match := re.match(r"^    (?P<branch>[│├└─ ]*)(?P<name>[A-Z]\w*(Error|Exhausted))\b", line):
             depth = len(match["branch"]) // 4
             above[depth] = match["name"]
             found[match["name"]] = above[depth - 1] if depth else "Exception"

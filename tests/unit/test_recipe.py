@@ -63,14 +63,13 @@ def test_the_shipped_recipe_names_every_key() -> None:
             for one in keys(model.model_fields[key].annotation, value)
         }
 
-    assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == {
-        "threads",
-        "boundary.tail",
-        "boundary.width",
-        "root.minimum",
-        "trunk.average_every",
-        "trunk.dtype",
-        "sensitivity",
+    calibrated = {
+        f"boundary.{path}.{key}" for path in ("forward", "gradient", "update") for key in ("epsilon", "delta")
+    }
+    assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == calibrated | {
+        *("threads", "root.minimum", "trunk.average_every", "trunk.dtype"),
+        *("boundary.tail", "boundary.width", "sensitivity"),
+        *("privacy.record_epsilon", "privacy.silo_epsilon"),
     }
 
 
@@ -186,6 +185,37 @@ def test_a_missing_key_is_named(drop: Change, key: str) -> None:
     assert error.remedy == f"add {key} to the recipe"
 
 
+DP = {"mechanism": "dp_gaussian", "clip": 1.0, "epsilon": 2.0, "delta": 1e-5}
+METRIC = {"mechanism": "metric", "epsilon": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("boundary.forward", DP | {"epsilon": epsilon}) for epsilon in (0.0, -1.0, float("inf"), float("nan"))],
+        *[("boundary.gradient", DP | {"delta": delta}) for delta in (0.0, 1.0, -1e-5, 2.0, float("nan"))],
+        *[("boundary.update", METRIC | {"epsilon": epsilon}) for epsilon in (0.0, -3.0)],
+        *[("privacy", {"delta": delta}) for delta in (0.0, 1.0, -1e-5, float("nan"))],
+        *[("privacy", {key: value}) for key in ("record_epsilon", "silo_epsilon") for value in (0.0, -1.0)],
+        ("boundary.forward", DP | {"unit": "silo"}),
+        ("boundary.forward", {"mechanism": "laplace"}),
+    ],
+    ids=str,
+)
+def test_an_epsilon_or_delta_that_means_nothing(key: str, value: dict[str, Any]) -> None:
+    error = refused(values_with(key, value))
+    assert error.message.startswith(f"{key}.")
+    assert error.remedy.startswith(f"correct the value of {key}.")
+
+
+def test_budgets_where_everything_is_bounded() -> None:
+    values = values_with("privacy", {"record_epsilon": 5.0, "silo_epsilon": 9.0, "delta": 1e-6})
+    values["boundary"] = {"forward": DP, "gradient": METRIC | {"clip": 1.0}, "update": {"clip": 1.0, "noise": 0.5}}
+    recipe = Recipe.of(values)
+    assert (recipe.privacy.record_epsilon, recipe.boundary.forward.epsilon) == (5.0, 2.0)
+    assert Recipe.of({**values, "boundary": {**values["boundary"], "gradient": {"clip": 1.0, "noise": 0.1}}})
+
+
 @pytest.mark.parametrize(
     ("key", "value", "complaint", "remedy"),
     [
@@ -198,6 +228,13 @@ def test_a_missing_key_is_named(drop: Change, key: str) -> None:
         ("root.minimum", 3, "root.minimum: 3 silos needed but 2 listed", "lower it"),
         ("train.evaluate", True, "train.evaluate: no silo has held_out rows", "set evaluate = false"),
         ("boundary.release_once", True, "boundary.release_once: a bottom that trains", "lora.freeze_bottom = true"),
+        ("boundary.forward", DP | {"clip": 0.0}, "clip: the mechanism 'dp_gaussian' needs it", "add clip"),
+        ("boundary.forward", DP | {"noise": 0.1}, "noise: the mechanism 'dp_gaussian' does not", "leave noise out"),
+        ("boundary.update", {"epsilon": 1.0}, "epsilon: the mechanism 'gaussian' does not", "leave epsilon out"),
+        ("boundary.gradient", {"mechanism": "metric"}, "epsilon: the mechanism 'metric' needs it", "add epsilon"),
+        ("boundary.gradient", METRIC | {"delta": 0.1}, "delta: the mechanism 'metric' does not", "leave delta out"),
+        ("privacy", {"record_epsilon": 5.0}, "privacy.record_epsilon: what leaves by boundary.forward", "give"),
+        ("privacy", {"silo_epsilon": 5.0}, "privacy.silo_epsilon: what leaves by boundary.forward", "leave the budget"),
     ],
 )
 def test_what_cannot_be_is_refused(key: str, value: object, complaint: str, remedy: str) -> None:

@@ -139,6 +139,26 @@ def draft(
 
 
 @app.command()
+def privacy(
+    run_dir: RunPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; an epsilon without a bound is null.")] = False,
+) -> None:
+    """Show what has left each silo and what it cost in privacy, from the ledgers, which are verified."""
+    from rich.console import Console
+
+    from isthmus.engines import spent
+    from isthmus.report.record import RunDirectory
+
+    statements = spent.read_statements(RunDirectory.open(run_dir))
+    if as_json:
+        typer.echo(spent.as_json(statements))
+    else:
+        spent.show(statements, Console())
+    if not all(statement.verified for statement in statements):
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="Folder to write.")]) -> None:
     """Write the run's adapter as a standard PEFT folder for the uncut model."""
     from isthmus.engines.use import export_adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ def run_with_progress(run: RunDirectory, console: Console | None = None) -> None
 
         run_federation(run, watch, tell)
         live.update(_table(run, recipe))
+    from isthmus.engines.spent import read_statements, show  # the watching process loads no accountant while it watches
+
+    show(read_statements(run), console)
 
 
 @contextmanager
@@ -55,7 +59,7 @@ def _whole_lines(console: Console) -> Iterator[None]:
 def _table(run: RunDirectory, recipe: Recipe) -> Table:
     table = Table(title=f"{recipe.train.rounds} rounds of {recipe.train.steps} steps")
     table.add_column("silo")
-    for heading in ("step", "loss", "tokens/s", "up", "down"):
+    for heading in ("step", "loss", "tokens/s", "up", "down", "epsilon"):
         table.add_column(heading, justify="right")
     table.add_column(f"held-out {'accuracy' if recipe.task.choices else 'loss'} after round 0, 1, …")
     for silo in recipe.silo:
@@ -71,8 +75,16 @@ def _row(progress: SiloProgress, recipe: Recipe) -> tuple[str, ...]:
         "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:.0f}",
         megabytes(progress.sent_bytes),
         megabytes(progress.received_bytes),
+        epsilon_text(progress.epsilon) + (f" ({progress.skipped} rows spent)" if progress.skipped else ""),
         "  ".join(score_text(progress.scores[number]) for number in sorted(progress.scores)),
     )
+
+
+def epsilon_text(value: float | None) -> str:
+    """As a cell shows it; empty where there is none."""
+    if value is None:
+        return ""
+    return "∞" if math.isinf(value) else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def megabytes(size: int) -> str:

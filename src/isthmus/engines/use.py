@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -15,12 +15,13 @@ from isthmus.engines.threads import set_threads
 from isthmus.errors import ModelError, RunError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.privacy.ledger import FileLedger, Ledger
+from isthmus.privacy.ledger import Ledger
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory, RunDirectory, disk_errors
 from isthmus.silo import draft_file
 from isthmus.silo.distil import distil
 from isthmus.silo.drafts import Draft
+from isthmus.silo.held import open_ledger
 from isthmus.silo.join import Silo, join, known_data
 
 Tell = Callable[[str], None]
@@ -84,7 +85,7 @@ def make_draft(run: RunDirectory, name: str | None, *, prompts: int, max_new_tok
         DataError: the silo's rows are unusable.
     """
     recipe = run.recipe()
-    with opened(run, name, noted=True) as (silo, directory):
+    with opened(run, name) as (silo, directory):
         rows = known_data(recipe, directory.path.name, silo).train
         drawn = random.Random(recipe.seed).sample(rows, min(prompts, len(rows)))
         draft, corpus = distil(silo, drawn, longest=max_new_tokens, tell=tell)
@@ -100,17 +101,15 @@ def draft_of(directory: RoleDirectory, silo: Silo) -> Draft | None:
 
 
 @contextmanager
-def opened(run: RunDirectory, name: str | None, *, noted: bool = False) -> Iterator[tuple[Silo, RoleDirectory]]:
+def opened(run: RunDirectory, name: str | None) -> Iterator[tuple[Silo, RoleDirectory]]:
     """A silo of the run (the recipe's first by default) with its folder; its trunk runs in a process of its own.
 
-    Args:
-        noted: write what leaves the silo into the run's ledger.
+    What leaves the silo is noted in its ledger and charged, as in training.
     """
     recipe = run.recipe()
     directory = run.role(recipe.party(name or recipe.silo[0].name).name)
     set_threads(recipe)
-    ledger = FileLedger(directory.path / "ledger.jsonl") if noted else None
-    with serving(run) as (_, address):
+    with closing(open_ledger(directory, recipe, directory.path.name)) as ledger, serving(run) as (_, address):
         silo = open_silo(run, at_address(recipe, address), directory.path.name, ledger)
         try:
             yield silo, directory

@@ -18,7 +18,7 @@ class Aggregation(Protocol):
 
         Args:
             base: the shared tensors that the round began with.
-            updates: a weight and a change (new minus base) for each silo.
+            updates: a weight and a change (new minus base) for each silo; with weight 0 there is no change.
         """
         ...
 
@@ -28,6 +28,7 @@ class FrozenA:
     Sun et al. 2024)."""
 
     def combine(self, base: Tensors, updates: Sequence[tuple[float, Tensors]]) -> dict[str, torch.Tensor]:
+        updates = [(weight, update) for weight, update in updates if weight]
         total = sum(weight for weight, _ in updates)
         combined = {}
         for name, tensor in base.items():

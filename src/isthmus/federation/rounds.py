@@ -70,7 +70,7 @@ class Rounds:
         return answer
 
     def update(self, peer: str, request: pb.Update) -> Answer:
-        """A silo's contribution to the round under way.
+        """A silo's contribution to the round under way; with weight 0 it has none, and sends no tensors.
 
         Raises:
             RoundLostError: no such round is under way.
@@ -82,7 +82,7 @@ class Rounds:
                 raise RoundLostError(f"an update for round {request.round}", remedy="ask for the next plan")
             if peer not in self._participants:
                 raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="ask for a plan")
-            tensors = codec.decode_named(request.tensors, self._shapes)
+            tensors = codec.decode_named(request.tensors, self._shapes) if request.weight else {}
             self._participants.remove(peer)
             self._contributions[peer] = (request.weight, tensors)
             self._updates.arrive(peer, None)

@@ -1,46 +1,185 @@
-"""The mechanisms that secure a tensor before it leaves."""
+"""The mechanisms that secure a tensor before it leaves, each of which says what it costs.
+
+What they protect, in increasing order:
+
+- *unit token*: one vector that crosses. Two releases that differ in one row are told apart with at most the stated
+  epsilon. A row is not a token of text: bottom's attention mixes earlier tokens into later rows, so a token's trace is
+  in several rows, each of which is charged.
+- *unit sequence*: all rows of one sequence together; any two sequences of one length are neighbours.
+- *record*: the same over all releases of a record, by either unit. That is the accountant's affair (``accountant``);
+  what each mechanism here hands it is a record's charge for one release.
+
+Neighbours have equal lengths and equal noise factors: both are seen from outside, and neither is protected here. A
+factor follows from the text, so where sensitive rows lie is told by the size of their noise.
+
+Shapes: T rows of all sequences one after another, D width; nothing here knows what D means.
+"""
 
 from __future__ import annotations
 
-import secrets
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 
+from isthmus.privacy import events
+from isthmus.privacy.analytic import gaussian_noise
+from isthmus.privacy.events import Charge, Path, Release, merged
+from isthmus.privacy.noise import Noise
+from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import ReleaseSection
+
+
+class Mechanism(Protocol):
+    """Clips and noises a tensor, and describes what it did as an event."""
+
+    def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
+        """The secured tensor, float32 ``[T, D]`` on the device of ``h_TD``, detached.
+
+        Args:
+            subjects: whom the rows are about; its factors multiply each row's noise.
+            noise: where the draws come from.
+        """
+        ...
+
+    def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
+        """What securing such a tensor means, before or after it happens; without a size yet."""
+        ...
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Clip each row to an L2 norm, then add N(0, noise²) to every coordinate. Zero switches either off."""
+    """Clip each row to an L2 norm, then add N(0, noise²) to every coordinate. Zero switches either off.
+
+    ``noise`` is the published convention's fixed deviation, or ``dp_gaussian``'s, calibrated for unit token. A row's
+    sensitivity is 2·clip (another row in its place), so a row of factor f costs (2·clip / (f·noise))².
+    """
 
     clip: float
     noise: float
+    name: events.Mechanism = "gaussian"
+    unit: ClassVar[events.Unit] = "token"
 
-    @classmethod
-    def of(cls, section: ReleaseSection) -> Gaussian:
-        return cls(section.clip, section.noise)
+    def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
+        h_TD = _clip_rows(h_TD.detach().to(torch.float32), self.clip)
+        return _add_normal(h_TD, self.noise, subjects, noise)
 
-    def apply(
-        self, h_TD: torch.Tensor, generator: torch.Generator, factors_T: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The secured tensor, in float32 ``[T, D]``.
+    def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
+        def cost(factors_T: torch.Tensor) -> float:
+            return (2 * self.clip / self.noise) ** 2 * float(factors_T.pow(-2).sum())
 
-        Args:
-            factors_T: by what each row's noise is multiplied; None: 1.
-        """
+        bounded = self.clip > 0 and self.noise > 0
+        charges = _charges(subjects, lambda record, f_T: Charge(record, cost(f_T) if bounded else math.inf))
+        return Release(
+            path, step, subjects.rows, width, self.clip, self.noise, 0, self.name, self.unit, merged(charges)
+        )
+
+
+@dataclass(frozen=True)
+class SequenceGaussian:
+    """Clip each sequence's whole matrix to a Frobenius norm, then add N(0, noise²) to every coordinate.
+
+    With factors f, rows are weighed by 1/f in the norm: rows that get more noise may be that much longer. In these
+    weights the sensitivity is 2·clip and the noise even, so a sequence costs (2·clip / noise)² whatever its factors.
+    """
+
+    clip: float
+    noise: float
+    name: ClassVar[events.Mechanism] = "dp_gaussian"
+    unit: ClassVar[events.Unit] = "sequence"
+
+    def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
         h_TD = h_TD.detach().to(torch.float32)
-        if self.clip:
-            norms = h_TD.norm(dim=1, keepdim=True).clamp_min(1e-30)
-            h_TD = h_TD * (self.clip / norms).clamp_max(1.0)
-        if self.noise:
-            draw = torch.randn(h_TD.shape, generator=generator, device=generator.device)
-            if factors_T is not None:
-                draw *= factors_T.to(draw).unsqueeze(1)
-            h_TD = h_TD + self.noise * draw.to(h_TD.device)
+        norms_T = h_TD.norm(dim=1).double()
+        if subjects.factors_T is not None:
+            norms_T = norms_T / subjects.factors_T.to(norms_T)
+        pieces = torch.split(norms_T, list(subjects.lengths))
+        norms_S = torch.stack([piece.norm() for piece in pieces]).clamp_min(1e-30)
+        scale_S = (self.clip / norms_S).clamp_max(1.0).to(torch.float32)
+        lengths_S = torch.tensor(subjects.lengths, device=h_TD.device)
+        h_TD = h_TD * scale_S.repeat_interleave(lengths_S).unsqueeze(1)
+        return _add_normal(h_TD, self.noise, subjects, noise)
+
+    def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
+        charges = _charges(subjects, lambda record, _: Charge(record, (2 * self.clip / self.noise) ** 2))
+        return Release(
+            path, step, subjects.rows, width, self.clip, self.noise, 0, self.name, self.unit, merged(charges)
+        )
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Clip each row, then add noise with density proportional to exp(-epsilon·‖z‖): dχ-privacy (Feyisetan et al. 2020).
+
+    Two rows at distance d are told apart with a loss of at most epsilon·d, whatever lies between them; with a clip any
+    two rows with at most 2·clip·epsilon, and delta 0. Without a clip that has no bound. The direction is uniform,
+    the length of Gamma(D, 1/epsilon). ``epsilon`` is in one over the tensor's units; a row's factor divides it.
+    """
+
+    clip: float
+    epsilon: float
+    name: ClassVar[events.Mechanism] = "metric"
+    unit: ClassVar[events.Unit] = "token"
+
+    def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
+        h_TD = _clip_rows(h_TD.detach().to(torch.float32), self.clip)
+        rows, width = h_TD.shape
+        direction_TD = noise.normal(rows, width)
+        length_T = noise.gamma(rows, width) / self.epsilon
+        if subjects.factors_T is not None:
+            length_T = length_T * subjects.factors_T.to(length_T)
+        length_T /= direction_TD.norm(dim=1).clamp_min(1e-30)
+        return h_TD + (direction_TD * length_T.unsqueeze(1)).to(h_TD.device)
+
+    def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
+        def cost(factors_T: torch.Tensor) -> float:
+            return 2 * self.clip * self.epsilon * float(factors_T.reciprocal().sum())
+
+        charges = _charges(subjects, lambda record, f_T: Charge(record, 0.0, cost(f_T) if self.clip else math.inf))
+        return Release(
+            path, step, subjects.rows, width, self.clip, 1 / self.epsilon, 0, self.name, self.unit, merged(charges)
+        )
+
+
+def mechanism_of(section: ReleaseSection) -> Mechanism:
+    """The mechanism that a recipe's section asks for.
+
+    ``dp_gaussian``'s deviation is the smallest with which one unit's release has the section's epsilon at its delta:
+    the analytic Gaussian mechanism (Balle and Wang 2018) for the sensitivity 2·clip of replacing the unit.
+    """
+    if section.mechanism == "gaussian":
+        return Gaussian(section.clip, section.noise)
+    assert section.epsilon is not None  # the recipe has seen to it
+    if section.mechanism == "metric":
+        return Metric(section.clip, section.epsilon)
+    assert section.delta is not None
+    noise = 2 * section.clip * gaussian_noise(section.epsilon, section.delta)
+    if section.unit == "sequence":
+        return SequenceGaussian(section.clip, noise)
+    return Gaussian(section.clip, noise, "dp_gaussian")
+
+
+def _clip_rows(h_TD: torch.Tensor, clip: float) -> torch.Tensor:
+    if not clip:
         return h_TD
+    norms = h_TD.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    clipped: torch.Tensor = h_TD * (clip / norms).clamp_max(1.0)
+    return clipped
 
 
-def secret_generator(device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded by the operating system's entropy, apart from torch's global one."""
-    return torch.Generator(device).manual_seed(secrets.randbits(63))
+def _add_normal(h_TD: torch.Tensor, deviation: float, subjects: Subjects, noise: Noise) -> torch.Tensor:
+    if not deviation:
+        return h_TD
+    drawn_TD = noise.normal(*h_TD.shape)
+    if subjects.factors_T is not None:
+        drawn_TD = drawn_TD * subjects.factors_T.to(drawn_TD).unsqueeze(1)
+    return h_TD + deviation * drawn_TD.to(h_TD.device)
+
+
+def _charges(subjects: Subjects, charge: Callable[[str, torch.Tensor], Charge]) -> list[Charge]:
+    """Each sequence's charge, from its record and its rows' factors (float64, as sums must not depend on length)."""
+    factors_T = torch.ones(subjects.rows) if subjects.factors_T is None else subjects.factors_T
+    pieces = torch.split(factors_T.detach().cpu().double(), list(subjects.lengths))
+    return [charge(record, f_T) for record, f_T in zip(subjects.records, pieces, strict=True)]

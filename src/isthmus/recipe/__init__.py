@@ -4,7 +4,7 @@
 combination. A recipe is frozen: what a run did can be read off the copy in its run directory.
 """
 
-from isthmus.recipe.privacy import ReleaseSection
+from isthmus.recipe.privacy import PrivacySection, ReleaseSection
 from isthmus.recipe.recipe import Recipe
 from isthmus.recipe.sections import (
     BoundarySection,
@@ -29,6 +29,7 @@ __all__ = [
     "FederationSection",
     "LoraSection",
     "ModelSection",
+    "PrivacySection",
     "Recipe",
     "ReleaseSection",
     "RootSection",

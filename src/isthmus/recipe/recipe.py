@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from isthmus.errors import RecipeError
+from isthmus.recipe.privacy import PrivacySection
 from isthmus.recipe.section import Count, Section
 from isthmus.recipe.sections import (
     BoundarySection,
@@ -39,6 +40,7 @@ class Recipe(Section):
     task: TaskSection = TaskSection()
     boundary: BoundarySection = BoundarySection()
     sensitivity: SensitivitySection | None = None
+    privacy: PrivacySection = PrivacySection()
     wire: WireSection = WireSection()
     trunk: TrunkSection = TrunkSection()
     root: RootSection = RootSection()
@@ -67,7 +69,19 @@ class Recipe(Section):
             if field not in self.task.fields:
                 used = ", ".join(sorted(self.task.fields)) or "none"
                 raise ValueError(f"sensitivity.fields: no template has {field!r}; use one of: {used}")
+        self._affordable()
         return self
+
+    def _affordable(self) -> None:
+        """A budget that no release could keep to is refused here rather than at the first frame."""
+        budgets = {"record_epsilon": ("forward", "gradient"), "silo_epsilon": ("forward", "gradient", "update")}
+        for key, paths in budgets.items():
+            for path in paths if getattr(self.privacy, key) is not None else ():
+                if not getattr(self.boundary, path).bounded:
+                    raise ValueError(
+                        f"privacy.{key}: what leaves by boundary.{path} has no clip or no noise, so no finite epsilon; "
+                        f"give boundary.{path} both, or leave the budget out"
+                    )
 
     @classmethod
     def read(cls, path: Path) -> Recipe:

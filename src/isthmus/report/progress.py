@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from isthmus.report.record import RunDirectory, read_journal
@@ -15,12 +16,16 @@ class SiloProgress:
     steps: int = 0
     """Optimizer steps done in all rounds."""
     loss: float | None = None
-    """Of the last step."""
+    """Of the last step; None if no row could take part in it."""
     tokens_per_second: float | None = None
     """Over the last ten steps."""
     sent_bytes: int = 0
     received_bytes: int = 0
     """Over all processes this silo has had in this run."""
+    epsilon: float | None = None
+    """Of the worst record so far, ∞ where no bound holds; None before the first step."""
+    skipped: int = 0
+    """Rows left out of steps because their record's privacy budget was spent."""
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
     """Held-out scores by the number of completed rounds."""
 
@@ -34,6 +39,8 @@ def read_progress(run: RunDirectory, name: str, steps_a_round: int) -> SiloProgr
         last, recent = steps[-1], steps[-10:]
         progress.steps = (last["round"] - 1) * steps_a_round + last["step"]
         progress.loss = last["loss"]
+        progress.epsilon = math.inf if last.get("epsilon") is None else last["epsilon"]
+        progress.skipped = sum(line.get("skipped", 0) for line in steps)
         progress.tokens_per_second = sum(line["tokens"] for line in recent) / max(
             1e-9, sum(line["seconds"] for line in recent)
         )

@@ -43,7 +43,8 @@ class RunDirectory:
         root/metrics.jsonl           one line a round
         root/rounds/round-0003.pt    adapters of the ends after round 3
         silos/NAME/metrics.jsonl     one line a step and an evaluation
-        silos/NAME/ledger.jsonl      one line a release
+        silos/NAME/ledger.jsonl      one line a release, in a chain of hashes whose end is in ledger.head
+        silos/NAME/secret            key of the records' names in the ledger
         silos/NAME/released/         examples released once, as they left, and the secret of their numbers
         silos/NAME/rounds/...        optimizer state of the silo after a round
         silos/NAME/draft.safetensors  what the silo drafts with, if it was distilled

@@ -1,4 +1,4 @@
-"""The boundary: the silo's only exit for tensors. It clips, adds noise, encodes, counts bytes, notes the release.
+"""The boundary: the silo's only exit for tensors. It asks the budget, clips, adds noise, encodes, notes the release.
 
 Shapes: T tokens, D width.
 """
@@ -6,17 +6,23 @@ Shapes: T tokens, D width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
-from isthmus.privacy.events import Path, Release
+from isthmus.privacy.budget import Budget
+from isthmus.privacy.events import ALL, Path, Release
 from isthmus.privacy.ledger import Ledger, MemoryLedger
-from isthmus.privacy.mechanisms import Gaussian, secret_generator
+from isthmus.privacy.mechanisms import Mechanism, mechanism_of
+from isthmus.privacy.noise import SecretNoise, SeededNoise, secret_generator
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
+
+WHOLE = Subjects((ALL,), (1,))
+"""An update is one row, about all records."""
 
 
 class Boundary:
@@ -25,20 +31,28 @@ class Boundary:
     Args:
         section: mechanism and codec of each path.
         ledger: notes each release before it leaves.
-        generator: source of the noise; a fresh secret one by default.
+        budget: what may still leave; no limit by default.
+        generator: in place of the secret noise, one whose draws can be repeated.
     """
 
     def __init__(
-        self, section: BoundarySection, ledger: Ledger | None = None, *, generator: torch.Generator | None = None
+        self,
+        section: BoundarySection,
+        ledger: Ledger | None = None,
+        *,
+        budget: Budget | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         self._codec = section.codec
-        self._mechanisms: dict[Path, Gaussian] = {
-            "forward": Gaussian.of(section.forward),
-            "gradient": Gaussian.of(section.gradient),
-            "update": Gaussian.of(section.update),
+        self._mechanisms: dict[Path, Mechanism] = {
+            "forward": mechanism_of(section.forward),
+            "gradient": mechanism_of(section.gradient),
+            "update": mechanism_of(section.update),
         }
-        self._ledger = ledger or MemoryLedger()
-        self._generator = generator or secret_generator()
+        self.ledger = ledger or MemoryLedger()
+        self.budget = budget or Budget()
+        self._noise = SecretNoise() if generator is None else SeededNoise(generator)
+        self._rounding = generator or secret_generator()
         self.released_bytes: Counter[str] = Counter()
         """Payload bytes that left, by path."""
         self.admitted_bytes = 0
@@ -48,25 +62,57 @@ class Boundary:
 
         Args:
             subjects: whom its rows are about.
+
+        Raises:
+            BudgetExhausted: a record's budget, or the silo's, does not bear it. Nothing is charged, nothing leaves.
         """
-        secured = self._mechanisms[path].apply(h_TD, self._generator, subjects.factors_T)
+        event, secured = self._secure(h_TD, path, step, subjects)
         if path == "gradient":
-            matrix = codec.encode(secured, self._codec.gradient_up, self._generator)
+            matrix = codec.encode(secured, self._codec.gradient_up, self._rounding)
         else:
             matrix = codec.encode(secured, self._codec.forward_up)
-        self._note(path, step, matrix.rows, matrix.width, len(matrix.data))
+        self._note(event, len(matrix.data))
         return matrix
 
     def release_update(self, tensors: Mapping[str, torch.Tensor], step: int) -> list[pb.Tensor]:
-        """Secure an adapter update as one long row, in the order of the names, and encode it."""
+        """Secure an adapter update as one long row, in the order of the names, and encode it.
+
+        Raises:
+            BudgetExhausted: as in ``release``.
+        """
         names = sorted(tensors)
         row = torch.cat([tensors[name].reshape(-1) for name in names]).unsqueeze(0)
-        secured = self._mechanisms["update"].apply(row, self._generator)[0]
-        pieces = torch.split(secured, [tensors[name].numel() for name in names])
+        event, secured = self._secure(row, "update", step, WHOLE)
+        pieces = torch.split(secured[0], [tensors[name].numel() for name in names])
         shaped = {name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)}
         encoded = codec.encode_named(shaped)
-        self._note("update", step, 1, row.shape[1], sum(len(tensor.data) for tensor in encoded))
+        self._note(event, sum(len(tensor.data) for tensor in encoded))
         return encoded
+
+    def affordable(self, subjects: Subjects, forward: Sequence[bool], *, gradient: bool = True) -> list[bool]:
+        """For each sequence, whether it can be borne that what it sends leaves.
+
+        Args:
+            forward: of each sequence, whether its hidden states are to leave.
+            gradient: whether the gradients of all are.
+        """
+        costs = []
+        for number, (record, length) in enumerate(zip(subjects.records, subjects.lengths, strict=True)):
+            one = Subjects((record,), (length,), _rows_of(subjects, number))
+            leave: dict[Path, bool] = {"forward": forward[number], "gradient": gradient}
+            costs.append(
+                [
+                    charge
+                    for path in leave
+                    if leave[path]
+                    for charge in self._mechanisms[path].event(path, 0, one, 0).charges
+                ]
+            )
+        return self.budget.affordable(costs, subjects)
+
+    def update_affordable(self) -> bool:
+        """Whether it can be borne that an update leaves."""
+        return all(self.budget.affordable([self._mechanisms["update"].event("update", 0, WHOLE, 0).charges], WHOLE))
 
     def admit(self, matrix: pb.Matrix, path: Path, like_TD: torch.Tensor) -> torch.Tensor:
         """A tensor that came in on this path, which must have the shape of ``like_TD``; on its device and in its dtype.
@@ -79,7 +125,21 @@ class Boundary:
         name = self._codec.gradient_down if path == "gradient" else self._codec.forward_down
         return codec.decode(matrix, rows=rows, width=width, codec=name).to(like_TD)
 
-    def _note(self, path: Path, step: int, rows: int, width: int, size: int) -> None:
+    def _secure(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> tuple[Release, torch.Tensor]:
         mechanism = self._mechanisms[path]
-        self._ledger.record(Release(path, step, rows, width, mechanism.clip, mechanism.noise, size))
-        self.released_bytes[path] += size
+        event = mechanism.event(path, step, subjects, h_TD.shape[1])
+        self.budget.require(event, subjects)
+        return event, mechanism.secure(h_TD, subjects, self._noise)
+
+    def _note(self, event: Release, size: int) -> None:
+        event = replace(event, size=size)
+        self.ledger.record(event)
+        self.budget.note(event)
+        self.released_bytes[event.path] += size
+
+
+def _rows_of(subjects: Subjects, number: int) -> torch.Tensor | None:
+    """The noise factors of one sequence's rows."""
+    if subjects.factors_T is None:
+        return None
+    return torch.split(subjects.factors_T, list(subjects.lengths))[number]

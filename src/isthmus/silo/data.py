@@ -28,6 +28,16 @@ class Tokens:
     classes: tuple[int, ...] | None = None
     """Of the tokens of prompt and answer, where they are asked for (see ``privacy.sensitivity``)."""
 
+    @property
+    def input(self) -> list[int]:
+        """What the model reads: all but the answer's last token, which nothing follows."""
+        return self.prompt + self.answer[:-1]
+
+    def crossing(self, tail: int | None) -> int:
+        """How many of the input's last tokens cross where a prompt's tail does; None: all."""
+        prompt = len(self.prompt)
+        return len(self.input) - prompt + (prompt if tail is None else min(tail, prompt))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -105,7 +115,7 @@ def tokenize(
 
 def collate(rows: list[Tokens], pad: int) -> Batch:
     """Rows as one batch, padded on the left. A row without an answer is a prompt to go on from."""
-    inputs = [(row.prompt + row.answer)[: len(row.prompt) + max(0, len(row.answer) - 1)] for row in rows]
+    inputs = [row.input for row in rows]
     length = max(map(len, inputs))
     keep = max(1, *(len(row.answer) for row in rows))
     ids = torch.full((len(rows), length), pad)

@@ -19,7 +19,8 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import CPU
 from isthmus.model.split import SplitForCausalLM
-from isthmus.privacy.ledger import Ledger
+from isthmus.privacy.budget import Budget
+from isthmus.privacy.ledger import Ledger, MemoryLedger
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
@@ -50,6 +51,7 @@ class Silo:
 
     def close(self) -> None:
         self.trunk.channel.close()
+        self.boundary.ledger.close()
 
 
 def join(
@@ -80,7 +82,8 @@ def join(
     bottom, top = load_ends(checkpoint, recipe)
     if channel is None:
         channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
-    boundary = Boundary(recipe.boundary, ledger)
+    ledger = ledger or MemoryLedger()
+    boundary = Boundary(recipe.boundary, ledger, budget=Budget(recipe.privacy, ledger.history()))
     known = open_register(recipe, tokenizer, register)
     trunk = RemoteTrunk(channel, boundary, known, ends=(bottom, top), gradients=recipe.boundary.gradients)
     strength = recipe.sensitivity.attention if recipe.sensitivity else 0.0

@@ -21,7 +21,7 @@ from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.privacy.subjects import Subjects
 from isthmus.report.record import disk_errors, writing
 from isthmus.silo.data import Tokens
-from isthmus.silo.secret import kept_secret
+from isthmus.silo.held import read_secret
 
 ROWS = 16384
 """Rows whose classes are remembered."""
@@ -60,7 +60,7 @@ class Register:
         self.sensitivity = sensitivity
         self._decode = decode
         self._folder = folder
-        self._key = secrets.token_bytes(32) if folder is None else kept_secret(folder / "record-key")
+        self._key = secrets.token_bytes(32) if folder is None else read_secret(folder / "record-key")
         self._unknown = itertools.count(1)
         self._known: dict[str, Known] = {}
         self._lengths: list[int] = []

@@ -21,8 +21,8 @@ from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import Recipe
 from isthmus.report.store import Store
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.held import read_secret
 from isthmus.silo.register import Register
-from isthmus.silo.secret import kept_secret
 from isthmus.silo.shield import Shield
 from isthmus.wire import isthmus_pb2 as pb
 
@@ -71,13 +71,17 @@ class Released:
         told = [fingerprint, str(recipe.model.bottom), recipe.model.dtype, secured, recipe.boundary.codec.forward_up]
         if recipe.sensitivity is not None:
             told.append(recipe.sensitivity.model_dump_json())
-        self._hash = hashlib.blake2b("\n".join(told).encode(), key=kept_secret(folder / "secret"), digest_size=8)
+        self._hash = hashlib.blake2b("\n".join(told).encode(), key=read_secret(folder / "secret"), digest_size=8)
 
     def number(self, example: Ending) -> int:
         """Under which the trunk keeps this example."""
         digest = self._hash.copy()
         digest.update(array("q", (example.length, *example.row)).tobytes())
         return int.from_bytes(digest.digest(), "little")
+
+    def holds(self, example: Ending) -> bool:
+        """Whether this example was released before."""
+        return self.number(example) in self._store
 
     def like(self, tokens: int) -> torch.Tensor:
         """A tensor in the shape of so many tokens' released states, with bottom's device and dtype, without memory."""

@@ -126,6 +126,17 @@ class RemoteTrunk(nn.Module):
             return _cross(None, self, lambda: self.start_rows(rows, lengths))
         return self._landed(self.start_rows(rows, lengths, train=False))
 
+    def affordable(self, rows: list[list[int]], lengths: list[int], *, train: bool = True) -> list[bool]:
+        """For each sequence of token ids, whether the privacy budgets bear that its last ``lengths`` tokens cross.
+
+        Args:
+            train: in a whole training step, forward and backward, rather than in a forward alone.
+        """
+        subjects = self.register.subjects(rows, lengths)
+        examples = [Ending(tuple(row), length) for row, length in zip(rows, lengths, strict=True)]
+        forward = [self.released is None or not self.released.holds(example) for example in examples]
+        return self.boundary.affordable(subjects, forward, gradient=train and self.gradients)
+
     def begin(self, round: int, participants: list[str]) -> None:
         """Wait until all participants are ready for this round's first step."""
         self.channel.call(pb.Begin(round=round, participants=participants))

@@ -22,11 +22,14 @@ from isthmus.tasks.prompts import read_examples
 class Step:
     """What one optimizer step did."""
 
-    loss: float
+    loss: float | None
+    """None: no row took part."""
     weight: int
     """Supervised tokens."""
     tokens: int
     seconds: float
+    skipped: int = 0
+    """Rows left out because their record's privacy budget is spent."""
 
 
 class SiloData:
@@ -78,12 +81,29 @@ def training_batches(data: SiloData, size: int, seed: str) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, data: SiloData, *, size: int = 16) -> dict[str, float]:
-    """Measure on the held-out rows: ``accuracy`` where answers are choices, else ``loss`` a token, ``perplexity``."""
+def evaluate(
+    model: PreTrainedModel, data: SiloData, rows: list[Tokens] | None = None, *, size: int = 16
+) -> dict[str, float]:
+    """Measure on the held-out rows: ``accuracy`` where answers are choices, else ``loss`` a token, ``perplexity``.
+
+    Args:
+        rows: some of them; None: all.
+    """
     model.eval()
-    rows = sorted(data.held_out, key=lambda row: len(row.prompt) + len(row.answer))  # little padding in a batch
+    rows = sorted(
+        data.held_out if rows is None else rows, key=lambda row: len(row.prompt) + len(row.answer)
+    )  # little padding in a batch
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
     return _accuracy(model, data, chunks) if data.choices else _loss(model, data, chunks)
+
+
+def scored(data: SiloData, row: Tokens) -> list[Tokens]:
+    """What measuring on this row runs through the model."""
+    if not data.choices:
+        return [row]
+    if all(len(choice) == 1 for choice in data.choices):
+        return [Tokens(row.prompt, [])]
+    return [Tokens(row.prompt, list(choice)) for choice in data.choices]
 
 
 def _accuracy(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]]) -> dict[str, float]:

@@ -17,7 +17,9 @@ def build_update(
 
     Args:
         old, new: the shared adapter tensors before and after the round's local work, by uncut name.
-        weight: supervised tokens trained on.
+        weight: supervised tokens trained on. 0: the silo takes no part, and no tensor leaves.
     """
+    if not weight:
+        return pb.Update(round=round, weight=0.0)
     change = {name: new[name].detach() - old[name] for name in old}
     return pb.Update(round=round, weight=weight, tensors=boundary.release_update(change, round))

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
 from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
 from isthmus.model.optim import build_optimizer
-from isthmus.privacy.ledger import FileLedger
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory, read_journal
-from isthmus.silo.data import Batch
+from isthmus.silo.data import Tokens, batches, collate
+from isthmus.silo.held import open_ledger
 from isthmus.silo.join import connect, join, known_data
 from isthmus.silo.pipeline import pipelined_step
-from isthmus.silo.trainer import Step, evaluate, train_step, training_batches
+from isthmus.silo.trainer import Step, evaluate, scored, train_step
 from isthmus.silo.update import build_update
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -49,9 +51,14 @@ class Worker:
         self._recipe = recipe
         self._name = name
         self._directory = directory
-        ledger, releases = FileLedger(directory.path / "ledger.jsonl"), directory.path / "released"
-        register = directory.path / "register"
-        self._silo = join(recipe, name, ledger=ledger, channel=trunk, releases=releases, register=register)
+        self._silo = join(
+            recipe,
+            name,
+            ledger=open_ledger(directory, recipe, name),
+            channel=trunk,
+            releases=directory.path / "released",
+            register=directory.path / "register",
+        )
         self._data = known_data(recipe, name, self._silo)
         self._root = root or connect(recipe, name, "Root", recipe.root.address)
         self._parameters = {
@@ -96,22 +103,37 @@ class Worker:
         self._continue_from(plan.completed)
         self._state_of_round = None
         self._silo.trunk.begin(plan.round, list(plan.participants))
-        batches = training_batches(self._data, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
+        drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
         weight = 0
         for number in range(1, train.steps + 1):
-            step = self._step(next(batches))
+            step = self._step(next(drawn))
             self._silo.trunk.commit(plan.round, number, step.weight)
             weight += step.weight
             self._note_step(plan.round, number, step)
         self._directory.save_round(plan.round, {"optimizer": self._optimizer.state_dict()})
         self._state_of_round = plan.round
+        if not self._silo.boundary.update_affordable():
+            log.warning("round %d: the privacy budget does not bear an update", plan.round)
+            weight = 0
         self._root.call(build_update(self._silo.boundary, shared, self._parameters, round=plan.round, weight=weight))
 
-    def _step(self, batch: Batch) -> Step:
-        micro_batches = self._recipe.train.micro_batches
+    def _step(self, drawn: list[Tokens]) -> Step:
+        """One step on those of the drawn rows whose privacy budgets bear it whole; on none of them, an empty one."""
+        borne = self._affordable(drawn)
+        rows = [row for row, bears in zip(drawn, borne, strict=True) if bears]
+        skipped = len(drawn) - len(rows)
+        if not rows:
+            return Step(None, 0, 0, 0.0, skipped)
+        batch, micro_batches = collate(rows, self._data.pad), self._recipe.train.micro_batches
         if micro_batches == 1:
-            return train_step(self._silo.model, self._optimizer, batch)
-        return pipelined_step(self._silo.model, self._optimizer, batch, micro_batches)
+            step = train_step(self._silo.model, self._optimizer, batch)
+        else:
+            step = pipelined_step(self._silo.model, self._optimizer, batch, micro_batches)
+        return replace(step, skipped=skipped)
+
+    def _affordable(self, rows: list[Tokens], *, train: bool = True) -> list[bool]:
+        lengths = [row.crossing(self._recipe.boundary.tail) for row in rows]
+        return self._silo.trunk.affordable([row.input for row in rows], lengths, train=train)
 
     def _continue_from(self, completed: int) -> None:
         """Bring the optimizer to its state after this round; a silo that has none of it starts afresh."""
@@ -131,16 +153,28 @@ class Worker:
         """Held-out quality of what the rounds so far have reached; before the first, of the untrained model."""
         if not self._recipe.train.evaluate or not self._data.held_out or completed in self._measured:
             return
-        started = time.perf_counter()
-        scores = evaluate(self._silo.model, self._data)
         self._measured.add(completed)
+        started, rows = time.perf_counter(), self._measurable()
+        if not rows:
+            log.warning("after round %d nothing is measured: all held-out rows' privacy budgets are spent", completed)
+            return
+        scores: dict[str, float] = evaluate(self._silo.model, self._data, rows)
         seconds = round(time.perf_counter() - started, 3)
-        self._journal.append({"event": "evaluation", "round": completed, "seconds": seconds, **scores})
+        line = {"event": "evaluation", "round": completed, "seconds": seconds, **scores}
+        self._journal.append(line | _skipped(len(self._data.held_out) - len(rows)))
+
+    def _measurable(self) -> list[Tokens]:
+        """The held-out rows whose privacy budgets bear measuring on them."""
+        owners = [(row, tokens) for row in self._data.held_out for tokens in scored(self._data, row)]
+        borne = self._affordable([tokens for _, tokens in owners], train=False)
+        spent = {id(row) for (row, _), bears in zip(owners, borne, strict=True) if not bears}
+        return [row for row in self._data.held_out if id(row) not in spent]
 
     def _note_step(self, round: int, number: int, step: Step) -> None:
-        channel = self._silo.trunk.channel
+        channel, epsilon = self._silo.trunk.channel, self._silo.boundary.budget.epsilon
         self._journal.append(
-            {
+            _skipped(step.skipped)
+            | {
                 "event": "step",
                 "round": round,
                 "step": number,
@@ -149,5 +183,11 @@ class Worker:
                 "seconds": float(f"{step.seconds:.3f}"),
                 "sent_bytes": channel.sent_bytes,
                 "received_bytes": channel.received_bytes,
+                "epsilon": epsilon if math.isfinite(epsilon) else None,
             }
         )
+
+
+def _skipped(rows: int) -> dict[str, object]:
+    """Rows left out for their budgets, as a journal's line tells it."""
+    return {"skipped": rows} if rows else {}

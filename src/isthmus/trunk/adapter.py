@@ -37,7 +37,7 @@ class TrunkAdapter(Protocol):
         """One optimizer step.
 
         Args:
-            gradients: of each silo, its weight (supervised tokens) and the mean over its tokens.
+            gradients: of each silo, its weight (supervised tokens; 0 if it has none) and the mean over its tokens.
             together: these silos waited for one another at this step.
         """
         ...
@@ -73,6 +73,8 @@ class SharedAdapter:
 
     def step(self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool) -> None:
         total = sum(weight for weight, _ in gradients.values())
+        if not total:  # momentum alone is no step
+            return
         shares = [(weight / total, held) for _, (weight, held) in sorted(gradients.items()) if held is not None]
         means: Gradients = [torch.zeros_like(parameter) for parameter in self._named.values()]
         for share, held in shares:  # all tensors in a few kernels, where the device has such
@@ -167,7 +169,7 @@ class ReplicaAdapters:
     def _average(self, contributors: list[Replica]) -> None:
         """The part's own adapter moves by the weighted mean of how far these did; they and all that rest follow it."""
         total = sum(replica.weight for replica in contributors)
-        for name, mean in self._mean.items():
+        for name, mean in self._mean.items() if total else ():
             ways = (one.weight / total * (one.named[name] - one.base[name]) for one in contributors)
             mean.add_(sum(ways, torch.zeros_like(mean)))
         resting = [replica for replica in self._replicas.values() if not replica.weight]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from isthmus.model.device import CPU
-from isthmus.privacy.mechanisms import secret_generator
+from isthmus.privacy.noise import secret_generator
 from isthmus.recipe import CodecSection
 from isthmus.trunk.kept import Kept
 from isthmus.wire import codec

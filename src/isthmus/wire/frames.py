@@ -95,7 +95,7 @@ def _keep(message: pb.Keep) -> None:
 
 
 def _weight(message: Any) -> None:
-    _require(math.isfinite(message.weight) and message.weight > 0, f"the weight {message.weight}")
+    _require(math.isfinite(message.weight) and message.weight >= 0, f"the weight {message.weight}")
     _require(message.round > 0, "round 0")
 
 

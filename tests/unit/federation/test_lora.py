@@ -84,6 +84,16 @@ def test_a_silo_without_a_change_pulls_towards_the_base() -> None:
 
 
 @given(federations())
+def test_a_silo_of_weight_0_takes_no_part(federation: Federation) -> None:
+    """It sends no tensors; where nobody takes part, nothing changes."""
+    expected = combine(federation.base, federation.updates)
+    combined = combine(federation.base, [(0.0, {}), *federation.updates, (0.0, {})])
+    assert all(torch.equal(combined[name], tensor) for name, tensor in expected.items())
+    still = combine(federation.base, [(0.0, {}), (0.0, {})])
+    assert all(torch.equal(still[name], tensor) for name, tensor in federation.base.items())
+
+
+@given(federations())
 def test_one_silo_gives_base_and_update(federation: Federation) -> None:
     weight, change = federation.updates[0]
     combined = combine(federation.base, [(weight, change)])

@@ -86,6 +86,23 @@ def test_round_by_round(build: Build, store: RoleDirectory) -> None:
     assert lines == [{"round": 1, "weights": {"a": 1.0, "b": 3.0}}, {"round": 2, "weights": {"a": 1.0, "b": 1.0}}]
 
 
+def test_a_round_goes_on_with_a_silo_that_has_nothing(build: Build, store: RoleDirectory) -> None:
+    rounds = build("b", "a")
+    plans(rounds, "a", "b")
+    rounds.update("a", pb.Update(round=1, weight=0.0))
+    rounds.update("b", update(1, 2.0, weight=3))
+    for plan in plans(rounds, "a", "b"):
+        assert_plan(plan, 2, 1, ["a", "b"], 2.0)
+    for silo in ("a", "b"):
+        rounds.update(silo, pb.Update(round=2, weight=0.0))
+    for plan in plans(rounds, "a", "b"):
+        assert_plan(plan, 0, 2, [], 2.0)
+    assert [line["weights"] for line in read_journal(store.path / "metrics.jsonl")] == [
+        {"a": 0.0, "b": 3.0},
+        {"a": 0.0, "b": 0.0},
+    ]
+
+
 BAD_TENSORS = {
     "missing": [pb.Tensor(name="x", shape=(2, 3), data=bytes(24))],
     "nothing": [],

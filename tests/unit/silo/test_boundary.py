@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.errors import DiskFullError, FrameError
-from isthmus.privacy.events import Release
+from isthmus.privacy.events import ALL, Charge, Release
 from isthmus.privacy.ledger import FileLedger, MemoryLedger
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection, ReleaseSection
@@ -29,6 +32,11 @@ class Refusing:
 
     def record(self, release: Release) -> None:
         raise DiskFullError("no room", remedy="make some")
+
+    def history(self) -> Iterator[Release]:
+        return iter(())
+
+    def close(self) -> None: ...
 
 
 def rows_of(rows: int, width: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
@@ -70,9 +78,9 @@ def test_each_path_has_its_own_mechanism() -> None:
     drawn = torch.frombuffer(bytearray(update.data), dtype=torch.float32).view(50, 8) - h_TD
     assert drawn.std() == pytest.approx(0.1, rel=0.2)
     assert ledger.releases == [
-        Release("forward", 4, 50, 8, 1.0, 0.0, 1600),
-        Release("gradient", 4, 50, 8, 0.5, 0.0, 1600),
-        Release("update", 2, 1, 400, 0.0, 0.1, 1600),
+        Release("forward", 4, 50, 8, 1.0, 0.0, 1600, charges=(Charge("record", math.inf),)),
+        Release("gradient", 4, 50, 8, 0.5, 0.0, 1600, charges=(Charge("record", math.inf),)),
+        Release("update", 2, 1, 400, 0.0, 0.1, 1600, charges=(Charge(ALL, math.inf),)),
     ]
 
 
@@ -112,8 +120,9 @@ def test_a_refusing_ledger_stops_every_release() -> None:
 
 @pytest.mark.parametrize("ledger", ["refusing", "full disk"])
 def test_nothing_is_sent_that_the_ledger_did_not_take(split: Split, tmp_path: Path, ledger: str) -> None:
-    (tmp_path / "ledger.jsonl").symlink_to("/dev/full")
     taker = Refusing() if ledger == "refusing" else FileLedger(tmp_path / "ledger.jsonl")
+    if isinstance(taker, FileLedger):
+        os.dup2(os.open("/dev/full", os.O_WRONLY), taker._files[0])
     model, _ = split(make_recipe(save_tiny_model("llama", tmp_path / "model")), ledger=taker)
     trunk: RemoteTrunk = model.trunk
     before = trunk.channel.sent_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,11 @@ class Refusing:
 
     def record(self, release: Release) -> None:
         raise errors.DiskFullError("no room", remedy="make some")
+
+    def history(self) -> Iterator[Release]:
+        return iter(())
+
+    def close(self) -> None: ...
 
 
 def test_a_refusing_ledger_lets_nothing_out_nor_onto_the_disk(start: Start) -> None:

@@ -124,7 +124,7 @@ CASES: dict[str, Case] = {
     "commit-skipping": (errors.OutOfOrderError, [JOIN], commit(2), []),
     "commit-step-0": (errors.FrameError, [JOIN], commit(0), []),
     "commit-round-0": (errors.FrameError, [JOIN], commit(round=0), []),
-    "commit-weight-0": (errors.FrameError, [JOIN], commit(weight=0.0), []),
+    "commit-weight-negative": (errors.FrameError, [JOIN], commit(weight=-1.0), []),
     "commit-weight-nan": (errors.FrameError, [JOIN], commit(weight=NAN), []),
     "begin-stranger": (errors.ProtocolError, [], begin("good"), []),
     "begin-round-0": (errors.FrameError, [], begin("bad", round=0), []),
