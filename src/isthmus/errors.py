@@ -9,6 +9,7 @@
     ├── RunError             a run directory is missing, incomplete or taken
     │   └── DiskFullError    the disk has no room for what the run must write
     ├── IdentityError        a certificate is absent, expired, foreign or not entitled
+    ├── AttackError          an attack that this adversary cannot make, or that the rows do not allow
     ├── FrameError           a peer sent something malformed
     │   └── FrameSizeError   a frame is larger than the federation allows
     ├── ProtocolError        a well-formed frame at the wrong moment
@@ -94,6 +95,11 @@ class DiskFullError(RunError):
 class IdentityError(IsthmusError):
     code = "identity"
     status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class AttackError(IsthmusError):
+    code = "attack"
+    status = grpc.StatusCode.INVALID_ARGUMENT
 
 
 class FrameError(IsthmusError):

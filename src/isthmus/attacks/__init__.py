@@ -1,0 +1,1 @@
+"""The attacks that keep the privacy claims honest. They see a run only through ``view``."""

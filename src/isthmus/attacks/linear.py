@@ -1,0 +1,96 @@
+"""A learned linear inverter, in closed form.
+
+What crosses at a token is taken as an affine function of the token's public embedding plus a Gaussian residual, with
+a mean of its own for each token that was seen often enough. Bayes' rule then gives scores that are linear in what
+crossed (Fisher's linear discriminant), for tokens never seen in training, too. Fitted to noised vectors, the noise is
+part of the residual.
+
+Shapes: T tokens, D width of what crosses, E width of the embedding, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from isthmus.errors import AttackError
+
+SHRINK = 1e-4
+"""Share of its mean that is added to the diagonal of a covariance."""
+UNSEEN = 0.5
+"""What a token counts that was never seen."""
+CHUNK = 256
+
+
+@dataclass(frozen=True, eq=False)
+class LinearInverter:
+    """Scores of every token: ``z @ weight + bias``, log-posteriors but for a constant a row."""
+
+    weight_DV: torch.Tensor
+    bias_V: torch.Tensor
+    prior_V: torch.Tensor
+    """Log-frequency of each token."""
+
+    @classmethod
+    def fit(cls, z_TD: torch.Tensor, tokens_T: torch.Tensor, embedding_VE: torch.Tensor) -> LinearInverter:
+        """From vectors of the adversary's own and their tokens.
+
+        Raises:
+            AttackError: too few of them.
+        """
+        if len(tokens_T) < 2:
+            raise AttackError(f"{len(tokens_T)} tokens to learn from", remedy="give the adversary more rows")
+        counts_V = torch.bincount(tokens_T, minlength=len(embedding_VE)).float()
+        weight_ED, bias_D = ridge(embedding_VE[tokens_T], z_TD)
+        mean_VD = embedding_VE @ weight_ED + bias_D
+        residual_TD = z_TD - mean_VD[tokens_T]
+        mean_VD += _own(residual_TD, tokens_T, counts_V)
+        precision_DD = torch.linalg.inv(_covariance(z_TD - mean_VD[tokens_T]))
+        prior_V = ((counts_V + UNSEEN) / (counts_V.sum() + UNSEEN * len(counts_V))).log()
+        weight_DV = precision_DD @ mean_VD.T
+        return cls(weight_DV, prior_V - 0.5 * (mean_VD.T * weight_DV).sum(dim=0), prior_V)
+
+    def scores(self, z_TD: torch.Tensor) -> torch.Tensor:
+        """``[T, V]``."""
+        return z_TD @ self.weight_DV + self.bias_V
+
+    def best(self, z_TD: torch.Tensor, count: int) -> torch.Tensor:
+        """The likeliest tokens of each vector, ``[T, count]``, the best first."""
+        parts = [self.scores(part).topk(count, dim=1).indices for part in torch.split(z_TD, CHUNK)]
+        return torch.cat(parts)
+
+
+def ridge(x_TE: torch.Tensor, y_TD: torch.Tensor, shrink: float = SHRINK) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights ``[E, D]`` and bias ``[D]`` of an affine map from ``x`` to ``y``: least squares, small weights."""
+    x, y = x_TE.double(), y_TD.double()
+    mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
+    x, y = x - mean_x, y - mean_y
+    gram = x.T @ x
+    gram.diagonal().add_(shrink * float(gram.diagonal().mean()) + 1e-12)
+    weight = torch.linalg.solve(gram, x.T @ y)
+    return weight.float(), (mean_y - mean_x @ weight).float()
+
+
+def _own(residual_TD: torch.Tensor, tokens_T: torch.Tensor, counts_V: torch.Tensor) -> torch.Tensor:
+    """By how much each token's mean differs from the affine map, shrunk to nothing where it was seldom seen."""
+    total_VD = torch.zeros(len(counts_V), residual_TD.shape[1]).index_add_(0, tokens_T, residual_TD)
+    mean_VD = total_VD / counts_V.clamp_min(1).unsqueeze(1)
+    repeated_T = counts_V[tokens_T] > 1
+    if not repeated_T.any():
+        return torch.zeros_like(mean_VD)
+    freedom = int(repeated_T.sum()) - int((counts_V > 1).sum())
+    within = float((residual_TD - mean_VD[tokens_T])[repeated_T].square().sum()) / max(freedom, 1)
+    between = max(float(residual_TD[repeated_T].square().sum(dim=1).mean()) - within, 1e-12)
+    share_V = counts_V / (counts_V + within / between)
+    return mean_VD * share_V.unsqueeze(1)
+
+
+def _covariance(residual_TD: torch.Tensor) -> torch.Tensor:
+    """Of the residuals; as much as seems to be chance is shrunk away, and it is never singular."""
+    tokens, width = residual_TD.shape
+    covariance_DD = residual_TD.T @ residual_TD / tokens
+    mean = float(covariance_DD.diagonal().mean())
+    chance = width / (width + tokens)
+    identity = torch.eye(width) * (mean + 1e-12)
+    return (1 - chance) * covariance_DD + max(chance, SHRINK) * identity
