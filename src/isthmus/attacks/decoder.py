@@ -160,7 +160,7 @@ def _dictations(decoder: Decoder, pairs: Sequence[Pair], size: int) -> list[Dict
 
 
 def _learned(decoder: Decoder, learned: list[Dictation], held_out: list[Dictation], writing: Writing) -> Decoder:
-    steps = writing.epochs * -(-len(learned) // writing.rows)
+    steps = max(writing.epochs, 1) * -(-len(learned) // writing.rows)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=writing.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, writing.learning_rate, total_steps=steps, pct_start=0.1)
     least, kept = _held_out_loss(decoder, held_out, writing), copy.deepcopy(decoder.state_dict())

@@ -140,7 +140,7 @@ def train_inverter(knowledge: Knowledge, training: Training) -> Inverter:
 
 
 def _learned(inverter: Inverter, learned: list[Lesson], held_out: list[Lesson], training: Training) -> Inverter:
-    steps = training.epochs * -(-len(learned) // training.rows)
+    steps = max(training.epochs, 1) * -(-len(learned) // training.rows)
     optimizer = torch.optim.AdamW(inverter.parameters(), lr=training.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, total_steps=steps, pct_start=0.1)
     best, kept = _recovered(inverter, held_out), copy.deepcopy(inverter.state_dict())

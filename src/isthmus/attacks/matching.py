@@ -3,8 +3,8 @@
 For every sequence a few hypotheses (a beam) of what was said so far are kept, with bottom's KV cache and, where noise
 leaves a doubt, the public language model's. At each position the linear inverter and the language model propose
 tokens; each is run through bottom behind each hypothesis and judged by Bayes' rule: log-likelihood of the difference
-to what arrived plus log-probability by the language model. If no proposal comes near what arrived, more are tried, and at
-last the whole vocabulary. How large the noise is at a token is taken to be unknown (the likelihood is maximized over
+to what arrived plus log-probability by the language model. If no proposal comes near what arrived, more are tried, and
+at last the whole vocabulary. How large the noise is at a token is taken to be unknown (likelihood is maximized over
 it), so a boundary that noises some tokens more than others is met as it is.
 
 Shapes: R sequences, H hypotheses (R × beam), C proposals, D width of what crosses, V vocabulary.
@@ -132,7 +132,7 @@ class _Matcher:
 
     def _proposals(self, beam: _Beam, z_RD: torch.Tensor) -> torch.Tensor:
         linear = self._knowledge.linear
-        count = min(self.search.proposals, len(linear.prior_V))
+        count = min(max(self.search.proposals, 2), len(linear.prior_V))
         proposed_HC = linear.best(z_RD, count).repeat_interleave(self._beam, dim=0)
         if self._model is None:
             return proposed_HC
@@ -154,8 +154,8 @@ class _Matcher:
             self._whole -= count == vocabulary
             wide_1C = self._knowledge.linear.best(z_1D, count)
             wide_error_1C = self._errors(beam, wide_1C, z_1D, [best])
-            nearest = wide_error_1C[0].topk(tokens_HC.shape[1], largest=False).indices
-            tokens_HC[own] = wide_1C[:, nearest]
+            nearest = wide_error_1C[0].topk(min(count, tokens_HC.shape[1]), largest=False).indices
+            tokens_HC[own, : len(nearest)] = wide_1C[:, nearest]
             error_HC[own] = self._errors(beam, tokens_HC[own], z_1D.expand(self._beam, -1), range(own.start, own.stop))
         self._best.append(float(error_HC[own][beam.scores_H[own].isfinite()].min()))
 

@@ -150,7 +150,7 @@ def export(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="Folder to
 
 @app.command()
 def attack(
-    target: Annotated[Path, typer.Argument(metavar="RUN_DIR|RECIPE", help="A run directory, or a recipe to try out.")],
+    target: Annotated[Path, typer.Argument(help="A run directory, or a recipe to try out.")],
     adversary: Annotated[list[str], typer.Option(help="trunk or trunk+silo; may be given again.")] = ["trunk+silo"],  # noqa: B006
     attack: Annotated[Optional[list[str]], typer.Option(help="Which; may be given again.")] = None,  # noqa: UP045
     rows: Annotated[int, typer.Option(min=1, help="Rows of the victim.")] = 40,

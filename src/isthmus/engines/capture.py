@@ -96,7 +96,7 @@ class Echo:
 
 def capture_rows(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
     """One training step each of these rows of a silo (forward and backward, no optimizer step)."""
-    with _trunk(source) as service, tapped(source, name, service) as (silo, tap):
+    with torch.enable_grad(), _trunk(source) as service, tapped(source, name, service) as (silo, tap):
         for start in range(0, len(rows), BATCH):
             silo.model.zero_grad()
             batch = collate(list(rows[start : start + BATCH]), _pad(silo))
