@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from isthmus.attacks.inverters import parted, shuffled
 from isthmus.attacks.knowledge import Knowledge
@@ -83,10 +84,12 @@ class Decoder(nn.Module):
         nn.init.normal_(self._places.weight, std=0.5)
 
     @torch.no_grad()
-    def read(self, ids_BW: torch.Tensor) -> torch.Tensor:
-        """The language model's last hidden states, ``[B, W, E]``."""
-        hidden: torch.Tensor = self._model[0].base_model(input_ids=ids_BW, use_cache=False).last_hidden_state
-        return hidden.float()
+    def read(self, ids_BW: torch.Tensor, cache: DynamicCache | None = None) -> torch.Tensor:
+        """The language model's last hidden states of these tokens, ``[B, W, E]``; they follow those in the cache."""
+        backbone = self._model[0].base_model
+        output = backbone(input_ids=ids_BW, past_key_values=cache, use_cache=cache is not None)
+        said_BWE: torch.Tensor = output.last_hidden_state.float()
+        return said_BWE
 
     def directions(self, rows: Sequence[torch.Tensor], said_BWE: torch.Tensor) -> torch.Tensor:
         """``[B, W, E]``: added to ``said_BWE`` before the head; causal in what was said."""
@@ -99,19 +102,21 @@ class Decoder(nn.Module):
         out_BWE: torch.Tensor = self._out(y_BWM)
         return out_BWE / self._scale
 
-    def scores(self, said_TE: torch.Tensor, out_TE: torch.Tensor, tokens_K: torch.Tensor) -> torch.Tensor:
-        """``[T, K]``."""
-        return (said_TE * self._warmth.exp() + out_TE) @ self.head_VE[tokens_K].T
+    def scores(self, said_TE: torch.Tensor, out_TE: torch.Tensor, tokens_K: torch.Tensor | None = None) -> torch.Tensor:
+        """Of all tokens, ``[T, V]``, or of these, ``[T, K]``."""
+        head_KE = self.head_VE if tokens_K is None else self.head_VE[tokens_K]
+        return (said_TE * self._warmth.exp() + out_TE) @ head_KE.T
 
     @torch.no_grad()
     def written(self, rows: Sequence[torch.Tensor], longest: list[int]) -> list[list[int]]:
         """Greedily, for each row until the end of its text or so many tokens."""
         ids_BW = torch.full((len(rows), 1), self.begin)
-        everything = torch.arange(len(self.head_VE))
+        cache = DynamicCache(config=self._model[0].config)
+        said: list[torch.Tensor] = []
         for _ in range(max(longest)):
-            said_BWE = self.read(ids_BW)
-            out_BE = self.directions(rows, said_BWE)[:, -1]
-            best_B = self.scores(said_BWE[:, -1], out_BE, everything).argmax(dim=1)
+            said.append(self.read(ids_BW[:, -1:], cache))
+            out_BE = self.directions(rows, torch.cat(said, dim=1))[:, -1]
+            best_B = self.scores(said[-1][:, 0], out_BE).argmax(dim=1)
             ids_BW = torch.cat([ids_BW, best_B.unsqueeze(1)], dim=1)
         texts = [ids_W[1 : 1 + length].tolist() for ids_W, length in zip(ids_BW, longest, strict=True)]
         return [text[: text.index(self.end)] if self.end in text else text for text in texts]
@@ -180,16 +185,13 @@ def _learned(decoder: Decoder, learned: list[Dictation], held_out: list[Dictatio
     return decoder.eval()
 
 
-def _loss(decoder: Decoder, batch: Sequence[Dictation], others: int | None) -> torch.Tensor:
-    """Cross-entropy of the right tokens among one another and others drawn at random; None: the whole vocabulary."""
+def _loss(decoder: Decoder, batch: Sequence[Dictation], others: int) -> torch.Tensor:
+    """Cross-entropy of the right tokens among one another and others drawn at random."""
     said_BWE = pad_sequence([one.said_WE for one in batch], batch_first=True)
     out_BWE = decoder.directions([one.z_LD for one in batch], said_BWE)
     real_BW = torch.arange(said_BWE.shape[1]) < torch.tensor([len(one.next_W) for one in batch]).unsqueeze(1)
     right_T = torch.cat([one.next_W for one in batch])
-    size = len(decoder.head_VE)
-    drawn_K = (
-        torch.arange(size) if others is None else torch.unique(torch.cat([right_T, torch.randint(size, (others,))]))
-    )
+    drawn_K = torch.unique(torch.cat([right_T, torch.randint(len(decoder.head_VE), (others,))]))
     scores_TK = decoder.scores(said_BWE[real_BW], out_BWE[real_BW], drawn_K)
     return cross_entropy(scores_TK, torch.searchsorted(drawn_K, right_T))
 
@@ -198,7 +200,7 @@ def _loss(decoder: Decoder, batch: Sequence[Dictation], others: int | None) -> t
 def _held_out_loss(decoder: Decoder, held_out: Sequence[Dictation], writing: Writing) -> float:
     decoder.eval()
     parts = [held_out[start : start + writing.rows] for start in range(0, len(held_out), writing.rows)]
-    losses = [float(_loss(decoder, part, None)) * sum(len(one.next_W) for one in part) for part in parts]
+    losses = [float(_loss(decoder, part, writing.others)) * sum(len(one.next_W) for one in part) for part in parts]
     return sum(losses) / sum(len(one.next_W) for one in held_out)
 
 

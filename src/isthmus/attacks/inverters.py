@@ -22,27 +22,27 @@ from torch.nn.utils.rnn import pad_sequence
 
 from isthmus.attacks.knowledge import Knowledge
 from isthmus.attacks.linear import LinearInverter
-from isthmus.attacks.score import hits
 from isthmus.attacks.view import Pair
 
 Item = TypeVar("Item")
 HELD_OUT = 0.08
 """Share of the adversary's rows that choose the best epoch."""
 CHUNK = 256
+POOL = 4096
 
 
 @dataclass(frozen=True)
 class Training:
     """How long to learn."""
 
-    epochs: int = 12
+    epochs: int = 8
     rows: int = 16
     """A step."""
     learning_rate: float = 1e-3
     width: int = 256
     blocks: int = 2
     heads: int = 4
-    candidates: int = 48
+    candidates: int = 24
     """Of the linear inverter, that are told apart at each vector."""
     others: int = 512
     """Tokens drawn at random that are told apart from them."""
@@ -120,19 +120,21 @@ class Lesson:
     scores_LK: torch.Tensor
 
     @classmethod
-    def of(cls, pair: Pair, linear: LinearInverter, count: int) -> Lesson:
+    def of(cls, pair: Pair, linear: LinearInverter, pool_K: torch.Tensor, count: int) -> Lesson:
+        """With candidates out of a pool of tokens."""
         z_LD = pair.crossing.hidden_LD.float()
-        best = linear.scores(z_LD).topk(min(count, len(linear.prior_V)), dim=1)
-        return cls(z_LD, torch.tensor(pair.tokens[-len(z_LD) :]), best.indices, best.values)
+        best = linear.scores(z_LD, pool_K).topk(min(count, len(pool_K)), dim=1)
+        return cls(z_LD, torch.tensor(pair.tokens[-len(z_LD) :]), pool_K[best.indices], best.values)
 
 
 def train_inverter(knowledge: Knowledge, training: Training) -> Inverter:
     """Learn from the view's pairs; the epoch that recovers most of held-out rows is kept."""
-    linear = knowledge.linear
-    learned, held_out = parted([Lesson.of(pair, linear, training.candidates) for pair in knowledge.view.pairs])
+    linear, pairs = knowledge.linear, knowledge.view.pairs
     torch_state = torch.get_rng_state()
     torch.manual_seed(training.seed)
     try:
+        pool_K = _pool(pairs, len(linear.prior_V))
+        learned, held_out = parted([Lesson.of(pair, linear, pool_K, training.candidates) for pair in pairs])
         inverter = Inverter(linear, torch.cat([one.z_LD for one in learned]), knowledge.embedding, training)
         return _learned(inverter, learned, held_out, training)
     finally:
@@ -143,7 +145,7 @@ def _learned(inverter: Inverter, learned: list[Lesson], held_out: list[Lesson], 
     steps = max(training.epochs, 1) * -(-len(learned) // training.rows)
     optimizer = torch.optim.AdamW(inverter.parameters(), lr=training.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, total_steps=steps, pct_start=0.1)
-    best, kept = _recovered(inverter, held_out), copy.deepcopy(inverter.state_dict())
+    best, kept = _recovered(inverter, held_out, training), copy.deepcopy(inverter.state_dict())
     draw = random.Random(training.seed)
     for _ in range(training.epochs):
         inverter.train()
@@ -153,33 +155,47 @@ def _learned(inverter: Inverter, learned: list[Lesson], held_out: list[Lesson], 
             nn.utils.clip_grad_norm_(inverter.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        recovered = _recovered(inverter, held_out)
+        recovered = _recovered(inverter, held_out, training)
         if recovered > best:
             best, kept = recovered, copy.deepcopy(inverter.state_dict())
     inverter.load_state_dict(kept)
     return inverter.eval()
 
 
-def _loss(inverter: Inverter, batch: list[Lesson], others: int) -> torch.Tensor:
+def _loss(inverter: Inverter, batch: Sequence[Lesson], others: int) -> torch.Tensor:
     """Cross-entropy of the right token among the linear inverter's candidates and tokens drawn at random."""
+    return cross_entropy(*_contest(inverter, batch, others))
+
+
+@torch.no_grad()
+def _recovered(inverter: Inverter, rows: list[Lesson], training: Training) -> float:
+    """Share of right tokens among as many others."""
+    inverter.eval()
+    hits = 0.0
+    for start in range(0, len(rows), training.rows):
+        scores_TK, right_T = _contest(inverter, rows[start : start + training.rows], training.others)
+        hits += float((scores_TK.argmax(dim=1) == right_T).sum())
+    return hits / sum(len(one.z_LD) for one in rows)
+
+
+def _contest(inverter: Inverter, batch: Sequence[Lesson], others: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of the tokens to tell apart, ``[T, K]``, and which of them is right."""
     z_TD = torch.cat([one.z_LD for one in batch])
     right_T = torch.cat([one.tokens_L for one in batch])
     out_TE = inverter.directions([one.z_LD for one in batch])
     near_TK = torch.cat([one.candidates_LK for one in batch])
     drawn_K = torch.unique(torch.cat([right_T, torch.randint(len(inverter.linear.prior_V), (others,))]))
-    linear_TK = z_TD @ inverter.linear.weight_DV[:, drawn_K] + inverter.linear.bias_V[drawn_K]
+    drawn = inverter.scores(inverter.linear.scores(z_TD, drawn_K), out_TE, drawn_K)
     near = inverter.scores(torch.cat([one.scores_LK for one in batch]), out_TE, near_TK)
-    drawn = inverter.scores(linear_TK, out_TE, drawn_K)
-    twice_TK = torch.isin(near_TK, drawn_K)
-    scores = torch.cat([drawn, near.masked_fill(twice_TK, float("-inf"))], dim=1)
-    return cross_entropy(scores, torch.searchsorted(drawn_K, right_T))
+    near = near.masked_fill(torch.isin(near_TK, drawn_K), float("-inf"))
+    return torch.cat([drawn, near], dim=1), torch.searchsorted(drawn_K, right_T)
 
 
-def _recovered(inverter: Inverter, rows: list[Lesson]) -> float:
-    """Share of tokens found."""
-    inverter.eval()
-    found = [hits(one.tokens_L.tolist(), inverter.tokens(one.z_LD)) for one in rows]
-    return sum(found) / sum(len(one.z_LD) for one in rows)
+def _pool(pairs: Sequence[Pair], vocabulary: int) -> torch.Tensor:
+    """The tokens that the adversary's rows hold, and as many as ``POOL`` others."""
+    held = torch.tensor([token for pair in pairs for token in pair.tokens])
+    pool_K: torch.Tensor = torch.unique(torch.cat([held, torch.randint(vocabulary, (POOL,))]))
+    return pool_K
 
 
 def parted(lessons: list[Item]) -> tuple[list[Item], list[Item]]:

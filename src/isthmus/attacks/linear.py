@@ -25,9 +25,9 @@ CHUNK = 256
 
 @dataclass(frozen=True, eq=False)
 class LinearInverter:
-    """Scores of every token: ``z @ weight + bias``, log-posteriors but for a constant a row."""
+    """Scores of every token: ``z @ weight.T + bias``, log-posteriors but for a constant a row."""
 
-    weight_DV: torch.Tensor
+    weight_VD: torch.Tensor
     bias_V: torch.Tensor
     prior_V: torch.Tensor
     """Log-frequency of each token."""
@@ -48,12 +48,14 @@ class LinearInverter:
         mean_VD += _own(residual_TD, tokens_T, counts_V)
         precision_DD = torch.linalg.inv(_covariance(z_TD - mean_VD[tokens_T]))
         prior_V = ((counts_V + UNSEEN) / (counts_V.sum() + UNSEEN * len(counts_V))).log()
-        weight_DV = precision_DD @ mean_VD.T
-        return cls(weight_DV, prior_V - 0.5 * (mean_VD.T * weight_DV).sum(dim=0), prior_V)
+        weight_VD = mean_VD @ precision_DD
+        return cls(weight_VD, prior_V - 0.5 * (mean_VD * weight_VD).sum(dim=1), prior_V)
 
-    def scores(self, z_TD: torch.Tensor) -> torch.Tensor:
-        """``[T, V]``."""
-        return z_TD @ self.weight_DV + self.bias_V
+    def scores(self, z_TD: torch.Tensor, tokens_K: torch.Tensor | None = None) -> torch.Tensor:
+        """Of all tokens, ``[T, V]``, or of these, ``[T, K]``."""
+        if tokens_K is None:
+            return z_TD @ self.weight_VD.T + self.bias_V
+        return z_TD @ self.weight_VD[tokens_K].T + self.bias_V[tokens_K]
 
     def best(self, z_TD: torch.Tensor, count: int) -> torch.Tensor:
         """The likeliest tokens of each vector, ``[T, count]``, the best first."""

@@ -20,6 +20,7 @@ from isthmus.silo.join import greeting
 from isthmus.silo.worker import Worker
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
+from tests.integration.processes import call
 
 ORDER = Order(attacks=("linear", "matching"), rows=6, own_rows=60)
 
@@ -85,6 +86,20 @@ def test_the_table_shows_every_result(two_silos: Source) -> None:
     console.print(table(results))
     text = console.export_text()
     assert all(word in text for word in ("linear", "trunk+silo", "all", "text", "sensitive"))
+
+
+def test_the_command_prints_and_writes(
+    ran: Source, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ran.run is not None
+    monkeypatch.setenv("COLUMNS", "160")
+    shown = call(capsys, monkeypatch, "attack", str(ran.run.path), "--attack", "linear", "--rows", "3")
+    shown.succeeded()
+    assert "trunk+silo" in shown.out
+    assert (ran.run.path / NAME).exists()
+    refused = call(capsys, monkeypatch, "attack", str(ran.run.path), "--attack", "magic")
+    assert refused.code == 1
+    assert "there is no 'magic'" in refused.err
 
 
 def test_answers_can_be_attacked(two_silos: Source) -> None:

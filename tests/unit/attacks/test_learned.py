@@ -70,6 +70,21 @@ def test_the_decoder_sees_what_was_said_and_nothing_that_is_to_come(attacked: At
     assert not torch.allclose(whole_BWE[0], other_BWE[0], atol=1e-2)
 
 
+@torch.no_grad()
+def test_writing_with_a_cache_is_reading_everything_anew(attacked: Attacked) -> None:
+    view, _ = attacked(own=4)
+    rows = [crossing.hidden_LD for crossing in view.crossings[:3]]
+    decoder = Decoder(Knowledge(view).language_model, torch.cat(rows), Writing(width=32, heads=2)).eval()
+    torch.nn.init.normal_(decoder._out.weight)
+    for row, found in zip(rows, decoder.written(rows, [6, 7, 8]), strict=True):
+        ids = [decoder.begin]
+        for _ in range(8):
+            said_BWE = decoder.read(torch.tensor([ids]))
+            ids.append(int(decoder.scores(said_BWE, decoder.directions([row], said_BWE))[0, -1].argmax()))
+        assert found == ids[1 : 1 + len(found)]
+        assert len(found) in (6, 7, 8) or ids[1 + len(found)] == decoder.end
+
+
 def test_the_transformer_reads_what_stands_beside(attacked: Attacked) -> None:
     view, truth = ahead(attacked()[0], 400)
     knowledge = Knowledge(view)
