@@ -113,7 +113,7 @@ def attack(source: Source, order: Order, tell: Tell, sensitive: Sensitive | None
             tell(f"{adversary}: {name}")
             started = time.perf_counter()
             guess = INVERSIONS[name](knowledge)
-            told = (adversary, name, bench.victim, order.rows, len(knowledge.view.pairs))
+            told = (adversary, name, bench.victim, len(bench.captured.truth), len(knowledge.view.pairs))
             results += bench.results(told, guess, time.perf_counter() - started, sensitive)
     return results
 

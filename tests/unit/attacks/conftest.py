@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from isthmus.attacks.view import View, colluding_view, trunk_view
 from isthmus.engines.capture import Source, capture_pairs, capture_rows
-from isthmus.silo.data import Tokens
-from tests.conftest import VOCABULARY, make_recipe, save_tiny_model, write_rows
-
-Truth = list[list[int]]
-Attacked = Callable[..., tuple[View, Truth]]
-
-
-def random_rows(count: int, seed: int, longest: int = 12) -> list[Tokens]:
-    draw = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, longest, (count,), generator=draw).tolist()
-    texts = [torch.randint(4, VOCABULARY, (length,), generator=draw).tolist() for length in lengths]
-    return [Tokens(text[:-1], text[-1:]) for text in texts]
-
-
-def say(ids: list[int]) -> str:
-    """Tokens as words."""
-    return " ".join(f"w{token}" for token in ids)
+from tests.conftest import make_recipe, save_tiny_model, write_rows
+from tests.unit.attacks.victims import Attacked, Truth, random_rows, say
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from isthmus.attacks.published import Schedule, decode_as_published
 from isthmus.attacks.view import Crossing, Pair, View
 from isthmus.errors import AttackError
 from tests.conftest import VOCABULARY
-from tests.unit.attacks.conftest import Attacked, Truth, random_rows
 from tests.unit.attacks.test_matching import changed
+from tests.unit.attacks.victims import Attacked, Truth, random_rows
 
 QUICK: dict[str, Any] = {"width": 32, "heads": 2, "blocks": 1, "others": 32}
 

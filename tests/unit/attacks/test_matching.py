@@ -13,7 +13,7 @@ from isthmus.attacks.matching import Search, match
 from isthmus.attacks.view import Crossing, Pair, View
 from isthmus.errors import AttackError
 from tests.conftest import VOCABULARY
-from tests.unit.attacks.conftest import Attacked
+from tests.unit.attacks.victims import Attacked
 
 
 def exhaustively(knowledge: Knowledge) -> list[list[int]]:

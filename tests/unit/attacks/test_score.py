@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from isthmus.attacks.score import MEASURES, laid, score
 from isthmus.errors import AttackError
-from tests.unit.attacks.conftest import say
+from tests.unit.attacks.victims import say
 
 ROW = st.lists(st.integers(0, 6), min_size=1, max_size=9)
 PAIRS = st.lists(st.tuples(ROW, ROW), min_size=1, max_size=5)

@@ -22,7 +22,7 @@ from isthmus.trunk.service import TrunkService
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import LoopbackChannel
 from tests.conftest import make_recipe
-from tests.unit.attacks.conftest import Attacked, random_rows
+from tests.unit.attacks.victims import Attacked, random_rows
 
 LONG = 12
 
