@@ -1,11 +1,11 @@
 """Vocabulary matching: the adversary runs bottom itself and finds, token after token, what gives what it saw.
 
 For every sequence a few hypotheses (a beam) of what was said so far are kept, with bottom's KV cache and, where noise
-leaves a doubt, the public language model's. At each position the linear inverter and the language model propose
-tokens; each is run through bottom behind each hypothesis and judged by Bayes' rule: log-likelihood of the difference
-to what arrived plus log-probability by the language model. If no proposal comes near what arrived, more are tried, and
-at last the whole vocabulary. How large the noise is at a token is taken to be unknown (likelihood is maximized over
-it), so a boundary that noises some tokens more than others is met as it is.
+leaves a doubt, the public language model's. At each position the linear inverter and the language model together
+propose tokens; each is run through bottom behind each hypothesis and judged by Bayes' rule: log-likelihood of the
+difference to what arrived plus log-probability by the language model. If no proposal comes near what arrived, more are
+tried, and at last the whole vocabulary. How large the noise is at a token is taken to be unknown (the likelihood is
+maximized over it), so a boundary that noises some tokens more than others is met as it is.
 
 Shapes: R sequences, H hypotheses (R × beam), C proposals, D width of what crosses, V vocabulary.
 """
@@ -39,11 +39,9 @@ class Search:
     """How hard to look."""
 
     proposals: int = 64
-    """Of the linear inverter, a position."""
+    """Tokens tried at a position."""
     wider: int = 2048
     """Tried where none of those is near."""
-    guesses: int = 16
-    """Of the language model, a hypothesis and position."""
     beam: int = 4
     whole: int = 32
     """Searches through the whole vocabulary, at most."""
@@ -125,19 +123,18 @@ class _Matcher:
             self._widen(beam, row, z_RD[row : row + 1], tokens_HC, error_HC)
         likelihood_HC = -0.5 * z_RD.shape[1] * (self._floor + error_HC).log()
         likelihood_HC += beam.prior_HV.gather(1, tokens_HC)
-        likelihood_HC[_repeated(tokens_HC)] = -math.inf
         best_R2 = likelihood_HC[:: self._beam].topk(2, dim=1).values
         beam.step(tokens_HC, likelihood_HC)
         return (best_R2[:, 0] - best_R2[:, 1]).tolist()
 
     def _proposals(self, beam: _Beam, z_RD: torch.Tensor) -> torch.Tensor:
+        """The likeliest tokens by the linear inverter and what was said before, ``[H, C]``."""
         linear = self._knowledge.linear
         count = min(max(self.search.proposals, 2), len(linear.prior_V))
-        proposed_HC = linear.best(z_RD, count).repeat_interleave(self._beam, dim=0)
         if self._model is None:
-            return proposed_HC
-        guesses = min(self.search.guesses, len(linear.prior_V))
-        return torch.cat([proposed_HC, beam.prior_HV.topk(guesses, dim=1).indices], dim=1)
+            return linear.best(z_RD, count)
+        scores_HV = (linear.scores(z_RD) - linear.prior_V).repeat_interleave(self._beam, dim=0)
+        return (scores_HV + beam.prior_HV).topk(count, dim=1).indices
 
     def _widen(
         self, beam: _Beam, row: int, z_1D: torch.Tensor, tokens_HC: torch.Tensor, error_HC: torch.Tensor
@@ -148,14 +145,16 @@ class _Matcher:
         best = own.start + int(beam.scores_H[own].argmax())
         vocabulary = len(self._knowledge.linear.prior_V)
         for count in (min(self.search.wider, vocabulary), vocabulary):
+            if count <= tokens_HC.shape[1]:
+                continue
             error = float(error_HC[own][beam.scores_H[own].isfinite()].min())
             if error <= bound or (count == vocabulary and not self._whole):
                 break
             self._whole -= count == vocabulary
             wide_1C = self._knowledge.linear.best(z_1D, count)
             wide_error_1C = self._errors(beam, wide_1C, z_1D, [best])
-            nearest = wide_error_1C[0].topk(min(count, tokens_HC.shape[1]), largest=False).indices
-            tokens_HC[own, : len(nearest)] = wide_1C[:, nearest]
+            nearest = wide_error_1C[0].topk(tokens_HC.shape[1], largest=False).indices
+            tokens_HC[own] = wide_1C[:, nearest]
             error_HC[own] = self._errors(beam, tokens_HC[own], z_1D.expand(self._beam, -1), range(own.start, own.stop))
         self._best.append(float(error_HC[own][beam.scores_H[own].isfinite()].min()))
 
@@ -256,11 +255,3 @@ def _shallow(cache: Any) -> Any:
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
     return other
-
-
-def _repeated(tokens_HC: torch.Tensor) -> torch.Tensor:
-    """Which proposals of a hypothesis stand there already, further left."""
-    sorted_HC, order_HC = tokens_HC.sort(dim=1, stable=True)
-    same_HC = torch.zeros_like(tokens_HC, dtype=torch.bool)
-    same_HC[:, 1:] = sorted_HC[:, 1:] == sorted_HC[:, :-1]
-    return torch.zeros_like(same_HC).scatter(1, order_HC, same_HC)
