@@ -17,7 +17,11 @@ import torch
 from isthmus.errors import AttackError
 
 SHRINK = 1e-4
-"""Share of its mean that is added to the diagonal of a covariance."""
+"""Share of its mean that is added to the diagonal of a matrix before it is inverted."""
+SHRINKS = (0.3, 0.1, 0.03, 0.01, 1e-3, 0.9)
+"""Of which the one that recovers most of held-out tokens is chosen."""
+HELD_OUT = 1000
+"""Tokens that choose it, at most."""
 UNSEEN = 0.5
 """What a token counts that was never seen."""
 CHUNK = 256
@@ -41,15 +45,16 @@ class LinearInverter:
         """
         if len(tokens_T) < 2:
             raise AttackError(f"{len(tokens_T)} tokens to learn from", remedy="give the adversary more rows")
-        counts_V = torch.bincount(tokens_T, minlength=len(embedding_VE)).float()
-        weight_ED, bias_D = ridge(embedding_VE[tokens_T], z_TD)
-        mean_VD = embedding_VE @ weight_ED + bias_D
-        residual_TD = z_TD - mean_VD[tokens_T]
-        mean_VD += _own(residual_TD, tokens_T, counts_V)
-        precision_DD = torch.linalg.inv(_covariance(z_TD - mean_VD[tokens_T]))
-        prior_V = ((counts_V + UNSEEN) / (counts_V.sum() + UNSEEN * len(counts_V))).log()
-        weight_VD = mean_VD @ precision_DD
-        return cls(weight_VD, prior_V - 0.5 * (mean_VD * weight_VD).sum(dim=1), prior_V)
+        held = min(HELD_OUT, len(tokens_T) // 5)
+        if not held:
+            return _Fit(z_TD, tokens_T, embedding_VE).inverter(SHRINKS[0])
+        part = _Fit(z_TD[:-held], tokens_T[:-held], embedding_VE)
+
+        def right(shrink: float) -> int:
+            best_T = part.inverter(shrink).best(z_TD[-held:], 1)[:, 0]
+            return int((best_T == tokens_T[-held:]).sum())
+
+        return _Fit(z_TD, tokens_T, embedding_VE).inverter(max(SHRINKS, key=right))
 
     def scores(self, z_TD: torch.Tensor, tokens_K: torch.Tensor | None = None) -> torch.Tensor:
         """Of all tokens, ``[T, V]``, or of these, ``[T, K]``."""
@@ -88,11 +93,24 @@ def _own(residual_TD: torch.Tensor, tokens_T: torch.Tensor, counts_V: torch.Tens
     return mean_VD * share_V.unsqueeze(1)
 
 
-def _covariance(residual_TD: torch.Tensor) -> torch.Tensor:
-    """Of the residuals; as much as seems to be chance is shrunk away, and it is never singular."""
-    tokens, width = residual_TD.shape
-    covariance_DD = residual_TD.T @ residual_TD / tokens
-    mean = float(covariance_DD.diagonal().mean())
-    chance = width / (width + tokens)
-    identity = torch.eye(width) * (mean + 1e-12)
-    return (1 - chance) * covariance_DD + max(chance, SHRINK) * identity
+class _Fit:
+    """Means and residuals; an inverter follows from how far the residuals' covariance is shrunk to a sphere.
+
+    The means are not exact, least of all of tokens that were never seen. Directions in which residuals hardly vary
+    would tell most if they were, and mislead as they are; so shrinking is learned from rows that are held out.
+    """
+
+    def __init__(self, z_TD: torch.Tensor, tokens_T: torch.Tensor, embedding_VE: torch.Tensor) -> None:
+        counts_V = torch.bincount(tokens_T, minlength=len(embedding_VE)).float()
+        weight_ED, bias_D = ridge(embedding_VE[tokens_T], z_TD)
+        self._mean_VD = embedding_VE @ weight_ED + bias_D
+        self._mean_VD += _own(z_TD - self._mean_VD[tokens_T], tokens_T, counts_V)
+        residual_TD = z_TD - self._mean_VD[tokens_T]
+        self._covariance_DD = residual_TD.T @ residual_TD / len(tokens_T)
+        self._prior_V = ((counts_V + UNSEEN) / (counts_V.sum() + UNSEEN * len(counts_V))).log()
+
+    def inverter(self, shrink: float) -> LinearInverter:
+        sphere_DD = torch.eye(len(self._covariance_DD)) * (float(self._covariance_DD.diagonal().mean()) + 1e-12)
+        weight_VD = self._mean_VD @ torch.linalg.inv(torch.lerp(self._covariance_DD, sphere_DD, shrink))
+        bias_V = self._prior_V - 0.5 * (self._mean_VD * weight_VD).sum(dim=1)
+        return LinearInverter(weight_VD, bias_V, self._prior_V)

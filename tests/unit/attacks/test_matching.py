@@ -50,7 +50,7 @@ def test_without_noise_every_token_is_recovered(attacked: Attacked, search: Sear
 
 
 @pytest.mark.parametrize(
-    "settings", [{"codec": "int8"}, {"noise": 0.3}, {"forward": {"clip": 1.0, "noise": 0.02}}], ids=str
+    "settings", [{"codec": "int8"}, {"noise": 0.3}, {"forward": {"clip": 1.0, "noise": 0.003}}], ids=str
 )
 def test_through_codec_noise_and_clipping(attacked: Attacked, settings: dict[str, object]) -> None:
     view, truth = attacked(**settings)
