@@ -21,6 +21,7 @@ from isthmus.demo.assets import smollm2
 from isthmus.engines.certificates import make_certificates
 from isthmus.engines.local import START_SECONDS, at_address, local_recipe
 from isthmus.engines.process import RoleProcess
+from isthmus.privacy.noise import SeededNoise
 from isthmus.report.record import RunDirectory
 from isthmus.silo.join import Silo, join
 
@@ -56,7 +57,7 @@ def main() -> None:
 
 def answer(silo: Silo) -> tuple[torch.Tensor, float]:
     """Greedy tokens and seconds; the noise is drawn from one seed, so that answers can be compared."""
-    silo.boundary._generator = torch.Generator().manual_seed(NOISE_SEED)
+    silo.boundary._noise = SeededNoise(torch.Generator().manual_seed(NOISE_SEED))
     ids = torch.arange(100, 100 + PROMPT).unsqueeze(0)
     started = time.perf_counter()
     tokens = silo.model.generate(ids, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False, pad_token_id=2)

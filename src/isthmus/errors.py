@@ -13,6 +13,7 @@
     │       └── ClockError        the clock is behind the ledger's last entry
     ├── BudgetExhausted      a release would cost a record, or the silo, more privacy than the recipe allows
     ├── IdentityError        a certificate is absent, expired, foreign or not entitled
+    ├── AttackError          an attack that this adversary cannot make, or that the rows do not allow
     ├── FrameError           a peer sent something malformed
     │   └── FrameSizeError   a frame is larger than the federation allows
     ├── ProtocolError        a well-formed frame at the wrong moment
@@ -115,6 +116,11 @@ class BudgetExhausted(IsthmusError):  # noqa: N818 (no failure: what was agreed)
 class IdentityError(IsthmusError):
     code = "identity"
     status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class AttackError(IsthmusError):
+    code = "attack"
+    status = grpc.StatusCode.INVALID_ARGUMENT
 
 
 class FrameError(IsthmusError):

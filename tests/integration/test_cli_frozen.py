@@ -24,6 +24,17 @@ COMMANDS = {
     "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96"],
     "privacy": ["RUN_DIR", "--json=False"],
     "export": ["RUN_DIR", "OUT"],
+    "attack": [
+        "TARGET",
+        "--adversary=['trunk+silo']",
+        "--attack=",
+        "--rows=40",
+        "--own-rows=1000",
+        "--victim=",
+        "--colluder=",
+        "--public=",
+        "--inference/--no-inference=False",
+    ],
     "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1"],
 }
 EXPORTED = {"IsthmusError", "Recipe", "__version__", "join"}

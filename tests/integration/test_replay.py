@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from isthmus.engines.certificates import make_certificates
 from isthmus.engines.local import at_address
+from isthmus.privacy.noise import SeededNoise
 from isthmus.recipe import Recipe
 from isthmus.silo.join import Silo, join
 from tests.integration.processes import Command, Commands, free_port, until, write_federation
@@ -78,7 +79,7 @@ def silo(trunk: Trunk, tmp_path: Path) -> Iterator[Silo]:
 
 def answer(silo: Silo, *processors: LogitsProcessor, **settings: Any) -> torch.Tensor:
     """Generated with the same noise each time: a frame sent again must be the one that was sent before."""
-    silo.boundary._generator = torch.Generator().manual_seed(3)
+    silo.boundary._noise = SeededNoise(torch.Generator().manual_seed(3))
     return silo.model.generate(
         **prompts((9, 30, 17)),
         min_new_tokens=LENGTH,

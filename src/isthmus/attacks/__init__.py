@@ -1,1 +1,1 @@
-"""What an adversary can find out: attacks on a run through exactly what each party sees."""
+"""What an adversary can find out: attacks on a run, each through exactly what one party sees (``view``)."""

@@ -169,6 +169,42 @@ def export(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="Folder to
 
 
 @app.command()
+def attack(
+    target: Annotated[Path, typer.Argument(help="A run directory, or a recipe to try out.")],
+    adversary: Annotated[list[str], typer.Option(help="trunk or trunk+silo; may be given again.")] = ["trunk+silo"],  # noqa: B006
+    attack: Annotated[Optional[list[str]], typer.Option(help="Which; may be given again.")] = None,  # noqa: UP045
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the victim.")] = 40,
+    own_rows: Annotated[int, typer.Option(min=2, help="Rows that the adversary learns from, at most.")] = 1000,
+    victim: Annotated[Optional[str], typer.Option(help="A silo; the first by default.")] = None,  # noqa: UP045
+    colluder: Annotated[Optional[str], typer.Option(help="A silo; the first other by default.")] = None,  # noqa: UP045
+    public: Annotated[Optional[Path], typer.Option(help="Public text to learn from, a row a line.")] = None,  # noqa: UP045
+    inference: Annotated[bool, typer.Option(help="Attack answers to the prompts, not training.")] = False,
+) -> None:
+    """Try to recover a silo's text from what an adversary sees of it."""
+    from rich.console import Console
+
+    from isthmus.attacks.catalogue import USUAL
+    from isthmus.engines.attack import Order, note, opened, table
+    from isthmus.engines.attack import attack as make_attacks
+
+    source = opened(target)
+    order = Order(
+        tuple(adversary),
+        tuple(attack or USUAL),
+        victim,
+        colluder,
+        rows,
+        own_rows,
+        public,
+        inference,
+    )
+    results = make_attacks(source, order, typer.echo)
+    Console().print(table(results))
+    if source.run is not None:
+        typer.echo(f"written: {note(source.run, results)}")
+
+
+@app.command()
 def demo(
     run_dir: Annotated[Path, typer.Option("--run-dir", help="Where the run is written.")] = Path("runs/demo"),
     cache: Annotated[Path, typer.Option(help="Where the model and the data are kept.")] = Path("build/demo"),

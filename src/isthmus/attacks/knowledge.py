@@ -1,0 +1,130 @@
+"""What follows from a view: the models that its adversary can run, and what its own rows teach about the boundary.
+
+Shapes: T tokens, L vectors of one sequence, D width of what crosses, E width of the model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from isthmus.attacks.linear import LinearInverter, ridge
+from isthmus.attacks.view import Pair, View
+from isthmus.model import adapters
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.cut import Cut, Part, load_part
+
+CALIBRATION = 128
+"""Rows of the adversary's own that tell how what arrives differs from what bottom gives."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """What the boundary makes of bottom's result, as far as it is no noise: clipping, or any affine map.
+
+    The affine map stands for whatever linear layer there may be (a bottleneck, a change of basis): it is read off the
+    adversary's own rows, so no defence has to be told to the attack.
+    """
+
+    clip: float
+    weight_ED: torch.Tensor | None
+    bias_D: torch.Tensor | None
+    variance: float = 0.0
+    """Median squared difference of a coordinate from what really arrived: noise, rounding, wrong adapters."""
+
+    def __call__(self, h_TE: torch.Tensor) -> torch.Tensor:
+        h_TE = h_TE.float()
+        if self.weight_ED is not None and self.bias_D is not None:
+            h_TE = h_TE @ self.weight_ED + self.bias_D
+        if self.clip:
+            h_TE = h_TE * (self.clip / h_TE.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
+        return h_TE
+
+
+class Knowledge:
+    """Models and estimates, each made when it is first asked for.
+
+    Raises:
+        ModelError: the public model's folder is unusable.
+    """
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self._checkpoint = Checkpoint(str(view.folder))
+
+    @cached_property
+    def cut(self) -> Cut:
+        return Cut(self.view.recipe.model.bottom, self.view.recipe.model.top)
+
+    @cached_property
+    def bottom(self) -> Part:
+        """The silo's bottom, with its adapter if the adversary knows it, else the public model's."""
+        recipe = self.view.recipe
+        part = load_part(self._checkpoint, self.cut, "bottom", dtype=getattr(torch, recipe.model.dtype))
+        adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=True)
+        adapters.load_adapter(part, self.view.adapters)
+        return part.requires_grad_(False).eval()
+
+    @cached_property
+    def language_model(self) -> Any:
+        """The public base model, uncut."""
+        return public_model(self.view.folder)
+
+    @cached_property
+    def embedding(self) -> torch.Tensor:
+        """The public one, ``[V, E]``."""
+        part = self.bottom
+        module = part.family.backbone_of(part.model).get_submodule(part.family.embedding)
+        return module.get_parameter("weight").detach().float()
+
+    @cached_property
+    def linear(self) -> LinearInverter:
+        """Fitted to the adversary's own rows."""
+        z_TD, tokens_T = aligned(self.view.needs("pairs").pairs)
+        return LinearInverter.fit(z_TD, tokens_T, self.embedding)
+
+    @cached_property
+    def tail(self) -> Tail:
+        """Measured on the adversary's own rows."""
+        return _measured_tail(self, self.view.needs("pairs").pairs[:CALIBRATION])
+
+    @torch.no_grad()
+    def bottom_of(self, tokens: tuple[int, ...]) -> torch.Tensor:
+        """Bottom's result for a whole row, ``[L, E]``."""
+        ids_BL = torch.tensor([tokens])
+        return self.bottom.hidden(input_ids=ids_BL, use_cache=False)[0].float()
+
+
+def public_model(folder: Path) -> Any:
+    """The whole base model, in fp32, to be read only."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False).eval()
+
+
+def aligned(pairs: tuple[Pair, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All vectors of these rows and the token each stands at: where only the last k crossed, the last k tokens."""
+    z_TD = torch.cat([pair.crossing.hidden_LD.float() for pair in pairs])
+    tokens = [token for pair in pairs for token in pair.tokens[len(pair.tokens) - pair.crossing.length :]]
+    return z_TD, torch.tensor(tokens)
+
+
+def _measured_tail(knowledge: Knowledge, pairs: tuple[Pair, ...]) -> Tail:
+    """The simplest map that explains the second half of the rows as well as any, given the first."""
+    h_TE = torch.cat([knowledge.bottom_of(pair.tokens)[-pair.crossing.length :] for pair in pairs])
+    z_TD, _ = aligned(pairs)
+    half = len(z_TD) // 2
+    clip = knowledge.view.recipe.boundary.forward.clip
+    weight, bias = ridge(h_TE[:half], z_TD[:half])
+    choices = [Tail(clip, weight, bias)]
+    if h_TE.shape[1] == z_TD.shape[1]:
+        choices.insert(0, Tail(clip, None, None))
+
+    def variance(tail: Tail) -> float:
+        return float((tail(h_TE[half:]) - z_TD[half:]).square().mean(dim=1).median())
+
+    best = min(choices, key=lambda tail: variance(tail) * (1.0 if tail.weight_ED is None else 1.02))
+    return Tail(best.clip, best.weight_ED, best.bias_D, variance(best))

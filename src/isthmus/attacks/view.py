@@ -1,0 +1,135 @@
+"""Exactly what an adversary sees. An attack gets a view and nothing else; it is filled from captured frames.
+
+==============  ==================================================================================================
+``trunk``       each sequence's length, its secured hidden states and loss gradients, its own answers
+``trunk+silo``  the same; and, of one colluding silo, the adapters of both ends and as many rows of its own text as
+                it cares to push through its own boundary, with what arrived of each
+``aggregator``  each silo's update with its round and weight; the shared adapters
+``outsider``    the final adapters
+==============  ==================================================================================================
+
+All know the public base model, its tokenizer and the recipe (but for where the silos' files are).
+
+Shapes: L vectors of one sequence that crossed (they may be fewer than its tokens), D their width (it may be less than
+the model's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from isthmus.errors import AttackError
+from isthmus.recipe import Recipe
+
+Adversary = Literal["trunk", "trunk+silo", "aggregator", "outsider"]
+ADVERSARIES: tuple[Adversary, ...] = get_args(Adversary)
+Kind = Literal["train", "evaluate", "inference"]
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Crossing:
+    """One sequence that crossed, decoded from the frames."""
+
+    sender: str
+    kind: Kind
+    step: int
+    """Of training; the session's number of inference."""
+    hidden_LD: torch.Tensor
+    """As it arrived: clipped, noised, rounded by its codec."""
+    answered_LD: torch.Tensor | None = None
+    """What the trunk returned for it."""
+    gradient_LD: torch.Tensor | None = None
+    """The loss gradient that came up."""
+    returned_LD: torch.Tensor | None = None
+    """The gradient that the trunk returned for bottom."""
+    round: int = 0
+    """Of the last ``Begin`` before it; 0: none."""
+    weight: float | None = None
+    """Supervised tokens that the sender claimed for this step and all others of the same commit."""
+    forgotten_LD: torch.Tensor | None = None
+    """Inference: vectors that crossed and were then taken back (rejected drafts, beams given up), in order."""
+
+    @property
+    def length(self) -> int:
+        return len(self.hidden_LD)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A row of the adversary's own, and what arrived of it."""
+
+    tokens: tuple[int, ...]
+    crossing: Crossing
+
+
+@dataclass(frozen=True, eq=False)
+class Contribution:
+    """One silo's adapter update."""
+
+    sender: str
+    round: int
+    weight: float
+    tensors: Tensors
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What one adversary sees. Fields that it does not see are empty."""
+
+    adversary: Adversary
+    recipe: Recipe
+    """As all parties know it: without the places of the silos' files."""
+    folder: Path
+    """The public base model and its tokenizer."""
+    crossings: tuple[Crossing, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    contributions: tuple[Contribution, ...] = ()
+    adapters: Tensors = field(default_factory=dict)
+    """The ends' adapters, by uncut name, as far as this adversary knows them."""
+    trunk_adapter: Tensors = field(default_factory=dict)
+
+    def needs(self, *fields: str) -> View:
+        """This view, if it holds something of each of these.
+
+        Raises:
+            AttackError: it does not.
+        """
+        for name in fields:
+            if not getattr(self, name):
+                raise AttackError(
+                    f"the adversary {self.adversary!r} sees no {name}",
+                    remedy="choose another --adversary, or another --attack",
+                )
+        return self
+
+
+def trunk_view(
+    recipe: Recipe, folder: Path, crossings: tuple[Crossing, ...], pairs: tuple[Pair, ...], trunk_adapter: Tensors
+) -> View:
+    """Of the trunk alone. Its pairs are public text through a bottom that it made of the public model."""
+    return View("trunk", known(recipe), folder, crossings, pairs, trunk_adapter=trunk_adapter)
+
+
+def colluding_view(alone: View, pairs: tuple[Pair, ...], adapters: Tensors) -> View:
+    """Of the trunk with a silo that joined it: that silo's pairs and adapters added."""
+    return replace(alone, adversary="trunk+silo", pairs=pairs, adapters=adapters)
+
+
+def aggregator_view(recipe: Recipe, folder: Path, contributions: tuple[Contribution, ...], shared: Tensors) -> View:
+    return View("aggregator", known(recipe), folder, contributions=contributions, adapters=shared)
+
+
+def outsider_view(recipe: Recipe, folder: Path, adapters: Tensors, trunk_adapter: Tensors) -> View:
+    return View("outsider", known(recipe), folder, adapters=adapters, trunk_adapter=trunk_adapter)
+
+
+def known(recipe: Recipe) -> Recipe:
+    """The recipe without the places of the silos' files."""
+    silos = tuple(silo.model_copy(update={"train": "", "held_out": None}) for silo in recipe.silo)
+    return recipe.model_copy(update={"silo": silos})

@@ -1,0 +1,210 @@
+"""Capturing: a silo's rows pushed through its own boundary in this process, behind a tap, to fill an adversary's view.
+
+What is captured is what the silo's own code sends in training and inference; the truth stays apart from the view.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from google.protobuf.message import Message
+
+from isthmus.attacks.frames import contributions_of, crossings_of
+from isthmus.attacks.tap import Tap
+from isthmus.attacks.view import Contribution, Crossing, Pair
+from isthmus.errors import ProtocolError
+from isthmus.federation.root import RootService
+from isthmus.model import adapters
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.recipe import Recipe
+from isthmus.report.record import RoleDirectory, RunDirectory
+from isthmus.silo.data import Tokens, collate
+from isthmus.silo.join import Silo, greeting, join
+from isthmus.silo.worker import Worker
+from isthmus.trunk.service import TrunkService
+from isthmus.wire import codec
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer, LoopbackChannel, Service
+
+BATCH = 8
+MAX_TOKENS = 32
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The federation whose boundary is attacked: a recipe and, if it has run, what its rounds have learned."""
+
+    recipe: Recipe
+    run: RunDirectory | None = None
+
+    @property
+    def completed(self) -> int:
+        """Rounds behind the adapters."""
+        return self.run.completed() if self.run is not None else 0
+
+    def shared(self) -> Tensors:
+        """The ends' adapters as root and silos have them; empty before the first round."""
+        return self._round("root")["shared"]
+
+    def trunk_adapter(self) -> Tensors:
+        return self._round("trunk")["adapter"]
+
+    def _round(self, role: str) -> dict[str, Tensors]:
+        if self.run is None or not self.completed:
+            return {"shared": {}, "adapter": {}}
+        return self.run.role(role).load_round(self.completed)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What the trunk sees of some rows, and what they really were: the latter is for scores only."""
+
+    crossings: tuple[Crossing, ...]
+    truth: tuple[tuple[int, ...], ...]
+
+
+class Echo:
+    """A service that gives back what it got, in a trunk's place: for rows of which only the way up counts."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._codecs = recipe.boundary.codec
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def handle(self, peer: str, request: Message) -> Answer:
+        answer: Answer = Answer()
+        answer.set_result(self._answer(request))
+        return answer
+
+    def _answer(self, request: Message) -> Message:
+        if isinstance(request, pb.Hello):
+            return pb.Welcome()
+        if isinstance(request, pb.Keep):
+            self._kept[request.example] = _decoded(request.hidden)
+            return pb.Kept()
+        if isinstance(request, pb.Forward):
+            kept = [self._kept[example] for example in request.examples]
+            h_TD = torch.cat(kept) if kept else _decoded(request.hidden)
+            return pb.Hidden(hidden=codec.encode(h_TD, self._codecs.forward_down))
+        raise ProtocolError(f"an echo does not answer {type(request).__name__}", remedy="use a trunk")
+
+
+def capture_rows(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
+    """One training step each of these rows of a silo (forward and backward, no optimizer step)."""
+    with torch.enable_grad(), _trunk(source) as service, tapped(source, name, service) as (silo, tap):
+        for start in range(0, len(rows), BATCH):
+            silo.model.zero_grad()
+            batch = collate(list(rows[start : start + BATCH]), _pad(silo))
+            silo.model(**batch.inputs()).loss.backward()
+        return Captured(crossings_of(name, tap.exchanges), tuple((*row.prompt, *row.answer) for row in rows))
+
+
+def capture_answers(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
+    """Greedy answers to these rows' prompts, ``MAX_TOKENS`` tokens each."""
+    with _trunk(source) as service, tapped(source, name, service) as (silo, tap):
+        truth = [_answered(silo, row) for row in rows]
+        return Captured(crossings_of(name, tap.exchanges), tuple(truth))
+
+
+@torch.no_grad()
+def capture_pairs(
+    source: Source, name: str, rows: Sequence[Tokens], *, trained: bool = True, draws: int = 1
+) -> tuple[Pair, ...]:
+    """Rows of an adversary's own, pushed through a silo's boundary, with what arrives of them.
+
+    Args:
+        trained: with the adapters of the run; else with those that the recipe starts with, which anybody can make.
+        draws: how often, each time with fresh noise.
+    """
+    own = Source(source.recipe, source.run if trained else None)
+    pairs: list[Pair] = []
+    for _ in range(draws):
+        with tapped(own, name, Echo(source.recipe)) as (silo, tap):
+            for start in range(0, len(rows), BATCH):
+                batch = collate(list(rows[start : start + BATCH]), _pad(silo))
+                silo.model(**{**batch.inputs(), "labels": None, "logits_to_keep": 1}, use_cache=False)
+            crossings = crossings_of(name, tap.exchanges)
+        pairs += [Pair((*row.prompt, *row.answer), crossing) for row, crossing in zip(rows, crossings, strict=True)]
+    return tuple(pairs)
+
+
+def capture_round(source: Source, name: str) -> tuple[Contribution, ...]:
+    """What the root sees of one round in which this silo trains alone, after those that the run has finished."""
+    recipe = _alone(source, name)
+    with tempfile.TemporaryDirectory() as temporary, _trunk(source, recipe) as service:
+        root = RoleDirectory(Path(temporary) / "root")
+        if source.completed:
+            root.save_round(source.completed, {"shared": dict(source.shared())})
+        tap = Tap(LoopbackChannel(RootService(recipe, root), name))
+        trunk = LoopbackChannel(service, name, greeting=greeting(Checkpoint(recipe.model.path), recipe))
+        worker = Worker(recipe, name, RoleDirectory(Path(temporary) / name), trunk=trunk, root=tap)
+        try:
+            worker.run()
+        finally:
+            worker.close()
+        return contributions_of(name, tap.exchanges)
+
+
+@contextmanager
+def tapped(source: Source, name: str, service: Service) -> Iterator[tuple[Silo, Tap]]:
+    """The silo with the source's adapters, its way to the service behind a tap."""
+    recipe = source.recipe
+    hello = greeting(Checkpoint(recipe.model.path), recipe)
+    with tempfile.TemporaryDirectory() as temporary:
+        tap = Tap(LoopbackChannel(service, name, greeting=hello, limit=recipe.wire.max_frame_bytes))
+        silo = join(recipe, name, channel=tap, releases=Path(temporary) / "released")
+        for part in silo.parts:
+            adapters.load_adapter(part, source.shared())
+        try:
+            yield silo, tap
+        finally:
+            silo.close()
+
+
+@contextmanager
+def _trunk(source: Source, recipe: Recipe | None = None) -> Iterator[TrunkService]:
+    """A trunk in this process that writes nothing into the run, with its adapter after the last round."""
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = RoleDirectory(Path(temporary))
+        if source.run is not None and source.completed:
+            directory.save_round(source.completed, source.run.role("trunk").load_round(source.completed))
+        service = TrunkService(recipe or source.recipe, directory)
+        try:
+            service.restore(source.completed)
+            yield service
+        finally:
+            service.stop()
+
+
+def _alone(source: Source, name: str) -> Recipe:
+    """The recipe with one more round, for this silo alone."""
+    recipe = source.recipe
+    train = recipe.train.model_copy(update={"rounds": source.completed + 1, "evaluate": False})
+    root = recipe.root.model_copy(update={"minimum": None})
+    return recipe.model_copy(update={"train": train, "root": root, "silo": (recipe.party(name),)})
+
+
+def _answered(silo: Silo, row: Tokens) -> tuple[int, ...]:
+    """All tokens that crossed: those of the prompt and, but for the last, of the answer."""
+    ids_BL = torch.tensor([row.prompt])
+    output_BL = silo.model.generate(
+        input_ids=ids_BL,
+        attention_mask=torch.ones_like(ids_BL),
+        max_new_tokens=MAX_TOKENS,
+        do_sample=False,
+        pad_token_id=_pad(silo),
+    )
+    return tuple(output_BL[0, :-1].tolist())
+
+
+def _pad(silo: Silo) -> int:
+    return int(silo.tokenizer.pad_token_id or 0)
+
+
+def _decoded(matrix: pb.Matrix) -> torch.Tensor:
+    return codec.decode(matrix, rows=matrix.rows, width=matrix.width, codec=matrix.codec)
