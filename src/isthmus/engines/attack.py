@@ -250,13 +250,9 @@ def _text(rows: Sequence[Tokens]) -> list[list[bool]] | None:
     if len(set(map(tuple, prompts))) == 1 or not before + after:
         return None
     return [
-        [before <= place < len(row.prompt) - after or place >= len(row.prompt) for place in range(_length(row))]
+        [before <= place < len(row.prompt) - after or place >= len(row.prompt) for place in range(len(row.input))]
         for row in rows
     ]
-
-
-def _length(row: Tokens) -> int:
-    return len(row.prompt) + len(row.answer)
 
 
 def _shared(rows: Sequence[Sequence[int]]) -> int:

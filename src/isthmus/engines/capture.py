@@ -69,12 +69,12 @@ class Captured:
     truth: tuple[tuple[int, ...], ...]
 
 
-class Echo:
-    """A service that gives back what it got, in a trunk's place: for rows of which only the way up counts."""
+class Silence:
+    """A service in a trunk's place that answers with zeros: for rows of which only the way up counts."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._codecs = recipe.boundary.codec
-        self._kept: dict[int, torch.Tensor] = {}
+        self._codec = recipe.boundary.codec.forward_down
+        self._width: int = Checkpoint(recipe.model.path).config.hidden_size
 
     def handle(self, peer: str, request: Message) -> Answer:
         answer: Answer = Answer()
@@ -85,13 +85,10 @@ class Echo:
         if isinstance(request, pb.Hello):
             return pb.Welcome()
         if isinstance(request, pb.Keep):
-            self._kept[request.example] = _decoded(request.hidden)
             return pb.Kept()
         if isinstance(request, pb.Forward):
-            kept = [self._kept[example] for example in request.examples]
-            h_TD = torch.cat(kept) if kept else _decoded(request.hidden)
-            return pb.Hidden(hidden=codec.encode(h_TD, self._codecs.forward_down))
-        raise ProtocolError(f"an echo does not answer {type(request).__name__}", remedy="use a trunk")
+            return pb.Hidden(hidden=codec.encode(torch.zeros(sum(request.lengths), self._width), self._codec))
+        raise ProtocolError(f"silence does not answer {type(request).__name__}", remedy="use a trunk")
 
 
 def capture_rows(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
@@ -101,7 +98,7 @@ def capture_rows(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
             silo.model.zero_grad()
             batch = collate(list(rows[start : start + BATCH]), _pad(silo))
             silo.model(**batch.inputs()).loss.backward()
-        return Captured(crossings_of(name, tap.exchanges), tuple((*row.prompt, *row.answer) for row in rows))
+        return Captured(crossings_of(name, tap.exchanges), tuple(tuple(row.input) for row in rows))
 
 
 def capture_answers(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
@@ -124,12 +121,12 @@ def capture_pairs(
     own = Source(source.recipe, source.run if trained else None)
     pairs: list[Pair] = []
     for _ in range(draws):
-        with tapped(own, name, Echo(source.recipe)) as (silo, tap):
+        with tapped(own, name, Silence(source.recipe)) as (silo, tap):
             for start in range(0, len(rows), BATCH):
                 batch = collate(list(rows[start : start + BATCH]), _pad(silo))
-                silo.model(**{**batch.inputs(), "labels": None, "logits_to_keep": 1}, use_cache=False)
+                silo.model(**batch.inputs(), use_cache=False)
             crossings = crossings_of(name, tap.exchanges)
-        pairs += [Pair((*row.prompt, *row.answer), crossing) for row, crossing in zip(rows, crossings, strict=True)]
+        pairs += [Pair(tuple(row.input), crossing) for row, crossing in zip(rows, crossings, strict=True)]
     return tuple(pairs)
 
 
@@ -204,7 +201,3 @@ def _answered(silo: Silo, row: Tokens) -> tuple[int, ...]:
 
 def _pad(silo: Silo) -> int:
     return int(silo.tokenizer.pad_token_id or 0)
-
-
-def _decoded(matrix: pb.Matrix) -> torch.Tensor:
-    return codec.decode(matrix, rows=matrix.rows, width=matrix.width, codec=matrix.codec)

@@ -12,7 +12,7 @@ import torch
 from isthmus.attacks.frames import contributions_of, crossings_of
 from isthmus.attacks.tap import Tap
 from isthmus.attacks.view import View, aggregator_view, outsider_view
-from isthmus.engines.capture import Echo, Source, capture_answers, capture_pairs, capture_round, capture_rows, tapped
+from isthmus.engines.capture import Silence, Source, capture_answers, capture_pairs, capture_round, capture_rows, tapped
 from isthmus.errors import AttackError, ProtocolError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.report.record import RoleDirectory
@@ -61,7 +61,7 @@ class Captured:
 def test_training_rows_are_the_frames_bytes(attacked_model: Path, tmp_path: Path) -> None:
     captured = Captured(attacked_model, tmp_path)
     seen = crossings_of("a", captured.tap.exchanges)
-    assert [one.length for one in seen] == [len(row.prompt) + len(row.answer) for row in captured.rows]
+    assert [one.length for one in seen] == [len(row.input) for row in captured.rows]
     assert raw([one.hidden_LD for one in seen]) == b"".join(one.hidden.data for one in captured.sent(pb.Forward))
     assert raw([one.answered_LD for one in seen if one.answered_LD is not None]) == b"".join(
         one.hidden.data for one in captured.answers(pb.Forward)
@@ -85,7 +85,7 @@ def test_rows_that_were_released_once_are_the_kept_bytes(attacked_model: Path, t
 
 
 def test_a_message_changed_after_it_was_sent_changes_nothing(attacked_model: Path) -> None:
-    tap = Tap(LoopbackChannel(Echo(make_recipe(attacked_model)), "a"))
+    tap = Tap(LoopbackChannel(Silence(make_recipe(attacked_model)), "a"))
     request = pb.Hello(version=1)
     tap.call(request)
     request.bottom = 9
