@@ -93,7 +93,7 @@ class Silence:
 
 def capture_rows(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
     """One training step each of these rows of a silo (forward and backward, no optimizer step)."""
-    with torch.enable_grad(), _trunk(source) as service, tapped(source, name, service) as (silo, tap):
+    with torch.enable_grad(), opened_trunk(source) as service, tapped(source, name, service) as (silo, tap):
         for start in range(0, len(rows), BATCH):
             silo.model.zero_grad()
             batch = collate(list(rows[start : start + BATCH]), _pad(silo))
@@ -103,7 +103,7 @@ def capture_rows(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
 
 def capture_answers(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
     """Greedy answers to these rows' prompts, ``MAX_TOKENS`` tokens each."""
-    with _trunk(source) as service, tapped(source, name, service) as (silo, tap):
+    with opened_trunk(source) as service, tapped(source, name, service) as (silo, tap):
         truth = [_answered(silo, row) for row in rows]
         return Captured(crossings_of(name, tap.exchanges), tuple(truth))
 
@@ -133,7 +133,7 @@ def capture_pairs(
 def capture_round(source: Source, name: str) -> tuple[Contribution, ...]:
     """What the root sees of one round in which this silo trains alone, after those that the run has finished."""
     recipe = _alone(source, name)
-    with tempfile.TemporaryDirectory() as temporary, _trunk(source, recipe) as service:
+    with tempfile.TemporaryDirectory() as temporary, opened_trunk(source, recipe) as service:
         root = RoleDirectory(Path(temporary) / "root")
         if source.completed:
             root.save_round(source.completed, {"shared": dict(source.shared())})
@@ -164,7 +164,7 @@ def tapped(source: Source, name: str, service: Service) -> Iterator[tuple[Silo, 
 
 
 @contextmanager
-def _trunk(source: Source, recipe: Recipe | None = None) -> Iterator[TrunkService]:
+def opened_trunk(source: Source, recipe: Recipe | None = None) -> Iterator[TrunkService]:
     """A trunk in this process that writes nothing into the run, with its adapter after the last round."""
     with tempfile.TemporaryDirectory() as temporary:
         directory = RoleDirectory(Path(temporary))

@@ -1,0 +1,228 @@
+"""What leaves a silo, attacked: without defence, with published noise, and by the private recipe; with what each costs.
+
+``make bench-privacy``. Two silos share one task (hutto sentiment). Runs are kept in ``build/privacy``: what is there is
+not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.foundation import seconds
+from benchmarks.results import Results
+from isthmus.demo.assets import hutto, smollm2
+from isthmus.engines.attack import Order, Result, attack
+from isthmus.engines.capture import Source, opened_trunk, tapped
+from isthmus.engines.local import at_address, create_run, run_federation, serving
+from isthmus.recipe import Recipe
+from isthmus.report.record import RunDirectory, read_journal
+from isthmus.silo.boundary import Boundary
+from isthmus.silo.data import Batch
+from isthmus.silo.held import open_ledger
+from isthmus.silo.join import Silo, join
+from isthmus.silo.trainer import SiloData, evaluate, train_step, training_batches
+
+CACHE, MODEL = Path("build/privacy"), Path("build/demo")
+ROWS, HELD_OUT, OTHERS = 250, 100, 500
+"""Of each of hutto's four kinds of text: training and held-out rows of each silo, and rows that nobody trains on."""
+VICTIMS, OWN = 60, 1000
+PUBLISHED = (0.025, 0.1)
+"""The published noise 0.02·√(π/2), and four times that."""
+STEPS = 10
+Values = dict[str, Any]
+Change = Callable[[Values], None]
+
+
+def main() -> None:
+    results = Results("privacy", "make bench-privacy")
+    torch.set_num_threads(2)
+    measure_inversion(results)
+    runs = {"no defence": federation("open", undefended), "private recipe": federation("private", lambda values: None)}
+    measure_quality(results, runs)
+    measure_published_noise(results, runs["no defence"])
+    measure_private(results, runs["private recipe"])
+    measure_overhead(results)
+    print(f"written: {results.write()}")
+
+
+def measure_inversion(results: Results) -> None:
+    """Cut (1, 1), nothing trained: what the trunk and a colluding silo read out of the hidden states."""
+    for noise in (0.0, *PUBLISHED, 1.0):
+        recipe = recipe_of(lambda values, noise=noise: undefended(values, noise, cut=(1, 1)))
+        for found in attacked(Source(recipe), ("linear", "matching")):
+            bound = 0.99 if noise == 0 and found.attack == "matching" else None
+            name = f"cut (1, 1), noise {noise:g}: text tokens recovered, {found.attack}"
+            results.add(name, found.figures["token_accuracy"].value, "share", at_least=bound)
+
+
+def measure_quality(results: Results, runs: dict[str, RunDirectory]) -> None:
+    quality = {name: accuracy(run) for name, run in runs.items()}
+    for name, value in quality.items():
+        results.add(f"accuracy, {name}", value, "share")
+    lost = 100 * (quality["no defence"] - quality["private recipe"])
+    results.add("accuracy lost by the private recipe", lost, "points", at_most=2.0)
+
+
+def measure_published_noise(results: Results, run: RunDirectory) -> None:
+    """The undefended run used with noise that it was not trained with."""
+    for noise in PUBLISHED:
+        recipe = run.recipe()
+        forward = recipe.boundary.forward.model_copy(update={"noise": noise})
+        boundary = recipe.boundary.model_copy(update={"forward": forward})
+        noised = Source(recipe.model_copy(update={"boundary": boundary}), run)
+        results.add(f"accuracy, noise {noise:g} in use only", held_out_accuracy(noised, "east"), "share")
+
+
+def measure_private(results: Results, run: RunDirectory) -> None:
+    """The best of all inversion attacks on what crossed in training, beside what a guess from the prior recovers."""
+    found = attacked(Source(run.recipe(), run), ("decoder", "transformer"))
+    for one in found:
+        figure = one.figures["token_accuracy"]
+        results.add(f"private recipe: {one.tokens} tokens recovered, {one.attack}", figure.value, "share")
+        results.add(f"private recipe: {one.tokens} tokens recovered, {one.attack}, upper", figure.high, "share")
+    best = max(one.figures["token_accuracy"].value for one in found if one.tokens == "text")
+    results.add("private recipe: text tokens recovered, best attack", best, "share", at_most=0.2)
+
+
+def measure_overhead(results: Results) -> None:
+    """What mechanism, charges and ledger take of real training steps, calibrated noise on both paths."""
+    recipe = recipe_of(calibrated)
+    with tempfile.TemporaryDirectory() as folder:
+        run = create_run(recipe, Path(folder) / "run")
+        with serving(run) as (_, address), closing(open_ledger(run.role("east"), recipe, "east")) as ledger:
+            silo = join(at_address(run.recipe(), address), "east", ledger=ledger)
+            stopwatch = Stopwatch(silo.boundary)
+            total = sum(take_steps(silo, recipe))
+            silo.close()
+    results.add(f"boundary, share of {STEPS} training steps", 100 * stopwatch.seconds / total, "%", at_most=3.0)
+    results.add("boundary, a release", 1e3 * stopwatch.seconds / stopwatch.releases, "ms")
+
+
+def take_steps(silo: Silo, recipe: Recipe) -> Iterator[float]:
+    """Seconds of each of some training steps, the trunk's included."""
+    data = SiloData(recipe.party("east"), recipe, silo.tokenizer)
+    optimizer = torch.optim.AdamW([p for p in silo.model.parameters() if p.requires_grad], lr=1e-4)
+    silo.trunk.begin(1, ["east"])
+    drawn = training_batches(data, recipe.train.batch, "overhead")
+    for number in range(1, STEPS + 1):
+        yield seconds(lambda number=number: take_step(silo, optimizer, next(drawn), number))
+
+
+def take_step(silo: Silo, optimizer: torch.optim.Optimizer, batch: Batch, number: int) -> None:
+    step = train_step(silo.model, optimizer, batch)
+    silo.trunk.commit(1, number, step.weight)
+
+
+class Stopwatch:
+    """Counts a boundary's releases and the seconds they take."""
+
+    def __init__(self, boundary: Boundary) -> None:
+        self.seconds, self.releases = 0.0, 0
+        self._release = boundary.release
+        boundary.release = self.release  # type: ignore[method-assign]
+
+    def release(self, *arguments: Any) -> Any:
+        started = time.perf_counter()
+        matrix = self._release(*arguments)
+        self.seconds += time.perf_counter() - started
+        self.releases += 1
+        return matrix
+
+
+def federation(name: str, change: Change) -> RunDirectory:
+    """The finished run of the private recipe with this change, trained if it is not there."""
+    path = CACHE / name
+    run = RunDirectory.open(path) if path.exists() else create_run(recipe_of(change), path)
+    if run.completed() < run.recipe().train.rounds:
+        run_federation(run)
+    return run
+
+
+def recipe_of(change: Change) -> Recipe:
+    """The shipped private recipe on hutto's rows, changed."""
+    values: Values = tomllib.loads(Path("recipes/private.toml").read_text())
+    values["model"]["path"] = str(smollm2(MODEL).resolve())
+    folder = data()
+    for silo in values["silo"]:
+        silo |= {key: str(folder / silo[key]) for key in ("train", "held_out")}
+    change(values)
+    return Recipe.of(values)
+
+
+def undefended(values: Values, noise: float = 0.0, cut: tuple[int, int] | None = None) -> None:
+    """Plain split learning with this noise on hidden states."""
+    values["boundary"] = {path: {"noise": 0.0} for path in ("forward", "gradient", "update")}
+    values["boundary"]["forward"]["noise"] = noise
+    if cut is not None:
+        values["model"] |= {"bottom": cut[0], "top": cut[1]}
+
+
+def calibrated(values: Values) -> None:
+    """The demo's cut with calibrated noise on whole states and gradients."""
+    undefended(values, cut=(2, 2))
+    path = {"mechanism": "dp_gaussian", "epsilon": 8.0, "delta": 1e-5, "clip": 1.0}
+    values["boundary"] |= {"forward": path, "gradient": path}
+    values["train"] |= {"rounds": 1, "steps": STEPS, "evaluate": False}
+
+
+def data() -> Path:
+    """Both silos' rows, of all four kinds of text, and ``public.txt``: rows of these kinds that nobody trains on."""
+    folder = CACHE.resolve()
+    files = hutto(MODEL, rows=2 * ROWS + OTHERS, held_out=2 * HELD_OUT, seed=0)
+    rows = {"east": ([], []), "west": ([], [])}  # type: ignore[var-annotated]
+    others: list[str] = []
+    for kind in files.values():
+        train, held_out = kind.train.read_text().splitlines(), kind.held_out.read_text().splitlines()
+        for number, (own, measured) in enumerate(rows.values()):
+            own += train[number * ROWS :][:ROWS]
+            measured += held_out[number * HELD_OUT :][:HELD_OUT]
+        others += [" ".join(json.loads(line)["text"].split()) for line in train[2 * ROWS :]]
+    for name, (own, measured) in rows.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        write_lines(folder / name / "train.jsonl", own)
+        write_lines(folder / name / "held_out.jsonl", measured)
+    write_lines(folder / "public.txt", others)
+    return folder
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def attacked(source: Source, attacks: tuple[str, ...]) -> list[Result]:
+    """By the trunk with a colluding silo, which has the public rows, too; figures of the text, not of the template."""
+    order = Order(("trunk+silo",), attacks, "east", "west", VICTIMS, OWN, CACHE / "public.txt")
+    found = attack(source, order, lambda told: print(f"  {told}", flush=True))
+    return [one for one in found if one.tokens == "text"]
+
+
+def accuracy(run: RunDirectory) -> float:
+    """On all silos' held-out rows after the last round."""
+    lines = [
+        line["accuracy"]
+        for silo in run.recipe().silo
+        for line in read_journal(run.role(silo.name).path / "metrics.jsonl")
+        if line["event"] == "evaluation" and line["round"] == run.completed()
+    ]
+    return statistics.mean(lines)
+
+
+def held_out_accuracy(source: Source, name: str) -> float:
+    """Of one silo, with its trunk in this process."""
+    with opened_trunk(source) as service, tapped(source, name, service) as (silo, _):
+        rows = SiloData(source.recipe.party(name), source.recipe, silo.tokenizer)
+        return evaluate(silo.model, rows)["accuracy"]
+
+
+if __name__ == "__main__":
+    main()
