@@ -21,17 +21,19 @@ import torch
 
 from benchmarks.foundation import seconds
 from benchmarks.results import Results
+from isthmus.attacks.labels import LabelClassifier
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.engines.attack import Order, Result, attack
-from isthmus.engines.capture import Source, opened_trunk, tapped
+from isthmus.engines.capture import Source, capture_pairs, opened_trunk, tapped
 from isthmus.engines.local import at_address, create_run, run_federation, serving
 from isthmus.recipe import Recipe
 from isthmus.report.record import RunDirectory, read_journal
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.data import Batch
 from isthmus.silo.held import open_ledger
-from isthmus.silo.join import Silo, join
+from isthmus.silo.join import Silo, join, load_tokenizer
 from isthmus.silo.trainer import SiloData, evaluate, train_step, training_batches
+from isthmus.tasks import metrics
 
 CACHE, MODEL = Path("build/privacy"), Path("build/demo")
 ROWS, HELD_OUT, OTHERS = 250, 100, 500
@@ -39,7 +41,7 @@ ROWS, HELD_OUT, OTHERS = 250, 100, 500
 VICTIMS, OWN = 60, 1000
 PUBLISHED = (0.025, 0.1)
 """The published noise 0.02·√(π/2), and four times that."""
-STEPS = 10
+STEPS, LABELLED = 10, 500
 Values = dict[str, Any]
 Change = Callable[[Values], None]
 
@@ -96,8 +98,23 @@ def measure_private(results: Results) -> None:
         figure = one.figures["token_accuracy"]
         results.add(f"private recipe: {one.tokens} tokens recovered, {one.attack}", figure.value, "share")
         results.add(f"private recipe: {one.tokens} tokens recovered, {one.attack}, upper", figure.high, "share")
-    best = max(one.figures["token_accuracy"].value for one in found if one.tokens == "text")
+    best = max(one.figures["token_accuracy"].value for one in found)
     results.add("private recipe: text tokens recovered, best attack", best, "share", at_most=0.2)
+    learned, guessed = labels_recovered(Source(run.recipe(), run))
+    results.add("private recipe: labels read off what crosses, by a colluder's classifier", learned, "share")
+    results.add("private recipe: labels, always the most frequent", guessed, "share")
+
+
+def labels_recovered(source: Source) -> tuple[float, float]:
+    """Share of the victim's labels that the trunk reads off its hidden states after learning from the colluder's."""
+    tokenizer = load_tokenizer(Path(source.recipe.model.path))
+    crossed: dict[str, tuple[torch.Tensor, list[int]]] = {}
+    for name in ("east", "west"):
+        rows = SiloData(source.recipe.party(name), source.recipe, tokenizer).train[:LABELLED]
+        pairs = capture_pairs(source, name, rows)
+        crossed[name] = torch.stack([pair.crossing.hidden_LD[-1] for pair in pairs]), [row.answer[0] for row in rows]
+    guess = LabelClassifier(*crossed["west"]).predict(crossed["east"][0])
+    return metrics.accuracy(guess, crossed["east"][1]), metrics.majority(crossed["east"][1])
 
 
 def measure_overhead(results: Results) -> None:
