@@ -83,23 +83,25 @@ def measure_published_noise(results: Results) -> None:
     """The undefended run used with noise that it was not trained with."""
     run = undefended_run()
     for noise in PUBLISHED:
-        recipe = run.recipe()
-        forward = recipe.boundary.forward.model_copy(update={"noise": noise})
-        boundary = recipe.boundary.model_copy(update={"forward": forward})
-        noised = Source(recipe.model_copy(update={"boundary": boundary}), run)
+        noised = Source(changed_boundary(run.recipe(), {"forward": {"noise": noise}}), run)
         results.add(f"accuracy, noise {noise:g} in use only", held_out_accuracy(noised, "east"), "share")
 
 
 def measure_private(results: Results) -> None:
-    """Inversion of what crosses in a training step."""
+    """Inversion of what crosses in a training step; beside it the same attack where nothing or far more crosses."""
     run = private_run()
-    found = attacked(Source(run.recipe(), run), ("decoder", "transformer"))
-    for one in found:
-        figure = one.figures["token_accuracy"]
-        results.add(f"private recipe: {one.tokens} tokens recovered, {one.attack}", figure.value, "share")
-        results.add(f"private recipe: {one.tokens} tokens recovered, {one.attack}, upper", figure.high, "share")
-    best = max(one.figures["token_accuracy"].value for one in found)
-    results.add("private recipe: text tokens recovered, best attack", best, "share", at_most=0.2)
+    whole = {"width": None, "forward": {"noise": 0.0}}
+    ways = {
+        "private recipe": {},
+        "private recipe, nothing but noise": {"forward": {"clip": 1.0, "noise": 1e6}},
+        "private recipe, but the tail's state whole and clean": whole,
+    }
+    for name, changed in ways.items():
+        (found,) = attacked(Source(changed_boundary(run.recipe(), changed), run), ("decoder",))
+        bound = 0.2 if name == "private recipe" else None
+        results.add(f"{name}: text tokens recovered", found.figures["token_accuracy"].value, "share", at_most=bound)
+        results.add(f"{name}: text tokens recovered, upper", found.figures["token_accuracy"].high, "share")
+        results.add(f"{name}: ROUGE-L of what was recovered", found.figures["rougeL"].value, "share")
     learned, guessed = labels_recovered(Source(run.recipe(), run))
     results.add("private recipe: labels read off what crosses, by a colluder's classifier", learned, "share")
     results.add("private recipe: labels, always the most frequent", guessed, "share")
@@ -187,6 +189,13 @@ def recipe_of(change: Change) -> Recipe:
     for silo in values["silo"]:
         silo |= {key: str(folder / silo[key]) for key in ("train", "held_out")}
     change(values)
+    return Recipe.of(values)
+
+
+def changed_boundary(recipe: Recipe, changed: Values) -> Recipe:
+    values = recipe.model_dump(exclude_none=True)
+    values["boundary"] |= changed
+    values["boundary"] = {key: value for key, value in values["boundary"].items() if value is not None}
     return Recipe.of(values)
 
 
