@@ -90,11 +90,10 @@ def measure_published_noise(results: Results) -> None:
 def measure_private(results: Results) -> None:
     """Inversion of what crosses in a training step; beside it the same attack where nothing or far more crosses."""
     run = private_run()
-    whole = {"width": None, "forward": {"noise": 0.0}}
     ways = {
         "private recipe": {},
         "private recipe, nothing but noise": {"forward": {"clip": 1.0, "noise": 1e6}},
-        "private recipe, but the tail's state whole and clean": whole,
+        "private recipe, but four clean numbers of every token": {"tail": None, "forward": {"noise": 0.0}},
     }
     for name, changed in ways.items():
         (found,) = attacked(Source(changed_boundary(run.recipe(), changed), run), ("decoder",))
