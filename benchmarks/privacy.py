@@ -1,13 +1,14 @@
 """What leaves a silo, attacked: without defence, with published noise, and by the private recipe; with what each costs.
 
-``make bench-privacy``. Two silos share one task (hutto sentiment). Runs are kept in ``build/privacy``: what is there is
-not trained again.
+``make bench-privacy``, or ``python -m benchmarks.privacy PART ...`` for some of its parts. Two silos share one task
+(hutto sentiment). Runs are kept in ``build/privacy``: what is there is not trained again.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 import tomllib
@@ -44,15 +45,17 @@ Change = Callable[[Values], None]
 
 
 def main() -> None:
+    parts = {
+        "inversion": measure_inversion,
+        "quality": measure_quality,
+        "published": measure_published_noise,
+        "private": measure_private,
+        "overhead": measure_overhead,
+    }
     results = Results("privacy", "make bench-privacy")
-    torch.set_num_threads(2)
-    measure_inversion(results)
-    runs = {"no defence": federation("open", undefended), "private recipe": federation("private", lambda values: None)}
-    measure_quality(results, runs)
-    measure_published_noise(results, runs["no defence"])
-    measure_private(results, runs["private recipe"])
-    measure_overhead(results)
-    print(f"written: {results.write()}")
+    for part in sys.argv[1:] or parts:
+        parts[part](results)
+    print(f"written: {results.write(keep=len(sys.argv) > 1)}")
 
 
 def measure_inversion(results: Results) -> None:
@@ -65,16 +68,18 @@ def measure_inversion(results: Results) -> None:
             results.add(name, found.figures["token_accuracy"].value, "share", at_least=bound)
 
 
-def measure_quality(results: Results, runs: dict[str, RunDirectory]) -> None:
-    quality = {name: accuracy(run) for name, run in runs.items()}
+def measure_quality(results: Results) -> None:
+    """Both recipes' held-out accuracy."""
+    quality = {"no defence": accuracy(undefended_run()), "private recipe": accuracy(private_run())}
     for name, value in quality.items():
         results.add(f"accuracy, {name}", value, "share")
     lost = 100 * (quality["no defence"] - quality["private recipe"])
     results.add("accuracy lost by the private recipe", lost, "points", at_most=2.0)
 
 
-def measure_published_noise(results: Results, run: RunDirectory) -> None:
+def measure_published_noise(results: Results) -> None:
     """The undefended run used with noise that it was not trained with."""
+    run = undefended_run()
     for noise in PUBLISHED:
         recipe = run.recipe()
         forward = recipe.boundary.forward.model_copy(update={"noise": noise})
@@ -83,8 +88,9 @@ def measure_published_noise(results: Results, run: RunDirectory) -> None:
         results.add(f"accuracy, noise {noise:g} in use only", held_out_accuracy(noised, "east"), "share")
 
 
-def measure_private(results: Results, run: RunDirectory) -> None:
-    """The best of all inversion attacks on what crossed in training, beside what a guess from the prior recovers."""
+def measure_private(results: Results) -> None:
+    """Inversion of what crosses in a training step."""
+    run = private_run()
     found = attacked(Source(run.recipe(), run), ("decoder", "transformer"))
     for one in found:
         figure = one.figures["token_accuracy"]
@@ -137,6 +143,14 @@ class Stopwatch:
         self.seconds += time.perf_counter() - started
         self.releases += 1
         return matrix
+
+
+def undefended_run() -> RunDirectory:
+    return federation("open", undefended)
+
+
+def private_run() -> RunDirectory:
+    return federation("private", lambda values: None)
 
 
 def federation(name: str, change: Change) -> RunDirectory:

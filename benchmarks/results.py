@@ -46,10 +46,14 @@ class Results:
         verdict = "" if met is None else f"   goal {goal}: {'met' if met else 'MISSED'}"
         print(f"{measure}: {row.value:g} {unit}{verdict}", flush=True)
 
-    def write(self) -> Path:
+    def write(self, *, keep: bool = False) -> Path:
+        """Write the rows; ``keep`` those of earlier runs that this one did not measure again."""
         path = RESULTS / f"{self._name}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps([asdict(row) for row in self.rows], indent=1, ensure_ascii=False) + "\n")
+        measured = {row.measure for row in self.rows}
+        earlier = json.loads(path.read_text()) if keep and path.exists() else []
+        rows = [row for row in earlier if row["measure"] not in measured] + [asdict(row) for row in self.rows]
+        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         return path
 
 
