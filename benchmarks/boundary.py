@@ -22,8 +22,9 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
+from isthmus.silo.data import batches, collate
 from isthmus.silo.join import greeting, join
-from isthmus.silo.trainer import SiloData, evaluate, train_step, training_batches
+from isthmus.silo.trainer import SiloData, evaluate, train_step
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec, frames
 from isthmus.wire import isthmus_pb2 as pb
@@ -132,10 +133,10 @@ def trained_loss(name: str) -> dict[str, float]:
         data = SiloData(recipe.silo[0], recipe, silo.tokenizer)
         before = evaluate(silo.model, data)["loss"]
         parameters = [p for p in silo.model.parameters() if p.requires_grad]
-        optimizer, batches = build_optimizer(parameters, recipe.train), training_batches(data, recipe.train.batch, "0")
+        optimizer, drawn = build_optimizer(parameters, recipe.train), batches(data.train, recipe.train.batch, "0")
         silo.trunk.begin(1, ["movies"])
         for number in range(1, STEPS + 1):
-            step = train_step(silo.model, optimizer, next(batches))
+            step = train_step(silo.model, optimizer, collate(next(drawn), data.pad))
             silo.trunk.commit(1, number, step.weight)
         after = evaluate(silo.model, data)["loss"]
         service.stop()

@@ -29,10 +29,10 @@ from isthmus.engines.local import at_address, create_run, run_federation, servin
 from isthmus.recipe import Recipe
 from isthmus.report.record import RunDirectory, read_journal
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.data import Batch
+from isthmus.silo.data import Batch, batches, collate
 from isthmus.silo.held import open_ledger
 from isthmus.silo.join import Silo, join, load_tokenizer
-from isthmus.silo.trainer import SiloData, evaluate, train_step, training_batches
+from isthmus.silo.trainer import SiloData, evaluate, train_step
 from isthmus.tasks import metrics
 
 CACHE, MODEL = Path("build/privacy"), Path("build/demo")
@@ -137,9 +137,9 @@ def take_steps(silo: Silo, recipe: Recipe) -> Iterator[float]:
     data = SiloData(recipe.party("east"), recipe, silo.tokenizer)
     optimizer = torch.optim.AdamW([p for p in silo.model.parameters() if p.requires_grad], lr=1e-4)
     silo.trunk.begin(1, ["east"])
-    drawn = training_batches(data, recipe.train.batch, "overhead")
+    drawn = batches(data.train, recipe.train.batch, "overhead")
     for number in range(1, STEPS + 1):
-        yield seconds(lambda number=number: take_step(silo, optimizer, next(drawn), number))
+        yield seconds(lambda number=number: take_step(silo, optimizer, collate(next(drawn), data.pad), number))
 
 
 def take_step(silo: Silo, optimizer: torch.optim.Optimizer, batch: Batch, number: int) -> None:

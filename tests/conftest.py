@@ -118,7 +118,9 @@ def split(tmp_path: Path) -> Split:
         checkpoint = Checkpoint(recipe.model.path)
         channel = LoopbackChannel(service, name, greeting=greeting(checkpoint, recipe))
         bottom, top = load_ends(checkpoint, recipe)
-        remote = RemoteTrunk(channel, Boundary(recipe.boundary, **boundary))
-        return SplitForCausalLM(checkpoint.config, bottom, remote, top).eval(), service
+        asked, ends = recipe.boundary, (bottom, top)
+        remote = RemoteTrunk(channel, Boundary(asked, **boundary), ends=ends, gradients=asked.gradients)
+        model = SplitForCausalLM(checkpoint.config, bottom, remote, top, tail=asked.tail, residual=asked.residual)
+        return model.eval(), service
 
     return build

@@ -19,7 +19,7 @@ SECTION: dict[str, Any] = {
     "names": "names.txt",
     "function": "mine.py:look",
     "attention": 2.0,
-    "classes": {"high": {"noise": 3.0, "epsilon": 1e6}, "low": {"noise": 0.5}},
+    "classes": {"high": {"noise": 3.0}, "low": {"noise": 0.5}},
 }
 
 

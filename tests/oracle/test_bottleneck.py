@@ -160,3 +160,22 @@ def test_release_once_with_a_frozen_bottom(name: str, build: Build) -> None:
     releases = [one for one in twins.remote.boundary.ledger.releases if one.path == "forward"]
     assert len(releases) == len(ROWS)
     assert {one.width for one in releases} == {WIDTH}
+
+
+@pytest.mark.parametrize("micro_batches", [None, 3])
+def test_a_replica_behind_a_narrow_crossing(build: Build, micro_batches: int | None) -> None:
+    """A silo's own ``up`` and LoRA get the gradients of the definition (its A is frozen)."""
+    boundary = SECTIONS["narrow residual tail"]
+    twins = build(boundary, trunk={"adapter": "replica"})
+    expected, batch = slow_gradients(twins, boundary), collate(ROWS, 0)
+    optimizer = torch.optim.SGD([p for p in twins.split.parameters() if p.requires_grad], lr=0.0)
+    if micro_batches is None:
+        train_step(twins.split, optimizer, batch)
+    else:
+        pipelined_step(twins.split, optimizer, batch, micro_batches)
+    found = {name: one for name, one in twins.split_gradients().items() if one is not None}
+    assert found.keys() == expected.keys()
+    assert "boundary_up.weight" in found
+    assert not any("lora_A" in name for name in adapters.trainable(twins.parts[1]))
+    for name, gradient in expected.items():
+        assert distance(found[name], gradient) < 1e-4, name

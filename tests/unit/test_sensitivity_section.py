@@ -11,6 +11,7 @@ from isthmus.errors import RecipeError
 from isthmus.recipe import Recipe, SensitivitySection
 from tests.conftest import make_recipe
 
+BOUNDED = {"forward": {"clip": 1.0, "noise": 1.0}, "gradient": {"clip": 1.0, "noise": 1.0}}
 GOOD = {
     "detectors": ["email", "name"],
     "names": "names.txt",
@@ -22,7 +23,7 @@ GOOD = {
 
 
 def section(**changes: Any) -> SensitivitySection:
-    recipe = make_recipe(Path("model"), sensitivity=GOOD | changes)
+    recipe = make_recipe(Path("model"), sensitivity=GOOD | changes, boundary=BOUNDED)
     assert recipe.sensitivity is not None
     return recipe.sensitivity
 
@@ -34,7 +35,7 @@ def test_listed_detectors_share_a_class() -> None:
 
 
 def test_a_recipe_with_it_is_read_again_as_it_was(tmp_path: Path) -> None:
-    recipe = make_recipe(Path("model"), sensitivity=GOOD)
+    recipe = make_recipe(Path("model"), sensitivity=GOOD, boundary=BOUNDED)
     (tmp_path / "recipe.toml").write_text(recipe.toml())
     again = Recipe.read(tmp_path / "recipe.toml")
     assert again.sensitivity is not None
@@ -44,7 +45,9 @@ def test_a_recipe_with_it_is_read_again_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_functions_module_is_no_path(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(make_recipe(Path("m"), sensitivity=GOOD | {"function": "a.b:c"}).toml())
+    (tmp_path / "recipe.toml").write_text(
+        make_recipe(Path("m"), sensitivity=GOOD | {"function": "a.b:c"}, boundary=BOUNDED).toml()
+    )
     again = Recipe.read(tmp_path / "recipe.toml").sensitivity
     assert again is not None
     assert again.function == "a.b:c"
@@ -89,3 +92,10 @@ def test_what_is_unknown_is_refused_with_the_nearest_known_one(changes: dict[str
 def test_impossible_values_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="sensitivity"):
         section(**changes)
+
+
+def test_a_classes_budget_that_nothing_could_keep_to_is_refused() -> None:
+    unbounded = {"forward": BOUNDED["forward"], "gradient": {"noise": 1.0}}
+    with pytest.raises(RecipeError, match=r"sensitivity\.classes\.high\.epsilon: what leaves by boundary\.gradient"):
+        make_recipe(Path("m"), sensitivity=GOOD, boundary=unbounded)
+    make_recipe(Path("m"), sensitivity=GOOD, boundary={**unbounded, "gradients": False})  # then none leaves

@@ -11,7 +11,7 @@ Shapes: N rows, K reference models, L label positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from scipy.stats import norm
 from torch.nn.functional import cross_entropy
 
+from isthmus.attacks.score import Figure, bootstrap
 from isthmus.errors import DataError
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -29,20 +30,11 @@ FEW = 16
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A figure and its bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Separation:
     """How well scores tell members from others."""
 
-    auc: Estimate
-    tpr: Estimate
+    auc: Figure
+    tpr: Figure
     """Share of members found at the false positive rate."""
     fpr: float
 
@@ -135,12 +127,8 @@ def separation(
         raise DataError("rows of one kind only", remedy="give members and rows that were not trained on")
     draw = np.random.default_rng(seed)
     again = [(draw.choice(ins, len(ins)), draw.choice(outs, len(outs))) for _ in range(draws)]
-
-    def estimate(figure: Callable[[Array, Array], float]) -> Estimate:
-        low, high = np.quantile([figure(*one) for one in again], [(1 - level) / 2, (1 + level) / 2])
-        return Estimate(figure(ins, outs), float(low), float(high))
-
-    return Separation(estimate(_auc), estimate(lambda one, other: _tpr(one, other, fpr)), fpr)
+    auc = bootstrap(lambda rows: _auc(*rows), (ins, outs), again, level)
+    return Separation(auc, bootstrap(lambda rows: _tpr(*rows, fpr), (ins, outs), again, level), fpr)
 
 
 def _auc(ins: Array, outs: Array) -> float:

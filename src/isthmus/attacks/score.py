@@ -7,10 +7,12 @@ at whichever end agrees more, which favours the attack.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TypeVar
 
+import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import sentence_bleu
 
@@ -19,6 +21,7 @@ from isthmus.errors import AttackError
 ROUGES = ("rouge1", "rouge2", "rougeL")
 ABSENT = -1
 """Stands where a guess says nothing."""
+Rows = TypeVar("Rows")
 Decode = Callable[[list[int]], str]
 
 
@@ -129,9 +132,11 @@ MEASURES: Mapping[str, Callable[[Sequence[Row]], float]] = {
 
 def _figures(rows: list[Row], resamples: int, confidence: float, draw: random.Random) -> dict[str, Figure]:
     samples = [draw.choices(rows, k=len(rows)) for _ in range(resamples)]
-    figures = {}
-    for name, measure in MEASURES.items():
-        drawn = sorted(measure(sample) for sample in samples)
-        tail = int((1 - confidence) / 2 * len(drawn))
-        figures[name] = Figure(measure(rows), drawn[tail], drawn[-1 - tail])
-    return figures
+    return {name: bootstrap(measure, rows, samples, confidence) for name, measure in MEASURES.items()}
+
+
+def bootstrap(measure: Callable[[Rows], float], rows: Rows, samples: Iterable[Rows], confidence: float) -> Figure:
+    """A measure of these rows, with the percentile bootstrap's interval from samples of them."""
+    drawn = np.array([measure(sample) for sample in samples])
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Figure(measure(rows), float(low), float(high))

@@ -47,7 +47,8 @@ class Budget:
             names = ", ".join(spent[:NAMED]) + (f" and {len(spent) - NAMED} more" if len(spent) > NAMED else "")
             raise BudgetExhausted(
                 f"the privacy budget does not bear another {event.path} release of record {names}",
-                remedy="leave these records out, or agree on a larger privacy.record_epsilon",
+                remedy="leave these records out, or agree on a larger privacy.record_epsilon"
+                + (" (or epsilon of a class in sensitivity.classes)" if subjects.budgets is not None else ""),
             )
         if not self._silo_bears(event.charges, self.accountant.silo):
             raise BudgetExhausted(

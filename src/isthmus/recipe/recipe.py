@@ -74,12 +74,18 @@ class Recipe(Section):
 
     def _affordable(self) -> None:
         """A budget that no release could keep to is refused here rather than at the first frame."""
-        budgets = {"record_epsilon": ("forward", "gradient"), "silo_epsilon": ("forward", "gradient", "update")}
-        for key, paths in budgets.items():
-            for path in paths if getattr(self.privacy, key) is not None else ():
+        of_records = ("forward", "gradient") if self.boundary.gradients else ("forward",)
+        classes = self.sensitivity.classes if self.sensitivity else {}
+        budgets = {
+            "privacy.record_epsilon": (self.privacy.record_epsilon, of_records),
+            "privacy.silo_epsilon": (self.privacy.silo_epsilon, (*of_records, "update")),
+            **{f"sensitivity.classes.{name}.epsilon": (one.epsilon, of_records) for name, one in classes.items()},
+        }
+        for key, (budget, paths) in budgets.items():
+            for path in paths if budget is not None else ():
                 if not getattr(self.boundary, path).bounded:
                     raise ValueError(
-                        f"privacy.{key}: what leaves by boundary.{path} has no clip or no noise, so no finite epsilon; "
+                        f"{key}: what leaves by boundary.{path} has no clip or no noise, so no finite epsilon; "
                         f"give boundary.{path} both, or leave the budget out"
                     )
 

@@ -25,7 +25,7 @@ class SensitivityClass(Section):
     noise: Positive = 1.0
     """Standard deviation of its noise, relative to the other classes'. The average power stays the boundary's."""
     epsilon: Positive | None = None
-    """Budget of a record that holds any text of this class; left out: the silo's."""
+    """Budget of a record that holds any text of this class; left out: ``privacy.record_epsilon``."""
 
 
 class SensitivitySection(Section):

@@ -39,9 +39,10 @@ class Ending:
 class Released:
     """Gives each example a number, and releases it if that never happened before.
 
-    A number is 64 bits of a hash, keyed by a secret of this silo, over the tokens, the base model and what secures and
-    encodes the states. So a silo that starts again knows its releases, other text or another bottom never passes for
-    one (but by a chance of n²/2⁶⁵ among n examples), and numbers tell the trunk only which examples are the same.
+    A number is 64 bits of a hash, keyed by a secret of this silo, over the tokens, the base model, the bottleneck and
+    what secures and encodes the states. So a silo that starts again knows its releases, other text or another bottom
+    never passes for one (but by a chance of n²/2⁶⁵ among n examples), and numbers tell the trunk only which examples
+    are the same.
 
     The bytes stay in the silo too: what the trunk has forgotten goes again as it was. Noise drawn anew would be a
     second release.
@@ -71,6 +72,8 @@ class Released:
         told = [fingerprint, str(recipe.model.bottom), recipe.model.dtype, secured, recipe.boundary.codec.forward_up]
         if recipe.sensitivity is not None:
             told.append(recipe.sensitivity.model_dump_json())
+        if (down_WD := tensor_of(bottom, DOWN)) is not None:
+            told.append(hashlib.blake2b(down_WD.detach().cpu().numpy().tobytes()).hexdigest())
         self._hash = hashlib.blake2b("\n".join(told).encode(), key=read_secret(folder / "secret"), digest_size=8)
 
     def number(self, example: Ending) -> int:

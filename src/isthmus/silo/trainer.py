@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SiloSection
-from isthmus.silo.data import Batch, Tokens, batches, collate, tokenize
+from isthmus.silo.data import Batch, Tokens, collate, tokenize
 from isthmus.tasks import metrics
 from isthmus.tasks.prompts import read_examples
 
@@ -73,11 +72,6 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: 
     loss.backward()
     optimizer.step()
     return Step(float(loss.detach()), batch.supervised, batch.tokens, time.perf_counter() - started)
-
-
-def training_batches(data: SiloData, size: int, seed: str) -> Iterator[Batch]:
-    """Endless batches of a silo's training rows (see ``data.batches``)."""
-    return (collate(rows, data.pad) for rows in batches(data.train, size, seed))
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ def start(once_model: Path, tmp_path: Path) -> Iterator[Start]:
         *, noise: float = 0.1, codec: str = "fp32", kept_bytes: int = 2**30, ledger: Any = None, **sections: Any
     ) -> Party:
         boundary = {"release_once": True, "forward": {"noise": noise}, "codec": codec}
+        boundary |= sections.pop("boundary", {})
         recipe = make_recipe(
             once_model,
             lora={"freeze_bottom": True},

@@ -38,8 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model("llama", tmp_path_factory.mktemp("model"))
 
 
-def model_of(split: Split, folder: Path, codecs: Any) -> SplitForCausalLM:
-    model, _ = split(make_recipe(folder, boundary={"codec": codecs}), generator=torch.Generator().manual_seed(0))
+def model_of(split: Split, folder: Path, codecs: Any, width: int | None = None) -> SplitForCausalLM:
+    boundary = {"codec": codecs} if width is None else {"codec": codecs, "width": width}
+    model, _ = split(make_recipe(folder, boundary=boundary), generator=torch.Generator().manual_seed(0))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
@@ -76,8 +77,20 @@ def test_loss_and_gradients_are_near_those_of_fp32(
     assert 0 < (found - exact).norm() / exact.norm() <= gradient_off
 
 
-def test_generation_through_int8(split: Split, folder: Path) -> None:
-    answer = model_of(split, folder, "int8").generate(
+@pytest.mark.parametrize("width", [1, 6, 31])
+def test_a_narrow_crossing_in_int8_is_near_one_in_fp32(width: int, split: Split, folder: Path) -> None:
+    """No multiple of a codec's block, down to a single number a token."""
+    exact_loss, exact = gradients(model_of(split, folder, "fp32", width))
+    model = model_of(split, folder, "int8", width)
+    loss, found = gradients(model)
+    assert abs(loss / exact_loss - 1) <= 0.01
+    assert 0 < (found - exact).norm() / exact.norm() <= 0.05
+    assert model.bottom.model.get_parameter("boundary_down.weight").grad is not None
+
+
+@pytest.mark.parametrize("width", [None, 6])
+def test_generation_through_int8(width: int | None, split: Split, folder: Path) -> None:
+    answer = model_of(split, folder, "int8", width).generate(
         torch.tensor([[5, 6, 7]]), max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0
     )
     assert answer.shape == (1, 23)

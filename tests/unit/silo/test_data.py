@@ -18,7 +18,7 @@ from isthmus.recipe import Recipe
 from isthmus.silo import trainer
 from isthmus.silo.data import IGNORED, Tokens, batches, collate, positions, tokenize
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData, evaluate, train_step, training_batches
+from isthmus.silo.trainer import SiloData, evaluate, train_step
 from isthmus.tasks.prompts import Example
 from tests.conftest import make_recipe, save_tiny_model, uncut, write_rows
 
@@ -120,13 +120,6 @@ def test_batches_give_every_row_once_a_pass(count: int, size: int, seed: str) ->
 def test_another_seed_gives_another_order() -> None:
     rows = [Tokens([number], [number]) for number in range(50)]
     assert next(batches(rows, 50, "0/a/1")) != next(batches(rows, 50, "0/a/2")) != rows
-
-
-def test_training_batches_are_collated(folder: Path, tmp_path: Path) -> None:
-    data = silo_data(folder, tmp_path)
-    batch = next(training_batches(data, 4, "s"))
-    assert torch.equal(batch.input_ids, collate(next(batches(data.train, 4, "s")), data.pad).input_ids)
-    assert data.pad == 0
 
 
 def log_probabilities(model: PreTrainedModel, row: Tokens) -> torch.Tensor:

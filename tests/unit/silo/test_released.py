@@ -128,6 +128,8 @@ def test_numbers_tell_secret_text_model_and_mechanism_apart(start: Start, tmp_pa
         start(model={"path": str(other)}),
         start(model={"bottom": 2}),
         start(model={"dtype": "bfloat16"}),
+        start(boundary={"width": 6}),
+        start(boundary={"width": 6}, seed=1),
     ]
     for one in changed:
         shutil.copy(secret, one.folder / "silo" / "released" / "secret")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from isthmus.errors import DataError
+from isthmus.errors import BudgetExhausted, DataError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.packing import Packing
 from isthmus.privacy import attention
@@ -30,13 +30,15 @@ from tests.oracle.twins import FAMILIES, distance
 from tests.unit.silo.parties import Tap
 
 NOISE = 0.5
-CLASSES = {"high": {"noise": 3.0, "epsilon": 4.0}, "low": {"noise": 0.5}}
+CLASSES = {"high": {"noise": 3.0}, "low": {"noise": 0.5}}
 SECTION: dict[str, Any] = {"detectors": ["name"], "fields": {"who": "high", "note": "low"}, "classes": CLASSES}
 TASK = {"prompt": "{who} w4 w5 w6 {note} w7", "answer": "{told}"}
 ROWS = [
     {"who": f"w{20 + n} w{30 + n}", "note": " ".join(f"w{40 + m}" for m in range(n + 1)), "told": f"w{60 + n} w90 w8"}
     for n in range(5)
 ]
+CALIBRATED = {"mechanism": "dp_gaussian", "clip": 1.0, "epsilon": 1.0, "delta": 1e-5, "unit": "sequence"}
+BOUNDED = {"forward": CALIBRATED, "gradient": CALIBRATED}
 SENSITIVE = {*range(20, 25), *range(30, 35), 90}
 LITTLE = set(range(40, 46))
 
@@ -237,9 +239,26 @@ def test_examples_released_once_are_noised_and_averted_alike(start: Start) -> No
 
 
 def test_the_budget_of_a_row_is_that_of_its_most_sensitive_text(start: Start) -> None:
-    one = start()
+    one = start(section={"classes": {"high": {"epsilon": 4.0}, "low": {"epsilon": 5.0}}}, boundary=BOUNDED)
     rows = [row.prompt for row in one.data.train]
     assert one.silo.trunk.register.subjects(rows, [1] * len(rows)).budgets == (4.0,) * len(rows)
+
+
+def test_a_classes_budget_stops_its_records_alone(start: Start) -> None:
+    """A release costs an epsilon of 1, two cost 1.5 together, three 1.8: rows of the class bear two."""
+    own = {"fields": {"who": "low"}, "detectors": {}, "names": None, "classes": {"low": {"epsilon": 1.6}}}
+    one = start(section=own, boundary=BOUNDED)
+    known, other = [row.input for row in one.data.train], [[4, 5, 6]]
+    for _ in range(2):
+        with torch.no_grad():
+            one.silo.model(input_ids=torch.tensor(known[:1]), use_cache=False)
+            one.silo.model(input_ids=torch.tensor(other), use_cache=False)
+    both = [*known[:2], *other]
+    lengths = list(map(len, both))
+    assert one.silo.trunk.affordable(both, lengths, train=False) == [False, True, True]
+    with torch.no_grad(), pytest.raises(BudgetExhausted) as caught:
+        one.silo.model(input_ids=torch.tensor(known[:1]), use_cache=False)
+    assert "sensitivity.classes" in caught.value.remedy
 
 
 @pytest.mark.parametrize("body", ["raise ValueError('no')", "return [(0, 10**6, 'high')]", "return 7"])

@@ -189,8 +189,8 @@ def test_budgets_outlast_the_process(folder: Path, tmp_path: Path) -> None:
     trunk, root = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root"))
     again = worker_of(recipe, run, "a", trunk, root)
     assert again._silo.boundary.budget.epsilon == pytest.approx(worker._silo.boundary.budget.epsilon)
-    rows = [row.prompt + row.answer for row in again._data.train]
-    assert again._silo.trunk.affordable(rows) == [False] * len(rows)
+    rows = [row.input for row in again._data.train]
+    assert again._silo.trunk.affordable(rows, list(map(len, rows))) == [False] * len(rows)
     again.close()
     trunk.stop()
 
@@ -232,12 +232,15 @@ def test_what_was_released_once_costs_only_its_gradient_later(folder: Path, tmp_
     boundary = {"forward": CALIBRATED, "gradient": CALIBRATED, "release_once": True}
     recipe = recipe_of(folder, boundary=boundary, lora={"freeze_bottom": True}, train={"steps": 99})
     party = Party(recipe, tmp_path)
-    rows = [row.prompt + row.answer for row in ROWS]
+    rows = [row.input for row in ROWS]
+    lengths = list(map(len, rows))
     for _ in range(2 * STEPS - 1):
-        assert party.trunk.affordable(rows) == [True] * len(rows)
+        assert party.trunk.affordable(rows, lengths) == [True] * len(rows)
         party.epoch()
-    assert party.trunk.affordable(rows) == [False] * len(rows)
-    assert party.trunk.affordable(rows, train=False) == [True] * len(rows)  # measuring on them costs nothing more
+    assert party.trunk.affordable(rows, lengths) == [False] * len(rows)
+    assert party.trunk.affordable(rows, lengths, train=False) == [True] * len(
+        rows
+    )  # measuring on them costs nothing more
     assert len(party.charged()) == len(rows)
     with pytest.raises(BudgetExhausted, match="gradient"):
         party.epoch()
