@@ -34,6 +34,7 @@ COMMANDS = {
         "--colluder=",
         "--public=",
         "--inference/--no-inference=False",
+        "--references=2",
     ],
     "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1"],
 }

@@ -1,22 +1,31 @@
-"""The inversion attacks by name: each turns a view into the tokens of its sequences."""
+"""The attacks by name: each turns what an adversary knows into what it finds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from isthmus.attacks.decoder import write
+from isthmus.attacks.found import Found, Tokens
 from isthmus.attacks.inverters import invert
 from isthmus.attacks.knowledge import Knowledge
 from isthmus.attacks.matching import match
+from isthmus.attacks.members import infer_membership
 from isthmus.attacks.published import Schedule, decode_as_published
+from isthmus.attacks.readings import find_labels, read_returned, recover_responses
+from isthmus.attacks.searches import match_gradients, search_exactly
 
 Inversion = Callable[[Knowledge], list[list[int]]]
+Attack = Callable[[Knowledge], Found]
 
 
 def invert_linearly(knowledge: Knowledge) -> list[list[int]]:
     """The linear inverter's best token at every vector of every sequence."""
     crossings = knowledge.view.needs("crossings", "pairs").crossings
     return [knowledge.linear.best(crossing.hidden_LD.float(), 1)[:, 0].tolist() for crossing in crossings]
+
+
+def _as_found(inversion: Inversion) -> Attack:
+    return lambda knowledge: Tokens(inversion(knowledge))
 
 
 INVERSIONS: dict[str, Inversion] = {
@@ -27,5 +36,15 @@ INVERSIONS: dict[str, Inversion] = {
     "published": decode_as_published,
     "published-mended": lambda knowledge: decode_as_published(knowledge, Schedule(mended=True)),
 }
+"""By hidden states: they learn from the adversary's own rows."""
+ATTACKS: dict[str, Attack] = {
+    **{name: _as_found(inversion) for name, inversion in INVERSIONS.items()},
+    "labels": find_labels,
+    "lens": read_returned,
+    "responses": recover_responses,
+    "dager": search_exactly,
+    "gradient-matching": match_gradients,
+    "membership": infer_membership,
+}
 USUAL = ("linear", "matching", "transformer")
-"""Those made unless others are asked for: the others take long, or are there for comparison."""
+"""Those made unless others are asked for: the others take long, or see something else, or are there for comparison."""

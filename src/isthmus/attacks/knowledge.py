@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from isthmus.attacks.linear import LinearInverter, ridge
 from isthmus.attacks.view import Pair, View
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.cut import Cut, Part, load_part
+from isthmus.model.cut import Cut, Part, PartName, load_part
 
 CALIBRATION = 128
 """Rows of the adversary's own that tell how what arrives differs from what bottom gives."""
@@ -49,12 +49,15 @@ class Tail:
 class Knowledge:
     """Models and estimates, each made when it is first asked for.
 
+    Args:
+        references: models that it may train of its own, to compare the final one with.
+
     Raises:
         ModelError: the public model's folder is unusable.
     """
 
-    def __init__(self, view: View) -> None:
-        self.view = view
+    def __init__(self, view: View, references: int = 0) -> None:
+        self.view, self.references = view, references
         self._checkpoint = Checkpoint(str(view.folder))
 
     @cached_property
@@ -69,6 +72,39 @@ class Knowledge:
         adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=True)
         adapters.load_adapter(part, self.view.adapters)
         return part.requires_grad_(False).eval()
+
+    @cached_property
+    def top(self) -> Part:
+        """The silo's top, likewise, in fp32."""
+        return self.equipped("top").requires_grad_(False)
+
+    @cached_property
+    def trunk(self) -> Part:
+        """The trunk, likewise, in fp32."""
+        return self.equipped("trunk").requires_grad_(False)
+
+    def equipped(self, name: PartName) -> Part:
+        """A part, in fp32, with all that the recipe has it learn, as far as this adversary knows that."""
+        part = load_part(self._checkpoint, self.cut, name)
+        adapters.equip(part, self.view.recipe)
+        adapters.load_adapter(part, {**self.view.adapters, **self.view.trunk_adapter})
+        return part.eval()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The public one."""
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.view.folder)
+        return tokenizer
+
+    @property
+    def choices(self) -> list[list[int]]:
+        """The tokens of each possible answer, which the recipe tells; none for free text."""
+        return [self.tokenizer(one, add_special_tokens=False)["input_ids"] for one in self.view.recipe.task.choices]
+
+    @property
+    def ending(self) -> int | None:
+        """The token that closes every answer, if answers are free text."""
+        return None if self.view.recipe.task.choices else self.tokenizer.eos_token_id
 
     @cached_property
     def language_model(self) -> Any:

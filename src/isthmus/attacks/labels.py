@@ -76,6 +76,15 @@ def agreement(groups: Sequence[int], labels: Sequence[int]) -> float:
     return float(counts[rows, columns].sum() / len(labels))
 
 
+def named(groups: Sequence[int], labels: Sequence[int]) -> list[int]:
+    """Each row's label, by the naming of the groups that ``agreement`` takes: it favours the attack."""
+    kinds = sorted({*groups, *labels})
+    counts = confusion_matrix(labels, groups, labels=kinds)
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    names = {kinds[column]: kinds[row] for row, column in zip(rows, columns, strict=True)}
+    return [names[group] for group in groups]
+
+
 class LabelClassifier:
     """Learns labels from gradients whose labels are known.
 

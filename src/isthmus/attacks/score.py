@@ -83,6 +83,20 @@ def score(
     return _figures(rows, resamples, confidence, random.Random(seed))
 
 
+def share(right: Sequence[bool], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> Figure:
+    """The share of rows that are right (percentile bootstrap over rows).
+
+    Raises:
+        AttackError: there are none.
+    """
+    if not right:
+        raise AttackError("no row to score", remedy="attack some")
+    draw = random.Random(seed)
+    drawn = sorted(fmean(draw.choices(right, k=len(right))) for _ in range(resamples))
+    tail = int((1 - confidence) / 2 * resamples)
+    return Figure(fmean(right), drawn[tail], drawn[-1 - tail])
+
+
 def laid(truth: Sequence[int], guess: Sequence[int]) -> list[int]:
     """The guess with as many tokens as the truth, laid at the end that agrees more (the beginning, if both do)."""
     length, missing = len(truth), max(len(truth) - len(guess), 0)

@@ -3,9 +3,9 @@
 ==============  ==================================================================================================
 ``trunk``       each sequence's length, its secured hidden states and loss gradients, its own answers
 ``trunk+silo``  the same; and, of one colluding silo, the adapters of both ends and as many rows of its own text as
-                it cares to push through its own boundary, with what arrived of each
-``aggregator``  each silo's update with its round and weight; the shared adapters
-``outsider``    the final adapters
+                it cares to push through its own boundary, with what arrived of each, and of its own training steps
+``aggregator``  each silo's update with its round, weight and, pooled with the trunk, lengths; the shared adapters
+``outsider``    the final adapters; rows to ask about; of a silo that tells, rows of the same kind
 ==============  ==================================================================================================
 
 All know the public base model, its tokenizer and the recipe (but for where the silos' files are).
@@ -66,6 +66,16 @@ class Pair:
 
     tokens: tuple[int, ...]
     crossing: Crossing
+    answer: tuple[int, ...] = ()
+    """Where it trained: its answer, which ``tokens`` hold but for the last."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row in the clear, in tokens, that an adversary has."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +86,8 @@ class Contribution:
     round: int
     weight: float
     tensors: Tensors
+    lengths: tuple[int, ...] = ()
+    """Of the sequences behind it that crossed, which the trunk knows, if it pools with the root."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +101,13 @@ class View:
     """The public base model and its tokenizer."""
     crossings: tuple[Crossing, ...] = ()
     pairs: tuple[Pair, ...] = ()
+    taught: tuple[Pair, ...] = ()
+    """Of the colluding silo's training steps, whose gradients came up like everybody's."""
     contributions: tuple[Contribution, ...] = ()
+    asked: tuple[Row, ...] = ()
+    """Of which it wants to know whether they were trained on."""
+    own: tuple[Row, ...] = ()
+    """To train models of its own on; none of ``asked`` is among them."""
     adapters: Tensors = field(default_factory=dict)
     """The ends' adapters, by uncut name, as far as this adversary knows them."""
     trunk_adapter: Tensors = field(default_factory=dict)
@@ -116,17 +134,24 @@ def trunk_view(
     return View("trunk", known(recipe), folder, crossings, pairs, trunk_adapter=trunk_adapter)
 
 
-def colluding_view(alone: View, pairs: tuple[Pair, ...], adapters: Tensors) -> View:
+def colluding_view(alone: View, pairs: tuple[Pair, ...], adapters: Tensors, taught: tuple[Pair, ...] = ()) -> View:
     """Of the trunk with a silo that joined it: that silo's pairs and adapters added."""
-    return replace(alone, adversary="trunk+silo", pairs=pairs, adapters=adapters)
+    return replace(alone, adversary="trunk+silo", pairs=pairs, adapters=adapters, taught=taught)
 
 
 def aggregator_view(recipe: Recipe, folder: Path, contributions: tuple[Contribution, ...], shared: Tensors) -> View:
     return View("aggregator", known(recipe), folder, contributions=contributions, adapters=shared)
 
 
-def outsider_view(recipe: Recipe, folder: Path, adapters: Tensors, trunk_adapter: Tensors) -> View:
-    return View("outsider", known(recipe), folder, adapters=adapters, trunk_adapter=trunk_adapter)
+def outsider_view(
+    recipe: Recipe,
+    folder: Path,
+    adapters: Tensors,
+    trunk_adapter: Tensors,
+    asked: tuple[Row, ...] = (),
+    own: tuple[Row, ...] = (),
+) -> View:
+    return View("outsider", known(recipe), folder, asked=asked, own=own, adapters=adapters, trunk_adapter=trunk_adapter)
 
 
 def known(recipe: Recipe) -> Recipe:

@@ -171,7 +171,9 @@ def export(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="Folder to
 @app.command()
 def attack(
     target: Annotated[Path, typer.Argument(help="A run directory, or a recipe to try out.")],
-    adversary: Annotated[list[str], typer.Option(help="trunk or trunk+silo; may be given again.")] = ["trunk+silo"],  # noqa: B006
+    adversary: Annotated[
+        list[str], typer.Option(help="trunk, trunk+silo, aggregator or outsider; may be given again.")
+    ] = ["trunk+silo"],  # noqa: B006
     attack: Annotated[Optional[list[str]], typer.Option(help="Which; may be given again.")] = None,  # noqa: UP045
     rows: Annotated[int, typer.Option(min=1, help="Rows of the victim.")] = 40,
     own_rows: Annotated[int, typer.Option(min=2, help="Rows that the adversary learns from, at most.")] = 1000,
@@ -179,6 +181,7 @@ def attack(
     colluder: Annotated[Optional[str], typer.Option(help="A silo; the first other by default.")] = None,  # noqa: UP045
     public: Annotated[Optional[Path], typer.Option(help="Public text to learn from, a row a line.")] = None,  # noqa: UP045
     inference: Annotated[bool, typer.Option(help="Attack answers to the prompts, not training.")] = False,
+    references: Annotated[int, typer.Option(min=0, help="Models trained to compare with, for membership.")] = 2,
 ) -> None:
     """Try to recover a silo's text from what an adversary sees of it."""
     from rich.console import Console
@@ -197,6 +200,7 @@ def attack(
         own_rows,
         public,
         inference,
+        references,
     )
     results = make_attacks(source, order, typer.echo)
     Console().print(table(results))

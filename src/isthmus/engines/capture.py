@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,8 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory, RunDirectory
 from isthmus.silo.data import Tokens, collate
-from isthmus.silo.join import Silo, greeting, join
+from isthmus.silo.join import Silo, greeting, join, known_data
+from isthmus.silo.trainer import evaluate
 from isthmus.silo.worker import Worker
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
@@ -92,13 +93,26 @@ class Silence:
 
 
 def capture_rows(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
-    """One training step each of these rows of a silo (forward and backward, no optimizer step)."""
+    """One training step each of these rows of a silo (forward and backward, no optimizer step).
+
+    Steps have as many rows as the recipe's, and weights as their commits would tell.
+    """
+    size, weights = source.recipe.train.batch, list[float]()
     with torch.enable_grad(), opened_trunk(source) as service, tapped(source, name, service) as (silo, tap):
-        for start in range(0, len(rows), BATCH):
+        for start in range(0, len(rows), size):
             silo.model.zero_grad()
-            batch = collate(list(rows[start : start + BATCH]), _pad(silo))
+            batch = collate(list(rows[start : start + size]), _pad(silo))
             silo.model(**batch.inputs()).loss.backward()
-        return Captured(crossings_of(name, tap.exchanges), tuple(tuple(row.input) for row in rows))
+            weights += [float(batch.supervised)] * len(batch.input_ids)
+        crossings = zip(crossings_of(name, tap.exchanges), weights, strict=True)
+        weighed = tuple(replace(crossing, weight=weight) for crossing, weight in crossings)
+        return Captured(weighed, tuple(tuple(row.input) for row in rows))
+
+
+def measure(source: Source, name: str, rows: list[Tokens]) -> float:
+    """The task's accuracy on these rows of a silo, where answers are choices."""
+    with opened_trunk(source) as service, tapped(source, name, service) as (silo, _):
+        return evaluate(silo.model, known_data(source.recipe, name, silo), rows)["accuracy"]
 
 
 def capture_answers(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
@@ -138,13 +152,14 @@ def capture_round(source: Source, name: str) -> tuple[Contribution, ...]:
         if source.completed:
             root.save_round(source.completed, {"shared": dict(source.shared())})
         tap = Tap(LoopbackChannel(RootService(recipe, root), name))
-        trunk = LoopbackChannel(service, name, greeting=greeting(Checkpoint(recipe.model.path), recipe))
+        trunk = Tap(LoopbackChannel(service, name, greeting=greeting(Checkpoint(recipe.model.path), recipe)))
         worker = Worker(recipe, name, RoleDirectory(Path(temporary) / name), trunk=trunk, root=tap)
         try:
             worker.run()
         finally:
             worker.close()
-        return contributions_of(name, tap.exchanges)
+        lengths = tuple(one.length for one in crossings_of(name, trunk.exchanges) if one.kind == "train")
+        return tuple(replace(one, lengths=lengths) for one in contributions_of(name, tap.exchanges))
 
 
 @contextmanager

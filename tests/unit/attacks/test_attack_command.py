@@ -10,7 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from isthmus.engines.attack import NAME, Order, attack, note, opened, sampled, table
+from isthmus.engines.attack import NAME, Order, attack, note, opened, table
+from isthmus.engines.bench import sampled
 from isthmus.engines.capture import Source
 from isthmus.errors import AttackError, RunError
 from isthmus.federation.root import RootService
