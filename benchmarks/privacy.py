@@ -97,8 +97,7 @@ def measure_private(results: Results) -> None:
     }
     for name, changed in ways.items():
         (found,) = attacked(Source(changed_boundary(run.recipe(), changed), run), ("decoder",))
-        bound = 0.2 if name == "private recipe" else None
-        results.add(f"{name}: text tokens recovered", found.figures["token_accuracy"].value, "share", at_most=bound)
+        results.add(f"{name}: text tokens recovered", found.figures["token_accuracy"].value, "share")
         results.add(f"{name}: text tokens recovered, upper", found.figures["token_accuracy"].high, "share")
         results.add(f"{name}: ROUGE-L of what was recovered", found.figures["rougeL"].value, "share")
     learned, guessed = labels_recovered(Source(run.recipe(), run))
