@@ -68,7 +68,7 @@ def test_the_shipped_recipe_names_every_key() -> None:
     }
     assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == calibrated | {
         *("threads", "root.minimum", "trunk.average_every", "trunk.dtype"),
-        *("boundary.tail", "boundary.width", "sensitivity"),
+        *("boundary.tail", "boundary.width", "boundary.defence", "sensitivity"),
         *("privacy.record_epsilon", "privacy.silo_epsilon"),
     }
 
@@ -140,6 +140,8 @@ def test_an_unknown_key_names_the_nearest_known(key: str, near: str) -> None:
         ("boundary.gradient.clip", "1"),
         ("boundary.update.clip", math.inf),
         ("boundary.release_once", "yes"),
+        ("boundary.defence.inverter", -1.0),
+        ("boundary.defence.answer", math.inf),
         ("wire.deadline", 0.0),
         ("wire.max_frame_bytes", 0),
         ("trunk.lease", -1.0),
@@ -208,6 +210,14 @@ def test_an_epsilon_or_delta_that_means_nothing(key: str, value: dict[str, Any])
     assert error.remedy.startswith(f"correct the value of {key}.")
 
 
+def test_a_frozen_bottom_cannot_learn_a_defence() -> None:
+    values = values_with("boundary.defence", {"inverter": 1.0})
+    values["lora"] = {"freeze_bottom": True}
+    error = refused(values)
+    assert "boundary.defence: a frozen bottom learns nothing" in error.message
+    assert error.remedy == "set lora.freeze_bottom = false"
+
+
 def test_budgets_where_everything_is_bounded() -> None:
     values = values_with("privacy", {"record_epsilon": 5.0, "silo_epsilon": 9.0, "delta": 1e-6})
     values["boundary"] = {"forward": DP, "gradient": METRIC | {"clip": 1.0}, "update": {"clip": 1.0, "noise": 0.5}}
@@ -228,6 +238,8 @@ def test_budgets_where_everything_is_bounded() -> None:
         ("root.minimum", 3, "root.minimum: 3 silos needed but 2 listed", "lower it"),
         ("train.evaluate", True, "train.evaluate: no silo has held_out rows", "set evaluate = false"),
         ("boundary.release_once", True, "boundary.release_once: a bottom that trains", "lora.freeze_bottom = true"),
+        ("boundary.defence", {"answer": 1.0, "capacity": 0.1}, "boundary.defence.capacity: without noise", "add both"),
+        ("boundary", {"gradients": False, "defence": {}}, "boundary.defence: no loss", "boundary.residual = true"),
         ("boundary.forward", DP | {"clip": 0.0}, "clip: the mechanism 'dp_gaussian' needs it", "add clip"),
         ("boundary.forward", DP | {"noise": 0.1}, "noise: the mechanism 'dp_gaussian' does not", "leave noise out"),
         ("boundary.update", {"epsilon": 1.0}, "epsilon: the mechanism 'gaussian' does not", "leave epsilon out"),

@@ -42,6 +42,18 @@ def crossing(
     return real_BL & (place_BL > end_B1 - tail)
 
 
+def wanted(
+    real_BL: torch.Tensor, labels_BK: torch.Tensor | None, targets_BK: torch.Tensor | None
+) -> torch.Tensor | None:
+    """What each position should predict, ``[B, L]``, ``IGNORED`` where nothing is said; None if there are no labels."""
+    if targets_BK is None:
+        if labels_BK is None:
+            return None
+        targets_BK = torch.nn.functional.pad(labels_BK[:, 1:], (0, 1), value=IGNORED)
+    missing = real_BL.shape[1] - targets_BK.shape[1]
+    return torch.nn.functional.pad(targets_BK, (missing, 0), value=IGNORED)
+
+
 def before_last(real_BL: torch.Tensor, crosses_BL: torch.Tensor) -> torch.Tensor:
     """``[B, L]``, true for each row's tokens up to the last that crosses."""
     return real_BL & (crosses_BL.flip(1).cumsum(dim=1).flip(1) > 0)

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from isthmus.errors import DataError
 from isthmus.model import adapters
 from isthmus.model.cache import SplitCache, TrunkSession
-from isthmus.model.crossing import before_last, crossing
+from isthmus.model.crossing import before_last, crossing, wanted
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.recipe import LoraSection
@@ -72,6 +72,16 @@ class Shield(Protocol):
         ...
 
 
+class Guard(Protocol):
+    """Teaches bottom what may cross."""
+
+    def __call__(
+        self, h_BLD: torch.Tensor, packing: Packing, rows: list[list[int]], targets_T: torch.Tensor, share: float = 1.0
+    ) -> torch.Tensor:
+        """``h_BLD`` as it is, with a gradient of its own on top of the one it gets (see ``silo.guard``)."""
+        ...
+
+
 @runtime_checkable
 class Drafting(Protocol):
     """An assistant model with a candidate generator of its own."""
@@ -119,6 +129,8 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         self.trunk = trunk
         self.shield: Shield | None = None
         """Runs bottom in its stead."""
+        self.guard: Guard | None = None
+        """Adds to bottom's gradient in training."""
 
     @property
     def ends(self) -> tuple[Part, Part]:
@@ -165,7 +177,8 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         asked = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else 1
         tail = None if past else self.tail
         crosses_BL = crossing(real_BL, tail, labels, kwargs.get("shift_labels"), asked=asked)
-        h_BLD = self._through_trunk(input_ids, inputs_embeds, cache, real_BL, crosses_BL, shared)
+        targets_BL = wanted(real_BL, labels, kwargs.get("shift_labels")) if torch.is_grad_enabled() else None
+        h_BLD = self._through_trunk(input_ids, inputs_embeds, cache, (real_BL, crosses_BL), targets_BL, shared)
         h_BLD, shared = self.for_top(h_BLD, crosses_BL, cache, logits_to_keep, shared)
         output = self.top.model(
             inputs_embeds=h_BLD,
@@ -225,14 +238,19 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         cache: SplitCache | None,
-        real_BL: torch.Tensor,
-        crosses_BL: torch.Tensor,
+        places: tuple[torch.Tensor, torch.Tensor],
+        targets_BL: torch.Tensor | None,
         shared: dict[str, Any],
     ) -> torch.Tensor:
         """Bottom and trunk, ``[B, L, D]``; where nothing crosses, zero or the residual.
 
         What left before, bottom does not even run.
+
+        Args:
+            places: which positions are real, and which of them cross.
+            targets_BL: of a step that trains: what each should predict.
         """
+        real_BL, crosses_BL = places
         packing = Packing(crosses_BL)
         if 0 in packing.lengths:
             raise DataError("a row of padding only", remedy="drop rows without a token")
@@ -240,6 +258,8 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and rows is not None and not self.residual and _releases_once(self.trunk):
             return packing.unpack(self.trunk.from_rows(rows, packing.lengths))
         h_BLD = self.through_bottom(cache, input_ids=input_ids, inputs_embeds=inputs_embeds, **shared)
+        if self.guard is not None and rows is not None and targets_BL is not None:
+            h_BLD = self.guard(h_BLD, packing, rows, targets_BL[crosses_BL])
         session = None if cache is None else cache.session
         g_TD = self.trunk(packing.pack(h_BLD), packing.lengths, session, rows)
         g_BLD = packing.unpack(g_TD, h_BLD if self.residual else None)

@@ -35,6 +35,10 @@ from isthmus.recipe import ReleaseSection
 class Mechanism(Protocol):
     """Clips and noises a tensor, and describes what it did as an event."""
 
+    def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
+        """The tensor within the bound, float32 ``[T, D]``, with a gradient. Clipped again, only last bits change."""
+        ...
+
     def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
         """The secured tensor, float32 ``[T, D]`` on the device of ``h_TD``, detached.
 
@@ -62,9 +66,11 @@ class Gaussian:
     name: events.Mechanism = "gaussian"
     unit: ClassVar[events.Unit] = "token"
 
+    def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
+        return _clip_rows(h_TD.to(torch.float32), self.clip)
+
     def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
-        h_TD = _clip_rows(h_TD.detach().to(torch.float32), self.clip)
-        return _add_normal(h_TD, self.noise, subjects, noise)
+        return _add_normal(self.clipped(h_TD.detach(), subjects), self.noise, subjects, noise)
 
     def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
         def cost(factors_T: torch.Tensor) -> float:
@@ -90,8 +96,8 @@ class SequenceGaussian:
     name: ClassVar[events.Mechanism] = "dp_gaussian"
     unit: ClassVar[events.Unit] = "sequence"
 
-    def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
-        h_TD = h_TD.detach().to(torch.float32)
+    def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
+        h_TD = h_TD.to(torch.float32)
         norms_T = h_TD.norm(dim=1).double()
         if subjects.factors_T is not None:
             norms_T = norms_T / subjects.factors_T.to(norms_T)
@@ -99,8 +105,10 @@ class SequenceGaussian:
         norms_S = torch.stack([piece.norm() for piece in pieces]).clamp_min(1e-30)
         scale_S = (self.clip / norms_S).clamp_max(1.0).to(torch.float32)
         lengths_S = torch.tensor(subjects.lengths, device=h_TD.device)
-        h_TD = h_TD * scale_S.repeat_interleave(lengths_S).unsqueeze(1)
-        return _add_normal(h_TD, self.noise, subjects, noise)
+        return h_TD * scale_S.repeat_interleave(lengths_S).unsqueeze(1)
+
+    def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
+        return _add_normal(self.clipped(h_TD.detach(), subjects), self.noise, subjects, noise)
 
     def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
         charges = _charges(subjects, lambda record, _: Charge(record, (2 * self.clip / self.noise) ** 2))
@@ -123,8 +131,11 @@ class Metric:
     name: ClassVar[events.Mechanism] = "metric"
     unit: ClassVar[events.Unit] = "token"
 
+    def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
+        return _clip_rows(h_TD.to(torch.float32), self.clip)
+
     def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
-        h_TD = _clip_rows(h_TD.detach().to(torch.float32), self.clip)
+        h_TD = self.clipped(h_TD.detach(), subjects)
         rows, width = h_TD.shape
         direction_TD = noise.normal(rows, width)
         length_T = noise.gamma(rows, width) / self.epsilon

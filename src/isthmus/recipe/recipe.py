@@ -65,12 +65,25 @@ class Recipe(Section):
             raise ValueError(
                 "boundary.release_once: a bottom that trains gives new states each time; set lora.freeze_bottom = true"
             )
+        self._defensible()
         for field in self.sensitivity.fields if self.sensitivity else ():
             if field not in self.task.fields:
                 used = ", ".join(sorted(self.task.fields)) or "none"
                 raise ValueError(f"sensitivity.fields: no template has {field!r}; use one of: {used}")
         self._affordable()
         return self
+
+    def _defensible(self) -> None:
+        """A defence that could teach nobody anything, or measures what is not there, is refused."""
+        defence, boundary = self.boundary.defence, self.boundary
+        if defence is None:
+            return
+        if self.lora.freeze_bottom:
+            raise ValueError("boundary.defence: a frozen bottom learns nothing; set lora.freeze_bottom = false")
+        if not (boundary.residual or boundary.gradients):
+            raise ValueError("boundary.defence: no loss reaches bottom; set boundary.residual = true")
+        if defence.capacity and not boundary.forward.bounded:
+            raise ValueError("boundary.defence.capacity: without noise or clip a channel carries anything; add both")
 
     def _affordable(self) -> None:
         """A budget that no release could keep to is refused here rather than at the first frame."""

@@ -74,6 +74,22 @@ class CodecSection(Section):
     """The gradient for bottom from the trunk."""
 
 
+class DefenceSection(Section):
+    """What bottom and the bottleneck learn beside the task, so that what crosses tells the answer and little else.
+
+    Each is the weight of a term of the loss, in nats, at every training step. What weighs nothing is only measured.
+    """
+
+    answer: Amount = 0.0
+    """What crosses must tell the answer by itself to a small head that stays in the silo."""
+    inverter: Amount = 0.0
+    """What a simulated inverter, trained along, reads of the tokens out of what crosses: bottom unlearns to tell it."""
+    capacity: Amount = 0.0
+    """What the noisy channel could carry at most, given the power (before clipping) that bottom spends on it."""
+    correlation: Amount = 0.0
+    """Distance correlation, 0 to 1, between the tokens' embeddings and what crosses (NoPeek); for comparison."""
+
+
 class BoundarySection(Section):
     """What the silo's only exit does to the tensors that pass."""
 
@@ -95,6 +111,8 @@ class BoundarySection(Section):
     """
     gradients: bool = True
     """Loss gradients cross: the trunk's adapter trains. False: none leaves, and bottom trains by the residual alone."""
+    defence: DefenceSection | None = None
+    """Left out: bottom learns the task alone."""
     release_once: bool = False
     """Hidden states of an example leave once, noised once; the trunk keeps them, later epochs name them by a number.
 

@@ -74,6 +74,14 @@ class Boundary:
         self._note(event, len(matrix.data))
         return matrix
 
+    def clipped(self, h_TD: torch.Tensor, path: Path, subjects: Subjects) -> torch.Tensor:
+        """The tensor as it will be clipped, with a gradient, so that what is learned knows of the clipping."""
+        return self._mechanisms[path].clipped(h_TD, subjects).to(h_TD.dtype)
+
+    def rehearsed(self, h_TD: torch.Tensor, path: Path, subjects: Subjects) -> torch.Tensor:
+        """What a release would let out, drawn for the silo's own eyes: it must not leave, so nothing is charged."""
+        return self._mechanisms[path].secure(h_TD, subjects, self._noise)
+
     def release_update(self, tensors: Mapping[str, torch.Tensor], step: int) -> list[pb.Tensor]:
         """Secure an adapter update as one long row, in the order of the names, and encode it.
 

@@ -24,6 +24,7 @@ from isthmus.privacy.ledger import Ledger, MemoryLedger
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.guard import Guard
 from isthmus.silo.register import Register
 from isthmus.silo.released import Released
 from isthmus.silo.remote import RemoteTrunk
@@ -44,6 +45,8 @@ class Silo:
     tokenizer: PreTrainedTokenizerBase
     trunk: RemoteTrunk
     boundary: Boundary
+    guard: Guard | None = None
+    """Teaches bottom what may cross, if the recipe wants that."""
 
     @property
     def parts(self) -> tuple[Part, Part]:
@@ -94,8 +97,9 @@ def join(
     config = copy.deepcopy(checkpoint.config)
     model = SplitForCausalLM(config, bottom, trunk, top, tail=recipe.boundary.tail, residual=recipe.boundary.residual)
     model.shield = shield
+    model.guard = guard = _guard(recipe, model, trunk)
     model.generation_config = copy.deepcopy(_generation_config(checkpoint, model))
-    return Silo(model.eval(), tokenizer, trunk, boundary)
+    return Silo(model.eval(), tokenizer, trunk, boundary, guard)
 
 
 def open_register(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> Register:
@@ -181,6 +185,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _guard(recipe: Recipe, model: SplitForCausalLM, trunk: RemoteTrunk) -> Guard | None:
+    if recipe.boundary.defence is None:
+        return None
+    return Guard(recipe.boundary.defence, trunk, model.get_input_embeddings().get_parameter("weight"), recipe.seed)
 
 
 def _passing_folder(owner: object) -> Path:

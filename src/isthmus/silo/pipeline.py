@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from isthmus.model.crossing import before_last, crossing
+from isthmus.model.crossing import before_last, crossing, wanted
 from isthmus.model.packing import Packing
 from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.data import Batch
@@ -43,7 +43,7 @@ def pipelined_step(model: SplitForCausalLM, optimizer: torch.optim.Optimizer, ba
     assert isinstance(trunk, RemoteTrunk)
     started = time.perf_counter()
     optimizer.zero_grad()
-    sent = [_send(model, trunk, part) for part in batch.parts(micro_batches)]
+    sent = [_send(model, trunk, part, part.supervised / batch.supervised) for part in batch.parts(micro_batches)]
     losses = [_turn(model, trunk, part, part.batch.supervised / batch.supervised) for part in sent]
     for part in sent:
         _return(part, trunk.land(part.flight) if trunk.gradients else None)
@@ -51,8 +51,12 @@ def pipelined_step(model: SplitForCausalLM, optimizer: torch.optim.Optimizer, ba
     return Step(sum(losses), batch.supervised, batch.tokens, time.perf_counter() - started)
 
 
-def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch) -> MicroBatch:
-    """Through bottom, where that is not done once for all, and off to the trunk."""
+def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch, share: float) -> MicroBatch:
+    """Through bottom, where that is not done once for all, and off to the trunk.
+
+    Args:
+        share: of the step's supervised tokens that are this part's.
+    """
     real_BL = batch.attention_mask.bool()
     crosses_BL = crossing(real_BL, model.tail, None, batch.targets)
     packing = Packing(crosses_BL)
@@ -61,7 +65,10 @@ def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch) -> MicroBat
         flight = trunk.start_rows(rows, packing.lengths, train=trunk.gradients)
         return MicroBatch(batch, None, None, None, packing, flight)
     h_BLD = model.through_bottom(None, input_ids=batch.input_ids, use_cache=False, **_masks(batch))
-    h_TW = trunk.narrow(packing.pack(h_BLD))
+    targets_BL = wanted(real_BL, None, batch.targets)
+    if model.guard is not None and targets_BL is not None:
+        h_BLD = model.guard(h_BLD, packing, rows, targets_BL[crosses_BL], share)
+    h_TW = trunk.narrow(packing.pack(h_BLD), packing.lengths, rows)
     if trunk.releases_once:
         flight = trunk.start_rows(rows, packing.lengths, train=trunk.gradients)
     else:

@@ -93,7 +93,7 @@ class RemoteTrunk(nn.Module):
         session: RemoteSession | None,
         rows: list[list[int]] | None = None,
     ) -> torch.Tensor:
-        h_TW = self.narrow(h_TD)
+        h_TW = self.narrow(h_TD, lengths, rows)
         if session is not None:
             return self.join(h_TD, session.step(h_TW, lengths, rows))
         train = torch.is_grad_enabled() and self.gradients
@@ -105,8 +105,18 @@ class RemoteTrunk(nn.Module):
 
         return self.join(h_TD, _cross(h_TW, self, start) if train else self._landed(start()))
 
-    def narrow(self, h_TD: torch.Tensor) -> torch.Tensor:
-        """What of bottom's result crosses, ``[T, W]``: all of it, or its projection to the recipe's width."""
+    def narrow(self, h_TD: torch.Tensor, lengths: list[int], rows: list[list[int]] | None = None) -> torch.Tensor:
+        """What of bottom's result crosses, ``[T, W]``: all of it, or its projection to the recipe's width.
+
+        Where it has a gradient it is clipped here already, so that the gradient knows; the boundary clips everything.
+        """
+        h_TW = self.projected(h_TD)
+        if not (torch.is_grad_enabled() and h_TW.requires_grad):
+            return h_TW
+        return self.boundary.clipped(h_TW, "forward", self.register.subjects(rows, lengths))
+
+    def projected(self, h_TD: torch.Tensor) -> torch.Tensor:
+        """The same, not clipped yet."""
         return project(h_TD, self._layer(0, DOWN))
 
     def join(self, h_TD: torch.Tensor, g_TD: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
@@ -110,7 +111,7 @@ class Worker:
             self._silo.trunk.commit(plan.round, number, step.weight)
             weight += step.weight
             self._note_step(plan.round, number, step)
-        self._directory.save_round(plan.round, {"optimizer": self._optimizer.state_dict()})
+        self._directory.save_round(plan.round, self._state())
         self._state_of_round = plan.round
         if not self._silo.boundary.update_affordable():
             log.warning("round %d: the privacy budget does not bear an update", plan.round)
@@ -136,13 +137,22 @@ class Worker:
         return self._silo.trunk.affordable([row.input for row in rows], lengths, train=train)
 
     def _continue_from(self, completed: int) -> None:
-        """Bring the optimizer to its state after this round; a silo that has none of it starts afresh."""
+        """Bring optimizer and guard to their state after this round; a silo that has none of it starts afresh."""
         if self._state_of_round == completed:
             return
         self._optimizer = build_optimizer(self._parameters.values(), self._recipe.train)
+        state: dict[str, Any] = {}
         with suppress(RunError):
-            self._optimizer.load_state_dict(self._directory.load_round(completed)["optimizer"])
+            state = self._directory.load_round(completed)
+            self._optimizer.load_state_dict(state["optimizer"])
+        if self._silo.guard is not None:
+            self._silo.guard.load_state_dict(state.get("guard", {}))
         self._state_of_round = completed
+
+    def _state(self) -> dict[str, Any]:
+        """What this silo alone keeps from round to round."""
+        guard = self._silo.guard
+        return {"optimizer": self._optimizer.state_dict(), "guard": guard.state_dict() if guard is not None else {}}
 
     @torch.no_grad()
     def _load(self, shared: Mapping[str, torch.Tensor]) -> None:
@@ -172,8 +182,11 @@ class Worker:
 
     def _note_step(self, round: int, number: int, step: Step) -> None:
         channel, epsilon = self._silo.trunk.channel, self._silo.boundary.budget.epsilon
+        guard = self._silo.guard
+        told = {"told": asdict(guard.told)} if guard is not None else {}
         self._journal.append(
             _skipped(step.skipped)
+            | told
             | {
                 "event": "step",
                 "round": round,
