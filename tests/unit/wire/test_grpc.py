@@ -15,7 +15,7 @@ import pytest
 from google.protobuf.message import Message
 
 from isthmus.errors import FrameError, FrameSizeError, IsthmusError, MismatchError, PeerGoneError, ProtocolError
-from isthmus.wire import frames
+from isthmus.wire import client, frames, server
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
 from isthmus.wire.server import UNACKED, Inbox, Server
@@ -77,6 +77,19 @@ def test_pending_requests_are_answered_after_a_cut_and_handled_once() -> None:
         service.answer(reversed)
         assert [answer.result(HANG).completed for answer in answers] == list(range(10))
         assert handled(service) == list(map(number, range(10)))
+
+
+def test_a_long_silence_does_not_end_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A silo computes for minutes between frames; its pings meanwhile must not be taken for a nuisance."""
+    hasty = tuple((name, value // 200 if name.endswith("_ms") else value) for name, value in server.KEEPALIVE)
+    for module in (server, client):
+        monkeypatch.setattr(module, "KEEPALIVE", hasty)
+    service = Echo()
+    with serving({"Trunk": service}) as trunk, closing(joined(trunk.port)) as channel:
+        assert channel.call(number(1)) == number(1)
+        time.sleep(2.0)  # twenty pings
+        assert channel.call(number(2)) == number(2)
+    assert streams(service) == 1
 
 
 def test_an_answer_given_while_nobody_listens_is_not_lost() -> None:
