@@ -218,6 +218,12 @@ def test_a_frozen_bottom_cannot_learn_a_defence() -> None:
     assert error.remedy == "set lora.freeze_bottom = false"
 
 
+def test_noise_that_is_not_kept_cannot_be_taken_out() -> None:
+    values = values_with("boundary", {"release_once": True, "denoise": True})
+    values["lora"] = {"freeze_bottom": True}
+    assert "boundary.denoise: noise that was drawn once is not kept" in refused(values).message
+
+
 def test_budgets_where_everything_is_bounded() -> None:
     values = values_with("privacy", {"record_epsilon": 5.0, "silo_epsilon": 9.0, "delta": 1e-6})
     values["boundary"] = {"forward": DP, "gradient": METRIC | {"clip": 1.0}, "update": {"clip": 1.0, "noise": 0.5}}
@@ -239,6 +245,7 @@ def test_budgets_where_everything_is_bounded() -> None:
         ("train.evaluate", True, "train.evaluate: no silo has held_out rows", "set evaluate = false"),
         ("boundary.release_once", True, "boundary.release_once: a bottom that trains", "lora.freeze_bottom = true"),
         ("boundary.defence", {"answer": 1.0, "capacity": 0.1}, "boundary.defence.capacity: without noise", "add both"),
+        ("boundary", {"release_once": True, "denoise": True}, "boundary.release_once: a bottom", "freeze_bottom"),
         ("boundary", {"gradients": False, "defence": {}}, "boundary.defence: no loss", "boundary.residual = true"),
         ("boundary.forward", DP | {"clip": 0.0}, "clip: the mechanism 'dp_gaussian' needs it", "add clip"),
         ("boundary.forward", DP | {"noise": 0.1}, "noise: the mechanism 'dp_gaussian' does not", "leave noise out"),

@@ -96,7 +96,8 @@ def _learned(knowledge: Knowledge, choices: list[list[int]]) -> LabelClassifier:
 def _matched(knowledge: Knowledge, gradients: list[torch.Tensor], choices: list[list[int]]) -> list[int]:
     """The nearest choice; where top's input is only guessed, or a sequence's scale is lost, by direction alone."""
     how = _gradient_noising(knowledge, gradients[0].shape[1])
-    inexact = how.of_sequence or knowledge.view.recipe.boundary.residual
+    boundary = knowledge.view.recipe.boundary
+    inexact = how.of_sequence or boundary.residual or boundary.denoise
     return [
         match_choices(
             knowledge.top,

@@ -5,6 +5,9 @@ that result, times top's gate, to its clean states, which never crossed: nobody 
 at them is what was received, brought back to the model's width by the trunk's ``up``; with a colluding silo, whose own
 clean states are known, it is the regression of its clean states on what arrived of them.
 
+With ``boundary.denoise`` top takes out of it what it makes of its own noise, which nobody else knows: the result as the
+trunk sent it is the best guess then.
+
 Silos do not send an answer's last token: nothing follows it. ``lens``, ``labels`` and ``responses`` take rows that
 hold it. So a row is added in its place; as top is causal and no loss is there, it changes nothing before it.
 

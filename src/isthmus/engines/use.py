@@ -35,9 +35,10 @@ def export_adapter(run: RunDirectory, out: Path) -> int:
             was trained.
     """
     recipe = run.recipe()
-    if recipe.boundary.width is not None or recipe.boundary.residual or recipe.boundary.tail is not None:
+    boundary = recipe.boundary
+    if boundary.width is not None or boundary.residual or boundary.denoise or boundary.tail is not None:
         raise RunError(
-            "with boundary.tail, width or residual the parts are no cut model: no adapter of the uncut one equals them",
+            "with boundary.tail, width, residual or denoise no adapter of the uncut model equals what was trained",
             remedy="use the run as it is, with 'isthmus generate'",
         )
     number, tensors = whole_adapter(run)

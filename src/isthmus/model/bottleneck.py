@@ -6,6 +6,9 @@ cross, and the same noise hides more. Both are trained with the adapters; they s
 *Residual*: the trunk answers with what its blocks added, and the silo adds that to its own state, which no noise ever
 touched; ``gate`` weighs it, channel by channel.
 
+*Denoising*: top, in the silo, is told what noise the boundary drew, and ``denoise`` takes a learned linear part of it
+out of the trunk's answer. The trunk never learns it.
+
 Shapes: T tokens, D the model's width, W what crosses.
 """
 
@@ -19,8 +22,8 @@ from isthmus.errors import ModelError
 from isthmus.model.cut import Part
 from isthmus.recipe import BoundarySection
 
-DOWN, UP, GATE = "boundary_down", "boundary_up", "boundary_gate"
-NAMES = (f"{DOWN}.weight", f"{UP}.weight", f"{GATE}.weight")
+DOWN, UP, GATE, DENOISE = "boundary_down", "boundary_up", "boundary_gate", "boundary_denoise"
+NAMES = tuple(f"{name}.weight" for name in (DOWN, UP, GATE, DENOISE))
 
 
 def add_crossing(part: Part, section: BoundarySection, *, frozen: bool) -> None:
@@ -44,12 +47,17 @@ def add_crossing(part: Part, section: BoundarySection, *, frozen: bool) -> None:
             _add(part, UP, (width, section.width), frozen)
     if section.residual and part.name == "top":
         _add(part, GATE, (width,), frozen)
+    if section.denoise and part.name == "top":
+        _add(part, DENOISE, (width, section.width or width), frozen)
 
 
 def initial(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """The value that one of ``NAMES`` starts with: the same orthonormal basis for down and up, ones for the gate."""
+    """The value that one of ``NAMES`` starts with: the same orthonormal basis for down and up, ones for the gate,
+    nothing for denoising."""
     if name.startswith(GATE):
         return torch.ones(shape)
+    if name.startswith(DENOISE):
+        return torch.zeros(shape)
     long, short = max(shape), min(shape)
     basis, triangle = torch.linalg.qr(torch.randn(long, short, generator=generator))
     basis = torch.mul(basis, triangle.diagonal().sign())

@@ -65,6 +65,10 @@ class Recipe(Section):
             raise ValueError(
                 "boundary.release_once: a bottom that trains gives new states each time; set lora.freeze_bottom = true"
             )
+        if self.boundary.release_once and self.boundary.denoise:
+            raise ValueError(
+                "boundary.denoise: noise that was drawn once is not kept; leave out denoise or boundary.release_once"
+            )
         self._defensible()
         for field in self.sensitivity.fields if self.sensitivity else ():
             if field not in self.task.fields:

@@ -109,6 +109,8 @@ class BoundarySection(Section):
 
     Top then sees every position, also those that never crossed.
     """
+    denoise: bool = False
+    """Top is told the noise that its own silo drew, and learns to take its effect out of the trunk's answer."""
     gradients: bool = True
     """Loss gradients cross: the trunk's adapter trains. False: none leaves, and bottom trains by the residual alone."""
     defence: DefenceSection | None = None

@@ -133,6 +133,11 @@ class Boundary:
         name = self._codec.gradient_down if path == "gradient" else self._codec.forward_down
         return codec.decode(matrix, rows=rows, width=width, codec=name).to(like_TD)
 
+    def reread(self, matrix: pb.Matrix, like_TD: torch.Tensor) -> torch.Tensor:
+        """Hidden states that were released from a tensor of this shape, as the trunk reads them."""
+        rows, width = like_TD.shape
+        return codec.decode(matrix, rows=rows, width=width, codec=self._codec.forward_up).to(like_TD)
+
     def _secure(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> tuple[Release, torch.Tensor]:
         mechanism = self._mechanisms[path]
         event = mechanism.event(path, step, subjects, h_TD.shape[1])

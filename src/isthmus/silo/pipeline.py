@@ -82,7 +82,8 @@ def _turn(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatch, share: 
     arrived = trunk.land(part.flight)
     assert arrived is not None
     arrived_TD = arrived.requires_grad_(trunk.gradients)
-    g_TD = arrived_TD if part.leaf_BLD is None else trunk.join(part.packing.pack(part.leaf_BLD), arrived_TD)
+    own_TD = arrived_TD if part.leaf_BLD is None else part.packing.pack(part.leaf_BLD)
+    g_TD = trunk.join(own_TD, arrived_TD, part.flight.noise_TW)
     g_BLD = part.packing.unpack(g_TD, part.leaf_BLD)
     supervision, shared = part.batch.supervision(), {**_masks(part.batch), "use_cache": False}
     g_BLD, shared = model.for_top(g_BLD, part.packing.real_BL, None, supervision["logits_to_keep"], shared)

@@ -9,27 +9,26 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from isthmus.errors import UnknownExampleError, UnknownSessionError
-from isthmus.model.bottleneck import DOWN, GATE, project, tensor_of
+from isthmus.errors import UnknownExampleError
+from isthmus.model.bottleneck import DENOISE, DOWN, GATE, project, tensor_of
 from isthmus.model.cut import Part
 from isthmus.privacy.events import Path
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.register import History, Register
+from isthmus.silo.register import Register
 from isthmus.silo.released import Ending, Released
+from isthmus.silo.session import RemoteSession
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
 
 KEEPS = 64
 """Examples that may be on their way to the trunk at a time."""
-REPLAYS = 16
-"""Times that a lost session's frames are sent again for one step."""
 
 
 @dataclass
@@ -49,6 +48,8 @@ class Flight:
     """A forward by numbers: it goes again if the trunk has forgotten one of them."""
     keeps: list[Answer] = field(default_factory=list)
     """Of the examples that were sent for it."""
+    noise_TW: torch.Tensor | None = None
+    """What the boundary added to the hidden states, where top wants to know."""
 
 
 class RemoteTrunk(nn.Module):
@@ -95,15 +96,19 @@ class RemoteTrunk(nn.Module):
     ) -> torch.Tensor:
         h_TW = self.narrow(h_TD, lengths, rows)
         if session is not None:
-            return self.join(h_TD, session.step(h_TW, lengths, rows))
-        train = torch.is_grad_enabled() and self.gradients
+            g_TD, noise_TW = session.step(h_TW, lengths, rows)
+            return self.join(h_TD, g_TD, noise_TW)
+        train, flights = torch.is_grad_enabled() and self.gradients, list[Flight]()
 
         def start() -> Flight:
             if self.released is not None and rows is not None:
-                return self.start_rows(rows, lengths, train=train)
-            return self.start_forward(h_TW, lengths, rows, train=train)
+                flights.append(self.start_rows(rows, lengths, train=train))
+            else:
+                flights.append(self.start_forward(h_TW, lengths, rows, train=train))
+            return flights[-1]
 
-        return self.join(h_TD, _cross(h_TW, self, start) if train else self._landed(start()))
+        g_TD = _cross(h_TW, self, start) if train else self._landed(start())
+        return self.join(h_TD, g_TD, flights[-1].noise_TW)
 
     def narrow(self, h_TD: torch.Tensor, lengths: list[int], rows: list[list[int]] | None = None) -> torch.Tensor:
         """What of bottom's result crosses, ``[T, W]``: all of it, or its projection to the recipe's width.
@@ -119,10 +124,22 @@ class RemoteTrunk(nn.Module):
         """The same, not clipped yet."""
         return project(h_TD, self._layer(0, DOWN))
 
-    def join(self, h_TD: torch.Tensor, g_TD: torch.Tensor) -> torch.Tensor:
-        """What top gets for the trunk's answer to ``h_TD``: the answer, or with a residual path their weighted sum."""
-        gate_D = self._layer(1, GATE)
+    def join(self, h_TD: torch.Tensor, g_TD: torch.Tensor, noise_TW: torch.Tensor | None = None) -> torch.Tensor:
+        """What top gets for the trunk's answer to ``h_TD``: the answer, or with a residual path their weighted sum.
+
+        Args:
+            noise_TW: what the boundary added before the trunk answered: what is known of its effect is taken out.
+        """
+        gate_D, denoise_DW = self._layer(1, GATE), self._layer(1, DENOISE)
+        if denoise_DW is not None and noise_TW is not None:
+            g_TD = g_TD - project(noise_TW.to(g_TD.dtype), denoise_DW)
         return g_TD if gate_D is None else h_TD + gate_D.to(g_TD.dtype) * g_TD
+
+    def noise_in(self, matrix: pb.Matrix, h_TW: torch.Tensor, subjects: Subjects) -> torch.Tensor | None:
+        """What boundary and codec added to ``h_TW`` after clipping, if top wants to know."""
+        if self._layer(1, DENOISE) is None:
+            return None
+        return self.boundary.reread(matrix, h_TW) - self.boundary.clipped(h_TW.detach(), "forward", subjects)
 
     def _layer(self, end: int, name: str) -> torch.Tensor | None:
         return tensor_of(self._ends[end], name) if self._ends else None
@@ -178,10 +195,9 @@ class RemoteTrunk(nn.Module):
         step = next(self._steps)
         subjects = self.register.subjects(rows, lengths)
         hidden = self.boundary.release(h_TW, "forward", step, subjects)
-        request = pb.Forward(step=step, lengths=lengths, hidden=hidden, train=train)
-        return Flight(
-            step, self.answer_to(h_TW), "forward", True, self.channel.submit(request), subjects, h_TW.shape[1]
-        )
+        request, like_TD = pb.Forward(step=step, lengths=lengths, hidden=hidden, train=train), self.answer_to(h_TW)
+        flight = Flight(step, like_TD, "forward", True, self.channel.submit(request), subjects, h_TW.shape[1])
+        return replace(flight, noise_TW=self.noise_in(hidden, h_TW, subjects))
 
     def start_rows(self, rows: list[list[int]], lengths: list[int], *, train: bool = True) -> Flight:
         """As ``start_forward``, for the last ``lengths`` tokens of these rows of token ids.
@@ -279,67 +295,3 @@ class _Crossing(torch.autograd.Function):
     def backward(ctx: Any, gradient_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         flight = ctx.remote.start_backward(ctx.flight, gradient_TD, reply=ctx.needs_input_grad[0])
         return ctx.remote.land(flight), None, None, None
-
-
-class RemoteSession:
-    """One KV cache on the trunk. Implements ``model.cache.TrunkSession``.
-
-    Sent frames are kept: a trunk that lost the session gets them again, as they were, with their noise.
-    """
-
-    def __init__(self, trunk: RemoteTrunk, id: int) -> None:
-        self.id = id
-        self._trunk = trunk
-        self._channel = trunk.channel
-        self._history: History | None = None
-        self._sent: list[pb.Decode] = []
-        self._forget = 0
-        self._rows: list[int] = []
-
-    def step(self, h_TW: torch.Tensor, lengths: list[int], rows: list[list[int]] | None = None) -> torch.Tensor:
-        """Append these tokens to the cache and run them."""
-        number = len(self._sent)
-        self._history = self._history or self._trunk.register.history(len(lengths))
-        subjects = self._history.subjects(rows, lengths)
-        request = pb.Decode(
-            session=self.id,
-            step=number,
-            lengths=lengths,
-            hidden=self._trunk.boundary.release(h_TW, "forward", number, subjects),
-            forget=self._forget,
-            rows=self._rows,
-        )
-        self._forget, self._rows = 0, []
-        self._sent.append(request)
-        return self._trunk.boundary.admit(self._ask(request).hidden, "forward", self._trunk.answer_to(h_TW))
-
-    def hear(self, rows: list[list[int]]) -> list[list[int]] | None:
-        """The next step's new tokens, before bottom runs; returns the classes of all rows' tokens, if anyone asks for
-        classes."""
-        self._history = self._history or self._trunk.register.history(len(rows))
-        return self._history.hear(rows)
-
-    def forget(self, positions: int) -> None:
-        self._forget += positions
-        if self._history is not None:
-            self._history.forget(positions)
-
-    def select(self, rows: list[int]) -> None:
-        self._rows = [self._rows[row] for row in rows] if self._rows else list(rows)
-        if self._history is not None:
-            self._history.select(rows)
-
-    def close(self) -> None:
-        self._channel.call(pb.Close(session=self.id))
-
-    def _ask(self, request: pb.Decode) -> Any:
-        """The answer to the newest frame; a trunk short of memory may take the session away even while it gets it."""
-        asked = [request]
-        for _ in range(REPLAYS):
-            answers = [self._channel.submit(sent) for sent in asked]
-            try:
-                return [answer.result() for answer in answers][-1]
-            except UnknownSessionError as error:
-                lost = error
-                asked = self._sent
-        raise lost
