@@ -10,29 +10,25 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.foundation import seconds
+from benchmarks import overhead
+from benchmarks.overhead import STEPS
 from benchmarks.results import Results
 from isthmus.attacks.labels import LabelClassifier
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.engines.attack import Order, Result, attack
 from isthmus.engines.capture import Source, capture_pairs, opened_trunk, tapped
-from isthmus.engines.local import at_address, create_run, run_federation, serving
+from isthmus.engines.local import create_run, run_federation
 from isthmus.recipe import Recipe
 from isthmus.report.record import RunDirectory, read_journal
-from isthmus.silo.boundary import Boundary
-from isthmus.silo.data import Batch, batches, collate
-from isthmus.silo.held import open_ledger
-from isthmus.silo.join import Silo, join, load_tokenizer
-from isthmus.silo.trainer import SiloData, evaluate, train_step
+from isthmus.silo.join import load_tokenizer
+from isthmus.silo.trainer import SiloData, evaluate
 from isthmus.tasks import metrics
 
 CACHE, MODEL = Path("build/privacy"), Path("build/demo")
@@ -41,7 +37,7 @@ ROWS, HELD_OUT, OTHERS = 250, 100, 500
 VICTIMS, OWN = 60, 1000
 PUBLISHED = (0.025, 0.1)
 """The published noise 0.02·√(π/2), and four times that."""
-STEPS, LABELLED = 10, 500
+LABELLED = 500
 Values = dict[str, Any]
 Change = Callable[[Values], None]
 
@@ -118,48 +114,9 @@ def labels_recovered(source: Source) -> tuple[float, float]:
 
 
 def measure_overhead(results: Results) -> None:
-    """What mechanism, charges and ledger take of real training steps, calibrated noise on both paths."""
-    recipe = recipe_of(calibrated)
-    with tempfile.TemporaryDirectory() as folder:
-        run = create_run(recipe, Path(folder) / "run")
-        with serving(run) as (_, address), closing(open_ledger(run.role("east"), recipe, "east")) as ledger:
-            silo = join(at_address(run.recipe(), address), "east", ledger=ledger)
-            stopwatch = Stopwatch(silo.boundary)
-            total = sum(take_steps(silo, recipe))
-            silo.close()
-    results.add(f"boundary, share of {STEPS} training steps", 100 * stopwatch.seconds / total, "%", at_most=3.0)
-    results.add("boundary, a release", 1e3 * stopwatch.seconds / stopwatch.releases, "ms")
-
-
-def take_steps(silo: Silo, recipe: Recipe) -> Iterator[float]:
-    """Seconds of each of some training steps, the trunk's included."""
-    data = SiloData(recipe.party("east"), recipe, silo.tokenizer)
-    optimizer = torch.optim.AdamW([p for p in silo.model.parameters() if p.requires_grad], lr=1e-4)
-    silo.trunk.begin(1, ["east"])
-    drawn = batches(data.train, recipe.train.batch, "overhead")
-    for number in range(1, STEPS + 1):
-        yield seconds(lambda number=number: take_step(silo, optimizer, collate(next(drawn), data.pad), number))
-
-
-def take_step(silo: Silo, optimizer: torch.optim.Optimizer, batch: Batch, number: int) -> None:
-    step = train_step(silo.model, optimizer, batch)
-    silo.trunk.commit(1, number, step.weight)
-
-
-class Stopwatch:
-    """Counts a boundary's releases and the seconds they take."""
-
-    def __init__(self, boundary: Boundary) -> None:
-        self.seconds, self.releases = 0.0, 0
-        self._release = boundary.release
-        boundary.release = self.release  # type: ignore[method-assign]
-
-    def release(self, *arguments: Any) -> Any:
-        started = time.perf_counter()
-        matrix = self._release(*arguments)
-        self.seconds += time.perf_counter() - started
-        self.releases += 1
-        return matrix
+    """What mechanism, charges and ledger take of real training steps and tokens, calibrated noise on both paths."""
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:  # on the disk that runs are on
+        overhead.measure(results, create_run(recipe_of(calibrated), Path(folder) / "run"), "east")
 
 
 def undefended_run() -> RunDirectory:

@@ -5,6 +5,9 @@ lines there are and the hash of the last, so that a missing end is noticed, too.
 before its frame leaves; the head is written after it, in place and within one sector, without waiting for the disk. So
 after a crash the head may be behind the ledger, never before it: whole lines that the head does not know are accepted,
 since more lines only mean more charges; half a line is dropped if the head does not know it, for then nothing left.
+Only the first head is waited for, with the folder: after a loss of power both files are there.
+
+Order is that of the chain. Times are told to people; no charge and no budget depends on them.
 
 The chain shows what was lost or edited by accident or in part. Who can write both files can forge all of it; to be sure
 against the silo's own operator, keep the head's hash elsewhere.
@@ -110,6 +113,7 @@ class FileLedger:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.path = path
+        self._process = os.getpid()
         self._clock = clock
         self._files: list[int] = []
         self._closing = weakref.finalize(self, _close, self._files)
@@ -123,6 +127,20 @@ class FileLedger:
             raise
 
     def record(self, release: Release) -> None:
+        """Note a release; it is on the disk when this returns.
+
+        Raises:
+            LedgerTakenError: this is a child of the process that has it open; both would write the same place.
+            LedgerError: it is closed.
+            DiskFullError: there is no room. The ledger is as it was.
+        """
+        if os.getpid() != self._process:
+            raise LedgerTakenError(
+                f"{self.path} is held by the process that opened it, not by its child",
+                remedy="send from the process that joined; or join after the fork, with a run directory of its own",
+            )
+        if not self._files:
+            raise LedgerError(f"{self.path} is closed", remedy="join again: a closed silo sends nothing")
         self._append({"release": release.to_dict()})
 
     def history(self) -> Iterator[Release]:
@@ -161,11 +179,12 @@ class FileLedger:
         if self._clock() < self._time - SLACK:
             raise ClockError(
                 f"the clock is {self._time - self._clock():.0f} s behind the last entry of {self.path}",
-                remedy="set the clock right; entries must be in the order of their times",
+                remedy="set the clock right; if it was ahead at that entry, wait, or start a new run",
             )
         recipes = [line["recipe"] for line in contents.lines if "recipe" in line]
         if not recipes:
             self._append({"silo": silo, "recipe": recipe, "version": 1})
+            self._settle()
         elif recipes[-1] != recipe:
             self._append({"recipe": recipe})
 
@@ -179,6 +198,16 @@ class FileLedger:
             self._write(line + b"\n")
             self._count, self._last, self._time = self._count + 1, _hash(line), entry["time"]
             os.pwrite(self._files[1], f"{self._count} {self._last}\n".ljust(HEAD_BYTES).encode(), 0)
+
+    def _settle(self) -> None:
+        """Onto the disk: the first head, and that both files exist."""
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            with disk_errors(self.path):
+                os.fsync(self._files[1])
+                os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def _write(self, data: bytes) -> None:
         """Onto the disk, or (where it is full) not at all."""
@@ -241,6 +270,8 @@ def _checked(path: Path, number: int, line: bytes, last: str) -> dict[str, Any]:
 def _read_head(path: Path) -> tuple[int, str]:
     try:
         count, last = path.read_text().split()
+        if int(count) < 1:
+            raise ValueError(count)
         return int(count), last
     except FileNotFoundError:
         return 0, GENESIS

@@ -91,7 +91,7 @@ class Sensitivity:
             spans = list(function(text))
         except IsthmusError:
             raise
-        except Exception as error:  # it is the user's: anything may happen
+        except (Exception, SystemExit) as error:  # it is the user's: anything may happen
             raise DataError(
                 f"the sensitivity function {name} failed: {type(error).__name__}: {error}",
                 remedy="correct it, so that it returns (start, end, class) spans for any text",
@@ -125,7 +125,7 @@ def _import(target: str) -> Callable[[str], Any]:
     try:
         module = _run_file(place) if place.endswith(".py") else importlib.import_module(place)
         function = getattr(module, name)
-    except Exception as error:  # importing runs the user's code
+    except (Exception, SystemExit) as error:  # importing runs the user's code
         raise RecipeError(
             f"sensitivity.function: cannot import {target}: {type(error).__name__}: {error}",
             remedy="write 'module:name' or 'file.py:name' of a function that this silo has",

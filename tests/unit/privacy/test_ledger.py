@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from isthmus.errors import ClockError, DiskFullError, LedgerError, LedgerTakenError
+from isthmus.privacy.accountant import Accountant
 from isthmus.privacy.events import Charge, Release
-from isthmus.privacy.ledger import FileLedger, Ledger, MemoryLedger, head_of, read_ledger
+from isthmus.privacy.ledger import GENESIS, FileLedger, Ledger, MemoryLedger, head_of, read_ledger
 
 
 def release(step: int) -> Release:
@@ -135,12 +138,21 @@ def test_no_byte_can_be_changed_unnoticed(written: Path, data: st.DataObject) ->
         written.write_bytes(whole)
 
 
-@pytest.mark.parametrize("damage", ["gone", "empty", "nonsense"])
+HEADS = {
+    "empty": "",
+    "three words": "4 5 6\n",
+    "no number": f"four {GENESIS}\n",
+    "none noted": f"0 {GENESIS}\n",
+    "fewer than none": f"-1 {GENESIS}\n",
+}
+
+
+@pytest.mark.parametrize("damage", ["gone", *HEADS])
 def test_a_head_that_is_gone_or_broken_is_refused(written: Path, damage: str) -> None:
     if damage == "gone":
         head_of(written).unlink()
     else:
-        head_of(written).write_text({"empty": "", "nonsense": "4 5 6\n"}[damage])
+        head_of(written).write_text(HEADS[damage])
     with pytest.raises(LedgerError, match=r"the head of|cannot be read"):
         reopened(written)
 
@@ -181,6 +193,83 @@ def test_two_silos_cannot_share_a_ledger(written: Path) -> None:
     assert len(list(reopened(written).history())) == 6
 
 
+OTHER_PROCESS = """
+import sys
+from pathlib import Path
+from isthmus.errors import LedgerTakenError
+from isthmus.privacy.ledger import FileLedger
+try:
+    FileLedger(Path(sys.argv[1]), silo="north", recipe="r1")
+except LedgerTakenError as error:
+    print("refused:", error)
+"""
+
+
+def test_two_processes_cannot_share_a_ledger_by_whatever_name(written: Path, tmp_path: Path) -> None:
+    ledger = reopened(written)
+    (tmp_path / "elsewhere").mkdir()
+    linked = tmp_path / "elsewhere" / "ledger.jsonl"
+    linked.symlink_to(written)
+    for path in (written, linked):
+        command = [sys.executable, "-c", OTHER_PROCESS, str(path)]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        assert told.startswith("refused: another process")
+    ledger.record(release(6))
+    assert list(read_ledger(written).releases()) == [*RELEASES, release(6)]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_cannot_write_its_parents_ledger(written: Path) -> None:
+    """A data loader's worker, say: it has the file open, and the lock with it."""
+    ledger = reopened(written)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            ledger.record(release(6))
+        except LedgerTakenError:
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    ledger.record(release(6))
+    assert list(read_ledger(written).releases()) == [*RELEASES, release(6)]
+
+
+def test_a_closed_ledger_is_named(written: Path) -> None:
+    ledger = reopened(written)
+    ledger.close()
+    with pytest.raises(LedgerError, match="is closed"):
+        ledger.record(release(6))
+    assert len(list(read_ledger(written).releases())) == len(RELEASES)
+
+
+def test_what_is_damaged_while_it_is_written_is_refused_at_the_next_start(written: Path) -> None:
+    ledger = reopened(written)
+    os.truncate(written, 0)
+    ledger.record(release(6))
+    ledger.close()
+    with pytest.raises(LedgerError, match="does not hold together"):
+        reopened(written)
+
+
+def test_a_new_ledger_its_head_and_its_folder_are_forced_onto_the_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a loss of power could leave lines without a head, or no file at all."""
+    forced: list[str] = []
+    for name in ("fsync", "fdatasync"):
+        force = getattr(os, name)
+
+        def seen(file: int, force: Callable[[int], None] = force) -> None:
+            forced.append(os.readlink(f"/proc/self/fd/{file}"))
+            force(file)
+
+        monkeypatch.setattr(f"isthmus.privacy.ledger.os.{name}", seen)
+    FileLedger(path).close()
+    assert forced == [str(path), str(head_of(path)), str(path.parent)]
+
+
 def test_a_ledger_may_be_read_while_another_writes_it(written: Path) -> None:
     ledger = reopened(written)
     ledger.record(release(6))
@@ -208,6 +297,26 @@ def test_a_clock_that_steps_back_while_we_run_is_noted_and_borne(path: Path) -> 
         ledger.record(one)
     told = [(line["time"], line.get("behind")) for line in read_ledger(path).lines]
     assert told == [(100.0, None), (200.0, None), (200.0, 50.0), (250.0, None)]
+
+
+def test_no_charge_or_budget_depends_on_the_clock(tmp_path: Path) -> None:
+    """The same releases by a good clock, one that stands, and one that runs backwards a day a release."""
+    clocks = {"good": itertools.count(1e9), "still": itertools.repeat(1e9), "back": itertools.count(1e9, -86400.0)}
+    spent = []
+    for name, clock in clocks.items():
+        path = tmp_path / name / "ledger.jsonl"
+        ledger = FileLedger(path, clock=lambda clock=clock: next(clock))  # type: ignore[misc]
+        for one in RELEASES:
+            ledger.record(one)
+        ledger.close()
+        contents = read_ledger(path)
+        assert list(contents.releases()) == RELEASES
+        times = [line["time"] for line in contents.lines]
+        assert times == sorted(times)
+        assert any("behind" in line for line in contents.lines) is (name == "back")
+        accountant = Accountant(1e-5, contents.releases())
+        spent.append((accountant.records, accountant.silo))
+    assert spent[0] == spent[1] == spent[2]
 
 
 def test_half_a_line_that_the_head_does_not_know_is_dropped(written: Path) -> None:

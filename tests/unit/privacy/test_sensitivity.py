@@ -89,6 +89,7 @@ def test_no_tokens_scale_nothing() -> None:
     "body",
     [
         "raise KeyError('x')",
+        "raise SystemExit(0)",
         "return 3",
         "return None",
         "return [3]",
@@ -97,6 +98,8 @@ def test_no_tokens_scale_nothing() -> None:
         "return [(0, 99, 'high')]",
         "return [(-1, 1, 'high')]",
         "return [(2, 1, 'high')]",
+        "return [(0, 1, 'high'), (1, 4, 'low')]",
+        "return {'high': (0, 1)}",
         "return [(0, 1, 'hihg')]",
         "return [(0, 1, 3)]",
         "return [(0, 1, [])]",
@@ -116,6 +119,12 @@ def test_a_function_that_raises_or_returns_nonsense_is_named(tmp_path: Path, bod
 @pytest.mark.parametrize("spans", ["[]", "()", "iter([[0, 3, 'high']])", "[(3, 3, 'low')]"])
 def test_any_iterable_of_spans_will_do(tmp_path: Path, spans: str) -> None:
     assert own(tmp_path, f"return {spans}").classes("abc", [(0, 3)]) in ([0], [HIGH])
+
+
+def test_spans_of_a_function_may_overlap(tmp_path: Path) -> None:
+    """Noise is never too little for it: where they do, the class with the most noise holds."""
+    one = own(tmp_path, "return [(0, 3, 'high'), (1, 2, 'low'), (2, 5, 'middle'), (0, 3, 'high')]")
+    assert one.classes("abcde", [(0, 1), (1, 2), (2, 3), (3, 5)]) == [HIGH, HIGH, HIGH, MIDDLE]
 
 
 def missing_module(tmp_path: Path) -> str:
@@ -139,7 +148,12 @@ def broken_file(tmp_path: Path) -> str:
     return f"{tmp_path}/bad.py:look"
 
 
-@pytest.mark.parametrize("target", [missing_module, missing_file, missing_name, no_function, broken_file])
+def leaving_file(tmp_path: Path) -> str:
+    (tmp_path / "bye.py").write_text("raise SystemExit(0)\n")
+    return f"{tmp_path}/bye.py:look"
+
+
+@pytest.mark.parametrize("target", [missing_module, missing_file, missing_name, no_function, broken_file, leaving_file])
 def test_a_function_that_is_not_there_is_refused(tmp_path: Path, target: Callable[[Path], str]) -> None:
     with pytest.raises(RecipeError, match=r"sensitivity\.function") as caught:
         sensitivity(function=target(tmp_path))
