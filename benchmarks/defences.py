@@ -21,9 +21,9 @@ LESSONS: dict[str, dict[str, float] | None] = {
     "the answer, in few nats (capacity)": {"answer": 1.0, "capacity": 0.1},
     "the answer, unlike the text (distance correlation)": {"answer": 1.0, "correlation": 1.0},
 }
-STEPS, LAST = 62, 10
+STEPS, LAST = 40, 10
 CHANNEL = {"width": 16, "forward": {"clip": 1.0, "noise": 0.1}}
-ATTACKS = ("identify", "search")
+ATTACKS = ("identify",)
 
 
 def main() -> None:
