@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from isthmus.errors import BudgetExhausted
 from isthmus.model import adapters
+from isthmus.privacy.accountant import Account
 from isthmus.silo.callback import TrunkStepCallback
 from tests.conftest import VOCABULARY
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.twins import Twins, assert_same, distance, lora_of, padded
+from tests.unit.silo.test_spent import CALIBRATED, COST, DELTA
 
 STEPS, ACCUMULATED, BATCH, RATE = 3, 2, 2, 0.05
 Row = tuple[list[int], list[int]]
@@ -92,3 +96,21 @@ def test_trainer_saves_a_peft_folder(twins: Twins, tmp_path: Path) -> None:
     ends = {name: tensor for part in twins.split.ends for name, tensor in adapters.adapter_of(part).items()}
     named = load_file(tmp_path / "saved" / "adapter_model.safetensors")
     assert_same({name.removeprefix("base_model.model."): tensor for name, tensor in named.items()}, ends, 0.0)
+
+
+def test_a_spent_record_ends_training_within_its_budget_and_can_be_told_before(
+    twins_of: BuildTwins, tmp_path: Path
+) -> None:
+    """Each row's budget bears one step, and half of the rows come twice."""
+    budget = Account(2 * COST).epsilon(DELTA).value
+    sections = {"boundary": {"forward": CALIBRATED, "gradient": CALIBRATED}, "privacy": {"record_epsilon": budget}}
+    remote = (twins := twins_of("llama", (2, 1), sections=sections)).remote
+    trainer = trainer_of(twins.split, tmp_path, TrunkStepCallback(remote, ["a"]))
+    trainer.train_dataset = rows()[:6] * 2
+    with pytest.raises(BudgetExhausted) as caught:
+        trainer.train()
+    assert "leave these records out" in caught.value.remedy
+    charges = Counter(charge.record for one in remote.boundary.ledger.history() for charge in one.charges)
+    assert 0 < remote.boundary.budget.epsilon <= budget * (1 + 1e-9)
+    left = [row for row, _ in rows() if all(remote.affordable([row], [len(row)]))]
+    assert len(left) == len(rows()) - len(charges)

@@ -17,6 +17,11 @@ class TrunkStepCallback(TrainerCallback):
     ``lr_scheduler_type="constant"``, ``weight_decay=0`` and ``max_grad_norm=0`` (a silo cannot see the trunk's part
     of the norm), and the recipe as many ``train.steps`` as the trainer takes: after those the trunk saves the round.
 
+    Rows are the trainer's: none is left out in silence. Where a record's privacy budget does not bear a step,
+    ``train()`` ends with ``BudgetExhausted``, and the tensor that would cost too much does not leave.
+    ``trunk.affordable`` tells which rows bear a whole step, so that a data set can be filtered before; ``isthmus silo``
+    leaves spent rows out itself.
+
     Args:
         trunk: of the split model, ``model.trunk``.
         participants: the silos that train together, this one among them; each step waits for all.
