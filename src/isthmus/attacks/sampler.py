@@ -2,11 +2,11 @@
 
 The adversary starts from texts that it has (a *pool*: its own rows and public ones, put into the recipe's template)
 and weighs them by how likely each makes what arrived (``channel``). If many weigh about the same, the channel said no
-more than that, and they are the answer. If few do, texts are drawn by annealed sequential Monte Carlo (Del Moral et al.
-2006): the noise is first taken to be larger than it is and lowered step by step; in each step the texts are drawn anew
-by weight, and each moves: a token is replaced, added or dropped, where the public language model and the slope of the
-likelihood propose it (the slope as in gradient-guided coordinate search, Zou et al. 2023; the prior is the language
-model's by what stands before, so the moves are Gibbs steps up to that).
+more than that, and they are the answer. If few do, some of them are annealed, each by itself: the noise is first taken
+to be so large that many weigh something, and lowered step by step to what it is, while a token at a time is replaced,
+added, dropped or swapped with the next where the public language model and the slope of the likelihood propose it (the
+slope as in gradient-guided coordinate search, Zou et al. 2023; a token's prior is the language model's by what stands
+before it, so moves are Gibbs steps up to what stands behind). No text grows longer than the longest of the pool.
 
 The answer is not the likeliest text but the one of which most tokens are expected to be right: at each place, counted
 from the end that agrees more, the token with the most weight. Where nothing is told this is the best guess by the
@@ -39,14 +39,13 @@ class Sampling:
     """How hard to look."""
 
     particles: int = 4
-    """Texts kept of each row."""
+    """Texts annealed for each row."""
     steps: int = 12
+    """Of each; half of them lower the noise."""
     proposals: int = 24
     """Moves weighed at a step of a text."""
     enough: float = 8.0
     """Texts of the pool that weigh something (1 / Σ w²), from which on they are the answer."""
-    longest: int = 256
-    """Tokens of a text."""
     seed: int = 0
 
 
@@ -142,19 +141,19 @@ class _Sampler:
     def _drawn(
         self, texts: list[Text], likelihood_N: torch.Tensor, z_KD: torch.Tensor
     ) -> tuple[list[Text], torch.Tensor]:
-        """Texts and their log-likelihoods, when the noise has come down to what it is."""
+        """Texts that moved until the noise had come down to what it is, and their log-likelihoods."""
         size, draw, steps = self._sampling.particles, random.Random(self._sampling.seed), self._sampling.steps
-        first, heat = _rise(likelihood_N, min(2 * size, len(texts)) / 2), 0.0
+        first = _heat(likelihood_N, min(4 * size, len(texts)) / 2)
+        longest = max(map(len, texts))
+        best = texts[int(likelihood_N.argmax())]
+        texts = [texts[number] for number in _resampled((likelihood_N * first).softmax(dim=0), size - 1, draw)]
+        texts = [best, *texts]
         for step in range(steps):
-            before, heat = heat, first ** max(0.0, 1 - 2 * step / steps)
-            weight_N = (likelihood_N * (heat - before) + _settled(likelihood_N * before, z_KD.numel())).softmax(dim=0)
-            best = texts[int(likelihood_N.argmax())]  # never lost: where all is told, one text is right
-            drawn = [best, *(texts[number] for number in _resampled(weight_N, size - 1, draw))]
-            moved = self._mover.moved(drawn, z_KD, heat, draw)
-            texts = list(dict.fromkeys([best, *moved]))
-            mean_NKD = self._channel.expected([self._template.filled(text) for text in texts], len(z_KD))
-            likelihood_N = self._channel.log_likelihood(mean_NKD, z_KD)
-        return texts, likelihood_N
+            heat = first ** max(0.0, 1 - 2 * step / steps)
+            texts = self._mover.moved(texts, z_KD, heat, draw, longest)
+        texts = list(dict.fromkeys([best, *texts]))
+        mean_NKD = self._channel.expected([self._template.filled(text) for text in texts], len(z_KD))
+        return texts, self._channel.log_likelihood(mean_NKD, z_KD)
 
 
 class _Mover:
@@ -164,9 +163,12 @@ class _Mover:
         self._knowledge, self._channel, self._sampling = knowledge, channel, sampling
         self._template: Template = knowledge.template
 
-    def moved(self, texts: Sequence[Text], z_KD: torch.Tensor, heat: float, draw: random.Random) -> list[Text]:
-        """Of each text, itself or a neighbour, drawn by the posterior at this heat among those proposed."""
-        choices = [self._choices(text, z_KD, heat, draw) for text in texts]
+    def moved(
+        self, texts: Sequence[Text], z_KD: torch.Tensor, heat: float, draw: random.Random, longest: int
+    ) -> list[Text]:
+        """Of each text, itself or a neighbour, drawn among those proposed: by the prior and this share of the
+        log-likelihood."""
+        choices = [self._choices(text, z_KD, heat, draw, longest) for text in texts]
         tried = [self._template.filled(one) for part in choices for one, _ in part]
         likelihood_N = self._channel.log_likelihood(self._channel.expected(tried, len(z_KD)), z_KD)
         found = []
@@ -176,10 +178,13 @@ class _Mover:
             found.append(part[number][0])
         return found
 
-    def _choices(self, text: Text, z_KD: torch.Tensor, heat: float, draw: random.Random) -> list[tuple[Text, float]]:
-        """The text itself, and neighbours that are long enough."""
+    def _choices(
+        self, text: Text, z_KD: torch.Tensor, heat: float, draw: random.Random, longest: int
+    ) -> list[tuple[Text, float]]:
+        """The text itself, and neighbours as long as texts may be."""
         choices = [(text, 0.0), *self._neighbours(text, self._prior(text), z_KD, heat, draw)]
-        return [one for one in choices if len(self._template.filled(one[0])) >= len(z_KD)]
+        shortest = len(z_KD) - len(self._template.filled(()))
+        return [(one, gain) for one, gain in choices if shortest <= len(one) <= longest]
 
     @torch.no_grad()
     def _prior(self, text: Text) -> torch.Tensor:
@@ -203,16 +208,17 @@ class _Mover:
         said = [float(prior_LV[place, token]) for place, token in enumerate(text)]
         mean = sum(said) / len(said) if said else float(prior_LV.max())
         found = []
-        for place, token in self._replacements(text, prior_LV, z_KD, heat, count - count // 4, draw):
+        for place, token in self._replacements(text, prior_LV, z_KD, heat, count - 3 * (count // 8), draw):
             gain = float(prior_LV[place, token]) - said[place]
             found.append(((*text[:place], token, *text[place + 1 :]), gain))
         for _ in range(count // 8):
             place = draw.randrange(len(text) + 1)
             (token,) = _resampled(prior_LV[place].softmax(dim=0), 1, draw)
-            if len(text) < self._sampling.longest:
-                found.append(((*text[:place], token, *text[place:]), float(prior_LV[place, token]) - mean))
+            found.append(((*text[:place], token, *text[place:]), float(prior_LV[place, token]) - mean))
             if len(text) > 1 and place < len(text):
                 found.append(((*text[:place], *text[place + 1 :]), mean - said[place]))
+            if place + 1 < len(text):
+                found.append(((*text[:place], text[place + 1], text[place], *text[place + 2 :]), 0.0))
         return found
 
     def _replacements(
@@ -246,7 +252,7 @@ def _effective(weight_N: torch.Tensor) -> float:
     return float(1.0 / weight_N.double().square().sum())
 
 
-def _rise(likelihood_N: torch.Tensor, wanted: float) -> float:
+def _heat(likelihood_N: torch.Tensor, wanted: float) -> float:
     """The largest share of the log-likelihood by which still so many texts weigh something."""
     low, high = -40.0, 0.0  # its logarithm
     for _ in range(40):

