@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import overhead
+from benchmarks.channels import Size, changed_boundary, climb
 from benchmarks.overhead import STEPS
 from benchmarks.results import Results
 from isthmus.attacks.labels import LabelClassifier
@@ -84,18 +85,9 @@ def measure_published_noise(results: Results) -> None:
 
 
 def measure_private(results: Results) -> None:
-    """Inversion of what crosses in a training step; beside it the same attack where nothing or far more crosses."""
+    """Inversion of what crosses in a training step; beside it the same attacks where nothing or far more crosses."""
     run = private_run()
-    ways = {
-        "private recipe": {},
-        "private recipe, nothing but noise": {"forward": {"clip": 1.0, "noise": 1e6}},
-        "private recipe, but four clean numbers of every token": {"tail": None, "forward": {"noise": 0.0}},
-    }
-    for name, changed in ways.items():
-        (found,) = attacked(Source(changed_boundary(run.recipe(), changed), run), ("decoder",))
-        results.add(f"{name}: text tokens recovered", found.figures["token_accuracy"].value, "share")
-        results.add(f"{name}: text tokens recovered, upper", found.figures["token_accuracy"].high, "share")
-        results.add(f"{name}: ROUGE-L of what was recovered", found.figures["rougeL"].value, "share")
+    climb(results, Source(run.recipe(), run), Size(public=CACHE / "public.txt"))
     learned, guessed = labels_recovered(Source(run.recipe(), run))
     results.add("private recipe: labels read off what crosses, by a colluder's classifier", learned, "share")
     results.add("private recipe: labels, always the most frequent", guessed, "share")
@@ -144,13 +136,6 @@ def recipe_of(change: Change) -> Recipe:
     for silo in values["silo"]:
         silo |= {key: str(folder / silo[key]) for key in ("train", "held_out")}
     change(values)
-    return Recipe.of(values)
-
-
-def changed_boundary(recipe: Recipe, changed: Values) -> Recipe:
-    values = recipe.model_dump(exclude_none=True)
-    values["boundary"] |= changed
-    values["boundary"] = {key: value for key, value in values["boundary"].items() if value is not None}
     return Recipe.of(values)
 
 

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from isthmus.attacks.decoder import write
 from isthmus.attacks.found import Found, Tokens
+from isthmus.attacks.identification import identify
 from isthmus.attacks.inverters import invert
 from isthmus.attacks.knowledge import Knowledge
 from isthmus.attacks.matching import match
 from isthmus.attacks.members import infer_membership
 from isthmus.attacks.published import Schedule, decode_as_published
 from isthmus.attacks.readings import find_labels, read_returned, recover_responses
+from isthmus.attacks.sampler import sample
 from isthmus.attacks.searches import match_gradients, search_exactly
 
 Inversion = Callable[[Knowledge], list[list[int]]]
@@ -33,12 +35,14 @@ INVERSIONS: dict[str, Inversion] = {
     "matching": match,
     "transformer": invert,
     "decoder": write,
+    "search": sample,
     "published": decode_as_published,
     "published-mended": lambda knowledge: decode_as_published(knowledge, Schedule(mended=True)),
 }
 """By hidden states: they learn from the adversary's own rows."""
 ATTACKS: dict[str, Attack] = {
     **{name: _as_found(inversion) for name, inversion in INVERSIONS.items()},
+    "identify": identify,
     "labels": find_labels,
     "lens": read_returned,
     "responses": recover_responses,

@@ -4,6 +4,10 @@ It needs no vector a token, so it also meets a boundary that lets only the last 
 vectors. The frozen public language model reads what was written so far; a small transformer sees its hidden states
 and, by cross-attention, what crossed, and says what to add to the language model's scores.
 
+Where all tokens cross, the writer is also given the very vector of the token to be written, and the linear inverter's
+scores are added: it starts as language model times inverter, by Bayes' rule, and the best epoch on held-out rows is
+kept, so it is never less than that.
+
 Shapes: B rows, L vectors that crossed, W tokens written, T of all rows one after another, D width of what crosses,
 E width of the public model, M width of the decoder, V vocabulary.
 """
@@ -24,6 +28,7 @@ from transformers import DynamicCache
 
 from isthmus.attacks.inverters import parted, shuffled
 from isthmus.attacks.knowledge import Knowledge
+from isthmus.attacks.linear import LinearInverter
 from isthmus.attacks.view import Pair
 
 PLACES = 2048
@@ -50,7 +55,7 @@ def write(knowledge: Knowledge, writing: Writing = Writing()) -> list[list[int]]
     view = knowledge.view.needs("crossings", "pairs")
     decoder = train_decoder(knowledge, writing)
     rows = [crossing.hidden_LD.float() for crossing in view.crossings]
-    whole = all(len(pair.tokens) == pair.crossing.length for pair in view.pairs)
+    whole = _whole(view.pairs)
     longest = max(len(pair.tokens) for pair in view.pairs)
     written: list[list[int]] = []
     for start in range(0, len(rows), writing.rows):
@@ -60,9 +65,14 @@ def write(knowledge: Knowledge, writing: Writing = Writing()) -> list[list[int]]
 
 
 class Decoder(nn.Module):
-    """Scores of every next token: the language model's, and a direction in its head's space from what crossed."""
+    """Scores of every next token: the language model's, and a direction in its head's space from what crossed.
 
-    def __init__(self, model: Any, z_TD: torch.Tensor, writing: Writing) -> None:
+    Args:
+        z_TD: of the adversary's own rows, to know their scale.
+        linear: all tokens cross, and this tells of each vector which token it is.
+    """
+
+    def __init__(self, model: Any, z_TD: torch.Tensor, writing: Writing, linear: LinearInverter | None = None) -> None:
         super().__init__()
         self._model = [model]  # a list hides it from ``parameters`` and ``state_dict``: it stays as it is
         self.head_VE: torch.Tensor = model.get_output_embeddings().weight.detach().float()
@@ -78,8 +88,10 @@ class Decoder(nn.Module):
         self._writer = nn.TransformerDecoder(
             nn.TransformerDecoderLayer(width, heads, inner, **settings), writing.blocks, norm=nn.LayerNorm(width)
         )
+        self._linear = linear
+        self._own = nn.Linear(z_TD.shape[1], width)
         self._out = nn.Linear(width, self.head_VE.shape[1])
-        self._warmth = nn.Parameter(torch.zeros(()))
+        self._warmth, self._trust = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
         nn.init.zeros_(self._out.weight)
         nn.init.normal_(self._places.weight, std=0.5)
 
@@ -97,28 +109,53 @@ class Decoder(nn.Module):
         absent_BL = torch.arange(z_BLD.shape[1]) >= torch.tensor([len(row) for row in rows]).unsqueeze(1)
         x_BLM = self._reader(self._into(z_BLD) + self._at(z_BLD.shape[1]), src_key_padding_mask=absent_BL)
         y_BWM = self._said(nn.functional.normalize(said_BWE, dim=-1) * 8.0) + self._at(said_BWE.shape[1])
+        if self._linear is not None:
+            y_BWM = y_BWM + _fitted(self._own(z_BLD), said_BWE.shape[1])
         later_WW = torch.ones(said_BWE.shape[1], said_BWE.shape[1], dtype=torch.bool).triu(1)
         y_BWM = self._writer(y_BWM, x_BLM, tgt_mask=later_WW, memory_key_padding_mask=absent_BL)
         out_BWE: torch.Tensor = self._out(y_BWM)
         return out_BWE / self._scale
 
-    def scores(self, said_TE: torch.Tensor, out_TE: torch.Tensor, tokens_K: torch.Tensor | None = None) -> torch.Tensor:
-        """Of all tokens, ``[T, V]``, or of these, ``[T, K]``."""
+    def scores(
+        self,
+        said_TE: torch.Tensor,
+        out_TE: torch.Tensor,
+        tokens_K: torch.Tensor | None = None,
+        own_TD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Of all tokens, ``[T, V]``, or of these, ``[T, K]``.
+
+        Args:
+            own_TD: what crossed of the token that is to be written; not a number behind the end.
+        """
         head_KE = self.head_VE if tokens_K is None else self.head_VE[tokens_K]
-        return (said_TE * self._warmth.exp() + out_TE) @ head_KE.T
+        scores_TK = (said_TE * self._warmth.exp() + out_TE) @ head_KE.T
+        if self._linear is None or own_TD is None:
+            return scores_TK
+        prior_K = self._linear.prior_V if tokens_K is None else self._linear.prior_V[tokens_K]
+        told_TK = self._linear.scores(own_TD, tokens_K) - prior_K
+        return scores_TK + self._trust.exp() * torch.where(own_TD[:, :1].isnan(), 0.0, told_TK)
+
+    def own(self, rows: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+        """What crossed of the token to be written at each place, ``[B, width, D]``; not a number behind the end."""
+        own_BLD = pad_sequence(list(rows), batch_first=True, padding_value=float("nan"))
+        return _fitted(own_BLD, width, float("nan"))
 
     @torch.no_grad()
     def written(self, rows: Sequence[torch.Tensor], longest: list[int]) -> list[list[int]]:
         """Greedily, for each row until the end of its text or so many tokens."""
         ids_BW = torch.full((len(rows), 1), self.begin)
+        own_BWD = self.own(rows, max(longest))
         cache = DynamicCache(config=self._model[0].config)
         said: list[torch.Tensor] = []
-        for _ in range(max(longest)):
+        for place in range(max(longest)):
             said.append(self.read(ids_BW[:, -1:], cache))
             out_BE = self.directions(rows, torch.cat(said, dim=1))[:, -1]
-            best_B = self.scores(said[-1][:, 0], out_BE).argmax(dim=1)
+            best_B = self.scores(said[-1][:, 0], out_BE, own_TD=own_BWD[:, place]).argmax(dim=1)
             ids_BW = torch.cat([ids_BW, best_B.unsqueeze(1)], dim=1)
         texts = [ids_W[1 : 1 + length].tolist() for ids_W, length in zip(ids_BW, longest, strict=True)]
+        if self._linear is not None:
+            return texts  # their lengths are known
         return [text[: text.index(self.end)] if self.end in text else text for text in texts]
 
     def _at(self, length: int) -> torch.Tensor:
@@ -142,7 +179,8 @@ def train_decoder(knowledge: Knowledge, writing: Writing) -> Decoder:
     state = torch.get_rng_state()
     torch.manual_seed(writing.seed)
     try:
-        decoder = Decoder(knowledge.language_model, z_TD, writing)
+        linear = knowledge.linear if _whole(pairs) else None
+        decoder = Decoder(knowledge.language_model, z_TD, writing, linear)
         learned, held_out = parted(_dictations(decoder, pairs, writing.rows))
         return _learned(decoder, learned, held_out, writing)
     finally:
@@ -188,11 +226,12 @@ def _learned(decoder: Decoder, learned: list[Dictation], held_out: list[Dictatio
 def _loss(decoder: Decoder, batch: Sequence[Dictation], others: int) -> torch.Tensor:
     """Cross-entropy of the right tokens among one another and others drawn at random."""
     said_BWE = pad_sequence([one.said_WE for one in batch], batch_first=True)
-    out_BWE = decoder.directions([one.z_LD for one in batch], said_BWE)
+    rows = [one.z_LD for one in batch]
+    out_BWE, own_BWD = decoder.directions(rows, said_BWE), decoder.own(rows, said_BWE.shape[1])
     real_BW = torch.arange(said_BWE.shape[1]) < torch.tensor([len(one.next_W) for one in batch]).unsqueeze(1)
     right_T = torch.cat([one.next_W for one in batch])
     drawn_K = torch.unique(torch.cat([right_T, torch.randint(len(decoder.head_VE), (others,))]))
-    scores_TK = decoder.scores(said_BWE[real_BW], out_BWE[real_BW], drawn_K)
+    scores_TK = decoder.scores(said_BWE[real_BW], out_BWE[real_BW], drawn_K, own_BWD[real_BW])
     return cross_entropy(scores_TK, torch.searchsorted(drawn_K, right_T))
 
 
@@ -202,6 +241,16 @@ def _held_out_loss(decoder: Decoder, held_out: Sequence[Dictation], writing: Wri
     parts = [held_out[start : start + writing.rows] for start in range(0, len(held_out), writing.rows)]
     losses = [float(_loss(decoder, part, writing.others)) * sum(len(one.next_W) for one in part) for part in parts]
     return sum(losses) / sum(len(one.next_W) for one in held_out)
+
+
+def _whole(pairs: Sequence[Pair]) -> bool:
+    """Whether all tokens cross."""
+    return all(len(pair.tokens) == pair.crossing.length for pair in pairs)
+
+
+def _fitted(x_BLD: torch.Tensor, width: int, value: float = 0.0) -> torch.Tensor:
+    """As many places as are wanted: cut, or filled up."""
+    return nn.functional.pad(x_BLD, (0, 0, 0, width - x_BLD.shape[1]), value=value)
 
 
 def _ends(model: Any) -> tuple[int, int]:

@@ -41,4 +41,11 @@ class Scores:
     notes: tuple[str, ...] = ()
 
 
-Found = Tokens | Labels | Texts | Scores
+@dataclass(frozen=True)
+class Ranks:
+    """Of every sequence in the view, numbers of the rows asked about, the likeliest first."""
+
+    by_row: list[list[int]]
+
+
+Found = Tokens | Labels | Texts | Scores | Ranks

@@ -5,7 +5,7 @@ Shapes: T tokens, L vectors of one sequence, D width of what crosses, E width of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from isthmus.attacks.linear import LinearInverter, ridge
+from isthmus.attacks.template import Template, template_of
 from isthmus.attacks.view import Pair, View
-from isthmus.model import adapters
+from isthmus.model import adapters, bottleneck
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, PartName, load_part
 
@@ -27,8 +28,8 @@ CALIBRATION = 128
 class Tail:
     """What the boundary makes of bottom's result, as far as it is no noise: clipping, or any affine map.
 
-    The affine map stands for whatever linear layer there may be (a bottleneck, a change of basis): it is read off the
-    adversary's own rows, so no defence has to be told to the attack.
+    The affine map is the bottleneck that the recipe names, as far as the adversary knows its weights, or stands for
+    whatever linear layer there may be: it is then read off the adversary's own rows.
     """
 
     clip: float
@@ -36,6 +37,8 @@ class Tail:
     bias_D: torch.Tensor | None
     variance: float = 0.0
     """Median squared difference of a coordinate from what really arrived: noise, rounding, wrong adapters."""
+    mean: float = 0.0
+    """Mean squared difference."""
 
     def __call__(self, h_TE: torch.Tensor) -> torch.Tensor:
         h_TE = h_TE.float()
@@ -74,6 +77,14 @@ class Knowledge:
         return part.requires_grad_(False).eval()
 
     @cached_property
+    def narrowing(self) -> torch.Tensor | None:
+        """The silo's bottleneck behind bottom, ``[E, D]``, likewise; the public start where its adapter is unknown."""
+        if self.view.recipe.boundary.width is None:
+            return None
+        weight_DE = bottleneck.tensor_of(self.equipped("bottom"), bottleneck.DOWN)
+        return None if weight_DE is None else weight_DE.detach().float().T
+
+    @cached_property
     def top(self) -> Part:
         """The silo's top, likewise, in fp32."""
         return self.equipped("top").requires_grad_(False)
@@ -95,6 +106,13 @@ class Knowledge:
         """The public one."""
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.view.folder)
         return tokenizer
+
+    @cached_property
+    def template(self) -> Template:
+        """What the recipe tells of every row that bottom reads."""
+        whole = template_of(self.view.recipe.task, self.tokenizer)
+        trained = all(crossing.kind == "train" for crossing in self.view.crossings)
+        return whole if trained else Template(whole.before)
 
     @property
     def choices(self) -> list[list[int]]:
@@ -156,11 +174,13 @@ def _measured_tail(knowledge: Knowledge, pairs: tuple[Pair, ...]) -> Tail:
     clip = knowledge.view.recipe.boundary.forward.clip
     weight, bias = ridge(h_TE[:half], z_TD[:half])
     choices = [Tail(clip, weight, bias)]
+    if knowledge.narrowing is not None and knowledge.narrowing.shape[1] == z_TD.shape[1]:
+        choices.insert(0, Tail(clip, knowledge.narrowing, torch.zeros(z_TD.shape[1])))
     if h_TE.shape[1] == z_TD.shape[1]:
         choices.insert(0, Tail(clip, None, None))
 
-    def variance(tail: Tail) -> float:
-        return float((tail(h_TE[half:]) - z_TD[half:]).square().mean(dim=1).median())
+    def errors(tail: Tail) -> torch.Tensor:
+        return (tail(h_TE[half:]) - z_TD[half:]).square().mean(dim=1)
 
-    best = min(choices, key=lambda tail: variance(tail) * (1.0 if tail.weight_ED is None else 1.02))
-    return Tail(best.clip, best.weight_ED, best.bias_D, variance(best))
+    best = min(choices, key=lambda tail: float(errors(tail).median()) * (1.02 if tail is choices[-1] else 1.0))
+    return replace(best, variance=float(errors(best).median()), mean=float(errors(best).mean()))

@@ -30,6 +30,10 @@ SURE = 20.0
 """Nats between the best token and the next above which the language model need not be asked."""
 ENOUGH = 32
 """Positions after which the sequences themselves say what is near."""
+NARROW = 64
+"""Numbers a token below which the linear inverter alone is no guide, so that the language model is asked at once."""
+CLEAN = 1e-6
+"""Share of the power of what crosses; with less noise than that one hypothesis is enough."""
 SPREAD = 8.0
 """Standard deviations of the noise's squared length within which a proposal is near."""
 
@@ -40,8 +44,8 @@ class Search:
 
     proposals: int = 64
     """Tokens tried at a position."""
-    wider: int = 2048
-    """Tried where none of those is near."""
+    wider: tuple[int, ...] = (512, 4096)
+    """Tried, one after the other, where none of those is near."""
     beam: int = 4
     whole: int = 32
     """Searches through the whole vocabulary, at most."""
@@ -60,6 +64,8 @@ def match(knowledge: Knowledge, search: Search = Search()) -> list[list[int]]:
         raise AttackError(
             "matching goes from the first token on, but not all tokens cross", remedy="use --attack decoder"
         )
+    if rows[0].shape[1] < NARROW:
+        return _search(_Matcher(knowledge, search, read=True), rows)[0]
     found, gaps = _search(_Matcher(knowledge, search), rows)
     unsure = [number for number, gap in enumerate(gaps) if gap < SURE]
     if unsure:
@@ -95,7 +101,7 @@ class _Matcher:
         power = float(torch.cat([pair.crossing.hidden_LD for pair in knowledge.view.pairs[:32]]).square().mean())
         self._floor = 0.25 * self._tail.variance + 1e-12 * power
         self._model = knowledge.language_model if read else None
-        self._beam = search.beam if read else 1
+        self._beam = search.beam if read and self._tail.variance > CLEAN * power else 1
         self._near = self._tail.variance + 1e-9 * power
         self._whole = search.whole
         self._best: list[float] = []
@@ -129,12 +135,15 @@ class _Matcher:
 
     def _proposals(self, beam: _Beam, z_RD: torch.Tensor) -> torch.Tensor:
         """The likeliest tokens by the linear inverter and what was said before, ``[H, C]``."""
+        count = min(max(self.search.proposals, 2), len(self._knowledge.linear.prior_V))
+        return self._likeliest(z_RD.repeat_interleave(self._beam, dim=0), beam.prior_HV, count)
+
+    def _likeliest(self, z_HD: torch.Tensor, prior_HV: torch.Tensor, count: int) -> torch.Tensor:
+        """By the linear inverter and, if it reads along, the language model: ``[H, count]``."""
         linear = self._knowledge.linear
-        count = min(max(self.search.proposals, 2), len(linear.prior_V))
         if self._model is None:
-            return linear.best(z_RD, count)
-        scores_HV = (linear.scores(z_RD) - linear.prior_V).repeat_interleave(self._beam, dim=0)
-        return (scores_HV + beam.prior_HV).topk(count, dim=1).indices
+            return linear.best(z_HD, count)
+        return (linear.scores(z_HD) - linear.prior_V + prior_HV).topk(count, dim=1).indices
 
     def _widen(
         self, beam: _Beam, row: int, z_1D: torch.Tensor, tokens_HC: torch.Tensor, error_HC: torch.Tensor
@@ -144,14 +153,14 @@ class _Matcher:
         own = slice(row * self._beam, (row + 1) * self._beam)
         best = own.start + int(beam.scores_H[own].argmax())
         vocabulary = len(self._knowledge.linear.prior_V)
-        for count in (min(self.search.wider, vocabulary), vocabulary):
+        for count in (*(min(wider, vocabulary) for wider in self.search.wider), vocabulary):
             if count <= tokens_HC.shape[1]:
                 continue
             error = float(error_HC[own][beam.scores_H[own].isfinite()].min())
             if error <= bound or (count == vocabulary and not self._whole):
                 break
             self._whole -= count == vocabulary
-            wide_1C = self._knowledge.linear.best(z_1D, count)
+            wide_1C = self._likeliest(z_1D, beam.prior_HV[best : best + 1], count)
             wide_error_1C = self._errors(beam, wide_1C, z_1D, [best])
             nearest = wide_error_1C[0].topk(tokens_HC.shape[1], largest=False).indices
             tokens_HC[own] = wide_1C[:, nearest]

@@ -3,7 +3,8 @@
 ==============  ==================================================================================================
 ``trunk``       each sequence's length, its secured hidden states and loss gradients, its own answers
 ``trunk+silo``  the same; and, of one colluding silo, the adapters of both ends and as many rows of its own text as
-                it cares to push through its own boundary, with what arrived of each, and of its own training steps
+                it cares to push through its own boundary, with what arrived of each, and of its own training steps; to
+                identify rows, candidates among which they are
 ``aggregator``  each silo's update with its round, weight and, pooled with the trunk, lengths; the shared adapters
 ``outsider``    the final adapters; rows to ask about; of a silo that tells, rows of the same kind
 ==============  ==================================================================================================
@@ -105,7 +106,7 @@ class View:
     """Of the colluding silo's training steps, whose gradients came up like everybody's."""
     contributions: tuple[Contribution, ...] = ()
     asked: tuple[Row, ...] = ()
-    """Of which it wants to know whether they were trained on."""
+    """Of which it wants to know whether they were trained on, or which of them crossed."""
     own: tuple[Row, ...] = ()
     """To train models of its own on; none of ``asked`` is among them."""
     adapters: Tensors = field(default_factory=dict)
@@ -134,9 +135,15 @@ def trunk_view(
     return View("trunk", known(recipe), folder, crossings, pairs, trunk_adapter=trunk_adapter)
 
 
-def colluding_view(alone: View, pairs: tuple[Pair, ...], adapters: Tensors, taught: tuple[Pair, ...] = ()) -> View:
-    """Of the trunk with a silo that joined it: that silo's pairs and adapters added."""
-    return replace(alone, adversary="trunk+silo", pairs=pairs, adapters=adapters, taught=taught)
+def colluding_view(
+    alone: View,
+    pairs: tuple[Pair, ...],
+    adapters: Tensors,
+    taught: tuple[Pair, ...] = (),
+    asked: tuple[Row, ...] = (),
+) -> View:
+    """Of the trunk with a silo that joined it: that silo's pairs and adapters added, and candidates if it has some."""
+    return replace(alone, adversary="trunk+silo", pairs=pairs, adapters=adapters, taught=taught, asked=asked)
 
 
 def aggregator_view(recipe: Recipe, folder: Path, contributions: tuple[Contribution, ...], shared: Tensors) -> View:

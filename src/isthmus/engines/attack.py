@@ -38,6 +38,9 @@ COLUMNS = {
     "task_accuracy": "the task's own",
     "auc": "AUC",
     "tpr_at_1_fpr": "TPR at 1 % FPR",
+    "top1": "named first",
+    "top10": "among the first ten",
+    "chance": "by chance",
 }
 """Figures that are shown, and how they are called."""
 
@@ -117,6 +120,8 @@ def _check(order: Order) -> None:
         raise AttackError(f"{order.references} references", remedy="ask for none, or for two or more")
     if order.rows < 1 or order.own_rows < 2:
         raise AttackError(f"{order.rows} rows, {order.own_rows} own rows", remedy="ask for 1 and 2 rows at least")
+    if order.inference and "identify" in order.attacks:
+        raise AttackError("candidates are training rows", remedy="leave --inference out to identify them")
 
 
 def _noted(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from isthmus.attacks.catalogue import INVERSIONS, USUAL
 from isthmus.attacks.knowledge import public_model
 from isthmus.attacks.score import Figure, share
+from isthmus.attacks.template import template_of
 from isthmus.attacks.view import Pair, Row, View, aggregator_view, colluding_view, outsider_view, trunk_view
 from isthmus.engines.capture import (
     Captured,
@@ -34,6 +35,10 @@ from isthmus.silo.trainer import SiloData
 SAMPLED = 256
 """Rows that are drawn from the public model for an adversary without text of its own."""
 SAMPLED_TOKENS = 48
+REDRAWN = 3
+"""Draws of noise of each row that a learned attack sees, where only ends of rows cross."""
+LEARNED = ("decoder",)
+"""Attacks that learn more from several."""
 Tell = Callable[[str], None]
 
 
@@ -57,6 +62,8 @@ class Order:
     """Attack the victim's prompts and answers in inference in place of its training rows."""
     references: int = 2
     """Models that the outsider trains on the colluder's rows, to compare the final one with."""
+    candidates: int = 1000
+    """Rows of the victim's that ``identify`` chooses among, at most; those attacked are among them."""
 
 
 class Bench:
@@ -122,6 +129,22 @@ class Bench:
         first, second = (draw.sample(rows, min(self._order.rows, len(rows))) for rows in chosen)
         return first, second
 
+    @cached_property
+    def candidates(self) -> list[Tokens]:
+        """The rows that are attacked among others of the victim's, in no order that tells which are.
+
+        Raises:
+            AttackError: those attacked are all that there are, or more than are wanted.
+        """
+        data, chosen = self._data(self.victim), {id(row) for row in self._rows}
+        others = [row for row in data.train + data.held_out if id(row) not in chosen]
+        draw = random.Random(f"{self._source.recipe.seed}/candidates")
+        count = min(self._order.candidates - len(self._rows), len(others))
+        if count < 1:
+            raise AttackError("no candidates beside the rows attacked", remedy="attack fewer rows, or give more")
+        drawn = [*self._rows, *draw.sample(others, count)]
+        return draw.sample(drawn, len(drawn))
+
     def view(self, adversary: str) -> View:
         """What this adversary sees."""
         source, recipe = self._source, self._source.recipe
@@ -133,12 +156,20 @@ class Bench:
         alone = trunk_view(recipe, self._folder, self.captured.crossings, (), source.trunk_adapter())
         if adversary == "trunk":
             return replace(alone, pairs=self._public_pairs() if self._learns else ())
-        return colluding_view(alone, self._colluding_pairs(), source.shared(), self._taught())
+        asked = _clear(self.candidates) if "identify" in self._order.attacks else ()
+        return colluding_view(alone, self._colluding_pairs(), source.shared(), self._taught(), asked)
 
     @property
     def _learns(self) -> bool:
         """Whether an attack of the order learns from the adversary's own rows."""
-        return any(name in INVERSIONS for name in self._order.attacks)
+        return any(name in INVERSIONS or name == "identify" for name in self._order.attacks)
+
+    @property
+    def _draws(self) -> int:
+        """How often the adversary pushes each of its rows through its boundary."""
+        boundary = self._source.recipe.boundary
+        noisy = boundary.tail is not None and bool(boundary.forward.noise)
+        return REDRAWN if noisy and any(name in LEARNED for name in self._order.attacks) else 1
 
     def _outside(self) -> View:
         source, asks = self._source, "membership" in self._order.attacks
@@ -189,12 +220,12 @@ class Bench:
             return ()
         rows = self._drawn(name, self._order.own_rows)
         if self._learns:
-            rows += self._public(min(self._order.own_rows - len(rows), SAMPLED))
-        return capture_pairs(self._source, name, rows)
+            rows += self._public(self._order.own_rows - len(rows))
+        return capture_pairs(self._source, name, rows, draws=self._draws)
 
     def _public_pairs(self) -> tuple[Pair, ...]:
-        rows = self._public(self._order.own_rows if self._order.public else min(self._order.own_rows, SAMPLED))
-        return capture_pairs(self._source, self.victim, rows, trained=False)
+        rows = self._public(self._order.own_rows)
+        return capture_pairs(self._source, self.victim, rows, trained=False, draws=self._draws)
 
     def _drawn(self, name: str, count: int) -> list[Tokens]:
         """Rows of a silo."""
@@ -208,16 +239,25 @@ class Bench:
         return self._read[name]
 
     def _public(self, count: int) -> list[Tokens]:
-        """So many rows of public text."""
+        """So many rows of public text, as the recipe's prompts; fewer if they must be drawn from the public model."""
         if count <= 0:
             return []
         if self._order.public is not None:
-            longest = self._source.recipe.train.max_tokens
-            texts = [self.tokenizer(line)["input_ids"][:longest] for line in _lines(self._order.public)]
+            texts = [self.tokenizer(line)["input_ids"] for line in _lines(self._order.public)]
         else:
+            count = min(count, SAMPLED)
             self._tell(f"drawing {count} rows of text from the public model")
             texts = sampled(self._folder, self._source.recipe.seed, count)
-        return [Tokens(text[:-1], text[-1:]) for text in texts if len(text) > 1][:count]
+        return [self._prompted(text) for text in texts if len(text) > 1][:count]
+
+    def _prompted(self, text: list[int]) -> Tokens:
+        """Public text in the recipe's template; an answer that is no choice is its last token."""
+        template, longest = template_of(self._source.recipe.task, self.tokenizer), self._source.recipe.train.max_tokens
+        if self.choices:
+            room = longest - len(self.choices[0])
+            return Tokens(list(template.filled(text))[-room:], list(self.choices[0]))
+        tokens = list(template.filled(text))[:longest]
+        return Tokens(tokens[:-1], tokens[-1:])
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from isthmus.attacks.found import Found, Labels, Scores, Texts
+from isthmus.attacks.found import Found, Labels, Ranks, Scores, Texts
 from isthmus.attacks.found import Tokens as FoundTokens
 from isthmus.attacks.labels import named
 from isthmus.attacks.membership import separation
@@ -33,8 +33,8 @@ class Result:
     seconds: float
     tokens: str
     """What the figures are of. Of tokens: ``all``, ``text`` (not what all rows have in common at their ends: the
-    template), ``sensitive``, ``response``, or an ``update``'s. Of labels and membership: by which method, or that of
-    the ``strongest``."""
+    template), ``sensitive``, ``response``, or an ``update``'s. Of ``candidates``: how often the right one was named.
+    Of labels and membership: by which method, or that of the ``strongest``."""
     figures: dict[str, Figure]
     notes: tuple[str, ...] = ()
 
@@ -74,6 +74,8 @@ class Judge:
             return len(bench.trained), self._texts(found)
         if isinstance(found, Scores):
             return sum(map(len, bench.asked)), self._membership(found)
+        if isinstance(found, Ranks):
+            return len(bench.rows), self._identified(found)
         return len(bench.rows), self._response(found) if found.response else self._tokens(found)
 
     def _tokens(self, found: FoundTokens) -> Scored:
@@ -81,7 +83,8 @@ class Judge:
         truth = self.bench.captured.truth
         masks = {"all": None, "text": None if self.inference else _text(self.bench.rows)}
         if self.sensitive is not None:
-            masks["sensitive"] = [self.sensitive(row) for row in truth]
+            sensitive = [self.sensitive(row) for row in truth]
+            masks |= {"sensitive": sensitive} if any(map(any, sensitive)) else {}
         for of, mask in masks.items():
             yield of, score(truth, found.ids, self._decode, only=mask), ()
 
@@ -146,6 +149,19 @@ class Judge:
         yield "strongest", figures[best], (best, *found.notes)
         for method, one in figures.items():
             yield method, one, ()
+
+    def _identified(self, found: Ranks) -> Scored:
+        """How often the right candidate was named first, or among the first ten; beside it, what a blind guess has."""
+        candidates = [tuple(row.input) for row in self.bench.candidates]
+        told = zip(self.bench.captured.truth, found.by_row, strict=True)
+        ranks = [[candidates[number] == right for number in ranked] for right, ranked in told]
+        blind = 1 / len(candidates)
+        figures = {
+            "top1": share([any(ranked[:1]) for ranked in ranks]),
+            "top10": share([any(ranked[:10]) for ranked in ranks]),
+            "chance": Figure(blind, blind, blind),
+        }
+        yield "candidates", figures, (f"among {len(candidates)}",)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self.bench.tokenizer.decode(ids)

@@ -41,7 +41,7 @@ def changed(view: View, matrix_DX: torch.Tensor, last: int | None = None) -> Vie
 
 
 @pytest.mark.parametrize(
-    "search", [Search(), Search(proposals=2, wider=4, whole=1000, group=3)], ids=["usual", "narrow"]
+    "search", [Search(), Search(proposals=2, wider=(4,), whole=1000, group=3)], ids=["usual", "narrow"]
 )
 def test_without_noise_every_token_is_recovered(attacked: Attacked, search: Search) -> None:
     view, truth = attacked()
@@ -75,7 +75,7 @@ def test_with_much_noise_the_language_model_is_asked(attacked: Attacked) -> None
 
 def test_searches_through_the_whole_vocabulary_are_bounded(attacked: Attacked) -> None:
     view, truth = attacked()
-    found = match(Knowledge(view), Search(proposals=2, wider=4, whole=3))
+    found = match(Knowledge(view), Search(proposals=2, wider=(4,), whole=3))
     assert found != truth
     assert [len(row) for row in found] == [len(row) for row in truth]
 
@@ -118,3 +118,8 @@ def test_ridge_finds_an_affine_map() -> None:
 def test_too_little_to_learn_from_is_named() -> None:
     with pytest.raises(AttackError, match="1 tokens to learn from"):
         LinearInverter.fit(torch.zeros(1, 3), torch.zeros(1, dtype=torch.long), torch.zeros(5, 2))
+
+
+def test_a_few_clean_numbers_of_every_token_are_enough(attacked: Attacked) -> None:
+    view, truth = attacked(width=4, forward={"clip": 1.0, "noise": 0.0}, own=100)
+    assert match(Knowledge(view)) == truth

@@ -17,6 +17,7 @@ from isthmus.engines.capture import Source
 from isthmus.errors import AttackError
 from isthmus.federation.root import RootService
 from isthmus.model.checkpoint import Checkpoint
+from isthmus.recipe import Recipe
 from isthmus.report.record import RunDirectory
 from isthmus.silo.join import greeting
 from isthmus.silo.worker import Worker
@@ -240,6 +241,8 @@ def test_membership_of_an_overfit_run(attacked_model: Path, tmp_path: Path) -> N
         ("dager", "trunk+silo", {}, "'trunk\\+silo' sees no contributions"),
         ("gradient-matching", "outsider", {}, "'outsider' sees no contributions"),
         ("membership", "trunk", {}, "'trunk' sees no asked"),
+        ("identify", "trunk", {}, "'trunk' sees no asked"),
+        ("identify", "trunk+silo", {"inference": True}, "candidates are training rows"),
         ("membership", "outsider", {}, "nothing was trained"),
         ("membership", "outsider", {"references": -1}, "-1 references"),
     ],
@@ -283,3 +286,20 @@ def test_a_frozen_bottom_leaves_no_gradient_to_search(attacked_model: Path, tmp_
     source = federation(attacked_model, tmp_path, labelled, lora={"freeze_bottom": True}, **CLASSIFY)
     with pytest.raises(AttackError, match="no gradient of the first block's adapter"):
         found(source, "dager", "aggregator")
+
+
+def test_rows_are_identified_among_candidates_by_what_little_crosses(two_silos: Source) -> None:
+    def named(noise: float) -> tuple[float, float]:
+        boundary = {"tail": 1, "width": 8, "forward": {"clip": 1.0, "noise": noise}}
+        values = two_silos.recipe.model_dump(exclude_none=True)
+        values["boundary"] |= boundary
+        order = Order(attacks=("identify",), rows=10, own_rows=30)
+        (one,) = attack(replace(two_silos, recipe=Recipe.of(values)), order, lambda told: None)
+        assert (one.tokens, one.notes) == ("candidates", ("among 40",))
+        assert one.figures["chance"].value == 1 / 40
+        return one.figures["top1"].value, one.figures["top10"].value
+
+    assert named(0.0) == (1.0, 1.0)
+    first, ten = named(1e6)
+    assert first <= 0.2
+    assert ten <= 0.7

@@ -1,0 +1,149 @@
+"""Boundaries from nothing but noise to all that a narrow crossing can tell, and what the attacks find through each.
+
+An attack's figure at the private recipe means something only if the same attacks find more where more crosses. So the
+rungs rise in capacity, on the same rows, and each has every attack that applies and identification among candidates,
+which measures what the channel tells whatever it takes to find a text from nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Results
+from isthmus.attacks.score import Figure
+from isthmus.engines.attack import Order, attack
+from isthmus.engines.capture import Source
+from isthmus.engines.scored import Result
+from isthmus.privacy.reading import Reading
+from isthmus.privacy.sensitivity import Sensitivity
+from isthmus.recipe import Recipe, SensitivitySection
+from isthmus.recipe.sensitivity import DETECTORS
+from isthmus.silo.join import load_tokenizer
+
+Values = dict[str, Any]
+FEW = 20
+"""Sensitive tokens below which their share says nothing."""
+BOUND = 0.10
+"""Of sensitive tokens, at most, by the private recipe."""
+CLEAN: Values = {"forward": {"clip": 1.0, "noise": 0.0}}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A boundary, as a change of the private recipe's, and the attacks that apply."""
+
+    name: str
+    changed: Values
+    attacks: tuple[str, ...] = ("search", "decoder")
+    few: bool = False
+    """Only so many victim rows that a slow attack ends."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many rows."""
+
+    victims: int = 60
+    few: int = 8
+    own: int = 3000
+    """Of the adversary: the colluder's first, then public ones."""
+    candidates: int = 1000
+    public: Path | None = field(default=None)
+
+
+RUNGS = (
+    Rung("nothing but noise", {"forward": {"clip": 1.0, "noise": 1e6}}),
+    Rung("private recipe", {}),
+    Rung("last position, 4 clean numbers", CLEAN),
+    Rung("last position, 576 clean numbers", {"width": None, **CLEAN}),
+    Rung("every token, 4 clean numbers", {"tail": None, **CLEAN}, ("linear", "decoder", "matching"), few=True),
+)
+
+
+def climb(results: Results, source: Source, size: Size, rungs: Sequence[Rung] = RUNGS) -> None:
+    """Attack each rung and note attack by attack, the best, and identification."""
+    for rung in rungs:
+        changed = Source(changed_boundary(source.recipe, rung.changed), source.run)
+        detected = Detected(source.recipe)
+        found = tried(changed, rung, size, detected)
+        note_text(results, rung.name, [one for one in found if one.tokens == "text"])
+        for one in found:
+            if one.tokens == "candidates":
+                note_identified(results, rung.name, one)
+        if not rung.changed:
+            note_sensitive(results, rung.name, [one for one in found if one.tokens == "sensitive"], detected)
+
+
+class Detected:
+    """Which tokens of a row are identifiers, names or dates by the recipe's detectors, all of them; counts them."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._sensitivity = Sensitivity(SensitivitySection.model_validate({"detectors": list(DETECTORS)}))
+        self._tokenizer = load_tokenizer(Path(recipe.model.path))
+        self._masks: dict[tuple[int, ...], list[bool]] = {}
+
+    @property
+    def count(self) -> int:
+        return sum(map(sum, self._masks.values()))
+
+    def __call__(self, row: Sequence[int]) -> list[bool]:
+        if tuple(row) not in self._masks:
+            reading = Reading(self._sensitivity, self._tokenizer.decode)
+            reading.extend(row)
+            self._masks[tuple(row)] = [number > 0 for number in reading.classes]
+        return self._masks[tuple(row)]
+
+
+def changed_boundary(recipe: Recipe, changed: Values) -> Recipe:
+    values = recipe.model_dump(exclude_none=True)
+    values["boundary"] |= changed
+    values["boundary"] = {key: value for key, value in values["boundary"].items() if value is not None}
+    return Recipe.of(values)
+
+
+def tried(source: Source, rung: Rung, size: Size, detected: Detected) -> list[Result]:
+    """By the trunk with a colluding silo, which has the public rows, too."""
+    order = Order(
+        ("trunk+silo",),
+        (*rung.attacks, "identify"),
+        "east",
+        "west",
+        size.few if rung.few else size.victims,
+        size.own,
+        size.public,
+        candidates=size.candidates,
+    )
+    return attack(source, order, lambda told: print(f"  {told}", flush=True), detected)
+
+
+def note_text(results: Results, name: str, found: Sequence[Result]) -> None:
+    """Tokens of the text, not of the template."""
+    for one in found:
+        figure = one.figures["token_accuracy"]
+        results.add(f"{name}: text tokens recovered, {one.attack}", figure.value, "share")
+        results.add(f"{name}: ROUGE-L, {one.attack}", one.figures["rougeL"].value, "share")
+    best = max((one.figures["token_accuracy"] for one in found), key=lambda figure: figure.value)
+    note_best(results, f"{name}: text tokens recovered", best)
+
+
+def note_identified(results: Results, name: str, one: Result) -> None:
+    for rank, figure in (("first", one.figures["top1"]), ("among the first ten", one.figures["top10"])):
+        results.add(f"{name}: rows named {rank} ({one.notes[0]})", figure.value, "share")
+        results.add(f"{name}: rows named {rank}, upper", figure.high, "share")
+
+
+def note_sensitive(results: Results, name: str, found: Sequence[Result], detected: Detected) -> None:
+    """Identifiers, names and dates apart; where there are too few of them, only how many."""
+    results.add(f"{name}: sensitive tokens in the rows attacked", detected.count, "tokens")
+    if detected.count >= FEW:
+        best = max((one.figures["token_accuracy"] for one in found), key=lambda figure: figure.value)
+        results.add(f"{name}: sensitive tokens recovered, best attack", best.value, "share", at_most=BOUND)
+        results.add(f"{name}: sensitive tokens recovered, best attack, upper", best.high, "share")
+
+
+def note_best(results: Results, name: str, figure: Figure) -> None:
+    results.add(f"{name}, best attack", figure.value, "share")
+    results.add(f"{name}, best attack, upper", figure.high, "share")
