@@ -172,7 +172,7 @@ class _Mover:
         tried = [self._template.filled(one) for part in choices for one, _ in part]
         likelihood_N = self._channel.log_likelihood(self._channel.expected(tried, len(z_KD)), z_KD)
         found = []
-        for part, likelihood in zip(choices, likelihood_N.split([len(part) for part in choices]), strict=True):
+        for part, likelihood in zip(choices, torch.split(likelihood_N, list(map(len, choices))), strict=True):
             score = heat * likelihood + torch.tensor([gain for _, gain in part])
             (number,) = _resampled(score.softmax(dim=0), 1, draw)
             found.append(part[number][0])
