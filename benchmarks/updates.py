@@ -20,7 +20,7 @@ def main() -> None:
     results, run = Results("updates", "make bench-updates"), private_run()
     ways = {"one row, one step, not noised": Source(recipe_of(one_step)), "private recipe": Source(run.recipe(), run)}
     for name, source in ways.items():
-        for found in by(source, "aggregator", "dager", "gradient-matching"):
+        for found in by(source, "aggregator", "dager"):
             bound = 0.1 if name == "private recipe" else None
             figures = found.figures
             results.add(

@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import sentence_bleu
+from scipy.stats import binomtest
 
 from isthmus.errors import AttackError
 
@@ -83,18 +84,18 @@ def score(
     return _figures(rows, resamples, confidence, random.Random(seed))
 
 
-def share(right: Sequence[bool], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> Figure:
-    """The share of rows that are right (percentile bootstrap over rows).
+def share(right: Sequence[bool], *, confidence: float = 0.95) -> Figure:
+    """The share of rows that are right, with its exact interval (Clopper and Pearson 1934).
+
+    A bootstrap would say of none in twenty that there can be none at all.
 
     Raises:
         AttackError: there are none.
     """
     if not right:
         raise AttackError("no row to score", remedy="attack some")
-    draw = random.Random(seed)
-    drawn = sorted(fmean(draw.choices(right, k=len(right))) for _ in range(resamples))
-    tail = int((1 - confidence) / 2 * resamples)
-    return Figure(fmean(right), drawn[tail], drawn[-1 - tail])
+    interval = binomtest(sum(right), len(right)).proportion_ci(confidence, method="exact")
+    return Figure(fmean(right), float(interval.low), float(interval.high))
 
 
 def laid(truth: Sequence[int], guess: Sequence[int]) -> list[int]:

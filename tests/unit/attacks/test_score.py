@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.attacks.score import MEASURES, laid, score
+from isthmus.attacks.score import MEASURES, laid, score, share
 from isthmus.errors import AttackError
 from tests.unit.attacks.attacked import say
 
@@ -86,6 +86,13 @@ def test_the_truth_scores_one_and_a_row_is_a_row_in_the_intervals() -> None:
     half = score(rows, [rows[0], [0, 0, 0, 0]], say)
     assert (half["exact_match"].low, half["exact_match"].value, half["exact_match"].high) == (0.0, 0.5, 1.0)
     assert set(half) == set(MEASURES)
+
+
+def test_none_of_twenty_is_not_none_at_all() -> None:
+    """The exact interval: 1 - 0.025^(1/20) is the largest share that shows none in twenty once in forty times."""
+    none, all_ = share([False] * 20), share([True] * 20)
+    assert (none.value, none.low, none.high) == pytest.approx((0.0, 0.0, 1 - 0.025 ** (1 / 20)))
+    assert (all_.value, all_.low, all_.high) == pytest.approx((1.0, 0.025 ** (1 / 20), 1.0))
 
 
 def test_only_masked_tokens_count() -> None:
