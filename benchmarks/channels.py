@@ -39,7 +39,7 @@ class Rung:
     changed: Values
     attacks: tuple[str, ...] = ("search", "decoder")
     few: bool = False
-    """Only so many victim rows that a slow attack ends."""
+    """The attacks on text get only so many victim rows that slow ones end; identification gets all."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Size:
 RUNGS = (
     Rung("nothing but noise", {"forward": {"clip": 1.0, "noise": 1e6}}),
     Rung("private recipe", {}),
-    Rung("last position, 4 clean numbers", CLEAN),
-    Rung("last position, 576 clean numbers", {"width": None, **CLEAN}),
+    Rung("last position, 4 clean numbers", CLEAN, ("search",), few=True),
+    Rung("last position, 576 clean numbers", {"width": None, **CLEAN}, ("search",), few=True),
     Rung("every token, 4 clean numbers", {"tail": None, **CLEAN}, ("linear", "decoder", "matching"), few=True),
 )
 
@@ -106,17 +106,15 @@ def changed_boundary(recipe: Recipe, changed: Values) -> Recipe:
 
 def tried(source: Source, rung: Rung, size: Size, detected: Detected) -> list[Result]:
     """By the trunk with a colluding silo, which has the public rows, too."""
-    order = Order(
-        ("trunk+silo",),
-        (*rung.attacks, "identify"),
-        "east",
-        "west",
-        size.few if rung.few else size.victims,
-        size.own,
-        size.public,
-        candidates=size.candidates,
-    )
-    return attack(source, order, lambda told: print(f"  {told}", flush=True), detected)
+
+    def made(attacks: tuple[str, ...], victims: int) -> list[Result]:
+        settings = ("east", "west", victims, size.own, size.public)
+        order = Order(("trunk+silo",), attacks, *settings, candidates=size.candidates)
+        return attack(source, order, lambda told: print(f"  {told}", flush=True), detected)
+
+    if not rung.few:
+        return made((*rung.attacks, "identify"), size.victims)
+    return made(rung.attacks, size.few) + made(("identify",), size.victims)
 
 
 def note_text(results: Results, name: str, found: Sequence[Result]) -> None:

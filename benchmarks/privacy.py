@@ -24,7 +24,7 @@ from benchmarks.results import Results
 from isthmus.attacks.labels import LabelClassifier
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.engines.attack import Order, Result, attack
-from isthmus.engines.capture import Source, capture_pairs, opened_trunk, tapped
+from isthmus.engines.capture import Silence, Source, capture_pairs, opened_trunk, tapped
 from isthmus.engines.local import create_run, run_federation
 from isthmus.recipe import Recipe
 from isthmus.report.record import RunDirectory, read_journal
@@ -49,6 +49,7 @@ def main() -> None:
         "quality": measure_quality,
         "published": measure_published_noise,
         "private": measure_private,
+        "trunk": measure_trunk,
         "overhead": measure_overhead,
     }
     results = Results("privacy", "make bench-privacy")
@@ -91,6 +92,18 @@ def measure_private(results: Results) -> None:
     learned, guessed = labels_recovered(Source(run.recipe(), run))
     results.add("private recipe: labels read off what crosses, by a colluder's classifier", learned, "share")
     results.add("private recipe: labels, always the most frequent", guessed, "share")
+
+
+def measure_trunk(results: Results) -> None:
+    """What the trunk does for the private recipe's accuracy: the same silo, and a trunk that answers with zeros."""
+    run = private_run()
+    source = Source(run.recipe(), run)
+    with opened_trunk(source) as service:
+        for name, answering in (("its trunk", service), ("a trunk that answers nothing", Silence(source.recipe))):
+            with tapped(source, "east", answering) as (silo, _):
+                rows = SiloData(source.recipe.party("east"), source.recipe, silo.tokenizer)
+                found = evaluate(silo.model, rows)["accuracy"]
+            results.add(f"private recipe's accuracy, one silo, with {name}", found, "share")
 
 
 def labels_recovered(source: Source) -> tuple[float, float]:
