@@ -16,8 +16,9 @@ from rich.table import Table
 
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.demo.baselines import Baselines
+from isthmus.engines.cells import megabytes
 from isthmus.engines.local import local_recipe
-from isthmus.engines.terminal import megabytes, run_with_progress
+from isthmus.engines.terminal import run_with_progress
 from isthmus.engines.use import generate_text
 from isthmus.recipe import Recipe
 from isthmus.report.progress import read_progress

@@ -7,7 +7,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from isthmus.engines.terminal import epsilon_text
+from isthmus.engines.cells import epsilon_text
 from isthmus.privacy.accountant import Epsilon
 from isthmus.privacy.statement import PathStatement, Statement, read_statement
 from isthmus.report.record import RunDirectory

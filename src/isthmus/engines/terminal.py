@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from isthmus.engines.cells import epsilon_text, megabytes, score_text
 from isthmus.engines.local import run_federation
 from isthmus.recipe import Recipe
 from isthmus.report.progress import SiloProgress, read_progress
@@ -41,7 +41,10 @@ def run_with_progress(run: RunDirectory, console: Console | None = None) -> None
 
         run_federation(run, watch, tell)
         live.update(_table(run, recipe))
-    from isthmus.engines.spent import read_statements, show  # the watching process loads no accountant while it watches
+    from isthmus.engines.spent import (  # the watching process loads no accountant while it watches
+        read_statements,
+        show,
+    )
 
     show(read_statements(run), console)
 
@@ -78,18 +81,3 @@ def _row(progress: SiloProgress, recipe: Recipe) -> tuple[str, ...]:
         epsilon_text(progress.epsilon) + (f" ({progress.skipped} rows spent)" if progress.skipped else ""),
         "  ".join(score_text(progress.scores[number]) for number in sorted(progress.scores)),
     )
-
-
-def epsilon_text(value: float | None) -> str:
-    """As a cell shows it; empty where there is none."""
-    if value is None:
-        return ""
-    return "∞" if math.isinf(value) else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
-
-
-def score_text(scores: dict[str, float]) -> str:
-    return f"{scores['accuracy']:.1%}" if "accuracy" in scores else f"{scores['loss']:.3f}"

@@ -5,19 +5,31 @@ Shapes: T tokens of all sequences one after another, W what crosses of each.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from isthmus.errors import UnknownSessionError
-from isthmus.silo.register import History
+from isthmus.privacy.subjects import Subjects
+from isthmus.silo.boundary import Boundary
+from isthmus.silo.register import History, Register
 from isthmus.wire import isthmus_pb2 as pb
-
-if TYPE_CHECKING:
-    from isthmus.silo.remote import RemoteTrunk
+from isthmus.wire.channel import Channel
 
 REPLAYS = 16
 """Times that a lost session's frames are sent again for one step."""
+
+
+class Way(Protocol):
+    """What a session needs of its trunk (a ``silo.remote.RemoteTrunk``)."""
+
+    channel: Channel
+    boundary: Boundary
+    register: Register
+
+    def answer_to(self, h_TW: torch.Tensor) -> torch.Tensor: ...
+
+    def noise_in(self, matrix: pb.Matrix, h_TW: torch.Tensor, subjects: Subjects) -> torch.Tensor | None: ...
 
 
 class RemoteSession:
@@ -26,7 +38,7 @@ class RemoteSession:
     Sent frames are kept: a trunk that lost the session gets them again, as they were, with their noise.
     """
 
-    def __init__(self, trunk: RemoteTrunk, id: int) -> None:
+    def __init__(self, trunk: Way, id: int) -> None:
         self.id = id
         self._trunk = trunk
         self._channel = trunk.channel
