@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import statistics
 
-from benchmarks.privacy import Values, attacked, federation, labels_recovered
+from benchmarks.privacy import Values, federation, labels_recovered
 from benchmarks.results import Results
+from isthmus.engines.attack import Order, attack
 from isthmus.engines.capture import Source
 from isthmus.report.record import RunDirectory, read_journal
 
@@ -21,17 +22,15 @@ LESSONS: dict[str, dict[str, float] | None] = {
     "the answer, in few nats (capacity)": {"answer": 1.0, "capacity": 0.1},
     "the answer, unlike the text (distance correlation)": {"answer": 1.0, "correlation": 1.0},
 }
-STEPS, LAST = 40, 10
+STEPS, LAST = 30, 10
+VICTIMS, OWN, CANDIDATES = 40, 300, 500
 CHANNEL = {"width": 16, "forward": {"clip": 1.0, "noise": 0.1}}
-ATTACKS = ("identify",)
 
 
 def main() -> None:
     results = Results("defences", "make bench-defences")
-    for name, weights in LESSONS.items():
-        run = federation(
-            f"defence-{list(LESSONS).index(name)}", lambda values, weights=weights: taught(values, weights)
-        )
+    for number, (name, weights) in enumerate(LESSONS.items()):
+        run = federation(f"defence-{number}", lambda values, weights=weights: taught(values, weights))
         measure(results, name, run)
     print(f"written: {results.write()}")
 
@@ -43,6 +42,7 @@ def taught(values: Values, weights: dict[str, float] | None) -> None:
     if weights is not None:
         values["boundary"]["defence"] = weights
     values["train"] |= {"rounds": 1, "steps": STEPS, "evaluate": False}
+    values["threads"] = 1
 
 
 def measure(results: Results, name: str, run: RunDirectory) -> None:
@@ -50,9 +50,13 @@ def measure(results: Results, name: str, run: RunDirectory) -> None:
     source = Source(run.recipe(), run)
     learned, guessed = labels_recovered(source)
     results.add(f"{name}: labels read off what crosses (majority {guessed:.3f})", learned, "share")
-    for found in attacked(source, ATTACKS):
-        for figure, value in found.figures.items():
-            results.add(f"{name}: {found.attack}, {figure}", value.value, "share")
+    order = Order(("trunk+silo",), ("identify",), "east", "west", VICTIMS, OWN, candidates=CANDIDATES)
+    (found,) = attack(source, order, lambda told: print(f"  {told}", flush=True))
+    for figure in ("top1", "top10"):
+        results.add(f"{name}: named among {CANDIDATES} candidates, {figure}", found.figures[figure].value, "share")
+        results.add(
+            f"{name}: named among {CANDIDATES} candidates, {figure}, upper", found.figures[figure].high, "share"
+        )
     lines = read_journal(run.role("east").path / "metrics.jsonl")
     told = [line["told"] for line in lines if line["event"] == "step" and "told" in line][-LAST:]
     for term in ("answer", "inverter", "capacity", "correlation") if told else ():

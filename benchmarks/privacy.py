@@ -38,7 +38,7 @@ ROWS, HELD_OUT, OTHERS = 250, 100, 500
 VICTIMS, OWN = 60, 1000
 PUBLISHED = (0.025, 0.1)
 """The published noise 0.02·√(π/2), and four times that."""
-LABELLED = 500
+LABELLED = 300
 Values = dict[str, Any]
 Change = Callable[[Values], None]
 
