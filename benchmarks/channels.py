@@ -20,7 +20,7 @@ from isthmus.engines.scored import Result
 from isthmus.privacy.reading import Reading
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SensitivitySection
-from isthmus.recipe.sensitivity import DETECTORS
+from isthmus.recipe.sensitivity import DETECTED, DETECTORS
 from isthmus.silo.join import load_tokenizer
 
 Values = dict[str, Any]
@@ -81,7 +81,8 @@ class Detected:
     """Which tokens of a row are identifiers, names or dates by the recipe's detectors, all of them; counts them."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._sensitivity = Sensitivity(SensitivitySection.model_validate({"detectors": list(DETECTORS)}))
+        section = {"detectors": list(DETECTORS), "classes": {DETECTED: {"noise": 2.0}}}
+        self._sensitivity = Sensitivity(SensitivitySection.model_validate(section))
         self._tokenizer = load_tokenizer(Path(recipe.model.path))
         self._masks: dict[tuple[int, ...], list[bool]] = {}
 
