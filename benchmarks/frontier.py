@@ -38,6 +38,7 @@ from isthmus.engines.capture import Source, measure
 from isthmus.privacy.reading import Reading
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SensitivitySection
+from isthmus.report.record import writing
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.trainer import SiloData
 
@@ -55,9 +56,9 @@ SENSITIVE = SensitivitySection(
 class Size:
     """How much is measured at a point."""
 
-    held_out: int = 200
+    held_out: int = 120
     victims: int = 24
-    own: int = 240
+    own: int = 200
     matched: int = 6
     """Of the victim's rows, for vocabulary matching."""
     epochs: int = 3
@@ -110,7 +111,9 @@ def measured(task: Task, model: Path, points: Sequence[Point], size: Size) -> It
         path = CACHE / "points" / task.name / f"{point.name}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(asdict(outcome_of(task, model, point, size)), indent=1))
+            outcome = outcome_of(task, model, point, size)
+            with writing(path) as temporary:
+                temporary.write_text(json.dumps(asdict(outcome), indent=1))
         told = json.loads(path.read_text())
         yield Outcome(**{**told, "cut": tuple(told["cut"])})
 

@@ -24,6 +24,8 @@ LORA = {
     "alpha": 16.0,
     "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+UNTRAINED = {"rank": 1, "alpha": 1.0, "targets": ["q_proj"]}
+"""What a recipe must name at least, where the weights themselves are tuned: it starts, and stays, at nothing."""
 SECTIONS = ("forward", "gradient", "update")
 Values = dict[str, Any]
 Rows = list[Values]
@@ -47,13 +49,19 @@ class Task:
     def generates(self) -> bool:
         return "choices" not in self.template
 
-    def recipe(self, model: Path, cut: tuple[int, int] = (1, 1), boundary: Values | None = None) -> Recipe:
-        """Of this model, cut there, with this boundary: nothing is clipped or noised by default."""
+    def recipe(
+        self,
+        model: Path,
+        cut: tuple[int, int] = (1, 1),
+        boundary: Values | None = None,
+        lora: Values | None = None,
+    ) -> Recipe:
+        """Of this model, cut there, with this boundary (nothing is clipped or noised by default) and adapter."""
         folder = self.data(model)
         return Recipe.of(
             {
                 "model": {"path": str(model.resolve()), "bottom": cut[0], "top": cut[1]},
-                "lora": LORA,
+                "lora": lora or UNTRAINED,
                 "train": {
                     "rounds": 1,
                     "steps": self.steps,

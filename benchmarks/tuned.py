@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.tasks import CACHE, TASKS, Task
+from benchmarks.tasks import CACHE, LORA, TASKS, Task
 from isthmus.demo.assets import smollm2
 from isthmus.model import adapters
 from isthmus.model.cut import Part
@@ -36,7 +36,7 @@ def tuned(task: Task, base: Path) -> Path:
     folder = CACHE / task.name
     if not folder.exists():
         partial = folder.with_name(f"{task.name}-{os.getpid()}.partial")
-        model = _trained(task.recipe(base))
+        model = _trained(task.recipe(base, lora=LORA))
         whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         whole.load_state_dict(_folded(model))
         whole.save_pretrained(partial)
