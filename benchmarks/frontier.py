@@ -31,6 +31,7 @@ from isthmus.attacks.catalogue import ATTACKS
 from isthmus.attacks.found import Tokens as Found
 from isthmus.attacks.inverters import Training, invert
 from isthmus.attacks.knowledge import Knowledge
+from isthmus.attacks.matching import Search, match
 from isthmus.attacks.score import score
 from isthmus.demo.assets import smollm2
 from isthmus.engines.bench import Bench, Order
@@ -46,6 +47,8 @@ SCALED = 32
 """Rows that tell how large what crosses is."""
 SURE = 0.9
 """Share recovered above which no costlier attack is made."""
+SEARCH = Search(proposals=32, wider=128, beam=2, whole=0)
+"""Of vocabulary matching: a search through the whole vocabulary behind a deep bottom takes minutes a token."""
 SENSITIVE = SensitivitySection(
     detectors=["name", "date", "phone", "email", "record-number", "national-id"],  # type: ignore[arg-type]
     classes={"high": {}},  # type: ignore[dict-item]
@@ -83,6 +86,8 @@ class Outcome:
     """Shares of tokens, by the best attack: of the ``text``, or of ``prompt``, ``response`` and ``sensitive`` ones."""
     attack: str
     """The best on the text or the prompt."""
+    tried: list[str]
+    """All that were made."""
     epsilon: float | None
     """Of one forward of a row of median length; None: infinite."""
     epsilon_run: float | None
@@ -124,7 +129,7 @@ def outcome_of(task: Task, model: Path, point: Point, size: Size) -> Outcome:
     source = Source(recipe)
     order = Order(("trunk+silo",), ("linear",), "east", "west", size.victims, size.own, inference=task.generates)
     bench = Bench(source, order, lambda told: None)
-    attack, recovered = best_attack(bench, task, point, size)
+    attack, recovered, tried = best_attack(bench, task, point, size)
     vectors = int(median(row.crossing(recipe.boundary.tail) for row in bench.rows))
     spent = [epsilon(recipe.boundary, vectors, times) for times in (1, EPOCHS)]
     return Outcome(
@@ -136,6 +141,7 @@ def outcome_of(task: Task, model: Path, point: Point, size: Size) -> Outcome:
         written(bench) if task.generates else {"accuracy": accuracy(source, size.held_out)},
         recovered,
         attack,
+        tried,
         *(value if math.isfinite(value) else None for value in spent),
         round(time.perf_counter() - started, 1),
     )
@@ -167,12 +173,15 @@ def written(bench: Bench) -> dict[str, float]:
     return {name: fmean(float(one[name].fmeasure) for one in scored) for name in ("rouge1", "rougeL")}
 
 
-def best_attack(bench: Bench, task: Task, point: Point, size: Size) -> tuple[str, dict[str, float]]:
-    """The attack that recovers most of the text (or prompt), and the most that any recovers of each kind of token."""
+def best_attack(bench: Bench, task: Task, point: Point, size: Size) -> tuple[str, dict[str, float], list[str]]:
+    """The attack that recovers most of the text (or prompt), the most that any recovers of each kind of token, and all
+    that were made."""
     masks = masks_of(bench, task)
     main = next(iter(masks))
     best: dict[str, tuple[float, str]] = {}
+    tried: list[str] = []
     for name, found in attacks(bench, task, point, size, lambda: best[main][0]):
+        tried.append(name)
         for of, mask in masks.items():
             if found.response and of != "response":
                 continue
@@ -183,7 +192,7 @@ def best_attack(bench: Bench, task: Task, point: Point, size: Size) -> tuple[str
             share = figures["token_accuracy"].value
             best[of] = max(best.get(of, (-1.0, "")), (share, name))
         print(f"  {task.name}, {point.name}: {name}: { {of: f'{value:.3f}' for of, (value, _) in best.items()} }")
-    return best[main][1], {of: value for of, (value, _) in best.items()}
+    return best[main][1], {of: value for of, (value, _) in best.items()}, tried
 
 
 def attacks(
@@ -204,7 +213,7 @@ def attacks(
         yield "decoder", ATTACKS["decoder"](knowledge)
     elif size.matched:
         some = replace(view, crossings=view.crossings[: size.matched])
-        yield "matching", ATTACKS["matching"](Knowledge(some))
+        yield "matching", Found(match(Knowledge(some), SEARCH))
 
 
 def masks_of(bench: Bench, task: Task) -> dict[str, list[list[bool]]]:

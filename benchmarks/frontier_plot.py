@@ -49,8 +49,15 @@ def _panel(panel: Any, outcomes: Sequence[Outcome], cuts: Sequence[Any], kinds: 
         recovered, quality = next(iter(one.recovered.values())), one.quality[measure]
         colour, marker = COLOURS[cuts.index(one.cut) % len(COLOURS)], MARKERS[kinds.index(one.mechanism) % len(MARKERS)]
         panel.scatter(recovered, quality, s=70, c=colour, marker=marker, edgecolors="white", linewidths=0.6, zorder=3)
+        left = recovered > 0.85
         panel.annotate(
-            one.setting, (recovered, quality), (4, 4), textcoords="offset points", fontsize=6, color="#555555"
+            _short(one.setting),
+            (recovered, quality),
+            (-6 if left else 6, 3),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=6.5,
+            color="#444444",
         )
     low, high = panel.get_ylim()
     panel.set(xlim=(-0.04, 1.04), ylim=(low, max(high, best * 1.03)), title=outcomes[0].task)
@@ -58,6 +65,10 @@ def _panel(panel: Any, outcomes: Sequence[Outcome], cuts: Sequence[Any], kinds: 
     panel.set_xlabel("tokens recovered by the best attack, share")
     panel.set_ylabel("ROUGE-L of greedy answers" if measure == "rougeL" else "held-out accuracy")
     panel.grid(alpha=0.25)
+
+
+def _short(setting: str) -> str:
+    return setting.replace("epsilon", "ε").replace(" a vector", "").replace(" × rms", "×")
 
 
 def _legend(figure: Any, cuts: Sequence[Any], kinds: Sequence[str]) -> None:
