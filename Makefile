@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-BENCHMARKS := foundation demo boundary latency generation sessions together silos release draft replay privacy defences
+BENCHMARKS := foundation demo boundary latency generation sessions together silos release draft replay privacy defences updates frontier
 
 .PHONY: demo test check proto bench $(BENCHMARKS:%=bench-%) bench-cuda clean
 

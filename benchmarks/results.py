@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ RESULTS = Path(__file__).parent / "results"
 @dataclass(frozen=True)
 class Row:
     measure: str
-    value: float
+    value: float | None
+    """None: infinite."""
     unit: str
     goal: str | None
     met: bool | None
@@ -41,10 +43,11 @@ class Results:
         goal = f"≤ {at_most}" if at_most is not None else f"≥ {at_least}" if at_least is not None else None
         met = value <= at_most if at_most is not None else value >= at_least if at_least is not None else None
         today = datetime.date.today().isoformat()
-        row = Row(measure, round(value, 4), unit, goal, met, self._command, self._hardware, today)
+        noted = round(value, 4) if math.isfinite(value) else None
+        row = Row(measure, noted, unit, goal, met, self._command, self._hardware, today)
         self.rows.append(row)
         verdict = "" if met is None else f"   goal {goal}: {'met' if met else 'MISSED'}"
-        print(f"{measure}: {row.value:g} {unit}{verdict}", flush=True)
+        print(f"{measure}: {round(value, 4):g} {unit}{verdict}", flush=True)
 
     def write(self, *, keep: bool = False) -> Path:
         """Write the rows; ``keep`` those of earlier runs that this one did not measure again."""
