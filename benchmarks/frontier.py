@@ -47,7 +47,7 @@ SCALED = 32
 """Rows that tell how large what crosses is."""
 SURE = 0.9
 """Share recovered above which no costlier attack is made."""
-SEARCH = Search(proposals=32, wider=128, beam=2, whole=0)
+SEARCH = Search(proposals=32, wider=(128,), beam=2, whole=0)
 """Of vocabulary matching: a search through the whole vocabulary behind a deep bottom takes minutes a token."""
 SENSITIVE = SensitivitySection(
     detectors=["name", "date", "phone", "email", "record-number", "national-id"],  # type: ignore[arg-type]
