@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Results
-from isthmus.attacks.score import Figure
+from isthmus.attacks.score import Figure, share
 from isthmus.engines.attack import Order, attack
 from isthmus.engines.capture import Source
 from isthmus.engines.scored import Result
@@ -140,7 +140,9 @@ def note_sensitive(results: Results, name: str, found: Sequence[Result], detecte
     if detected.count >= FEW:
         best = max((one.figures["token_accuracy"] for one in found), key=lambda figure: figure.value)
         results.add(f"{name}: sensitive tokens recovered, best attack", best.value, "share", at_most=BOUND)
-        results.add(f"{name}: sensitive tokens recovered, best attack, upper", best.high, "share")
+        # A bootstrap of nothing says nothing: then it is the exact interval of as many tokens.
+        upper = best.high if best.value else share([False] * detected.count).high
+        results.add(f"{name}: sensitive tokens recovered, best attack, upper", upper, "share")
 
 
 def note_best(results: Results, name: str, figure: Figure) -> None:
