@@ -121,21 +121,19 @@ class Guard:
             torch.manual_seed(self._seed)
             self._readers = nn.ModuleDict({name: Reader(width, self._table_VE) for name in (OWN, ANY, ANSWER)})
             torch.set_rng_state(state)
-            priors = [one for name, one in self._readers.named_parameters() if name.endswith("prior_V")]
-            others = [one for name, one in self._readers.named_parameters() if not name.endswith("prior_V")]
-            # A reader that knows frequencies late seems to read them.
-            groups: list[dict[str, Any]] = [{"params": others}, {"params": priors, "lr": 10 * LEARNING_RATE}]
-            self._optimizer = torch.optim.Adam(groups, LEARNING_RATE)
+            self._optimizer = torch.optim.Adam(self._readers.parameters(), LEARNING_RATE)
         return self._optimizer
 
     def _teach(self, seen_TW: torch.Tensor, questions: dict[str, Question]) -> None:
         """A few steps of the readers on what would be seen."""
-        optimizer = self._prepare(seen_TW.shape[1])
+        optimizer, readers = self._prepare(seen_TW.shape[1]), self._readers
+        asked: list[tuple[Any, Question]] = [(readers[name], question) for name, question in questions.items()]
+        for reader, question in asked:
+            reader.hear(question)
         for _ in range(LESSONS):
             optimizer.zero_grad()
-            for name, question in questions.items():
-                reader: Any = self._readers[name]
-                (reader.loss(seen_TW, question) + reader.blind(question)).backward()
+            for reader, question in asked:
+                reader.loss(seen_TW, question).backward()
             optimizer.step()
 
     def _terms(

@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 HIDDEN = 256
 OTHERS = 512
 """Tokens drawn at random that right ones are told from."""
+UNSEEN = 0.02
+"""Occurrences that a token is taken to have had before it is seen."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class Question:
 
 
 class Reader(nn.Module):
-    """Scores tokens for a vector: a perceptron that points into the embedding, beside how frequent tokens are.
+    """Scores tokens for a vector: a perceptron that points into the embedding, beside how often tokens occurred.
 
     Args:
         table_VE: the embedding; it does not train.
@@ -43,16 +45,21 @@ class Reader(nn.Module):
 
     def __init__(self, width: int, table_VE: torch.Tensor) -> None:
         super().__init__()
+        self.counts_V: torch.Tensor
         self._table = [table_VE / table_VE.square().sum(dim=1).mean().sqrt()]  # a list hides it from the state
         self._into, self._out = nn.Linear(width, HIDDEN), nn.Linear(HIDDEN, table_VE.shape[1])
-        self.prior_V = nn.Parameter(torch.zeros(len(table_VE)))
+        self.register_buffer("counts_V", torch.full((len(table_VE),), UNSEEN))
         nn.init.zeros_(self._out.weight)
         nn.init.zeros_(self._out.bias)
+
+    def hear(self, question: Question) -> None:
+        """Count the question's tokens among those that occur."""
+        self.counts_V.index_add_(0, question.tokens_N, torch.ones(len(question.tokens_N)))
 
     def scores(self, z_NW: torch.Tensor, told_K: torch.Tensor) -> torch.Tensor:
         """Of these tokens for each vector, ``[N, K]``."""
         pointed_NE = self._out(nn.functional.gelu(self._into(z_NW)))
-        scores_NK: torch.Tensor = pointed_NE @ self._table[0][told_K].T + self.prior_V[told_K]
+        scores_NK: torch.Tensor = pointed_NE @ self._table[0][told_K].T + self.counts_V[told_K].log()
         return scores_NK
 
     def loss(self, z_TW: torch.Tensor, question: Question) -> torch.Tensor:
@@ -62,5 +69,5 @@ class Reader(nn.Module):
 
     def blind(self, question: Question) -> torch.Tensor:
         """The same without the vectors, by frequency alone."""
-        scores_NK = self.prior_V[question.told_K].expand(len(question.tokens_N), -1)
+        scores_NK = self.counts_V[question.told_K].log().expand(len(question.tokens_N), -1)
         return cross_entropy(scores_NK, torch.searchsorted(question.told_K, question.tokens_N))

@@ -99,12 +99,13 @@ def test_a_reader_reads_all_that_there_is() -> None:
     reader = Reader(4, torch.eye(VOCABULARY))
     optimizer = torch.optim.Adam(reader.parameters(), 2e-2)
     z_TW = torch.eye(4)[torch.tensor(tokens)]
-    for _ in range(500):
+    for _ in range(200):
         question = Question.of(list(range(64)), tokens, VOCABULARY, draw)
+        reader.hear(question)
         optimizer.zero_grad()
-        (reader.loss(z_TW, question) + reader.blind(question)).backward()
+        reader.loss(z_TW, question).backward()
         optimizer.step()
-    assert float(reader.blind(question).detach()) == pytest.approx(math.log(4), abs=0.1)
+    assert float(reader.blind(question).detach()) == pytest.approx(math.log(4), abs=0.01)
     assert float(reader.loss(z_TW, question).detach()) < 0.1
 
 
