@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Results
-from isthmus.attacks.score import Figure, share
+from isthmus.attacks.score import share
 from isthmus.engines.attack import Order, attack
 from isthmus.engines.capture import Source
 from isthmus.engines.scored import Result
@@ -26,8 +26,8 @@ from isthmus.silo.join import load_tokenizer
 Values = dict[str, Any]
 FEW = 20
 """Sensitive tokens below which their share says nothing."""
-BOUND = 0.10
-"""Of sensitive tokens, at most, by the private recipe."""
+TEXT_BOUND, BOUND = 0.20, 0.10
+"""Of text tokens and of sensitive tokens, at most, by the private recipe."""
 CLEAN: Values = {"forward": {"clip": 1.0, "noise": 0.0}}
 
 
@@ -71,7 +71,8 @@ def climb(results: Results, source: Source, size: Size, rungs: Sequence[Rung] = 
         changed = Source(changed_boundary(source.recipe, rung.changed), run)
         detected = Detected(source.recipe)
         found = tried(changed, rung, size, detected)
-        note_text(results, rung.name, [one for one in found if one.tokens == "text"])
+        bound = None if rung.changed else TEXT_BOUND
+        note_text(results, rung.name, [one for one in found if one.tokens == "text"], bound)
         for one in found:
             if one.tokens == "candidates":
                 note_identified(results, rung.name, one)
@@ -120,14 +121,15 @@ def tried(source: Source, rung: Rung, size: Size, detected: Detected) -> list[Re
     return made(rung.attacks, size.few) + made(("identify",), size.victims)
 
 
-def note_text(results: Results, name: str, found: Sequence[Result]) -> None:
+def note_text(results: Results, name: str, found: Sequence[Result], bound: float | None) -> None:
     """Tokens of the text, not of the template."""
     for one in found:
         figure = one.figures["token_accuracy"]
         results.add(f"{name}: text tokens recovered, {one.attack}", figure.value, "share")
         results.add(f"{name}: ROUGE-L, {one.attack}", one.figures["rougeL"].value, "share")
     best = max((one.figures["token_accuracy"] for one in found), key=lambda figure: figure.value)
-    note_best(results, f"{name}: text tokens recovered", best)
+    results.add(f"{name}: text tokens recovered, best attack", best.value, "share", at_most=bound)
+    results.add(f"{name}: text tokens recovered, best attack, upper", best.high, "share")
 
 
 def note_identified(results: Results, name: str, one: Result) -> None:
@@ -145,8 +147,3 @@ def note_sensitive(results: Results, name: str, found: Sequence[Result], detecte
         # A bootstrap of nothing says nothing: then it is the exact interval of as many tokens.
         upper = best.high if best.value else share([False] * detected.count).high
         results.add(f"{name}: sensitive tokens recovered, best attack, upper", upper, "share")
-
-
-def note_best(results: Results, name: str, figure: Figure) -> None:
-    results.add(f"{name}, best attack", figure.value, "share")
-    results.add(f"{name}, best attack, upper", figure.high, "share")
