@@ -68,6 +68,7 @@ def test_python_example_runs(tmp_path: Path) -> None:
 def test_every_figure_in_a_table_was_measured() -> None:
     """Each number in the README's tables is the rounding of one in ``benchmarks/results`` (accuracies: in percent)."""
     rows = [row for path in (ROOT / "benchmarks" / "results").glob("*.json") for row in json.loads(path.read_text())]
+    rows = [row for row in rows if row["value"] is not None]  # an infinite epsilon has none
     known = [100 * row["value"] if row["unit"] == "accuracy" else row["value"] for row in rows]
     lines = [line.split("|", 2)[2] for line in README.splitlines() if line.startswith("|")]  # less what it is about
     figures = [figure for line in lines for figure in re.findall(r"\d+\.\d+|\d{3,}", line)]
