@@ -24,12 +24,15 @@ def twins(request: pytest.FixtureRequest, build: BuildTwins) -> Iterator[Twins]:
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_logits_equal_the_uncut_models(twins: Twins, side: str, use_cache: bool) -> None:
-    """Up to the rounding of attention with a mask (uncut, for the padding) and without (trunk: no padding, no mask)."""
+    """Up to the rounding of attention with a mask (uncut, for the padding) and without (trunk: no padding, no mask).
+
+    That is the processor's own: 3.0e-6 at most with AVX-512, 3.4e-6 (phi3) without.
+    """
     batch = ragged(side)
     split, whole = (model(**batch, use_cache=use_cache) for model in twins.both)
     real = batch["attention_mask"].bool()
     assert split.logits.shape == whole.logits.shape
-    assert distance(split.logits[real], whole.logits[real]) <= 3e-6
+    assert distance(split.logits[real], whole.logits[real]) <= 4e-6
     assert distance(split.loss, whole.loss) <= 1e-6
 
 

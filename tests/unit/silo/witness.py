@@ -171,7 +171,7 @@ def draft(party: Party) -> None:
 def lose_a_session(party: Party) -> None:
     """The trunk loses it in the midst: all that was sent goes again."""
     session = party.silo.trunk.open_session()
-    width = party.silo.trunk.narrow(torch.ones(1, 32)).shape[1]
+    width = party.silo.trunk.projected(torch.ones(1, 32)).shape[1]
     draw = torch.Generator().manual_seed(0)
     for number in range(6):
         session.step(torch.randn(24, width, generator=draw), [24])
