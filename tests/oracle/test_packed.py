@@ -5,6 +5,7 @@ Shapes: T tokens of all sequences, N of one, D width.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +124,11 @@ def test_the_gradients_of_a_pass_are_the_sums_of_each_sequences(pair: Pair, leng
 
 
 def test_stretches_of_different_adapters_equal_runs_with_each_of_them(pair: Pair) -> None:
-    """Two silos' stretches of several sequences, and a third that is the part's own."""
+    """Two silos' stretches of several sequences, and a third that is the part's own.
+
+    Adapters as large as these can make a part round more than it otherwise does, on some processors more than on
+    others; how much, 64 bits tell.
+    """
     stretches = [[3, 20], [17, 1, 4], [9]]
     part = pair.runner.part
     own = adapters.adapter_of(part)
@@ -141,8 +146,13 @@ def test_stretches_of_different_adapters_equal_runs_with_each_of_them(pair: Pair
         got = {"output": torch.split(output_TD.detach(), sizes)[number], "input": input_gradients[number]}
         got |= {name: next(gradients) for name in one}
         given = [torch.split(tensor_TD, sizes)[number] for tensor_TD in (h_TD, gradient_TD)]
-        assert_same(got, with_adapter_loaded(pair, one, lengths, *given), pair.tolerance)
-    adapters.load_adapter(pair.plain, own)
+        plain, exact = copy.deepcopy(pair.plain), copy.deepcopy(pair.plain)
+        exact.model.double()
+        expected = with_adapter_loaded(plain, one, lengths, *given)
+        truth = with_adapter_loaded(exact, one, lengths, *(tensor.double() for tensor in given))
+        for name, tensor in expected.items():
+            bound = max(pair.tolerance, 4 * distance(tensor.double(), truth[name]))
+            assert distance(got[name], tensor) <= bound, name
     assert_same(adapters.adapter_of(part), own, 0.0)
 
 
@@ -168,12 +178,13 @@ def test_what_one_silo_sends_touches_no_other(pair: Pair) -> None:
 
 
 def with_adapter_loaded(
-    pair: Pair, adapter: Tensors, lengths: list[int], h_TD: torch.Tensor, gradient_TD: torch.Tensor
+    part: Part, adapter: Tensors, lengths: list[int], h_TD: torch.Tensor, gradient_TD: torch.Tensor
 ) -> Tensors:
-    """Output and gradients of the plain part once it holds this adapter."""
-    adapters.load_adapter(pair.plain, adapter)
-    leaf, named = h_TD.clone().requires_grad_(), adapters.parameters(pair.plain)
-    output_TD = pair.each_alone(leaf, lengths)
+    """Output and gradients of a plain part once it holds this adapter."""
+    adapters.load_adapter(part, adapter)
+    leaf, named = h_TD.clone().requires_grad_(), adapters.parameters(part)
+    alone = [part.hidden(inputs_embeds=h_ND[None], use_cache=False)[0] for h_ND in torch.split(leaf, lengths)]
+    output_TD = torch.cat(alone)
     gradients = torch.autograd.grad(output_TD, [leaf, *[named[name] for name in adapter]], gradient_TD)
     return dict(zip(["output", "input", *adapter], [output_TD.detach(), *gradients], strict=True))
 
