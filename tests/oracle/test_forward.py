@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -26,13 +27,17 @@ def twins(request: pytest.FixtureRequest, build: BuildTwins) -> Iterator[Twins]:
 def test_logits_equal_the_uncut_models(twins: Twins, side: str, use_cache: bool) -> None:
     """Up to the rounding of attention with a mask (uncut, for the padding) and without (trunk: no padding, no mask).
 
-    That is the processor's own: 3.0e-6 at most with AVX-512, 3.4e-6 (phi3) without.
+    Only where the uncut model itself is further from 64 bits than the bound, that distance is the bound.
     """
     batch = ragged(side)
     split, whole = (model(**batch, use_cache=use_cache) for model in twins.both)
+    exact = copy.deepcopy(twins.whole).double()
     real = batch["attention_mask"].bool()
     assert split.logits.shape == whole.logits.shape
-    assert distance(split.logits[real], whole.logits[real]) <= 4e-6
+    rows = zip(batch["input_ids"], real, strict=True)
+    alone = torch.cat([exact(input_ids=ids_L[real_L][None]).logits[0] for ids_L, real_L in rows])
+    bound = max(3e-6, distance(whole.logits[real], alone))
+    assert distance(split.logits[real], whole.logits[real]) <= bound
     assert distance(split.loss, whole.loss) <= 1e-6
 
 

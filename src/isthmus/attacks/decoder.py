@@ -6,7 +6,7 @@ and, by cross-attention, what crossed, and says what to add to the language mode
 
 Where all tokens cross, the writer is also given the very vector of the token to be written, and the linear inverter's
 scores are added: it starts as language model times inverter, by Bayes' rule, and the best epoch on held-out rows is
-kept, so it is never less than that.
+kept, so on those rows its loss is never more than that one's; what it then recovers may still be less.
 
 Shapes: B rows, L vectors that crossed, W tokens written, T of all rows one after another, D width of what crosses,
 E width of the public model, M width of the decoder, V vocabulary.
