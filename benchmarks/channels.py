@@ -63,21 +63,22 @@ RUNGS = (
 )
 
 
-def climb(results: Results, source: Source, size: Size, rungs: Sequence[Rung] = RUNGS) -> None:
-    """Attack each rung and note attack by attack, the best, and identification."""
+def climb(results: Results, source: Source, size: Size, rungs: Sequence[Rung] = RUNGS, task: str = "") -> None:
+    """Attack each rung and note attack by attack, the best, and identification; ``task`` begins each measure's name."""
     for rung in rungs:
+        name = f"{task}{rung.name}"
         # Where another width crosses, what was trained has another shape: there the parts are as they start.
         run = None if "width" in rung.changed else source.run
         changed = Source(changed_boundary(source.recipe, rung.changed), run)
         detected = Detected(source.recipe)
         found = tried(changed, rung, size, detected)
         bound = None if rung.changed else TEXT_BOUND
-        note_text(results, rung.name, [one for one in found if one.tokens == "text"], bound)
+        note_text(results, name, [one for one in found if one.tokens == "text"], bound)
         for one in found:
             if one.tokens == "candidates":
-                note_identified(results, rung.name, one)
+                note_identified(results, name, one)
         if not rung.changed:
-            note_sensitive(results, rung.name, [one for one in found if one.tokens == "sensitive"], detected)
+            note_sensitive(results, name, [one for one in found if one.tokens == "sensitive"], detected)
 
 
 class Detected:

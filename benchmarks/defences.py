@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import statistics
 
-from benchmarks.privacy import Values, federation, labels_recovered
+from benchmarks.privacy import labels_recovered
 from benchmarks.results import Results
+from benchmarks.runs import Values, federation
 from isthmus.engines.attack import Order, attack
 from isthmus.engines.capture import Source
 from isthmus.report.record import RunDirectory, read_journal

@@ -6,41 +6,29 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 import sys
 import tempfile
-import tomllib
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks import overhead
+from benchmarks import entailment, overhead
 from benchmarks.channels import Size, changed_boundary, climb
 from benchmarks.overhead import STEPS
 from benchmarks.results import Results
+from benchmarks.runs import CACHE, Values, accuracy, private_run, recipe_of, undefended, undefended_run
 from isthmus.attacks.labels import LabelClassifier
-from isthmus.demo.assets import hutto, smollm2
 from isthmus.engines.attack import Order, Result, attack
 from isthmus.engines.capture import Silence, Source, capture_pairs, opened_trunk, tapped
-from isthmus.engines.local import create_run, run_federation
-from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory, read_journal
+from isthmus.engines.local import create_run
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.trainer import SiloData, evaluate
 from isthmus.tasks import metrics
 
-CACHE, MODEL = Path("build/privacy"), Path("build/demo")
-ROWS, HELD_OUT, OTHERS = 250, 100, 500
-"""Of each of hutto's four kinds of text: training and held-out rows of each silo, and rows that nobody trains on."""
 VICTIMS, OWN = 60, 1000
 PUBLISHED = (0.025, 0.1)
 """The published noise 0.02·√(π/2), and four times that."""
 LABELLED = 300
-Values = dict[str, Any]
-Change = Callable[[Values], None]
 
 
 def main() -> None:
@@ -50,6 +38,7 @@ def main() -> None:
         "published": measure_published_noise,
         "private": measure_private,
         "trunk": measure_trunk,
+        "rte": entailment.measure,
         "overhead": measure_overhead,
     }
     results = Results("privacy", "make bench-privacy")
@@ -124,42 +113,6 @@ def measure_overhead(results: Results) -> None:
         overhead.measure(results, create_run(recipe_of(calibrated), Path(folder) / "run"), "east")
 
 
-def undefended_run() -> RunDirectory:
-    return federation("open", undefended)
-
-
-def private_run() -> RunDirectory:
-    return federation("private", lambda values: None)
-
-
-def federation(name: str, change: Change) -> RunDirectory:
-    """The finished run of the private recipe with this change, trained if it is not there."""
-    path = CACHE / name
-    run = RunDirectory.open(path) if path.exists() else create_run(recipe_of(change), path)
-    if run.completed() < run.recipe().train.rounds:
-        run_federation(run)
-    return run
-
-
-def recipe_of(change: Change) -> Recipe:
-    """The shipped private recipe on hutto's rows, changed."""
-    values: Values = tomllib.loads(Path("recipes/private.toml").read_text())
-    values["model"]["path"] = str(smollm2(MODEL).resolve())
-    folder = data()
-    for silo in values["silo"]:
-        silo |= {key: str(folder / silo[key]) for key in ("train", "held_out")}
-    change(values)
-    return Recipe.of(values)
-
-
-def undefended(values: Values, noise: float = 0.0, cut: tuple[int, int] | None = None) -> None:
-    """Plain split learning with this noise on hidden states."""
-    values["boundary"] = {path: {"noise": 0.0} for path in ("forward", "gradient", "update")}
-    values["boundary"]["forward"]["noise"] = noise
-    if cut is not None:
-        values["model"] |= {"bottom": cut[0], "top": cut[1]}
-
-
 def calibrated(values: Values) -> None:
     """The demo's cut with calibrated noise on whole states and gradients."""
     undefended(values, cut=(2, 2))
@@ -168,46 +121,11 @@ def calibrated(values: Values) -> None:
     values["train"] |= {"rounds": 1, "steps": STEPS, "evaluate": False}
 
 
-def data() -> Path:
-    """Both silos' rows, of all four kinds of text, and ``public.txt``: rows of these kinds that nobody trains on."""
-    folder = CACHE.resolve()
-    files = hutto(MODEL, rows=2 * ROWS + OTHERS, held_out=2 * HELD_OUT, seed=0)
-    rows = {"east": ([], []), "west": ([], [])}  # type: ignore[var-annotated]
-    others: list[str] = []
-    for kind in files.values():
-        train, held_out = kind.train.read_text().splitlines(), kind.held_out.read_text().splitlines()
-        for number, (own, measured) in enumerate(rows.values()):
-            own += train[number * ROWS :][:ROWS]
-            measured += held_out[number * HELD_OUT :][:HELD_OUT]
-        others += [" ".join(json.loads(line)["text"].split()) for line in train[2 * ROWS :]]
-    for name, (own, measured) in rows.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        write_lines(folder / name / "train.jsonl", own)
-        write_lines(folder / name / "held_out.jsonl", measured)
-    write_lines(folder / "public.txt", others)
-    return folder
-
-
-def write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines))
-
-
 def attacked(source: Source, attacks: tuple[str, ...]) -> list[Result]:
     """By the trunk with a colluding silo, which has the public rows, too; figures of the text, not of the template."""
     order = Order(("trunk+silo",), attacks, "east", "west", VICTIMS, OWN, CACHE / "public.txt")
     found = attack(source, order, lambda told: print(f"  {told}", flush=True))
     return [one for one in found if one.tokens == "text"]
-
-
-def accuracy(run: RunDirectory) -> float:
-    """On all silos' held-out rows after the last round."""
-    lines = [
-        line["accuracy"]
-        for silo in run.recipe().silo
-        for line in read_journal(run.role(silo.name).path / "metrics.jsonl")
-        if line["event"] == "evaluation" and line["round"] == run.completed()
-    ]
-    return statistics.mean(lines)
 
 
 def held_out_accuracy(source: Source, name: str) -> float:

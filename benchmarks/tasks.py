@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import runs
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
 
@@ -96,11 +97,8 @@ class Task:
 
 
 def hutto_rows(model: Path) -> tuple[Rows, Rows, Rows]:
-    """Of both silos of ``benchmarks.privacy``: training rows, and held-out rows in two halves."""
-    from benchmarks.privacy import CACHE as PRIVACY
-    from benchmarks.privacy import data
-
-    folder = PRIVACY if (PRIVACY / "west" / "held_out.jsonl").exists() else data()
+    """Of both silos of ``benchmarks.runs``: training rows, and held-out rows in two halves."""
+    folder = runs.CACHE if (runs.CACHE / "west" / "held_out.jsonl").exists() else runs.data()
     train = [row for silo in ("east", "west") for row in read(folder / silo / "train.jsonl")]
     return train, *halves(row for silo in ("east", "west") for row in read(folder / silo / "held_out.jsonl"))
 
@@ -109,10 +107,15 @@ def rte_rows(model: Path) -> tuple[Rows, Rows, Rows]:
     """SuperGLUE's RTE: premises of up to 600 characters; validation rows are held out, some training rows are the
     victim's."""
     train, held_out = (
-        [{**row, "label": "yes" if row["label"] == "entailment" else "no"} for row in shuffled(path) if fits(row)]
-        for path in (SHARED / "superglue_rte" / "train.jsonl", SHARED / "superglue_rte" / "val.jsonl")
+        labelled(row for row in shuffled(SHARED / "superglue_rte" / f"{name}.jsonl") if fits(row))
+        for name in ("train", "val")
     )
     return train[:1600], train[1600:1800], held_out
+
+
+def labelled(rows: Iterable[Values]) -> Rows:
+    """RTE's rows with the answers of its template."""
+    return [{**row, "label": "yes" if row["label"] == "entailment" else "no"} for row in rows]
 
 
 def dialogue_rows(model: Path) -> tuple[Rows, Rows, Rows]:

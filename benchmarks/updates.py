@@ -6,8 +6,8 @@ plain gradient step on one row. The outsider asks of the final model which rows 
 
 from __future__ import annotations
 
-from benchmarks.privacy import Values, private_run, recipe_of, undefended
 from benchmarks.results import Results
+from benchmarks.runs import Values, private_run, recipe_of, undefended
 from isthmus.engines.attack import Order, Result, attack
 from isthmus.engines.capture import Source
 
