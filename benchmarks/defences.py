@@ -1,64 +1,63 @@
 """What a bottleneck learns to let cross, by what it is taught: the same channel, the same rows, other lessons.
 
-``make bench-defences``. A channel wide and clean enough to leak (sixteen numbers of a text's last position, at most 23
-bits), in a federation of two silos on hutto sentiment, one round each way. No gradient crosses, so what crosses is
-learned inside the silos alone. Runs are kept in ``build/privacy``.
+``make bench-defences``. Of every token sixteen numbers cross, at most 23 bits, enough to tell it. One silo trains on
+hutto sentiment. No gradient crosses, so what crosses is learned inside the silo alone. A lesson is good if the label
+can be read off the last position and the text cannot be read at all. Runs are kept in ``build/frontier``.
 """
 
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
+from pathlib import Path
 
+from benchmarks.frontier import Size, best_attack
+from benchmarks.learned import TEACHER, learned
+from benchmarks.points import Point
 from benchmarks.privacy import labels_recovered
 from benchmarks.results import Results
-from benchmarks.runs import Values, federation
-from isthmus.engines.attack import Order, attack
+from benchmarks.tasks import TASKS
+from isthmus.demo.assets import smollm2
+from isthmus.engines.bench import Bench, Order
 from isthmus.engines.capture import Source
-from isthmus.report.record import RunDirectory, read_journal
+from isthmus.report.record import read_journal
 
-LESSONS: dict[str, dict[str, float] | None] = {
-    "as drawn": None,
+LESSONS: dict[str, dict[str, float]] = {
+    "as drawn": {},
     "the answer": {"answer": 1.0},
     "the answer, not the text (inverter)": {"answer": 1.0, "inverter": 0.5},
     "the answer, in few nats (capacity)": {"answer": 1.0, "capacity": 0.1},
     "the answer, unlike the text (distance correlation)": {"answer": 1.0, "correlation": 1.0},
 }
-STEPS, LAST = 30, 10
-VICTIMS, OWN, CANDIDATES = 40, 300, 500
-CHANNEL = {"width": 16, "forward": {"clip": 1.0, "noise": 0.1}}
+TASK = replace(TASKS["hutto"], steps=150)
+LAST = 20
+SIZE = Size(victims=40, own=400)
 
 
 def main() -> None:
-    results = Results("defences", "make bench-defences")
-    for number, (name, weights) in enumerate(LESSONS.items()):
-        run = federation(f"defence-{number}", lambda values, weights=weights: taught(values, weights))
-        measure(results, name, run)
+    results, base = Results("defences", "make bench-defences"), smollm2(Path("build/demo")).resolve()
+    for name, weights in LESSONS.items():
+        point = channel(weights)
+        measure(results, name, point, learned(TASK, base, point, f"lesson: {name}"))
+        results.write(keep=True)
     print(f"written: {results.write()}")
 
 
-def taught(values: Values, weights: dict[str, float] | None) -> None:
-    """The private recipe with a shallower bottom, a wider channel and these lessons."""
-    values["model"] |= {"bottom": 8, "top": 4}
-    values["boundary"] |= CHANNEL
-    if weights is not None:
-        values["boundary"]["defence"] = weights
-    values["train"] |= {"rounds": 1, "steps": STEPS, "evaluate": False}
-    values["threads"] = 1
+def channel(weights: dict[str, float]) -> Point:
+    """Wide and clean enough to leak, with these lessons."""
+    shape = {"width": 16, "residual": True, "gradients": False} | ({"defence": weights} if weights else {})
+    return Point((8, 4), "clipped", 0.1, shape, learned=True)
 
 
-def measure(results: Results, name: str, run: RunDirectory) -> None:
+def measure(results: Results, name: str, point: Point, source: Source) -> None:
     """What the trunk with a colluding silo makes of what crosses."""
-    source = Source(run.recipe(), run)
-    learned, guessed = labels_recovered(source)
-    results.add(f"{name}: labels read off what crosses (majority {guessed:.3f})", learned, "share")
-    order = Order(("trunk+silo",), ("identify",), "east", "west", VICTIMS, OWN, candidates=CANDIDATES)
-    (found,) = attack(source, order, lambda told: print(f"  {told}", flush=True))
-    for figure in ("top1", "top10"):
-        results.add(f"{name}: named among {CANDIDATES} candidates, {figure}", found.figures[figure].value, "share")
-        results.add(
-            f"{name}: named among {CANDIDATES} candidates, {figure}, upper", found.figures[figure].high, "share"
-        )
-    lines = read_journal(run.role("east").path / "metrics.jsonl")
+    labels, guessed = labels_recovered(source)
+    results.add(f"{name}: labels read off what crosses (majority {guessed:.3f})", labels, "share")
+    order = Order(("trunk+silo",), ("linear",), "east", TEACHER, SIZE.victims, SIZE.own)
+    attack, recovered, _ = best_attack(Bench(source, order, lambda told: None), TASK, point, SIZE)
+    results.add(f"{name}: text tokens recovered, best attack ({attack})", recovered["text"], "share")
+    assert source.run is not None
+    lines = read_journal(source.run.role(TEACHER).path / "metrics.jsonl")
     told = [line["told"] for line in lines if line["event"] == "step" and "told" in line][-LAST:]
     for term in ("answer", "inverter", "capacity", "correlation") if told else ():
         mean = statistics.fmean(one[term] for one in told)

@@ -1,7 +1,8 @@
 """The frontier: what an attack recovers, what is left of the quality, and which epsilon follows, over cuts and noise.
 
 ``make bench-frontier``, or ``python -m benchmarks.frontier TASK ...``. One uncut model a task is tuned without any
-noise (``benchmarks.tuned``), then used through every point's boundary: noise is met in use only, never trained with.
+noise (``benchmarks.tuned``), then used through every point's boundary: noise is met in use only. Points that say
+"learned" have a model of their own, tuned by one silo through that boundary (``benchmarks.learned``).
 The adversary is a trunk with a colluding silo; it knows all weights. Points stay in ``build/frontier``: what is there
 is not measured again.
 """
@@ -23,6 +24,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.frontier_plot import draw
+from benchmarks.learned import learned
 from benchmarks.points import EPOCHS, Point, classification, epsilon, generation, norms
 from benchmarks.results import RESULTS, Results
 from benchmarks.tasks import CACHE, TASKS, Task
@@ -100,9 +102,9 @@ def main() -> None:
     results, outcomes = Results("frontier", "make bench-frontier"), list[Outcome]()
     for name in sys.argv[1:] or TASKS:
         task = TASKS[name]
-        model = tuned(task, smollm2(Path("build/demo")).resolve())
+        base = smollm2(Path("build/demo")).resolve()
         points, size = (generation(), LONG) if task.generates else (classification(), Size())
-        for outcome in measured(task, model, points, size):
+        for outcome in measured(task, base, points, size):
             outcomes.append(outcome)
             note(results, outcome)
             results.write(keep=True)
@@ -110,23 +112,23 @@ def main() -> None:
     Console().print(table(outcomes))
 
 
-def measured(task: Task, model: Path, points: Sequence[Point], size: Size) -> Iterator[Outcome]:
+def measured(task: Task, base: Path, points: Sequence[Point], size: Size) -> Iterator[Outcome]:
     """Each point's outcome, as it was measured before or else now."""
     for point in points:
         path = CACHE / "points" / task.name / f"{point.name}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            outcome = outcome_of(task, model, point, size)
+            outcome = outcome_of(task, base, point, size)
             with writing(path) as temporary:
                 temporary.write_text(json.dumps(asdict(outcome), indent=1))
         told = json.loads(path.read_text())
         yield Outcome(**{**told, "cut": tuple(told["cut"])})
 
 
-def outcome_of(task: Task, model: Path, point: Point, size: Size) -> Outcome:
+def outcome_of(task: Task, base: Path, point: Point, size: Size) -> Outcome:
     started = time.perf_counter()
-    recipe = recipe_of(task, model, point)
-    source = Source(recipe)
+    source = learned(task, base, point) if point.learned else Source(recipe_of(task, tuned(task, base), point))
+    recipe = source.recipe
     order = Order(("trunk+silo",), ("linear",), "east", "west", size.victims, size.own, inference=task.generates)
     bench = Bench(source, order, lambda told: None)
     attack, recovered, tried = best_attack(bench, task, point, size)

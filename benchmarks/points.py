@@ -21,7 +21,7 @@ from isthmus.silo.data import Tokens
 
 DELTA = 1e-5
 EPOCHS = 4
-Kind = Literal["none", "fixed", "gaussian", "dp_gaussian", "metric"]
+Kind = Literal["none", "fixed", "clipped", "gaussian", "dp_gaussian", "metric"]
 Values = dict[str, Any]
 
 
@@ -32,22 +32,30 @@ class Point:
     cut: tuple[int, int]
     kind: Kind
     amount: float = 0.0
-    """``fixed``: the deviation. ``gaussian``, ``metric``: the deviation of a coordinate over the root mean square of
+    """``fixed``: the deviation. ``clipped``: likewise, of vectors clipped to 1.
+    ``gaussian``, ``metric``: the deviation of a coordinate over the root mean square of
     what crosses. ``dp_gaussian``: epsilon of one vector."""
     shape: Mapping[str, Any] = field(default_factory=dict)
-    """Of the recipe's boundary: tail, width, residual."""
+    """Of the recipe's boundary: tail, width, residual, gradients."""
+    learned: bool = False
+    """The model is tuned through this boundary; else it is tuned uncut and clean, and meets the boundary in use."""
 
     @property
     def mechanism(self) -> str:
         """As a legend names it."""
         shape = "".join(f", {key} {self.shape[key]}" for key in ("tail", "width") if key in self.shape)
-        named = {"none": "no noise", "fixed": "gaussian", "gaussian": "gaussian"}.get(self.kind, self.kind)
-        return named + shape
+        named = {"none": "no noise", "fixed": "gaussian", "clipped": "gaussian"}.get(self.kind, self.kind)
+        return named + shape + (", learned" if self.learned else "")
 
     @property
     def setting(self) -> str:
         """How strong."""
-        told = {"none": "", "fixed": f"noise {self.amount:g}", "dp_gaussian": f"epsilon {self.amount:g} a vector"}
+        told = {
+            "none": "",
+            "fixed": f"noise {self.amount:g}",
+            "clipped": f"noise {self.amount:g} × clip",
+            "dp_gaussian": f"epsilon {self.amount:g} a vector",
+        }
         return told.get(self.kind, f"{self.amount:g} × rms")
 
     @property
@@ -58,6 +66,10 @@ class Point:
         """The recipe's section, given the norms of what crosses without clip and noise."""
         return {**self.shape, "forward": self._forward(float(norms_T.median()), width)}
 
+    def fixed(self) -> Values:
+        """The recipe's section, where it does not depend on what crosses."""
+        return {**self.shape, "forward": self._forward(math.nan, 1)}
+
     def _forward(self, norm: float, width: int) -> Values:
         """Clips, where the mechanism wants one, are the median norm."""
         deviation = self.amount * norm / math.sqrt(width)
@@ -67,7 +79,7 @@ class Point:
             return {"mechanism": "dp_gaussian", "clip": norm, "epsilon": self.amount, "delta": DELTA}
         if self.kind == "metric":  # a coordinate's variance is (width + 1) / epsilon²
             return {"mechanism": "metric", "clip": norm, "epsilon": math.sqrt(width + 1) / deviation}
-        return {"noise": self.amount}
+        return {"noise": self.amount} | ({"clip": 1.0} if self.kind == "clipped" else {})
 
 
 def norms(recipe: Recipe, rows: Sequence[Tokens]) -> tuple[torch.Tensor, int]:
@@ -84,6 +96,12 @@ def epsilon(section: BoundarySection, vectors: int, times: int) -> float:
     return accountant.worst().value
 
 
+def narrow(cut: tuple[int, int], width: int, noise: float) -> Point:
+    """As the shipped private recipe's, but of every token: few clipped and noised numbers, a residual path, no
+    gradients."""
+    return Point(cut, "clipped", noise, {"width": width, "residual": True, "gradients": False}, learned=True)
+
+
 def classification() -> list[Point]:
     """The most telling first."""
     deep, middle, shallow = (8, 8), (4, 4), (1, 1)
@@ -91,6 +109,7 @@ def classification() -> list[Point]:
         *(Point(cut, "none") for cut in (shallow, deep)),
         *(Point(cut, "gaussian", 1.0) for cut in (shallow, deep, middle)),
         Point(shallow, "fixed", 0.025),
+        narrow(deep, 4, 0.5),
         Point(deep, "gaussian", 0.5),
         Point(deep, "gaussian", 2.0),
         Point(deep, "gaussian", 1.0, {"tail": 1, "residual": True}),
@@ -115,6 +134,9 @@ def generation() -> list[Point]:
     return [
         Point(shallow, "none"),
         Point(deep, "none"),
+        narrow(deep, 4, 0.5),
+        narrow(deep, 16, 0.1),
+        narrow(middle, 4, 0.5),
         Point(deep, "gaussian", 1.0),
         Point(deep, "gaussian", 0.5),
         Point(shallow, "gaussian", 1.0),

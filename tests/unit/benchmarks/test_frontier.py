@@ -66,7 +66,7 @@ def test_tuning_changes_the_weights_keeps_their_names_and_happens_once(base: Pat
 def test_points_are_attacked_measured_and_drawn(name: str, base: Path, tmp_path: Path) -> None:
     one = task(name)
     points = [Point((1, 1), "none"), Point((2, 1), "dp_gaussian", 8.0)]
-    outcomes = list(frontier.measured(one, tuned(one, base), points, SIZE))
+    outcomes = list(frontier.measured(one, base, points, SIZE))
     clean, noised = outcomes
     kinds = {"choose": ["text"], "write": ["prompt", "response"]}[name]
     assert [list(outcome.recovered) for outcome in outcomes] == [kinds, kinds]
@@ -76,7 +76,7 @@ def test_points_are_attacked_measured_and_drawn(name: str, base: Path, tmp_path:
     assert noised.epsilon is not None
     assert noised.epsilon_run is not None
     assert 8.0 < noised.epsilon < noised.epsilon_run
-    assert list(frontier.measured(one, tuned(one, base), points, SIZE)) == outcomes
+    assert list(frontier.measured(one, base, points, SIZE)) == outcomes
     assert frontier.table(outcomes).row_count == 2
     draw(outcomes, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
