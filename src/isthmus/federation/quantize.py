@@ -1,0 +1,97 @@
+"""Fixed point: real numbers as elements of a ring, so that the sum of what many silos encode is exact.
+
+A value in [-range, range] becomes one of 2·levels + 1 whole numbers, rounded at random so that its mean is unbiased.
+Whole numbers are added modulo 2^(8·width); as the sum of all silos' numbers lies between the ring's ends, it is the sum
+over the integers, whoever adds it in which order. Bonawitz et al. (2017) do likewise.
+
+Shapes: P parameters.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from isthmus.errors import FrameError, RecipeError
+
+Whole = npt.NDArray[np.uint32]
+"""Ring elements in 32 bits, of which the low ones count: a sum modulo 2^32 is one modulo any smaller power of two."""
+WIDTHS = (2, 3, 4)
+BITS = 16
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How numbers are written, for sums of at most so many silos.
+
+    Args:
+        silos: most numbers that are added.
+        range: largest absolute value; what is larger is clipped to it.
+        bits: of one silo's number, sign and all.
+    """
+
+    silos: int
+    range: float
+    bits: int = BITS
+
+    def __post_init__(self) -> None:
+        if not self.silos * self.levels < 2 ** (8 * WIDTHS[-1] - 1):
+            raise RecipeError(
+                f"the sum of {self.silos:,} silos' {self.bits}-bit numbers does not fit into {8 * WIDTHS[-1]} bits",
+                remedy="put edges between the silos and the root, or use fewer bits",
+            )
+
+    @property
+    def levels(self) -> int:
+        """Whole numbers on each side of zero."""
+        return int(2 ** (self.bits - 1)) - 1
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element: the fewest in which no sum of all silos overflows, silos · levels < 2^(8·width - 1)."""
+        return next(width for width in WIDTHS if self.silos * self.levels < 2 ** (8 * width - 1))
+
+    def encode(self, values_P: npt.NDArray[np.float32], draw: np.random.Generator | None = None) -> Whole:
+        """The ring elements of these values.
+
+        Args:
+            draw: of the rounding; seeded afresh by default.
+        """
+        draw = draw or np.random.default_rng(secrets.randbits(128))
+        scaled_P = np.clip(values_P, -self.range, self.range) * np.float32(self.levels / self.range)
+        whole_P = np.floor(scaled_P + draw.random(len(values_P), dtype=np.float32))
+        # Rounding in 32 bits can pass the end by one; the bound above counts on it not to.
+        bounded_P: npt.NDArray[np.int32] = np.clip(whole_P, -self.levels, self.levels).astype(np.int32)
+        return bounded_P.view(np.uint32)
+
+    def clipped(self, values_P: npt.NDArray[np.float32]) -> int:
+        """How many of these values lie outside the range."""
+        return int(np.count_nonzero(np.abs(values_P) > self.range))
+
+    def decode(self, total_P: Whole) -> npt.NDArray[np.float64]:
+        """The sum of the values whose elements add up to this."""
+        spare = np.uint32(32 - 8 * self.width)
+        centred_P = np.left_shift(total_P, spare).view(np.int32) >> np.int32(spare)
+        return centred_P.astype(np.float64) * (self.range / self.levels)
+
+    def pack(self, whole_P: Whole) -> bytes:
+        """``width`` little-endian bytes an element."""
+        return whole_P.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : self.width].tobytes()
+
+    def unpack(self, data: bytes, count: int) -> Whole:
+        """The elements in these bytes.
+
+        Raises:
+            FrameError: another number of bytes than so many elements have.
+        """
+        if len(data) != count * self.width:
+            raise FrameError(
+                f"a masked update of {len(data)} bytes where {count * self.width} are due",
+                remedy="both sides must run the same version of isthmus",
+            )
+        whole_P4 = np.zeros((count, 4), np.uint8)
+        whole_P4[:, : self.width] = np.frombuffer(data, np.uint8).reshape(count, self.width)
+        return whole_P4.view("<u4").reshape(count).astype(np.uint32, copy=False)

@@ -1,0 +1,100 @@
+"""The aggregator's side of a masked sum: adds what members send, then takes the masks off the total.
+
+Shapes: P parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from isthmus.errors import ProtocolError
+from isthmus.federation import shamir
+from isthmus.federation.masking import Terms, add, pair_seed
+from isthmus.federation.quantize import Whole
+
+
+class Tally:
+    """Adds masked numbers, then takes the masks off their sum.
+
+    Args:
+        dealt: the members whose shares were passed on; those alone may be in the sum.
+        count: P.
+    """
+
+    def __init__(self, terms: Terms, dealt: Iterable[str], count: int) -> None:
+        self._terms = terms
+        self._dealt = frozenset(dealt)
+        self._total_P: Whole = np.zeros(count, np.uint32)
+        self.alive: set[str] = set()
+        self._shares: dict[str, dict[int, bytes]] = {name: {} for name in self._dealt}
+        self._revealed: set[str] = set()
+
+    @property
+    def dead(self) -> set[str]:
+        return set(self._dealt) - self.alive
+
+    def add(self, name: str, masked_P: Whole) -> None:
+        """A member's masked numbers.
+
+        Raises:
+            ProtocolError: it takes no part, or has sent its numbers before, or the sum is being unmasked already.
+        """
+        if name not in self._dealt or name in self.alive or self._revealed:
+            raise ProtocolError(f"numbers of {name} are not expected", remedy="ask for the next plan")
+        np.add(self._total_P, masked_P, out=self._total_P)
+        self.alive.add(name)
+
+    def reveal(self, name: str, shares: Mapping[str, bytes]) -> None:
+        """The shares that a living member gave out.
+
+        Raises:
+            ProtocolError: it is not alive, gave before, or gave shares that it does not hold.
+        """
+        if name not in self.alive or name in self._revealed:
+            raise ProtocolError(f"shares of {name} are not expected", remedy="ask for the next plan")
+        if strangers := shares.keys() - (set(self._terms.holders(name)) & self._dealt):
+            raise ProtocolError(f"{name} holds no share of {min(strangers)!r}", remedy="leave it out")
+        self._revealed.add(name)
+        for owner, share in shares.items():
+            self._shares[owner][self._terms.point[name]] = share
+
+    @property
+    def ready(self) -> bool:
+        """Whether the shares that came suffice."""
+        wanted = (name for name in self._dealt if name in self.alive or self._masks_left(name))
+        return all(len(self._shares[name]) >= self._terms.threshold for name in wanted)
+
+    def total(self) -> Whole:
+        """The sum of the living members' numbers.
+
+        Raises:
+            ProtocolError: too few shares, or some that are none: nothing can be known of the sum then.
+        """
+        for name in sorted(self._dealt):
+            if name in self.alive:
+                add(self._total_P, self._seed_of(name), False)
+            elif left := self._masks_left(name):
+                key = self._key_of(name)
+                for peer in left:  # as the dead member would have added it
+                    add(self._total_P, pair_seed(key, self._terms, name, peer), name < peer)
+        return self._total_P
+
+    def _masks_left(self, dead: str) -> Sequence[str]:
+        """The living who added a mask for this member that nothing cancels."""
+        return [name for name in self._terms.neighbours(dead) if name in self.alive]
+
+    def _seed_of(self, name: str) -> bytes:
+        seed = shamir.join(self._shares[name], self._terms.threshold)
+        if hashlib.sha256(seed).digest() != self._terms.adverts[name].promise:
+            raise ProtocolError(f"shares of {name}'s mask are not what it dealt", remedy="begin the round again")
+        return seed
+
+    def _key_of(self, name: str) -> X25519PrivateKey:
+        key = X25519PrivateKey.from_private_bytes(shamir.join(self._shares[name], self._terms.threshold))
+        if key.public_key().public_bytes_raw() != self._terms.adverts[name].masking:
+            raise ProtocolError(f"shares of {name}'s key are not what it dealt", remedy="begin the round again")
+        return key
