@@ -39,6 +39,8 @@ COMPLETE = 128
 DEGREE = 64
 """Neighbours of a member of a larger sum."""
 KEY = 32
+PIECE = 2**14
+"""Elements of all streams that are added before the next ones."""
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,8 @@ class Member:
 
     def mask(self, whole_P: Whole) -> Whole:
         """The numbers under all of this member's masks."""
-        masked_P = whole_P + stream(self._seed, len(whole_P))
-        for peer in self._peers:
-            add(masked_P, pair_seed(self._masking, self._terms, self.name, peer), self.name < peer)
+        masked_P = whole_P.copy()
+        add(masked_P, {self._seed: True} | pair_seeds(self._masking, self._terms, self.name, self._peers))
         return masked_P
 
     def reveal(self, alive: Iterable[str], dead: Iterable[str]) -> dict[str, bytes]:
@@ -230,9 +231,9 @@ class Member:
         return self._sealing_keys[other]
 
 
-def pair_seed(key: X25519PrivateKey, terms: Terms, name: str, peer: str) -> bytes:
-    """The seed that two members agree on, from one's key and the other's advert."""
-    return agree(key, terms.adverts[peer].masking, terms.context, "mask", name, peer)
+def pair_seeds(key: X25519PrivateKey, terms: Terms, name: str, peers: Iterable[str]) -> dict[bytes, bool]:
+    """The seeds that a member with this key agrees on with its peers, each with the sign that the member gives it."""
+    return {agree(key, terms.adverts[peer].masking, terms.context, "mask", name, peer): name < peer for peer in peers}
 
 
 def way(sender: str, receiver: str) -> bytes:
@@ -256,10 +257,22 @@ def agree(key: X25519PrivateKey, public: bytes, context: bytes, purpose: str, na
 
 def stream(seed: bytes, count: int) -> Whole:
     """So many elements that nobody without the seed can tell from random ones: AES-256 in counter mode."""
-    encryptor = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor()
-    return np.frombuffer(encryptor.update(bytes(4 * count)), "<u4").astype(np.uint32, copy=False)
+    elements = np.zeros(count, np.uint32)
+    add(elements, {seed: True})
+    return elements
 
 
-def add(total_P: Whole, seed: bytes, positive: bool) -> None:
-    """Add the seed's stream to these elements, or take it away."""
-    (np.add if positive else np.subtract)(total_P, stream(seed, len(total_P)), out=total_P)
+def add(total_P: Whole, seeds: Mapping[bytes, bool]) -> None:
+    """Add the seeds' streams to these elements, or take those away whose sign is False.
+
+    Piece by piece, all streams' before the next one, so that a piece stays in the processor's cache.
+    """
+    ciphers = [(Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor(), sign) for seed, sign in seeds.items()]
+    zeros, buffer = bytes(4 * PIECE), bytearray(4 * PIECE + 15)  # the cipher wants room for one block more
+    drawn_P = np.frombuffer(buffer, "<u4", PIECE)
+    for start in range(0, len(total_P), PIECE):
+        piece_P = total_P[start : start + PIECE]
+        count = len(piece_P)
+        for cipher, sign in ciphers:
+            cipher.update_into(zeros[: 4 * count] if count < PIECE else zeros, buffer)
+            (np.add if sign else np.subtract)(piece_P, drawn_P[:count], out=piece_P)

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from isthmus.errors import ProtocolError
 from isthmus.federation import shamir
-from isthmus.federation.masking import Terms, add, pair_seed
+from isthmus.federation.masking import Terms, add, pair_seeds
 from isthmus.federation.quantize import Whole
 
 
@@ -74,13 +74,11 @@ class Tally:
         Raises:
             ProtocolError: too few shares, or some that are none: nothing can be known of the sum then.
         """
-        for name in sorted(self._dealt):
-            if name in self.alive:
-                add(self._total_P, self._seed_of(name), False)
-            elif left := self._masks_left(name):
-                key = self._key_of(name)
-                for peer in left:  # as the dead member would have added it
-                    add(self._total_P, pair_seed(key, self._terms, name, peer), name < peer)
+        left = {self._seed_of(name): False for name in self.alive}
+        for name in self.dead:
+            if peers := self._masks_left(name):  # what the dead member would have added
+                left |= pair_seeds(self._key_of(name), self._terms, name, peers)
+        add(self._total_P, left)
         return self._total_P
 
     def _masks_left(self, dead: str) -> Sequence[str]:
