@@ -54,10 +54,6 @@ class Advert:
     promise: bytes
     """SHA-256: a seed put together from shares is checked against it."""
 
-    def signed(self, context: bytes, name: str) -> bytes:
-        """What the member's signature is of."""
-        return b"\0".join((b"isthmus sum", context, name.encode(), self.sealing + self.masking + self.promise))
-
 
 @dataclass(frozen=True)
 class Terms:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError
@@ -11,7 +13,9 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire import offer
 from isthmus.wire.channel import Answer
+from isthmus.wire.identity import Identity
 
 
 class RootService:
@@ -19,17 +23,29 @@ class RootService:
 
     def __init__(self, recipe: Recipe, directory: RoleDirectory) -> None:
         self.rounds = Rounds(recipe, shared_shapes(recipe), directory)
+        self._identity = Identity.load(Path(recipe.wire.certificates), "root") if recipe.federation.masks else None
 
     def handle(self, peer: str, request: Message) -> Answer:
         if isinstance(request, pb.Ready):
-            return self.rounds.ready(peer)
-        if isinstance(request, pb.Update):
-            return self.rounds.update(peer, request)
+            return self.rounds.ready(peer, self._keys(peer, request))
+        if isinstance(request, (pb.Update, pb.Deal, pb.Reveal)):
+            return self.rounds.contribute(peer, request)
         answer: Answer = Answer()
         if isinstance(request, pb.Ping):
             answer.set_result(pb.Pong())
             return answer
         raise ProtocolError(f"the root does not answer {type(request).__name__}", remedy="ask the trunk")
+
+    def _keys(self, peer: str, request: pb.Ready) -> pb.SumKeys | None:
+        """The keys that a silo offers. It must have signed them: the others would refuse them, and the round with them.
+
+        Raises:
+            IdentityError: it has not.
+        """
+        if self._identity is None or not request.HasField("keys"):
+            return None
+        offer.verify(self._identity, peer, request.keys)
+        return request.keys
 
 
 def shared_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:

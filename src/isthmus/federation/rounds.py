@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
+from isthmus.federation.collection import Collected, Collection, Masked, Open
 from isthmus.federation.lora import AGGREGATIONS
+from isthmus.federation.masking import Advert
+from isthmus.federation.quantize import Ring
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer
-
-Contribution = tuple[float, dict[str, torch.Tensor]]
 
 
 class Phase(enum.Enum):
@@ -52,43 +53,44 @@ class Rounds:
             else {name: torch.zeros(shape) for name, shape in shapes.items()}
         )
         self._waiting: dict[str, Answer] = {}
-        self._participants: list[str] = []
-        """Of the round under way, those that have not contributed yet."""
-        self._contributions: dict[str, Contribution] = {}
+        self._keys: dict[str, pb.SumKeys] = {}
+        """What the silos that wait offered for a masked sum."""
+        self._collection: Collection | None = None
+        """Of the round under way."""
         self._patience = recipe.root.patience
         self._turn = 0
         self._gather(silo.name for silo in recipe.silo)
 
-    def ready(self, peer: str) -> Answer:
-        """A silo asks for work; answered with a plan once the next round begins, or the federation is over."""
+    def ready(self, peer: str, keys: pb.SumKeys | None = None) -> Answer:
+        """A silo asks for work; answered with a plan once the next round begins, or the federation is over.
+
+        Raises:
+            ProtocolError: updates are to be masked, and it offers no keys.
+        """
         answer: Answer = Answer()
         with self._lock:
+            if self._recipe.federation.masks:
+                if keys is None:
+                    raise ProtocolError(f"{peer} offers no keys", remedy="give silo and root one recipe")
+                self._keys[peer] = keys
             self._waiting[peer] = answer
-            if self.phase is Phase.TRAINING and peer in self._participants:
-                self._lose(peer)
+            if self._collection is not None and self._collection.awaits(peer):
+                self._lose(self._collection, peer)
             self._advance()
         return answer
 
-    def update(self, peer: str, request: pb.Update) -> Answer:
-        """A silo's contribution to the round under way; with weight 0 it has none, and sends no tensors.
+    def contribute(self, peer: str, request: pb.Update | pb.Deal | pb.Reveal) -> Answer:
+        """A silo's message to the round under way.
 
         Raises:
-            RoundLostError: no such round is under way.
+            RoundLostError: no such round is under way, or it has gone on without the silo.
             ProtocolError: the silo is no participant or has contributed already.
-            FrameError: tensors other than the shared ones.
+            FrameError: other tensors than the shared ones.
         """
         with self._lock:
-            if self.phase is not Phase.TRAINING or request.round != self.completed + 1:
+            if self._collection is None or request.round != self.completed + 1:
                 raise RoundLostError(f"an update for round {request.round}", remedy="ask for the next plan")
-            if peer not in self._participants:
-                raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="ask for a plan")
-            tensors = codec.decode_named(request.tensors, self._shapes) if request.weight else {}
-            self._participants.remove(peer)
-            self._contributions[peer] = (request.weight, tensors)
-            self._updates.arrive(peer, None)
-        answer: Answer = Answer()
-        answer.set_result(pb.Accepted())
-        return answer
+            return self._collection.handle(peer, request)
 
     def _advance(self) -> None:
         """Hand out what the phase has for the silos that wait."""
@@ -96,7 +98,7 @@ class Rounds:
             if self.phase is Phase.GATHERING and self.completed >= self._recipe.train.rounds:
                 self.phase = Phase.FINISHED
             if self.phase is Phase.FINISHED:
-                self._answer(list(self._waiting), 0)
+                self._answer(list(self._waiting), pb.Plan(completed=self.completed))
             elif self.phase is Phase.FAILED:
                 assert self._error is not None
                 self._give_up(self._error)
@@ -107,7 +109,7 @@ class Rounds:
 
     def _gather(self, peers: Iterable[str]) -> None:
         """Wait for these, and for whoever else asks, to begin the next round."""
-        self.phase = Phase.GATHERING
+        self.phase, self._collection = Phase.GATHERING, None
         self._gathering = self._barrier(lambda arrived: self._begin(sorted(arrived)))
         self._gathering.expect(peers)
         self._advance()
@@ -117,28 +119,40 @@ class Rounds:
             self._fail(len(participants))
             return
         self.phase = Phase.TRAINING
-        self._participants, self._contributions = participants, {}
-        self._updates = self._barrier(lambda _: self._end(self._contributions))
-        self._updates.expect(participants)
-        self._answer(list(participants), self.completed + 1)
+        plan = pb.Plan(round=self.completed + 1, completed=self.completed, participants=participants)
+        if self._recipe.federation.masks:
+            keys = {peer: self._keys.pop(peer) for peer in participants}
+            self._collection = masked = self._masked(keys)
+            plan.sum = masked.terms.context
+            for peer, offered in keys.items():
+                plan.keys[peer].CopyFrom(offered)
+        else:
+            self._collection = Open(participants, self._shapes, self._barrier, self._end)
+        self._answer(participants, plan)
 
-    def _lose(self, peer: str) -> None:
+    def _masked(self, keys: Mapping[str, pb.SumKeys]) -> Masked:
+        adverts = {peer: Advert(one.sealing, one.masking, one.promise) for peer, one in keys.items()}
+        ring = Ring(len(keys), self._recipe.federation.range)
+        return Masked(adverts, self._shapes, ring, self._barrier, self._end, fewest=self._recipe.minimum)
+
+    def _lose(self, collection: Collection, peer: str) -> None:
         """A participant asks instead of contributing: its process is a new one, what it trained is gone."""
-        self._participants.remove(peer)
-        self._updates.dismiss(peer)
-        if not self._participants and not self._contributions:
+        if collection.lose(peer):
             self._gather(self._waiting)
 
-    def _end(self, contributions: dict[str, Contribution]) -> None:
-        if len(contributions) < self._recipe.minimum:
-            self._fail(len(contributions))
+    def _end(self, collected: Collected | IsthmusError) -> None:
+        if isinstance(collected, IsthmusError):  # nothing is known of the sum: the same round again, with whoever comes
+            self._gather(silo.name for silo in self._recipe.silo)
+            return
+        if len(collected.weights) < self._recipe.minimum:
+            self._fail(len(collected.weights))
             return
         try:
-            self._finish_round(contributions)
+            self._finish_round(collected)
         except IsthmusError as error:
             self._give_up(error)
         else:  # who was silent had its time: the next round does not wait for it again
-            self._gather(contributions)
+            self._gather(collected.weights)
 
     def _barrier(self, fire: Callable[[dict[str, None]], None]) -> Barrier[None]:
         """A barrier for the phase that begins; when its patience ends just as the phase does, nothing happens."""
@@ -152,22 +166,15 @@ class Rounds:
 
         return Barrier(self._patience, fire_in_turn)
 
-    def _finish_round(self, contributions: dict[str, Contribution]) -> None:
+    def _finish_round(self, collected: Collected) -> None:
         number = self.completed + 1
-        ordered = [contributions[peer] for peer in sorted(contributions)]
-        shared = self._aggregation.combine(self._shared, ordered)
+        shared = self._aggregation.combine(self._shared, collected.updates)
         self._store.save_round(number, {"shared": shared})
-        weights = {peer: weight for peer, (weight, _) in sorted(contributions.items())}
-        self._journal.append({"round": number, "weights": weights})
+        self._journal.append({"round": number, "weights": collected.weights})
         self._shared, self.completed = shared, number
 
-    def _answer(self, peers: list[str], round: int) -> None:
-        plan = pb.Plan(
-            round=round,
-            completed=self.completed,
-            participants=peers if round else [],
-            adapters=codec.encode_named(self._shared),
-        )
+    def _answer(self, peers: list[str], plan: pb.Plan) -> None:
+        plan.adapters.extend(codec.encode_named(self._shared))
         for peer in peers:
             self._waiting.pop(peer).set_result(plan)
 
@@ -181,7 +188,7 @@ class Rounds:
 
     def _give_up(self, error: IsthmusError) -> None:
         with self._lock:
-            self.phase, self._error = Phase.FAILED, error
+            self.phase, self._collection, self._error = Phase.FAILED, None, error
             self._turn += 1
             waiting, self._waiting = self._waiting, {}
         for answer in waiting.values():

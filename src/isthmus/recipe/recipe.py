@@ -69,6 +69,11 @@ class Recipe(Section):
             raise ValueError(
                 "boundary.denoise: noise that was drawn once is not kept; leave out denoise or boundary.release_once"
             )
+        if self.federation.masks and self.minimum < 3:
+            raise ValueError(
+                "federation.masks: of a sum of two silos' updates each knows the other's; "
+                "have three silos, and root.minimum = 3 or more"
+            )
         self._defensible()
         for field in self.sensitivity.fields if self.sensitivity else ():
             if field not in self.task.fields:

@@ -175,6 +175,11 @@ class WireSection(Section):
 class FederationSection(Section):
     lora: Literal["frozen-a"] = "frozen-a"
     """How bottom and top adapters are averaged: with A frozen, the mean of B·A is exactly mean(B)·A."""
+    masks: bool = False
+    """Updates are summed under masks: the root learns their sum and no single one. Takes three silos or more; a silo
+    weighs by the share of its rows that it trained on, not by its tokens."""
+    range: Positive = 0.25
+    """Under masks: the largest change of a parameter in a round; what is larger is clipped to it."""
 
 
 class TaskSection(Section):

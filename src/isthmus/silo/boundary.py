@@ -6,7 +6,7 @@ Shapes: T tokens, D width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -82,8 +82,13 @@ class Boundary:
         """What a release would let out, drawn for the silo's own eyes: it must not leave, so nothing is charged."""
         return self._mechanisms[path].secure(h_TD, subjects, self._noise)
 
-    def release_update(self, tensors: Mapping[str, torch.Tensor], step: int) -> list[pb.Tensor]:
+    def release_update(
+        self, tensors: Mapping[str, torch.Tensor], step: int, encode: Callable[[Mapping[str, torch.Tensor]], pb.Update]
+    ) -> pb.Update:
         """Secure an adapter update as one long row, in the order of the names, and encode it.
+
+        Args:
+            encode: puts what was secured into the frame that leaves.
 
         Raises:
             BudgetExhausted: as in ``release``.
@@ -93,9 +98,9 @@ class Boundary:
         event, secured = self._secure(row, "update", step, WHOLE)
         pieces = torch.split(secured[0], [tensors[name].numel() for name in names])
         shaped = {name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)}
-        encoded = codec.encode_named(shaped)
-        self._note(event, sum(len(tensor.data) for tensor in encoded))
-        return encoded
+        update = encode(shaped)
+        self._note(event, len(update.masked) + sum(len(tensor.data) for tensor in update.tensors))
+        return update
 
     def affordable(self, subjects: Subjects, forward: Sequence[bool], *, gradient: bool = True) -> list[bool]:
         """For each sequence, whether it can be borne that what it sends leaves.

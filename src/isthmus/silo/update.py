@@ -1,25 +1,137 @@
-"""A silo's adapter update: what it learned in a round, new minus old."""
+"""A silo's adapter update: what it learned in a round, new minus old, sent open or under masks.
+
+Shapes: P parameters.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 
+from isthmus.errors import ProtocolError
+from isthmus.federation.masking import Advert, Member, Terms
+from isthmus.federation.quantize import Ring
+from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
+from isthmus.wire import codec, offer
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer, Channel
+from isthmus.wire.identity import Identity
+
+Tensors = Mapping[str, torch.Tensor]
 
 
-def build_update(
-    boundary: Boundary, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], *, round: int, weight: float
-) -> pb.Update:
-    """The update of this round, through the boundary.
+class Updates(Protocol):
+    """How a silo's updates get to the root, round by round."""
 
-    Args:
-        old, new: the shared adapter tensors before and after the round's local work, by uncut name.
-        weight: supervised tokens trained on. 0: the silo takes no part, and no tensor leaves.
+    def offer(self) -> pb.SumKeys | None:
+        """What goes with the question for the next plan."""
+        ...
+
+    def begin(self, plan: pb.Plan) -> None:
+        """The round of this plan begins.
+
+        Raises:
+            IdentityError: another silo did not sign the keys that are said to be its.
+            ProtocolError: the plan is not for this silo.
+        """
+        ...
+
+    def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float) -> None:
+        """What was learned, through the boundary.
+
+        Args:
+            change: new minus old, by uncut name.
+            weight: supervised tokens trained on. 0: the silo takes no part, and no tensor leaves.
+            share: of the planned rows, that was trained on.
+
+        Raises:
+            RoundLostError: the round went on without this silo, or its sum failed.
+        """
+        ...
+
+
+class OpenUpdates:
+    """The root sees each update and weighs it by the tokens behind it."""
+
+    def __init__(self, boundary: Boundary, root: Channel) -> None:
+        self._boundary, self._root = boundary, root
+
+    def offer(self) -> None:
+        return None
+
+    def begin(self, plan: pb.Plan) -> None: ...
+
+    def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float) -> None:
+        update = pb.Update()
+        if weight:
+            update = self._boundary.release_update(change, plan.round, open_update)
+        update.round, update.weight = plan.round, weight
+        self._root.call(update)
+
+
+class MaskedUpdates:
+    """The root sees the sum of all updates. Each round has fresh keys; what this silo keeps of others' secrets it
+    forgets with the round."""
+
+    def __init__(self, boundary: Boundary, root: Channel, identity: Identity, range: float) -> None:
+        self._boundary, self._root, self._identity, self._range = boundary, root, identity, range
+        self._member = Member(identity.name)
+        self._dealt: Answer | None = None
+
+    def offer(self) -> pb.SumKeys:
+        self._member = Member(self._identity.name)
+        advert = self._member.advert
+        return offer.signed(self._identity, sealing=advert.sealing, masking=advert.masking, promise=advert.promise)
+
+    def begin(self, plan: pb.Plan) -> None:
+        """The other silos' shares arrive while this one trains."""
+        if set(plan.keys) != set(plan.participants):
+            raise ProtocolError("a plan without the keys of its silos", remedy="give silo and root one recipe")
+        for name, keys in plan.keys.items():
+            offer.verify(self._identity, name, keys)
+        adverts = {name: Advert(keys.sealing, keys.masking, keys.promise) for name, keys in plan.keys.items()}
+        sealed = self._member.deal(Terms(plan.sum, adverts))
+        self._dealt = self._root.submit(pb.Deal(round=plan.round, sealed=sealed))
+
+    def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float) -> None:
+        assert self._dealt is not None
+        self._member.accept(dict(self._dealt.result().sealed))  # type: ignore[attr-defined]
+        update = pb.Update()
+        if weight:
+            ring = Ring(len(plan.keys), self._range)
+            update = self._boundary.release_update(
+                change, plan.round, lambda secured: self._masked(secured, share, ring)
+            )
+        update.round, update.weight = plan.round, float(bool(weight))
+        living = self._root.call(update)
+        if isinstance(living, pb.Living):
+            shares = self._member.reveal(living.alive, living.dead)
+            self._root.call(pb.Reveal(round=plan.round, shares=shares))
+
+    def _masked(self, change: Tensors, share: float, ring: Ring) -> pb.Update:
+        """The change times the share, and at last the share as a part of the range."""
+        pieces = [change[name].detach().float().reshape(-1).cpu().numpy() * share for name in sorted(change)]
+        values_P = np.concatenate([*pieces, np.array([share * ring.range])]).astype(np.float32)
+        return pb.Update(masked=ring.pack(self._member.mask(ring.encode(values_P))))
+
+
+def updates(recipe: Recipe, name: str, boundary: Boundary, root: Channel) -> Updates:
+    """As this recipe wants them sent.
+
+    Raises:
+        IdentityError: they are to be masked, and the silo's certificate is unusable.
     """
-    if not weight:
-        return pb.Update(round=round, weight=0.0)
-    change = {name: new[name].detach() - old[name] for name in old}
-    return pb.Update(round=round, weight=weight, tensors=boundary.release_update(change, round))
+    if not recipe.federation.masks:
+        return OpenUpdates(boundary, root)
+    identity = Identity.load(Path(recipe.wire.certificates), name)
+    return MaskedUpdates(boundary, root, identity, recipe.federation.range)
+
+
+def open_update(change: Tensors) -> pb.Update:
+    """In full, as fp32."""
+    return pb.Update(tensors=codec.encode_named(change))

@@ -22,7 +22,7 @@ from isthmus.silo.held import open_ledger
 from isthmus.silo.join import connect, join, known_data
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import Step, evaluate, scored, train_step
-from isthmus.silo.update import build_update
+from isthmus.silo.update import updates
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
@@ -62,6 +62,7 @@ class Worker:
         )
         self._data = known_data(recipe, name, self._silo)
         self._root = root or connect(recipe, name, "Root", recipe.root.address)
+        self._updates = updates(recipe, name, self._silo.boundary, self._root)
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()
         }
@@ -78,7 +79,7 @@ class Worker:
         """Take part until the federation is finished."""
         completed, losses = self._directory.last_round(), 0
         while True:
-            plan: pb.Plan = self._root.call(pb.Ready(completed=completed))
+            plan: pb.Plan = self._root.call(pb.Ready(completed=completed, keys=self._updates.offer()))
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
             self._measure(plan.completed)
@@ -103,11 +104,13 @@ class Worker:
         train = self._recipe.train
         self._continue_from(plan.completed)
         self._state_of_round = None
+        self._updates.begin(plan)
         self._silo.trunk.begin(plan.round, list(plan.participants))
         drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
-        weight = 0
+        weight, rows = 0, 0
         for number in range(1, train.steps + 1):
-            step = self._step(next(drawn))
+            step = self._step(batch := next(drawn))
+            rows += len(batch) - step.skipped
             self._silo.trunk.commit(plan.round, number, step.weight)
             weight += step.weight
             self._note_step(plan.round, number, step)
@@ -116,7 +119,8 @@ class Worker:
         if not self._silo.boundary.update_affordable():
             log.warning("round %d: the privacy budget does not bear an update", plan.round)
             weight = 0
-        self._root.call(build_update(self._silo.boundary, shared, self._parameters, round=plan.round, weight=weight))
+        change = {name: self._parameters[name].detach() - tensor for name, tensor in shared.items()}
+        self._updates.send(plan, change, weight, rows / (train.steps * train.batch))
 
     def _step(self, drawn: list[Tokens]) -> Step:
         """One step on those of the drawn rows whose privacy budgets bear it whole; on none of them, an empty one."""

@@ -15,6 +15,9 @@ VERSION = 1
 MAX_SEQUENCES = 4096
 MAX_POSITIONS = 2**17
 """Sequences times the longest: what a frame's batch takes once it is padded again, however few tokens crossed."""
+KEY_BYTES = 32
+MAX_CERTIFICATE = 8192
+MAX_SHARE = 256
 _REMEDY = "both sides must run the same version of isthmus"
 _FIELDS = {field.message_type: field.name for field in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}
 
@@ -120,6 +123,29 @@ def _hello(message: pb.Hello) -> None:
     _require(message.version == VERSION, f"protocol version {message.version}, here it is {VERSION}")
 
 
+def _ready(message: pb.Ready) -> None:
+    if not message.HasField("keys"):
+        return
+    for part in (message.keys.sealing, message.keys.masking, message.keys.promise):
+        _require(len(part) == KEY_BYTES, f"a key of {len(part)} bytes")
+    for part in (message.keys.certificate, message.keys.signature):
+        _require(0 < len(part) <= MAX_CERTIFICATE, f"a certificate or signature of {len(part)} bytes")
+
+
+def _update(message: pb.Update) -> None:
+    _weight(message)
+    _require(not (message.masked and message.tensors), "an update both masked and open")
+
+
+def _secrets(message: Any) -> None:
+    """What a silo hands out before and after a masked sum."""
+    _require(message.round > 0, "round 0")
+    parts = message.sealed if isinstance(message, pb.Deal) else message.shares
+    _require(0 < len(parts) <= MAX_SEQUENCES, f"{len(parts)} shares")
+    longest = max(map(len, parts.values()))
+    _require(longest <= MAX_SHARE, f"a share of {longest} bytes")
+
+
 _RULES: dict[str, Callable[[Any], None]] = {
     "hello": _hello,
     "begin": _begin,
@@ -127,5 +153,8 @@ _RULES: dict[str, Callable[[Any], None]] = {
     "keep": _keep,
     "commit": _commit,
     "decode": _decode,
-    "update": _weight,
+    "update": _update,
+    "ready": _ready,
+    "deal": _secrets,
+    "reveal": _secrets,
 }

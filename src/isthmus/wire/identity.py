@@ -19,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from isthmus.errors import IdentityError
 
+_SIGNATURE = ec.ECDSA(hashes.SHA256())
 _REMEDY = "make certificates with 'isthmus certificates RECIPE' and give each party its folder"
 
 
@@ -51,22 +52,50 @@ class Identity:
         """Raise ``IdentityError`` unless the certificate is this party's, valid now and signed by the authority."""
         try:
             certificate = x509.load_pem_x509_certificate(self.certificate)
-            authority = x509.load_pem_x509_certificate(self.authority)
             key = serialization.load_pem_private_key(self.key, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise IdentityError(f"the certificate or key of {self.name} is damaged", remedy=_REMEDY) from error
+        self._entitle(certificate, self.name)
+        if key.public_key() != certificate.public_key():
+            raise IdentityError(f"the certificate of {self.name} is for another key", remedy=_REMEDY)
+
+    def sign(self, data: bytes) -> bytes:
+        """This party's signature, by its certificate's key (ECDSA over SHA-256)."""
+        key = serialization.load_pem_private_key(self.key, password=None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return key.sign(data, _SIGNATURE)
+
+    def verify(self, name: str, certificate: bytes, signature: bytes, data: bytes) -> None:
+        """Raise ``IdentityError`` unless another party of this federation signed the data with this certificate."""
+        try:
+            loaded = x509.load_pem_x509_certificate(certificate)
+            key = loaded.public_key()
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise IdentityError(f"the certificate of {name} is damaged", remedy=_REMEDY) from error
+        self._entitle(loaded, name)
+        try:
+            if not isinstance(key, ec.EllipticCurvePublicKey):
+                raise InvalidSignature
+            key.verify(signature, data, _SIGNATURE)
+        except InvalidSignature as error:
+            raise IdentityError(f"what {name} should have signed it did not sign", remedy="leave it out") from error
+
+    def _entitle(self, certificate: x509.Certificate, name: str) -> None:
+        """Raise ``IdentityError`` unless the certificate is of this name, valid now and signed by the authority."""
+        try:
+            authority = x509.load_pem_x509_certificate(self.authority)
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise IdentityError("the authority's certificate is damaged", remedy=_REMEDY) from error
         now = datetime.datetime.now(datetime.UTC)
         if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
             end = certificate.not_valid_after_utc.date()
-            raise IdentityError(f"the certificate of {self.name} is not valid now (it ends {end})", remedy=_REMEDY)
-        if common_name(certificate) != self.name:
-            raise IdentityError(f"the certificate of {self.name} is {common_name(certificate)}'s", remedy=_REMEDY)
-        if key.public_key() != certificate.public_key():
-            raise IdentityError(f"the certificate of {self.name} is for another key", remedy=_REMEDY)
+            raise IdentityError(f"the certificate of {name} is not valid now (it ends {end})", remedy=_REMEDY)
+        if common_name(certificate) != name:
+            raise IdentityError(f"the certificate of {name} is {common_name(certificate)}'s", remedy=_REMEDY)
         try:
             certificate.verify_directly_issued_by(authority)
         except (ValueError, TypeError, InvalidSignature) as error:
-            raise IdentityError(f"the certificate of {self.name} is from another authority", remedy=_REMEDY) from error
+            raise IdentityError(f"the certificate of {name} is from another authority", remedy=_REMEDY) from error
 
     def client_credentials(self) -> grpc.ChannelCredentials:
         return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)

@@ -70,15 +70,15 @@ def test_round_by_round(build: Build, store: RoleDirectory) -> None:
     assert not first.done()
     for plan in (*plans(rounds, "a"), first.result(WAIT)):
         assert_plan(plan, 1, 0, ["a", "b"], 0.0)
-    assert rounds.update("b", update(1, 2.0, weight=3)).result(WAIT) == pb.Accepted()
+    assert rounds.contribute("b", update(1, 2.0, weight=3)).result(WAIT) == pb.Accepted()
     early = rounds.ready("b")
     assert not early.done()
-    rounds.update("a", update(1, -2.0, weight=1))
+    rounds.contribute("a", update(1, -2.0, weight=1))
     assert not early.done()
     for plan in (*plans(rounds, "a"), early.result(WAIT)):
         assert_plan(plan, 2, 1, ["a", "b"], 1.0)
-    rounds.update("a", update(2, 0.25))
-    rounds.update("b", update(2, 0.75))
+    rounds.contribute("a", update(2, 0.25))
+    rounds.contribute("b", update(2, 0.75))
     for plan in plans(rounds, "a", "b", "a", "stranger"):  # each at once
         assert_plan(plan, 0, 2, [], 1.5)
     assert store.last_round() == 2
@@ -89,12 +89,12 @@ def test_round_by_round(build: Build, store: RoleDirectory) -> None:
 def test_a_round_goes_on_with_a_silo_that_has_nothing(build: Build, store: RoleDirectory) -> None:
     rounds = build("b", "a")
     plans(rounds, "a", "b")
-    rounds.update("a", pb.Update(round=1, weight=0.0))
-    rounds.update("b", update(1, 2.0, weight=3))
+    rounds.contribute("a", pb.Update(round=1, weight=0.0))
+    rounds.contribute("b", update(1, 2.0, weight=3))
     for plan in plans(rounds, "a", "b"):
         assert_plan(plan, 2, 1, ["a", "b"], 2.0)
     for silo in ("a", "b"):
-        rounds.update(silo, pb.Update(round=2, weight=0.0))
+        rounds.contribute(silo, pb.Update(round=2, weight=0.0))
     for plan in plans(rounds, "a", "b"):
         assert_plan(plan, 0, 2, [], 2.0)
     assert [line["weights"] for line in read_journal(store.path / "metrics.jsonl")] == [
@@ -129,12 +129,12 @@ def test_refused_update_changes_nothing(case: str, build: Build) -> None:
     peer, wrong, error = REFUSED[case]
     rounds = build("a", "b")
     plans(rounds, "a", "b")
-    rounds.update("a", update(1, 1.0))
+    rounds.contribute("a", update(1, 1.0))
     with pytest.raises(IsthmusError) as caught:
-        rounds.update(peer, wrong)
+        rounds.contribute(peer, wrong)
     assert type(caught.value) is error
     assert caught.value.remedy
-    rounds.update("b", update(1, 3.0))
+    rounds.contribute("b", update(1, 3.0))
     for plan in plans(rounds, "a", "b"):
         assert_plan(plan, 2, 1, ["a", "b"], 2.0)
 
@@ -142,12 +142,12 @@ def test_refused_update_changes_nothing(case: str, build: Build) -> None:
 def test_update_without_a_round(build: Build) -> None:
     rounds = build("a", "b", rounds=1)
     with pytest.raises(RoundLostError):
-        rounds.update("a", update(1))
+        rounds.contribute("a", update(1))
     plans(rounds, "a", "b")
     for silo in ("a", "b"):
-        rounds.update(silo, update(1))
+        rounds.contribute(silo, update(1))
     with pytest.raises(RoundLostError):
-        rounds.update("a", update(1))
+        rounds.contribute("a", update(1))
     assert_plan(plans(rounds, "a")[0], 0, 1, [], 1.0)
 
 
@@ -155,19 +155,19 @@ def test_quorum_goes_on_without_the_missing(build: Build) -> None:
     rounds = build("a", "b", minimum=1, patience=SOON)
     for number in (1, 2):
         assert_plan(plans(rounds, "a")[0], number, number - 1, ["a"], number - 1.0)
-        rounds.update("a", update(number))
+        rounds.contribute("a", update(number))
     assert plans(rounds, "a")[0].round == 0
 
 
 def test_silent_silo_comes_again(build: Build) -> None:
     rounds = build("a", "b", rounds=3, minimum=1, patience=1.0)
     plans(rounds, "a", "b")
-    rounds.update("a", update(1))
+    rounds.contribute("a", update(1))
     assert_plan(plans(rounds, "a")[0], 2, 1, ["a"], 1.0)  # patience with b ended, and nobody waits for it now
     with pytest.raises(ProtocolError):
-        rounds.update("b", update(2))
+        rounds.contribute("b", update(2))
     back = rounds.ready("b")
-    rounds.update("a", update(2))
+    rounds.contribute("a", update(2))
     for plan in (*plans(rounds, "a"), back.result(WAIT)):
         assert_plan(plan, 3, 2, ["a", "b"], 2.0)
 
@@ -177,13 +177,13 @@ def test_quorum_is_lost(build: Build, store: RoleDirectory, when: str) -> None:
     rounds = build("a", "b", patience=SOON)
     if when == "training":
         plans(rounds, "a", "b")
-        rounds.update("a", update(1))
+        rounds.contribute("a", update(1))
     for silo in ("a", "a", "b"):  # who waits, and who asks later
         with pytest.raises(QuorumError, match="1 silos are left, the recipe needs 2") as caught:
             rounds.ready(silo).result(WAIT)
         assert "--resume" in caught.value.remedy
     with pytest.raises(RoundLostError):
-        rounds.update("b", update(1))
+        rounds.contribute("b", update(1))
     assert store.last_round() == 0
 
 
@@ -194,13 +194,13 @@ def test_resume(build: Build) -> None:
         draw = torch.Generator().manual_seed(number)
         for silo in ("a", "b"):
             tensors = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
-            rounds.update(silo, update(number, weight=number, tensors=tensors))
+            rounds.contribute(silo, update(number, weight=number, tensors=tensors))
     expected = plans(rounds, "a", "b")[0]
     assert (expected.round, expected.completed) == (3, 2)
     resumed = build("a", "b", rounds=3)
     assert plans(resumed, "a", "b") == [expected, expected]
     for silo in ("a", "b"):
-        resumed.update(silo, update(3))
+        resumed.contribute(silo, update(3))
     finished = plans(resumed, "a")[0]
     assert finished.round == 0
     assert plans(build("a", "b", rounds=3), "b") == [finished]
@@ -211,7 +211,7 @@ def test_full_disk(build: Build, store: RoleDirectory, monkeypatch: pytest.Monke
     rounds = build("a", "b", minimum=minimum)
     plans(rounds, "a", "b")
     for silo in ("a", "b"):
-        rounds.update(silo, update(1))
+        rounds.contribute(silo, update(1))
     plans(rounds, "a", "b")
 
     def full(*_: object) -> None:
@@ -219,9 +219,9 @@ def test_full_disk(build: Build, store: RoleDirectory, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "save_round", full)
-        rounds.update("a", update(2))
+        rounds.contribute("a", update(2))
         waiting = rounds.ready("a")
-        rounds.update("b", update(2))
+        rounds.contribute("b", update(2))
     for answer in (waiting, rounds.ready("b"), rounds.ready("a")):
         with pytest.raises(DiskFullError, match="no room"):
             answer.result(WAIT)
@@ -235,8 +235,8 @@ def test_restarted_silo_is_not_waited_for(build: Build) -> None:
     plans(rounds, "a", "b")
     back = rounds.ready("b")
     with pytest.raises(ProtocolError):
-        rounds.update("b", update(1))
-    rounds.update("a", update(1))
+        rounds.contribute("b", update(1))
+    rounds.contribute("a", update(1))
     for plan in (*plans(rounds, "a"), back.result(WAIT)):
         assert_plan(plan, 2, 1, ["a", "b"], 1.0)
 
@@ -248,7 +248,7 @@ def test_all_restarted_begin_the_round_again(build: Build, silos: tuple[str, ...
         for plan in plans(rounds, *silos):
             assert_plan(plan, 1, 0, list(silos), 0.0)
     for silo in silos:
-        rounds.update(silo, update(1))
+        rounds.contribute(silo, update(1))
     assert_plan(plans(rounds, *silos)[0], 2, 1, list(silos), 1.0)
 
 
@@ -258,9 +258,9 @@ def test_patience_that_ends_just_as_the_last_one_comes(build: Build) -> None:
     gathering = rounds._gathering
     plans(rounds, "a", "b")
     gathering._fire({"a": None})
-    updates = rounds._updates
-    rounds.update("a", update(1, 1.0))
-    rounds.update("b", update(1, 3.0))
+    updates = rounds._collection._barrier  # type: ignore[union-attr]
+    rounds.contribute("a", update(1, 1.0))
+    rounds.contribute("b", update(1, 3.0))
     updates._fire({"a": None})
     for plan in plans(rounds, "a", "b"):
         assert_plan(plan, 2, 1, ["a", "b"], 2.0)
@@ -277,7 +277,7 @@ def test_many_silos_at_once(build: Build, store: RoleDirectory) -> None:
         while (plan := rounds.ready(name).result(WAIT)).round:
             assert list(plan.participants) == names
             seen.append((plan.round, float(shared(plan)["x"][0, 0])))
-            rounds.update(name, update(plan.round, float(name[-2:])))
+            rounds.contribute(name, update(plan.round, float(name[-2:])))
         return seen
 
     with ThreadPoolExecutor(len(names)) as threads:

@@ -19,7 +19,7 @@ from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection, ReleaseSection
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.remote import Flight, RemoteTrunk
-from isthmus.silo.update import build_update
+from isthmus.silo.update import open_update
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
@@ -74,7 +74,7 @@ def test_each_path_has_its_own_mechanism() -> None:
     h_TD = rows_of(50, 8, 10.0)
     for path, clip in (("forward", 1.0), ("gradient", 0.5)):
         assert torch.allclose(sent(boundary.release(h_TD, path, 4, about(50))).norm(dim=1), torch.tensor(clip))
-    update = boundary.release_update({"w": h_TD}, 2)[0]
+    update = boundary.release_update({"w": h_TD}, 2, open_update).tensors[0]
     drawn = torch.frombuffer(bytearray(update.data), dtype=torch.float32).view(50, 8) - h_TD
     assert drawn.std() == pytest.approx(0.1, rel=0.2)
     assert ledger.releases == [
@@ -89,18 +89,18 @@ def test_each_path_has_its_own_mechanism() -> None:
 def test_an_update_is_clipped_as_a_whole(sizes: list[int], clip: float, scale: float) -> None:
     old = {f"layer{n}": rows_of(size, 3, 1.0, n) for n, size in enumerate(sizes)}
     new = {name: tensor + rows_of(*tensor.shape, scale, 9) for name, tensor in old.items()}
-    frame = build_update(boundary_of(update=(clip, 0.0)), old, new, round=1, weight=2.0)
+    learned = {name: new[name] - tensor for name, tensor in old.items()}
+    frame = boundary_of(update=(clip, 0.0)).release_update(learned, 1, open_update)
     found = codec.decode_named(frame.tensors, {name: tuple(tensor.shape) for name, tensor in old.items()})
     change = torch.cat([(new[name] - old[name]).flatten() for name in sorted(old)])
     expected = change * min(1.0, clip / float(change.norm()))
     assert torch.allclose(torch.cat([found[name].flatten() for name in sorted(old)]), expected, rtol=1e-4)
-    assert (frame.round, frame.weight) == (1, 2.0)
 
 
 def test_bytes_are_counted_by_path_and_direction() -> None:
     boundary = boundary_of(codec="bf16")
     matrices = [boundary.release(torch.ones(3, 8), path, 1, about(3)) for path in ("forward", "forward", "gradient")]
-    boundary.release_update({"a": torch.ones(2, 2), "b": torch.ones(5)}, 1)
+    boundary.release_update({"a": torch.ones(2, 2), "b": torch.ones(5)}, 1, open_update)
     boundary.admit(matrices[0], "forward", torch.ones(3, 8))
     assert boundary.released_bytes == {"forward": 2 * 48, "gradient": 48, "update": 36}
     assert boundary.admitted_bytes == 48
@@ -111,7 +111,7 @@ def test_a_refusing_ledger_stops_every_release() -> None:
     for release in (
         lambda: boundary.release(torch.ones(1, 2), "forward", 1, about(1)),
         lambda: boundary.release(torch.ones(1, 2), "gradient", 1, about(1)),
-        lambda: boundary.release_update({"w": torch.ones(2)}, 1),
+        lambda: boundary.release_update({"w": torch.ones(2)}, 1, open_update),
     ):
         with pytest.raises(DiskFullError):
             release()

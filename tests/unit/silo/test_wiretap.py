@@ -20,7 +20,7 @@ from isthmus.model.split import SplitForCausalLM
 from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import build_update
+from isthmus.silo.update import open_update
 from isthmus.wire import codec, frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
@@ -39,7 +39,9 @@ FIELDS: dict[type[Message], set[str]] = {
     pb.Begin: {"round", "participants"},
     pb.Commit: {"round", "step", "weight"},
     pb.Close: {"session"},
-    pb.Update: {"round", "weight", "tensors"},
+    pb.Update: {"round", "weight", "tensors", "masked"},
+    pb.Deal: {"round", "sealed"},
+    pb.Reveal: {"round", "shares"},
     pb.Tensor: {"name", "shape", "data"},
 }
 """Every field a silo can send after its greeting."""
@@ -204,8 +206,7 @@ def test_greedy_sends_the_states_of_its_own_tokens(noisy: Tapped) -> None:
 
 def test_update_is_noised(noisy: Tapped) -> None:
     new = {name: tensor for part in noisy.model.ends for name, tensor in adapters.adapter_of(part).items()}
-    old = {name: torch.zeros_like(tensor) for name, tensor in new.items()}
-    update = build_update(noisy.boundary, old, new, round=2, weight=5.0)
+    update = noisy.boundary.release_update(new, 2, open_update)
     assert [tensor.name for tensor in update.tensors] == sorted(new)
     sent = codec.decode_named(update.tensors, {name: tuple(tensor.shape) for name, tensor in new.items()})
     assert_noised([sent[name] for name in sorted(new)], [new[name] for name in sorted(new)], UPDATE)

@@ -34,6 +34,11 @@ def tensor(name: str = "a") -> pb.Tensor:
     return pb.Tensor(name=name, shape=[2, 3], data=bytes(24))
 
 
+def keys(**parts: bytes) -> pb.SumKeys:
+    whole = dict.fromkeys(("sealing", "masking", "promise"), bytes(32)) | {"certificate": b"c", "signature": b"s"}
+    return pb.SumKeys(**(whole | parts))
+
+
 VALID: dict[str, Message] = {
     "hello": pb.Hello(version=frames.VERSION, fingerprint="f" * 64, bottom=1, top=1, instance="i"),
     "welcome": pb.Welcome(),
@@ -53,10 +58,14 @@ VALID: dict[str, Message] = {
     "decode": pb.Decode(session=1, step=1, lengths=[1, 2], hidden=matrix(3), forget=1, rows=[1, 0]),
     "close": pb.Close(session=1),
     "closed": pb.Closed(),
-    "ready": pb.Ready(completed=2),
-    "plan": pb.Plan(round=3, completed=2, participants=["a"], adapters=[tensor()]),
+    "ready": pb.Ready(completed=2, keys=keys()),
+    "plan": pb.Plan(round=3, completed=2, participants=["a"], adapters=[tensor()], sum=b"s", keys={"a": keys()}),
     "update": pb.Update(round=3, weight=1.5, tensors=[tensor()]),
     "accepted": pb.Accepted(),
+    "deal": pb.Deal(round=3, sealed={"b": bytes(82)}),
+    "dealt": pb.Dealt(sealed={"a": bytes(82)}),
+    "living": pb.Living(alive=["a"], dead=["b"]),
+    "reveal": pb.Reveal(round=3, shares={"a": bytes(33)}),
 }
 SERIALIZED = [frames.wrap(body, id=5, acked=3).SerializeToString() for body in VALID.values()]
 
@@ -69,7 +78,9 @@ def changed(kind: str, **fields: Any) -> Message:
         body.ClearField(name)
         if value is None:
             continue
-        if isinstance(value, (list, Message)):
+        if isinstance(value, dict):
+            getattr(body, name).update(value)
+        elif isinstance(value, (list, Message)):
             getattr(body, name).MergeFrom(value)
         else:
             setattr(body, name, value)
@@ -124,6 +135,21 @@ BROKEN += [
     ("forward", {"examples": [1, 2], "hidden": pb.Matrix()}, "hidden states beside"),
     ("keep", {"hidden": pb.Matrix()}, "an example of 0 tokens"),
     ("keep", {"hidden": pb.Matrix(rows=2**17 + 1)}, "an example of 131073 tokens"),
+]
+BROKEN += [
+    ("ready", {"keys": keys(sealing=bytes(31))}, "a key of 31 bytes"),
+    ("ready", {"keys": keys(masking=b"")}, "a key of 0 bytes"),
+    ("ready", {"keys": keys(promise=bytes(33))}, "a key of 33 bytes"),
+    ("ready", {"keys": keys(certificate=b"")}, "of 0 bytes"),
+    ("ready", {"keys": keys(signature=bytes(8193))}, "of 8193 bytes"),
+    ("update", {"masked": b"m"}, "both masked and open"),
+    ("deal", {"round": 0}, "round 0"),
+    ("deal", {"sealed": {}}, "0 shares"),
+    ("deal", {"sealed": {"b": bytes(257)}}, "a share of 257 bytes"),
+    ("deal", {"sealed": {str(number): b"s" for number in range(4097)}}, "4097 shares"),
+    ("reveal", {"round": 0}, "round 0"),
+    ("reveal", {"shares": {}}, "0 shares"),
+    ("reveal", {"shares": {"b": bytes(257)}}, "a share of 257 bytes"),
 ]
 BROKEN += [
     ("forward", {"hidden": None, **change}, told)
@@ -270,8 +296,15 @@ def extreme(draw: random.Random, message: Message, share: float) -> Message:
 
 
 def fill(draw: random.Random, values: Any, field: FieldDescriptor, share: float) -> None:
+    entry = field.message_type
     for _ in range(draw.choice(COUNTS)):
-        if field.message_type is not None:
+        if entry is not None and entry.GetOptions().map_entry:
+            key, value = draw.choice(TEXTS), entry.fields_by_name["value"]
+            if value.message_type is not None:
+                extreme(draw, values[key], share)
+            else:
+                values[key] = scalar(draw, value)
+        elif entry is not None:
             extreme(draw, values.add(), share)
         else:
             values.append(scalar(draw, field))
