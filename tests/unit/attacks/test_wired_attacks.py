@@ -288,6 +288,14 @@ def test_a_frozen_bottom_leaves_no_gradient_to_search(attacked_model: Path, tmp_
         found(source, "dager", "aggregator")
 
 
+def test_masks_leave_the_aggregator_no_update_to_attack(attacked_model: Path, tmp_path: Path) -> None:
+    source = federation(attacked_model, tmp_path, labelled, **CLASSIFY)
+    masked = source.recipe.federation.model_copy(update={"masks": True})
+    source = replace(source, recipe=source.recipe.model_copy(update={"federation": masked}))
+    with pytest.raises(AttackError, match="only their sum"):
+        found(source, "dager", "aggregator")
+
+
 def test_rows_are_identified_among_candidates_by_what_little_crosses(two_silos: Source) -> None:
     def named(noise: float) -> tuple[float, float]:
         boundary = {"tail": 1, "width": 8, "forward": {"clip": 1.0, "noise": noise}}

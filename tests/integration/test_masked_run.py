@@ -1,0 +1,83 @@
+"""A federation of real processes whose updates are summed under masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from isthmus.federation.quantize import Ring
+from isthmus.report.record import RunDirectory, read_journal
+from tests.conftest import write_rows
+from tests.integration.processes import (
+    Command,
+    Commands,
+    assert_no_traceback,
+    rows_of,
+    steps_of,
+    until,
+    write_federation,
+)
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
+SILOS = ("east", "north", "south", "west")
+ROUNDS, RANGE = 2, 0.5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("federation")
+    for name in SILOS:
+        write_rows(folder / f"{name}.jsonl", rows_of(name))
+    return folder
+
+
+def recipe(folder: Path, name: str, **sections: object) -> Path:
+    written = write_federation(
+        folder,
+        silo=[{"name": silo, "train": f"{silo}.jsonl"} for silo in SILOS],
+        train={"rounds": ROUNDS, "steps": 6, "optimizer": "sgd", "learning_rate": 0.1, "evaluate": False},
+        **sections,
+    )
+    return written.rename(folder / f"{name}.toml")
+
+
+def shared(run: Path, round: int) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = RunDirectory.open(run).role("root").load_round(round)["shared"]
+    return tensors
+
+
+def test_a_masked_round_learns_what_an_open_one_does(folder: Path) -> None:
+    """All silos train on equally many rows, so both weigh alike; each silo's numbers are rounded, that is all."""
+    runs = {}
+    for name, federation in (("open", {}), ("masked", {"masks": True, "range": RANGE})):
+        runs[name] = folder / name
+        command = Command(folder, "run", recipe(folder, name, federation=federation), "--run-dir", runs[name])
+        try:
+            command.wait().succeeded()
+        finally:
+            command.end()
+        assert_no_traceback(runs[name])
+    for name in SILOS:
+        weights = [line["weights"] for line in read_journal(runs["open"] / "root/metrics.jsonl")]
+        assert len({line[name] for line in weights}) == 1
+    step = RANGE / Ring(len(SILOS), RANGE).levels
+    plain, masked = shared(runs["open"], 1), shared(runs["masked"], 1)
+    assert max(float(tensor.abs().max()) for tensor in plain.values()) > 20 * step
+    for key, tensor in plain.items():
+        assert (masked[key] - tensor).abs().max() <= 1.1 * step
+    journal = read_journal(runs["masked"] / "root/metrics.jsonl")
+    assert [line["weights"] for line in journal] == [dict.fromkeys(SILOS, 1.0)] * ROUNDS
+
+
+def test_the_rest_goes_on_when_a_silo_is_killed(folder: Path, tmp_path: Path, commands: Commands) -> None:
+    sections = {"root": {"minimum": 3, "patience": 8.0}, "trunk": {"patience": 2.0}, "federation": {"masks": True}}
+    run = tmp_path / "run"
+    command = commands.start("run", recipe(folder, "killed", **sections), "--run-dir", run)
+    until(lambda: all(steps_of(run, name) for name in SILOS), "all silos' first steps", command=command)
+    command.role("west").kill()
+    command.wait().succeeded()
+    rounds = read_journal(run / "root/metrics.jsonl")
+    assert [line["round"] for line in rounds] == [1, 2]
+    assert list(rounds[-1]["weights"]) == ["east", "north", "south"]
