@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-BENCHMARKS := foundation demo boundary latency generation sessions together silos release draft replay privacy defences updates frontier
+BENCHMARKS := foundation demo boundary latency generation sessions together silos release draft replay privacy defences updates frontier federation
 
 .PHONY: demo test check proto bench $(BENCHMARKS:%=bench-%) bench-cuda clean
 
@@ -39,6 +39,13 @@ bench: $(BENCHMARKS:%=bench-%)  ## All benchmarks; each, as bench-boundary, writ
 
 $(BENCHMARKS:%=bench-%): bench-%: .venv/demo
 	$(BIN)/python -m benchmarks.$*
+
+bench-federation: build/flower/ready
+
+build/flower/ready:  ## Flower, for comparison, in an environment of its own
+	$(PYTHON) -m venv build/flower
+	build/flower/bin/python -m pip install --quiet flwr==1.41.0
+	touch $@
 
 bench-cuda: .venv/ready  ## On a CUDA device, with a random model of the LLaMA-2-7B shape: nothing to download
 	@$(BIN)/python -m benchmarks.cuda

@@ -23,7 +23,7 @@ LONGEST = 300
 TRAINED = 688
 """Rows of each silo; those left over are public."""
 ROUNDS, BATCH = 3, 16
-SIZE = Size(victims=40, own=1500, candidates=500)
+SIZE = Size(victims=24, own=1200, candidates=300)
 
 
 def measure(results: Results) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import grpc
@@ -61,9 +62,7 @@ class Identity:
 
     def sign(self, data: bytes) -> bytes:
         """This party's signature, by its certificate's key (ECDSA over SHA-256)."""
-        key = serialization.load_pem_private_key(self.key, password=None)
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-        return key.sign(data, _SIGNATURE)
+        return self._key.sign(data, _SIGNATURE)
 
     def verify(self, name: str, certificate: bytes, signature: bytes, data: bytes) -> None:
         """Raise ``IdentityError`` unless another party of this federation signed the data with this certificate."""
@@ -80,12 +79,21 @@ class Identity:
         except InvalidSignature as error:
             raise IdentityError(f"what {name} should have signed it did not sign", remedy="leave it out") from error
 
-    def _entitle(self, certificate: x509.Certificate, name: str) -> None:
-        """Raise ``IdentityError`` unless the certificate is of this name, valid now and signed by the authority."""
+    @cached_property
+    def _key(self) -> ec.EllipticCurvePrivateKey:
+        key = serialization.load_pem_private_key(self.key, password=None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)  # as ``Authority`` issues them
+        return key
+
+    @cached_property
+    def _issuer(self) -> x509.Certificate:
         try:
-            authority = x509.load_pem_x509_certificate(self.authority)
+            return x509.load_pem_x509_certificate(self.authority)
         except (ValueError, UnsupportedAlgorithm) as error:
             raise IdentityError("the authority's certificate is damaged", remedy=_REMEDY) from error
+
+    def _entitle(self, certificate: x509.Certificate, name: str) -> None:
+        """Raise ``IdentityError`` unless the certificate is of this name, valid now and signed by the authority."""
         now = datetime.datetime.now(datetime.UTC)
         if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
             end = certificate.not_valid_after_utc.date()
@@ -93,7 +101,7 @@ class Identity:
         if common_name(certificate) != name:
             raise IdentityError(f"the certificate of {name} is {common_name(certificate)}'s", remedy=_REMEDY)
         try:
-            certificate.verify_directly_issued_by(authority)
+            certificate.verify_directly_issued_by(self._issuer)
         except (ValueError, TypeError, InvalidSignature) as error:
             raise IdentityError(f"the certificate of {name} is from another authority", remedy=_REMEDY) from error
 

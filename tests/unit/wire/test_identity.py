@@ -197,6 +197,32 @@ def test_a_certificate_that_does_not_fit_is_refused(tmp_path: Path, identity: Id
     assert refused.value.remedy
 
 
+def test_a_party_knows_what_another_one_signed() -> None:
+    north, south = AUTHORITY.issue("north"), AUTHORITY.issue("south")
+    south.verify("north", north.certificate, north.sign(b"keys"), b"keys")
+
+
+@pytest.mark.parametrize(
+    ("signer", "name", "data", "told"),
+    [
+        (AUTHORITY.issue("north"), "north", b"other keys", "did not sign"),
+        (AUTHORITY.issue("north"), "south", b"keys", "is north's"),
+        (FOREIGN.issue("north"), "north", b"keys", "another authority"),
+        (AUTHORITY.issue("north", days=-1.0), "north", b"keys", "not valid now"),
+        (dataclasses.replace(AUTHORITY.issue("north"), certificate=b"x"), "north", b"keys", "damaged"),
+        (
+            dataclasses.replace(AUTHORITY.issue("north"), key=AUTHORITY.issue("mallory").key),
+            "north",
+            b"keys",
+            "did not",
+        ),
+    ],
+)
+def test_what_a_party_did_not_sign_is_refused(signer: Identity, name: str, data: bytes, told: str) -> None:
+    with pytest.raises(IdentityError, match=told):
+        AUTHORITY.issue("south").verify(name, signer.certificate, signer.sign(b"keys"), data)
+
+
 def test_parties_of_one_authority_talk() -> None:
     with serving({"Trunk": Echo(), "Root": Echo()}) as server:
         for service in ("Trunk", "Root"):

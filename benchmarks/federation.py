@@ -1,0 +1,16 @@
+"""Aggregation: what it costs to sum updates under masks. ``make bench-federation``."""
+
+from __future__ import annotations
+
+from benchmarks import sums
+from benchmarks.results import Results
+
+
+def main() -> None:
+    results = Results("federation", "make bench-federation")
+    sums.measure(results)
+    print(f"written: {results.write()}")
+
+
+if __name__ == "__main__":
+    main()

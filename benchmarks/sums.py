@@ -1,0 +1,135 @@
+"""Summing adapter updates under masks: whole rounds through the silos' own code, beside Flower's SecAgg+ in this run.
+
+A part of ``make bench-federation``. All parties are in one process on one core, and every message takes the bytes it
+has on the wire. Flower's side (``flower_sums.py``) runs likewise, in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from google.protobuf.message import Message
+
+from benchmarks.results import Results
+from isthmus.errors import IsthmusError
+from isthmus.federation.collection import Collected, Done, Masked
+from isthmus.federation.masking import Advert
+from isthmus.federation.quantize import Ring
+from isthmus.recipe import BoundarySection
+from isthmus.silo.boundary import Boundary
+from isthmus.silo.update import MaskedUpdates
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire import offer
+from isthmus.wire.barrier import Barrier
+from isthmus.wire.channel import Answer, LoopbackChannel
+from isthmus.wire.identity import Authority, Identity
+
+PARAMETERS = 460_800
+"""Of a rank-8 adapter on all projections of SmolLM2-135M's two ends, about."""
+FLOWER = Path("build/flower/bin/python")
+RANGE = 0.5
+REPEATS = 3
+SIXTEEN_BITS = 2 * PARAMETERS
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What one summation took."""
+
+    seconds: float
+    processor: float
+    bytes: float
+    """That a silo sent, on average."""
+    error: float
+    """Largest of a parameter of the mean."""
+
+
+def measure(results: Results) -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    for silos in (10, 50):
+        pairs = [(ours(silos), flowers(silos)) for _ in range(REPEATS)]
+        faster = sorted(flower.processor / own.processor for own, flower in pairs)
+        own, flower = min(pairs, key=lambda pair: pair[0].processor)
+        name = f"sum of {silos} silos × {PARAMETERS:,} parameters"
+        results.add(f"{name}: processor time", own.processor, "s")
+        results.add(f"{name}: processor time, Flower's SecAgg+", flower.processor, "s")
+        results.add(f"{name}: faster than Flower's SecAgg+, median", faster[len(faster) // 2], "×", at_least=10.0)
+        results.add(f"{name}: faster than Flower's SecAgg+, least", faster[0], "×")
+        results.add(f"{name}: bytes a 16-bit update's", own.bytes / SIXTEEN_BITS, "×", at_most=1.73)
+        results.add(f"{name}: bytes a 16-bit update's, Flower's SecAgg+", flower.bytes / SIXTEEN_BITS, "×")
+        results.add(f"{name}: largest error of the mean", own.error, "of a parameter")
+        results.add(f"{name}: largest error of the mean, Flower's SecAgg+", flower.error, "of a parameter")
+
+
+class Root:
+    """A round's collection as a service, checking signatures as the root does."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self._lock = threading.RLock()
+        self.keys: dict[str, pb.SumKeys] = {}
+        self.collection: Masked | None = None
+
+    def handle(self, peer: str, request: Message) -> Answer:
+        if self.collection is not None:
+            with self._lock:
+                return self.collection.handle(peer, request)
+        assert isinstance(request, pb.Ready)
+        offer.verify(self._identity, peer, request.keys)
+        self.keys[peer] = request.keys
+        answer: Answer = Answer()
+        answer.set_result(pb.Plan())
+        return answer
+
+    def begin(self, done: Done) -> bytes:
+        """The plan as it crosses the wire, but for the adapters."""
+        adverts = {name: Advert(one.sealing, one.masking, one.promise) for name, one in self.keys.items()}
+        ring = Ring(len(adverts), RANGE)
+        self.collection = Masked(adverts, {"x": (PARAMETERS,)}, ring, lambda fire: Barrier(600.0, fire), done, fewest=3)
+        plan = pb.Plan(round=1, participants=sorted(adverts), sum=self.collection.terms.context)
+        for name, keys in self.keys.items():
+            plan.keys[name].CopyFrom(keys)
+        return plan.SerializeToString()
+
+
+def ours(silos: int) -> Sum:
+    """From the silos' keys to the mean."""
+    authority, names = Authority(), [f"silo-{number}" for number in range(silos)]
+    identities = {name: authority.issue(name) for name in (*names, "root")}
+    draw = torch.Generator().manual_seed(0)
+    changes = {name: {"x": 0.05 * torch.randn(PARAMETERS, generator=draw)} for name in names}
+    root, found = Root(identities["root"]), list[Collected | IsthmusError]()
+    channels = {name: LoopbackChannel(root, name) for name in names}
+    section = BoundarySection.model_validate({path: {"noise": 0.0} for path in ("forward", "gradient", "update")})
+    updates = {name: MaskedUpdates(Boundary(section), channels[name], identities[name], RANGE) for name in names}
+    with ThreadPoolExecutor(silos) as threads:
+        started, processor = time.perf_counter(), time.process_time()
+        for name in names:
+            channels[name].call(pb.Ready(keys=updates[name].offer()))
+        data = root.begin(found.append)
+        plans = {name: pb.Plan.FromString(data) for name in names}
+        for name in names:
+            updates[name].begin(plans[name])
+        for sent in [threads.submit(updates[name].send, plans[name], changes[name], 1.0, 1.0) for name in names]:
+            sent.result()
+        seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    (collected,) = found
+    assert isinstance(collected, Collected)
+    mean = torch.stack([changes[name]["x"] for name in names]).mean(0)
+    error = float((collected.updates[0][1]["x"] - mean).abs().max())
+    return Sum(seconds, processor, sum(channel.sent_bytes for channel in channels.values()) / silos, error)
+
+
+def flowers(silos: int) -> Sum:
+    """The same by Flower's own code."""
+    command = [str(FLOWER), "benchmarks/flower_sums.py", str(silos), str(PARAMETERS), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return Sum(**json.loads(done.stdout))
