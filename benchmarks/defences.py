@@ -1,6 +1,6 @@
 """What a bottleneck learns to let cross, by what it is taught: the same channel, the same rows, other lessons.
 
-``make bench-defences``. Of every token sixteen numbers cross, at most 23 bits, enough to tell it. One silo trains on
+``make bench-defences``. Of every token sixteen numbers cross, at most 74 bits, enough to tell it. One silo trains on
 hutto sentiment. No gradient crosses, so what crosses is learned inside the silo alone. A lesson is good if the label
 can be read off the last position and the text cannot be read at all. Runs are kept in ``build/frontier``.
 """
@@ -29,7 +29,7 @@ LESSONS: dict[str, dict[str, float]] = {
     "the answer, in few nats (capacity)": {"answer": 1.0, "capacity": 0.1},
     "the answer, unlike the text (distance correlation)": {"answer": 1.0, "correlation": 1.0},
 }
-TASK = replace(TASKS["hutto"], steps=150)
+TASK = replace(TASKS["hutto"], steps=80)
 LAST = 20
 SIZE = Size(victims=40, own=400)
 
@@ -46,7 +46,7 @@ def main() -> None:
 def channel(weights: dict[str, float]) -> Point:
     """Wide and clean enough to leak, with these lessons."""
     shape = {"width": 16, "residual": True, "gradients": False} | ({"defence": weights} if weights else {})
-    return Point((8, 4), "clipped", 0.1, shape, learned=True)
+    return Point((8, 4), "clipped", 0.01, shape, learned=True)
 
 
 def measure(results: Results, name: str, point: Point, source: Source) -> None:
