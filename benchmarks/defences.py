@@ -8,7 +8,6 @@ can be read off the last position and the text cannot be read at all. Runs are k
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.frontier import Size, best_attack
@@ -29,8 +28,7 @@ LESSONS: dict[str, dict[str, float]] = {
     "the answer, in few nats (capacity)": {"answer": 1.0, "capacity": 0.1},
     "the answer, unlike the text (distance correlation)": {"answer": 1.0, "correlation": 1.0},
 }
-TASK = replace(TASKS["hutto"], steps=80)
-LAST = 20
+TASK, STEPS, LAST = TASKS["hutto"], 80, 20
 SIZE = Size(victims=40, own=400)
 
 
@@ -46,7 +44,7 @@ def main() -> None:
 def channel(weights: dict[str, float]) -> Point:
     """Wide and clean enough to leak, with these lessons."""
     shape = {"width": 16, "residual": True, "gradients": False} | ({"defence": weights} if weights else {})
-    return Point((8, 4), "clipped", 0.01, shape, learned=True)
+    return Point((8, 4), "clipped", 0.01, shape, learned=STEPS)
 
 
 def measure(results: Results, name: str, point: Point, source: Source) -> None:

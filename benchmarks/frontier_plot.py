@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 MARKERS = "oXsD^vP*<>hp"
-GOAL = 0.1
+GOAL = 0.2
 """Share of tokens recovered that the goal allows."""
-LOST = 0.05
-"""Of the best quality of a task, the share that the goal allows to lose."""
+LOST = 0.02
+"""Of the best quality of a task, what the goal allows to lose."""
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -61,7 +61,7 @@ def _panel(panel: Any, outcomes: Sequence[Outcome], cuts: Sequence[Any], kinds: 
         )
     low, high = panel.get_ylim()
     panel.set(xlim=(-0.04, 1.04), ylim=(low, max(high, best * 1.03)), title=outcomes[0].task)
-    panel.axhspan((1 - LOST) * best, panel.get_ylim()[1], xmax=(GOAL + 0.04) / 1.08, color="#009e73", alpha=0.13, lw=0)
+    panel.axhspan(best - LOST, panel.get_ylim()[1], xmax=(GOAL + 0.04) / 1.08, color="#009e73", alpha=0.13, lw=0)
     panel.set_xlabel("tokens recovered by the best attack, share")
     panel.set_ylabel("ROUGE-L of greedy answers" if measure == "rougeL" else "held-out accuracy")
     panel.grid(alpha=0.25)
@@ -81,6 +81,6 @@ def _legend(figure: Any, cuts: Sequence[Any], kinds: Sequence[str]) -> None:
     shown = [dot("o", COLOURS[number % len(COLOURS)], f"cut {cut}") for number, cut in enumerate(cuts)]
     shown += [dot(MARKERS[number % len(MARKERS)], "#555555", kind) for number, kind in enumerate(kinds)]
     shown.append(
-        Patch(color="#009e73", alpha=0.13, label=f"goal: ≤ {GOAL:.0%} recovered,\n≤ {LOST:.0%} of quality lost")
+        Patch(color="#009e73", alpha=0.13, label=f"goal: ≤ {GOAL:.0%} recovered,\n≤ {100 * LOST:.0f} points lost")
     )
     figure.legend(handles=shown, loc="outside right center", fontsize=8, frameon=False)

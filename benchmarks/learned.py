@@ -6,6 +6,7 @@ there is not trained again.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.points import Point
@@ -24,7 +25,7 @@ def learned(task: Task, base: Path, point: Point, name: str | None = None) -> So
         point: its noise must not depend on what crosses.
         name: of the run; left out, the point's.
     """
-    recipe = task.recipe(base, point.cut, point.fixed(), LORA)
+    recipe = replace(task, steps=point.learned).recipe(base, point.cut, point.fixed(), LORA)
     path = CACHE / "runs" / task.name / (name or point.name)
     alone = recipe.model_copy(update={"silo": (recipe.party(TEACHER),), "threads": 1})
     run = RunDirectory.open(path) if path.exists() else create_run(alone, path)
