@@ -36,7 +36,7 @@ class Collected:
     """What a round's silos contributed."""
 
     weights: dict[str, float]
-    """Of each silo that contributed; under masks all count as 1, what they weigh is in the sum."""
+    """Of each silo that contributed; under masks 1, or 0 for one that learned nothing: what it weighs is in the sum."""
     updates: tuple[tuple[float, Tensors], ...]
     """Weights and changes: one for each silo, or one mean of all."""
 
@@ -125,6 +125,7 @@ class Masked:
         self._size = sum(map(_size, shapes.values())) + 1
         self._sealed: dict[str, dict[str, bytes]] = {}
         self._tally: Tally | None = None
+        self._weights: dict[str, float] = {}
         self._waiting: dict[str, Answer] = {}
         self._due: type[Message] = pb.Deal
         self._awaited = set(adverts)
@@ -164,10 +165,10 @@ class Masked:
             self._sealed[peer] = dict(request.sealed)
         elif isinstance(request, pb.Update):
             assert self._tally is not None
-            if request.tensors or (request.weight and not request.masked):
+            if request.tensors or not request.masked:
                 raise ProtocolError("this federation's updates are masked", remedy="give silo and root one recipe")
-            if request.weight:
-                self._tally.add(peer, self._ring.unpack(request.masked, self._size))
+            self._tally.add(peer, self._ring.unpack(request.masked, self._size))
+            self._weights[peer] = request.weight
         elif isinstance(request, pb.Reveal):
             assert self._tally is not None
             self._tally.reveal(peer, dict(request.shares))
@@ -188,16 +189,16 @@ class Masked:
         """All masked updates are there that will be: the living are asked for their shares."""
         assert self._tally is not None
         alive = self._tally.alive
-        if not alive:  # nobody had anything to contribute
-            self._end(Collected({}, ()))
-            return
+        learned = {peer: weight for peer, weight in sorted(self._weights.items()) if weight}
         if len(alive) < self._fewest:
             self._fail(f"{len(alive)} silos sent their updates")
             return
-        waiting = self._next(pb.Reveal, alive - self._lost, self._finish)
+        if len(learned) < self._fewest:  # of so few no sum may be known
+            self._end(Collected(learned or dict.fromkeys(sorted(alive), 0.0), ()))
+            return
         living = pb.Living(alive=sorted(alive), dead=sorted(self._tally.dead))
-        for peer, answer in waiting.items():
-            answer.set_result(living if peer in alive else pb.Accepted())
+        for answer in self._next(pb.Reveal, alive - self._lost, self._finish).values():
+            answer.set_result(living)
 
     def _finish(self) -> None:
         assert self._tally is not None
@@ -206,7 +207,7 @@ class Masked:
         except ProtocolError as error:
             self._fail(error.message)
             return
-        self._end(Collected(dict.fromkeys(sorted(self._tally.alive), 1.0), self._mean(total_P)))
+        self._end(Collected(dict(sorted(self._weights.items())), self._mean(total_P)))
 
     def _mean(self, total_P: np.ndarray) -> tuple[tuple[float, Tensors], ...]:
         weight = float(total_P[-1]) / self._ring.range

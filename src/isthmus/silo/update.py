@@ -46,7 +46,7 @@ class Updates(Protocol):
 
         Args:
             change: new minus old, by uncut name.
-            weight: supervised tokens trained on. 0: the silo takes no part, and no tensor leaves.
+            weight: supervised tokens trained on. 0: nothing of the change leaves.
             share: of the planned rows, that was trained on.
 
         Raises:
@@ -101,12 +101,14 @@ class MaskedUpdates:
     def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float) -> None:
         assert self._dealt is not None
         self._member.accept(dict(self._dealt.result().sealed))  # type: ignore[attr-defined]
-        update = pb.Update()
+        ring = Ring(len(plan.keys), self._range)
         if weight:
-            ring = Ring(len(plan.keys), self._range)
             update = self._boundary.release_update(
                 change, plan.round, lambda secured: self._masked(secured, share, ring)
             )
+        else:  # nothing of what was learned leaves; but without this silo's zeros the others' sum might be lost
+            zeros = {name: torch.zeros_like(tensor) for name, tensor in change.items()}
+            update = self._masked(zeros, 0.0, ring)
         update.round, update.weight = plan.round, float(bool(weight))
         living = self._root.call(update)
         if isinstance(living, pb.Living):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from google.protobuf.message import Message
 
-from isthmus.errors import FrameError, IdentityError, IsthmusError, ProtocolError, RoundLostError
+from isthmus.errors import FrameError, IdentityError, IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.quantize import Ring
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
@@ -161,6 +161,22 @@ def test_silos_weigh_by_their_share_and_one_that_learned_nothing_by_none(federat
     weights = dict.fromkeys(NAMES, 1.0) | {"d": 0.0}
     assert federation.finish(federation.begin(), share=shares, weight=weights) == dict.fromkeys(NAMES)
     federation.assert_learned({name: share for name, share in shares.items() if name != "d"})
+
+
+def test_of_too_few_that_learned_something_no_sum_is_known(federation: Federation) -> None:
+    weights = {"a": 1.0, "b": 0.0, "c": 0.0, "d": 1.0}
+    assert federation.finish(federation.begin(), weight=weights) == dict.fromkeys(NAMES)
+    assert not any(isinstance(request, pb.Reveal) for _, request in federation.root.seen)
+    with pytest.raises(QuorumError, match="2 silos are left, the recipe needs 3"):
+        federation.plans()
+
+
+def test_a_round_in_which_nobody_learned_anything_changes_nothing(federation: Federation) -> None:
+    assert federation.finish(federation.begin(), weight=dict.fromkeys(NAMES, 0.0)) == dict.fromkeys(NAMES)
+    assert not any(tensor.any() for tensor in federation.root.rounds._shared.values())
+    assert federation.plans()["a"].round == 2
+    assert not any(isinstance(request, pb.Reveal) for _, request in federation.root.seen)
+    assert federation.silos["a"].boundary.released_bytes == {}
 
 
 def test_what_the_root_gets_is_masked_and_another_each_time(federation: Federation) -> None:
