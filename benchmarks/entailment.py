@@ -7,6 +7,7 @@ fifty tokens, twice as long as the first task's, and the answer depends on two s
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import runs
@@ -23,7 +24,7 @@ LONGEST = 300
 TRAINED = 688
 """Rows of each silo; those left over are public."""
 ROUNDS, BATCH = 3, 16
-SIZE = Size(victims=24, own=1200, candidates=300)
+SIZE = Size(victims=40, few=10, own=1200, candidates=300)
 
 
 def measure(results: Results) -> None:
@@ -41,8 +42,9 @@ def measure(results: Results) -> None:
 
 
 def attacked(results: Results, run: RunDirectory) -> None:
-    """The private recipe's rung and the one where nothing crosses."""
-    climb(results, Source(run.recipe(), run), SIZE, RUNGS[:2], "RTE, ")
+    """The private recipe's rung; what the search is worth where more crosses, the first task's ladder tells."""
+    rung = next(rung for rung in RUNGS if not rung.changed)
+    climb(results, Source(run.recipe(), run), SIZE, [replace(rung, few=True)], "RTE, ")
 
 
 def entailment(values: Values) -> None:

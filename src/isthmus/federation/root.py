@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError
@@ -22,7 +23,7 @@ class RootService:
     """Implements ``wire.channel.Service``. The root holds no weights: it needs the model's configuration only."""
 
     def __init__(self, recipe: Recipe, directory: RoleDirectory) -> None:
-        self.rounds = Rounds(recipe, shared_shapes(recipe), directory)
+        self.rounds = Rounds(recipe, shared_tensors(recipe), directory)
         self._identity = Identity.load(Path(recipe.wire.certificates), "root") if recipe.federation.masks else None
 
     def handle(self, peer: str, request: Message) -> Answer:
@@ -48,7 +49,8 @@ class RootService:
         return request.keys
 
 
-def shared_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the adapter tensors that the silos of this recipe share."""
+def shared_tensors(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """The adapter tensors that the silos of this recipe share, as each of them starts with them."""
     config = Checkpoint(recipe.model.path).config
-    return adapters.shared_shapes(adapters.empty_ends(config, recipe))
+    shared = adapters.shared_shapes(adapters.empty_ends(config, recipe))
+    return {name: tensor for name, tensor in adapters.initial_tensors(config, recipe).items() if name in shared}

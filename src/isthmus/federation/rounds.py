@@ -32,25 +32,23 @@ class Rounds:
     """Every request changes the phase under one lock; a round that ends is on disk before anyone hears of it.
 
     Args:
-        shapes: of the shared adapter tensors, by uncut name. They start at zero, as LoRA's B does.
+        initial: the shared adapter tensors, by uncut name, as every silo starts with them.
         store: where the tensors after each round are kept; the last ones there are continued from.
     """
 
-    def __init__(self, recipe: Recipe, shapes: dict[str, tuple[int, ...]], store: RoleDirectory) -> None:
+    def __init__(self, recipe: Recipe, initial: Mapping[str, torch.Tensor], store: RoleDirectory) -> None:
         self.phase = Phase.GATHERING
         self._error: IsthmusError | None = None
         """Why the phase is ``FAILED``; every silo that asks is told."""
         self._recipe = recipe
-        self._shapes = shapes
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
         self._store = store
         self._journal = store.journal("metrics")
         self._aggregation = AGGREGATIONS[recipe.federation.lora]
         self._lock = threading.RLock()
         self.completed = store.last_round()
         self._shared: dict[str, torch.Tensor] = (
-            store.load_round(self.completed)["shared"]
-            if self.completed
-            else {name: torch.zeros(shape) for name, shape in shapes.items()}
+            store.load_round(self.completed)["shared"] if self.completed else dict(initial)
         )
         self._waiting: dict[str, Answer] = {}
         self._keys: dict[str, pb.SumKeys] = {}

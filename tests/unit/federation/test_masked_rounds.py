@@ -40,7 +40,7 @@ class Root:
     """The root's rounds as a service that keeps what it gets, and can be made to lie."""
 
     def __init__(self, recipe: Recipe, store: RoleDirectory) -> None:
-        self.rounds = Rounds(recipe, SHAPES, store)
+        self.rounds = Rounds(recipe, {name: torch.zeros(shape) for name, shape in SHAPES.items()}, store)
         self.seen: list[tuple[str, Message]] = []
         self.lie: Callable[[str, Message], None] = lambda peer, request: None
         """Changes a request before the root's honest half sees it."""

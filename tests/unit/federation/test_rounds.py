@@ -34,7 +34,7 @@ def build(store: RoleDirectory) -> Build:
     def rounds(*silos: str, rounds: int = 2, minimum: int | None = None, patience: float = LONG) -> Rounds:
         root = {"patience": patience} | ({"minimum": minimum} if minimum else {})
         train = {"rounds": rounds, "evaluate": False}
-        return Rounds(make_recipe(Path("none"), silos=silos, root=root, train=train), SHAPES, store)
+        return Rounds(make_recipe(Path("none"), silos=silos, root=root, train=train), constant(0.0), store)
 
     return rounds
 
@@ -250,6 +250,14 @@ def test_all_restarted_begin_the_round_again(build: Build, silos: tuple[str, ...
     for silo in silos:
         rounds.contribute(silo, update(1))
     assert_plan(plans(rounds, *silos)[0], 2, 1, list(silos), 1.0)
+
+
+def test_the_first_plan_has_what_every_silo_starts_with(store: RoleDirectory) -> None:
+    recipe = make_recipe(Path("none"), silos=("a",), train={"rounds": 1, "evaluate": False})
+    rounds = Rounds(recipe, constant(0.5), store)
+    assert_plan(rounds.ready("a").result(WAIT), 1, 0, ["a"], 0.5)
+    rounds.contribute("a", update(1, 2.0))
+    assert_plan(rounds.ready("a").result(WAIT), 0, 1, [], 2.5)
 
 
 def test_patience_that_ends_just_as_the_last_one_comes(build: Build) -> None:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from isthmus.errors import ModelError
-from isthmus.federation.root import shared_shapes
+from isthmus.federation.root import shared_tensors
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
@@ -69,7 +69,11 @@ def test_the_ends_own_layers_are_shared_and_start_alike_in_silo_and_trunk(folder
     checkpoint = Checkpoint(str(folder))
     bottom, top = load_ends(checkpoint, recipe)
     shapes = adapters.shared_shapes([bottom, top])
-    assert shared_shapes(recipe) == shapes
+    shared = shared_tensors(recipe)
+    assert {name: tuple(tensor.shape) for name, tensor in shared.items()} == shapes
+    own = {name: tensor for part in (bottom, top) for name, tensor in adapters.trainable(part).items()}
+    assert all(torch.equal(shared[name], tensor) for name, tensor in own.items())
+    assert torch.linalg.matrix_norm(shared["boundary_down.weight"]) > 1
     assert (shapes["boundary_down.weight"], shapes["boundary_gate.weight"]) == ((5, 32), (32,))
     trunk = load_part(checkpoint, CUT, "trunk")
     adapters.equip(trunk, recipe)
@@ -166,7 +170,8 @@ def test_a_frozen_bottom_has_no_adapter_and_all_roles_agree(folder: Path) -> Non
     assert not adapters.adapter_of(bottom)
     assert not any(parameter.requires_grad for parameter in bottom.parameters())
     assert {int(name.split(".")[2]) for name in adapters.adapter_of(top)} == {3, 4}
-    assert shared_shapes(recipe) == adapters.shared_shapes([bottom, top])
+    shared = {name: tuple(tensor.shape) for name, tensor in shared_tensors(recipe).items()}
+    assert shared == adapters.shared_shapes([bottom, top])
     initial = adapters.initial_tensors(checkpoint.config, recipe)
     assert initial.keys() == adapters.adapter_of(top).keys()
 
