@@ -35,6 +35,8 @@ def build(twins_of: BuildTwins) -> Build:
         draw = torch.Generator().manual_seed(5)
         for part in twins.parts:
             for name, tensor in adapters.parameters(part).items():
+                if name == "boundary_gate.weight":  # beside a bottleneck it starts shut
+                    tensor.data.fill_(1.0)
                 if name.startswith("boundary_"):
                     tensor.data += 0.1 * torch.randn(tensor.shape, generator=draw)
         return twins

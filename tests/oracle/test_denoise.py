@@ -40,6 +40,8 @@ def twins(boundary: dict[str, Any], twins_of: BuildTwins) -> Twins:
     built = twins_of("llama", (2, 1), sections={"boundary": boundary})
     layer = adapters.parameters(built.split.top)[LAYER]
     layer.data = torch.randn(layer.shape, generator=torch.Generator().manual_seed(3))
+    if "residual" in boundary:  # beside a bottleneck it starts shut
+        adapters.parameters(built.split.top)["boundary_gate.weight"].data.fill_(0.9)
     return built
 
 

@@ -60,7 +60,7 @@ def equip(part: Part, recipe: Recipe) -> None:
     add_adapter(part, recipe.lora, recipe.seed, freeze_a=exact)
     frozen = part.name == "bottom" and recipe.lora.freeze_bottom
     bottleneck.add_crossing(part, recipe.boundary, frozen=frozen)
-    _start(part, recipe.seed)
+    _start(part, recipe.seed, narrow=recipe.boundary.width is not None)
 
 
 def trainable(part: Part) -> dict[str, nn.Parameter]:
@@ -120,7 +120,8 @@ def empty_ends(config: PreTrainedConfig, recipe: Recipe) -> list[Part]:
 def initial_tensors(config: PreTrainedConfig, recipe: Recipe) -> Tensors:
     """The ends' adapter tensors as every silo starts with them, by uncut name, without loading a model."""
     named = [pair for part in empty_ends(config, recipe) for pair in _added_parameters(part)]
-    return {name: _initial(parameter.shape, recipe.seed, name) for name, parameter in named}
+    narrow = recipe.boundary.width is not None
+    return {name: _initial(parameter.shape, recipe.seed, name, narrow) for name, parameter in named}
 
 
 def _absent(part: Part, targets: Iterable[str]) -> list[str]:
@@ -147,14 +148,14 @@ def _added_parameters(part: Part) -> list[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def _start(part: Part, seed: int) -> None:
+def _start(part: Part, seed: int, *, narrow: bool = False) -> None:
     """Give every adapter tensor its first value."""
     for name, parameter in _added_parameters(part):
         if not parameter.is_meta:
-            parameter.copy_(_initial(parameter.shape, seed, name))
+            parameter.copy_(_initial(parameter.shape, seed, name, narrow))
 
 
-def _initial(shape: torch.Size, seed: int, name: str) -> torch.Tensor:
+def _initial(shape: torch.Size, seed: int, name: str, narrow: bool) -> torch.Tensor:
     """From a draw that only the name fixes: A uniform in ±1/√(inputs), peft's default (Kaiming with a = √5); B is 0."""
     if "lora_B" in name:
         return torch.zeros(shape)
@@ -162,6 +163,6 @@ def _initial(shape: torch.Size, seed: int, name: str) -> torch.Tensor:
     digest = hashlib.sha256(f"{seed}/{drawn}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     if name in bottleneck.NAMES:
-        return bottleneck.initial(name, shape, generator)
+        return bottleneck.initial(name, shape, generator, narrow=narrow)
     bound = 1 / math.sqrt(shape[1])
     return torch.rand(shape, generator=generator) * (2 * bound) - bound

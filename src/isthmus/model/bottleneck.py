@@ -51,11 +51,15 @@ def add_crossing(part: Part, section: BoundarySection, *, frozen: bool) -> None:
         _add(part, DENOISE, (width, section.width or width), frozen)
 
 
-def initial(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """The value that one of ``NAMES`` starts with: the same orthonormal basis for down and up, ones for the gate,
-    nothing for denoising."""
+def initial(name: str, shape: torch.Size, generator: torch.Generator, *, narrow: bool) -> torch.Tensor:
+    """The value that one of ``NAMES`` starts with: the same orthonormal basis for down and up, nothing for denoising.
+
+    Args:
+        narrow: there is a bottleneck. What a trunk answers to a random projection is no help, so the gate starts shut;
+            else it starts open, as the uncut model has it.
+    """
     if name.startswith(GATE):
-        return torch.ones(shape)
+        return torch.zeros(shape) if narrow else torch.ones(shape)
     if name.startswith(DENOISE):
         return torch.zeros(shape)
     long, short = max(shape), min(shape)

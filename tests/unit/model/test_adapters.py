@@ -74,6 +74,9 @@ def test_the_ends_own_layers_are_shared_and_start_alike_in_silo_and_trunk(folder
     own = {name: tensor for part in (bottom, top) for name, tensor in adapters.trainable(part).items()}
     assert all(torch.equal(shared[name], tensor) for name, tensor in own.items())
     assert torch.linalg.matrix_norm(shared["boundary_down.weight"]) > 1
+    assert not shared["boundary_gate.weight"].any()
+    whole = make_recipe(folder, boundary={"residual": True}, model={"bottom": 1, "top": 2})
+    assert shared_tensors(whole)["boundary_gate.weight"].tolist() == [1.0] * 32
     assert (shapes["boundary_down.weight"], shapes["boundary_gate.weight"]) == ((5, 32), (32,))
     trunk = load_part(checkpoint, CUT, "trunk")
     adapters.equip(trunk, recipe)
