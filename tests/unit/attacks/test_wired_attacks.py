@@ -114,7 +114,7 @@ def test_labels_by_command(
 
 @pytest.mark.parametrize(
     "boundary",
-    [{"residual": True}, {"residual": True, "width": 8}, {"tail": 1}, {"tail": 2, "residual": True}],
+    [{"residual": True}, {"width": 8}, {"tail": 1}, {"tail": 2, "residual": True}],
     ids=["residual", "narrow", "tail", "tail-residual"],
 )
 def test_labels_with_less_that_crosses(attacked_model: Path, tmp_path: Path, boundary: dict[str, Any]) -> None:

@@ -138,6 +138,7 @@ def test_a_pass_waits_a_moment_for_the_sessions_of_the_last_one(build: Build) ->
     with trunk.held():
         answers = [silo.send(number, 0, prompt(3)) for number in range(2)]
     [decoded(answer) for answer in answers]
+    trunk.service._scheduler.submit(lambda: None).result(WAIT)  # the pass is over, not only answered
     decoding = trunk.service._decoding
     frame = codec.encode(hidden(0, 1, ONE), "fp32")
     jobs = [
