@@ -54,7 +54,7 @@ def start_server(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> t
         if run.role("root").path.exists():  # of one run directory: the trunk serves what the root's adapters go with
             trunk.restore(run.completed())
     if "root" in roles:
-        services["Root"] = RootService(recipe, run.role("root"))
+        services["Root"] = RootService(recipe, run.role("root"), identity)
     address = getattr(recipe, roles[0]).address
     names = tuple(silo.name for silo in recipe.silo)
     server = Server(services, identity, names, address, recipe.wire.max_frame_bytes)

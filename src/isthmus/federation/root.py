@@ -20,11 +20,17 @@ from isthmus.wire.identity import Identity
 
 
 class RootService:
-    """Implements ``wire.channel.Service``. The root holds no weights: it needs the model's configuration only."""
+    """Implements ``wire.channel.Service``. The root holds no weights: it needs the model's configuration only.
 
-    def __init__(self, recipe: Recipe, directory: RoleDirectory) -> None:
+    Args:
+        identity: of the process, to check what silos sign where updates are masked; left out, the root's own.
+    """
+
+    def __init__(self, recipe: Recipe, directory: RoleDirectory, identity: Identity | None = None) -> None:
         self.rounds = Rounds(recipe, shared_tensors(recipe), directory)
-        self._identity = Identity.load(Path(recipe.wire.certificates), "root") if recipe.federation.masks else None
+        if recipe.federation.masks and identity is None:
+            identity = Identity.load(Path(recipe.wire.certificates), "root")
+        self._identity = identity
 
     def handle(self, peer: str, request: Message) -> Answer:
         if isinstance(request, pb.Ready):
