@@ -67,10 +67,6 @@ class Ring:
         np.clip(whole_P, -self.levels, self.levels, out=whole_P)
         return whole_P.astype(np.int32).view(np.uint32)
 
-    def clipped(self, values_P: npt.NDArray[np.float32]) -> int:
-        """How many of these values lie outside the range."""
-        return int(np.count_nonzero(np.abs(values_P) > self.range))
-
     def decode(self, total_P: Whole) -> npt.NDArray[np.float64]:
         """The sum of the values whose elements add up to this."""
         spare = np.uint32(32 - 8 * self.width)

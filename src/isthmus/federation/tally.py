@@ -62,12 +62,6 @@ class Tally:
         for owner, share in shares.items():
             self._shares[owner][self._terms.point[name]] = share
 
-    @property
-    def ready(self) -> bool:
-        """Whether the shares that came suffice."""
-        wanted = (name for name in self._dealt if name in self.alive or self._masks_left(name))
-        return all(len(self._shares[name]) >= self._terms.threshold for name in wanted)
-
     def total(self) -> Whole:
         """The sum of the living members' numbers.
 

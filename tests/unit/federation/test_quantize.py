@@ -44,11 +44,10 @@ def test_rounding_is_unbiased() -> None:
     assert abs(found.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / len(value))
 
 
-def test_zero_stays_zero_and_what_is_too_large_is_clipped_and_counted() -> None:
+def test_zero_stays_zero_and_what_is_too_large_is_clipped() -> None:
     ring = Ring(5, 0.5)
     assert not ring.encode(np.zeros(100, np.float32)).any()
     values = np.array([0.4, 0.6, -3.0, 0.5], np.float32)
-    assert ring.clipped(values) == 2
     np.testing.assert_allclose(ring.decode(ring.encode(values)), [0.4, 0.5, -0.5, 0.5], atol=0.5 / ring.levels)
 
 
