@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import queue
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -89,8 +91,8 @@ class Server:
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("isthmus.Wire", methods),))
         try:
-            self.port = self._server.add_secure_port(address, identity.server_credentials())
-        except RuntimeError as error:
+            self.port = self._server.add_secure_port(_free(address), identity.server_credentials())
+        except (OSError, RuntimeError) as error:
             raise IsthmusError(
                 f"cannot listen at {address}", remedy="free the port or name another in the recipe"
             ) from error
@@ -150,3 +152,23 @@ class Server:
             if inbox is None or inbox.instance != instance:
                 inbox = self._inboxes[service, peer] = Inbox(self._services[service], peer, instance)
             return inbox
+
+
+def _free(address: str) -> str:
+    """What to bind: gRPC is silently content with one address of a host whose port is taken at the others.
+
+    Raises:
+        OSError: the host is unknown, or the port taken at one of its addresses.
+    """
+    host, _, port = address.rpartition(":")
+    found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    if port == "0":
+        first = str(found[0][4][0])
+        return f"[{first}]:0" if ":" in first else f"{first}:0"
+    for family, *_, where in found:
+        try:
+            socket.create_server(where[:2], family=family).close()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+    return address

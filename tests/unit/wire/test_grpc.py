@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -91,6 +91,24 @@ def test_a_long_silence_does_not_end_the_connection(monkeypatch: pytest.MonkeyPa
         time.sleep(4.0)  # twenty pings
         assert channel.call(number(2)) == number(2)
     assert streams(service) == 1
+
+
+@pytest.mark.parametrize("address", ["localhost:0", "127.0.0.1:0", "[::1]:0"])
+def test_a_free_port_is_taken_at_one_address(address: str) -> None:
+    with serving({"Trunk": Echo()}, address=address) as server:
+        listening = 0
+        for host in ("127.0.0.1", "::1"):
+            with suppress(OSError), socket.create_connection((host, server.port), HANG):
+                listening += 1
+    assert listening == 1
+
+
+def test_a_host_that_nobody_knows_is_named() -> None:
+    with (
+        pytest.raises(IsthmusError, match=r"cannot listen at nowhere\.invalid:0"),
+        serving({}, address="nowhere.invalid:0"),
+    ):
+        pass
 
 
 def test_an_answer_given_while_nobody_listens_is_not_lost() -> None:
