@@ -24,6 +24,7 @@ from isthmus.errors import IsthmusError
 from isthmus.federation.collection import Collected, Done, Masked
 from isthmus.federation.masking import Advert
 from isthmus.federation.quantize import Ring
+from isthmus.model.flat import Layout
 from isthmus.recipe import BoundarySection
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates
@@ -93,7 +94,9 @@ class Root:
         """The plan as it crosses the wire, but for the adapters."""
         adverts = {name: Advert(one.sealing, one.masking, one.promise) for name, one in self.keys.items()}
         ring = Ring(len(adverts), RANGE)
-        self.collection = Masked(adverts, {"x": (PARAMETERS,)}, ring, lambda fire: Barrier(600.0, fire), done, fewest=3)
+        self.collection = Masked(
+            adverts, Layout({"x": (PARAMETERS,)}), ring, lambda fire: Barrier(600.0, fire), done, fewest=3
+        )
         plan = pb.Plan(round=1, participants=sorted(adverts), sum=self.collection.terms.context)
         for name, keys in self.keys.items():
             plan.keys[name].CopyFrom(keys)
@@ -124,7 +127,7 @@ def ours(silos: int) -> Sum:
     (collected,) = found
     assert isinstance(collected, Collected)
     mean = torch.stack([changes[name]["x"] for name in names]).mean(0)
-    error = float((collected.updates[0][1]["x"] - mean).abs().max())
+    error = float((collected.contributions[0].change["x"] - mean).abs().max())
     return Sum(seconds, processor, sum(channel.sent_bytes for channel in channels.values()) / silos, error)
 
 

@@ -18,16 +18,16 @@ import torch
 from google.protobuf.message import Message
 
 from isthmus.errors import IsthmusError, ProtocolError, RoundLostError
+from isthmus.federation.contribution import Contribution
 from isthmus.federation.masking import Advert, Terms
 from isthmus.federation.quantize import Ring
 from isthmus.federation.tally import Tally
+from isthmus.model.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer
 
-Tensors = dict[str, torch.Tensor]
-Shapes = Mapping[str, tuple[int, ...]]
 MakeBarrier = Callable[[Callable[[dict[str, None]], None]], Barrier[None]]
 
 
@@ -37,8 +37,8 @@ class Collected:
 
     weights: dict[str, float]
     """Of each silo that contributed; under masks 1, or 0 for one that learned nothing: what it weighs is in the sum."""
-    updates: tuple[tuple[float, Tensors], ...]
-    """Weights and changes: one for each silo, or one mean of all."""
+    contributions: tuple[Contribution, ...]
+    """One for each silo that learned something, or one mean of all."""
 
 
 Done = Callable[[Collected | IsthmusError], None]
@@ -69,10 +69,10 @@ class Collection(Protocol):
 class Open:
     """Each silo's update by itself; the root sees them all."""
 
-    def __init__(self, peers: Iterable[str], shapes: Shapes, barrier: MakeBarrier, done: Done) -> None:
-        self._shapes, self._done = shapes, done
+    def __init__(self, peers: Iterable[str], layout: Layout, barrier: MakeBarrier, done: Done) -> None:
+        self._layout, self._done = layout, done
         self._awaited = set(peers)
-        self._updates: dict[str, tuple[float, Tensors]] = {}
+        self._contributions: dict[str, Contribution] = {}
         self._barrier = barrier(lambda _: self._finish())
         self._barrier.expect(self._awaited)
 
@@ -81,9 +81,9 @@ class Open:
             raise ProtocolError("this federation's updates are open", remedy="give silo and root one recipe")
         if peer not in self._awaited:
             raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="ask for a plan")
-        tensors = codec.decode_named(request.tensors, self._shapes) if request.weight else {}
+        change = codec.decode_named(request.tensors, self._layout.shapes) if request.weight else {}
         self._awaited.remove(peer)
-        self._updates[peer] = (request.weight, tensors)
+        self._contributions[peer] = Contribution(peer, request.weight, change)
         self._barrier.arrive(peer, None)
         return _answered(pb.Accepted())
 
@@ -93,11 +93,12 @@ class Open:
     def lose(self, peer: str) -> bool:
         self._awaited.discard(peer)
         self._barrier.dismiss(peer)
-        return not self._awaited and not self._updates
+        return not self._awaited and not self._contributions
 
     def _finish(self) -> None:
-        ordered = {peer: self._updates[peer] for peer in sorted(self._updates)}
-        self._done(Collected({peer: weight for peer, (weight, _) in ordered.items()}, tuple(ordered.values())))
+        ordered = [self._contributions[peer] for peer in sorted(self._contributions)]
+        learned = tuple(one for one in ordered if one.weight)
+        self._done(Collected({one.name: one.weight for one in ordered}, learned))
 
 
 class Masked:
@@ -113,7 +114,7 @@ class Masked:
     def __init__(
         self,
         adverts: Mapping[str, Advert],
-        shapes: Shapes,
+        layout: Layout,
         ring: Ring,
         barrier: MakeBarrier,
         done: Done,
@@ -121,8 +122,8 @@ class Masked:
         fewest: int,
     ) -> None:
         self.terms = Terms(secrets.token_bytes(16), adverts)
-        self._shapes, self._ring, self._new_barrier, self._done, self._fewest = shapes, ring, barrier, done, fewest
-        self._size = sum(map(_size, shapes.values())) + 1
+        self._layout, self._ring, self._new_barrier, self._done, self._fewest = layout, ring, barrier, done, fewest
+        self._size = layout.size + 1
         self._sealed: dict[str, dict[str, bytes]] = {}
         self._tally: Tally | None = None
         self._weights: dict[str, float] = {}
@@ -209,15 +210,12 @@ class Masked:
             return
         self._end(Collected(dict(sorted(self._weights.items())), self._mean(total_P)))
 
-    def _mean(self, total_P: np.ndarray) -> tuple[tuple[float, Tensors], ...]:
+    def _mean(self, total_P: np.ndarray) -> tuple[Contribution, ...]:
         weight = float(total_P[-1]) / self._ring.range
         if weight <= 0:
             return ()
-        change = torch.from_numpy(total_P[:-1] / weight)
-        names = sorted(self._shapes)
-        pieces = torch.split(change, [_size(self._shapes[name]) for name in names])
-        tensors = {name: piece.view(self._shapes[name]) for name, piece in zip(names, pieces, strict=True)}
-        return ((weight, tensors),)
+        change_P = torch.from_numpy(total_P[:-1] / weight)
+        return (Contribution("all", weight, self._layout.tensors(change_P)),)
 
     def _next(self, due: type[Message], peers: Iterable[str], fire: Callable[[], None]) -> dict[str, Answer]:
         """Wait for this of these from now on; the answers that are due to whoever has come so far."""
@@ -237,10 +235,6 @@ class Masked:
         self._done(error)
         for answer in self._waiting.values():
             answer.set_exception(error)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=int))
 
 
 def _answered(message: Message) -> Answer:

@@ -10,9 +10,10 @@ import torch
 
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.collection import Collected, Collection, Masked, Open
-from isthmus.federation.lora import AGGREGATIONS
 from isthmus.federation.masking import Advert
 from isthmus.federation.quantize import Ring
+from isthmus.federation.strategies.strategy import Strategy
+from isthmus.model.flat import Layout
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
 from isthmus.wire import codec
@@ -41,15 +42,17 @@ class Rounds:
         self._error: IsthmusError | None = None
         """Why the phase is ``FAILED``; every silo that asks is told."""
         self._recipe = recipe
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
+        self._layout = Layout({name: tuple(tensor.shape) for name, tensor in initial.items()})
         self._store = store
         self._journal = store.journal("metrics")
-        self._aggregation = AGGREGATIONS[recipe.federation.lora]
+        self._strategy = Strategy()
         self._lock = threading.RLock()
         self.completed = store.last_round()
-        self._shared: dict[str, torch.Tensor] = (
-            store.load_round(self.completed)["shared"] if self.completed else dict(initial)
-        )
+        self._shared: dict[str, torch.Tensor] = dict(initial)
+        if self.completed:
+            state = store.load_round(self.completed)
+            self._shared = state["shared"]
+            self._strategy.load_state_dict(state.get("strategy", {}))
         self._waiting: dict[str, Answer] = {}
         self._keys: dict[str, pb.SumKeys] = {}
         """What the silos that wait offered for a masked sum."""
@@ -125,13 +128,13 @@ class Rounds:
             for peer, offered in keys.items():
                 plan.keys[peer].CopyFrom(offered)
         else:
-            self._collection = Open(participants, self._shapes, self._barrier, self._end)
+            self._collection = Open(participants, self._layout, self._barrier, self._end)
         self._answer(participants, plan)
 
     def _masked(self, keys: Mapping[str, pb.SumKeys]) -> Masked:
         adverts = {peer: Advert(one.sealing, one.masking, one.promise) for peer, one in keys.items()}
         ring = Ring(len(keys), self._recipe.federation.range)
-        return Masked(adverts, self._shapes, ring, self._barrier, self._end, fewest=self._recipe.minimum)
+        return Masked(adverts, self._layout, ring, self._barrier, self._end, fewest=self._recipe.minimum)
 
     def _lose(self, collection: Collection, peer: str) -> None:
         """A participant asks instead of contributing: its process is a new one, what it trained is gone."""
@@ -166,8 +169,8 @@ class Rounds:
 
     def _finish_round(self, collected: Collected) -> None:
         number = self.completed + 1
-        shared = self._aggregation.combine(self._shared, collected.updates)
-        self._store.save_round(number, {"shared": shared})
+        shared = self._strategy.next(self._shared, collected.contributions)
+        self._store.save_round(number, {"shared": shared, "strategy": self._strategy.state_dict()})
         self._journal.append({"round": number, "weights": collected.weights})
         self._shared, self.completed = shared, number
 

@@ -15,6 +15,7 @@ import torch
 from isthmus.errors import ProtocolError
 from isthmus.federation.masking import Advert, Member, Terms
 from isthmus.federation.quantize import Ring
+from isthmus.model.flat import Layout
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.wire import codec, offer
@@ -117,8 +118,8 @@ class MaskedUpdates:
 
     def _masked(self, change: Tensors, share: float, ring: Ring) -> pb.Update:
         """The change times the share, and at last the share as a part of the range."""
-        pieces = [change[name].detach().float().reshape(-1).cpu().numpy() * share for name in sorted(change)]
-        values_P = np.concatenate([*pieces, np.array([share * ring.range])]).astype(np.float32)
+        row_P = Layout({name: tuple(tensor.shape) for name, tensor in change.items()}).row(change).numpy()
+        values_P = np.append(row_P * np.float32(share), np.float32(share * ring.range))
         return pb.Update(masked=ring.pack(self._member.mask(ring.encode(values_P))))
 
 

@@ -1,0 +1,1 @@
+"""What the root makes of a round's contributions."""
