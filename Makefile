@@ -21,8 +21,8 @@ BENCHMARKS := foundation demo boundary latency generation sessions together silo
 demo: .venv/demo  ## Four silos train one model on this machine; QUICK=1 leaves out the baselines
 	$(BIN)/isthmus demo $(if $(QUICK),--quick)
 
-test: .venv/demo  ## All tests
-	$(BIN)/python -m pytest
+test: .venv/demo  ## All tests, a file a process and core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: .venv/ready  ## What CI checks before the tests
 	$(BIN)/ruff check .

@@ -271,7 +271,7 @@ def serve(pipe: Connection, recipe: Recipe, shape: Shape, folder: str) -> None:
     service = TrunkService(recipe, RoleDirectory(Path(folder) / "trunk"), checkpoint=checkpoint)
     identity = Identity.load(Path(recipe.wire.certificates), "trunk")
     names = tuple(silo.name for silo in recipe.silo)
-    server = Server({"Trunk": service}, identity, names, "localhost:0", recipe.wire.max_frame_bytes)
+    server = Server({"Trunk": service}, identity, {"Trunk": names}, "localhost:0", recipe.wire.max_frame_bytes)
     server.start()
     pipe.send(f"localhost:{server.port}")
     try:

@@ -21,7 +21,8 @@ from google.protobuf.message import Message
 
 from benchmarks.results import Results
 from isthmus.errors import IsthmusError
-from isthmus.federation.collection import Collected, Done, Masked
+from isthmus.federation.collection import Collected, Done
+from isthmus.federation.masked import Masked
 from isthmus.federation.masking import Advert
 from isthmus.federation.quantize import Ring
 from isthmus.model.flat import Layout

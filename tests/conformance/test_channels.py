@@ -89,7 +89,7 @@ def failing(error: Exception, *, late: bool) -> Callable[[Message], Answer]:
 def serving(
     services: Mapping[str, Service], *, address: str = "localhost:0", limit: int = LIMIT, identity: Identity = TRUNK
 ) -> Iterator[Server]:
-    server = Server(services, identity, SILOS, address, limit)
+    server = Server(services, identity, dict.fromkeys(services, SILOS), address, limit)
     server.start()
     try:
         yield server

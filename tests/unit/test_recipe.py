@@ -50,7 +50,7 @@ def test_the_shipped_recipe_holds_the_defaults() -> None:
         assert getattr(recipe, name) == getattr(least, name), name
     assert recipe.train == least.train.model_copy(update={"evaluate": True})
     assert recipe.wire.model_copy(update={"certificates": "certificates"}) == least.wire
-    assert recipe.minimum == 2
+    assert recipe.tree.node("root").minimum == 2
 
 
 def test_the_shipped_recipe_names_every_key() -> None:
@@ -68,9 +68,13 @@ def test_the_shipped_recipe_names_every_key() -> None:
     }
     assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == calibrated | {
         *("threads", "root.minimum", "trunk.average_every", "trunk.dtype"),
-        *("boundary.tail", "boundary.width", "boundary.defence", "sensitivity"),
+        *("boundary.tail", "boundary.width", "boundary.defence", "sensitivity", "edge"),
         *("privacy.record_epsilon", "privacy.silo_epsilon"),
     }
+
+
+EDGE = {"name": "e", "address": "localhost:1", "silos": ["a", "b"]}
+CIRCLE = [EDGE | {"parent": "f"}, EDGE | {"name": "f", "silos": [], "parent": "e"}]
 
 
 @pytest.mark.parametrize(
@@ -235,10 +239,19 @@ def test_budgets_where_everything_is_bounded() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "complaint", "remedy"),
     [
-        ("silo.1.name", "a", "silo: the name 'a' is given twice", "rename one"),
+        ("silo.1.name", "a", "the name 'a' is given twice", "rename one"),
         ("silo.1.name", "trunk", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
         ("silo.0.name", "root", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
         ("silo.0.name", "ca", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
+        ("edge", [EDGE | {"silos": ["z"]}], "edge 'e': no silo is called 'z'", "name silos of the recipe"),
+        ("edge", [EDGE | {"parent": "f"}], "edge 'e': parent = 'f' is no other edge", "name one"),
+        ("edge", [EDGE | {"sibling": "e"}], "edge 'e': sibling = 'e' is no other edge", "name one"),
+        ("edge", [EDGE, EDGE | {"name": "f", "silos": ["a"]}], "the silo 'a' has two edges", "leave it to one"),
+        ("edge", [EDGE | {"silos": []}], "the edge 'e' has neither silos nor edges", "leave it out"),
+        ("edge", [EDGE | {"minimum": 3}], "e.minimum: 3 silos needed but 2 listed", "lower it"),
+        ("edge", [EDGE | {"name": "a"}], "the name 'a' is given twice", "rename one"),
+        ("edge", CIRCLE, "edge 'e' is above itself", "let its parents end at the root"),
+        ("edge", [EDGE, EDGE | {"name": "f", "silos": [], "sibling": "e"}], "the edge 'f' has neither", "leave it out"),
         ("trunk.average_every", 2, "trunk.average_every: a shared adapter", "trunk.adapter = 'replica'"),
         ("trunk", {"adapter": "shared", "average_every": 1}, "a shared adapter is not averaged", "'replica'"),
         ("root.minimum", 3, "root.minimum: 3 silos needed but 2 listed", "lower it"),
@@ -357,3 +370,33 @@ def test_a_misspelt_section_is_named_before_the_one_that_is_missing() -> None:
     error = refused({"modle": {"path": "org/name"}, "silo": [{"name": "a", "train": "a.jsonl"}]})
     assert error.message == "unknown key 'modle'"
     assert error.remedy.startswith("did you mean 'model'?")
+
+
+@pytest.mark.parametrize(
+    ("edges", "complaint"),
+    [
+        ([], "of a sum of two silos' updates each knows the other's"),
+        ([{**EDGE, "silos": list("abcd"), "minimum": 2}], "of a sum of two silos"),
+        ([{**EDGE, "silos": list("abc")}], "a silo beside edges would be seen by itself at 'root'"),
+    ],
+)
+def test_masks_want_cohorts_of_three(edges: list[dict[str, Any]], complaint: str) -> None:
+    values = LEAST | {"edge": edges, "federation": {"masks": True}}
+    silos = [{"name": name, "train": f"{name}.jsonl"} for name in ("abcd" if edges else "ab")]
+    assert complaint in refused(values | {"silo": silos}).message
+
+
+def test_the_tree_of_a_recipe() -> None:
+    edges = [
+        {"name": "low", "address": "l:1", "silos": ["a", "b", "c"], "parent": "high", "minimum": 2},
+        {"name": "high", "address": "h:1", "silos": ["d"], "patience": 8.0},
+        {"name": "near", "address": "n:1", "silos": ["e"], "sibling": "low"},
+    ]
+    silos = [{"name": name, "train": f"{name}.jsonl"} for name in "abcdef"]
+    tree = Recipe.of(LEAST | {"edge": edges, "silo": silos, "root": {"minimum": 2}}).tree
+    assert [tree.parent(name) for name in (*"adf", "low", "high")] == ["low", "high", "root", "high", "root"]
+    assert tree.node("root").children == ("high", "near", "f")
+    assert tree.node("high").children == ("low", "d")
+    assert (tree.node("low").wards, tree.node("low").patience, tree.sibling("near")) == (("e",), 2.0, "low")
+    assert [tree.leaf(name) for name in ("low", "high", "root")] == [True, False, False]
+    assert [tree.fewest(name) for name in ("low", "high", "root")] == [2, 3, 2]

@@ -79,12 +79,31 @@ def root(recipe: RecipePath, run_dir: RunOption = Path("runs/root"), address: Ad
 
 
 @app.command()
+def edge(
+    recipe: RecipePath,
+    name: Annotated[str, typer.Argument(help="This edge's name in the recipe.")],
+    run_dir: RunOption = Path("runs/edge"),
+    address: Address = None,
+    parent: Address = None,
+) -> None:
+    """Sum what a cohort of silos learned, and pass the sum on."""
+    from isthmus.engines.local import at_address
+    from isthmus.engines.roles import serve_edge
+    from isthmus.recipe import Recipe
+    from isthmus.report.record import RunDirectory
+
+    read = at_address(Recipe.read(recipe), address, (name,))
+    serve_edge(at_address(read, parent, (read.tree.parent(name),)), RunDirectory(run_dir), name)
+
+
+@app.command()
 def silo(
     recipe: RecipePath,
     name: Annotated[str, typer.Argument(help="This silo's name in the recipe.")],
     run_dir: RunOption = Path("runs/silo"),
     trunk: Address = None,
     root: Address = None,
+    edge: Annotated[Optional[list[str]], typer.Option(help="NAME=host:port of an edge; may be given again.")] = None,  # noqa: UP045
 ) -> None:
     """Take part with this silo's own text."""
     from isthmus.engines.local import at_address
@@ -93,6 +112,9 @@ def silo(
     from isthmus.report.record import RunDirectory
 
     read = at_address(at_address(Recipe.read(recipe), trunk, ("trunk",)), root, ("root",))
+    for one in edge or ():
+        place, _, address = one.partition("=")
+        read = at_address(read, address, (place,))
     work(read, RunDirectory(run_dir), name)
 
 

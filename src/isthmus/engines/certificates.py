@@ -16,10 +16,10 @@ def make_certificates(recipe: Recipe, folder: Path) -> None:
     with disk_errors(folder):
         save(authority.issue("trunk", also=("root",) if shared else ()), folder)
         save(authority.issue("root"), folder)
-        for silo in recipe.silo:
-            save(authority.issue(silo.name), folder)
+        for name in recipe.tree.parties:
+            save(authority.issue(name), folder)
 
 
 def complete(recipe: Recipe, folder: Path) -> bool:
     """Whether each party of the recipe has a certificate there."""
-    return all((folder / name / "cert.pem").exists() for name in ("trunk", "root", *(s.name for s in recipe.silo)))
+    return all((folder / name / "cert.pem").exists() for name in ("trunk", "root", *recipe.tree.parties))

@@ -14,6 +14,7 @@ from isthmus.engines.certificates import complete, make_certificates
 from isthmus.engines.lifetime import Stopped
 from isthmus.engines.process import RoleProcess, stop
 from isthmus.recipe import Recipe
+from isthmus.recipe.tree import ROOT
 from isthmus.report.record import RunDirectory
 from isthmus.tasks.prompts import read_examples
 
@@ -50,11 +51,13 @@ def run_federation(run: RunDirectory, watch: Watch = lambda: None, tell: Tell = 
     """
     recipe = run.recipe()
     try:
-        with run.locked() as lock, serving(run, ("trunk", "root"), lock) as (server, address), _ending() as silos:
+        with run.locked() as lock, serving(run, ("trunk", "root"), lock) as (server, address), _ending() as others:
+            moved = _start_edges(run, recipe, address, others, lock)
+            edges = list(others)
             for silo in recipe.silo:
-                arguments = ["silo", str(run.recipe_path), silo.name, "--trunk", address, "--root", address]
-                silos.append(_start(run, f"silo {silo.name}", silo.name, arguments, lock))
-            _wait(recipe.minimum, server, silos, watch, tell)
+                arguments = ["silo", str(run.recipe_path), silo.name, "--trunk", address, "--root", address, *moved]
+                others.append(_start(run, f"silo {silo.name}", silo.name, arguments, lock))
+            _wait(recipe.tree.fewest(), server, edges, others[len(edges) :], watch, tell)
     except (Stopped, KeyboardInterrupt):
         raise Stopped(f"stopped; continue with 'isthmus run --resume {run.path}'") from None
 
@@ -87,11 +90,30 @@ def local_recipe(recipe: Recipe, run: Path) -> Recipe:
 
 
 def at_address(recipe: Recipe, address: str | None, roles: Collection[str] = ("trunk", "root")) -> Recipe:
-    """The recipe with these servers at this address; None leaves it as it is."""
+    """The recipe with these servers, ``trunk``, ``root`` or edges, at this address; None leaves it as it is."""
     if address is None:
         return recipe
-    moved = {role: getattr(recipe, role).model_copy(update={"address": address}) for role in roles}
-    return recipe.model_copy(update=moved)
+    new = {"address": address}
+    moved = {role: getattr(recipe, role).model_copy(update=new) for role in ("trunk", "root") if role in roles}
+    edges = tuple(edge.model_copy(update=new) if edge.name in roles else edge for edge in recipe.edge)
+    return recipe.model_copy(update={**moved, "edge": edges})
+
+
+def _start_edges(
+    run: RunDirectory, recipe: Recipe, root: str, started: list[RoleProcess], lock: int | None
+) -> list[str]:
+    """Start the edges on free ports, those above first; the arguments that tell a silo where they are."""
+    addresses = {ROOT: root}
+    while len(addresses) <= len(recipe.edge):
+        for edge in recipe.edge:
+            parent = recipe.tree.parent(edge.name)
+            if edge.name in addresses or parent not in addresses:
+                continue
+            arguments = ["edge", str(run.recipe_path), edge.name, "--address", "localhost:0"]
+            arguments += ["--parent", addresses[parent]]
+            started.append(_start(run, f"edge {edge.name}", edge.name, arguments, lock))
+            addresses[edge.name] = started[-1].wait_listening(START_SECONDS)
+    return [word for edge in recipe.edge for word in ("--edge", f"{edge.name}={addresses[edge.name]}")]
 
 
 def _start(run: RunDirectory, title: str, role: str, arguments: list[str], lock: int | None) -> RoleProcess:
@@ -109,13 +131,23 @@ def _ending() -> Iterator[list[RoleProcess]]:
         stop(*processes)
 
 
-def _wait(minimum: int, server: RoleProcess, silos: list[RoleProcess], watch: Watch, tell: Tell) -> None:
-    """Until the silos are done. Lost silos are borne as long as this many are left."""
+def _wait(
+    minimum: int,
+    server: RoleProcess,
+    edges: list[RoleProcess],
+    silos: list[RoleProcess],
+    watch: Watch,
+    tell: Tell,
+) -> None:
+    """Until the silos are done. Lost silos are borne as long as this many are left; lost edges as long as silos are."""
     waiting, left = list(silos), len(silos)
     while waiting:
         watch()
         if server.poll() is not None:
             raise server.failure()
+        for edge in [edge for edge in edges if edge.poll() is not None]:
+            edges.remove(edge)
+            tell(edge.failure().message)
         for silo in [silo for silo in waiting if silo.poll() is not None]:
             waiting.remove(silo)
             if silo.poll() == 0:

@@ -1,8 +1,9 @@
-"""One role in this process: trunk, root, both at one port, or a silo."""
+"""One role in this process: trunk, root, both at one port, an edge, or a silo."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,12 +11,15 @@ from isthmus.engines.lifetime import Stopped
 from isthmus.engines.process import LISTENING
 from isthmus.engines.threads import set_threads
 from isthmus.errors import RecipeError
+from isthmus.federation.edge import EdgeService
 from isthmus.federation.root import RootService
 from isthmus.recipe import Recipe
+from isthmus.recipe.tree import ROOT
 from isthmus.report.record import RunDirectory
 from isthmus.silo.worker import Worker
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import Service
+from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import Identity
 from isthmus.wire.server import Server
 
@@ -35,29 +39,58 @@ def serve(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> None:
     with suppress(Stopped):
         server, services = start_server(recipe, run, roles)
         try:
-            host = getattr(recipe, roles[0]).address.rpartition(":")[0]
-            print(f"{LISTENING}{host}:{server.port}", flush=True)
-            threading.Event().wait()
+            _listen(server, getattr(recipe, roles[0]).address)
         finally:
-            server.stop()
             for service in services.values():
                 if isinstance(service, TrunkService):
                     service.stop()
+
+
+def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
+    """Be this edge until ``Stopped``."""
+    node = recipe.tree.node(name)
+    set_threads(recipe)
+    with suppress(Stopped):
+        identity = Identity.load(Path(recipe.wire.certificates), name)
+        parent = recipe.tree.parent(name)
+        wire, above = recipe.wire, recipe.tree.node(parent).address
+        channel = GrpcChannel(
+            above, "Root", identity, server=parent, deadline=wire.deadline, limit=wire.max_frame_bytes
+        )
+        service = EdgeService(recipe, name, run.edge(name), channel, identity)
+        peers = {"Root": (*node.children, *node.wards)}
+        server = Server({"Root": service}, identity, peers, node.address, wire.max_frame_bytes)
+        server.start()
+        try:
+            _listen(server, node.address)
+        finally:
+            channel.close()
+
+
+def _listen(server: Server, address: str) -> None:
+    """Say where the server listens, until ``Stopped``."""
+    try:
+        print(f"{LISTENING}{address.rpartition(':')[0]}:{server.port}", flush=True)
+        threading.Event().wait()
+    finally:
+        server.stop()
 
 
 def start_server(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> tuple[Server, dict[str, Service]]:
     """Build the services and listen."""
     identity = Identity.load(Path(recipe.wire.certificates), roles[0])
     services: dict[str, Service] = {}
+    peers: dict[str, Collection[str]] = {}
     if "trunk" in roles:
         services["Trunk"] = trunk = TrunkService(recipe, run.role("trunk"))
+        peers["Trunk"] = [silo.name for silo in recipe.silo]
         if run.role("root").path.exists():  # of one run directory: the trunk serves what the root's adapters go with
             trunk.restore(run.completed())
     if "root" in roles:
         services["Root"] = RootService(recipe, run.role("root"), identity)
+        peers["Root"] = recipe.tree.node(ROOT).children
     address = getattr(recipe, roles[0]).address
-    names = tuple(silo.name for silo in recipe.silo)
-    server = Server(services, identity, names, address, recipe.wire.max_frame_bytes)
+    server = Server(services, identity, peers, address, recipe.wire.max_frame_bytes)
     server.start()
     return server, services
 

@@ -1,6 +1,6 @@
-"""Collecting a round's updates, open or under masks: from the silos that begin it to what they learned together.
+"""Collecting a round's updates: from the silos or edges that begin it to what they learned together.
 
-Both kinds have the same life: silos contribute or are lost, and once nobody is waited for any more ``done`` gets what
+All kinds have the same life: children contribute or are lost, and once nobody is waited for any more ``done`` gets what
 there is. All calls come under the rounds' lock.
 
 Shapes: P parameters.
@@ -8,25 +8,21 @@ Shapes: P parameters.
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from google.protobuf.message import Message
 
-from isthmus.errors import IsthmusError, ProtocolError, RoundLostError
+from isthmus.errors import FrameError, IsthmusError, ProtocolError
 from isthmus.federation.contribution import Contribution
-from isthmus.federation.masking import Advert, Terms
-from isthmus.federation.quantize import Ring
-from isthmus.federation.tally import Tally
+from isthmus.federation.quantize import Integers, Ring
 from isthmus.model.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
-from isthmus.wire.channel import Answer
+from isthmus.wire.channel import Answer, answered
 
 MakeBarrier = Callable[[Callable[[dict[str, None]], None]], Barrier[None]]
 
@@ -38,7 +34,9 @@ class Collected:
     weights: dict[str, float]
     """Of each silo that contributed; under masks 1, or 0 for one that learned nothing: what it weighs is in the sum."""
     contributions: tuple[Contribution, ...]
-    """One for each silo that learned something, or one mean of all."""
+    """One for each silo or edge that learned something, or one mean of all."""
+    total_P: Integers | None = None
+    """Under masks: the sum of all silos' numbers, at last of their weights; None if nobody learned anything."""
 
 
 Done = Callable[[Collected | IsthmusError], None]
@@ -72,20 +70,21 @@ class Open:
     def __init__(self, peers: Iterable[str], layout: Layout, barrier: MakeBarrier, done: Done) -> None:
         self._layout, self._done = layout, done
         self._awaited = set(peers)
+        self._weights: dict[str, float] = {}
         self._contributions: dict[str, Contribution] = {}
         self._barrier = barrier(lambda _: self._finish())
         self._barrier.expect(self._awaited)
 
     def handle(self, peer: str, request: Message) -> Answer:
-        if not isinstance(request, pb.Update) or request.masked:
-            raise ProtocolError("this federation's updates are open", remedy="give silo and root one recipe")
+        if not isinstance(request, pb.Update):
+            raise ProtocolError("this federation's updates are open", remedy="give all parties one recipe")
         if peer not in self._awaited:
             raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="ask for a plan")
-        change = codec.decode_named(request.tensors, self._layout.shapes) if request.weight else {}
+        self._take(peer, request)
         self._awaited.remove(peer)
-        self._contributions[peer] = Contribution(peer, request.weight, change)
+        self._weights[peer] = request.weight
         self._barrier.arrive(peer, None)
-        return _answered(pb.Accepted())
+        return answered(pb.Accepted())
 
     def awaits(self, peer: str) -> bool:
         return peer in self._awaited
@@ -93,151 +92,54 @@ class Open:
     def lose(self, peer: str) -> bool:
         self._awaited.discard(peer)
         self._barrier.dismiss(peer)
-        return not self._awaited and not self._contributions
+        return not self._awaited and not self._weights
+
+    def _take(self, peer: str, request: pb.Update) -> None:
+        if request.masked:
+            raise ProtocolError("this federation's updates are open", remedy="give all parties one recipe")
+        if request.weight:
+            change = codec.decode_named(request.tensors, self._layout.shapes)
+            self._contributions[peer] = Contribution(peer, request.weight, change)
 
     def _finish(self) -> None:
-        ordered = [self._contributions[peer] for peer in sorted(self._contributions)]
-        learned = tuple(one for one in ordered if one.weight)
-        self._done(Collected({one.name: one.weight for one in ordered}, learned))
+        self._done(self._collected(dict(sorted(self._weights.items()))))
+
+    def _collected(self, weights: dict[str, float]) -> Collected:
+        return Collected(weights, tuple(self._contributions[peer] for peer in sorted(self._contributions)))
 
 
-class Masked:
-    """The sum of all updates and nothing else. Three times all silos that are left are waited for: to deal shares of
-    their secrets, to send their masked updates, and to give out the shares that take the masks off the sum.
+class Sums(Open):
+    """The sums that edges took the masks off: each cohort's by itself, and the sum of all, exact.
 
     Args:
-        adverts: the participants' keys.
-        ring: of the numbers, which are each silo's change times its weight, and at last the weight.
-        fewest: living silos of whom a sum may be known.
+        ring: of numbers of which every silo of the federation adds one.
     """
 
-    def __init__(
-        self,
-        adverts: Mapping[str, Advert],
-        layout: Layout,
-        ring: Ring,
-        barrier: MakeBarrier,
-        done: Done,
-        *,
-        fewest: int,
-    ) -> None:
-        self.terms = Terms(secrets.token_bytes(16), adverts)
-        self._layout, self._ring, self._new_barrier, self._done, self._fewest = layout, ring, barrier, done, fewest
-        self._size = layout.size + 1
-        self._sealed: dict[str, dict[str, bytes]] = {}
-        self._tally: Tally | None = None
-        self._weights: dict[str, float] = {}
-        self._waiting: dict[str, Answer] = {}
-        self._due: type[Message] = pb.Deal
-        self._awaited = set(adverts)
-        self._lost: set[str] = set()
-        self._barrier = barrier(lambda _: self._pass_on())
-        self._barrier.expect(self._awaited)
+    def __init__(self, peers: Iterable[str], layout: Layout, ring: Ring, barrier: MakeBarrier, done: Done) -> None:
+        super().__init__(peers, layout, barrier, done)
+        self._ring = ring
+        self._total_P: Integers | None = None
 
-    def handle(self, peer: str, request: Message) -> Answer:
-        if not isinstance(request, self._due):
-            if isinstance(request, (pb.Deal, pb.Update, pb.Reveal)):
-                raise RoundLostError(f"{type(request).__name__} is not due any more", remedy="ask for the next plan")
-            raise ProtocolError(f"{type(request).__name__} is not due", remedy="ask for a plan")
-        if peer not in self._awaited:
-            raise ProtocolError(f"{peer} has no more to send", remedy="ask for the next plan")
-        self._take(peer, request)
-        self._awaited.remove(peer)
-        answer: Answer = Answer()
-        self._waiting[peer] = answer
-        self._barrier.arrive(peer, None)
-        return answer
-
-    def awaits(self, peer: str) -> bool:
-        return peer in self._awaited or peer in self._waiting
-
-    def lose(self, peer: str) -> bool:
-        self._lost.add(peer)
-        self._awaited.discard(peer)
-        self._waiting.pop(peer, None)
-        self._barrier.dismiss(peer)
-        return not self._awaited and not self._waiting
-
-    def _take(self, peer: str, request: Message) -> None:
-        if isinstance(request, pb.Deal):
-            neighbours = set(self.terms.neighbours(peer))
-            if request.sealed.keys() != neighbours:
-                raise ProtocolError(f"{peer} dealt to others than its neighbours", remedy="ask for the next plan")
-            self._sealed[peer] = dict(request.sealed)
-        elif isinstance(request, pb.Update):
-            assert self._tally is not None
-            if request.tensors or not request.masked:
-                raise ProtocolError("this federation's updates are masked", remedy="give silo and root one recipe")
-            self._tally.add(peer, self._ring.unpack(request.masked, self._size))
-            self._weights[peer] = request.weight
-        elif isinstance(request, pb.Reveal):
-            assert self._tally is not None
-            self._tally.reveal(peer, dict(request.shares))
-
-    def _pass_on(self) -> None:
-        """All have dealt who will: each gets what was dealt to it."""
-        dealers = self._sealed.keys() - self._lost
-        if len(dealers) < max(self._fewest, self.terms.threshold):
-            self._fail(f"{len(dealers)} silos dealt their shares")
+    def _take(self, peer: str, request: pb.Update) -> None:
+        if request.tensors or (request.weight and not request.masked):
+            raise ProtocolError("this federation's updates are masked", remedy="give all parties one recipe")
+        if not request.weight:
             return
-        self._tally = Tally(self.terms, dealers, self._size)
-        waiting = self._next(pb.Update, dealers, self._name_living)
-        for peer, answer in waiting.items():
-            sealed = {dealer: self._sealed[dealer][peer] for dealer in dealers if peer in self._sealed[dealer]}
-            answer.set_result(pb.Dealt(sealed=sealed))
+        whole_P = self._ring.whole(self._ring.unpack(request.masked, self._layout.size + 1))
+        if abs(whole_P).max() > min(request.weight, self._ring.silos) * self._ring.levels:
+            raise FrameError(f"the sum of {peer} is beyond what so many silos can add", remedy="leave that edge out")
+        if (contribution := mean(peer, whole_P, self._ring, self._layout)) is not None:
+            self._contributions[peer] = contribution
+            self._total_P = whole_P if self._total_P is None else self._total_P + whole_P
 
-    def _name_living(self) -> None:
-        """All masked updates are there that will be: the living are asked for their shares."""
-        assert self._tally is not None
-        alive = self._tally.alive
-        learned = {peer: weight for peer, weight in sorted(self._weights.items()) if weight}
-        if len(alive) < self._fewest:
-            self._fail(f"{len(alive)} silos sent their updates")
-            return
-        if len(learned) < self._fewest:  # of so few no sum may be known
-            self._end(Collected(learned or dict.fromkeys(sorted(alive), 0.0), ()))
-            return
-        living = pb.Living(alive=sorted(alive), dead=sorted(self._tally.dead))
-        for answer in self._next(pb.Reveal, alive - self._lost, self._finish).values():
-            answer.set_result(living)
-
-    def _finish(self) -> None:
-        assert self._tally is not None
-        try:
-            total_P = self._ring.decode(self._tally.total())
-        except ProtocolError as error:
-            self._fail(error.message)
-            return
-        self._end(Collected(dict(sorted(self._weights.items())), self._mean(total_P)))
-
-    def _mean(self, total_P: np.ndarray) -> tuple[Contribution, ...]:
-        weight = float(total_P[-1]) / self._ring.range
-        if weight <= 0:
-            return ()
-        change_P = torch.from_numpy(total_P[:-1] / weight)
-        return (Contribution("all", weight, self._layout.tensors(change_P)),)
-
-    def _next(self, due: type[Message], peers: Iterable[str], fire: Callable[[], None]) -> dict[str, Answer]:
-        """Wait for this of these from now on; the answers that are due to whoever has come so far."""
-        waiting, self._waiting = self._waiting, {}
-        self._due, self._awaited = due, set(peers)
-        self._barrier = self._new_barrier(lambda _: fire())
-        self._barrier.expect(self._awaited)
-        return waiting
-
-    def _end(self, collected: Collected) -> None:
-        self._done(collected)
-        for answer in self._waiting.values():
-            answer.set_result(pb.Accepted())
-
-    def _fail(self, reason: str) -> None:
-        error = RoundLostError(f"the masked sum failed: {reason}", remedy="ask for the next plan")
-        self._done(error)
-        for answer in self._waiting.values():
-            answer.set_exception(error)
+    def _collected(self, weights: dict[str, float]) -> Collected:
+        return replace(super()._collected(weights), total_P=self._total_P)
 
 
-def _answered(message: Message) -> Answer:
-    answer: Answer = Answer()
-    answer.set_result(message)
-    return answer
+def mean(name: str, total_P: Integers, ring: Ring, layout: Layout) -> Contribution | None:
+    """What the silos learned of whose numbers, each times its weight, and at last weights this is the sum."""
+    weight = float(total_P[-1]) / ring.levels
+    if weight <= 0:
+        return None
+    change_P = torch.from_numpy(total_P[:-1] * (ring.range / ring.levels / weight))
+    return Contribution(name, weight, layout.tensors(change_P))

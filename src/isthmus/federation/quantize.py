@@ -19,6 +19,7 @@ from isthmus.errors import FrameError, RecipeError
 
 Whole = npt.NDArray[np.uint32]
 """Ring elements in 32 bits, of which the low ones count: a sum modulo 2^32 is one modulo any smaller power of two."""
+Integers = npt.NDArray[np.int64]
 WIDTHS = (2, 3, 4)
 BITS = 16
 
@@ -67,11 +68,14 @@ class Ring:
         np.clip(whole_P, -self.levels, self.levels, out=whole_P)
         return whole_P.astype(np.int32).view(np.uint32)
 
+    def whole(self, total_P: Whole) -> Integers:
+        """The whole number that each element of a sum stands for."""
+        spare = np.uint32(32 - 8 * self.width)
+        return (np.left_shift(total_P, spare).view(np.int32) >> np.int32(spare)).astype(np.int64)
+
     def decode(self, total_P: Whole) -> npt.NDArray[np.float64]:
         """The sum of the values whose elements add up to this."""
-        spare = np.uint32(32 - 8 * self.width)
-        centred_P = np.left_shift(total_P, spare).view(np.int32) >> np.int32(spare)
-        return centred_P.astype(np.float64) * (self.range / self.levels)
+        return self.whole(total_P).astype(np.float64) * (self.range / self.levels)
 
     def pack(self, whole_P: Whole) -> bytes:
         """``width`` little-endian bytes an element."""

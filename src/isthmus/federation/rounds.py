@@ -1,4 +1,5 @@
-"""Rounds as a state machine: gather silos, let them train, combine what they learned; again, until finished."""
+"""Rounds as a state machine: gather children, ask what to train, let them train, pass on what they learned; again,
+until finished. The same for the root, whose children are silos or edges, and for every edge."""
 
 from __future__ import annotations
 
@@ -6,17 +7,14 @@ import enum
 import threading
 from collections.abc import Callable, Iterable, Mapping
 
-import torch
-
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
-from isthmus.federation.collection import Collected, Collection, Masked, Open
+from isthmus.federation.collection import Collected, Collection, Open, Sums
+from isthmus.federation.lead import Lead
+from isthmus.federation.masked import Masked
 from isthmus.federation.masking import Advert
 from isthmus.federation.quantize import Ring
-from isthmus.federation.strategies.strategy import Strategy
-from isthmus.model.flat import Layout
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory
-from isthmus.wire import codec
+from isthmus.recipe.tree import ROOT
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer
@@ -24,7 +22,11 @@ from isthmus.wire.channel import Answer
 
 class Phase(enum.Enum):
     GATHERING = "gathering"
+    ASKING = "asking"
+    """An edge: for its parent's plan."""
     TRAINING = "training"
+    CONCLUDING = "concluding"
+    """An edge: until its parent has taken the sum."""
     FINISHED = "finished"
     FAILED = "failed"
 
@@ -33,47 +35,44 @@ class Rounds:
     """Every request changes the phase under one lock; a round that ends is on disk before anyone hears of it.
 
     Args:
-        initial: the shared adapter tensors, by uncut name, as every silo starts with them.
-        store: where the tensors after each round are kept; the last ones there are continued from.
+        lead: who says what to train, and takes what was learned.
+        name: of the node whose rounds these are.
     """
 
-    def __init__(self, recipe: Recipe, initial: Mapping[str, torch.Tensor], store: RoleDirectory) -> None:
+    def __init__(self, recipe: Recipe, lead: Lead, name: str = ROOT) -> None:
         self.phase = Phase.GATHERING
         self._error: IsthmusError | None = None
-        """Why the phase is ``FAILED``; every silo that asks is told."""
-        self._recipe = recipe
-        self._layout = Layout({name: tuple(tensor.shape) for name, tensor in initial.items()})
-        self._store = store
-        self._journal = store.journal("metrics")
-        self._strategy = Strategy()
+        """Why the phase is ``FAILED``; every child that asks is told."""
+        self._lead = lead
+        self._node = recipe.tree.node(name)
+        self._masks, self._range = recipe.federation.masks, recipe.federation.range
+        self._offers_keys = self._masks and recipe.tree.leaf(name)
+        self._all = len(recipe.silo)
         self._lock = threading.RLock()
-        self.completed = store.last_round()
-        self._shared: dict[str, torch.Tensor] = dict(initial)
-        if self.completed:
-            state = store.load_round(self.completed)
-            self._shared = state["shared"]
-            self._strategy.load_state_dict(state.get("strategy", {}))
         self._waiting: dict[str, Answer] = {}
-        self._keys: dict[str, pb.SumKeys] = {}
-        """What the silos that wait offered for a masked sum."""
+        self._asked: dict[str, pb.Ready] = {}
+        """What the children that wait asked with."""
+        self._round = 0
+        self._last = pb.Plan()
+        """What every child is told once it is over."""
         self._collection: Collection | None = None
         """Of the round under way."""
-        self._patience = recipe.root.patience
         self._turn = 0
-        self._gather(silo.name for silo in recipe.silo)
+        self._gather(self._node.children)
 
-    def ready(self, peer: str, keys: pb.SumKeys | None = None) -> Answer:
-        """A silo asks for work; answered with a plan once the next round begins, or the federation is over.
+    def ready(self, peer: str, request: pb.Ready) -> Answer:
+        """A child asks for work; answered with a plan once the next round begins, or the federation is over.
 
         Raises:
-            ProtocolError: updates are to be masked, and it offers no keys.
+            ProtocolError: it is no child of this node's; or updates are to be masked, and it offers no keys.
         """
+        if peer not in (*self._node.children, *self._node.wards):
+            raise ProtocolError(f"{peer} is no child of {self._node.name}", remedy="give all parties one recipe")
+        if self._offers_keys and not request.HasField("keys"):
+            raise ProtocolError(f"{peer} offers no keys", remedy="give all parties one recipe")
         answer: Answer = Answer()
         with self._lock:
-            if self._recipe.federation.masks:
-                if keys is None:
-                    raise ProtocolError(f"{peer} offers no keys", remedy="give silo and root one recipe")
-                self._keys[peer] = keys
+            self._asked[peer] = request
             self._waiting[peer] = answer
             if self._collection is not None and self._collection.awaits(peer):
                 self._lose(self._collection, peer)
@@ -81,25 +80,25 @@ class Rounds:
         return answer
 
     def contribute(self, peer: str, request: pb.Update | pb.Deal | pb.Reveal) -> Answer:
-        """A silo's message to the round under way.
+        """A child's message to the round under way.
 
         Raises:
-            RoundLostError: no such round is under way, or it has gone on without the silo.
-            ProtocolError: the silo is no participant or has contributed already.
+            RoundLostError: no such round is under way, or it has gone on without the child.
+            ProtocolError: the child is no participant or has contributed already.
             FrameError: other tensors than the shared ones.
         """
         with self._lock:
-            if self._collection is None or request.round != self.completed + 1:
+            if self._collection is None or request.round != self._round:
                 raise RoundLostError(f"an update for round {request.round}", remedy="ask for the next plan")
             return self._collection.handle(peer, request)
 
     def _advance(self) -> None:
-        """Hand out what the phase has for the silos that wait."""
+        """Hand out what the phase has for the children that wait."""
         with self._lock:
-            if self.phase is Phase.GATHERING and self.completed >= self._recipe.train.rounds:
-                self.phase = Phase.FINISHED
-            if self.phase is Phase.FINISHED:
-                self._answer(list(self._waiting), pb.Plan(completed=self.completed))
+            if self.phase is Phase.GATHERING and self._lead.over:
+                self._when_there(lambda: self._lead.plan(()), lambda plan: self._begin([], plan))
+            elif self.phase is Phase.FINISHED:
+                self._answer(list(self._waiting), self._last)
             elif self.phase is Phase.FAILED:
                 assert self._error is not None
                 self._give_up(self._error)
@@ -111,30 +110,45 @@ class Rounds:
     def _gather(self, peers: Iterable[str]) -> None:
         """Wait for these, and for whoever else asks, to begin the next round."""
         self.phase, self._collection = Phase.GATHERING, None
-        self._gathering = self._barrier(lambda arrived: self._begin(sorted(arrived)))
+        self._gathering = self._barrier(lambda arrived: self._ask(sorted(arrived)))
         self._gathering.expect(peers)
         self._advance()
 
-    def _begin(self, participants: list[str]) -> None:
-        if len(participants) < self._recipe.minimum:
-            self._fail(len(participants))
+    def _ask(self, present: list[str]) -> None:
+        if len(present) < self._node.minimum:
+            self._fail(len(present))
             return
-        self.phase = Phase.TRAINING
-        plan = pb.Plan(round=self.completed + 1, completed=self.completed, participants=participants)
-        if self._recipe.federation.masks:
-            keys = {peer: self._keys.pop(peer) for peer in participants}
+        self.phase = Phase.ASKING
+        silos = {silo for peer in present for silo in (self._asked[peer].silos or [peer])}
+        self._when_there(lambda: self._lead.plan(silos), lambda plan: self._begin(present, plan))
+
+    def _begin(self, participants: list[str], plan: pb.Plan) -> None:
+        if not plan.round:
+            self.phase, self._last = Phase.FINISHED, plan
+            self._advance()
+            return
+        self.phase, self._round = Phase.TRAINING, plan.round
+        if self._offers_keys:
+            keys = {peer: self._asked[peer].keys for peer in participants}
             self._collection = masked = self._masked(keys)
             plan.sum = masked.terms.context
             for peer, offered in keys.items():
                 plan.keys[peer].CopyFrom(offered)
+        elif self._masks:
+            ring = Ring(self._all, self._range)
+            self._collection = Sums(participants, self._lead.layout, ring, self._barrier, self._end)
         else:
-            self._collection = Open(participants, self._layout, self._barrier, self._end)
+            self._collection = Open(participants, self._lead.layout, self._barrier, self._end)
         self._answer(participants, plan)
+
+    def _answer(self, peers: Iterable[str], plan: pb.Plan) -> None:
+        for peer in peers:
+            self._waiting.pop(peer).set_result(plan)
 
     def _masked(self, keys: Mapping[str, pb.SumKeys]) -> Masked:
         adverts = {peer: Advert(one.sealing, one.masking, one.promise) for peer, one in keys.items()}
-        ring = Ring(len(keys), self._recipe.federation.range)
-        return Masked(adverts, self._layout, ring, self._barrier, self._end, fewest=self._recipe.minimum)
+        ring = Ring(len(keys), self._range)
+        return Masked(adverts, self._lead.layout, ring, self._barrier, self._end, fewest=self._node.minimum)
 
     def _lose(self, collection: Collection, peer: str) -> None:
         """A participant asks instead of contributing: its process is a new one, what it trained is gone."""
@@ -143,17 +157,38 @@ class Rounds:
 
     def _end(self, collected: Collected | IsthmusError) -> None:
         if isinstance(collected, IsthmusError):  # nothing is known of the sum: the same round again, with whoever comes
-            self._gather(silo.name for silo in self._recipe.silo)
+            self._gather(self._node.children)
             return
-        if len(collected.weights) < self._recipe.minimum:
+        if len(collected.weights) < self._node.minimum:
             self._fail(len(collected.weights))
             return
+        self.phase, self._collection = Phase.CONCLUDING, None
+        # who was silent had its time: the next round does not wait for it again
+        self._when_there(lambda: self._lead.conclude(self._round, collected), lambda _: self._gather(collected.weights))
+
+    def _when_there(self, ask: Callable[[], Answer], go_on: Callable[[pb.Plan], None]) -> None:
+        """Go on with the lead's answer, unless the phase has ended by then. A round that is lost begins again."""
+        self._turn += 1
+        turn = self._turn
+
+        def receive(answer: Answer) -> None:
+            with self._lock:
+                if turn != self._turn:
+                    return
+                error = answer.exception()
+                if isinstance(error, RoundLostError):
+                    self._gather(self._node.children)
+                elif isinstance(error, IsthmusError):
+                    self._give_up(error)
+                else:
+                    go_on(answer.result())  # type: ignore[arg-type]
+
         try:
-            self._finish_round(collected)
+            answer = ask()
         except IsthmusError as error:
             self._give_up(error)
-        else:  # who was silent had its time: the next round does not wait for it again
-            self._gather(collected.weights)
+        else:
+            answer.add_done_callback(receive)
 
     def _barrier(self, fire: Callable[[dict[str, None]], None]) -> Barrier[None]:
         """A barrier for the phase that begins; when its patience ends just as the phase does, nothing happens."""
@@ -165,24 +200,12 @@ class Rounds:
                 if turn == self._turn:
                     fire(arrived)
 
-        return Barrier(self._patience, fire_in_turn)
-
-    def _finish_round(self, collected: Collected) -> None:
-        number = self.completed + 1
-        shared = self._strategy.next(self._shared, collected.contributions)
-        self._store.save_round(number, {"shared": shared, "strategy": self._strategy.state_dict()})
-        self._journal.append({"round": number, "weights": collected.weights})
-        self._shared, self.completed = shared, number
-
-    def _answer(self, peers: list[str], plan: pb.Plan) -> None:
-        plan.adapters.extend(codec.encode_named(self._shared))
-        for peer in peers:
-            self._waiting.pop(peer).set_result(plan)
+        return Barrier(self._node.patience, fire_in_turn)
 
     def _fail(self, present: int) -> None:
         self._give_up(
             QuorumError(
-                f"{present} silos are left, the recipe needs {self._recipe.minimum}",
+                f"{present} silos are left, the recipe needs {self._node.minimum}",
                 remedy="start the missing silos, then continue with 'isthmus run --resume'",
             )
         )

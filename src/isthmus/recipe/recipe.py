@@ -15,6 +15,7 @@ from isthmus.recipe.privacy import PrivacySection
 from isthmus.recipe.section import Count, Section
 from isthmus.recipe.sections import (
     BoundarySection,
+    EdgeSection,
     FederationSection,
     LoraSection,
     ModelSection,
@@ -26,6 +27,7 @@ from isthmus.recipe.sections import (
     WireSection,
 )
 from isthmus.recipe.sensitivity import SensitivitySection
+from isthmus.recipe.tree import Tree
 
 
 class Recipe(Section):
@@ -45,18 +47,18 @@ class Recipe(Section):
     trunk: TrunkSection = TrunkSection()
     root: RootSection = RootSection()
     federation: FederationSection = FederationSection()
+    edge: tuple[EdgeSection, ...] = Field(default=(), strict=False)
     silo: tuple[SiloSection, ...] = Field(min_length=1, strict=False)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        names = [silo.name for silo in self.silo]
+        names = [*(edge.name for edge in self.edge), *(silo.name for silo in self.silo)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"silo: the name {twice[0]!r} is given twice; rename one")
+            raise ValueError(f"the name {twice[0]!r} is given twice; rename one")
         if {"trunk", "root", "ca"} & set(names):
-            raise ValueError("silo: the names 'trunk', 'root' and 'ca' are taken; rename the silo")
-        if self.minimum > len(names):
-            raise ValueError(f"root.minimum: {self.minimum} silos needed but {len(names)} listed; lower it")
+            raise ValueError("the names 'trunk', 'root' and 'ca' are taken; rename the silo")
+        assert self.tree
         if self.trunk.average_every is not None and self.trunk.adapter == "shared":
             raise ValueError("trunk.average_every: a shared adapter is not averaged; set trunk.adapter = 'replica'")
         if self.train.evaluate and not any(silo.held_out for silo in self.silo):
@@ -68,11 +70,6 @@ class Recipe(Section):
         if self.boundary.release_once and self.boundary.denoise:
             raise ValueError(
                 "boundary.denoise: noise that was drawn once is not kept; leave out denoise or boundary.release_once"
-            )
-        if self.federation.masks and self.minimum < 3:
-            raise ValueError(
-                "federation.masks: of a sum of two silos' updates each knows the other's; "
-                "have three silos, and root.minimum = 3 or more"
             )
         self._defensible()
         for field in self.sensitivity.fields if self.sensitivity else ():
@@ -165,9 +162,9 @@ class Recipe(Section):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
     @property
-    def minimum(self) -> int:
-        """Fewest silos that a round needs."""
-        return self.root.minimum or len(self.silo)
+    def tree(self) -> Tree:
+        """Who sends whom what it learned."""
+        return Tree(self)
 
     def party(self, name: str) -> SiloSection:
         """The section of the silo with this name."""

@@ -161,7 +161,22 @@ class RootSection(Section):
     patience: Positive = 300.0
     """Seconds the other silos wait for a slow one at the end of a round, counted from the first that is ready."""
     minimum: Count | None = None
-    """Fewest silos that a round needs; left out: all of them."""
+    """Fewest silos, or edges, that a round needs; left out: all of them."""
+
+
+class EdgeSection(Section):
+    name: Name
+    address: str
+    silos: tuple[str, ...] = Field(default=(), strict=False)
+    """The cohort: silos whose updates it sums."""
+    parent: str | None = None
+    """The edge that takes this one's sums; left out: the root."""
+    sibling: str | None = None
+    """The edge that takes in this one's silos if it dies; left out: they have no part in the rest."""
+    minimum: Count | None = None
+    """Fewest silos (or edges) that its part of a round needs; left out: all of them."""
+    patience: Positive | None = None
+    """Seconds the others wait for a slow one at the end of a round; left out: a quarter of its parent's."""
 
 
 class WireSection(Section):

@@ -21,7 +21,7 @@ from typing import Any
 from isthmus.errors import DiskFullError, RunError
 from isthmus.recipe import Recipe
 
-ROLES = ("trunk", "root", "silos")
+ROLES = ("trunk", "root", "edges", "silos")
 """Folders of a run directory that a role makes once its model and identity are in order."""
 LOCK_SECONDS = 15.0
 LONGEST_LINE = 2**20
@@ -92,6 +92,10 @@ class RunDirectory:
     def role(self, name: str) -> RoleDirectory:
         """The folder of ``trunk``, ``root`` or a silo."""
         return RoleDirectory(self.path / name if name in ("trunk", "root") else self.path / "silos" / name)
+
+    def edge(self, name: str) -> RoleDirectory:
+        """The folder of an edge."""
+        return RoleDirectory(self.path / "edges" / name)
 
     def completed(self) -> int:
         """The last round that trunk and root both have; a run that was cut off may have one more at the trunk."""

@@ -158,13 +158,16 @@ def greeting(checkpoint: Checkpoint, recipe: Recipe) -> pb.Hello:
     )
 
 
-def connect(recipe: Recipe, name: str, service: str, address: str, hello: pb.Hello | None = None) -> GrpcChannel:
-    """A channel of this silo to ``Trunk`` or ``Root``."""
+def connect(
+    recipe: Recipe, name: str, service: str, address: str, hello: pb.Hello | None = None, *, server: str | None = None
+) -> GrpcChannel:
+    """A channel of this silo to ``Trunk`` or ``Root`` (see ``GrpcChannel``)."""
     identity = Identity.load(Path(recipe.wire.certificates), name)
     return GrpcChannel(
         address,
         service,
         identity,
+        server=server,
         greeting=hello,
         deadline=recipe.wire.deadline,
         limit=recipe.wire.max_frame_bytes,

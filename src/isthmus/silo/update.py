@@ -91,8 +91,8 @@ class MaskedUpdates:
 
     def begin(self, plan: pb.Plan) -> None:
         """The other silos' shares arrive while this one trains."""
-        if set(plan.keys) != set(plan.participants):
-            raise ProtocolError("a plan without the keys of its silos", remedy="give silo and root one recipe")
+        if not set(plan.keys) <= set(plan.participants):
+            raise ProtocolError("a plan with keys of silos that have no part", remedy="give all parties one recipe")
         for name, keys in plan.keys.items():
             offer.verify(self._identity, name, keys)
         adverts = {name: Advert(keys.sealing, keys.masking, keys.promise) for name, keys in plan.keys.items()}

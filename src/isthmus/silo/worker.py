@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from isthmus.errors import RoundLostError, RunError, UnknownStepError
+from isthmus.errors import IsthmusError, PeerGoneError, QuorumError, RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
@@ -61,7 +61,8 @@ class Worker:
             register=directory.path / "register",
         )
         self._data = known_data(recipe, name, self._silo)
-        self._root = root or connect(recipe, name, "Root", recipe.root.address)
+        self._aggregator = recipe.tree.parent(name)
+        self._root = root or self._connect()
         self._updates = updates(recipe, name, self._silo.boundary, self._root)
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()
@@ -79,7 +80,7 @@ class Worker:
         """Take part until the federation is finished."""
         completed, losses = self._directory.last_round(), 0
         while True:
-            plan: pb.Plan = self._root.call(pb.Ready(completed=completed, keys=self._updates.offer()))
+            plan = self._ask(completed)
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
             self._measure(plan.completed)
@@ -87,7 +88,7 @@ class Worker:
                 break
             try:
                 self._train(plan, shared)
-            except (RoundLostError, UnknownStepError) as lost:  # the trunk started again, or went on without us
+            except (RoundLostError, UnknownStepError) as lost:  # a server started again, or went on without us
                 log.warning("round %d is lost: %s; asking for the next plan", plan.round, lost.message)
                 losses += 1
                 if losses > LOSSES:
@@ -99,12 +100,56 @@ class Worker:
         self._silo.close()
         self._root.close()
 
+    def _connect(self) -> Channel:
+        """A way to the root, or to the edge that stands for it here."""
+        address = self._recipe.tree.node(self._aggregator).address
+        return connect(self._recipe, self._name, "Root", address, server=self._aggregator)
+
+    def _ask(self, completed: int) -> pb.Plan:
+        """The next plan; of the edge's sibling if the edge is gone or has too few silos left."""
+        try:
+            plan: pb.Plan = self._root.call(pb.Ready(completed=completed, keys=self._updates.offer()))
+            return plan
+        except (PeerGoneError, QuorumError) as error:
+            self._move(error)
+            return self._ask(completed)
+
+    def _move(self, error: IsthmusError) -> None:
+        """Belong to the cohort of the edge's sibling from now on.
+
+        Raises:
+            PeerGoneError, QuorumError: this very error, as there is no sibling, or it has failed, too.
+        """
+        if (sibling := self._sibling()) is None:
+            raise error
+        log.warning("%s: %s; going on with %s", self._aggregator, error.message, sibling)
+        self._root.close()
+        self._aggregator = sibling
+        self._root = self._connect()
+        self._updates = updates(self._recipe, self._name, self._silo.boundary, self._root)
+
+    def _sibling(self) -> str | None:
+        """The edge to turn to if this silo's own is gone; it is turned to once."""
+        own = self._recipe.tree.parent(self._name)
+        return self._recipe.tree.sibling(own) if self._aggregator == own else None
+
+    @contextmanager
+    def _aggregating(self) -> Iterator[None]:
+        """An edge that is gone loses the round, if there is another to turn to."""
+        try:
+            yield
+        except PeerGoneError as gone:
+            if self._sibling() is None:
+                raise
+            raise RoundLostError(gone.message, remedy="ask its sibling for the next plan") from gone
+
     def _train(self, plan: pb.Plan, shared: Mapping[str, torch.Tensor]) -> None:
         """One round: local steps together with the other silos, then this silo's update."""
         train = self._recipe.train
         self._continue_from(plan.completed)
         self._state_of_round = None
-        self._updates.begin(plan)
+        with self._aggregating():
+            self._updates.begin(plan)
         self._silo.trunk.begin(plan.round, list(plan.participants))
         drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
         weight, rows = 0, 0
@@ -120,7 +165,8 @@ class Worker:
             log.warning("round %d: the privacy budget does not bear an update", plan.round)
             weight = 0
         change = {name: self._parameters[name].detach() - tensor for name, tensor in shared.items()}
-        self._updates.send(plan, change, weight, rows / (train.steps * train.batch))
+        with self._aggregating():
+            self._updates.send(plan, change, weight, rows / (train.steps * train.batch))
 
     def _step(self, drawn: list[Tokens]) -> Step:
         """One step on those of the drawn rows whose privacy budgets bear it whole; on none of them, an empty one."""

@@ -78,6 +78,13 @@ class LoopbackChannel:
         settle(answer, frames.decode(data))
 
 
+def answered(body: Message) -> Answer:
+    """The answer that is there at once."""
+    answer: Answer = Answer()
+    answer.set_result(body)
+    return answer
+
+
 def check_size(size: int, limit: int) -> None:
     """Raise ``FrameSizeError`` if a frame of this many bytes is over the limit."""
     if size > limit:

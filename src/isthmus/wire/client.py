@@ -43,8 +43,9 @@ class GrpcChannel:
 
     Args:
         address: ``host:port`` of the server.
-        service: ``Trunk`` or ``Root``; the server must hold that party's certificate.
-        identity: this silo's.
+        service: ``Trunk`` or ``Root``.
+        identity: this party's.
+        server: whose certificate the server must hold; left out, the party's that is called like the service.
         greeting: first frame on every stream; a failure answering it ends the channel.
         deadline: seconds to keep trying.
         limit: largest frame in bytes.
@@ -59,6 +60,7 @@ class GrpcChannel:
         service: str,
         identity: Identity,
         *,
+        server: str | None = None,
         greeting: Message | None = None,
         deadline: float = 60.0,
         limit: int = 64 * 2**20,
@@ -67,6 +69,7 @@ class GrpcChannel:
         self.received_bytes = 0
         self._address = address
         self._service = service
+        self._server = server or service.lower()
         self._deadline = deadline
         self._limit = limit
         self._greeting = frames.wrap(greeting or pb.Ping()).SerializeToString()
@@ -104,7 +107,7 @@ class GrpcChannel:
 
     def _options(self) -> tuple[tuple[str, Any], ...]:
         return (
-            ("grpc.ssl_target_name_override", self._service.lower()),
+            ("grpc.ssl_target_name_override", self._server),
             ("grpc.max_receive_message_length", self._limit + 1024),
             ("grpc.max_send_message_length", self._limit + 1024),
             ("grpc.initial_reconnect_backoff_ms", 100),
@@ -130,14 +133,14 @@ class GrpcChannel:
             waited = time.monotonic() - last_contact
             if error is None and waited > self._deadline:
                 error = PeerGoneError(
-                    f"no {self._service.lower()} at {self._address} for {waited:.0f} s{reason}",
+                    f"no {self._server} at {self._address} for {waited:.0f} s{reason}",
                     remedy="start it again, check its address in the recipe and both certificates, then resume the run",
                 )
             if error is not None:
                 self._end(error)
             elif self._ended is None:
                 if (pause := next(pauses)) == PAUSES[0]:
-                    log.warning("no %s at %s; trying for %.0f s", self._service.lower(), self._address, self._deadline)
+                    log.warning("no %s at %s; trying for %.0f s", self._server, self._address, self._deadline)
                 time.sleep(pause)
 
     def _stream(self) -> None:
@@ -179,10 +182,10 @@ class GrpcChannel:
         status, details = broken.code(), broken.details() or ""
         if status in _FATAL:
             kind, remedy = _FATAL[status]
-            return kind(f"{self._service.lower()} at {self._address} refused: {details}", remedy=remedy)
+            return kind(f"{self._server} at {self._address} refused: {details}", remedy=remedy)
         if status is grpc.StatusCode.UNAVAILABLE and any(word in details for word in _TLS_WORDS):
             return IdentityError(
-                f"no trusted connection to {self._service.lower()} at {self._address}: {details[:200]}",
+                f"no trusted connection to {self._server} at {self._address}: {details[:200]}",
                 remedy="both sides need certificates of the same authority, made by 'isthmus certificates'",
             )
         return None

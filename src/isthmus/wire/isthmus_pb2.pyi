@@ -227,12 +227,14 @@ class Closed(_message.Message):
     def __init__(self) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("completed", "keys")
+    __slots__ = ("completed", "keys", "silos")
     COMPLETED_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    SILOS_FIELD_NUMBER: _ClassVar[int]
     completed: int
     keys: SumKeys
-    def __init__(self, completed: _Optional[int] = ..., keys: _Optional[_Union[SumKeys, _Mapping]] = ...) -> None: ...
+    silos: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, completed: _Optional[int] = ..., keys: _Optional[_Union[SumKeys, _Mapping]] = ..., silos: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("round", "completed", "participants", "adapters", "sum", "keys")

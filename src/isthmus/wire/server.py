@@ -6,7 +6,7 @@ import errno
 import queue
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import grpc
@@ -65,19 +65,24 @@ class Server:
     Args:
         services: by name.
         identity: the server's own.
-        silos: the certified names that may connect.
+        peers: the certified names that may connect, by service.
         address: ``host:port`` to listen at; port 0 takes a free one.
         limit: largest frame in bytes.
     """
 
     def __init__(
-        self, services: Mapping[str, Service], identity: Identity, silos: tuple[str, ...], address: str, limit: int
+        self,
+        services: Mapping[str, Service],
+        identity: Identity,
+        peers: Mapping[str, Collection[str]],
+        address: str,
+        limit: int,
     ) -> None:
         self._services = services
-        self._silos = frozenset(silos)
+        self._peers = {service: frozenset(names) for service, names in peers.items()}
         self._inboxes: dict[tuple[str, str], Inbox] = {}
         self._lock = threading.Lock()
-        threads = ThreadPoolExecutor(2 * len(services) * len(silos) + 8, thread_name_prefix="stream")
+        threads = ThreadPoolExecutor(2 * sum(map(len, self._peers.values())) + 8, thread_name_prefix="stream")
         options = (
             ("grpc.max_receive_message_length", limit + 1024),
             ("grpc.max_send_message_length", limit + 1024),
@@ -144,8 +149,8 @@ class Server:
     def _inbox(self, service: str, context: grpc.ServicerContext) -> Inbox:
         names: Sequence[bytes] = context.auth_context().get("x509_common_name", [])  # type: ignore[assignment]
         peer = names[0].decode() if names else ""
-        if peer not in self._silos:
-            raise IdentityError(f"{peer[:64]!r} is not a silo of this federation", remedy="list it in the recipe")
+        if peer not in self._peers[service]:
+            raise IdentityError(f"{peer[:64]!r} has no place at this {service.lower()}", remedy="list it in the recipe")
         instance = str(dict(context.invocation_metadata()).get(INSTANCE, ""))
         with self._lock:
             inbox = self._inboxes.get((service, peer))

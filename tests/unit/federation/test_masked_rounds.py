@@ -13,6 +13,7 @@ import torch
 from google.protobuf.message import Message
 
 from isthmus.errors import FrameError, IdentityError, IsthmusError, ProtocolError, QuorumError, RoundLostError
+from isthmus.federation.lead import Course
 from isthmus.federation.quantize import Ring
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
@@ -40,7 +41,8 @@ class Root:
     """The root's rounds as a service that keeps what it gets, and can be made to lie."""
 
     def __init__(self, recipe: Recipe, store: RoleDirectory) -> None:
-        self.rounds = Rounds(recipe, {name: torch.zeros(shape) for name, shape in SHAPES.items()}, store)
+        self.course = Course(recipe, {name: torch.zeros(shape) for name, shape in SHAPES.items()}, store)
+        self.rounds = Rounds(recipe, self.course)
         self.seen: list[tuple[str, Message]] = []
         self.lie: Callable[[str, Message], None] = lambda peer, request: None
         """Changes a request before the root's honest half sees it."""
@@ -51,7 +53,7 @@ class Root:
         self.seen.append((peer, kept))
         self.lie(peer, request)
         if isinstance(request, pb.Ready):
-            return self.rounds.ready(peer, request.keys)
+            return self.rounds.ready(peer, request)
         assert isinstance(request, (pb.Deal, pb.Update, pb.Reveal))
         return self.rounds.contribute(peer, request)
 
@@ -128,7 +130,7 @@ class Federation:
 
     def assert_learned(self, shares: dict[str, float]) -> None:
         """The round's result is the open weighted mean but for the rounding of each silo's numbers."""
-        shared = self.root.rounds._shared
+        shared = self.root.course.shared
         for key, expected in self.mean(shares).items():
             assert (shared[key] - expected).abs().max() <= len(shares) / sum(shares.values()) * STEP * 1.1
 
@@ -148,10 +150,10 @@ def test_the_round_learns_the_mean_and_the_next_goes_on_from_it(federation: Fede
     federation.assert_learned(dict.fromkeys(NAMES, 1.0))
     plans = federation.begin()
     assert {(plan.round, plan.completed) for plan in plans.values()} == {(2, 1)}
-    first = federation.root.rounds._shared
+    first = federation.root.course.shared
     federation.finish(plans)
     for key in SHAPES:
-        assert torch.allclose(federation.root.rounds._shared[key], 2 * first[key], atol=3 * STEP)
+        assert torch.allclose(federation.root.course.shared[key], 2 * first[key], atol=3 * STEP)
     assert [line["weights"] for line in read_journal(store.path / "metrics.jsonl")] == [dict.fromkeys(NAMES, 1.0)] * 2
     assert federation.plans()["a"].round == 0
 
@@ -173,7 +175,7 @@ def test_of_too_few_that_learned_something_no_sum_is_known(federation: Federatio
 
 def test_a_round_in_which_nobody_learned_anything_changes_nothing(federation: Federation) -> None:
     assert federation.finish(federation.begin(), weight=dict.fromkeys(NAMES, 0.0)) == dict.fromkeys(NAMES)
-    assert not any(tensor.any() for tensor in federation.root.rounds._shared.values())
+    assert not any(tensor.any() for tensor in federation.root.course.shared.values())
     assert federation.plans()["a"].round == 2
     assert not any(isinstance(request, pb.Reveal) for _, request in federation.root.seen)
     assert federation.silos["a"].boundary.released_bytes == {}
@@ -261,8 +263,8 @@ def test_a_root_that_puts_in_its_own_keys_is_found_out(federation: Federation) -
     plans["a"].keys["b"].masking = other.offer().masking
     with pytest.raises(IdentityError, match="did not sign"):
         federation.silos["a"].updates.begin(plans["a"])
-    del plans["c"].keys["b"]
-    with pytest.raises(ProtocolError, match="without the keys of its silos"):
+    plans["c"].participants.remove("b")
+    with pytest.raises(ProtocolError, match="keys of silos that have no part"):
         federation.silos["c"].updates.begin(plans["c"])
 
 
@@ -352,4 +354,4 @@ def test_a_root_that_says_a_living_silo_is_dead_learns_no_key(federation: Federa
 
 def test_a_silo_without_keys_is_told_so(federation: Federation) -> None:
     with pytest.raises(ProtocolError, match="offers no keys"):
-        federation.root.rounds.ready("a")
+        federation.root.rounds.ready("a", pb.Ready())

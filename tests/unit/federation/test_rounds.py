@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from isthmus.errors import DiskFullError, FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
+from isthmus.federation.lead import Course
 from isthmus.federation.rounds import Rounds
 from isthmus.report.record import RoleDirectory, read_journal
 from isthmus.wire import codec
@@ -34,7 +35,8 @@ def build(store: RoleDirectory) -> Build:
     def rounds(*silos: str, rounds: int = 2, minimum: int | None = None, patience: float = LONG) -> Rounds:
         root = {"patience": patience} | ({"minimum": minimum} if minimum else {})
         train = {"rounds": rounds, "evaluate": False}
-        return Rounds(make_recipe(Path("none"), silos=silos, root=root, train=train), constant(0.0), store)
+        recipe = make_recipe(Path("none"), silos=silos, root=root, train=train)
+        return Rounds(recipe, Course(recipe, constant(0.0), store))
 
     return rounds
 
@@ -60,18 +62,18 @@ def assert_plan(plan: Any, round: int, completed: int, participants: list[str], 
 
 def plans(rounds: Rounds, *silos: str) -> list[Any]:
     """All ask, then all are answered."""
-    answers = [rounds.ready(silo) for silo in silos]
+    answers = [rounds.ready(silo, pb.Ready()) for silo in silos]
     return [answer.result(WAIT) for answer in answers]
 
 
 def test_round_by_round(build: Build, store: RoleDirectory) -> None:
     rounds = build("b", "a")
-    first = rounds.ready("b")
+    first = rounds.ready("b", pb.Ready())
     assert not first.done()
     for plan in (*plans(rounds, "a"), first.result(WAIT)):
         assert_plan(plan, 1, 0, ["a", "b"], 0.0)
     assert rounds.contribute("b", update(1, 2.0, weight=3)).result(WAIT) == pb.Accepted()
-    early = rounds.ready("b")
+    early = rounds.ready("b", pb.Ready())
     assert not early.done()
     rounds.contribute("a", update(1, -2.0, weight=1))
     assert not early.done()
@@ -79,7 +81,9 @@ def test_round_by_round(build: Build, store: RoleDirectory) -> None:
         assert_plan(plan, 2, 1, ["a", "b"], 1.0)
     rounds.contribute("a", update(2, 0.25))
     rounds.contribute("b", update(2, 0.75))
-    for plan in plans(rounds, "a", "b", "a", "stranger"):  # each at once
+    with pytest.raises(ProtocolError, match="stranger is no child of root"):
+        rounds.ready("stranger", pb.Ready())
+    for plan in plans(rounds, "a", "b", "a"):  # each at once
         assert_plan(plan, 0, 2, [], 1.5)
     assert store.last_round() == 2
     lines = read_journal(store.path / "metrics.jsonl")
@@ -166,7 +170,7 @@ def test_silent_silo_comes_again(build: Build) -> None:
     assert_plan(plans(rounds, "a")[0], 2, 1, ["a"], 1.0)  # patience with b ended, and nobody waits for it now
     with pytest.raises(ProtocolError):
         rounds.contribute("b", update(2))
-    back = rounds.ready("b")
+    back = rounds.ready("b", pb.Ready())
     rounds.contribute("a", update(2))
     for plan in (*plans(rounds, "a"), back.result(WAIT)):
         assert_plan(plan, 3, 2, ["a", "b"], 2.0)
@@ -180,7 +184,7 @@ def test_quorum_is_lost(build: Build, store: RoleDirectory, when: str) -> None:
         rounds.contribute("a", update(1))
     for silo in ("a", "a", "b"):  # who waits, and who asks later
         with pytest.raises(QuorumError, match="1 silos are left, the recipe needs 2") as caught:
-            rounds.ready(silo).result(WAIT)
+            rounds.ready(silo, pb.Ready()).result(WAIT)
         assert "--resume" in caught.value.remedy
     with pytest.raises(RoundLostError):
         rounds.contribute("b", update(1))
@@ -220,9 +224,9 @@ def test_full_disk(build: Build, store: RoleDirectory, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(store, "save_round", full)
         rounds.contribute("a", update(2))
-        waiting = rounds.ready("a")
+        waiting = rounds.ready("a", pb.Ready())
         rounds.contribute("b", update(2))
-    for answer in (waiting, rounds.ready("b"), rounds.ready("a")):
+    for answer in (waiting, rounds.ready("b", pb.Ready()), rounds.ready("a", pb.Ready())):
         with pytest.raises(DiskFullError, match="no room"):
             answer.result(WAIT)
     assert store.rounds() == {1}
@@ -233,7 +237,7 @@ def test_restarted_silo_is_not_waited_for(build: Build) -> None:
     """A participant that asks again is a new process: its round goes on without it, and the next one with it."""
     rounds = build("a", "b", minimum=1)
     plans(rounds, "a", "b")
-    back = rounds.ready("b")
+    back = rounds.ready("b", pb.Ready())
     with pytest.raises(ProtocolError):
         rounds.contribute("b", update(1))
     rounds.contribute("a", update(1))
@@ -254,10 +258,10 @@ def test_all_restarted_begin_the_round_again(build: Build, silos: tuple[str, ...
 
 def test_the_first_plan_has_what_every_silo_starts_with(store: RoleDirectory) -> None:
     recipe = make_recipe(Path("none"), silos=("a",), train={"rounds": 1, "evaluate": False})
-    rounds = Rounds(recipe, constant(0.5), store)
-    assert_plan(rounds.ready("a").result(WAIT), 1, 0, ["a"], 0.5)
+    rounds = Rounds(recipe, Course(recipe, constant(0.5), store))
+    assert_plan(rounds.ready("a", pb.Ready()).result(WAIT), 1, 0, ["a"], 0.5)
     rounds.contribute("a", update(1, 2.0))
-    assert_plan(rounds.ready("a").result(WAIT), 0, 1, [], 2.5)
+    assert_plan(rounds.ready("a", pb.Ready()).result(WAIT), 0, 1, [], 2.5)
 
 
 def test_patience_that_ends_just_as_the_last_one_comes(build: Build) -> None:
@@ -282,7 +286,7 @@ def test_many_silos_at_once(build: Build, store: RoleDirectory) -> None:
     def silo(name: str) -> list[tuple[int, float]]:
         start.wait(WAIT)
         seen = []
-        while (plan := rounds.ready(name).result(WAIT)).round:
+        while (plan := rounds.ready(name, pb.Ready()).result(WAIT)).round:
             assert list(plan.participants) == names
             seen.append((plan.round, float(shared(plan)["x"][0, 0])))
             rounds.contribute(name, update(plan.round, float(name[-2:])))

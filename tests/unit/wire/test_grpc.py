@@ -284,7 +284,7 @@ def test_more_unread_answers_than_allowed_end_the_channel() -> None:
 def test_an_address_that_is_taken() -> None:
     services = {"Trunk": Echo()}
     with serving(services) as server, pytest.raises(IsthmusError, match="cannot listen") as refused:
-        Server(services, TRUNK, SILOS, f"localhost:{server.port}", LIMIT)
+        Server(services, TRUNK, {"Trunk": SILOS}, f"localhost:{server.port}", LIMIT)
     assert refused.value.remedy
 
 

@@ -237,7 +237,7 @@ def test_a_certified_name_that_the_recipe_does_not_list(name: str) -> None:
     with serving({"Trunk": service}) as server:
         error = refusal(server.port, certified)
     assert isinstance(error, IdentityError)
-    assert "is not a silo of this federation" in error.message
+    assert "has no place at this trunk" in error.message
     assert not service.requests
 
 

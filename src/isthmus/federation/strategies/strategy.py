@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from isthmus.federation.contribution import Contribution
+from isthmus.federation.contribution import Contribution, stacked
 from isthmus.federation.strategies.optimizers import Plain
 from isthmus.federation.strategies.rules import Mean
 from isthmus.model.flat import Layout
@@ -38,9 +38,7 @@ class Strategy:
         if not contributions:
             return dict(base)
         layout = Layout({name: tuple(tensor.shape) for name, tensor in base.items()})
-        changes_NP = torch.stack([layout.row(one.change) for one in contributions])
-        weights_N = torch.tensor([one.weight for one in contributions], dtype=torch.float64)
-        change_P = self._rule.combine(changes_NP, weights_N / weights_N.sum())
+        change_P = self._rule.combine(*stacked(contributions, layout))
         steps = layout.tensors(self._optimizer.step(change_P))
         return {name: (tensor.double() + steps[name]).to(tensor.dtype) for name, tensor in base.items()}
 

@@ -1,0 +1,50 @@
+"""The service of the root and of every edge: plans out, updates in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from google.protobuf.message import Message
+
+from isthmus.errors import ProtocolError
+from isthmus.federation.lead import Lead
+from isthmus.federation.rounds import Rounds
+from isthmus.recipe import Recipe
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire import offer
+from isthmus.wire.channel import Answer, answered
+from isthmus.wire.identity import Identity
+
+
+class Aggregator:
+    """Implements ``wire.channel.Service`` for one node of the tree. It holds no weights of the model.
+
+    Args:
+        name: of the node.
+        identity: of the process, to check what silos sign where updates are masked; left out, the node's own.
+    """
+
+    def __init__(self, recipe: Recipe, name: str, lead: Lead, identity: Identity | None = None) -> None:
+        self.rounds = Rounds(recipe, lead, name)
+        if recipe.federation.masks and identity is None:
+            identity = Identity.load(Path(recipe.wire.certificates), name)
+        self._identity = identity
+
+    def handle(self, peer: str, request: Message) -> Answer:
+        if isinstance(request, pb.Ready):
+            self._check_keys(peer, request)
+            return self.rounds.ready(peer, request)
+        if isinstance(request, (pb.Update, pb.Deal, pb.Reveal)):
+            return self.rounds.contribute(peer, request)
+        if isinstance(request, pb.Ping):
+            return answered(pb.Pong())
+        raise ProtocolError(f"no aggregator answers {type(request).__name__}", remedy="ask the trunk")
+
+    def _check_keys(self, peer: str, request: pb.Ready) -> None:
+        """A silo must have signed its keys: the others would refuse them, and the round with them.
+
+        Raises:
+            IdentityError: it has not.
+        """
+        if self._identity is not None and request.HasField("keys"):
+            offer.verify(self._identity, peer, request.keys)

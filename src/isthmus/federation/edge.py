@@ -1,0 +1,36 @@
+"""An edge: sums its cohort blind and passes one sum up."""
+
+from __future__ import annotations
+
+from isthmus.federation.aggregator import Aggregator
+from isthmus.federation.lead import Relay
+from isthmus.federation.quantize import Ring
+from isthmus.federation.root import shared_tensors
+from isthmus.model.flat import Layout
+from isthmus.recipe import Recipe
+from isthmus.report.record import RoleDirectory
+from isthmus.wire.channel import Channel
+from isthmus.wire.identity import Identity
+
+
+class EdgeService(Aggregator):
+    """It knows nothing between rounds: one that starts again asks for the next plan, as a silo would.
+
+    Args:
+        name: in the recipe.
+        parent: the way to the edge or root above.
+        identity: its own; left out, it is read from its folder of certificates.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        name: str,
+        directory: RoleDirectory,
+        parent: Channel,
+        identity: Identity | None = None,
+    ) -> None:
+        layout = Layout({name: tuple(tensor.shape) for name, tensor in shared_tensors(recipe).items()})
+        federation = recipe.federation
+        ring = Ring(len(recipe.silo), federation.range) if federation.masks else None
+        super().__init__(recipe, name, Relay(parent, layout, ring, directory), identity)

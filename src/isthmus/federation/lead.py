@@ -1,0 +1,125 @@
+"""Who leads a node's rounds: says what a round trains, and takes what it brought. The root by itself, an edge for its
+parent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from isthmus.federation.collection import Collected
+from isthmus.federation.contribution import stacked
+from isthmus.federation.quantize import Ring
+from isthmus.federation.strategies.rules import Mean
+from isthmus.federation.strategies.strategy import Strategy
+from isthmus.model.flat import Layout
+from isthmus.recipe import Recipe
+from isthmus.report.record import RoleDirectory
+from isthmus.wire import codec
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer, Channel, answered
+
+
+class Lead(Protocol):
+    """What the state machine of the rounds asks for."""
+
+    layout: Layout
+
+    @property
+    def over(self) -> bool:
+        """Whether it is known that no round is left."""
+        ...
+
+    def plan(self, silos: Iterable[str]) -> Answer:
+        """A ``pb.Plan`` for these silos: the next round, or round 0 where none is left."""
+        ...
+
+    def conclude(self, round: int, collected: Collected) -> Answer:
+        """Take what this round brought. Its result is ignored; its error is why the rounds go on without it, if that
+        is ``RoundLostError``, or do not go on."""
+        ...
+
+
+class Course:
+    """The root's: the shared tensors from round to round, on disk before anyone hears of them.
+
+    Args:
+        initial: the shared adapter tensors, by uncut name, as every silo starts with them.
+        store: where the tensors after each round are kept; the last ones there are continued from.
+    """
+
+    def __init__(self, recipe: Recipe, initial: Mapping[str, torch.Tensor], store: RoleDirectory) -> None:
+        self.layout = Layout({name: tuple(tensor.shape) for name, tensor in initial.items()})
+        self._rounds = recipe.train.rounds
+        self._store = store
+        self._journal = store.journal("metrics")
+        self._strategy = Strategy()
+        self.completed = store.last_round()
+        self.shared: dict[str, torch.Tensor] = dict(initial)
+        if self.completed:
+            state = store.load_round(self.completed)
+            self.shared = state["shared"]
+            self._strategy.load_state_dict(state.get("strategy", {}))
+
+    @property
+    def over(self) -> bool:
+        return self.completed >= self._rounds
+
+    def plan(self, silos: Iterable[str]) -> Answer:
+        plan = pb.Plan(completed=self.completed, adapters=codec.encode_named(self.shared))
+        if not self.over:
+            plan.round = self.completed + 1
+            plan.participants.extend(sorted(silos))
+        return answered(plan)
+
+    def conclude(self, round: int, collected: Collected) -> Answer:
+        shared = self._strategy.next(self.shared, collected.contributions)
+        self._store.save_round(round, {"shared": shared, "strategy": self._strategy.state_dict()})
+        self._journal.append({"round": round, "weights": collected.weights})
+        self.shared, self.completed = shared, round
+        return answered(pb.Accepted())
+
+
+class Relay:
+    """An edge's: plans come from its parent, and one sum goes there.
+
+    Args:
+        parent: the way to the parent.
+        ring: of the sums that go there; None where updates are open.
+    """
+
+    over = False
+
+    def __init__(self, parent: Channel, layout: Layout, ring: Ring | None, store: RoleDirectory) -> None:
+        self.layout, self._parent, self._ring = layout, parent, ring
+        self._journal = store.journal("metrics")
+        self._completed = 0
+
+    def plan(self, silos: Iterable[str]) -> Answer:
+        return self._parent.submit(pb.Ready(completed=self._completed, silos=sorted(silos)))
+
+    def conclude(self, round: int, collected: Collected) -> Answer:
+        answer = self._parent.submit(self._update(round, collected))
+        answer.add_done_callback(lambda done: self._note(round, collected, done))
+        return answer
+
+    def _update(self, round: int, collected: Collected) -> pb.Update:
+        update = pb.Update(round=round)
+        if not collected.contributions:
+            return update
+        if self._ring is None:
+            update.weight = sum(one.weight for one in collected.contributions)
+            mean_P = Mean().combine(*stacked(collected.contributions, self.layout))
+            update.tensors.extend(codec.encode_named(self.layout.tensors(mean_P)))
+        else:
+            assert collected.total_P is not None
+            update.weight = sum(collected.weights.values())  # silos in the sum
+            update.masked = self._ring.pack(collected.total_P.astype(np.uint32))
+        return update
+
+    def _note(self, round: int, collected: Collected, done: Answer) -> None:
+        if done.exception() is None:
+            self._completed = round
+            self._journal.append({"round": round, "weights": collected.weights})

@@ -1,0 +1,151 @@
+"""Collecting a round's updates under masks.
+
+Shapes: P parameters.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+
+from google.protobuf.message import Message
+
+from isthmus.errors import ProtocolError, RoundLostError
+from isthmus.federation.collection import Collected, Done, MakeBarrier, mean
+from isthmus.federation.masking import Advert, Terms
+from isthmus.federation.quantize import Ring
+from isthmus.federation.tally import Tally
+from isthmus.model.flat import Layout
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer
+
+
+class Masked:
+    """The sum of all updates and nothing else. Three times all silos that are left are waited for: to deal shares of
+    their secrets, to send their masked updates, and to give out the shares that take the masks off the sum.
+
+    Args:
+        adverts: the participants' keys.
+        ring: of the numbers, which are each silo's change times its weight, and at last the weight.
+        fewest: living silos of whom a sum may be known.
+    """
+
+    def __init__(
+        self,
+        adverts: Mapping[str, Advert],
+        layout: Layout,
+        ring: Ring,
+        barrier: MakeBarrier,
+        done: Done,
+        *,
+        fewest: int,
+    ) -> None:
+        self.terms = Terms(secrets.token_bytes(16), adverts)
+        self._layout, self._ring, self._new_barrier, self._done, self._fewest = layout, ring, barrier, done, fewest
+        self._size = layout.size + 1
+        self._sealed: dict[str, dict[str, bytes]] = {}
+        self._tally: Tally | None = None
+        self._weights: dict[str, float] = {}
+        self._waiting: dict[str, Answer] = {}
+        self._due: type[Message] = pb.Deal
+        self._awaited = set(adverts)
+        self._lost: set[str] = set()
+        self._barrier = barrier(lambda _: self._pass_on())
+        self._barrier.expect(self._awaited)
+
+    def handle(self, peer: str, request: Message) -> Answer:
+        if not isinstance(request, self._due):
+            if isinstance(request, (pb.Deal, pb.Update, pb.Reveal)):
+                raise RoundLostError(f"{type(request).__name__} is not due any more", remedy="ask for the next plan")
+            raise ProtocolError(f"{type(request).__name__} is not due", remedy="ask for a plan")
+        if peer not in self._awaited:
+            raise ProtocolError(f"{peer} has no more to send", remedy="ask for the next plan")
+        self._take(peer, request)
+        self._awaited.remove(peer)
+        answer: Answer = Answer()
+        self._waiting[peer] = answer
+        self._barrier.arrive(peer, None)
+        return answer
+
+    def awaits(self, peer: str) -> bool:
+        return peer in self._awaited or peer in self._waiting
+
+    def lose(self, peer: str) -> bool:
+        self._lost.add(peer)
+        self._awaited.discard(peer)
+        self._waiting.pop(peer, None)
+        self._barrier.dismiss(peer)
+        return not self._awaited and not self._waiting
+
+    def _take(self, peer: str, request: Message) -> None:
+        if isinstance(request, pb.Deal):
+            neighbours = set(self.terms.neighbours(peer))
+            if request.sealed.keys() != neighbours:
+                raise ProtocolError(f"{peer} dealt to others than its neighbours", remedy="ask for the next plan")
+            self._sealed[peer] = dict(request.sealed)
+        elif isinstance(request, pb.Update):
+            assert self._tally is not None
+            if request.tensors or not request.masked:
+                raise ProtocolError("this federation's updates are masked", remedy="give silo and root one recipe")
+            self._tally.add(peer, self._ring.unpack(request.masked, self._size))
+            self._weights[peer] = request.weight
+        elif isinstance(request, pb.Reveal):
+            assert self._tally is not None
+            self._tally.reveal(peer, dict(request.shares))
+
+    def _pass_on(self) -> None:
+        """All have dealt who will: each gets what was dealt to it."""
+        dealers = self._sealed.keys() - self._lost
+        if len(dealers) < max(self._fewest, self.terms.threshold):
+            self._fail(f"{len(dealers)} silos dealt their shares")
+            return
+        self._tally = Tally(self.terms, dealers, self._size)
+        waiting = self._next(pb.Update, dealers, self._name_living)
+        for peer, answer in waiting.items():
+            sealed = {dealer: self._sealed[dealer][peer] for dealer in dealers if peer in self._sealed[dealer]}
+            answer.set_result(pb.Dealt(sealed=sealed))
+
+    def _name_living(self) -> None:
+        """All masked updates are there that will be: the living are asked for their shares."""
+        assert self._tally is not None
+        alive = self._tally.alive
+        learned = {peer: weight for peer, weight in sorted(self._weights.items()) if weight}
+        if len(alive) < self._fewest:
+            self._fail(f"{len(alive)} silos sent their updates")
+            return
+        if len(learned) < self._fewest:  # of so few no sum may be known
+            self._end(Collected(learned or dict.fromkeys(sorted(alive), 0.0), ()))
+            return
+        living = pb.Living(alive=sorted(alive), dead=sorted(self._tally.dead))
+        for answer in self._next(pb.Reveal, alive - self._lost, self._finish).values():
+            answer.set_result(living)
+
+    def _finish(self) -> None:
+        assert self._tally is not None
+        try:
+            total_P = self._ring.whole(self._tally.total())
+        except ProtocolError as error:
+            self._fail(error.message)
+            return
+        learned = mean("all", total_P, self._ring, self._layout)
+        weights = dict(sorted(self._weights.items()))
+        self._end(Collected(weights, (learned,), total_P) if learned else Collected(weights, ()))
+
+    def _next(self, due: type[Message], peers: Iterable[str], fire: Callable[[], None]) -> dict[str, Answer]:
+        """Wait for this of these from now on; the answers that are due to whoever has come so far."""
+        waiting, self._waiting = self._waiting, {}
+        self._due, self._awaited = due, set(peers)
+        self._barrier = self._new_barrier(lambda _: fire())
+        self._barrier.expect(self._awaited)
+        return waiting
+
+    def _end(self, collected: Collected) -> None:
+        self._done(collected)
+        for answer in self._waiting.values():
+            answer.set_result(pb.Accepted())
+
+    def _fail(self, reason: str) -> None:
+        error = RoundLostError(f"the masked sum failed: {reason}", remedy="ask for the next plan")
+        self._done(error)
+        for answer in self._waiting.values():
+            answer.set_exception(error)
