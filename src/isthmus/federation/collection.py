@@ -83,7 +83,7 @@ class Open:
             raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="ask for a plan")
         change = codec.decode_named(request.tensors, self._layout.shapes) if request.weight else {}
         self._awaited.remove(peer)
-        self._contributions[peer] = Contribution(peer, request.weight, change)
+        self._contributions[peer] = Contribution(peer, request.weight, change, request.quality)
         self._barrier.arrive(peer, None)
         return _answered(pb.Accepted())
 

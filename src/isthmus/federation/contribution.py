@@ -16,3 +16,5 @@ class Contribution:
     weight: float
     """What it counts for beside others: supervised tokens, or under masks the silos' sum of shares. Above 0."""
     change: Mapping[str, torch.Tensor]
+    quality: float = 0.0
+    """How well what the silo trained does on its held-out rows, 0 to 1, where the recipe weighs by it."""

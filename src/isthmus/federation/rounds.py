@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ class Rounds:
         self._layout = Layout({name: tuple(tensor.shape) for name, tensor in initial.items()})
         self._store = store
         self._journal = store.journal("metrics")
-        self._strategy = Strategy()
+        self._strategy = Strategy(recipe.federation)
         self._lock = threading.RLock()
         self.completed = store.last_round()
         self._shared: dict[str, torch.Tensor] = dict(initial)
@@ -171,7 +172,10 @@ class Rounds:
         number = self.completed + 1
         shared = self._strategy.next(self._shared, collected.contributions)
         self._store.save_round(number, {"shared": shared, "strategy": self._strategy.state_dict()})
-        self._journal.append({"round": number, "weights": collected.weights})
+        line: dict[str, Any] = {"round": number, "weights": collected.weights}
+        if self._recipe.federation.weights.kind != "examples":
+            line["shares"] = self._strategy.shares
+        self._journal.append(line)
         self._shared, self.completed = shared, number
 
     def _answer(self, peers: list[str], plan: pb.Plan) -> None:
