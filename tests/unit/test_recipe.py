@@ -69,7 +69,7 @@ def test_the_shipped_recipe_names_every_key() -> None:
     assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == calibrated | {
         *("threads", "root.minimum", "trunk.average_every", "trunk.dtype"),
         *("boundary.tail", "boundary.width", "boundary.defence", "sensitivity", "edge"),
-        *("privacy.record_epsilon", "privacy.silo_epsilon"),
+        *("privacy.record_epsilon", "privacy.silo_epsilon", "federation.optimizer.learning_rate"),
     }
 
 

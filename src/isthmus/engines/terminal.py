@@ -15,6 +15,7 @@ from isthmus.engines.local import run_federation
 from isthmus.recipe import Recipe
 from isthmus.report.progress import SiloProgress, read_progress
 from isthmus.report.record import RunDirectory
+from isthmus.report.spread import Spread, spread_of
 
 REFRESH_SECONDS = 0.5
 
@@ -65,9 +66,29 @@ def _table(run: RunDirectory, recipe: Recipe) -> Table:
     for heading in ("step", "loss", "tokens/s", "up", "down", "epsilon"):
         table.add_column(heading, justify="right")
     table.add_column(f"held-out {'accuracy' if recipe.task.choices else 'loss'} after round 0, 1, …")
-    for silo in recipe.silo:
-        table.add_row(*_row(read_progress(run, silo.name, recipe.train.steps), recipe))
+    table.add_column("gain", justify="right")
+    silos = [read_progress(run, silo.name, recipe.train.steps) for silo in recipe.silo]
+    spread = spread_of(silos)
+    for progress in silos:
+        table.add_row(*_row(progress, recipe), "" if spread is None else _gain(spread, progress.name))
+    if spread is not None and len(silos) > 1:
+        table.caption = _spread_text(spread)
     return table
+
+
+def _gain(spread: Spread, name: str) -> str:
+    """What a silo has better than before the first round."""
+    gain = spread.gains.get(name)
+    if gain is None:
+        return ""
+    return f"{100 * gain:+.1f}" if spread.measure == "accuracy" else f"{gain:+.3f}"
+
+
+def _spread_text(spread: Spread) -> str:
+    worst, mean, deviation = (
+        score_text({spread.measure: value}) for value in (spread.worst, spread.mean, spread.deviation)
+    )
+    return f"after round {spread.round}: worst {spread.silo} with {worst}, mean {mean}, deviation {deviation}"
 
 
 def _row(progress: SiloProgress, recipe: Recipe) -> tuple[str, ...]:

@@ -99,7 +99,7 @@ class Open:
             raise ProtocolError("this federation's updates are open", remedy="give all parties one recipe")
         if request.weight:
             change = codec.decode_named(request.tensors, self._layout.shapes)
-            self._contributions[peer] = Contribution(peer, request.weight, change)
+            self._contributions[peer] = Contribution(peer, request.weight, change, request.quality)
 
     def _finish(self) -> None:
         self._done(self._collected(dict(sorted(self._weights.items()))))

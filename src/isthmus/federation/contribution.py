@@ -5,6 +5,7 @@ Shapes: N contributions, P parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,10 +22,16 @@ class Contribution:
     weight: float
     """What it counts for beside others: supervised tokens, or under masks the silos' sum of shares. Above 0."""
     change: Mapping[str, torch.Tensor]
+    quality: float = 0.0
+    """How well what the silo trained does on its held-out rows, 0 to 1, where the recipe weighs by it."""
 
 
-def stacked(contributions: Sequence[Contribution], layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Their changes_NP (fp32) and weights_N (fp64, with the sum 1)."""
-    changes_NP = torch.stack([layout.row(one.change) for one in contributions])
-    weights_N = torch.tensor([one.weight for one in contributions], dtype=torch.float64)
-    return changes_NP, weights_N / weights_N.sum()
+def changes(contributions: Sequence[Contribution], layout: Layout) -> torch.Tensor:
+    """Their changes, fp32, N × P."""
+    return torch.stack([layout.row(one.change) for one in contributions])
+
+
+def proportions(contributions: Sequence[Contribution], most: float = math.inf) -> torch.Tensor:
+    """Their weights, none above the most, in proportion: fp64, N, with the sum 1."""
+    weights_N = torch.tensor([min(one.weight, most) for one in contributions], dtype=torch.float64)
+    return weights_N / weights_N.sum()

@@ -4,13 +4,13 @@ parent."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from isthmus.federation.collection import Collected
-from isthmus.federation.contribution import stacked
+from isthmus.federation.contribution import changes, proportions
 from isthmus.federation.quantize import Ring
 from isthmus.federation.strategies.rules import Mean
 from isthmus.federation.strategies.strategy import Strategy
@@ -55,7 +55,8 @@ class Course:
         self._rounds = recipe.train.rounds
         self._store = store
         self._journal = store.journal("metrics")
-        self._strategy = Strategy()
+        self._strategy = Strategy(recipe.federation)
+        self._tells_shares = recipe.federation.weights.kind != "examples"
         self.completed = store.last_round()
         self.shared: dict[str, torch.Tensor] = dict(initial)
         if self.completed:
@@ -77,7 +78,8 @@ class Course:
     def conclude(self, round: int, collected: Collected) -> Answer:
         shared = self._strategy.next(self.shared, collected.contributions)
         self._store.save_round(round, {"shared": shared, "strategy": self._strategy.state_dict()})
-        self._journal.append({"round": round, "weights": collected.weights})
+        line: dict[str, Any] = {"round": round, "weights": collected.weights}
+        self._journal.append(line | ({"shares": self._strategy.shares} if self._tells_shares else {}))
         self.shared, self.completed = shared, round
         return answered(pb.Accepted())
 
@@ -111,7 +113,8 @@ class Relay:
             return update
         if self._ring is None:
             update.weight = sum(one.weight for one in collected.contributions)
-            mean_P = Mean().combine(*stacked(collected.contributions, self.layout))
+            learned = collected.contributions
+            mean_P = Mean().combine(changes(learned, self.layout), proportions(learned))
             update.tensors.extend(codec.encode_named(self.layout.tensors(mean_P)))
         else:
             assert collected.total_P is not None

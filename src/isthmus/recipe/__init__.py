@@ -22,15 +22,18 @@ from isthmus.recipe.sections import (
     WireSection,
 )
 from isthmus.recipe.sensitivity import SensitivityClass, SensitivitySection
+from isthmus.recipe.strategy import FairnessSection, OptimizerSection, WeightsSection
 
 __all__ = [
     "BoundarySection",
     "Codec",
     "CodecSection",
     "DefenceSection",
+    "FairnessSection",
     "FederationSection",
     "LoraSection",
     "ModelSection",
+    "OptimizerSection",
     "PrivacySection",
     "Recipe",
     "ReleaseSection",
@@ -41,5 +44,6 @@ __all__ = [
     "TaskSection",
     "TrainSection",
     "TrunkSection",
+    "WeightsSection",
     "WireSection",
 ]

@@ -27,6 +27,7 @@ from isthmus.recipe.sections import (
     WireSection,
 )
 from isthmus.recipe.sensitivity import SensitivitySection
+from isthmus.recipe.strategy import FROM_UPDATES
 from isthmus.recipe.tree import Tree
 
 
@@ -72,6 +73,7 @@ class Recipe(Section):
                 "boundary.denoise: noise that was drawn once is not kept; leave out denoise or boundary.release_once"
             )
         self._defensible()
+        self._weighable()
         for field in self.sensitivity.fields if self.sensitivity else ():
             if field not in self.task.fields:
                 used = ", ".join(sorted(self.task.fields)) or "none"
@@ -90,6 +92,38 @@ class Recipe(Section):
             raise ValueError("boundary.defence: no loss reaches bottom; set boundary.residual = true")
         if defence.capacity and not boundary.forward.bounded:
             raise ValueError("boundary.defence.capacity: without noise or clip a channel carries anything; add both")
+
+    def _weighable(self) -> None:
+        """Weights that ask for what the root does not see, or that break what clip and noise promise, are refused."""
+        weights, fairness, update = self.federation.weights.kind, self.federation.fairness.kind, self.boundary.update
+        computed = weights in FROM_UPDATES or weights == "quality"
+        if computed and self.federation.masks and (weights == "quality" or not self.edge):
+            raise ValueError(
+                f"federation.weights: {weights!r} weighs single updates, and under masks the root sees none; "
+                "weigh by 'examples' or 'equal', or set federation.masks = false"
+            )
+        if weights == "quality" and self.edge:
+            raise ValueError(
+                "federation.weights: by 'quality' the root weighs silos, and edges pass on cohorts; leave [[edge]] out"
+            )
+        if computed and fairness != "none":
+            raise ValueError(
+                f"federation.fairness: {weights!r} overlooks what a silo says it weighs; "
+                "set federation.weights = 'examples' or 'equal'"
+            )
+        if weights == "quality" and not all(silo.held_out for silo in self.silo):
+            raise ValueError("federation.weights: 'quality' is measured on held_out rows; give them to every silo")
+        if weights in FROM_UPDATES and update.bounded and update.mechanism != "gaussian":
+            raise ValueError(
+                f"federation.weights: by {weights!r} a silo's update moves the others' weights, too, so the clip of "
+                "boundary.update no longer bounds its influence; weigh by 'examples' or 'equal'"
+            )
+        for key, follows in (("weights", weights == "quality"), ("fairness", fairness != "none")):
+            if follows and update.bounded:
+                raise ValueError(
+                    f"federation.{key}: a weight that follows from rows leaves without noise, so the epsilon of "
+                    f"boundary.update would not cover it; leave federation.{key} out, or the clip"
+                )
 
     def _affordable(self) -> None:
         """A budget that no release could keep to is refused here rather than at the first frame."""

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from isthmus.recipe.privacy import ReleaseSection
 from isthmus.recipe.section import Amount, Count, Positive, Section
+from isthmus.recipe.strategy import FairnessSection, OptimizerSection, WeightsSection
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -195,6 +196,14 @@ class FederationSection(Section):
     weighs by the share of its rows that it trained on, not by its tokens."""
     range: Positive = 0.25
     """Under masks: the largest change of a parameter in a round; what is larger is clipped to it."""
+    weights: WeightsSection = WeightsSection()
+    fairness: FairnessSection = FairnessSection()
+    optimizer: OptimizerSection = OptimizerSection()
+
+    @field_validator("weights", "fairness", "optimizer", mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
 
 
 class TaskSection(Section):

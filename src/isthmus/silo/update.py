@@ -42,13 +42,14 @@ class Updates(Protocol):
         """
         ...
 
-    def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float) -> None:
+    def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> None:
         """What was learned, through the boundary.
 
         Args:
             change: new minus old, by uncut name.
-            weight: supervised tokens trained on. 0: nothing of the change leaves.
-            share: of the planned rows, that was trained on.
+            weight: what it counts for where updates are open. 0: nothing of the change leaves.
+            share: the same under masks, at most 1.
+            quality: what the root may be told of how well it does on held-out rows, 0 to 1; under masks it is not.
 
         Raises:
             RoundLostError: the round went on without this silo, or its sum failed.
@@ -57,7 +58,7 @@ class Updates(Protocol):
 
 
 class OpenUpdates:
-    """The root sees each update and weighs it by the tokens behind it."""
+    """The root sees each update and what it says it weighs."""
 
     def __init__(self, boundary: Boundary, root: Channel) -> None:
         self._boundary, self._root = boundary, root
@@ -67,10 +68,11 @@ class OpenUpdates:
 
     def begin(self, plan: pb.Plan) -> None: ...
 
-    def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float) -> None:
+    def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> None:
         update = pb.Update()
         if weight:
             update = self._boundary.release_update(change, plan.round, open_update)
+            update.quality = quality
         update.round, update.weight = plan.round, weight
         self._root.call(update)
 
@@ -99,7 +101,7 @@ class MaskedUpdates:
         sealed = self._member.deal(Terms(plan.sum, adverts))
         self._dealt = self._root.submit(pb.Deal(round=plan.round, sealed=sealed))
 
-    def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float) -> None:
+    def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> None:
         assert self._dealt is not None
         self._member.accept(dict(self._dealt.result().sealed))  # type: ignore[attr-defined]
         ring = Ring(len(plan.keys), self._range)

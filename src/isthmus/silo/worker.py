@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,6 +17,7 @@ from isthmus.model import adapters
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory, read_journal
+from isthmus.silo import fairness
 from isthmus.silo.data import Tokens, batches, collate
 from isthmus.silo.held import open_ledger
 from isthmus.silo.join import connect, join, known_data
@@ -71,6 +72,8 @@ class Worker:
         self._optimizer = build_optimizer(self._parameters.values(), recipe.train)
         self._state_of_round: int | None = 0
         """The round whose end the optimizer is at; None within a round."""
+        self._factor = 1.0
+        """What fairness multiplied this silo's weight by in its last round."""
         self._journal = directory.journal("metrics")
         self._measured = {
             line["round"] for line in read_journal(directory.path / "metrics.jsonl") if line["event"] == "evaluation"
@@ -152,21 +155,48 @@ class Worker:
             self._updates.begin(plan)
         self._silo.trunk.begin(plan.round, list(plan.participants))
         drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
-        weight, rows = 0, 0
+        steps: list[Step] = []
         for number in range(1, train.steps + 1):
-            step = self._step(batch := next(drawn))
-            rows += len(batch) - step.skipped
+            steps.append(step := self._step(next(drawn)))
             self._silo.trunk.commit(plan.round, number, step.weight)
-            weight += step.weight
             self._note_step(plan.round, number, step)
+        self._yield(plan.round, steps)
         self._directory.save_round(plan.round, self._state())
         self._state_of_round = plan.round
+        weight, share = self._weights(steps)
         if not self._silo.boundary.update_affordable():
             log.warning("round %d: the privacy budget does not bear an update", plan.round)
-            weight = 0
+            weight = 0.0
         change = {name: self._parameters[name].detach() - tensor for name, tensor in shared.items()}
         with self._aggregating():
-            self._updates.send(plan, change, weight, rows / (train.steps * train.batch))
+            self._updates.send(plan, change, weight, share, self._quality() if weight else 0.0)
+
+    def _yield(self, round: int, steps: Sequence[Step]) -> None:
+        """Give way to silos that do worse, as the recipe's fairness says."""
+        section = self._recipe.federation.fairness
+        if section.kind == "none":
+            return
+        loss = fairness.starting_loss([step.loss for step in steps])
+        self._factor = fairness.factor(section, loss, self._factor)
+        self._journal.append({"event": "fairness", "round": round, "loss": loss, "factor": self._factor})
+
+    def _weights(self, steps: Sequence[Step]) -> tuple[float, float]:
+        """What this silo weighs in an open round, and in a masked one, from its steps."""
+        train = self._recipe.train
+        tokens, planned = sum(step.weight for step in steps), train.steps * train.batch
+        if self._recipe.federation.weights.kind == "equal":
+            return self._factor * bool(tokens), self._factor
+        rows = planned - sum(step.skipped for step in steps)
+        return self._factor * tokens, self._factor * rows / planned
+
+    def _quality(self) -> float:
+        """How well what was trained does on held-out rows, if the root is to know: accuracy, or a token's likelihood.
+        0 if no row's budget bears measuring."""
+        rows = self._measurable() if self._recipe.federation.weights.kind == "quality" else []
+        if not rows:
+            return 0.0
+        scores = evaluate(self._silo.model, self._data, rows)
+        return scores["accuracy"] if "accuracy" in scores else 1 / scores["perplexity"]
 
     def _step(self, drawn: list[Tokens]) -> Step:
         """One step on those of the drawn rows whose privacy budgets bear it whole; on none of them, an empty one."""
@@ -197,12 +227,17 @@ class Worker:
             self._optimizer.load_state_dict(state["optimizer"])
         if self._silo.guard is not None:
             self._silo.guard.load_state_dict(state.get("guard", {}))
+        self._factor = state.get("factor", 1.0)
         self._state_of_round = completed
 
     def _state(self) -> dict[str, Any]:
         """What this silo alone keeps from round to round."""
         guard = self._silo.guard
-        return {"optimizer": self._optimizer.state_dict(), "guard": guard.state_dict() if guard is not None else {}}
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "guard": guard.state_dict() if guard is not None else {},
+            "factor": self._factor,
+        }
 
     @torch.no_grad()
     def _load(self, shared: Mapping[str, torch.Tensor]) -> None:

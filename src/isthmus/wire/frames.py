@@ -135,6 +135,8 @@ def _ready(message: pb.Ready) -> None:
 def _update(message: pb.Update) -> None:
     _weight(message)
     _require(not (message.masked and message.tensors), "an update both masked and open")
+    _require(0 <= message.quality <= 1, f"the quality {message.quality}")
+    _require(not (message.masked and message.quality), "a quality beside a masked update")
 
 
 def _secrets(message: Any) -> None:

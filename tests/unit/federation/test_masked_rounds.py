@@ -81,13 +81,16 @@ class Silo:
 class Federation:
     """Silos of one root; each round everyone learns what ``changes`` says."""
 
-    def __init__(self, store: RoleDirectory, *, patience: float = LONG, minimum: int = 3, rounds: int = 2) -> None:
+    def __init__(
+        self, store: RoleDirectory, *, patience: float = LONG, minimum: int = 3, rounds: int = 2, **sections: Any
+    ) -> None:
         self.recipe = make_recipe(
             Path("none"),
             silos=NAMES,
-            federation={"masks": True, "range": RANGE},
+            federation={"masks": True, "range": RANGE, **sections.pop("federation", {})},
             root={"patience": patience, "minimum": minimum},
             train={"rounds": rounds, "evaluate": False},
+            **sections,
         )
         self.root = Root(self.recipe, store)
         self.silos = {name: Silo(name, self.root, self.recipe) for name in NAMES}

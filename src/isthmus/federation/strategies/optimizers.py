@@ -9,6 +9,11 @@ from typing import Any, Protocol
 
 import torch
 
+from isthmus.recipe import OptimizerSection
+
+LEARNING_RATES = {"momentum": 1.0, "adagrad": 1e-3, "adam": 1e-3, "yogi": 1e-3}
+"""Where the recipe names none. Scaled steps are about as large as the rate, so it is one for adapters' weights."""
+
 
 class ServerOptimizer(Protocol):
     """Takes each round's change for a gradient, with the sign reversed."""
@@ -38,3 +43,69 @@ class Plain:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Momentum:
+    """Earlier rounds' changes go on in later steps (FedAvgM, Hsu et al. 2019)."""
+
+    def __init__(self, section: OptimizerSection) -> None:
+        self._rate, self._beta = _rate(section), section.momentum
+        self._velocity_P: torch.Tensor | None = None
+
+    def step(self, change_P: torch.Tensor) -> torch.Tensor:
+        earlier_P = torch.zeros_like(change_P) if self._velocity_P is None else self._velocity_P
+        self._velocity_P = self._beta * earlier_P + change_P
+        return self._rate * self._velocity_P
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"velocity": self._velocity_P}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._velocity_P = state.get("velocity")
+
+
+class Adaptive:
+    """Each parameter's step is scaled by the size of its earlier changes (Reddi et al. 2021, algorithm 2).
+
+    As in the paper no bias is corrected and v begins at τ². ``torch.optim.Adam`` does otherwise, and there is no Yogi.
+    """
+
+    def __init__(self, section: OptimizerSection) -> None:
+        self._kind, self._rate, self._tau = section.kind, _rate(section), section.adaptivity
+        self._beta1 = 0.0 if section.kind == "adagrad" else section.momentum
+        self._beta2 = section.second_momentum
+        self._first_P: torch.Tensor | None = None
+        """m: the mean of the changes so far."""
+        self._second_P: torch.Tensor | None = None
+        """v: of their squares."""
+
+    def step(self, change_P: torch.Tensor) -> torch.Tensor:
+        if self._first_P is None or self._second_P is None:
+            self._first_P, self._second_P = torch.zeros_like(change_P), torch.full_like(change_P, self._tau**2)
+        self._first_P = self._beta1 * self._first_P + (1 - self._beta1) * change_P
+        self._second_P = self._squares(self._second_P, change_P.square())
+        return self._rate * self._first_P / (self._second_P.sqrt() + self._tau)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self._first_P, "second": self._second_P}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._first_P, self._second_P = state.get("first"), state.get("second")
+
+    def _squares(self, before_P: torch.Tensor, square_P: torch.Tensor) -> torch.Tensor:
+        if self._kind == "adagrad":
+            return before_P + square_P
+        if self._kind == "adam":
+            return self._beta2 * before_P + (1 - self._beta2) * square_P
+        return before_P - (1 - self._beta2) * square_P * torch.sign(before_P - square_P)
+
+
+def optimizer_of(section: OptimizerSection) -> ServerOptimizer:
+    """The optimizer that a recipe's section asks for."""
+    if section.kind == "none":
+        return Plain()
+    return Momentum(section) if section.kind == "momentum" else Adaptive(section)
+
+
+def _rate(section: OptimizerSection) -> float:
+    return LEARNING_RATES[section.kind] if section.learning_rate is None else section.learning_rate
