@@ -157,6 +157,7 @@ def test_an_unknown_key_names_the_nearest_known(key: str, near: str) -> None:
         ("trunk.average_every", 0),
         ("root.minimum", 0),
         ("federation.lora", "average"),
+        ("federation.lora", "frozen-b"),
         ("silo", []),
         ("silo", {"name": "a"}),
         ("silo.0.name", ""),

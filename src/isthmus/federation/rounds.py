@@ -12,7 +12,7 @@ from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostEr
 from isthmus.federation.collection import Collected, Collection, Masked, Open
 from isthmus.federation.masking import Advert
 from isthmus.federation.quantize import Ring
-from isthmus.federation.strategies.strategy import Strategy
+from isthmus.federation.sharing import Sharing
 from isthmus.model.flat import Layout
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
@@ -42,17 +42,16 @@ class Rounds:
         self._error: IsthmusError | None = None
         """Why the phase is ``FAILED``; every silo that asks is told."""
         self._recipe = recipe
-        self._layout = Layout({name: tuple(tensor.shape) for name, tensor in initial.items()})
         self._store = store
         self._journal = store.journal("metrics")
-        self._strategy = Strategy()
+        self._sharing = Sharing(recipe.federation)
         self._lock = threading.RLock()
         self.completed = store.last_round()
         self._shared: dict[str, torch.Tensor] = dict(initial)
         if self.completed:
             state = store.load_round(self.completed)
             self._shared = state["shared"]
-            self._strategy.load_state_dict(state.get("strategy", {}))
+            self._sharing.load_state_dict(state.get("sharing", {}))
         self._waiting: dict[str, Answer] = {}
         self._keys: dict[str, pb.SumKeys] = {}
         """What the silos that wait offered for a masked sum."""
@@ -128,13 +127,17 @@ class Rounds:
             for peer, offered in keys.items():
                 plan.keys[peer].CopyFrom(offered)
         else:
-            self._collection = Open(participants, self._layout, self._barrier, self._end)
+            self._collection = Open(participants, self._layout(), self._barrier, self._end)
         self._answer(participants, plan)
 
     def _masked(self, keys: Mapping[str, pb.SumKeys]) -> Masked:
         adverts = {peer: Advert(one.sealing, one.masking, one.promise) for peer, one in keys.items()}
         ring = Ring(len(keys), self._recipe.federation.range)
-        return Masked(adverts, self._layout, ring, self._barrier, self._end, fewest=self._recipe.minimum)
+        return Masked(adverts, self._layout(), ring, self._barrier, self._end, fewest=self._recipe.minimum)
+
+    def _layout(self) -> Layout:
+        """Of an update in the next round."""
+        return self._sharing.layout(self._shared, self.completed + 1)
 
     def _lose(self, collection: Collection, peer: str) -> None:
         """A participant asks instead of contributing: its process is a new one, what it trained is gone."""
@@ -169,8 +172,8 @@ class Rounds:
 
     def _finish_round(self, collected: Collected) -> None:
         number = self.completed + 1
-        shared = self._strategy.next(self._shared, collected.contributions)
-        self._store.save_round(number, {"shared": shared, "strategy": self._strategy.state_dict()})
+        shared = self._sharing.next(self._shared, number, collected.contributions)
+        self._store.save_round(number, {"shared": shared, "sharing": self._sharing.state_dict()})
         self._journal.append({"round": number, "weights": collected.weights})
         self._shared, self.completed = shared, number
 

@@ -173,8 +173,10 @@ class WireSection(Section):
 
 
 class FederationSection(Section):
-    lora: Literal["frozen-a"] = "frozen-a"
-    """How bottom and top adapters are averaged: with A frozen, the mean of B·A is exactly mean(B)·A."""
+    lora: Literal["frozen-a", "alternating", "plain"] = "frozen-a"
+    """How bottom and top adapters are averaged. With A frozen, the mean of B·A is exactly mean(B)·A; ``alternating``
+    trains B in odd rounds and A in even ones, each exact likewise. ``plain`` trains both and averages them apart, which
+    is not the mean of B·A."""
     masks: bool = False
     """Updates are summed under masks: the root learns their sum and no single one. Takes three silos or more; a silo
     weighs by the share of its rows that it trained on, not by its tokens."""

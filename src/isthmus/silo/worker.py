@@ -66,6 +66,7 @@ class Worker:
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()
         }
+        """All that trains in some round."""
         self._shapes = adapters.shared_shapes(self._silo.parts)
         self._optimizer = build_optimizer(self._parameters.values(), recipe.train)
         self._state_of_round: int | None = 0
@@ -104,6 +105,7 @@ class Worker:
         train = self._recipe.train
         self._continue_from(plan.completed)
         self._state_of_round = None
+        self._rest(plan.round)
         self._updates.begin(plan)
         self._silo.trunk.begin(plan.round, list(plan.participants))
         drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
@@ -119,7 +121,7 @@ class Worker:
         if not self._silo.boundary.update_affordable():
             log.warning("round %d: the privacy budget does not bear an update", plan.round)
             weight = 0
-        change = {name: self._parameters[name].detach() - tensor for name, tensor in shared.items()}
+        change = {name: one.detach() - shared[name] for name, one in self._parameters.items() if one.requires_grad}
         self._updates.send(plan, change, weight, rows / (train.steps * train.batch))
 
     def _step(self, drawn: list[Tokens]) -> Step:
@@ -152,6 +154,12 @@ class Worker:
         if self._silo.guard is not None:
             self._silo.guard.load_state_dict(state.get("guard", {}))
         self._state_of_round = completed
+
+    def _rest(self, round: int) -> None:
+        """Let what does not train in this round stand still; the optimizer passes it by and keeps its state."""
+        trained = adapters.trained(self._parameters, adapters.factors(self._recipe.federation.lora, round))
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(name in trained)
 
     def _state(self) -> dict[str, Any]:
         """What this silo alone keeps from round to round."""
