@@ -158,9 +158,13 @@ def test_federation_is_training_on_all_rows(
         assert line["weights"] == weights
 
 
-def test_alternating_rounds_go_on_where_they_were_stopped(models: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", ["alternating", "svd"])
+def test_rounds_go_on_where_they_were_stopped(lora: str, models: Models, tmp_path: Path) -> None:
     """All roles start anew before each round, with several steps of Adam in it: the same adapters to the last bit."""
-    recipe = federation_of(models("llama"), tmp_path, lora="alternating")
+    recipe = federation_of(models("llama"), tmp_path, lora=lora)
+    if lora == "svd":
+        silos = [one.model_copy(update={"rank": rank}) for one, rank in zip(recipe.silo, (2, 4, 8, None), strict=True)]
+        recipe = recipe.model_copy(update={"silo": tuple(silos)})
     alone = recipe.trunk.model_copy(update={"together": 1})  # what shares a pass changes last bits
 
     def rounds(count: int) -> Recipe:
@@ -173,13 +177,9 @@ def test_alternating_rounds_go_on_where_they_were_stopped(models: Models, tmp_pa
     assert_same(trunk, undisturbed[0], 0.0)
     for own, expected in zip(ends, undisturbed[1], strict=True):
         assert_same(own, expected, 0.0)
-    sizes = [_update_size(run, round) for round in (1, 2, 3, 4)]
-    assert sizes == [sizes[0], sizes[1]] * 2
-    assert sum(sizes[:2]) == sum(tensor.numel() for tensor in ends[0].values())
-
-
-def _update_size(run: RunDirectory, round: int) -> int:
-    """Numbers in the one update of the silo ``north`` in this round."""
     releases = read_ledger(run.role("north").path / "ledger.jsonl").releases()
-    (update,) = [one for one in releases if one.path == "update" and one.step == round]
-    return update.width
+    sizes = [one.width for one in releases if one.path == "update"]
+    both = sum(tensor.numel() for tensor in ends[0].values())
+    assert sizes == [both] * 4 if lora == "svd" else (sizes[:2] == sizes[2:] and sum(sizes[:2]) == both)
+    _, whole = whole_adapter(run)
+    assert {tensor.shape[0] for name, tensor in whole.items() if "lora_A" in name} == {recipe.lora.rank}

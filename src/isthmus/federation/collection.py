@@ -67,11 +67,15 @@ class Collection(Protocol):
 
 
 class Open:
-    """Each silo's update by itself; the root sees them all."""
+    """Each silo's update by itself; the root sees them all.
 
-    def __init__(self, peers: Iterable[str], layout: Layout, barrier: MakeBarrier, done: Done) -> None:
-        self._layout, self._done = layout, done
-        self._awaited = set(peers)
+    Args:
+        layouts: of the participants' updates.
+    """
+
+    def __init__(self, layouts: Mapping[str, Layout], barrier: MakeBarrier, done: Done) -> None:
+        self._layouts, self._done = layouts, done
+        self._awaited = set(layouts)
         self._contributions: dict[str, Contribution] = {}
         self._barrier = barrier(lambda _: self._finish())
         self._barrier.expect(self._awaited)
@@ -81,7 +85,7 @@ class Open:
             raise ProtocolError("this federation's updates are open", remedy="give silo and root one recipe")
         if peer not in self._awaited:
             raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="ask for a plan")
-        change = codec.decode_named(request.tensors, self._layout.shapes) if request.weight else {}
+        change = codec.decode_named(request.tensors, self._layouts[peer].shapes) if request.weight else {}
         self._awaited.remove(peer)
         self._contributions[peer] = Contribution(peer, request.weight, change)
         self._barrier.arrive(peer, None)

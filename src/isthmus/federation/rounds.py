@@ -11,8 +11,8 @@ import torch
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.collection import Collected, Collection, Masked, Open
 from isthmus.federation.masking import Advert
+from isthmus.federation.products import sharing_of
 from isthmus.federation.quantize import Ring
-from isthmus.federation.sharing import Sharing
 from isthmus.model.flat import Layout
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
@@ -44,7 +44,7 @@ class Rounds:
         self._recipe = recipe
         self._store = store
         self._journal = store.journal("metrics")
-        self._sharing = Sharing(recipe.federation)
+        self._sharing = sharing_of(recipe)
         self._lock = threading.RLock()
         self.completed = store.last_round()
         self._shared: dict[str, torch.Tensor] = dict(initial)
@@ -127,17 +127,19 @@ class Rounds:
             for peer, offered in keys.items():
                 plan.keys[peer].CopyFrom(offered)
         else:
-            self._collection = Open(participants, self._layout(), self._barrier, self._end)
+            layouts = {peer: self._layout(peer) for peer in participants}
+            self._collection = Open(layouts, self._barrier, self._end)
         self._answer(participants, plan)
 
     def _masked(self, keys: Mapping[str, pb.SumKeys]) -> Masked:
         adverts = {peer: Advert(one.sealing, one.masking, one.promise) for peer, one in keys.items()}
         ring = Ring(len(keys), self._recipe.federation.range)
-        return Masked(adverts, self._layout(), ring, self._barrier, self._end, fewest=self._recipe.minimum)
+        layout = self._layout(next(iter(keys)))  # under masks all updates are alike
+        return Masked(adverts, layout, ring, self._barrier, self._end, fewest=self._recipe.minimum)
 
-    def _layout(self) -> Layout:
-        """Of an update in the next round."""
-        return self._sharing.layout(self._shared, self.completed + 1)
+    def _layout(self, peer: str) -> Layout:
+        """Of this silo's update in the next round."""
+        return self._sharing.layout(self._sharing.begun(self._shared, peer), self.completed + 1)
 
     def _lose(self, collection: Collection, peer: str) -> None:
         """A participant asks instead of contributing: its process is a new one, what it trained is gone."""
@@ -178,9 +180,13 @@ class Rounds:
         self._shared, self.completed = shared, number
 
     def _answer(self, peers: list[str], plan: pb.Plan) -> None:
-        plan.adapters.extend(codec.encode_named(self._shared))
+        plans: dict[int, pb.Plan] = {}
         for peer in peers:
-            self._waiting.pop(peer).set_result(plan)
+            begun = self._sharing.begun(self._shared, peer)
+            if id(begun) not in plans:  # most silos begin with the very same tensors
+                plans[id(begun)] = own = pb.Plan(adapters=codec.encode_named(begun))
+                own.MergeFrom(plan)
+            self._waiting.pop(peer).set_result(plans[id(begun)])
 
     def _fail(self, present: int) -> None:
         self._give_up(

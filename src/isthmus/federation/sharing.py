@@ -30,9 +30,13 @@ class Sharing:
         self._strategies: dict[str, Strategy] = defaultdict(Strategy)
         """By the factors that train: what one round learned of B is no momentum for A."""
 
-    def layout(self, shared: Tensors, round: int) -> Layout:
-        """Of an update in this round."""
-        trained = adapters.trained(shared, self._factors(round))
+    def begun(self, shared: Tensors, silo: str) -> Tensors:
+        """What this silo begins the next round with."""
+        return shared
+
+    def layout(self, begun: Tensors, round: int) -> Layout:
+        """Of an update in this round by a silo that began with these."""
+        trained = adapters.trained(begun, self._factors(round))
         return Layout({name: tuple(tensor.shape) for name, tensor in trained.items()})
 
     def next(self, shared: Tensors, round: int, contributions: Sequence[Contribution]) -> dict[str, torch.Tensor]:

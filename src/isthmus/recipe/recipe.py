@@ -74,6 +74,7 @@ class Recipe(Section):
                 "federation.masks: of a sum of two silos' updates each knows the other's; "
                 "have three silos, and root.minimum = 3 or more"
             )
+        self._aggregable()
         self._defensible()
         for field in self.sensitivity.fields if self.sensitivity else ():
             if field not in self.task.fields:
@@ -81,6 +82,21 @@ class Recipe(Section):
                 raise ValueError(f"sensitivity.fields: no template has {field!r}; use one of: {used}")
         self._affordable()
         return self
+
+    def _aggregable(self) -> None:
+        """Ranks that no root could bring together are refused."""
+        ranks = [silo.rank for silo in self.silo if silo.rank is not None]
+        if ranks and self.federation.lora != "svd":
+            raise ValueError("silo.rank: factors of different ranks have no mean; set federation.lora = 'svd'")
+        if max(ranks, default=0) > self.lora.rank:
+            raise ValueError(
+                f"silo.rank: the root keeps rank {self.lora.rank}, less than {max(ranks)}; raise lora.rank"
+            )
+        if self.federation.masks and self.federation.lora == "svd":
+            raise ValueError(
+                "federation.lora: the root multiplies each silo's factors, and of a masked sum it knows none; "
+                "set federation.lora = 'alternating', or masks = false"
+            )
 
     def _defensible(self) -> None:
         """A defence that could teach nobody anything, or measures what is not there, is refused."""
@@ -168,6 +184,14 @@ class Recipe(Section):
     def minimum(self) -> int:
         """Fewest silos that a round needs."""
         return self.root.minimum or len(self.silo)
+
+    def of_silo(self, name: str) -> Recipe:
+        """The same recipe with the rank that this silo's ends have; alpha / rank, the scale of what they do, stays."""
+        rank = self.party(name).rank
+        if rank is None:
+            return self
+        lora = self.lora.model_copy(update={"rank": rank, "alpha": self.lora.alpha * rank / self.lora.rank})
+        return self.model_copy(update={"lora": lora})
 
     def party(self, name: str) -> SiloSection:
         """The section of the silo with this name."""

@@ -49,7 +49,7 @@ class Worker:
         trunk: Channel | None = None,
         root: Channel | None = None,
     ) -> None:
-        self._recipe = recipe
+        self._recipe = recipe = recipe.of_silo(name)
         self._name = name
         self._directory = directory
         self._silo = join(
@@ -160,6 +160,8 @@ class Worker:
         trained = adapters.trained(self._parameters, adapters.factors(self._recipe.federation.lora, round))
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in trained)
+            if self._recipe.federation.lora == "svd" and "lora_" in name:
+                self._optimizer.state.pop(parameter, None)  # the root's factors are new ones: moments were of others
 
     def _state(self) -> dict[str, Any]:
         """What this silo alone keeps from round to round."""

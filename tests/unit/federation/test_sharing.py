@@ -13,7 +13,7 @@ from isthmus.errors import FrameError
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.rounds import Rounds
 from isthmus.federation.sharing import Sharing
-from isthmus.recipe import FederationSection
+from isthmus.recipe import FederationSection, Recipe
 from isthmus.report.record import RoleDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -85,3 +85,60 @@ def test_the_root_takes_the_factor_whose_round_it_is_and_plans_both(tmp_path: Pa
         rounds.contribute("a", pb.Update(round=round, weight=1.0, tensors=tensors))
         for name in (due, GATE):
             shared[name] = (shared[name].double() + change[name]).float()
+
+
+RANKS = {"small": 2, "middle": 3, "large": 5}
+"""Of silos; the root's is the largest."""
+
+
+def mixed() -> Recipe:
+    silos = [{"name": name, "train": "x.jsonl", "rank": rank} for name, rank in RANKS.items()]
+    return make_recipe(
+        Path("none"),
+        silo=silos,
+        lora={"rank": max(RANKS.values())},
+        federation={"lora": "svd"},
+        train={"rounds": 2, "evaluate": False},
+    )
+
+
+def product(tensors: Tensors) -> torch.Tensor:
+    return tensors[B].double() @ tensors[A].double()
+
+
+def nearest(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((actual - expected).norm() <= 1e-6 * expected.norm())
+
+
+def test_silos_of_different_ranks_get_what_fits_and_the_root_the_mean_of_their_products(tmp_path: Path) -> None:
+    """Width 5 and rank 5: the root's product is exact."""
+    start = tensors_of(99, 5)
+    rounds = Rounds(mixed(), start, RoleDirectory(tmp_path))
+    answers = {name: rounds.ready(name) for name in RANKS}
+    had = {}
+    for name, rank in RANKS.items():
+        shapes = {A: (rank, 7), B: (5, rank), GATE: (5,)}
+        had[name] = codec.decode_named(answers[name].result(10.0).adapters, shapes)
+        assert close(product(had[name]), nearest(product(start), rank))
+    weights = {"small": 1.0, "middle": 2.0, "large": 3.0}
+    changes = {name: tensors_of(number, RANKS[name]) for number, name in enumerate(RANKS)}
+    foreign = pb.Update(round=1, weight=1.0, tensors=codec.encode_named(changes["large"]))
+    with pytest.raises(FrameError, match=r"lora_A\.weight has shape"):
+        rounds.contribute("small", foreign)
+    for name, change in changes.items():
+        update = pb.Update(round=1, weight=weights[name], tensors=codec.encode_named(change))
+        rounds.contribute(name, update)
+    own = {name: {key: had[name][key].double() + change[key] for key in change} for name, change in changes.items()}
+    expected = sum((weights[name] / 6 * product(one) for name, one in own.items()), torch.zeros(1))
+    assert close(product(rounds._shared), expected)
+    gate = sum((weights[name] / 6 * one[GATE] for name, one in own.items()), torch.zeros(1))
+    assert close(rounds._shared[GATE], gate)
+    again = Rounds(mixed(), start, RoleDirectory(tmp_path))  # a new process
+    plans = [again.ready(name) for name in RANKS]
+    smallest = codec.decode_named(plans[0].result(10.0).adapters, {A: (2, 7), B: (5, 2), GATE: (5,)})
+    assert close(product(smallest), nearest(expected, 2))
