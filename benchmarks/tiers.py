@@ -27,7 +27,6 @@ from isthmus.federation.aggregator import Aggregator
 from isthmus.federation.collection import Collected
 from isthmus.federation.lead import Course, Relay
 from isthmus.federation.quantize import Integers, Ring, Whole
-from isthmus.model.flat import Layout
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
 from isthmus.silo.boundary import Boundary
@@ -39,7 +38,7 @@ from isthmus.wire.identity import Authority
 SIZES = (10, 100, 1000)
 COHORT = 25
 DROPPED = 0.05
-LAYOUT = Layout({"x": (PARAMETERS,)})
+ZEROS = {"x": torch.zeros(PARAMETERS)}
 
 
 def measure(results: Results) -> None:
@@ -86,13 +85,10 @@ class Tree:
         self._names = [silo.name for silo in self.recipe.silo]
         edges = [edge.name for edge in self.recipe.edge]
         identities = {name: authority.issue(name) for name in ("root", *edges, *self._names)}
-        self.course = Kept(self.recipe, {"x": torch.zeros(PARAMETERS)}, RoleDirectory(folder))
+        self.course = Kept(self.recipe, ZEROS, RoleDirectory(folder))
         root = Aggregator(self.recipe, "root", self.course, identities["root"])
         self.ways = {name: LoopbackChannel(root, name) for name in edges}
-        relays = {
-            name: Relay(way, LAYOUT, Ring(silos, RANGE), RoleDirectory(folder / name))
-            for name, way in self.ways.items()
-        }
+        relays = {name: Relay(self.recipe, ZEROS, RoleDirectory(folder / name), way) for name, way in self.ways.items()}
         nodes = {name: Aggregator(self.recipe, name, relay, identities[name]) for name, relay in relays.items()}
         self._channels = {name: LoopbackChannel(nodes[self.recipe.tree.parent(name)], name) for name in self._names}
         boundary = Boundary(self.recipe.boundary)

@@ -14,6 +14,8 @@ from peft import PeftModel
 from isthmus.engines.use import whole_adapter
 from isthmus.federation.root import RootService
 from isthmus.model import adapters
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 from isthmus.report.record import RunDirectory, read_journal
 from isthmus.silo.data import Batch, collate
@@ -24,7 +26,7 @@ from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
 from tests.conftest import make_recipe, targets_of, uncut, write_rows
 from tests.oracle.conftest import Models
-from tests.oracle.twins import Tensors, assert_same, freeze_a, load_lora, loopback, lora_of, with_lora
+from tests.oracle.twins import Tensors, assert_same, load_lora, loopback, lora_of, with_lora
 
 SILOS = {
     "north": ((7, 1), (3, 4), (12, 2)),
@@ -36,6 +38,8 @@ SILOS = {
 ROUNDS = 3
 RATE = 0.005
 WAIT = 120.0
+RESTING = {"frozen-a": ("lora_A",) * ROUNDS, "alternating": ("lora_A", "lora_B", "lora_A"), "plain": ("none",) * ROUNDS}
+"""By round, what stands still in bottom and top."""
 
 
 def write_silos(folder: Path) -> list[dict[str, str]]:
@@ -52,10 +56,13 @@ def write_silos(folder: Path) -> list[dict[str, str]]:
     return sections
 
 
-def federation_of(model: Path, folder: Path, family: str, adapter: str) -> Recipe:
+def federation_of(
+    model: Path, folder: Path, family: str = "llama", *, adapter: str = "shared", lora: str = "frozen-a"
+) -> Recipe:
     return make_recipe(
         model,
         trunk={"adapter": adapter},
+        federation={"lora": lora},
         silo=write_silos(folder),
         lora={"targets": targets_of(family)},
         model={"bottom": 1, "top": 2},
@@ -72,8 +79,9 @@ def federation_of(model: Path, folder: Path, family: str, adapter: str) -> Recip
 
 
 def federate(recipe: Recipe, run: RunDirectory) -> tuple[Tensors, list[Tensors]]:
-    """Train with a worker a thread; returns the trunk's adapter and each silo's."""
+    """Train, on from what the run has reached, with a worker a thread; returns the trunk's adapter and each silo's."""
     trunk = TrunkService(recipe, run.role("trunk"))
+    trunk.restore(run.completed())
     root = RootService(recipe, run.role("root"))
 
     def silo(name: str) -> Tensors:
@@ -95,42 +103,83 @@ def batch_of_all(recipe: Recipe) -> Batch:
     return collate([row for silo in silos for row in silo.train], silos[0].pad)
 
 
-def train_uncut(recipe: Recipe, start: Tensors, frozen: Tensors) -> PeftModel:
-    """Plain SGD on the mean over all silos' supervised tokens."""
+def train_uncut(recipe: Recipe, start: Tensors, resting: list[set[str]]) -> PeftModel:
+    """Plain SGD on the mean over all silos' supervised tokens, but for what rests in a round."""
     whole = with_lora(uncut(Path(recipe.model.path)), recipe)
     load_lora(whole, start)
-    freeze_a(whole, frozen)
-    trained = [parameter for parameter in lora_of(whole).values() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=RATE)
+    optimizer = torch.optim.SGD(lora_of(whole).values(), lr=RATE)
     inputs: dict[str, Any] = batch_of_all(recipe).inputs()
-    for _ in range(ROUNDS):
+    for names in resting:
+        for name, parameter in lora_of(whole).items():
+            parameter.requires_grad_(name not in names)
         optimizer.zero_grad()
         whole(**inputs).loss.backward()
         optimizer.step()
     return whole
 
 
-@pytest.mark.parametrize(("family", "adapter"), [("llama", "shared"), ("gemma2", "shared"), ("llama", "replica")])
-def test_federation_is_training_on_all_rows(family: str, adapter: str, models: Models, tmp_path: Path) -> None:
+CASES = [
+    ("llama", "shared", "frozen-a"),
+    ("gemma2", "shared", "frozen-a"),
+    ("llama", "replica", "frozen-a"),
+    ("llama", "shared", "alternating"),
+    ("llama", "replica", "alternating"),
+    ("llama", "shared", "plain"),
+]
+
+
+@pytest.mark.parametrize(("family", "adapter", "lora"), CASES)
+def test_federation_is_training_on_all_rows(
+    family: str, adapter: str, lora: str, models: Models, tmp_path: Path
+) -> None:
     """With a replica a silo, too: the mean of their single steps of SGD is a step by the mean gradient."""
-    recipe = federation_of(models(family), tmp_path, family, adapter)
+    recipe = federation_of(models(family), tmp_path, family, adapter=adapter, lora=lora)
     run = RunDirectory.create(tmp_path / "run", recipe)
     trunk, ends = federate(recipe, run)
     first, *others = ends
     assert all(torch.equal(other[name], tensor) for other in others for name, tensor in first.items())
 
     start = run.role("trunk").load_round(0)["adapter"]
-    start |= {name: torch.zeros_like(value) if "lora_B" in name else value for name, value in first.items()}
-    frozen = first if adapter == "shared" else first | trunk
-    whole = {name: value.detach() for name, value in lora_of(train_uncut(recipe, start, frozen)).items()}
+    start |= adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe)
+    replicated = {name for name in trunk if adapter == "replica" and "lora_A" in name}
+    resting = [replicated | {name for name in first if kind in name} for kind in RESTING[lora]]
+    whole = {name: value.detach() for name, value in lora_of(train_uncut(recipe, start, resting)).items()}
     assert_same(trunk | first, whole, 1e-5)
     moved = {name for name, value in whole.items() if not torch.equal(value, start[name])}
-    assert moved == {name for name in whole if "lora_B" in name or name not in frozen}
+    assert moved == whole.keys() - set.intersection(*resting)
     number, kept = whole_adapter(run)
     assert number == ROUNDS
     assert_same(kept, trunk | first, 0.0)
 
-    assert_same(run.role("root").load_round(ROUNDS)["shared"], {n: first[n] for n in first if "lora_B" in n}, 0.0)
+    shared = {name: tensor for name, tensor in first.items() if "lora_B" in name or lora != "frozen-a"}
+    assert_same(run.role("root").load_round(ROUNDS)["shared"], shared, 0.0)
     weights = {name: float(sum(answer + 1 for _, answer in rows)) for name, rows in SILOS.items()}
     for line in read_journal(run.role("root").path / "metrics.jsonl"):
         assert line["weights"] == weights
+
+
+@pytest.mark.parametrize("lora", ["alternating", "svd"])
+def test_rounds_go_on_where_they_were_stopped(lora: str, models: Models, tmp_path: Path) -> None:
+    """All roles start anew before each round, with several steps of Adam in it: the same adapters to the last bit."""
+    recipe = federation_of(models("llama"), tmp_path, lora=lora)
+    if lora == "svd":
+        silos = [one.model_copy(update={"rank": rank}) for one, rank in zip(recipe.silo, (2, 4, 8, None), strict=True)]
+        recipe = recipe.model_copy(update={"silo": tuple(silos)})
+    alone = recipe.trunk.model_copy(update={"together": 1})  # what shares a pass changes last bits
+
+    def rounds(count: int) -> Recipe:
+        train = recipe.train.model_copy(update={"rounds": count, "steps": 2, "optimizer": "adamw"})
+        return recipe.model_copy(update={"train": train, "trunk": alone})
+
+    undisturbed = federate(rounds(4), RunDirectory.create(tmp_path / "undisturbed", recipe))
+    run = RunDirectory.create(tmp_path / "stopped", recipe)
+    trunk, ends = [federate(rounds(count), run) for count in (1, 2, 3, 4)][-1]
+    assert_same(trunk, undisturbed[0], 0.0)
+    for own, expected in zip(ends, undisturbed[1], strict=True):
+        assert_same(own, expected, 0.0)
+    releases = read_ledger(run.role("north").path / "ledger.jsonl").releases()
+    sizes = [one.width for one in releases if one.path == "update"]
+    both = sum(tensor.numel() for tensor in ends[0].values())
+    assert sizes == [both] * 4 if lora == "svd" else (sizes[:2] == sizes[2:] and sum(sizes[:2]) == both)
+    _, whole = whole_adapter(run)
+    assert {tensor.shape[0] for name, tensor in whole.items() if "lora_A" in name} == {recipe.lora.rank}

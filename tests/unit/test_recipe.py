@@ -161,6 +161,7 @@ def test_an_unknown_key_names_the_nearest_known(key: str, near: str) -> None:
         ("trunk.average_every", 0),
         ("root.minimum", 0),
         ("federation.lora", "average"),
+        ("federation.lora", "frozen-b"),
         ("silo", []),
         ("silo", {"name": "a"}),
         ("silo.0.name", ""),
@@ -222,6 +223,17 @@ def test_a_frozen_bottom_cannot_learn_a_defence() -> None:
     assert error.remedy == "set lora.freeze_bottom = false"
 
 
+def test_a_rank_of_its_own_needs_a_root_that_multiplies() -> None:
+    values = values_with("silo.0.rank", 4) | {"federation": {"lora": "svd"}, "lora": {"rank": 8, "alpha": 12.0}}
+    recipe = Recipe.of(values)
+    own, other = recipe.of_silo("a"), recipe.of_silo("b")
+    assert (own.lora.rank, own.lora.alpha, other) == (4, 6.0, recipe)
+    assert refused(values | {"lora": {"rank": 3}}).remedy == "raise lora.rank"
+    values["silo"] = [{"name": name, "train": "x.jsonl"} for name in "abc"]
+    error = refused(values | {"federation": {"lora": "svd", "masks": True}})
+    assert error.message.startswith("federation.lora: the root multiplies each silo's factors, and of a masked sum")
+
+
 def test_noise_that_is_not_kept_cannot_be_taken_out() -> None:
     values = values_with("boundary", {"release_once": True, "denoise": True})
     values["lora"] = {"freeze_bottom": True}
@@ -259,6 +271,7 @@ def test_budgets_where_everything_is_bounded() -> None:
         ("boundary.release_once", True, "boundary.release_once: a bottom that trains", "lora.freeze_bottom = true"),
         ("boundary.defence", {"answer": 1.0, "capacity": 0.1}, "boundary.defence.capacity: without noise", "add both"),
         ("boundary", {"release_once": True, "denoise": True}, "boundary.release_once: a bottom", "freeze_bottom"),
+        ("silo.0.rank", 4, "silo.rank: factors of different ranks have no mean", "set federation.lora = 'svd'"),
         ("boundary", {"gradients": False, "defence": {}}, "boundary.defence: no loss", "boundary.residual = true"),
         ("boundary.forward", DP | {"clip": 0.0}, "clip: the mechanism 'dp_gaussian' needs it", "add clip"),
         ("boundary.forward", DP | {"noise": 0.1}, "noise: the mechanism 'dp_gaussian' does not", "leave noise out"),

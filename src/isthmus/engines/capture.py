@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from isthmus.attacks.frames import contributions_of, crossings_of
 from isthmus.attacks.tap import Tap
 from isthmus.attacks.view import Contribution, Crossing, Pair
-from isthmus.errors import ProtocolError
+from isthmus.errors import AttackError, ProtocolError
 from isthmus.federation.root import RootService
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
@@ -145,8 +145,14 @@ def capture_pairs(
 
 
 def capture_round(source: Source, name: str) -> tuple[Contribution, ...]:
-    """What the root sees of one round in which this silo trains alone, after those that the run has finished."""
+    """What the root sees of one round in which this silo trains alone, after those that the run has finished.
+
+    Raises:
+        AttackError: the silo's adapters are of another rank than the attacks' own.
+    """
     recipe = _alone(source, name)
+    if recipe.of_silo(name).lora.rank != recipe.lora.rank:
+        raise AttackError(f"{name} has adapters of a rank of its own", remedy="attack a silo that has lora.rank")
     with tempfile.TemporaryDirectory() as temporary, opened_trunk(source, recipe) as service:
         root = RoleDirectory(Path(temporary) / "root")
         if source.completed:

@@ -8,7 +8,7 @@ Shapes: P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -65,11 +65,15 @@ class Collection(Protocol):
 
 
 class Open:
-    """Each silo's update by itself; the root sees them all."""
+    """Each silo's update by itself; the root sees them all.
 
-    def __init__(self, peers: Iterable[str], layout: Layout, barrier: MakeBarrier, done: Done) -> None:
-        self._layout, self._done = layout, done
-        self._awaited = set(peers)
+    Args:
+        layouts: of the participants' updates.
+    """
+
+    def __init__(self, layouts: Mapping[str, Layout], barrier: MakeBarrier, done: Done) -> None:
+        self._layouts, self._done = layouts, done
+        self._awaited = set(layouts)
         self._weights: dict[str, float] = {}
         self._contributions: dict[str, Contribution] = {}
         self._barrier = barrier(lambda _: self._finish())
@@ -98,7 +102,7 @@ class Open:
         if request.masked:
             raise ProtocolError("this federation's updates are open", remedy="give all parties one recipe")
         if request.weight:
-            change = codec.decode_named(request.tensors, self._layout.shapes)
+            change = codec.decode_named(request.tensors, self._layouts[peer].shapes)
             self._contributions[peer] = Contribution(peer, request.weight, change, request.quality)
 
     def _finish(self) -> None:
@@ -116,8 +120,8 @@ class Sums(Open):
     """
 
     def __init__(self, peers: Iterable[str], layout: Layout, ring: Ring, barrier: MakeBarrier, done: Done) -> None:
-        super().__init__(peers, layout, barrier, done)
-        self._ring = ring
+        super().__init__(dict.fromkeys(peers, layout), barrier, done)
+        self._layout, self._ring = layout, ring
         self._total_P: Integers | None = None
 
     def _take(self, peer: str, request: pb.Update) -> None:

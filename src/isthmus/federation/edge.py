@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from isthmus.federation.aggregator import Aggregator
 from isthmus.federation.lead import Relay
-from isthmus.federation.quantize import Ring
 from isthmus.federation.root import shared_tensors
-from isthmus.model.flat import Layout
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
 from isthmus.wire.channel import Channel
@@ -30,7 +28,4 @@ class EdgeService(Aggregator):
         parent: Channel,
         identity: Identity | None = None,
     ) -> None:
-        layout = Layout({name: tuple(tensor.shape) for name, tensor in shared_tensors(recipe).items()})
-        federation = recipe.federation
-        ring = Ring(len(recipe.silo), federation.range) if federation.masks else None
-        super().__init__(recipe, name, Relay(parent, layout, ring, directory), identity)
+        super().__init__(recipe, name, Relay(recipe, shared_tensors(recipe), directory, parent), identity)

@@ -11,9 +11,10 @@ import torch
 
 from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import changes, proportions
+from isthmus.federation.products import sharing_of
 from isthmus.federation.quantize import Ring
+from isthmus.federation.sharing import Sharing
 from isthmus.federation.strategies.rules import Mean
-from isthmus.federation.strategies.strategy import Strategy
 from isthmus.model.flat import Layout
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
@@ -25,8 +26,6 @@ from isthmus.wire.channel import Answer, Channel, answered
 class Lead(Protocol):
     """What the state machine of the rounds asks for."""
 
-    layout: Layout
-
     @property
     def over(self) -> bool:
         """Whether it is known that no round is left."""
@@ -34,6 +33,14 @@ class Lead(Protocol):
 
     def plan(self, silos: Iterable[str]) -> Answer:
         """A ``pb.Plan`` for these silos: the next round, or round 0 where none is left."""
+        ...
+
+    def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
+        """The plan as this child gets it."""
+        ...
+
+    def layout(self, peer: str, round: int) -> Layout:
+        """Of this child's update in this round; under masks all children's are alike."""
         ...
 
     def conclude(self, round: int, collected: Collected) -> Answer:
@@ -51,35 +58,47 @@ class Course:
     """
 
     def __init__(self, recipe: Recipe, initial: Mapping[str, torch.Tensor], store: RoleDirectory) -> None:
-        self.layout = Layout({name: tuple(tensor.shape) for name, tensor in initial.items()})
         self._rounds = recipe.train.rounds
         self._store = store
         self._journal = store.journal("metrics")
-        self._strategy = Strategy(recipe.federation)
+        self._sharing = sharing_of(recipe)
         self._tells_shares = recipe.federation.weights.kind != "examples"
+        self._plans: dict[int, pb.Plan] = {}
         self.completed = store.last_round()
         self.shared: dict[str, torch.Tensor] = dict(initial)
         if self.completed:
             state = store.load_round(self.completed)
             self.shared = state["shared"]
-            self._strategy.load_state_dict(state.get("strategy", {}))
+            self._sharing.load_state_dict(state.get("sharing", {}))
 
     @property
     def over(self) -> bool:
         return self.completed >= self._rounds
 
     def plan(self, silos: Iterable[str]) -> Answer:
-        plan = pb.Plan(completed=self.completed, adapters=codec.encode_named(self.shared))
+        plan = pb.Plan(completed=self.completed)
         if not self.over:
             plan.round = self.completed + 1
             plan.participants.extend(sorted(silos))
+        self._plans = {}
         return answered(plan)
 
+    def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
+        """With the adapters that this child begins with."""
+        begun = self._sharing.begun(self.shared, peer)
+        if id(begun) not in self._plans:  # most children begin with the very same tensors
+            self._plans[id(begun)] = own = pb.Plan(adapters=codec.encode_named(begun))
+            own.MergeFrom(plan)
+        return self._plans[id(begun)]
+
+    def layout(self, peer: str, round: int) -> Layout:
+        return self._sharing.layout(self._sharing.begun(self.shared, peer), round)
+
     def conclude(self, round: int, collected: Collected) -> Answer:
-        shared = self._strategy.next(self.shared, collected.contributions)
-        self._store.save_round(round, {"shared": shared, "strategy": self._strategy.state_dict()})
+        shared = self._sharing.next(self.shared, round, collected.contributions)
+        self._store.save_round(round, {"shared": shared, "sharing": self._sharing.state_dict()})
         line: dict[str, Any] = {"round": round, "weights": collected.weights}
-        self._journal.append(line | ({"shares": self._strategy.shares} if self._tells_shares else {}))
+        self._journal.append(line | ({"shares": self._sharing.shares} if self._tells_shares else {}))
         self.shared, self.completed = shared, round
         return answered(pb.Accepted())
 
@@ -88,19 +107,29 @@ class Relay:
     """An edge's: plans come from its parent, and one sum goes there.
 
     Args:
+        initial: as of ``Course``; their shapes count.
         parent: the way to the parent.
-        ring: of the sums that go there; None where updates are open.
     """
 
     over = False
 
-    def __init__(self, parent: Channel, layout: Layout, ring: Ring | None, store: RoleDirectory) -> None:
-        self.layout, self._parent, self._ring = layout, parent, ring
+    def __init__(
+        self, recipe: Recipe, initial: Mapping[str, torch.Tensor], store: RoleDirectory, parent: Channel
+    ) -> None:
+        self._initial, self._parent = initial, parent
+        self._sharing = Sharing(recipe.federation)
+        self._ring = Ring(len(recipe.silo), recipe.federation.range) if recipe.federation.masks else None
         self._journal = store.journal("metrics")
         self._completed = 0
 
     def plan(self, silos: Iterable[str]) -> Answer:
         return self._parent.submit(pb.Ready(completed=self._completed, silos=sorted(silos)))
+
+    def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
+        return plan
+
+    def layout(self, peer: str, round: int) -> Layout:
+        return self._sharing.layout(self._initial, round)
 
     def conclude(self, round: int, collected: Collected) -> Answer:
         answer = self._parent.submit(self._update(round, collected))
@@ -108,14 +137,14 @@ class Relay:
         return answer
 
     def _update(self, round: int, collected: Collected) -> pb.Update:
-        update = pb.Update(round=round)
-        if not collected.contributions:
+        update, learned = pb.Update(round=round), collected.contributions
+        if not learned:
             return update
         if self._ring is None:
-            update.weight = sum(one.weight for one in collected.contributions)
-            learned = collected.contributions
-            mean_P = Mean().combine(changes(learned, self.layout), proportions(learned))
-            update.tensors.extend(codec.encode_named(self.layout.tensors(mean_P)))
+            layout = self.layout("", round)
+            mean_P = Mean().combine(changes(learned, layout), proportions(learned))
+            update.weight = sum(one.weight for one in learned)
+            update.tensors.extend(codec.encode_named(layout.tensors(mean_P)))
         else:
             assert collected.total_P is not None
             update.weight = sum(collected.weights.values())  # silos in the sum

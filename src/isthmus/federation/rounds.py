@@ -135,20 +135,21 @@ class Rounds:
             for peer, offered in keys.items():
                 plan.keys[peer].CopyFrom(offered)
         elif self._masks:
-            ring = Ring(self._all, self._range)
-            self._collection = Sums(participants, self._lead.layout, ring, self._barrier, self._end)
+            ring, layout = Ring(self._all, self._range), self._lead.layout(participants[0], plan.round)
+            self._collection = Sums(participants, layout, ring, self._barrier, self._end)
         else:
-            self._collection = Open(participants, self._lead.layout, self._barrier, self._end)
+            layouts = {peer: self._lead.layout(peer, plan.round) for peer in participants}
+            self._collection = Open(layouts, self._barrier, self._end)
         self._answer(participants, plan)
 
     def _answer(self, peers: Iterable[str], plan: pb.Plan) -> None:
         for peer in peers:
-            self._waiting.pop(peer).set_result(plan)
+            self._waiting.pop(peer).set_result(self._lead.own(plan, peer))
 
     def _masked(self, keys: Mapping[str, pb.SumKeys]) -> Masked:
         adverts = {peer: Advert(one.sealing, one.masking, one.promise) for peer, one in keys.items()}
-        ring = Ring(len(keys), self._range)
-        return Masked(adverts, self._lead.layout, ring, self._barrier, self._end, fewest=self._node.minimum)
+        ring, layout = Ring(len(keys), self._range), self._lead.layout(next(iter(keys)), self._round)
+        return Masked(adverts, layout, ring, self._barrier, self._end, fewest=self._node.minimum)
 
     def _lose(self, collection: Collection, peer: str) -> None:
         """A participant asks instead of contributing: its process is a new one, what it trained is gone."""

@@ -86,8 +86,24 @@ def load_adapter(part: Part, tensors: Mapping[str, torch.Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
+def factors(lora: str, round: int) -> str:
+    """Which factors of LoRA train in this round of a recipe's ``federation.lora``: A, B or both.
+
+    Where they alternate, B is first: it starts at zero, and until it moves A has no gradient.
+    """
+    if lora == "alternating":
+        return "B" if round % 2 else "A"
+    return "B" if lora == "frozen-a" else "AB"
+
+
+def trained(tensors: Mapping[str, torch.Tensor], factors: str) -> Tensors:
+    """Those of the tensors that train when these factors do; what is no factor trains in every round."""
+    resting = [f"lora_{factor}" for factor in "AB" if factor not in factors]
+    return {name: one for name, one in tensors.items() if not any(factor in name for factor in resting)}
+
+
 def shared_shapes(parts: Iterable[Part]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what silos and root exchange each round: the trainable tensors of the ends."""
+    """Names and shapes of what silos and root share: the ends' tensors that train in some round."""
     return {name: tuple(parameter.shape) for part in parts for name, parameter in trainable(part).items()}
 
 

@@ -30,6 +30,8 @@ from isthmus.recipe.sensitivity import SensitivitySection
 from isthmus.recipe.strategy import FROM_UPDATES
 from isthmus.recipe.tree import Tree
 
+PLAIN = ("examples", "none")
+
 
 class Recipe(Section):
     """A whole federation. Paths are relative to the folder of the recipe's file."""
@@ -72,6 +74,7 @@ class Recipe(Section):
             raise ValueError(
                 "boundary.denoise: noise that was drawn once is not kept; leave out denoise or boundary.release_once"
             )
+        self._aggregable()
         self._defensible()
         self._weighable()
         for field in self.sensitivity.fields if self.sensitivity else ():
@@ -80,6 +83,31 @@ class Recipe(Section):
                 raise ValueError(f"sensitivity.fields: no template has {field!r}; use one of: {used}")
         self._affordable()
         return self
+
+    def _aggregable(self) -> None:
+        """Ranks that no root could bring together are refused."""
+        ranks = [silo.rank for silo in self.silo if silo.rank is not None]
+        if ranks and self.federation.lora != "svd":
+            raise ValueError("silo.rank: factors of different ranks have no mean; set federation.lora = 'svd'")
+        if max(ranks, default=0) > self.lora.rank:
+            raise ValueError(
+                f"silo.rank: the root keeps rank {self.lora.rank}, less than {max(ranks)}; raise lora.rank"
+            )
+        if self.federation.masks and self.federation.lora == "svd":
+            raise ValueError(
+                "federation.lora: the root multiplies each silo's factors, and of a masked sum it knows none; "
+                "set federation.lora = 'alternating', or masks = false"
+            )
+        if self.federation.lora == "svd" and self.edge:
+            raise ValueError(
+                "federation.lora: the root multiplies each silo's factors, and edges pass on cohorts' means; "
+                "set federation.lora = 'alternating', or leave [[edge]] out"
+            )
+        if self.federation.lora == "svd" and (self.federation.weights.kind, self.federation.optimizer.kind) != PLAIN:
+            raise ValueError(
+                "federation.lora: products of factors are averaged by tokens and taken as they are; "
+                "with 'svd' leave federation.weights and federation.optimizer out"
+            )
 
     def _defensible(self) -> None:
         """A defence that could teach nobody anything, or measures what is not there, is refused."""
@@ -199,6 +227,14 @@ class Recipe(Section):
     def tree(self) -> Tree:
         """Who sends whom what it learned."""
         return Tree(self)
+
+    def of_silo(self, name: str) -> Recipe:
+        """The same recipe with the rank that this silo's ends have; alpha / rank, the scale of what they do, stays."""
+        rank = self.party(name).rank
+        if rank is None:
+            return self
+        lora = self.lora.model_copy(update={"rank": rank, "alpha": self.lora.alpha * rank / self.lora.rank})
+        return self.model_copy(update={"lora": lora})
 
     def party(self, name: str) -> SiloSection:
         """The section of the silo with this name."""

@@ -189,8 +189,10 @@ class WireSection(Section):
 
 
 class FederationSection(Section):
-    lora: Literal["frozen-a"] = "frozen-a"
-    """How bottom and top adapters are averaged: with A frozen, the mean of B·A is exactly mean(B)·A."""
+    lora: Literal["frozen-a", "alternating", "svd", "plain"] = "frozen-a"
+    """How bottom and top adapters are averaged. With A frozen, the mean of B·A is exactly mean(B)·A; ``alternating``
+    trains B in odd rounds and A in even ones, each exact likewise. ``svd`` trains both, of ranks that may differ, and
+    keeps what of the mean of B·A fits ``lora.rank``. ``plain`` averages both apart, which is not the mean of B·A."""
     masks: bool = False
     """Updates are summed under masks: the root learns their sum and no single one. Takes three silos or more; a silo
     weighs by the share of its rows that it trained on, not by its tokens."""
@@ -230,3 +232,5 @@ class SiloSection(Section):
     """JSONL file of this silo's own rows."""
     held_out: str | None = None
     """JSONL file of rows to measure on."""
+    rank: Count | None = None
+    """Of the adapters of this silo's bottom and top, at most ``lora.rank``; left out: that."""

@@ -50,7 +50,7 @@ class Worker:
         trunk: Channel | None = None,
         root: Channel | None = None,
     ) -> None:
-        self._recipe = recipe
+        self._recipe = recipe = recipe.of_silo(name)
         self._name = name
         self._directory = directory
         self._silo = join(
@@ -68,6 +68,7 @@ class Worker:
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()
         }
+        """All that trains in some round."""
         self._shapes = adapters.shared_shapes(self._silo.parts)
         self._optimizer = build_optimizer(self._parameters.values(), recipe.train)
         self._state_of_round: int | None = 0
@@ -151,6 +152,7 @@ class Worker:
         train = self._recipe.train
         self._continue_from(plan.completed)
         self._state_of_round = None
+        self._rest(plan.round)
         with self._aggregating():
             self._updates.begin(plan)
         self._silo.trunk.begin(plan.round, list(plan.participants))
@@ -167,7 +169,7 @@ class Worker:
         if not self._silo.boundary.update_affordable():
             log.warning("round %d: the privacy budget does not bear an update", plan.round)
             weight = 0.0
-        change = {name: self._parameters[name].detach() - tensor for name, tensor in shared.items()}
+        change = {name: one.detach() - shared[name] for name, one in self._parameters.items() if one.requires_grad}
         with self._aggregating():
             self._updates.send(plan, change, weight, share, self._quality() if weight else 0.0)
 
@@ -229,6 +231,14 @@ class Worker:
             self._silo.guard.load_state_dict(state.get("guard", {}))
         self._factor = state.get("factor", 1.0)
         self._state_of_round = completed
+
+    def _rest(self, round: int) -> None:
+        """Let what does not train in this round stand still; the optimizer passes it by and keeps its state."""
+        trained = adapters.trained(self._parameters, adapters.factors(self._recipe.federation.lora, round))
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(name in trained)
+            if self._recipe.federation.lora == "svd" and "lora_" in name:
+                self._optimizer.state.pop(parameter, None)  # the root's factors are new ones: moments were of others
 
     def _state(self) -> dict[str, Any]:
         """What this silo alone keeps from round to round."""

@@ -30,6 +30,7 @@ from tests.conftest import make_recipe
 
 SHAPES = {"x": (20, 30), "y": (4,)}
 LAYOUT = Layout(SHAPES)
+ZEROS = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
 RANGE, LONG, SOON, WAIT = 0.5, 600.0, 2.0, 60.0
 NAMES = tuple("abcdefgh")
 Edges = list[dict[str, Any]]
@@ -70,8 +71,7 @@ class Tree:
             train={"rounds": 2, "evaluate": False},
         )
         self.folder = folder
-        zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-        self.course = Course(self.recipe, zeros, RoleDirectory(folder / "root"))
+        self.course = Course(self.recipe, ZEROS, RoleDirectory(folder / "root"))
         self.nodes = {"root": Tapped(Aggregator(self.recipe, "root", self.course, IDENTITIES["root"]))}
         for edge in reversed(edges):
             self.start(edge["name"])
@@ -83,8 +83,7 @@ class Tree:
     def start(self, edge: str) -> None:
         """This edge's process, or a new one in its place."""
         parent = LoopbackChannel(self.nodes[self.recipe.tree.parent(edge)], edge)
-        ring = Ring(len(NAMES), RANGE) if self.recipe.federation.masks else None
-        relay = Relay(parent, LAYOUT, ring, RoleDirectory(self.folder / edge))
+        relay = Relay(self.recipe, ZEROS, RoleDirectory(self.folder / edge), parent)
         self.nodes[edge] = Tapped(Aggregator(self.recipe, edge, relay, IDENTITIES[edge]))
 
     def updates(self, name: str) -> tuple[Updates, LoopbackChannel]:

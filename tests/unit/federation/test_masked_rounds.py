@@ -33,6 +33,7 @@ STEP = RANGE / Ring(1, RANGE).levels
 SOON, LONG, WAIT = 0.3, 600.0, 60.0
 NAMES = ("a", "b", "c", "d")
 Tensors = dict[str, torch.Tensor]
+Shapes = dict[str, tuple[int, ...]]
 AUTHORITY = Authority()
 IDENTITIES = {name: AUTHORITY.issue(name) for name in (*NAMES, "root")}
 
@@ -40,8 +41,8 @@ IDENTITIES = {name: AUTHORITY.issue(name) for name in (*NAMES, "root")}
 class Root:
     """The root's rounds as a service that keeps what it gets, and can be made to lie."""
 
-    def __init__(self, recipe: Recipe, store: RoleDirectory) -> None:
-        self.course = Course(recipe, {name: torch.zeros(shape) for name, shape in SHAPES.items()}, store)
+    def __init__(self, recipe: Recipe, store: RoleDirectory, shapes: Shapes) -> None:
+        self.course = Course(recipe, {name: torch.zeros(shape) for name, shape in shapes.items()}, store)
         self.rounds = Rounds(recipe, self.course)
         self.seen: list[tuple[str, Message]] = []
         self.lie: Callable[[str, Message], None] = lambda peer, request: None
@@ -82,7 +83,14 @@ class Federation:
     """Silos of one root; each round everyone learns what ``changes`` says."""
 
     def __init__(
-        self, store: RoleDirectory, *, patience: float = LONG, minimum: int = 3, rounds: int = 2, **sections: Any
+        self,
+        store: RoleDirectory,
+        *,
+        patience: float = LONG,
+        minimum: int = 3,
+        rounds: int = 2,
+        shapes: Shapes = SHAPES,
+        **sections: Any,
     ) -> None:
         self.recipe = make_recipe(
             Path("none"),
@@ -92,11 +100,11 @@ class Federation:
             train={"rounds": rounds, "evaluate": False},
             **sections,
         )
-        self.root = Root(self.recipe, store)
+        self.root = Root(self.recipe, store, shapes)
         self.silos = {name: Silo(name, self.root, self.recipe) for name in NAMES}
         draw = torch.Generator().manual_seed(0)
         self.changes = {
-            name: {key: 0.1 * torch.randn(shape, generator=draw) for key, shape in SHAPES.items()} for name in NAMES
+            name: {key: 0.1 * torch.randn(shape, generator=draw) for key, shape in shapes.items()} for name in NAMES
         }
 
     def plans(self) -> dict[str, Any]:
@@ -159,6 +167,20 @@ def test_the_round_learns_the_mean_and_the_next_goes_on_from_it(federation: Fede
         assert torch.allclose(federation.root.course.shared[key], 2 * first[key], atol=3 * STEP)
     assert [line["weights"] for line in read_journal(store.path / "metrics.jsonl")] == [dict.fromkeys(NAMES, 1.0)] * 2
     assert federation.plans()["a"].round == 0
+
+
+def test_where_factors_alternate_a_sum_is_of_one(store: RoleDirectory) -> None:
+    a, b = "q.lora_A.weight", "q.lora_B.weight"
+    federation = Federation(store, federation={"lora": "alternating"}, shapes={a: (3, 8), b: (6, 3)})
+    all_changes = federation.changes
+    for moved, sent in ((b, 18), (a, 24)):
+        federation.changes = {name: {moved: change[moved]} for name, change in all_changes.items()}
+        assert federation.finish(federation.begin()) == dict.fromkeys(NAMES)
+        (*_, last) = federation.silos["a"].boundary.ledger.releases
+        assert last.width == sent
+    for key, actual in federation.root.course.shared.items():
+        expected = sum((change[key] / len(NAMES) for change in all_changes.values()), torch.zeros_like(actual))
+        assert (actual - expected).abs().max() <= 1.1 * STEP
 
 
 def test_silos_weigh_by_their_share_and_one_that_learned_nothing_by_none(federation: Federation) -> None:

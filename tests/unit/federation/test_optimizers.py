@@ -155,7 +155,7 @@ def test_a_root_that_starts_again_goes_on_as_if_it_had_not(tmp_path: Path, kind:
         line["shares"] for line in read_journal(cut.path / "metrics.jsonl")
     ]
     forgetful = Course(recipe, shared_of(whole, 3), RoleDirectory(tmp_path / "fresh"))
-    assert forgetful._strategy.state_dict() != whole.load_round(3)["strategy"]
+    assert forgetful._sharing.state_dict() != whole.load_round(3)["sharing"]
 
 
 def test_a_round_of_nobody_moves_nothing_however_much_momentum_there_is(tmp_path: Path) -> None:

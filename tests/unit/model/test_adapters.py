@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -204,6 +204,29 @@ def test_what_trains(folder: Path, freeze: bool) -> None:
     assert list(adapters.trainable(part)) == sorted(adapters.trainable(part))
     trains = [name for name, parameter in part.model.named_parameters() if parameter.requires_grad]
     assert len(trains) == len(adapters.trainable(part))
+
+
+@pytest.mark.parametrize(
+    ("lora", "shared", "by_round"),
+    [
+        ("frozen-a", {"lora_B"}, [{"lora_B"}] * 3),
+        ("alternating", {"lora_A", "lora_B"}, [{"lora_B"}, {"lora_A"}, {"lora_B"}]),
+        ("plain", {"lora_A", "lora_B"}, [{"lora_A", "lora_B"}] * 3),
+    ],
+)
+def test_what_is_shared_and_what_trains_in_which_round(
+    folder: Path, lora: str, shared: set[str], by_round: list[set[str]]
+) -> None:
+    """What is no factor of LoRA trains in all of them."""
+    recipe = make_recipe(folder, boundary={"residual": True}, federation={"lora": lora})
+    tensors = shared_tensors(recipe)
+
+    def kinds(names: Iterable[str]) -> set[str]:
+        return {name.split(".")[-2] for name in names}
+
+    assert kinds(tensors) == shared | {"boundary_gate"}
+    for round, expected in enumerate(by_round, start=1):
+        assert kinds(adapters.trained(tensors, adapters.factors(lora, round))) == expected | {"boundary_gate"}
 
 
 @pytest.mark.parametrize("targets", [("no_such",), ("c_attn", "c_proj"), ("q_proj", "no_such")])
