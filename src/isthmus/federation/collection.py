@@ -3,7 +3,7 @@
 Both kinds have the same life: silos contribute or are lost, and once nobody is waited for any more ``done`` gets what
 there is. All calls come under the rounds' lock.
 
-Shapes: P parameters.
+Shapes: P parameters, K numbers that cross.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import torch
 from google.protobuf.message import Message
 
 from isthmus.errors import IsthmusError, ProtocolError, RoundLostError
+from isthmus.federation.compression import Compressor
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.masking import Advert, Terms
-from isthmus.federation.quantize import Ring
+from isthmus.federation.projections import All, Projection
+from isthmus.federation.quantize import Ring, Whole
 from isthmus.federation.tally import Tally
 from isthmus.model.flat import Layout
 from isthmus.wire import codec
@@ -67,10 +69,22 @@ class Collection(Protocol):
 
 
 class Open:
-    """Each silo's update by itself; the root sees them all."""
+    """Each silo's update by itself; the root sees them all.
 
-    def __init__(self, peers: Iterable[str], layout: Layout, barrier: MakeBarrier, done: Done) -> None:
-        self._layout, self._done = layout, done
+    Args:
+        compressor: reads them; None: they come in full, by name.
+    """
+
+    def __init__(
+        self,
+        peers: Iterable[str],
+        layout: Layout,
+        barrier: MakeBarrier,
+        done: Done,
+        *,
+        compressor: Compressor | None = None,
+    ) -> None:
+        self._layout, self._done, self._compressor = layout, done, compressor
         self._awaited = set(peers)
         self._contributions: dict[str, Contribution] = {}
         self._barrier = barrier(lambda _: self._finish())
@@ -81,7 +95,7 @@ class Open:
             raise ProtocolError("this federation's updates are open", remedy="give silo and root one recipe")
         if peer not in self._awaited:
             raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="ask for a plan")
-        change = codec.decode_named(request.tensors, self._layout.shapes) if request.weight else {}
+        change = self._change(request) if request.weight else {}
         self._awaited.remove(peer)
         self._contributions[peer] = Contribution(peer, request.weight, change)
         self._barrier.arrive(peer, None)
@@ -94,6 +108,11 @@ class Open:
         self._awaited.discard(peer)
         self._barrier.dismiss(peer)
         return not self._awaited and not self._contributions
+
+    def _change(self, update: pb.Update) -> Mapping[str, torch.Tensor]:
+        if self._compressor is None:
+            return codec.decode_named(update.tensors, self._layout.shapes)
+        return self._layout.tensors(self._compressor.decode(update.compressed))
 
     def _finish(self) -> None:
         ordered = [self._contributions[peer] for peer in sorted(self._contributions)]
@@ -109,6 +128,7 @@ class Masked:
         adverts: the participants' keys.
         ring: of the numbers, which are each silo's change times its weight, and at last the weight.
         fewest: living silos of whom a sum may be known.
+        projection: which of the change's numbers are summed; None: all.
     """
 
     def __init__(
@@ -120,10 +140,12 @@ class Masked:
         done: Done,
         *,
         fewest: int,
+        projection: Projection | None = None,
     ) -> None:
         self.terms = Terms(secrets.token_bytes(16), adverts)
         self._layout, self._ring, self._new_barrier, self._done, self._fewest = layout, ring, barrier, done, fewest
-        self._size = layout.size + 1
+        self._projection = projection or All(layout.size)
+        self._size = self._projection.size + ring.digits
         self._sealed: dict[str, dict[str, bytes]] = {}
         self._tally: Tally | None = None
         self._weights: dict[str, float] = {}
@@ -166,7 +188,7 @@ class Masked:
             self._sealed[peer] = dict(request.sealed)
         elif isinstance(request, pb.Update):
             assert self._tally is not None
-            if request.tensors or not request.masked:
+            if not request.masked:
                 raise ProtocolError("this federation's updates are masked", remedy="give silo and root one recipe")
             self._tally.add(peer, self._ring.unpack(request.masked, self._size))
             self._weights[peer] = request.weight
@@ -204,17 +226,18 @@ class Masked:
     def _finish(self) -> None:
         assert self._tally is not None
         try:
-            total_P = self._ring.decode(self._tally.total())
+            total = self._tally.total()
         except ProtocolError as error:
             self._fail(error.message)
             return
-        self._end(Collected(dict(sorted(self._weights.items())), self._mean(total_P)))
+        self._end(Collected(dict(sorted(self._weights.items())), self._mean(total)))
 
-    def _mean(self, total_P: np.ndarray) -> tuple[Contribution, ...]:
-        weight = float(total_P[-1]) / self._ring.range
+    def _mean(self, total: Whole) -> tuple[Contribution, ...]:
+        total_K, total_S = np.split(total, [self._projection.size])
+        weight = self._ring.decode_share(total_S)
         if weight <= 0:
             return ()
-        change_P = torch.from_numpy(total_P[:-1] / weight)
+        change_P = self._projection.lift(torch.from_numpy(self._ring.decode(total_K) / weight))
         return (Contribution("all", weight, self._layout.tensors(change_P)),)
 
     def _next(self, due: type[Message], peers: Iterable[str], fire: Callable[[], None]) -> dict[str, Answer]:

@@ -4,11 +4,12 @@ A value in [-range, range] becomes one of 2·levels + 1 whole numbers, rounded a
 Whole numbers are added modulo 2^(8·width); as the sum of all silos' numbers lies between the ring's ends, it is the sum
 over the integers, whoever adds it in which order. Bonawitz et al. (2017) do likewise.
 
-Shapes: P parameters.
+Shapes: P parameters, S digits of a share.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
 
@@ -19,8 +20,10 @@ from isthmus.errors import FrameError, RecipeError
 
 Whole = npt.NDArray[np.uint32]
 """Ring elements in 32 bits, of which the low ones count: a sum modulo 2^32 is one modulo any smaller power of two."""
-WIDTHS = (2, 3, 4)
+WIDTHS = (1, 2, 3, 4)
 BITS = 16
+SHARE_BITS = 15
+"""What a silo weighs is at least so fine, however few bits its other numbers have."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,27 @@ class Ring:
 
     def decode(self, total_P: Whole) -> npt.NDArray[np.float64]:
         """The sum of the values whose elements add up to this."""
-        spare = np.uint32(32 - 8 * self.width)
-        centred_P = np.left_shift(total_P, spare).view(np.int32) >> np.int32(spare)
-        return centred_P.astype(np.float64) * (self.range / self.levels)
+        return self._centred(total_P).astype(np.float64) * (self.range / self.levels)
+
+    @property
+    def digits(self) -> int:
+        """Elements that a share takes, S."""
+        return math.ceil(SHARE_BITS / (self.bits - 1))
+
+    def encode_share(self, share: float) -> Whole:
+        """A number from 0 to 1, to the nearest of those that S digits to the base levels + 1 can say; S.
+
+        No digit is above ``levels``, so that the sums of digits overflow no more than those of other numbers.
+        """
+        base = self.levels + 1
+        left = round(share * (base**self.digits - 1))
+        return np.array([left // base**place % base for place in range(self.digits)], np.uint32)
+
+    def decode_share(self, total_S: Whole) -> float:
+        """The sum of the shares whose digits add up to these."""
+        base = self.levels + 1
+        whole = sum(digit * base**place for place, digit in enumerate(self._centred(total_S).tolist()))
+        return float(whole / (base**self.digits - 1))
 
     def pack(self, whole_P: Whole) -> bytes:
         """``width`` little-endian bytes an element."""
@@ -97,3 +118,8 @@ class Ring:
         for place in range(self.width):
             bytes_P4[:, place] = packed[:, place]
         return bytes_P4.view("<u4").reshape(count).astype(np.uint32, copy=False)
+
+    def _centred(self, total_P: Whole) -> npt.NDArray[np.int32]:
+        """The whole numbers, with their signs, that stand for the sum in the ring."""
+        spare = np.uint32(32 - 8 * self.width)
+        return np.left_shift(total_P, spare).view(np.int32) >> np.int32(spare)

@@ -10,8 +10,8 @@ import torch
 
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.collection import Collected, Collection, Masked, Open
+from isthmus.federation.compression import Compression
 from isthmus.federation.masking import Advert
-from isthmus.federation.quantize import Ring
 from isthmus.federation.strategies.strategy import Strategy
 from isthmus.model.flat import Layout
 from isthmus.recipe import Recipe
@@ -46,6 +46,7 @@ class Rounds:
         self._store = store
         self._journal = store.journal("metrics")
         self._strategy = Strategy()
+        self._compression = Compression(recipe.federation, recipe.seed)
         self._lock = threading.RLock()
         self.completed = store.last_round()
         self._shared: dict[str, torch.Tensor] = dict(initial)
@@ -123,18 +124,26 @@ class Rounds:
         plan = pb.Plan(round=self.completed + 1, completed=self.completed, participants=participants)
         if self._recipe.federation.masks:
             keys = {peer: self._keys.pop(peer) for peer in participants}
-            self._collection = masked = self._masked(keys)
+            self._collection = masked = self._masked(keys, plan.round)
             plan.sum = masked.terms.context
             for peer, offered in keys.items():
                 plan.keys[peer].CopyFrom(offered)
         else:
-            self._collection = Open(participants, self._layout, self._barrier, self._end)
+            compressor = self._compression.compressor(self._layout.size, plan.round)
+            self._collection = Open(participants, self._layout, self._barrier, self._end, compressor=compressor)
         self._answer(participants, plan)
 
-    def _masked(self, keys: Mapping[str, pb.SumKeys]) -> Masked:
+    def _masked(self, keys: Mapping[str, pb.SumKeys], round: int) -> Masked:
         adverts = {peer: Advert(one.sealing, one.masking, one.promise) for peer, one in keys.items()}
-        ring = Ring(len(keys), self._recipe.federation.range)
-        return Masked(adverts, self._layout, ring, self._barrier, self._end, fewest=self._recipe.minimum)
+        return Masked(
+            adverts,
+            self._layout,
+            self._compression.ring(len(keys)),
+            self._barrier,
+            self._end,
+            fewest=self._recipe.minimum,
+            projection=self._compression.projection(self._layout.size, round),
+        )
 
     def _lose(self, collection: Collection, peer: str) -> None:
         """A participant asks instead of contributing: its process is a new one, what it trained is gone."""

@@ -114,13 +114,16 @@ class Worker:
             self._silo.trunk.commit(plan.round, number, step.weight)
             weight += step.weight
             self._note_step(plan.round, number, step)
-        self._directory.save_round(plan.round, self._state())
-        self._state_of_round = plan.round
         if not self._silo.boundary.update_affordable():
             log.warning("round %d: the privacy budget does not bear an update", plan.round)
             weight = 0
         change = {name: self._parameters[name].detach() - tensor for name, tensor in shared.items()}
-        self._updates.send(plan, change, weight, rows / (train.steps * train.batch))
+        try:
+            update = self._updates.pack(plan, change, weight, rows / (train.steps * train.batch))
+        finally:  # the steps were made, even if the round went on without them
+            self._directory.save_round(plan.round, self._state())
+            self._state_of_round = plan.round
+        self._updates.send(update)
 
     def _step(self, drawn: list[Tokens]) -> Step:
         """One step on those of the drawn rows whose privacy budgets bear it whole; on none of them, an empty one."""
@@ -141,7 +144,7 @@ class Worker:
         return self._silo.trunk.affordable([row.input for row in rows], lengths, train=train)
 
     def _continue_from(self, completed: int) -> None:
-        """Bring optimizer and guard to their state after this round; a silo that has none of it starts afresh."""
+        """Bring optimizer, guard and updates to their state after this round; a silo without it starts afresh."""
         if self._state_of_round == completed:
             return
         self._optimizer = build_optimizer(self._parameters.values(), self._recipe.train)
@@ -151,12 +154,17 @@ class Worker:
             self._optimizer.load_state_dict(state["optimizer"])
         if self._silo.guard is not None:
             self._silo.guard.load_state_dict(state.get("guard", {}))
+        self._updates.load_state_dict(state.get("updates", {}))
         self._state_of_round = completed
 
     def _state(self) -> dict[str, Any]:
         """What this silo alone keeps from round to round."""
         guard = self._silo.guard
-        return {"optimizer": self._optimizer.state_dict(), "guard": guard.state_dict() if guard is not None else {}}
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "guard": guard.state_dict() if guard is not None else {},
+            "updates": self._updates.state_dict(),
+        }
 
     @torch.no_grad()
     def _load(self, shared: Mapping[str, torch.Tensor]) -> None:

@@ -142,7 +142,9 @@ BROKEN += [
     ("ready", {"keys": keys(promise=bytes(33))}, "a key of 33 bytes"),
     ("ready", {"keys": keys(certificate=b"")}, "of 0 bytes"),
     ("ready", {"keys": keys(signature=bytes(8193))}, "of 8193 bytes"),
-    ("update", {"masked": b"m"}, "both masked and open"),
+    ("update", {"masked": b"m"}, "more than one form"),
+    ("update", {"compressed": b"c"}, "more than one form"),
+    ("update", {"tensors": [], "masked": b"m", "compressed": b"c"}, "more than one form"),
     ("deal", {"round": 0}, "round 0"),
     ("deal", {"sealed": {}}, "0 shares"),
     ("deal", {"sealed": {"b": bytes(257)}}, "a share of 257 bytes"),
@@ -190,6 +192,7 @@ def test_every_rule_is_tested() -> None:
         changed("commit", weight=5e-324),
         changed("commit", weight=0.0),
         pb.Update(round=3, weight=0.0),
+        pb.Update(round=3, weight=1.0, compressed=b"c"),
         changed("begin", participants=["a"] * 4096),
     ],
 )
