@@ -1,14 +1,15 @@
-"""Aggregation: what it costs to sum updates under masks. ``make bench-federation``."""
+"""Aggregation: what it costs to sum updates under masks, and how small updates get. ``make bench-federation``."""
 
 from __future__ import annotations
 
-from benchmarks import sums
+from benchmarks import compression, sums
 from benchmarks.results import Results
 
 
 def main() -> None:
     results = Results("federation", "make bench-federation")
     sums.measure(results)
+    compression.measure(results)
     print(f"written: {results.write()}")
 
 
