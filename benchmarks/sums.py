@@ -21,12 +21,14 @@ from google.protobuf.message import Message
 
 from benchmarks.results import Results
 from isthmus.errors import IsthmusError
-from isthmus.federation.collection import Collected, Done
+from isthmus.federation.collection import Collected, Done, Reading
+from isthmus.federation.compression import Compression
 from isthmus.federation.masked import Masked
 from isthmus.federation.masking import Advert
+from isthmus.federation.projections import All
 from isthmus.federation.quantize import Ring
 from isthmus.model.flat import Layout
-from isthmus.recipe import BoundarySection
+from isthmus.recipe import BoundarySection, FederationSection
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates
 from isthmus.wire import isthmus_pb2 as pb
@@ -94,10 +96,9 @@ class Root:
     def begin(self, done: Done) -> bytes:
         """The plan as it crosses the wire, but for the adapters."""
         adverts = {name: Advert(one.sealing, one.masking, one.promise) for name, one in self.keys.items()}
-        ring = Ring(len(adverts), RANGE)
-        self.collection = Masked(
-            adverts, Layout({"x": (PARAMETERS,)}), ring, lambda fire: Barrier(600.0, fire), done, fewest=3
-        )
+        layout, ring = Layout({"x": (PARAMETERS,)}), Ring(len(adverts), RANGE)
+        sums = Reading(layout, ring, All(layout.size))
+        self.collection = Masked(adverts, sums, lambda fire: Barrier(600.0, fire), done, fewest=3)
         plan = pb.Plan(round=1, participants=sorted(adverts), sum=self.collection.terms.context)
         for name, keys in self.keys.items():
             plan.keys[name].CopyFrom(keys)
@@ -113,7 +114,12 @@ def ours(silos: int) -> Sum:
     root, found = Root(identities["root"]), list[Collected | IsthmusError]()
     channels = {name: LoopbackChannel(root, name) for name in names}
     section = BoundarySection.model_validate({path: {"noise": 0.0} for path in ("forward", "gradient", "update")})
-    updates = {name: MaskedUpdates(Boundary(section), channels[name], identities[name], RANGE) for name in names}
+    exact = Compression(FederationSection(masks=True, range=RANGE))
+    updates = {name: MaskedUpdates(Boundary(section), channels[name], identities[name], exact) for name in names}
+
+    def send(name: str) -> None:
+        updates[name].send(updates[name].pack(plans[name], changes[name], 1.0, 1.0))
+
     with ThreadPoolExecutor(silos) as threads:
         started, processor = time.perf_counter(), time.process_time()
         for name in names:
@@ -122,7 +128,7 @@ def ours(silos: int) -> Sum:
         plans = {name: pb.Plan.FromString(data) for name in names}
         for name in names:
             updates[name].begin(plans[name])
-        for sent in [threads.submit(updates[name].send, plans[name], changes[name], 1.0, 1.0) for name in names]:
+        for sent in [threads.submit(send, name) for name in names]:
             sent.result()
         seconds, processor = time.perf_counter() - started, time.process_time() - processor
     (collected,) = found

@@ -25,6 +25,7 @@ from benchmarks.results import Results
 from benchmarks.sums import PARAMETERS, RANGE
 from isthmus.federation.aggregator import Aggregator
 from isthmus.federation.collection import Collected
+from isthmus.federation.compression import Compression
 from isthmus.federation.lead import Course, Relay
 from isthmus.federation.quantize import Integers, Ring, Whole
 from isthmus.recipe import Recipe
@@ -56,7 +57,7 @@ class Plain:
     """The numbers of all silos whose updates counted, added before any mask."""
 
     def __init__(self) -> None:
-        self.total_P: Integers = np.zeros(PARAMETERS + 1, np.int64)
+        self.total_P: Integers = np.zeros(PARAMETERS, np.int64)
         self._lock, self._encode = threading.Lock(), Ring.encode
 
     def encode(self, ring: Ring, values_P: Any, draw: np.random.Generator | None = None) -> Whole:
@@ -91,9 +92,10 @@ class Tree:
         relays = {name: Relay(self.recipe, ZEROS, RoleDirectory(folder / name), way) for name, way in self.ways.items()}
         nodes = {name: Aggregator(self.recipe, name, relay, identities[name]) for name, relay in relays.items()}
         self._channels = {name: LoopbackChannel(nodes[self.recipe.tree.parent(name)], name) for name in self._names}
-        boundary = Boundary(self.recipe.boundary)
+        boundary, compression = Boundary(self.recipe.boundary), Compression(self.recipe.federation)
         self._updates = {
-            name: MaskedUpdates(boundary, channel, identities[name], RANGE) for name, channel in self._channels.items()
+            name: MaskedUpdates(boundary, channel, identities[name], compression)
+            for name, channel in self._channels.items()
         }
         draw = np.random.default_rng(0)
         self._gone = set(draw.choice(self._names, math.ceil(DROPPED * silos), replace=False).tolist())
@@ -118,7 +120,7 @@ class Tree:
             return
         draw = torch.Generator().manual_seed(int(name))
         change = {"x": 0.05 * torch.randn(PARAMETERS, generator=draw)}
-        self._updates[name].send(plan, change, 1.0, 1.0)
+        self._updates[name].send(self._updates[name].pack(plan, change, 1.0, 1.0))
 
 
 def recipe(silos: int) -> Recipe:
@@ -157,10 +159,10 @@ def main() -> None:
         started = time.perf_counter()
         tree.round()
         seconds = time.perf_counter() - started
-    total_P = tree.course.collected.total_P
-    assert total_P is not None
+    total_KS = tree.course.collected.total_KS
+    assert total_KS is not None
     found = {
-        "wrong": int((total_P != plain.total_P).sum()),
+        "wrong": int((total_KS[:PARAMETERS] != plain.total_P).sum()),
         "seconds": seconds,
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "bytes": sum(way.sent_bytes for way in tree.ways.values()),

@@ -69,7 +69,7 @@ def test_the_shipped_recipe_names_every_key() -> None:
     assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == calibrated | {
         *("threads", "root.minimum", "trunk.average_every", "trunk.dtype"),
         *("boundary.tail", "boundary.width", "boundary.defence", "sensitivity", "edge"),
-        *("privacy.record_epsilon", "privacy.silo_epsilon", "federation.optimizer.learning_rate"),
+        *("privacy.record_epsilon", "privacy.silo_epsilon", "federation.optimizer.learning_rate", "federation.bits"),
     }
 
 
@@ -162,6 +162,11 @@ def test_an_unknown_key_names_the_nearest_known(key: str, near: str) -> None:
         ("root.minimum", 0),
         ("federation.lora", "average"),
         ("federation.lora", "frozen-b"),
+        ("federation.compression", "zip"),
+        ("federation.keep", 0.0),
+        ("federation.keep", 1.5),
+        ("federation.bits", 1),
+        ("federation.bits", 33),
         ("silo", []),
         ("silo", {"name": "a"}),
         ("silo.0.name", ""),
@@ -280,6 +285,10 @@ def test_budgets_where_everything_is_bounded() -> None:
         ("boundary.gradient", METRIC | {"delta": 0.1}, "delta: the mechanism 'metric' does not", "leave delta out"),
         ("privacy", {"record_epsilon": 5.0}, "privacy.record_epsilon: what leaves by boundary.forward", "give"),
         ("privacy", {"silo_epsilon": 5.0}, "privacy.silo_epsilon: what leaves by boundary.forward", "leave the budget"),
+        ("federation", {"masks": True, "compression": "top-k"}, "the same places of all", "none, random-k, sketch"),
+        ("federation", {"compression": "top-k", "feedback": False}, "never among the largest", "feedback = true"),
+        ("federation", {"bits": 5}, "federation.bits: no number crosses with 5 bits", "4, 8, 16 or 32"),
+        ("federation", {"masks": True, "bits": 32}, "federation.bits: no number crosses with 32", "2 to 16"),
     ],
 )
 def test_what_cannot_be_is_refused(key: str, value: object, complaint: str, remedy: str) -> None:

@@ -3,7 +3,7 @@
 All kinds have the same life: children contribute or are lost, and once nobody is waited for any more ``done`` gets what
 there is. All calls come under the rounds' lock.
 
-Shapes: P parameters.
+Shapes: P parameters, K numbers that cross of them, S digits of a share.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 from google.protobuf.message import Message
 
 from isthmus.errors import FrameError, IsthmusError, ProtocolError
+from isthmus.federation.compression import Compressor
 from isthmus.federation.contribution import Contribution
+from isthmus.federation.projections import Projection
 from isthmus.federation.quantize import Integers, Ring
 from isthmus.model.flat import Layout
 from isthmus.wire import codec
@@ -35,8 +37,8 @@ class Collected:
     """Of each silo that contributed; under masks 1, or 0 for one that learned nothing: what it weighs is in the sum."""
     contributions: tuple[Contribution, ...]
     """One for each silo or edge that learned something, or one mean of all."""
-    total_P: Integers | None = None
-    """Under masks: the sum of all silos' numbers, at last of their weights; None if nobody learned anything."""
+    total_KS: Integers | None = None
+    """Under masks: the sum of all silos' numbers, at last of their shares; None if nobody learned anything."""
 
 
 Done = Callable[[Collected | IsthmusError], None]
@@ -69,10 +71,18 @@ class Open:
 
     Args:
         layouts: of the participants' updates.
+        compressors: read those of the participants that compress theirs; the others' come in full, by name.
     """
 
-    def __init__(self, layouts: Mapping[str, Layout], barrier: MakeBarrier, done: Done) -> None:
-        self._layouts, self._done = layouts, done
+    def __init__(
+        self,
+        layouts: Mapping[str, Layout],
+        barrier: MakeBarrier,
+        done: Done,
+        *,
+        compressors: Mapping[str, Compressor] | None = None,
+    ) -> None:
+        self._layouts, self._compressors, self._done = layouts, compressors or {}, done
         self._awaited = set(layouts)
         self._weights: dict[str, float] = {}
         self._contributions: dict[str, Contribution] = {}
@@ -102,8 +112,13 @@ class Open:
         if request.masked:
             raise ProtocolError("this federation's updates are open", remedy="give all parties one recipe")
         if request.weight:
-            change = codec.decode_named(request.tensors, self._layouts[peer].shapes)
-            self._contributions[peer] = Contribution(peer, request.weight, change, request.quality)
+            self._contributions[peer] = Contribution(peer, request.weight, self._change(peer, request), request.quality)
+
+    def _change(self, peer: str, update: pb.Update) -> Mapping[str, torch.Tensor]:
+        layout = self._layouts[peer]
+        if peer in self._compressors:
+            return layout.tensors(self._compressors[peer].decode(update.compressed))
+        return codec.decode_named(update.tensors, layout.shapes)
 
     def _finish(self) -> None:
         self._done(self._collected(dict(sorted(self._weights.items()))))
@@ -116,34 +131,49 @@ class Sums(Open):
     """The sums that edges took the masks off: each cohort's by itself, and the sum of all, exact.
 
     Args:
-        ring: of numbers of which every silo of the federation adds one.
+        sums: how what silos sent is read, where every silo of the federation adds its numbers.
     """
 
-    def __init__(self, peers: Iterable[str], layout: Layout, ring: Ring, barrier: MakeBarrier, done: Done) -> None:
-        super().__init__(dict.fromkeys(peers, layout), barrier, done)
-        self._layout, self._ring = layout, ring
-        self._total_P: Integers | None = None
+    def __init__(self, peers: Iterable[str], sums: Reading, barrier: MakeBarrier, done: Done) -> None:
+        super().__init__(dict.fromkeys(peers, sums.layout), barrier, done)
+        self._sums = sums
+        self._total_KS: Integers | None = None
 
     def _take(self, peer: str, request: pb.Update) -> None:
-        if request.tensors or (request.weight and not request.masked):
-            raise ProtocolError("this federation's updates are masked", remedy="give all parties one recipe")
         if not request.weight:
             return
-        whole_P = self._ring.whole(self._ring.unpack(request.masked, self._layout.size + 1))
-        if abs(whole_P).max() > min(request.weight, self._ring.silos) * self._ring.levels:
+        if not request.masked:
+            raise ProtocolError("this federation's updates are masked", remedy="give all parties one recipe")
+        ring = self._sums.ring
+        whole_KS = ring.whole(ring.unpack(request.masked, self._sums.size))
+        if abs(whole_KS).max() > min(request.weight, ring.silos) * ring.levels:
             raise FrameError(f"the sum of {peer} is beyond what so many silos can add", remedy="leave that edge out")
-        if (contribution := mean(peer, whole_P, self._ring, self._layout)) is not None:
+        if (contribution := self._sums.mean(peer, whole_KS)) is not None:
             self._contributions[peer] = contribution
-            self._total_P = whole_P if self._total_P is None else self._total_P + whole_P
+            self._total_KS = whole_KS if self._total_KS is None else self._total_KS + whole_KS
 
     def _collected(self, weights: dict[str, float]) -> Collected:
-        return replace(super()._collected(weights), total_P=self._total_P)
+        return replace(super()._collected(weights), total_KS=self._total_KS)
 
 
-def mean(name: str, total_P: Integers, ring: Ring, layout: Layout) -> Contribution | None:
-    """What the silos learned of whose numbers, each times its weight, and at last weights this is the sum."""
-    weight = float(total_P[-1]) / ring.levels
-    if weight <= 0:
-        return None
-    change_P = torch.from_numpy(total_P[:-1] * (ring.range / ring.levels / weight))
-    return Contribution(name, weight, layout.tensors(change_P))
+@dataclass(frozen=True)
+class Reading:
+    """How a sum of silos' numbers is read."""
+
+    layout: Layout
+    ring: Ring
+    projection: Projection
+
+    @property
+    def size(self) -> int:
+        """K + S."""
+        return self.projection.size + self.ring.digits
+
+    def mean(self, name: str, total_KS: Integers) -> Contribution | None:
+        """What the silos learned whose numbers, each times its share, and at last whose shares add up to this."""
+        total_K, total_S = total_KS[: self.projection.size], total_KS[self.projection.size :]
+        weight = self.ring.decode_share(total_S)
+        if weight <= 0:
+            return None
+        mean_K = torch.from_numpy(total_K * (self.ring.range / self.ring.levels / weight))
+        return Contribution(name, weight, self.layout.tensors(self.projection.lift(mean_K)))

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from isthmus.federation.collection import Collected
+from isthmus.federation.compression import Compression
 from isthmus.federation.contribution import changes, proportions
 from isthmus.federation.products import sharing_of
-from isthmus.federation.quantize import Ring
 from isthmus.federation.sharing import Sharing
 from isthmus.federation.strategies.rules import Mean
 from isthmus.model.flat import Layout
@@ -118,7 +118,8 @@ class Relay:
     ) -> None:
         self._initial, self._parent = initial, parent
         self._sharing = Sharing(recipe.federation)
-        self._ring = Ring(len(recipe.silo), recipe.federation.range) if recipe.federation.masks else None
+        ring = Compression(recipe.federation, recipe.seed).ring(len(recipe.silo))
+        self._ring = ring if recipe.federation.masks else None
         self._journal = store.journal("metrics")
         self._completed = 0
 
@@ -146,9 +147,9 @@ class Relay:
             update.weight = sum(one.weight for one in learned)
             update.tensors.extend(codec.encode_named(layout.tensors(mean_P)))
         else:
-            assert collected.total_P is not None
+            assert collected.total_KS is not None
             update.weight = sum(collected.weights.values())  # silos in the sum
-            update.masked = self._ring.pack(collected.total_P.astype(np.uint32))
+            update.masked = self._ring.pack(collected.total_KS.astype(np.uint32))
         return update
 
     def _note(self, round: int, collected: Collected, done: Answer) -> None:

@@ -1,6 +1,6 @@
 """Collecting a round's updates under masks.
 
-Shapes: P parameters.
+Shapes: K numbers that cross, S digits of a share.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError, RoundLostError
-from isthmus.federation.collection import Collected, Done, MakeBarrier, mean
+from isthmus.federation.collection import Collected, Done, MakeBarrier, Reading
 from isthmus.federation.masking import Advert, Terms
-from isthmus.federation.quantize import Ring
 from isthmus.federation.tally import Tally
-from isthmus.model.flat import Layout
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
 
@@ -26,23 +24,21 @@ class Masked:
 
     Args:
         adverts: the participants' keys.
-        ring: of the numbers, which are each silo's change times its weight, and at last the weight.
+        sums: how what silos send is read: each one's change times its share, and at last the share.
         fewest: living silos of whom a sum may be known.
     """
 
     def __init__(
         self,
         adverts: Mapping[str, Advert],
-        layout: Layout,
-        ring: Ring,
+        sums: Reading,
         barrier: MakeBarrier,
         done: Done,
         *,
         fewest: int,
     ) -> None:
         self.terms = Terms(secrets.token_bytes(16), adverts)
-        self._layout, self._ring, self._new_barrier, self._done, self._fewest = layout, ring, barrier, done, fewest
-        self._size = layout.size + 1
+        self._sums, self._new_barrier, self._done, self._fewest = sums, barrier, done, fewest
         self._sealed: dict[str, dict[str, bytes]] = {}
         self._tally: Tally | None = None
         self._weights: dict[str, float] = {}
@@ -85,9 +81,9 @@ class Masked:
             self._sealed[peer] = dict(request.sealed)
         elif isinstance(request, pb.Update):
             assert self._tally is not None
-            if request.tensors or not request.masked:
+            if not request.masked:
                 raise ProtocolError("this federation's updates are masked", remedy="give silo and root one recipe")
-            self._tally.add(peer, self._ring.unpack(request.masked, self._size))
+            self._tally.add(peer, self._sums.ring.unpack(request.masked, self._sums.size))
             self._weights[peer] = request.weight
         elif isinstance(request, pb.Reveal):
             assert self._tally is not None
@@ -99,7 +95,7 @@ class Masked:
         if len(dealers) < max(self._fewest, self.terms.threshold):
             self._fail(f"{len(dealers)} silos dealt their shares")
             return
-        self._tally = Tally(self.terms, dealers, self._size)
+        self._tally = Tally(self.terms, dealers, self._sums.size)
         waiting = self._next(pb.Update, dealers, self._name_living)
         for peer, answer in waiting.items():
             sealed = {dealer: self._sealed[dealer][peer] for dealer in dealers if peer in self._sealed[dealer]}
@@ -123,13 +119,13 @@ class Masked:
     def _finish(self) -> None:
         assert self._tally is not None
         try:
-            total_P = self._ring.whole(self._tally.total())
+            total_KS = self._sums.ring.whole(self._tally.total())
         except ProtocolError as error:
             self._fail(error.message)
             return
-        learned = mean("all", total_P, self._ring, self._layout)
+        learned = self._sums.mean("all", total_KS)
         weights = dict(sorted(self._weights.items()))
-        self._end(Collected(weights, (learned,), total_P) if learned else Collected(weights, ()))
+        self._end(Collected(weights, (learned,), total_KS) if learned else Collected(weights, ()))
 
     def _next(self, due: type[Message], peers: Iterable[str], fire: Callable[[], None]) -> dict[str, Answer]:
         """Wait for this of these from now on; the answers that are due to whoever has come so far."""

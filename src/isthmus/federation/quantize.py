@@ -4,11 +4,12 @@ A value in [-range, range] becomes one of 2·levels + 1 whole numbers, rounded a
 Whole numbers are added modulo 2^(8·width); as the sum of all silos' numbers lies between the ring's ends, it is the sum
 over the integers, whoever adds it in which order. Bonawitz et al. (2017) do likewise.
 
-Shapes: P parameters.
+Shapes: P parameters, S digits of a share.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
 
@@ -20,8 +21,10 @@ from isthmus.errors import FrameError, RecipeError
 Whole = npt.NDArray[np.uint32]
 """Ring elements in 32 bits, of which the low ones count: a sum modulo 2^32 is one modulo any smaller power of two."""
 Integers = npt.NDArray[np.int64]
-WIDTHS = (2, 3, 4)
+WIDTHS = (1, 2, 3, 4)
 BITS = 16
+SHARE_BITS = 15
+"""What a silo weighs is at least so fine, however few bits its other numbers have."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,26 @@ class Ring:
     def decode(self, total_P: Whole) -> npt.NDArray[np.float64]:
         """The sum of the values whose elements add up to this."""
         return self.whole(total_P).astype(np.float64) * (self.range / self.levels)
+
+    @property
+    def digits(self) -> int:
+        """Elements that a share takes, S."""
+        return math.ceil(SHARE_BITS / (self.bits - 1))
+
+    def encode_share(self, share: float) -> Whole:
+        """A number from 0 to 1, to the nearest of those that S digits to the base levels + 1 can say; S.
+
+        No digit is above ``levels``, so that the sums of digits overflow no more than those of other numbers.
+        """
+        base = self.levels + 1
+        left = round(share * (base**self.digits - 1))
+        return np.array([left // base**place % base for place in range(self.digits)], np.uint32)
+
+    def decode_share(self, total_S: Integers) -> float:
+        """The sum of the shares whose digits add up to these."""
+        base = self.levels + 1
+        whole = sum(digit * base**place for place, digit in enumerate(total_S.tolist()))
+        return float(whole / (base**self.digits - 1))
 
     def pack(self, whole_P: Whole) -> bytes:
         """``width`` little-endian bytes an element."""

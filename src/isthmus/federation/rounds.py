@@ -8,11 +8,12 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
-from isthmus.federation.collection import Collected, Collection, Open, Sums
+from isthmus.federation.collection import Collected, Collection, Open, Reading, Sums
+from isthmus.federation.compression import Compression, Compressor
 from isthmus.federation.lead import Lead
 from isthmus.federation.masked import Masked
 from isthmus.federation.masking import Advert
-from isthmus.federation.quantize import Ring
+from isthmus.model.flat import Layout
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.wire import isthmus_pb2 as pb
@@ -45,9 +46,9 @@ class Rounds:
         """Why the phase is ``FAILED``; every child that asks is told."""
         self._lead = lead
         self._node = recipe.tree.node(name)
-        self._masks, self._range = recipe.federation.masks, recipe.federation.range
+        self._masks, self._compression = recipe.federation.masks, Compression(recipe.federation, recipe.seed)
         self._offers_keys = self._masks and recipe.tree.leaf(name)
-        self._all = len(recipe.silo)
+        self._silos = frozenset(silo.name for silo in recipe.silo)
         self._lock = threading.RLock()
         self._waiting: dict[str, Answer] = {}
         self._asked: dict[str, pb.Ready] = {}
@@ -135,11 +136,11 @@ class Rounds:
             for peer, offered in keys.items():
                 plan.keys[peer].CopyFrom(offered)
         elif self._masks:
-            ring, layout = Ring(self._all, self._range), self._lead.layout(participants[0], plan.round)
-            self._collection = Sums(participants, layout, ring, self._barrier, self._end)
+            sums = self._reading(participants[0], len(self._silos))
+            self._collection = Sums(participants, sums, self._barrier, self._end)
         else:
             layouts = {peer: self._lead.layout(peer, plan.round) for peer in participants}
-            self._collection = Open(layouts, self._barrier, self._end)
+            self._collection = Open(layouts, self._barrier, self._end, compressors=self._compressors(layouts))
         self._answer(participants, plan)
 
     def _answer(self, peers: Iterable[str], plan: pb.Plan) -> None:
@@ -148,8 +149,21 @@ class Rounds:
 
     def _masked(self, keys: Mapping[str, pb.SumKeys]) -> Masked:
         adverts = {peer: Advert(one.sealing, one.masking, one.promise) for peer, one in keys.items()}
-        ring, layout = Ring(len(keys), self._range), self._lead.layout(next(iter(keys)), self._round)
-        return Masked(adverts, layout, ring, self._barrier, self._end, fewest=self._node.minimum)
+        sums = self._reading(next(iter(keys)), len(keys))
+        return Masked(adverts, sums, self._barrier, self._end, fewest=self._node.minimum)
+
+    def _reading(self, peer: str, silos: int) -> Reading:
+        """Of the sum of so many silos' numbers, this child's among them."""
+        layout = self._lead.layout(peer, self._round)
+        projection = self._compression.projection(layout.size, self._round)
+        return Reading(layout, self._compression.ring(silos), projection)
+
+    def _compressors(self, layouts: Mapping[str, Layout]) -> dict[str, Compressor]:
+        """What reads the silos' updates, if they are compressed; edges' are not."""
+        sizes = {layout.size for layout in layouts.values()}
+        known = {size: self._compression.compressor(size, self._round) for size in sizes}
+        found = {peer: known[layouts[peer].size] for peer in layouts.keys() & self._silos}
+        return {peer: compressor for peer, compressor in found.items() if compressor is not None}
 
     def _lose(self, collection: Collection, peer: str) -> None:
         """A participant asks instead of contributing: its process is a new one, what it trained is gone."""

@@ -30,7 +30,7 @@ from isthmus.recipe.sensitivity import SensitivitySection
 from isthmus.recipe.strategy import FROM_UPDATES
 from isthmus.recipe.tree import Tree
 
-PLAIN = ("examples", "none")
+PLAIN = ("examples", "none", "none", None)
 
 
 class Recipe(Section):
@@ -103,10 +103,12 @@ class Recipe(Section):
                 "federation.lora: the root multiplies each silo's factors, and edges pass on cohorts' means; "
                 "set federation.lora = 'alternating', or leave [[edge]] out"
             )
-        if self.federation.lora == "svd" and (self.federation.weights.kind, self.federation.optimizer.kind) != PLAIN:
+        federation = self.federation
+        kinds = (federation.weights.kind, federation.optimizer.kind, federation.compression, federation.bits)
+        if federation.lora == "svd" and kinds != PLAIN:
             raise ValueError(
-                "federation.lora: products of factors are averaged by tokens and taken as they are; "
-                "with 'svd' leave federation.weights and federation.optimizer out"
+                "federation.lora: products of factors are averaged by tokens and taken as they are, and each round has "
+                "new factors; with 'svd' leave federation.weights, optimizer, compression and bits out"
             )
 
     def _defensible(self) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from isthmus.recipe.privacy import ReleaseSection
 from isthmus.recipe.section import Amount, Count, Positive, Section
@@ -188,6 +188,10 @@ class WireSection(Section):
     max_frame_bytes: Count = 64 * 2**20
 
 
+UNDER_MASKS = {"none": True, "top-k": False, "random-k": True, "sketch": True}
+"""Which compressions a masked sum bears: those that are linear and the same for all silos. Few bits always are."""
+
+
 class FederationSection(Section):
     lora: Literal["frozen-a", "alternating", "svd", "plain"] = "frozen-a"
     """How bottom and top adapters are averaged. With A frozen, the mean of B·A is exactly mean(B)·A; ``alternating``
@@ -197,7 +201,16 @@ class FederationSection(Section):
     """Updates are summed under masks: the root learns their sum and no single one. Takes three silos or more; a silo
     weighs by the share of its rows that it trained on, not by its tokens."""
     range: Positive = 0.25
-    """Under masks: the largest change of a parameter in a round; what is larger is clipped to it."""
+    """Under masks: the largest number that an update sends; what is larger is clipped to it."""
+    compression: Literal["none", "top-k", "random-k", "sketch"] = "none"
+    """Which numbers of an update cross: all; the largest, with their places; those at places drawn for all silos alike;
+    or those of a random rotation, which are all of one size."""
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """With compression: the share of an update's numbers that cross."""
+    bits: Annotated[int, Field(ge=2, le=32)] | None = None
+    """Of each number that crosses: 4, 8, 16 or 32, under masks 2 to 16. Left out: 32, under masks 16."""
+    feedback: bool = True
+    """What compression left out waits in the silo and is added to its next update."""
     weights: WeightsSection = WeightsSection()
     fairness: FairnessSection = FairnessSection()
     optimizer: OptimizerSection = OptimizerSection()
@@ -206,6 +219,26 @@ class FederationSection(Section):
     @classmethod
     def _kind_alone(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _sendable(self) -> Self:
+        if self.masks and not UNDER_MASKS[self.compression]:
+            fitting = ", ".join(name for name, fits in UNDER_MASKS.items() if fits)
+            raise ValueError(
+                f"federation.compression: a masked sum adds the same places of all silos, {self.compression} sends "
+                f"each silo's own; use one of {fitting}, or leave out masks"
+            )
+        if self.compression == "top-k" and not self.feedback:
+            raise ValueError(
+                "federation.feedback: without it what is never among the largest is never sent; set feedback = true"
+            )
+        allowed = range(2, 17) if self.masks else (4, 8, 16, 32)
+        if self.bits is not None and self.bits not in allowed:
+            known = "2 to 16 under masks" if self.masks else "4, 8, 16 or 32"
+            raise ValueError(
+                f"federation.bits: no number crosses with {self.bits} bits; use {known}, or leave bits out"
+            )
+        return self
 
 
 class TaskSection(Section):

@@ -99,7 +99,8 @@ class Boundary:
         pieces = torch.split(secured[0], [tensors[name].numel() for name in names])
         shaped = {name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)}
         update = encode(shaped)
-        self._note(event, len(update.masked) + sum(len(tensor.data) for tensor in update.tensors))
+        size = len(update.masked) + len(update.compressed) + sum(len(tensor.data) for tensor in update.tensors)
+        self._note(event, size)
         return update
 
     def affordable(self, subjects: Subjects, forward: Sequence[bool], *, gradient: bool = True) -> list[bool]:

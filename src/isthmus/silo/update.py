@@ -1,20 +1,22 @@
 """A silo's adapter update: what it learned in a round, new minus old, sent open or under masks.
 
-Shapes: P parameters.
+Shapes: P parameters, K numbers that cross.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from isthmus.errors import ProtocolError
+from isthmus.federation.compression import Compression, Rest
 from isthmus.federation.masking import Advert, Member, Terms
-from isthmus.federation.quantize import Ring
+from isthmus.federation.projections import Projection
+from isthmus.federation.quantize import Ring, Whole
 from isthmus.model.flat import Layout
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
@@ -42,8 +44,8 @@ class Updates(Protocol):
         """
         ...
 
-    def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> None:
-        """What was learned, through the boundary.
+    def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
+        """What was learned, through the boundary; compressed, if it is to be. What that leaves out is kept for later.
 
         Args:
             change: new minus old, by uncut name.
@@ -52,37 +54,73 @@ class Updates(Protocol):
             quality: what the root may be told of how well it does on held-out rows, 0 to 1; under masks it is not.
 
         Raises:
+            RoundLostError: the round went on without this silo.
+        """
+        ...
+
+    def send(self, update: pb.Update) -> None:
+        """What was packed.
+
+        Raises:
             RoundLostError: the round went on without this silo, or its sum failed.
         """
         ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept for later, as if what was packed had arrived."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class OpenUpdates:
     """The root sees each update and what it says it weighs."""
 
-    def __init__(self, boundary: Boundary, root: Channel) -> None:
-        self._boundary, self._root = boundary, root
+    def __init__(self, boundary: Boundary, root: Channel, compression: Compression) -> None:
+        self._boundary, self._root, self._compression = boundary, root, compression
+        self._rest = Rest(compression.feedback)
 
     def offer(self) -> None:
         return None
 
     def begin(self, plan: pb.Plan) -> None: ...
 
-    def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> None:
+    def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
         update = pb.Update()
         if weight:
-            update = self._boundary.release_update(change, plan.round, open_update)
+            update = self._boundary.release_update(
+                change, plan.round, lambda secured: self._written(secured, plan.round)
+            )
             update.quality = quality
         update.round, update.weight = plan.round, weight
+        return update
+
+    def send(self, update: pb.Update) -> None:
         self._root.call(update)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._rest.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rest.load_state_dict(state)
+
+    def _written(self, change: Tensors, round: int) -> pb.Update:
+        due_P = self._rest.added(change, row_of(change))
+        compressor = self._compression.compressor(len(due_P), round)
+        if compressor is None:
+            return open_update(change)
+        data = compressor.encode(due_P)
+        self._rest.leave(change, due_P - compressor.decode(data))
+        return pb.Update(compressed=data)
 
 
 class MaskedUpdates:
     """The root sees the sum of all updates. Each round has fresh keys; what this silo keeps of others' secrets it
     forgets with the round."""
 
-    def __init__(self, boundary: Boundary, root: Channel, identity: Identity, range: float) -> None:
-        self._boundary, self._root, self._identity, self._range = boundary, root, identity, range
+    def __init__(self, boundary: Boundary, root: Channel, identity: Identity, compression: Compression) -> None:
+        self._boundary, self._root, self._identity, self._compression = boundary, root, identity, compression
+        self._rest = Rest(compression.feedback)
         self._member = Member(identity.name)
         self._dealt: Answer | None = None
 
@@ -101,28 +139,44 @@ class MaskedUpdates:
         sealed = self._member.deal(Terms(plan.sum, adverts))
         self._dealt = self._root.submit(pb.Deal(round=plan.round, sealed=sealed))
 
-    def send(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> None:
+    def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
         assert self._dealt is not None
         self._member.accept(dict(self._dealt.result().sealed))  # type: ignore[attr-defined]
-        ring = Ring(len(plan.keys), self._range)
+        ring = self._compression.ring(len(plan.keys))
+        projection = self._compression.projection(len(row_of(change)), plan.round)
         if weight:
             update = self._boundary.release_update(
-                change, plan.round, lambda secured: self._masked(secured, share, ring)
+                change, plan.round, lambda secured: self._weighed(secured, share, ring, projection)
             )
         else:  # nothing of what was learned leaves; but without this silo's zeros the others' sum might be lost
-            zeros = {name: torch.zeros_like(tensor) for name, tensor in change.items()}
-            update = self._masked(zeros, 0.0, ring)
+            update = self._masked(ring.encode(np.zeros(projection.size, np.float32)), 0.0, ring)
         update.round, update.weight = plan.round, float(bool(weight))
+        return update
+
+    def send(self, update: pb.Update) -> None:
         living = self._root.call(update)
         if isinstance(living, pb.Living):
             shares = self._member.reveal(living.alive, living.dead)
-            self._root.call(pb.Reveal(round=plan.round, shares=shares))
+            self._root.call(pb.Reveal(round=update.round, shares=shares))
 
-    def _masked(self, change: Tensors, share: float, ring: Ring) -> pb.Update:
-        """The change times the share, and at last the share as a part of the range."""
-        row_P = Layout({name: tuple(tensor.shape) for name, tensor in change.items()}).row(change).numpy()
-        values_P = np.append(row_P * np.float32(share), np.float32(share * ring.range))
-        return pb.Update(masked=ring.pack(self._member.mask(ring.encode(values_P))))
+    def state_dict(self) -> dict[str, Any]:
+        return self._rest.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rest.load_state_dict(state)
+
+    def _weighed(self, change: Tensors, share: float, ring: Ring, projection: Projection) -> pb.Update:
+        """The numbers that cross of the change, times the share. What the ring clips and rounds off waits, too."""
+        due_P = self._rest.added(change, row_of(change))
+        whole_K = ring.encode(projection.project(due_P).numpy() * np.float32(share))
+        crossed_K = torch.from_numpy(ring.decode(whole_K) / share).float()
+        self._rest.leave(change, due_P - projection.lift(crossed_K))
+        return self._masked(whole_K, share, ring)
+
+    def _masked(self, whole_K: Whole, share: float, ring: Ring) -> pb.Update:
+        """These numbers, and at last the share."""
+        whole = np.concatenate([whole_K, ring.encode_share(share)])
+        return pb.Update(masked=ring.pack(self._member.mask(whole)))
 
 
 def updates(recipe: Recipe, name: str, boundary: Boundary, root: Channel) -> Updates:
@@ -131,12 +185,18 @@ def updates(recipe: Recipe, name: str, boundary: Boundary, root: Channel) -> Upd
     Raises:
         IdentityError: they are to be masked, and the silo's certificate is unusable.
     """
+    compression = Compression(recipe.federation, recipe.seed)
     if not recipe.federation.masks:
-        return OpenUpdates(boundary, root)
+        return OpenUpdates(boundary, root, compression)
     identity = Identity.load(Path(recipe.wire.certificates), name)
-    return MaskedUpdates(boundary, root, identity, recipe.federation.range)
+    return MaskedUpdates(boundary, root, identity, compression)
 
 
 def open_update(change: Tensors) -> pb.Update:
     """In full, as fp32."""
     return pb.Update(tensors=codec.encode_named(change))
+
+
+def row_of(change: Tensors) -> torch.Tensor:
+    """A change as one row, fp32, P."""
+    return Layout({name: tuple(tensor.shape) for name, tensor in change.items()}).row(change)

@@ -130,7 +130,9 @@ class Worker:
         self._root.close()
         self._aggregator = sibling
         self._root = self._connect()
+        waiting = self._updates.state_dict()
         self._updates = updates(self._recipe, self._name, self._silo.boundary, self._root)
+        self._updates.load_state_dict(waiting)
 
     def _sibling(self) -> str | None:
         """The edge to turn to if this silo's own is gone; it is turned to once."""
@@ -163,15 +165,19 @@ class Worker:
             self._silo.trunk.commit(plan.round, number, step.weight)
             self._note_step(plan.round, number, step)
         self._yield(plan.round, steps)
-        self._directory.save_round(plan.round, self._state())
-        self._state_of_round = plan.round
         weight, share = self._weights(steps)
         if not self._silo.boundary.update_affordable():
             log.warning("round %d: the privacy budget does not bear an update", plan.round)
             weight = 0.0
         change = {name: one.detach() - shared[name] for name, one in self._parameters.items() if one.requires_grad}
+        try:
+            with self._aggregating():
+                update = self._updates.pack(plan, change, weight, share, self._quality() if weight else 0.0)
+        finally:  # the steps were made, even if the round went on without them
+            self._directory.save_round(plan.round, self._state())
+            self._state_of_round = plan.round
         with self._aggregating():
-            self._updates.send(plan, change, weight, share, self._quality() if weight else 0.0)
+            self._updates.send(update)
 
     def _yield(self, round: int, steps: Sequence[Step]) -> None:
         """Give way to silos that do worse, as the recipe's fairness says."""
@@ -219,7 +225,7 @@ class Worker:
         return self._silo.trunk.affordable([row.input for row in rows], lengths, train=train)
 
     def _continue_from(self, completed: int) -> None:
-        """Bring optimizer and guard to their state after this round; a silo that has none of it starts afresh."""
+        """Bring optimizer, guard and updates to their state after this round; a silo without it starts afresh."""
         if self._state_of_round == completed:
             return
         self._optimizer = build_optimizer(self._parameters.values(), self._recipe.train)
@@ -229,6 +235,7 @@ class Worker:
             self._optimizer.load_state_dict(state["optimizer"])
         if self._silo.guard is not None:
             self._silo.guard.load_state_dict(state.get("guard", {}))
+        self._updates.load_state_dict(state.get("updates", {}))
         self._factor = state.get("factor", 1.0)
         self._state_of_round = completed
 
@@ -246,6 +253,7 @@ class Worker:
         return {
             "optimizer": self._optimizer.state_dict(),
             "guard": guard.state_dict() if guard is not None else {},
+            "updates": self._updates.state_dict(),
             "factor": self._factor,
         }
 

@@ -94,7 +94,7 @@ def decode(matrix: pb.Matrix, *, rows: int, width: int, codec: str, device: torc
     if not rows * width:
         raise FrameError("an empty matrix", remedy=_REMEDY)
     plain = CODECS[codec.removesuffix(ZSTD)]
-    data = _decompressed(matrix.data, plain.most_bytes(rows, width)) if codec.endswith(ZSTD) else matrix.data
+    data = decompressed(matrix.data, plain.most_bytes(rows, width)) if codec.endswith(ZSTD) else matrix.data
     return plain.decode(data, rows, width, _workplace(rows * width, device)).to(device)
 
 
@@ -124,6 +124,21 @@ def decode_named(tensors: Iterable[pb.Tensor], expected: Mapping[str, tuple[int,
     return found
 
 
+def decompressed(data: bytes, most: int) -> bytes:
+    """What was compressed, if it says that it is no larger than this: a peer cannot make us allocate more.
+
+    Raises:
+        FrameError: it says otherwise, or cannot be read.
+    """
+    try:
+        size = zstandard.get_frame_parameters(data).content_size
+        if size <= most:
+            return zstandard.ZstdDecompressor().decompress(data, max_output_size=most)
+    except zstandard.ZstdError as error:
+        raise FrameError(f"compressed bytes that cannot be read: {error}", remedy=_REMEDY) from error
+    raise FrameError(f"compressed bytes of {size} where at most {most} are due", remedy=_REMEDY)
+
+
 def _bytes(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
     plain = tensor.detach().to("cpu", dtype).contiguous()
     return plain.view(-1).view(torch.uint8).numpy().tobytes()
@@ -144,14 +159,3 @@ def _tensor(
     if not is_finite(tensor):
         raise FrameError(f"{name} holds NaN or infinity", remedy="lower the sender's learning rate")
     return tensor
-
-
-def _decompressed(data: bytes, most: int) -> bytes:
-    """What was compressed, if it says that it is no larger than this: a peer cannot make us allocate more."""
-    try:
-        size = zstandard.get_frame_parameters(data).content_size
-        if size <= most:
-            return zstandard.ZstdDecompressor().decompress(data, max_output_size=most)
-    except zstandard.ZstdError as error:
-        raise FrameError(f"compressed bytes that cannot be read: {error}", remedy=_REMEDY) from error
-    raise FrameError(f"compressed bytes of {size} where at most {most} are due", remedy=_REMEDY)

@@ -134,7 +134,8 @@ def _ready(message: pb.Ready) -> None:
 
 def _update(message: pb.Update) -> None:
     _weight(message)
-    _require(not (message.masked and message.tensors), "an update both masked and open")
+    forms = [bool(form) for form in (message.tensors, message.masked, message.compressed)]
+    _require(sum(forms) <= 1, "an update in more than one form: by name, masked, compressed")
     _require(0 <= message.quality <= 1, f"the quality {message.quality}")
     _require(not (message.masked and message.quality), "a quality beside a masked update")
 

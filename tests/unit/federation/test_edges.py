@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from isthmus.errors import FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.aggregator import Aggregator
 from isthmus.federation.collection import Collected
+from isthmus.federation.compression import Compression
 from isthmus.federation.lead import Course, Relay
 from isthmus.federation.quantize import Ring
 from isthmus.model.flat import Layout
@@ -88,10 +89,10 @@ class Tree:
 
     def updates(self, name: str) -> tuple[Updates, LoopbackChannel]:
         channel = LoopbackChannel(self.nodes[self.recipe.tree.parent(name)], name)
-        boundary = Boundary(self.recipe.boundary)
+        boundary, compression = Boundary(self.recipe.boundary), Compression(self.recipe.federation, self.recipe.seed)
         if self.recipe.federation.masks:
-            return MaskedUpdates(boundary, channel, IDENTITIES[name], RANGE), channel
-        return OpenUpdates(boundary, channel), channel
+            return MaskedUpdates(boundary, channel, IDENTITIES[name], compression), channel
+        return OpenUpdates(boundary, channel, compression), channel
 
     def work(self, name: str, drops: bool = False) -> list[Any]:
         """Be this silo until the end; its plans. One that drops has no part in the first round after its begin."""
@@ -106,7 +107,7 @@ class Tree:
             updates.begin(plan)
             if drops:
                 return plans
-            updates.send(plan, self.changes[name], 3.0, 1.0)
+            updates.send(updates.pack(plan, self.changes[name], 3.0, 1.0))
 
     def run(self, dropping: str = "") -> dict[str, list[Any]]:
         with ThreadPoolExecutor(len(NAMES)) as threads:
@@ -159,8 +160,9 @@ def test_the_tiered_sum_is_the_plain_integer_sum(
     tree.run(dropping)
     living = [name for name in NAMES if name not in dropping]
     for number, collected in enumerate(concluded):
-        assert collected.total_P is not None
-        assert np.array_equal(collected.total_P, sum(encoded[name][number] for name in living))
+        assert collected.total_KS is not None
+        assert np.array_equal(collected.total_KS[: LAYOUT.size], sum(encoded[name][number] for name in living))
+        assert (collected.total_KS[LAYOUT.size :] == len(living) * Ring(1, RANGE).levels).all()
     assert len(concluded) == 2
     step = RANGE / Ring(len(NAMES), RANGE).levels
     for key, tensor in tree.mean("".join(living)).items():
@@ -182,7 +184,7 @@ def test_what_the_root_sees_are_sums_of_cohorts(tmp_path: Path, masks: bool, enc
         elif masks:
             ring, members = Ring(len(NAMES), RANGE), "abcd" if peer == "left" else "efgh"
             total_P = ring.whole(ring.unpack(request.masked, LAYOUT.size + 1))
-            assert np.array_equal(total_P, sum(encoded[name][request.round - 1] for name in members))
+            assert np.array_equal(total_P[: LAYOUT.size], sum(encoded[name][request.round - 1] for name in members))
     for mine in plans.values():  # all train with the trunk together, wherever their updates go
         assert [list(plan.participants) for plan in mine] == [list(NAMES), list(NAMES), []]
     assert [line["weights"] for line in read_journal(tmp_path / "left/metrics.jsonl")] == [
@@ -212,10 +214,10 @@ def test_an_edge_that_starts_again_asks_as_a_silo_would(tmp_path: Path) -> None:
     tree.start("left")
     again = {name: tree.updates(name) for name in "abcd"}
     with pytest.raises(RoundLostError):
-        again["a"][0].send(plans["a"], tree.changes["a"], 3.0, 1.0)
+        again["a"][0].send(again["a"][0].pack(plans["a"], tree.changes["a"], 3.0, 1.0))
     asked = [channel.submit(pb.Ready()) for _, channel in again.values()]
     for name in "efgh":
-        updates[name].send(plans[name], tree.changes[name], 3.0, 1.0)
+        updates[name].send(updates[name].pack(plans[name], tree.changes[name], 3.0, 1.0))
     ready = [LoopbackChannel(tree.nodes["right"], name).submit(pb.Ready()) for name in "efgh"]
     for answer in (*asked, *ready):
         plan: Any = answer.result(WAIT)

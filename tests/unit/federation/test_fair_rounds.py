@@ -85,13 +85,13 @@ class Sent:
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
     """What all silos send, as it comes."""
     kept: list[Sent] = []
-    send = OpenUpdates.send
+    pack = OpenUpdates.pack
 
-    def keep(self: OpenUpdates, plan: Any, change: Any, weight: float, share: float, quality: float = 0.0) -> None:
+    def keep(self: OpenUpdates, plan: Any, change: Any, weight: float, share: float, quality: float = 0.0) -> Any:
         kept.append(Sent(self._root._peer, plan.round, weight, share, quality))  # type: ignore[attr-defined]
-        send(self, plan, change, weight, share, quality)
+        return pack(self, plan, change, weight, share, quality)
 
-    monkeypatch.setattr(OpenUpdates, "send", keep)
+    monkeypatch.setattr(OpenUpdates, "pack", keep)
     return kept
 
 

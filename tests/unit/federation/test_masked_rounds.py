@@ -13,6 +13,7 @@ import torch
 from google.protobuf.message import Message
 
 from isthmus.errors import FrameError, IdentityError, IsthmusError, ProtocolError, QuorumError, RoundLostError
+from isthmus.federation.compression import Compression
 from isthmus.federation.lead import Course
 from isthmus.federation.quantize import Ring
 from isthmus.federation.rounds import Rounds
@@ -65,7 +66,8 @@ class Silo:
     def __init__(self, name: str, root: Root, recipe: Recipe, identity: Identity | None = None) -> None:
         self.channel = LoopbackChannel(root, name)
         self.boundary = Boundary(recipe.boundary)
-        self.updates = MaskedUpdates(self.boundary, self.channel, identity or IDENTITIES[name], RANGE)
+        compression = Compression(recipe.federation, recipe.seed)
+        self.updates = MaskedUpdates(self.boundary, self.channel, identity or IDENTITIES[name], compression)
 
     def ask(self) -> Answer:
         return self.channel.submit(pb.Ready(keys=self.updates.offer()))
@@ -73,7 +75,7 @@ class Silo:
     def finish(self, plan: Any, change: Tensors, weight: float = 3.0, share: float = 1.0) -> IsthmusError | None:
         """The rest of a round after its begin; the error with which it ended."""
         try:
-            self.updates.send(plan, change, weight, share)
+            self.updates.send(self.updates.pack(plan, change, weight, share))
         except IsthmusError as error:
             return error
         return None
@@ -284,7 +286,7 @@ def test_keys_that_another_signed_are_refused_by_every_silo(federation: Federati
 
 def test_a_root_that_puts_in_its_own_keys_is_found_out(federation: Federation) -> None:
     plans = federation.plans()
-    other = MaskedUpdates(Boundary(federation.recipe.boundary), federation.silos["b"].channel, IDENTITIES["b"], RANGE)
+    other = Silo("b", federation.root, federation.recipe).updates
     plans["a"].keys["b"].masking = other.offer().masking
     with pytest.raises(IdentityError, match="did not sign"):
         federation.silos["a"].updates.begin(plans["a"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from isthmus.errors import FrameError, RecipeError
 from isthmus.federation.quantize import Ring
 
-RINGS = st.builds(Ring, st.integers(1, 2000), st.floats(1e-3, 1e3), st.sampled_from([8, 12, 16, 20]))
+RINGS = st.builds(Ring, st.integers(1, 2000), st.floats(1e-3, 1e3), st.sampled_from([2, 4, 8, 12, 16, 20]))
 
 
 @given(RINGS, st.sampled_from([-1.0, 1.0]))
@@ -44,6 +44,17 @@ def test_rounding_is_unbiased() -> None:
     assert abs(found.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / len(value))
 
 
+@given(RINGS, st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_shares_add_up_however_few_bits_there_are(ring: Ring, shares: list[float]) -> None:
+    shares = shares[: ring.silos]
+    total = np.zeros(ring.digits, np.uint32)
+    for share in shares:
+        total += ring.unpack(ring.pack(ring.encode_share(share)), ring.digits)
+    assert ring.decode_share(ring.whole(total)) == pytest.approx(sum(shares), abs=len(shares) * 2.0**-15)
+    whole = sum(ring.encode_share(1.0).astype(object) for _ in range(ring.silos))
+    assert ring.decode_share(np.array(whole, np.int64)) == ring.silos
+
+
 def test_zero_stays_zero_and_what_is_too_large_is_clipped() -> None:
     ring = Ring(5, 0.5)
     assert not ring.encode(np.zeros(100, np.float32)).any()
@@ -54,6 +65,11 @@ def test_zero_stays_zero_and_what_is_too_large_is_clipped() -> None:
 @pytest.mark.parametrize(("silos", "width"), [(1, 2), (2, 3), (256, 3), (257, 4), (60_000, 4)])
 def test_elements_are_as_narrow_as_the_bound_allows(silos: int, width: int) -> None:
     assert Ring(silos, 1.0).width == width
+
+
+@pytest.mark.parametrize(("silos", "bits", "width"), [(18, 4, 1), (19, 4, 2), (127, 2, 1), (128, 2, 2), (258, 8, 2)])
+def test_few_bits_of_few_silos_fit_into_a_byte_or_two(silos: int, bits: int, width: int) -> None:
+    assert Ring(silos, 1.0, bits).width == width
 
 
 def test_more_silos_than_the_ring_bears_are_refused() -> None:

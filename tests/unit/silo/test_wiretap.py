@@ -39,7 +39,7 @@ FIELDS: dict[type[Message], set[str]] = {
     pb.Begin: {"round", "participants"},
     pb.Commit: {"round", "step", "weight"},
     pb.Close: {"session"},
-    pb.Update: {"round", "weight", "tensors", "masked", "quality"},
+    pb.Update: {"round", "weight", "tensors", "masked", "compressed", "quality"},
     pb.Deal: {"round", "sealed"},
     pb.Reveal: {"round", "shares"},
     pb.Tensor: {"name", "shape", "data"},
