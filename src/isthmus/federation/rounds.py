@@ -45,7 +45,7 @@ class Rounds:
         self._layout = Layout({name: tuple(tensor.shape) for name, tensor in initial.items()})
         self._store = store
         self._journal = store.journal("metrics")
-        self._strategy = Strategy()
+        self._strategy = Strategy(recipe.federation)
         self._lock = threading.RLock()
         self.completed = store.last_round()
         self._shared: dict[str, torch.Tensor] = dict(initial)

@@ -75,6 +75,7 @@ class Recipe(Section):
                 "have three silos, and root.minimum = 3 or more"
             )
         self._defensible()
+        self._bearable()
         for field in self.sensitivity.fields if self.sensitivity else ():
             if field not in self.task.fields:
                 used = ", ".join(sorted(self.task.fields)) or "none"
@@ -93,6 +94,30 @@ class Recipe(Section):
             raise ValueError("boundary.defence: no loss reaches bottom; set boundary.residual = true")
         if defence.capacity and not boundary.forward.bounded:
             raise ValueError("boundary.defence.capacity: without noise or clip a channel carries anything; add both")
+
+    def _bearable(self) -> None:
+        """A rule that could not do what it is for is refused."""
+        federation, names = self.federation, [silo.name for silo in self.silo]
+        if federation.masks and federation.robust:
+            raise ValueError(
+                "federation.rule: under masks the root sees one sum, with nothing to compare it to; "
+                "set rule = 'mean' and mix = false, or masks = false"
+            )
+        if (federation.rule == "fltrust") != (federation.trusted is not None):
+            raise ValueError(
+                "federation.trusted: the rule 'fltrust' needs it, and no other takes it; name a silo, or leave it out"
+            )
+        if federation.trusted not in (None, *names):
+            raise ValueError(f"federation.trusted: no silo is {federation.trusted!r}; use one of: {', '.join(names)}")
+        if federation.trusted and federation.mix:
+            raise ValueError("federation.mix: the trusted change must stay as it is; set mix = false")
+        for count in range(self.minimum, len(names) + 1):
+            if count < federation.fewest(count):
+                raise ValueError(
+                    f"federation.rule: of {count} silos {federation.faults(count)} may be malicious, and to bear that "
+                    f"{federation.rule!r} takes {federation.fewest(count)}; "
+                    "change rule or federation.malicious, have more silos, or raise root.minimum"
+                )
 
     def _affordable(self) -> None:
         """A budget that no release could keep to is refused here rather than at the first frame."""

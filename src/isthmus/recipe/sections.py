@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from isthmus.recipe import robustness
 from isthmus.recipe.privacy import ReleaseSection
+from isthmus.recipe.robustness import RuleName
 from isthmus.recipe.section import Amount, Count, Positive, Section
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
@@ -180,6 +182,27 @@ class FederationSection(Section):
     weighs by the share of its rows that it trained on, not by its tokens."""
     range: Positive = 0.25
     """Under masks: the largest change of a parameter in a round; what is larger is clipped to it."""
+    rule: RuleName = "mean"
+    """How the root makes one change of many. All but the mean count each alike, whatever it says that it weighs."""
+    malicious: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    """Share of a round's contributions that the rule must bear, in whole ones, one at least."""
+    mix: bool = False
+    """Each change gives way to the mean of its nearest before the rule sees it: for silos whose data differ much."""
+    trusted: Name | None = None
+    """For the rule ``fltrust``: the silo whose change the others' are measured by."""
+
+    @property
+    def robust(self) -> bool:
+        """Whether a contribution may be disbelieved."""
+        return self.rule != "mean" or self.mix
+
+    def faults(self, contributions: int) -> int:
+        """How many of so many may be malicious."""
+        return robustness.faults(self.malicious, contributions)
+
+    def fewest(self, contributions: int) -> int:
+        """How many the rule takes to bear as many malicious ones as there may be among so many."""
+        return robustness.fewest(self.rule, self.faults(contributions), mix=self.mix)
 
 
 class TaskSection(Section):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.strategies.strategy import Strategy
+from isthmus.recipe import FederationSection
 
 Tensors = dict[str, torch.Tensor]
 Updates = list[tuple[float, Tensors]]
@@ -40,7 +41,7 @@ def federations(draw: st.DrawFn) -> Federation:
 
 def combine(base: Tensors, updates: Updates) -> Tensors:
     contributions = [Contribution(str(number), *update) for number, update in enumerate(updates)]
-    return Strategy().next(base, contributions)
+    return Strategy(FederationSection()).next(base, contributions)
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,12 +10,31 @@ from typing import Any
 
 import torch
 
+from isthmus.errors import QuorumError
 from isthmus.federation.contribution import Contribution
+from isthmus.federation.strategies.clipping import CenteredClipping, NormBound
+from isthmus.federation.strategies.medians import GeometricMedian, Median, TrimmedMean
+from isthmus.federation.strategies.neighbours import Bulyan, Krum, Mixed, MultiKrum
 from isthmus.federation.strategies.optimizers import Plain
-from isthmus.federation.strategies.rules import Mean
+from isthmus.federation.strategies.rules import Mean, Rule
+from isthmus.federation.strategies.trust import FLTrust
 from isthmus.model.flat import Layout
+from isthmus.recipe import FederationSection
+from isthmus.recipe.robustness import RuleName
 
 Tensors = Mapping[str, torch.Tensor]
+RULES: dict[RuleName, type[Rule]] = {
+    "mean": Mean,
+    "norm-bound": NormBound,
+    "median": Median,
+    "trimmed-mean": TrimmedMean,
+    "krum": Krum,
+    "multi-krum": MultiKrum,
+    "bulyan": Bulyan,
+    "geometric-median": GeometricMedian,
+    "centered-clipping": CenteredClipping,
+    "fltrust": FLTrust,
+}
 
 
 class Strategy:
@@ -25,8 +44,11 @@ class Strategy:
     mean(Bᵢ·A) = mean(Bᵢ)·A.
     """
 
-    def __init__(self) -> None:
-        self._rule, self._optimizer = Mean(), Plain()
+    def __init__(self, federation: FederationSection) -> None:
+        self._federation = federation
+        rule = RULES[federation.rule]()
+        self._rule: Rule = Mixed(rule) if federation.mix else rule
+        self._optimizer = Plain()
 
     def next(self, base: Tensors, contributions: Sequence[Contribution]) -> dict[str, torch.Tensor]:
         """The new shared tensors.
@@ -34,18 +56,44 @@ class Strategy:
         Args:
             base: the shared tensors that the round began with.
             contributions: of those who learned something; of nobody, and nothing changes.
+
+        Raises:
+            QuorumError: there are too few for the rule, or the trusted one is not among them.
         """
         if not contributions:
             return dict(base)
+        ordered = self._admitted(contributions)
         layout = Layout({name: tuple(tensor.shape) for name, tensor in base.items()})
-        changes_NP = torch.stack([layout.row(one.change) for one in contributions])
-        weights_N = torch.tensor([one.weight for one in contributions], dtype=torch.float64)
-        change_P = self._rule.combine(changes_NP, weights_N / weights_N.sum())
+        changes_NP = torch.stack([layout.row(one.change) for one in ordered])
+        change_P = self._rule.combine(changes_NP, self._weights(ordered), self._federation.faults(len(ordered)))
         steps = layout.tensors(self._optimizer.step(change_P))
         return {name: (tensor.double() + steps[name]).to(tensor.dtype) for name, tensor in base.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer.state_dict()}
+        return {"optimizer": self._optimizer.state_dict(), "rule": self._rule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(state.get("optimizer", {}))
+        self._rule.load_state_dict(state.get("rule", {}))
+
+    def _admitted(self, contributions: Sequence[Contribution]) -> list[Contribution]:
+        """They all, the trusted one first, if there are enough."""
+        count, trusted = len(contributions), self._federation.trusted
+        if count < self._federation.fewest(count):
+            raise QuorumError(
+                f"{count} silos learned something, the rule {self._federation.rule!r} needs "
+                f"{self._federation.fewest(count)} to bear {self._federation.faults(count)} that may be malicious",
+                remedy="start the missing silos, then 'isthmus run --resume'; or begin a run with another rule",
+            )
+        if trusted and all(one.name != trusted for one in contributions):
+            raise QuorumError(
+                f"the trusted silo {trusted!r} learned nothing",
+                remedy=f"start {trusted!r} again, then continue with 'isthmus run --resume'",
+            )
+        return sorted(contributions, key=lambda one: one.name != trusted)
+
+    def _weights(self, contributions: Sequence[Contribution]) -> torch.Tensor:
+        """Shares of the whole. What somebody says it weighs is a claim like its change: believed of all, or of none."""
+        weights = [1.0 if self._federation.robust else one.weight for one in contributions]
+        weights_N = torch.tensor(weights, dtype=torch.float64)
+        return weights_N / weights_N.sum()
