@@ -23,7 +23,7 @@
     │   ├── UnknownSessionError  no such inference session (evicted, expired, trunk restarted)
     │   └── UnknownExampleError  no example is kept under this number (evicted, or never sent)
     ├── PeerGoneError        the other side cannot be reached any more
-    └── QuorumError          fewer silos than the recipe's minimum are left
+    └── QuorumError          fewer silos than the recipe's minimum, or than its rule needs, are left
 
 Each class has a stable ``code``, which crosses the wire, and a gRPC status. Each error says what happened
 and, in ``remedy``, what its reader can do about it.

@@ -68,7 +68,7 @@ def test_the_shipped_recipe_names_every_key() -> None:
     }
     assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == calibrated | {
         *("threads", "root.minimum", "trunk.average_every", "trunk.dtype"),
-        *("boundary.tail", "boundary.width", "boundary.defence", "sensitivity", "edge"),
+        *("boundary.tail", "boundary.width", "boundary.defence", "sensitivity", "edge", "federation.trusted"),
         *("privacy.record_epsilon", "privacy.silo_epsilon", "federation.optimizer.learning_rate", "federation.bits"),
     }
 
@@ -167,6 +167,11 @@ def test_an_unknown_key_names_the_nearest_known(key: str, near: str) -> None:
         ("federation.keep", 1.5),
         ("federation.bits", 1),
         ("federation.bits", 33),
+        ("federation.rule", "krumm"),
+        ("federation.malicious", 0.0),
+        ("federation.malicious", 0.5),
+        ("federation.malicious", math.nan),
+        ("federation.mix", 1),
         ("silo", []),
         ("silo", {"name": "a"}),
         ("silo.0.name", ""),
@@ -293,6 +298,48 @@ def test_budgets_where_everything_is_bounded() -> None:
 )
 def test_what_cannot_be_is_refused(key: str, value: object, complaint: str, remedy: str) -> None:
     error = refused(values_with(key, value))
+    assert complaint in error.message
+    assert remedy in error.remedy
+
+
+def federated(silos: int, minimum: int | None = None, **federation: Any) -> dict[str, Any]:
+    named = [{"name": f"s{number}", "train": "rows.jsonl"} for number in range(silos)]
+    root = {} if minimum is None else {"minimum": minimum}
+    return {**LEAST, "silo": named, "root": root, "federation": federation}
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint", "remedy"),
+    [
+        (federated(3, masks=True, rule="median"), "federation.rule: under masks the root sees one sum", "'mean'"),
+        (federated(3, masks=True, mix=True), "federation.rule: under masks the root sees one sum", "mix = false"),
+        (federated(2, rule="median"), "of 2 silos 1 may be malicious, and to bear that 'median' takes 3", "more silos"),
+        (federated(4, rule="krum"), "of 4 silos 1 may be malicious, and to bear that 'krum' takes 5", "change rule"),
+        (federated(9, 4, rule="krum"), "of 4 silos 1 may be malicious", "raise root.minimum"),
+        (federated(6, rule="bulyan"), "'bulyan' takes 7", "change rule"),
+        (federated(10, rule="bulyan"), "of 10 silos 2 may be malicious, and to bear that 'bulyan' takes 11", "change"),
+        (federated(5, rule="median", malicious=0.499), "", ""),
+        (federated(2, mix=True), "'mean' takes 3", "more silos"),
+        (federated(5, rule="fltrust"), "federation.trusted: the rule 'fltrust' needs it", "name a silo"),
+        (federated(5, trusted="s1"), "federation.trusted: the rule 'fltrust' needs it, and no other", "leave it out"),
+        (
+            federated(2, rule="fltrust", trusted="x"),
+            "federation.trusted: 'x' sends the root nothing",
+            "use one of: s0, s1",
+        ),
+        (federated(5, rule="fltrust", trusted="s1", mix=True), "federation.mix: the trusted change", "mix = false"),
+        (federated(5, 5, rule="krum"), "", ""),
+        (federated(9, 7, rule="bulyan"), "", ""),
+        (federated(1, rule="fltrust", trusted="s0"), "", ""),
+        (federated(5, 3, rule="trimmed-mean", mix=True), "", ""),
+    ],
+    ids=lambda value: str(value["federation"]) if isinstance(value, dict) else "",
+)
+def test_a_rule_that_could_not_bear_what_it_is_for(values: dict[str, Any], complaint: str, remedy: str) -> None:
+    if not complaint:
+        assert Recipe.of(values).federation.rule == values["federation"]["rule"]
+        return
+    error = refused(values)
     assert complaint in error.message
     assert remedy in error.remedy
 

@@ -143,7 +143,7 @@ class Relay:
             return update
         if self._ring is None:
             layout = self.layout("", round)
-            mean_P = Mean().combine(changes(learned, layout), proportions(learned))
+            mean_P = Mean().combine(changes(learned, layout), proportions(learned), faults=0)
             update.weight = sum(one.weight for one in learned)
             update.tensors.extend(codec.encode_named(layout.tensors(mean_P)))
         else:

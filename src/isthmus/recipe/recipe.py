@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from isthmus.errors import RecipeError
+from isthmus.recipe.aggregation import check_aggregation
 from isthmus.recipe.privacy import PrivacySection
 from isthmus.recipe.section import Count, Section
 from isthmus.recipe.sections import (
@@ -27,10 +28,7 @@ from isthmus.recipe.sections import (
     WireSection,
 )
 from isthmus.recipe.sensitivity import SensitivitySection
-from isthmus.recipe.strategy import FROM_UPDATES
 from isthmus.recipe.tree import Tree
-
-PLAIN = ("examples", "none", "none", None)
 
 
 class Recipe(Section):
@@ -74,42 +72,14 @@ class Recipe(Section):
             raise ValueError(
                 "boundary.denoise: noise that was drawn once is not kept; leave out denoise or boundary.release_once"
             )
-        self._aggregable()
         self._defensible()
-        self._weighable()
+        check_aggregation(self)
         for field in self.sensitivity.fields if self.sensitivity else ():
             if field not in self.task.fields:
                 used = ", ".join(sorted(self.task.fields)) or "none"
                 raise ValueError(f"sensitivity.fields: no template has {field!r}; use one of: {used}")
         self._affordable()
         return self
-
-    def _aggregable(self) -> None:
-        """Ranks that no root could bring together are refused."""
-        ranks = [silo.rank for silo in self.silo if silo.rank is not None]
-        if ranks and self.federation.lora != "svd":
-            raise ValueError("silo.rank: factors of different ranks have no mean; set federation.lora = 'svd'")
-        if max(ranks, default=0) > self.lora.rank:
-            raise ValueError(
-                f"silo.rank: the root keeps rank {self.lora.rank}, less than {max(ranks)}; raise lora.rank"
-            )
-        if self.federation.masks and self.federation.lora == "svd":
-            raise ValueError(
-                "federation.lora: the root multiplies each silo's factors, and of a masked sum it knows none; "
-                "set federation.lora = 'alternating', or masks = false"
-            )
-        if self.federation.lora == "svd" and self.edge:
-            raise ValueError(
-                "federation.lora: the root multiplies each silo's factors, and edges pass on cohorts' means; "
-                "set federation.lora = 'alternating', or leave [[edge]] out"
-            )
-        federation = self.federation
-        kinds = (federation.weights.kind, federation.optimizer.kind, federation.compression, federation.bits)
-        if federation.lora == "svd" and kinds != PLAIN:
-            raise ValueError(
-                "federation.lora: products of factors are averaged by tokens and taken as they are, and each round has "
-                "new factors; with 'svd' leave federation.weights, optimizer, compression and bits out"
-            )
 
     def _defensible(self) -> None:
         """A defence that could teach nobody anything, or measures what is not there, is refused."""
@@ -122,38 +92,6 @@ class Recipe(Section):
             raise ValueError("boundary.defence: no loss reaches bottom; set boundary.residual = true")
         if defence.capacity and not boundary.forward.bounded:
             raise ValueError("boundary.defence.capacity: without noise or clip a channel carries anything; add both")
-
-    def _weighable(self) -> None:
-        """Weights that ask for what the root does not see, or that break what clip and noise promise, are refused."""
-        weights, fairness, update = self.federation.weights.kind, self.federation.fairness.kind, self.boundary.update
-        computed = weights in FROM_UPDATES or weights == "quality"
-        if computed and self.federation.masks and (weights == "quality" or not self.edge):
-            raise ValueError(
-                f"federation.weights: {weights!r} weighs single updates, and under masks the root sees none; "
-                "weigh by 'examples' or 'equal', or set federation.masks = false"
-            )
-        if weights == "quality" and self.edge:
-            raise ValueError(
-                "federation.weights: by 'quality' the root weighs silos, and edges pass on cohorts; leave [[edge]] out"
-            )
-        if computed and fairness != "none":
-            raise ValueError(
-                f"federation.fairness: {weights!r} overlooks what a silo says it weighs; "
-                "set federation.weights = 'examples' or 'equal'"
-            )
-        if weights == "quality" and not all(silo.held_out for silo in self.silo):
-            raise ValueError("federation.weights: 'quality' is measured on held_out rows; give them to every silo")
-        if weights in FROM_UPDATES and update.bounded and update.mechanism != "gaussian":
-            raise ValueError(
-                f"federation.weights: by {weights!r} a silo's update moves the others' weights, too, so the clip of "
-                "boundary.update no longer bounds its influence; weigh by 'examples' or 'equal'"
-            )
-        for key, follows in (("weights", weights == "quality"), ("fairness", fairness != "none")):
-            if follows and update.bounded:
-                raise ValueError(
-                    f"federation.{key}: a weight that follows from rows leaves without noise, so the epsilon of "
-                    f"boundary.update would not cover it; leave federation.{key} out, or the clip"
-                )
 
     def _affordable(self) -> None:
         """A budget that no release could keep to is refused here rather than at the first frame."""

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from isthmus.recipe import robustness
 from isthmus.recipe.privacy import ReleaseSection
+from isthmus.recipe.robustness import RuleName
 from isthmus.recipe.section import Amount, Count, Positive, Section
 from isthmus.recipe.strategy import FairnessSection, OptimizerSection, WeightsSection
 
@@ -211,6 +213,14 @@ class FederationSection(Section):
     """Of each number that crosses: 4, 8, 16 or 32, under masks 2 to 16. Left out: 32, under masks 16."""
     feedback: bool = True
     """What compression left out waits in the silo and is added to its next update."""
+    rule: RuleName = "mean"
+    """How the root makes one change of many. All but the mean count each alike, whatever it says that it weighs."""
+    malicious: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    """Share of a round's contributions that the rule must bear, in whole ones, one at least."""
+    mix: bool = False
+    """Each change gives way to the mean of its nearest before the rule sees it: for silos whose data differ much."""
+    trusted: Name | None = None
+    """For the rule ``fltrust``: the silo or edge whose change the others' are measured by."""
     weights: WeightsSection = WeightsSection()
     fairness: FairnessSection = FairnessSection()
     optimizer: OptimizerSection = OptimizerSection()
@@ -239,6 +249,19 @@ class FederationSection(Section):
                 f"federation.bits: no number crosses with {self.bits} bits; use {known}, or leave bits out"
             )
         return self
+
+    @property
+    def robust(self) -> bool:
+        """Whether a contribution may be disbelieved."""
+        return self.rule != "mean" or self.mix
+
+    def faults(self, contributions: int) -> int:
+        """How many of so many may be malicious."""
+        return robustness.faults(self.malicious, contributions)
+
+    def fewest(self, contributions: int) -> int:
+        """How many the rule takes to bear as many malicious ones as there may be among so many."""
+        return robustness.fewest(self.rule, self.faults(contributions), mix=self.mix)
 
 
 class TaskSection(Section):

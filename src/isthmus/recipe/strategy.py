@@ -57,6 +57,11 @@ class WeightsSection(Section):
     bound: Bound = 2.0
     """agreement, inverse-variance, quality: nobody counts for more than so many times an equal share."""
 
+    @property
+    def claimed(self) -> bool:
+        """Whether they follow from what silos say of themselves rather than from what the root sees."""
+        return self.kind in ("examples", "equal")
+
 
 class FairnessSection(Section):
     """A silo that does well makes itself lighter, so that the others are heard; ``fairness = "tilted"`` stands for

@@ -41,7 +41,7 @@ WARDS: Edges = [
 ]
 DEEP = [*({**ward, "parent": "region"} for ward in WARDS), {"name": "region", "address": "localhost:3"}]
 AUTHORITY = Authority()
-IDENTITIES = {name: AUTHORITY.issue(name) for name in (*NAMES, "root", "left", "right", "region")}
+IDENTITIES = {name: AUTHORITY.issue(name) for name in (*NAMES, "i", "root", "left", "right", "region")}
 
 
 class Tapped:
@@ -61,14 +61,21 @@ class Tree:
     """A federation's aggregators, and silos that learn what ``changes`` says."""
 
     def __init__(
-        self, folder: Path, edges: list[dict[str, Any]], *, masks: bool = True, patience: float = LONG
+        self,
+        folder: Path,
+        edges: Edges,
+        *,
+        masks: bool = True,
+        patience: float = LONG,
+        silos: tuple[str, ...] = NAMES,
+        **federation: Any,
     ) -> None:
         self.recipe: Recipe = make_recipe(
             Path("none"),
-            silos=NAMES,
+            silos=silos,
             edge=[{**edge, "patience": patience} for edge in edges],
-            root={"minimum": 1, "patience": 2 * patience},
-            federation={"masks": masks, "range": RANGE},
+            root={"minimum": len(edges) if federation.get("rule") else 1, "patience": 2 * patience},
+            federation={"masks": masks, "range": RANGE, **federation},
             train={"rounds": 2, "evaluate": False},
         )
         self.folder = folder
@@ -78,7 +85,7 @@ class Tree:
             self.start(edge["name"])
         draw = torch.Generator().manual_seed(0)
         self.changes = {
-            name: {key: 0.1 * torch.randn(shape, generator=draw) for key, shape in SHAPES.items()} for name in NAMES
+            name: {key: 0.1 * torch.randn(shape, generator=draw) for key, shape in SHAPES.items()} for name in silos
         }
 
     def start(self, edge: str) -> None:
@@ -110,8 +117,8 @@ class Tree:
             updates.send(updates.pack(plan, self.changes[name], 3.0, 1.0))
 
     def run(self, dropping: str = "") -> dict[str, list[Any]]:
-        with ThreadPoolExecutor(len(NAMES)) as threads:
-            working = {name: threads.submit(self.work, name, name in dropping) for name in NAMES}
+        with ThreadPoolExecutor(len(self.changes)) as threads:
+            working = {name: threads.submit(self.work, name, name in dropping) for name in self.changes}
             return {name: one.result(WAIT) for name, one in working.items()}
 
     def mean(self, names: str) -> dict[str, torch.Tensor]:
@@ -197,6 +204,33 @@ def test_open_tiers_learn_the_mean_of_all(tmp_path: Path) -> None:
     tree.run()
     for key, tensor in tree.mean("abcdefgh").items():
         torch.testing.assert_close(tree.course.shared[key], 2 * tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("less", [{"compression": "random-k", "keep": 0.5}, {"bits": 4}, {"lora": "alternating"}])
+def test_what_silos_send_less_of_passes_edges_exactly(
+    tmp_path: Path, less: dict[str, Any], encoded: dict[str, list[np.ndarray]], concluded: list[Collected]
+) -> None:
+    Tree(tmp_path, WARDS, **less).run()
+    for number, collected in enumerate(concluded):
+        assert collected.total_KS is not None
+        total = sum(encoded[name][number] for name in NAMES)
+        assert np.array_equal(collected.total_KS[: len(total)], total)
+
+
+@pytest.mark.parametrize(("rule", "borne"), [("mean", False), ("median", True)])
+def test_under_masks_the_root_compares_cohorts(tmp_path: Path, rule: str, borne: bool) -> None:
+    """One malicious silo spoils its own cohort's sum, and no more."""
+    edges = [
+        {"name": name, "address": "localhost:1", "silos": list(silos)}
+        for name, silos in (("left", "abc"), ("right", "def"), ("region", "ghi"))
+    ]
+    tree = Tree(tmp_path, edges, silos=(*NAMES, "i"), rule=rule)
+    for name, change in tree.changes.items():
+        for tensor in change.values():
+            tensor.fill_(-0.5 if name == "e" else 0.1)
+    tree.run()
+    found = max(float((tensor - 0.2).abs().max()) for tensor in tree.course.shared.values())
+    assert (found < 1e-3) == borne
 
 
 def begun(tree: Tree) -> tuple[dict[str, Updates], dict[str, Any], dict[str, LoopbackChannel]]:

@@ -32,10 +32,15 @@ def store(tmp_path: Path) -> RoleDirectory:
 
 @pytest.fixture
 def build(store: RoleDirectory) -> Build:
-    def rounds(*silos: str, rounds: int = 2, minimum: int | None = None, patience: float = LONG) -> Rounds:
-        root = {"patience": patience} | ({"minimum": minimum} if minimum else {})
-        train = {"rounds": rounds, "evaluate": False}
-        recipe = make_recipe(Path("none"), silos=silos, root=root, train=train)
+    def rounds(
+        *silos: str, rounds: int = 2, minimum: int | None = None, patience: float = LONG, **federation: Any
+    ) -> Rounds:
+        sections = {
+            "root": {"patience": patience} | ({"minimum": minimum} if minimum else {}),
+            "train": {"rounds": rounds, "evaluate": False},
+            "federation": federation,
+        }
+        recipe = make_recipe(Path("none"), silos=silos, **sections)
         return Rounds(recipe, Course(recipe, constant(0.0), store))
 
     return rounds
@@ -296,3 +301,58 @@ def test_many_silos_at_once(build: Build, store: RoleDirectory) -> None:
         histories = list(threads.map(silo, names, timeout=WAIT))
     assert histories == [[(number, 9.5 * (number - 1)) for number in range(1, 6)]] * len(names)
     assert store.rounds() == {1, 2, 3, 4, 5}
+
+
+def far_after_two_rounds(rounds: Rounds) -> float:
+    """How far from 2 anything shared is at most, where four silos of five add about 1 a round and one goes wild."""
+    for number in (1, 2):
+        plans(rounds, *"abcde")
+        for silo, value in zip("abcd", (0.9, 1.0, 1.0, 1.1), strict=True):
+            rounds.contribute(silo, update(number, value))
+        rounds.contribute("e", update(number, -1e6, weight=1e6))
+    return max(float((tensor - 2).abs().max()) for tensor in shared(plans(rounds, "a")[0]).values())
+
+
+@pytest.mark.parametrize(
+    "federation",
+    [{"rule": rule} for rule in ("median", "trimmed-mean", "krum", "geometric-median", "centered-clipping")]
+    + [{"mix": True, "rule": "trimmed-mean"}, {"rule": "fltrust", "trusted": "b"}],
+    ids=str,
+)
+def test_a_wild_silo_is_not_followed(build: Build, federation: dict[str, Any]) -> None:
+    assert far_after_two_rounds(build(*"abcde", **federation)) <= 0.3
+
+
+def test_the_mean_follows_a_wild_silo(build: Build) -> None:
+    assert far_after_two_rounds(build(*"abcde")) > 1e5
+
+
+def test_a_round_that_has_too_few_for_its_rule_ends_the_federation(build: Build, store: RoleDirectory) -> None:
+    """Silos that learned nothing are there, but not to compare the others to; what was learned before is kept."""
+    rounds = build(*"abc", rule="median")
+    plans(rounds, *"abc")
+    for silo in "abc":
+        rounds.contribute(silo, update(1))
+    plans(rounds, *"abc")
+    rounds.contribute("b", update(2, weight=0.0))
+    waiting = rounds.ready("b", pb.Ready())
+    for silo, weight in zip("ac", (1.0, 0.0), strict=True):
+        rounds.contribute(silo, update(2, weight=weight))
+    for answer in (waiting, rounds.ready("a", pb.Ready()), rounds.ready("c", pb.Ready())):
+        with pytest.raises(QuorumError, match="1 silos learned something, the rule 'median' needs 3"):
+            answer.result(WAIT)
+    assert store.last_round() == 1
+    assert_plan(plans(build(*"abc", rule="median"), *"abc")[0], 2, 1, ["a", "b", "c"], 1.0)
+
+
+def test_centered_clipping_goes_on_from_what_it_remembers(build: Build, store: RoleDirectory) -> None:
+    rounds = build(*"abc", rule="centered-clipping")
+    plans(rounds, *"abc")
+    for silo, value in zip("abc", (1.0, 2.0, 9.0), strict=True):
+        rounds.contribute(silo, update(1, value))
+    reference_P = store.load_round(1)["sharing"]["B"]["rule"]["reference"]
+    expected = {name: tensor.flatten()[0] for name, tensor in shared(plans(rounds, *"abc")[0]).items()}
+    assert float(reference_P[0]) == pytest.approx(float(expected["x"]))
+    resumed = build(*"abc", rule="centered-clipping")._lead
+    assert isinstance(resumed, Course)
+    assert torch.equal(resumed._sharing.state_dict()["B"]["rule"]["reference"], reference_P)

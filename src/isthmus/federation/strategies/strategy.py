@@ -10,14 +10,32 @@ from typing import Any
 
 import torch
 
+from isthmus.errors import QuorumError
 from isthmus.federation.contribution import Contribution, changes
+from isthmus.federation.strategies.clipping import CenteredClipping, NormBound
+from isthmus.federation.strategies.medians import GeometricMedian, Median, TrimmedMean
+from isthmus.federation.strategies.neighbours import Bulyan, Krum, Mixed, MultiKrum
 from isthmus.federation.strategies.optimizers import optimizer_of
-from isthmus.federation.strategies.rules import Mean
+from isthmus.federation.strategies.rules import Mean, Rule
+from isthmus.federation.strategies.trust import FLTrust
 from isthmus.federation.strategies.weights import History, shares
 from isthmus.model.flat import Layout
 from isthmus.recipe import FederationSection
+from isthmus.recipe.robustness import RuleName
 
 Tensors = Mapping[str, torch.Tensor]
+RULES: dict[RuleName, type[Rule]] = {
+    "mean": Mean,
+    "norm-bound": NormBound,
+    "median": Median,
+    "trimmed-mean": TrimmedMean,
+    "krum": Krum,
+    "multi-krum": MultiKrum,
+    "bulyan": Bulyan,
+    "geometric-median": GeometricMedian,
+    "centered-clipping": CenteredClipping,
+    "fltrust": FLTrust,
+}
 
 
 class Strategy:
@@ -29,7 +47,9 @@ class Strategy:
 
     def __init__(self, section: FederationSection) -> None:
         self._section, self._history = section, History()
-        self._rule, self._optimizer = Mean(), optimizer_of(section.optimizer)
+        rule = RULES[section.rule]()
+        self._rule: Rule = Mixed(rule) if section.mix else rule
+        self._optimizer = optimizer_of(section.optimizer)
         self.shares: dict[str, float] = {}
         """What each contribution counted for in the last round, with the sum 1."""
 
@@ -39,23 +59,53 @@ class Strategy:
         Args:
             base: the shared tensors that the round began with.
             contributions: of those who learned something; of nobody, and nothing changes, the optimizer neither.
+
+        Raises:
+            QuorumError: there are too few for the rule, or the trusted one is not among them.
         """
         self.shares = {}
         if not contributions:
             return dict(base)
+        ordered = self._admitted(contributions)
         layout = Layout({name: tuple(tensor.shape) for name, tensor in base.items()})
-        changes_NP = changes(contributions, layout)
-        shares_N = shares(self._section, contributions, changes_NP, self._history)
-        names = [one.name for one in contributions]
+        changes_NP, names = changes(ordered, layout), [one.name for one in ordered]
+        shares_N = self._shares(ordered, changes_NP)
         self._history.note(names)
         self.shares = dict(zip(names, shares_N.tolist(), strict=True))
-        change_P = self._rule.combine(changes_NP, shares_N)
+        change_P = self._rule.combine(changes_NP, shares_N, self._section.faults(len(ordered)))
         steps = layout.tensors(self._optimizer.step(change_P))
         return {name: (tensor.double() + steps[name]).to(tensor.dtype) for name, tensor in base.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer.state_dict(), "history": self._history.state_dict()}
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "history": self._history.state_dict(),
+            "rule": self._rule.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(state.get("optimizer", {}))
         self._history.load_state_dict(state.get("history", {}))
+        self._rule.load_state_dict(state.get("rule", {}))
+
+    def _admitted(self, contributions: Sequence[Contribution]) -> list[Contribution]:
+        """They all, the trusted one first, if there are enough."""
+        count, trusted = len(contributions), self._section.trusted
+        if count < self._section.fewest(count):
+            raise QuorumError(
+                f"{count} silos learned something, the rule {self._section.rule!r} needs "
+                f"{self._section.fewest(count)} to bear {self._section.faults(count)} that may be malicious",
+                remedy="start the missing silos, then 'isthmus run --resume'; or begin a run with another rule",
+            )
+        if trusted and all(one.name != trusted for one in contributions):
+            raise QuorumError(
+                f"the trusted silo {trusted!r} learned nothing",
+                remedy=f"start {trusted!r} again, then continue with 'isthmus run --resume'",
+            )
+        return sorted(contributions, key=lambda one: one.name != trusted)
+
+    def _shares(self, contributions: Sequence[Contribution], changes_NP: torch.Tensor) -> torch.Tensor:
+        """Of the whole. What somebody says it weighs is a claim like its change: believed of all, or of none."""
+        if self._section.robust and self._section.weights.claimed:
+            return torch.full((len(contributions),), 1 / len(contributions), dtype=torch.float64)
+        return shares(self._section, contributions, changes_NP, self._history)
