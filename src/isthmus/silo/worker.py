@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from isthmus.errors import IsthmusError, PeerGoneError, QuorumError, RoundLostError, RunError, UnknownStepError
+from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
@@ -20,10 +20,10 @@ from isthmus.report.record import RoleDirectory, read_journal
 from isthmus.silo import fairness
 from isthmus.silo.data import Tokens, batches, collate
 from isthmus.silo.held import open_ledger
-from isthmus.silo.join import connect, join, known_data
+from isthmus.silo.join import join, known_data
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import Step, evaluate, scored, train_step
-from isthmus.silo.update import updates
+from isthmus.silo.upstream import Upstream
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
@@ -38,7 +38,7 @@ class Worker:
 
     Args:
         directory: where metrics, ledger, released examples and optimizer states go. They never leave the silo.
-        trunk, root: ways there other than the recipe's addresses.
+        trunk, root: ways there other than the recipe's addresses; the latter to the silo's edge, if it has one.
     """
 
     def __init__(
@@ -62,9 +62,7 @@ class Worker:
             register=directory.path / "register",
         )
         self._data = known_data(recipe, name, self._silo)
-        self._aggregator = recipe.tree.parent(name)
-        self._root = root or self._connect()
-        self._updates = updates(recipe, name, self._silo.boundary, self._root)
+        self._upstream = Upstream(recipe, name, self._silo.boundary, root)
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()
         }
@@ -84,7 +82,7 @@ class Worker:
         """Take part until the federation is finished."""
         completed, losses = self._directory.last_round(), 0
         while True:
-            plan = self._ask(completed)
+            plan = self._upstream.ask(completed)
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
             self._measure(plan.completed)
@@ -102,52 +100,7 @@ class Worker:
 
     def close(self) -> None:
         self._silo.close()
-        self._root.close()
-
-    def _connect(self) -> Channel:
-        """A way to the root, or to the edge that stands for it here."""
-        address = self._recipe.tree.node(self._aggregator).address
-        return connect(self._recipe, self._name, "Root", address, server=self._aggregator)
-
-    def _ask(self, completed: int) -> pb.Plan:
-        """The next plan; of the edge's sibling if the edge is gone or has too few silos left."""
-        try:
-            plan: pb.Plan = self._root.call(pb.Ready(completed=completed, keys=self._updates.offer()))
-            return plan
-        except (PeerGoneError, QuorumError) as error:
-            self._move(error)
-            return self._ask(completed)
-
-    def _move(self, error: IsthmusError) -> None:
-        """Belong to the cohort of the edge's sibling from now on.
-
-        Raises:
-            PeerGoneError, QuorumError: this very error, as there is no sibling, or it has failed, too.
-        """
-        if (sibling := self._sibling()) is None:
-            raise error
-        log.warning("%s: %s; going on with %s", self._aggregator, error.message, sibling)
-        self._root.close()
-        self._aggregator = sibling
-        self._root = self._connect()
-        waiting = self._updates.state_dict()
-        self._updates = updates(self._recipe, self._name, self._silo.boundary, self._root)
-        self._updates.load_state_dict(waiting)
-
-    def _sibling(self) -> str | None:
-        """The edge to turn to if this silo's own is gone; it is turned to once."""
-        own = self._recipe.tree.parent(self._name)
-        return self._recipe.tree.sibling(own) if self._aggregator == own else None
-
-    @contextmanager
-    def _aggregating(self) -> Iterator[None]:
-        """An edge that is gone loses the round, if there is another to turn to."""
-        try:
-            yield
-        except PeerGoneError as gone:
-            if self._sibling() is None:
-                raise
-            raise RoundLostError(gone.message, remedy="ask its sibling for the next plan") from gone
+        self._upstream.close()
 
     def _train(self, plan: pb.Plan, shared: Mapping[str, torch.Tensor]) -> None:
         """One round: local steps together with the other silos, then this silo's update."""
@@ -155,8 +108,7 @@ class Worker:
         self._continue_from(plan.completed)
         self._state_of_round = None
         self._rest(plan.round)
-        with self._aggregating():
-            self._updates.begin(plan)
+        self._upstream.begin(plan)
         self._silo.trunk.begin(plan.round, list(plan.participants))
         drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
         steps: list[Step] = []
@@ -171,13 +123,11 @@ class Worker:
             weight = 0.0
         change = {name: one.detach() - shared[name] for name, one in self._parameters.items() if one.requires_grad}
         try:
-            with self._aggregating():
-                update = self._updates.pack(plan, change, weight, share, self._quality() if weight else 0.0)
+            update = self._upstream.pack(plan, change, weight, share, self._quality() if weight else 0.0)
         finally:  # the steps were made, even if the round went on without them
             self._directory.save_round(plan.round, self._state())
             self._state_of_round = plan.round
-        with self._aggregating():
-            self._updates.send(update)
+        self._upstream.send(update)
 
     def _yield(self, round: int, steps: Sequence[Step]) -> None:
         """Give way to silos that do worse, as the recipe's fairness says."""
@@ -235,7 +185,7 @@ class Worker:
             self._optimizer.load_state_dict(state["optimizer"])
         if self._silo.guard is not None:
             self._silo.guard.load_state_dict(state.get("guard", {}))
-        self._updates.load_state_dict(state.get("updates", {}))
+        self._upstream.load_state_dict(state.get("updates", {}))
         self._factor = state.get("factor", 1.0)
         self._state_of_round = completed
 
@@ -253,7 +203,7 @@ class Worker:
         return {
             "optimizer": self._optimizer.state_dict(),
             "guard": guard.state_dict() if guard is not None else {},
-            "updates": self._updates.state_dict(),
+            "updates": self._upstream.state_dict(),
             "factor": self._factor,
         }
 
