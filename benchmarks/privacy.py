@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import entailment, overhead
-from benchmarks.channels import Size, changed_boundary, climb
+from benchmarks.channels import Detected, Size, changed_boundary, climb, note_sensitive
 from benchmarks.overhead import STEPS
 from benchmarks.results import Results
-from benchmarks.runs import CACHE, Values, accuracy, private_run, recipe_of, undefended, undefended_run
+from benchmarks.runs import CACHE, Values, accuracy, private_run, recipe_of, undefended, undefended_run, write_lines
 from isthmus.attacks.labels import LabelClassifier
 from isthmus.engines.attack import Order, Result, attack
 from isthmus.engines.capture import Silence, Source, capture_pairs, opened_trunk, tapped
@@ -29,6 +29,8 @@ VICTIMS, OWN = 60, 1000
 PUBLISHED = (0.025, 0.1)
 """The published noise 0.02·√(π/2), and four times that."""
 LABELLED = 300
+FEW_ROWS = 8
+"""Of the victim, where the search is slow."""
 
 
 def main() -> None:
@@ -37,6 +39,7 @@ def main() -> None:
         "quality": measure_quality,
         "published": measure_published_noise,
         "private": measure_private,
+        "sensitive": measure_sensitive,
         "trunk": measure_trunk,
         "rte": entailment.measure,
         "overhead": measure_overhead,
@@ -81,6 +84,26 @@ def measure_private(results: Results) -> None:
     learned, guessed = labels_recovered(Source(run.recipe(), run))
     results.add("private recipe: labels read off what crosses, by a colluder's classifier", learned, "share")
     results.add("private recipe: labels, always the most frequent", guessed, "share")
+
+
+def measure_sensitive(results: Results) -> None:
+    """The private recipe's rows that have the most identifiers, names and dates, which a few rows drawn hardly have."""
+    run = private_run()
+    recipe = run.recipe()
+    counted, tokenizer = Detected(recipe), load_tokenizer(Path(recipe.model.path))
+    data = SiloData(recipe.party("east"), recipe, tokenizer)
+    lines = Path(recipe.party("east").train).read_text().splitlines()
+    counts = [sum(counted(row.input)) for row in data.train]
+    most = sorted(range(len(counts)), key=lambda number: -counts[number])[:FEW_ROWS]
+    path = CACHE.resolve() / "east" / "sensitive.jsonl"
+    write_lines(path, [lines[number] for number in most])
+    silos = tuple(silo.model_copy(update={"train": str(path)}) if silo.name == "east" else silo for silo in recipe.silo)
+    source = Source(recipe.model_copy(update={"silo": silos}), run)
+    detected = Detected(recipe)
+    order = Order(("trunk+silo",), ("search",), "east", "west", FEW_ROWS, Size().own, CACHE / "public.txt")
+    found = attack(source, order, lambda told: print(f"  {told}", flush=True), detected)
+    name = "private recipe, rows with most identifiers"
+    note_sensitive(results, name, [one for one in found if one.tokens == "sensitive"], detected)
 
 
 def measure_trunk(results: Results) -> None:

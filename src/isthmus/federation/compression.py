@@ -188,13 +188,13 @@ class Compression:
 
 
 class Rest:
-    """What has not crossed of a silo's updates so far, if it is to be sent later.
+    """What has not crossed of a silo's updates so far and is to be sent later, if anything is ``kept``.
 
     Rounds that train other tensors have rests of their own: each waits for its next turn.
     """
 
     def __init__(self, kept: bool) -> None:
-        self._kept = kept
+        self.kept = kept
         self._rests: dict[str, torch.Tensor] = {}
 
     def added(self, names: Iterable[str], row_P: torch.Tensor) -> torch.Tensor:
@@ -212,8 +212,7 @@ class Rest:
 
     def leave(self, names: Iterable[str], rest_P: torch.Tensor) -> None:
         """Keep what was due of these tensors and did not cross."""
-        if self._kept:
-            self._rests[" ".join(sorted(names))] = rest_P
+        self._rests[" ".join(sorted(names))] = rest_P
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._rests)

@@ -110,7 +110,8 @@ class OpenUpdates:
         if compressor is None:
             return open_update(change)
         data = compressor.encode(due_P)
-        self._rest.leave(change, due_P - compressor.decode(data))
+        if self._rest.kept:
+            self._rest.leave(change, due_P - compressor.decode(data))
         return pb.Update(compressed=data)
 
 
@@ -169,8 +170,9 @@ class MaskedUpdates:
         """The numbers that cross of the change, times the share. What the ring clips and rounds off waits, too."""
         due_P = self._rest.added(change, row_of(change))
         whole_K = ring.encode(projection.project(due_P).numpy() * np.float32(share))
-        crossed_K = torch.from_numpy(ring.decode(whole_K) / share).float()
-        self._rest.leave(change, due_P - projection.lift(crossed_K))
+        if self._rest.kept:
+            crossed_K = torch.from_numpy(ring.decode(whole_K) / share).float()
+            self._rest.leave(change, due_P - projection.lift(crossed_K))
         return self._masked(whole_K, share, ring)
 
     def _masked(self, whole_K: Whole, share: float, ring: Ring) -> pb.Update:

@@ -7,7 +7,7 @@ server's certificate was issued to ``trunk`` or ``root``; the server checks that
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class Identity:
     authority: bytes
     certificate: bytes
     key: bytes
+    _issued: set[x509.Certificate] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Certificates that the authority is known to have signed: they come again every round."""
 
     @classmethod
     def load(cls, folder: Path, name: str) -> Identity:
@@ -100,8 +102,11 @@ class Identity:
             raise IdentityError(f"the certificate of {name} is not valid now (it ends {end})", remedy=_REMEDY)
         if common_name(certificate) != name:
             raise IdentityError(f"the certificate of {name} is {common_name(certificate)}'s", remedy=_REMEDY)
+        if certificate in self._issued:
+            return
         try:
             certificate.verify_directly_issued_by(self._issuer)
+            self._issued.add(certificate)
         except (ValueError, TypeError, InvalidSignature) as error:
             raise IdentityError(f"the certificate of {name} is from another authority", remedy=_REMEDY) from error
 
