@@ -35,6 +35,7 @@ OPEN = [
 LINEAR = [(name, bits) for name, fits in UNDER_MASKS.items() if fits for bits in (2, 4, 8, 16)]
 ROUNDING = {4: 2**0.5 / 7, 8: 2**0.5 / 127, 16: 2**-11, 32: 1e-6}
 """Largest error of a number, relative to the largest of all."""
+NAMES = ("y", "x")
 
 
 def of(name: str, bits: int | None, **section: Any) -> Compression:
@@ -57,11 +58,12 @@ def run(way: Compression, rounds: range, rest: Rest) -> torch.Tensor:
     """The sum of what arrived of one row given every round."""
     total_P = torch.zeros(P)
     for number in rounds:
-        due_P = rest.added(drawn())
+        due_P = rest.added(NAMES, drawn())
         found = way.compressor(P, number)
         assert found is not None
         arrived_P = found.decode(found.encode(due_P))
-        rest.leave(due_P, arrived_P)
+        if rest.kept:
+            rest.leave(NAMES, due_P - arrived_P)
         total_P += arrived_P
     return total_P
 
@@ -158,7 +160,7 @@ def test_in_the_end_everything_arrives(name: str, bits: int) -> None:
 def test_what_waits_is_what_did_not_arrive(name: str, bits: int) -> None:
     rest = Rest(True)
     arrived_P = run(of(name, bits), range(1, 6), rest)
-    torch.testing.assert_close(arrived_P + rest.state_dict()["rest"], 5 * drawn(), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(arrived_P + rest.state_dict()["x y"], 5 * drawn(), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "bits"), OPEN)
@@ -174,7 +176,7 @@ def test_a_silo_that_starts_again_sends_what_it_would_have(
     disk.seek(0)
     second.load_state_dict(torch.load(disk))
     run(of(name, bits), range(4, 7), second)
-    assert torch.equal(second.state_dict()["rest"], whole.state_dict()["rest"])
+    assert torch.equal(second.state_dict()["x y"], whole.state_dict()["x y"])
 
 
 def test_nothing_waits_without_feedback_or_where_all_crosses() -> None:
@@ -188,9 +190,9 @@ def test_nothing_waits_without_feedback_or_where_all_crosses() -> None:
 
 def test_what_waits_for_another_model_is_refused() -> None:
     rest = Rest(True)
-    rest.load_state_dict({"rest": torch.zeros(P + 1)})
+    rest.load_state_dict({"x y": torch.zeros(P + 1)})
     with pytest.raises(RecipeError, match="another model"):
-        rest.added(drawn())
+        rest.added(NAMES, drawn())
 
 
 # --- sums
@@ -302,3 +304,10 @@ def test_places_that_are_none_are_refused(data: bytes, told: str) -> None:
     assert way.decode(placed(1, bytes([224, 0, 0, 0]))).shape == (30,)
     with pytest.raises(FrameError, match=told):
         way.decode(data)
+
+
+def test_what_waits_of_some_tensors_is_not_added_to_others() -> None:
+    rest = Rest(True)
+    rest.leave(["b"], torch.ones(3))
+    assert torch.equal(rest.added(["a"], torch.zeros(3)), torch.zeros(3))
+    assert torch.equal(rest.added(["b"], torch.zeros(3)), torch.ones(3))

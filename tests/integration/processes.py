@@ -58,6 +58,9 @@ forward.noise = 0.0
 gradient.noise = 0.0
 update.noise = 0.0
 
+[wire]
+deadline = 140.0  # a process may take long to start where others do
+
 [trunk]
 together = 1  # what shares a pass changes last bits, and who is in time to share one is chance
 
