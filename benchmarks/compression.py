@@ -103,7 +103,7 @@ def regression(way: Way | None, *, masks: bool) -> float:
     rests = [Rest(compression.feedback) for _ in silos]
     shared_P = torch.zeros(FEATURES * CLASSES)
     for round in range(1, ROUNDS + 1):
-        due = [rest.added(learned(shared_P, *silo)) for rest, silo in zip(rests, silos, strict=True)]
+        due = [rest.added("w", learned(shared_P, *silo)) for rest, silo in zip(rests, silos, strict=True)]
         shared_P = shared_P + (summed if masks else opened)(compression, round, due, rests) / SILOS
     return 100 * float(((x_RF @ shared_P.view(FEATURES, CLASSES)).argmax(1) == told_R).float().mean())
 
@@ -125,7 +125,8 @@ def opened(compression: Compression, round: int, due: list[torch.Tensor], rests:
         return torch.stack(due).sum(0)
     crossed = [compressor.decode(compressor.encode(due_P)) for due_P in due]
     for rest, due_P, crossed_P in zip(rests, due, crossed, strict=True):
-        rest.leave(due_P, crossed_P)
+        if rest.kept:
+            rest.leave("w", due_P - crossed_P)
     return torch.stack(crossed).sum(0)
 
 
@@ -134,6 +135,7 @@ def summed(compression: Compression, round: int, due: list[torch.Tensor], rests:
     ring, projection = compression.ring(SILOS), compression.projection(len(due[0]), round)
     whole = [ring.encode(projection.project(due_P).numpy()) for due_P in due]
     for rest, due_P, whole_K in zip(rests, due, whole, strict=True):
-        rest.leave(due_P, projection.lift(torch.from_numpy(ring.decode(whole_K)).float()))
+        if rest.kept:
+            rest.leave("w", due_P - projection.lift(torch.from_numpy(ring.decode(whole_K)).float()))
     total_K = np.add.reduce(np.stack(whole), dtype=np.uint32)
     return projection.lift(torch.from_numpy(ring.decode(total_K)).float())
