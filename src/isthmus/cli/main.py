@@ -106,15 +106,14 @@ def silo(
     edge: Annotated[Optional[list[str]], typer.Option(help="NAME=host:port of an edge; may be given again.")] = None,  # noqa: UP045
 ) -> None:
     """Take part with this silo's own text."""
-    from isthmus.engines.local import at_address
+    from isthmus.engines.local import at_address, at_edge
     from isthmus.engines.roles import work
     from isthmus.recipe import Recipe
     from isthmus.report.record import RunDirectory
 
     read = at_address(at_address(Recipe.read(recipe), trunk, ("trunk",)), root, ("root",))
     for one in edge or ():
-        place, _, address = one.partition("=")
-        read = at_address(read, address, (place,))
+        read = at_edge(read, one)
     work(read, RunDirectory(run_dir), name)
 
 

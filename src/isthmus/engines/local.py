@@ -13,6 +13,7 @@ from pathlib import Path
 from isthmus.engines.certificates import complete, make_certificates
 from isthmus.engines.lifetime import Stopped
 from isthmus.engines.process import RoleProcess, stop
+from isthmus.errors import RecipeError
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.report.record import RunDirectory
@@ -97,6 +98,19 @@ def at_address(recipe: Recipe, address: str | None, roles: Collection[str] = ("t
     moved = {role: getattr(recipe, role).model_copy(update=new) for role in ("trunk", "root") if role in roles}
     edges = tuple(edge.model_copy(update=new) if edge.name in roles else edge for edge in recipe.edge)
     return recipe.model_copy(update={**moved, "edge": edges})
+
+
+def at_edge(recipe: Recipe, told: str) -> Recipe:
+    """The recipe with an edge at another address, told as ``NAME=host:port``.
+
+    Raises:
+        RecipeError: it is told otherwise, or the recipe has no such edge.
+    """
+    name, _, address = told.partition("=")
+    if not address:
+        raise RecipeError(f"--edge {told}: no address is named", remedy="write --edge NAME=host:port")
+    recipe.tree.node(name)
+    return at_address(recipe, address, (name,))
 
 
 def _start_edges(
