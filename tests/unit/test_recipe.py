@@ -455,6 +455,11 @@ def test_masks_want_cohorts_of_three(edges: list[dict[str, Any]], complaint: str
     assert complaint in refused(values | {"silo": silos}).message
 
 
+def test_equal_weights_are_no_cohorts() -> None:
+    values = LEAST | {"edge": [EDGE], "federation": {"weights": "equal"}}
+    assert "an edge sends for a whole cohort" in refused(values).message
+
+
 def test_the_tree_of_a_recipe() -> None:
     edges = [
         {"name": "low", "address": "l:1", "silos": ["a", "b", "c"], "parent": "high", "minimum": 2},

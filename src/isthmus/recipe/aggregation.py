@@ -62,6 +62,11 @@ def _check_weights(recipe: Recipe) -> None:
     federation, weights, fairness = recipe.federation, recipe.federation.weights, recipe.federation.fairness.kind
     if weights.kind == "quality" and not all(silo.held_out for silo in recipe.silo):
         raise ValueError("federation.weights: 'quality' is measured on held_out rows; give them to every silo")
+    if weights.kind == "equal" and recipe.edge and not federation.masks:
+        raise ValueError(
+            "federation.weights: by 'equal' whoever sends counts for one, and an edge sends for a whole cohort; "
+            "weigh by 'examples', or set federation.masks = true"
+        )
     if weights.claimed:
         if federation.robust and fairness != "none":
             raise ValueError(
