@@ -22,7 +22,7 @@ from google.protobuf.message import Message
 
 from benchmarks.results import Results
 from isthmus.errors import IsthmusError
-from isthmus.federation.collection import Collected, Done, Reading
+from isthmus.federation.collection import Collected, Done, SumFormat
 from isthmus.federation.compression import Compression
 from isthmus.federation.masked import Masked
 from isthmus.federation.masking import Advert
@@ -102,7 +102,7 @@ class Root:
         """The plan as it crosses the wire, but for the adapters."""
         adverts = {name: Advert(one.sealing, one.masking, one.promise) for name, one in self.keys.items()}
         layout, ring = Layout({"x": (PARAMETERS,)}), Ring(len(adverts), RANGE)
-        sums = Reading(layout, ring, All(layout.size))
+        sums = SumFormat(layout, ring, All(layout.size))
         self.collection = Masked(adverts, sums, lambda fire: Barrier(600.0, fire), done, fewest=3)
         plan = pb.Plan(round=1, participants=sorted(adverts), sum=self.collection.terms.context)
         for name, keys in self.keys.items():

@@ -134,7 +134,7 @@ class Sums(Open):
         sums: how what silos sent is read, where every silo of the federation adds its numbers.
     """
 
-    def __init__(self, peers: Iterable[str], sums: Reading, barrier: MakeBarrier, done: Done) -> None:
+    def __init__(self, peers: Iterable[str], sums: SumFormat, barrier: MakeBarrier, done: Done) -> None:
         super().__init__(dict.fromkeys(peers, sums.layout), barrier, done)
         self._sums = sums
         self._total_KS: Integers | None = None
@@ -157,7 +157,7 @@ class Sums(Open):
 
 
 @dataclass(frozen=True)
-class Reading:
+class SumFormat:
     """How a sum of silos' numbers is read."""
 
     layout: Layout

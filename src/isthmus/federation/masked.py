@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError, RoundLostError
-from isthmus.federation.collection import Collected, Done, MakeBarrier, Reading
+from isthmus.federation.collection import Collected, Done, MakeBarrier, SumFormat
 from isthmus.federation.masking import Advert, Terms
 from isthmus.federation.tally import Tally
 from isthmus.wire import isthmus_pb2 as pb
@@ -31,7 +31,7 @@ class Masked:
     def __init__(
         self,
         adverts: Mapping[str, Advert],
-        sums: Reading,
+        sums: SumFormat,
         barrier: MakeBarrier,
         done: Done,
         *,

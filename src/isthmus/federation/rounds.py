@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
-from isthmus.federation.collection import Collected, Collection, Open, Reading, Sums
+from isthmus.federation.collection import Collected, Collection, Open, SumFormat, Sums
 from isthmus.federation.compression import Compression, Compressor
 from isthmus.federation.lead import Lead
 from isthmus.federation.masked import Masked
@@ -136,7 +136,7 @@ class Rounds:
             for peer, offered in keys.items():
                 plan.keys[peer].CopyFrom(offered)
         elif self._masks:
-            sums = self._reading(participants[0], len(self._silos))
+            sums = self._format(participants[0], len(self._silos))
             self._collection = Sums(participants, sums, self._barrier, self._end)
         else:
             layouts = {peer: self._lead.layout(peer, plan.round) for peer in participants}
@@ -149,14 +149,14 @@ class Rounds:
 
     def _masked(self, keys: Mapping[str, pb.SumKeys]) -> Masked:
         adverts = {peer: Advert(one.sealing, one.masking, one.promise) for peer, one in keys.items()}
-        sums = self._reading(next(iter(keys)), len(keys))
+        sums = self._format(next(iter(keys)), len(keys))
         return Masked(adverts, sums, self._barrier, self._end, fewest=self._node.minimum)
 
-    def _reading(self, peer: str, silos: int) -> Reading:
+    def _format(self, peer: str, silos: int) -> SumFormat:
         """Of the sum of so many silos' numbers, this child's among them."""
         layout = self._lead.layout(peer, self._round)
         projection = self._compression.projection(layout.size, self._round)
-        return Reading(layout, self._compression.ring(silos), projection)
+        return SumFormat(layout, self._compression.ring(silos), projection)
 
     def _compressors(self, layouts: Mapping[str, Layout]) -> dict[str, Compressor]:
         """What reads the silos' updates, if they are compressed; edges' are not."""
