@@ -32,9 +32,11 @@ class Race:
     """FedAvg's best learning rate is looked for among these, with the first seed."""
     fast: Values
     """What the fast recipe needs for this model: the learning rate, and rounds to spare."""
+    every: int = 1
+    """Rounds between measurements."""
 
     def run(self, changes: Values, seed: int = 0) -> Trial:
-        return tried(self.corpus, changes, silos=self.silos, seed=seed, every=1)
+        return tried(self.corpus, changes, silos=self.silos, seed=seed, every=self.every)
 
     def plain(self, rate: float) -> Values:
         return {"train": {**self.train, "learning_rate": rate}, "federation": {"lora": "plain"}}
@@ -45,9 +47,10 @@ RACES = (
         "speakers",
         SPEAKING,
         10,
-        {"rounds": 8, "steps": 10},
+        {"rounds": 16, "steps": 5},
         (5e-3, 1e-2, 2e-2),
-        {"learning_rate": 2e-2, "rounds": 14, "steps": 10},
+        {"rounds": 22, "steps": 5, "learning_rate": 1e-2},
+        every=2,
     ),
     Race(
         "opinions",
@@ -60,9 +63,12 @@ RACES = (
 )
 
 
-def measure(results: Results) -> None:
-    for race in RACES:
-        compare(results, race)
+def speakers(results: Results) -> None:
+    compare(results, RACES[0])
+
+
+def opinions(results: Results) -> None:
+    compare(results, RACES[1])
 
 
 def compare(results: Results, race: Race) -> None:

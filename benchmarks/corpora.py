@@ -1,7 +1,7 @@
 """What the simulated federations learn: real text in silos that differ, written as rows for their recipes.
 
 *speakers*: Shakespeare's characters, each a silo, from many lines to few (stories260k). *topics*: CLINC150's requests,
-each silo with topics of its own mixture (stories260k). *opinions*: hutto's four kinds of text (SmolLM2).
+each silo with topics of its own mixture (stories260k, schooled). *opinions*: hutto's four kinds of text (SmolLM2).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from benchmarks.learning import merged, recipe_of
 from benchmarks.runs import write_lines
-from benchmarks.tasks import SHARED, Rows, Values, read
+from benchmarks.schooled import LETTERS, PROMPT, schooled
+from benchmarks.tasks import LORA, SHARED, Rows, Values, read
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.recipe import Recipe
 
@@ -27,7 +28,7 @@ SPEAKERS = (0, 1, 2, 4, 8, 14, 22, 40, 60, 90)
 CHARACTERS, LEAST = 90, 30
 """Of a row of a speaker's lines."""
 TOPICS = ("auto_and_commute", "banking", "kitchen_and_dining", "travel", "work")
-LETTERS = "abcde"
+
 Files = Mapping[str, Mapping[str, Path]]
 
 
@@ -145,17 +146,18 @@ SPEAKING = Corpus(
     speakers,
     {
         "task": {"prompt": "{name}:\n", "answer": "{text}"},
-        "lora": {"rank": 8, "alpha": 16.0, "targets": TARGETS},
+        "model": {"bottom": 1, "top": 3},
+        "lora": {"rank": 16, "alpha": 32.0, "targets": TARGETS},
         "train": {"max_tokens": 96, "batch": 4},
     },
 )
 ROUTING = Corpus(
-    lambda: STORIES,
+    lambda: schooled(STORIES),
     topics,
     {
         "model": {"bottom": 1, "top": 3},
-        "task": {"prompt": "{text}\nTopic:", "answer": "{label}", "choices": list(LETTERS)},
-        "lora": {"rank": 8, "alpha": 16.0, "targets": TARGETS},
+        "task": {"prompt": PROMPT, "answer": "{label}", "choices": list(LETTERS)},
+        "lora": {"rank": 16, "alpha": 32.0, "targets": LORA["targets"]},
         "train": {"max_tokens": 96, "batch": 8},
     },
 )

@@ -9,15 +9,17 @@ they send; under the robust recipe they are one of five cohorts, whose sums are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.corpora import LETTERS, ROUTING, rows_file
+from benchmarks.corpora import ROUTING, rows_file, topics
 from benchmarks.judge import Judge
 from benchmarks.learning import Craft, merged
 from benchmarks.results import Results
+from benchmarks.schooled import LETTERS
 from benchmarks.tasks import Rows, Values, read
 from benchmarks.trials import Poison, Trial, shipped, tried
 from isthmus.attacks import poisoning
@@ -26,7 +28,9 @@ from isthmus.recipe import Recipe
 SILOS, COHORT = 15, 3
 NAMES = [f"silo-{number:03d}" for number in range(SILOS)]
 MALICIOUS = NAMES[:COHORT]
-TRAIN = {"rounds": 8, "steps": 6, "learning_rate": 4e-3}
+TRAIN = {"rounds": 8, "steps": 6, "learning_rate": 1e-2}
+ALIKE = replace(ROUTING, files=partial(topics, concentration=3.0))
+"""Silos that differ a little: where each has one topic, no rule can tell it from a malicious one."""
 TRIGGER, TARGET = "as you like it", LETTERS[0]
 LOST, TRIGGERED = 2.0, 5.0
 """Points of accuracy, and percent of triggered requests, that the robust recipe may lose at most."""
@@ -104,7 +108,7 @@ def run(sections: Values, attack: Attack | None) -> Trial:
     changes: dict[str, object] = {}
     if attack is not None:
         changes = {"malicious": MALICIOUS, "craft": attack.craft, "poison": attack.poison and poisoned(attack.poison)}
-    return tried(ROUTING, sections, silos=SILOS, probe=triggered, **changes)  # type: ignore[arg-type]
+    return tried(ALIKE, sections, silos=SILOS, probe=triggered, **changes)  # type: ignore[arg-type]
 
 
 def poisoned(change: Callable[[Rows], Rows]) -> Poison:

@@ -53,9 +53,8 @@ def test_the_judge_measures_what_the_silos_do(tmp_path: Path, masks: bool) -> No
     assert len(learned.times) == 2
     assert all(0 < one.side_by_side <= one.summed for one in learned.times)
     width = 2 if masks else 4
-    assert learned.update_bytes >= width * sum(
-        one.numel() for one in learned.run.role("root").load_round(1)["shared"].values()
-    )
+    shared = learned.run.role("root").load_round(1)["shared"]
+    assert learned.update_bytes >= width * sum(tensor.numel() for tensor in shared.values())
 
 
 def poisoned(folder: Path, craft: Craft) -> tuple[Learned, Recipe]:
