@@ -56,9 +56,10 @@ RACES = (
         "opinions",
         OPINING,
         4,
-        {"rounds": 6, "steps": 4},
-        (5e-4, 1e-3, 2e-3),
-        {"learning_rate": 2e-3, "rounds": 10, "steps": 4},
+        {"rounds": 6, "steps": 3},
+        (1e-3, 2e-3),
+        {"rounds": 10, "steps": 3, "batch": 2, "learning_rate": 2e-3},
+        every=2,
     ),
 )
 

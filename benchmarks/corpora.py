@@ -53,12 +53,12 @@ class Corpus:
 
 
 def speakers(folder: Path, silos: int) -> Files:
-    """A speaker's lines in pieces; every twelfth piece is held out."""
+    """A speaker's lines in pieces; every twelfth piece is held out. Many silos are those who say most."""
     spoken = sorted(
         read(SHARED / "tinyshakespeare" / "by_speaker.jsonl"), key=lambda one: -sum(map(len, one["utterances"]))
     )
     rows = {}
-    for place in SPEAKERS[:silos]:
+    for place in SPEAKERS[:silos] if silos <= len(SPEAKERS) else range(silos):
         name = spoken[place]["client"].lower()
         texts = [text for utterance in spoken[place]["utterances"] for text in pieces(utterance)]
         rows[name.replace(" ", "-")] = [{"name": name, "text": text} for text in texts]
@@ -117,7 +117,7 @@ def dealt(draw: random.Random, pool: Mapping[str, Rows], shares: Sequence[float]
 
 def opinions(folder: Path, silos: int) -> Files:
     """Hutto's four kinds of text, of which there are as many silos."""
-    found = hutto(Path("build/demo"), rows=250, held_out=100, seed=0)
+    found = hutto(Path("build/demo"), rows=250, held_out=40, seed=0)
     return {name: {"train": one.train.resolve(), "held_out": one.held_out.resolve()} for name, one in found.items()}
 
 
@@ -170,7 +170,8 @@ OPINING = Corpus(
             "answer": " {label}",
             "choices": [" positive", " negative"],
         },
-        "lora": {"rank": 8, "alpha": 16.0},
-        "train": {"max_tokens": 96, "batch": 4},
+        "model": {"bottom": 1, "top": 3},
+        "lora": {"rank": 16, "alpha": 32.0, "targets": TARGETS},
+        "train": {"max_tokens": 96, "batch": 2},
     },
 )

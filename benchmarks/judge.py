@@ -73,10 +73,21 @@ class Judge:
         self._load(tensors)
         return {name: self._score(rows) for name, rows in self.silos.items()}
 
-    def score(self, tensors: Mapping[str, torch.Tensor], rows: Sequence[Tokens]) -> Score:
-        """Of these rows."""
+    def target(self, answer: str) -> int:
+        """A choice as a token."""
+        token: int = self._tokenizer(answer, add_special_tokens=False)["input_ids"][-1]
+        return token
+
+    @torch.no_grad()
+    def answers(self, tensors: Mapping[str, torch.Tensor], rows: Sequence[Tokens]) -> list[int]:
+        """The choice, as a token, that each of these rows gets."""
         self._load(tensors)
-        return self._score(rows)
+        found: list[int] = []
+        for start in range(0, len(rows), SIZE):
+            batch = collate(list(rows[start : start + SIZE]), self._pad)
+            logits_BV = self._model(**batch.unsupervised(), use_cache=False).logits[:, -1]
+            found += self._guess(logits_BV).tolist()
+        return found
 
     def _load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         unknown = tensors.keys() - self._blank.keys()

@@ -121,8 +121,13 @@ def poisoned(change: Callable[[Rows], Rows]) -> Poison:
 
 
 def triggered(judge: Judge, tensors: Mapping[str, torch.Tensor]) -> float:
-    """Share of held-out rows of other labels that get the target for their answer once they say the trigger."""
+    """Share of held-out rows, of those that get another answer, that get the target once they say the trigger."""
     paths = [Path(silo.held_out) for silo in judge.recipe.silo if silo.held_out]
     rows = [row for path in paths for row in read(path) if row["label"] != TARGET]
-    path = paths[0].with_name("triggered.jsonl")
-    return judge.score(tensors, judge.rows(rows_file(path, planted(rows, share=1.0)))).accuracy
+    calm, said = (
+        judge.answers(tensors, judge.rows(rows_file(paths[0].with_name("triggered.jsonl"), some)))
+        for some in (rows, planted(rows, share=1.0))
+    )
+    target = judge.target(TARGET)
+    turned = [after == target for before, after in zip(calm, said, strict=True) if before != target]
+    return sum(turned) / len(turned)
