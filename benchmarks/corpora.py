@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.learning import merged, recipe_of
 from benchmarks.runs import write_lines
-from benchmarks.schooled import LETTERS, PROMPT, schooled
+from benchmarks.schooled import LETTERS, PROMPT, TOPICS, labelled, schooled
 from benchmarks.tasks import LORA, SHARED, Rows, Values, read
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.recipe import Recipe
@@ -27,7 +27,6 @@ SPEAKERS = (0, 1, 2, 4, 8, 14, 22, 40, 60, 90)
 """Places, by how much they say, of the silos among all speakers."""
 CHARACTERS, LEAST = 90, 30
 """Of a row of a speaker's lines."""
-TOPICS = ("auto_and_commute", "banking", "kitchen_and_dining", "travel", "work")
 
 Files = Mapping[str, Mapping[str, Path]]
 
@@ -81,7 +80,7 @@ def topics(folder: Path, silos: int, concentration: float = 0.5, rows: int = 300
     draw = random.Random(0)
     pools = {split: by_topic(split, draw) for split in ("train", "test")}
     mixtures = {f"silo-{number:03d}": mixture(draw, concentration) for number in range(silos)}
-    sizes = {"train": max(1, rows // silos), "test": max(1, 600 // silos)}
+    sizes = {"train": max(1, rows // silos), "test": max(1, 1200 // silos)}
     return written(
         folder,
         {
@@ -93,11 +92,9 @@ def topics(folder: Path, silos: int, concentration: float = 0.5, rows: int = 300
 
 def by_topic(split: str, draw: random.Random) -> dict[str, Rows]:
     """Shuffled rows of each topic."""
-    pool: dict[str, Rows] = {topic: [] for topic in TOPICS}
-    for row in read(SHARED / "clinc150" / f"{split}.jsonl"):
-        if row["domain"] in pool:
-            pool[row["domain"]].append({"text": row["text"], "label": LETTERS[TOPICS.index(row["domain"])]})
-    return {topic: draw.sample(rows, len(rows)) for topic, rows in pool.items()}
+    rows = labelled(split)
+    pool = {topic: [row for row in rows if row["domain"] == topic] for topic in TOPICS}
+    return {topic: draw.sample(some, len(some)) for topic, some in pool.items()}
 
 
 def mixture(draw: random.Random, concentration: float) -> list[float]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.corpora import ROUTING, rows_file, topics
-from benchmarks.judge import Judge
+from benchmarks.judge import Judge, pooled
 from benchmarks.learning import Craft, merged
 from benchmarks.results import Results
 from benchmarks.schooled import LETTERS
@@ -28,7 +28,7 @@ from isthmus.recipe import Recipe
 SILOS, COHORT = 15, 3
 NAMES = [f"silo-{number:03d}" for number in range(SILOS)]
 MALICIOUS = NAMES[:COHORT]
-TRAIN = {"rounds": 8, "steps": 6, "learning_rate": 1e-2}
+TRAIN: Values = {"rounds": 6, "steps": 5, "learning_rate": 5e-3}
 ALIKE = replace(ROUTING, files=partial(topics, concentration=3.0))
 """Silos that differ a little: where each has one topic, no rule can tell it from a malicious one."""
 TRIGGER, TARGET = "as you like it", LETTERS[0]
@@ -72,6 +72,8 @@ def measure(results: Results) -> None:
     """Each attack against both recipes, and both without an attack."""
     sections = {"mean": plain(), "robust": robust()}
     calm = {name: run(one, None) for name, one in sections.items()}
+    start = pooled(calm["mean"].scores[0].values())
+    results.add("malicious silos: accuracy before training", 100 * start.accuracy, "%")
     for name, trial in calm.items():
         results.add(f"malicious silos, none, {name}: accuracy", 100 * trial.final.accuracy, "%")
         results.add(f"malicious silos, none, {name}: triggered", 100 * trial.probed, "%")
@@ -108,7 +110,7 @@ def run(sections: Values, attack: Attack | None) -> Trial:
     changes: dict[str, object] = {}
     if attack is not None:
         changes = {"malicious": MALICIOUS, "craft": attack.craft, "poison": attack.poison and poisoned(attack.poison)}
-    return tried(ALIKE, sections, silos=SILOS, probe=triggered, **changes)  # type: ignore[arg-type]
+    return tried(ALIKE, sections, silos=SILOS, every=TRAIN["rounds"], probe=triggered, **changes)  # type: ignore[arg-type]
 
 
 def poisoned(change: Callable[[Rows], Rows]) -> Poison:

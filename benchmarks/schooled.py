@@ -1,5 +1,4 @@
-"""stories260k after some school: it has learned to route requests on five other topics, so that a short federation can
-teach it new ones.
+"""stories260k after a little school: tuned on a few public rows of the task, as a federation may begin.
 
 By itself it knows short stories, and takes a hundred steps to notice what a request is about.
 """
@@ -7,7 +6,6 @@ By itself it knows short stories, and takes a hundred steps to notice what a req
 from __future__ import annotations
 
 import atexit
-import random
 import shutil
 import tempfile
 from functools import cache
@@ -24,10 +22,9 @@ from isthmus.silo.trainer import train_step
 from isthmus.tasks.prompts import Example
 
 PROMPT = "{text}\nTopic:"
-OTHERS = ("utility", "credit_cards", "home", "small_talk", "meta")
-"""In the order of the letters that the federation uses, too, for the topics nearest to them."""
+TOPICS = ("auto_and_commute", "banking", "kitchen_and_dining", "travel", "work")
 LETTERS = "abcde"
-STEPS, BATCH, RATE = 150, 32, 2e-3
+STEPS, BATCH, RATE = 60, 32, 2e-3
 
 
 @cache
@@ -39,7 +36,7 @@ def schooled(base: Path) -> Path:
     tokenizer = load_tokenizer(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    examples = [Example(PROMPT.format(**row), LETTERS[OTHERS.index(row["domain"])]) for row in rows()]
+    examples = [Example(PROMPT.format(**row), row["label"]) for row in labelled("val")]
     tokens = tokenize(examples, tokenizer, 96, free_text=False)
     for drawn in islice(batches(tokens, BATCH, "school"), STEPS):
         train_step(model, optimizer, collate(drawn, 0))
@@ -48,6 +45,10 @@ def schooled(base: Path) -> Path:
     return folder
 
 
-def rows() -> Rows:
-    read_rows = [row for row in read(SHARED / "clinc150" / "train.jsonl") if row["domain"] in OTHERS]
-    return random.Random(0).sample(read_rows, len(read_rows))
+def labelled(split: str) -> Rows:
+    """CLINC150's requests on the topics, each with its topic's letter."""
+    return [
+        {**row, "label": LETTERS[TOPICS.index(row["domain"])]}
+        for row in read(SHARED / "clinc150" / f"{split}.jsonl")
+        if row["domain"] in TOPICS
+    ]

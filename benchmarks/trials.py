@@ -85,7 +85,7 @@ def tried(
 
     Args:
         changes: of the corpus's recipe.
-        every: measure after each so manieth round; left out, after the last.
+        every: measure before the first and after each so manieth round; left out, after the last.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
@@ -96,8 +96,8 @@ def tried(
             poison(recipe)
         learned = federate(recipe, folder, malicious=malicious, craft=craft)
         last = recipe.train.rounds
-        rounds = sorted({*range(0, last, every or last), last} - {0})
-        scores = {round: judge.scores(learned.tensors(round)) for round in rounds}
+        rounds = sorted({*range(0, last, every), last}) if every else [last]
+        scores = {round: judge.scores(learned.tensors(round) if round else {}) for round in rounds}
         probed = probe(judge, learned.tensors(last)) if probe else 0.0
         return Trial(scores, learned.times, learned.update_bytes, probed)
 

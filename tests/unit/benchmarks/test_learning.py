@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.corpora import CHARACTERS, LEAST, TOPICS, dealt, pieces
+from benchmarks.corpora import CHARACTERS, LEAST, dealt, pieces
 from benchmarks.judge import Judge, Score, pooled
 from benchmarks.learning import Craft, Learned, Times, federate, merged, recipe_of
+from benchmarks.schooled import TOPICS
 from benchmarks.silo_privacy import DELTA, EPSILON, deviation, epsilon
 from benchmarks.tasks import Values
 from benchmarks.trials import Trial
