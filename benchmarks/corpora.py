@@ -64,6 +64,14 @@ def speakers(folder: Path, silos: int) -> Files:
     return written(folder, {name: (every(one, 12, False), every(one, 12, True)) for name, one in rows.items()})
 
 
+def mixed(folder: Path, silos: int) -> Files:
+    """Speakers, and last of all a silo of news, whose language is nobody else's."""
+    texts = [piece for row in read(SHARED / "agnews" / "dev.jsonl")[:400] for piece in pieces(row["text"])[:1]]
+    news = [{"name": "news", "text": text} for text in texts]
+    own = written(folder, {"news": (every(news, 12, False), every(news, 12, True))})
+    return {**speakers(folder, silos - 1), **own}
+
+
 def pieces(utterance: str) -> list[str]:
     """Whole lines, as many as fit."""
     found = [""]
