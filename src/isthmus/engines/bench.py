@@ -64,6 +64,8 @@ class Order:
     """Models that the outsider trains on the colluder's rows, to compare the final one with."""
     candidates: int = 1000
     """Rows of the victim's that ``identify`` chooses among, at most; those attacked are among them."""
+    device: str = "cpu"
+    """Where attacks compute (see ``model.device``)."""
 
 
 class Bench:

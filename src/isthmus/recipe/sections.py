@@ -288,5 +288,7 @@ class SiloSection(Section):
     """JSONL file of this silo's own rows."""
     held_out: str | None = None
     """JSONL file of rows to measure on."""
+    device: Device = "cpu"
+    """Where bottom and top compute, as ``trunk.device``."""
     rank: Count | None = None
     """Of the adapters of this silo's bottom and top, at most ``lora.rank``; left out: that."""

@@ -137,12 +137,13 @@ class Boundary:
         rows, width = like_TD.shape
         self.admitted_bytes += len(matrix.data)
         name = self._codec.gradient_down if path == "gradient" else self._codec.forward_down
-        return codec.decode(matrix, rows=rows, width=width, codec=name).to(like_TD)
+        return codec.decode(matrix, rows=rows, width=width, codec=name, device=like_TD.device).to(like_TD)
 
     def reread(self, matrix: pb.Matrix, like_TD: torch.Tensor) -> torch.Tensor:
         """Hidden states that were released from a tensor of this shape, as the trunk reads them."""
         rows, width = like_TD.shape
-        return codec.decode(matrix, rows=rows, width=width, codec=self._codec.forward_up).to(like_TD)
+        name = self._codec.forward_up
+        return codec.decode(matrix, rows=rows, width=width, codec=name, device=like_TD.device).to(like_TD)
 
     def _secure(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> tuple[Release, torch.Tensor]:
         mechanism = self._mechanisms[path]

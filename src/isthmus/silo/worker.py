@@ -121,7 +121,9 @@ class Worker:
         if not self._silo.boundary.update_affordable():
             log.warning("round %d: the privacy budget does not bear an update", plan.round)
             weight = 0.0
-        change = {name: one.detach() - shared[name] for name, one in self._parameters.items() if one.requires_grad}
+        change = {
+            name: one.detach().cpu() - shared[name] for name, one in self._parameters.items() if one.requires_grad
+        }
         try:
             update = self._upstream.pack(plan, change, weight, share, self._quality() if weight else 0.0)
         finally:  # the steps were made, even if the round went on without them
@@ -164,6 +166,7 @@ class Worker:
         if not rows:
             return Step(None, 0, 0, 0.0, skipped)
         batch, micro_batches = collate(rows, self._data.pad), self._recipe.train.micro_batches
+        batch = batch.to(self._silo.model.device)
         if micro_batches == 1:
             step = train_step(self._silo.model, self._optimizer, batch)
         else:
