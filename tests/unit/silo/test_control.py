@@ -23,7 +23,7 @@ from isthmus.report.record import RunDirectory
 from isthmus.silo.control import Control
 from isthmus.silo.data import batches, collate
 from isthmus.silo.join import join, known_data
-from isthmus.silo.trainer import train_step
+from isthmus.silo.trainer import Step, train_step
 from isthmus.silo.worker import Worker
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
@@ -227,6 +227,27 @@ def test_equal_steps_normalized_are_as_they_are(build: Build, tmp_path: Path, op
     plain = run_of(build(train=train), tmp_path / "plain")
     normalized = run_of(build(train=train, federation={"normalized": True}), tmp_path / "normalized")
     assert_same(shared_of(normalized), shared_of(plain), 0.0)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_steps_that_were_not_made_do_not_count(build: Build, tmp_path: Path, normalized: bool) -> None:
+    """A silo whose rows a budget left out of some steps counts as if it had made them."""
+    recipe = build(("a",), train={"steps": 6}, federation={"normalized": normalized})
+    run = RunDirectory.create(tmp_path / "run", recipe)
+    trunk, root = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root"))
+    worker = Worker(recipe, "a", run.role("a"), trunk=loopback(trunk, "a", recipe), root=LoopbackChannel(root, "a"))
+    shared = {name: one.detach().clone() for name, one in worker._parameters.items()}
+    with torch.no_grad():
+        for parameter in worker._parameters.values():
+            parameter += 0.25
+    made, missed = Step(1.0, 3, 9, 0.1), Step(None, 0, 0, 0.0, skipped=3)
+    for steps, scale in (([made] * 6, 1.0), ([made, missed] * 3, 2.0), ([made, *[missed] * 5], 6.0)):
+        change = worker._change(shared, steps)
+        expected = {name: one.detach() - shared[name] for name, one in worker._parameters.items()}
+        assert_same(change, {name: (scale if normalized else 1.0) * one for name, one in expected.items()}, 1e-6)
+    assert_same(worker._change(shared, [missed] * 6), expected, 0.0)  # nothing of it will leave
+    worker.close()
+    trunk.stop()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
