@@ -12,6 +12,7 @@ import torch
 from isthmus.federation.collection import Collected
 from isthmus.federation.compression import Compression
 from isthmus.federation.contribution import changes, proportions
+from isthmus.federation.control import control_of
 from isthmus.federation.products import sharing_of
 from isthmus.federation.sharing import Sharing
 from isthmus.federation.strategies.rules import Mean
@@ -62,6 +63,7 @@ class Course:
         self._store = store
         self._journal = store.journal("metrics")
         self._sharing = sharing_of(recipe)
+        self._control = control_of(recipe)
         self._tells_shares = recipe.federation.weights.kind != "examples"
         self._plans: dict[int, pb.Plan] = {}
         self.completed = store.last_round()
@@ -70,6 +72,8 @@ class Course:
             state = store.load_round(self.completed)
             self.shared = state["shared"]
             self._sharing.load_state_dict(state.get("sharing", {}))
+            if self._control is not None:
+                self._control.load_state_dict(state["control"])
 
     @property
     def over(self) -> bool:
@@ -80,6 +84,8 @@ class Course:
         if not self.over:
             plan.round = self.completed + 1
             plan.participants.extend(sorted(silos))
+            if self._control is not None:
+                self._control.tell(plan, self.layout("", plan.round))
         self._plans = {}
         return answered(plan)
 
@@ -96,7 +102,11 @@ class Course:
 
     def conclude(self, round: int, collected: Collected) -> Answer:
         shared = self._sharing.next(self.shared, round, collected.contributions)
-        self._store.save_round(round, {"shared": shared, "sharing": self._sharing.state_dict()})
+        state = {"shared": shared, "sharing": self._sharing.state_dict()}
+        if self._control is not None:
+            self._control.note(round, collected, self.layout("", round))
+            state["control"] = self._control.state_dict()
+        self._store.save_round(round, state)
         line: dict[str, Any] = {"round": round, "weights": collected.weights}
         self._journal.append(line | ({"shares": self._sharing.shares} if self._tells_shares else {}))
         self.shared, self.completed = shared, round

@@ -17,12 +17,12 @@ from isthmus.recipe.sections import (
     RootSection,
     SiloSection,
     TaskSection,
-    TrainSection,
     TrunkSection,
     WireSection,
 )
 from isthmus.recipe.sensitivity import SensitivityClass, SensitivitySection
 from isthmus.recipe.strategy import FairnessSection, OptimizerSection, WeightsSection
+from isthmus.recipe.train import TrainSection
 
 __all__ = [
     "BoundarySection",

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from isthmus.errors import RecipeError
 from isthmus.recipe.aggregation import check_aggregation
+from isthmus.recipe.local import check_local
 from isthmus.recipe.privacy import PrivacySection
 from isthmus.recipe.section import Count, Section
 from isthmus.recipe.sections import (
@@ -23,11 +24,11 @@ from isthmus.recipe.sections import (
     RootSection,
     SiloSection,
     TaskSection,
-    TrainSection,
     TrunkSection,
     WireSection,
 )
 from isthmus.recipe.sensitivity import SensitivitySection
+from isthmus.recipe.train import TrainSection
 from isthmus.recipe.tree import Tree
 
 
@@ -74,6 +75,7 @@ class Recipe(Section):
             )
         self._defensible()
         check_aggregation(self)
+        check_local(self)
         for field in self.sensitivity.fields if self.sensitivity else ():
             if field not in self.task.fields:
                 used = ", ".join(sorted(self.task.fields)) or "none"
@@ -167,6 +169,11 @@ class Recipe(Section):
     def tree(self) -> Tree:
         """Who sends whom what it learned."""
         return Tree(self)
+
+    def steps(self, name: str) -> int:
+        """How many optimizer steps this silo takes in a round."""
+        own = {silo.name: silo.steps for silo in self.silo}.get(name)
+        return own or self.train.steps
 
     def of_silo(self, name: str) -> Recipe:
         """The same recipe with the rank that this silo's ends have; alpha / rank, the scale of what they do, stays."""

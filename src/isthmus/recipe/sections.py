@@ -43,24 +43,6 @@ class LoraSection(Section):
     """Bottom gets no adapter and stays the base model's: silos then share, and train, the top's alone."""
 
 
-class TrainSection(Section):
-    """What each silo does in a round."""
-
-    rounds: Count = 4
-    steps: Count = 10
-    """Optimizer steps a round."""
-    batch: Count = 4
-    """Rows a step and silo."""
-    micro_batches: Annotated[int, Field(ge=1, le=64)] = 1
-    """Parts that a step's rows cross in, several on their way at a time: it hides the latency of the wire."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: Positive = 5e-4
-    max_tokens: Count = 512
-    """Longest row in tokens; a longer prompt loses its beginning."""
-    evaluate: bool = True
-    """Measure held-out accuracy (or loss) after every round."""
-
-
 class CodecSection(Section):
     """How matrices are written on the wire, each way; one name in place of the section stands for all four.
 
@@ -221,6 +203,12 @@ class FederationSection(Section):
     """Each change gives way to the mean of its nearest before the rule sees it: for silos whose data differ much."""
     trusted: Name | None = None
     """For the rule ``fltrust``: the silo or edge whose change the others' are measured by."""
+    normalized: bool = False
+    """A silo's change counts as if it had taken as many steps as the others, however many it took (FedNova, Wang et al.
+    2020)."""
+    control: Literal["none", "scaffold"] = "none"
+    """What sets a silo's gradients apart, as earlier rounds showed, is taken out of its steps (SCAFFOLD, Karimireddy et
+    al. 2020, option II). Plans are twice as large, updates are not."""
     weights: WeightsSection = WeightsSection()
     fairness: FairnessSection = FairnessSection()
     optimizer: OptimizerSection = OptimizerSection()
@@ -292,3 +280,6 @@ class SiloSection(Section):
     """Where bottom and top compute, as ``trunk.device``."""
     rank: Count | None = None
     """Of the adapters of this silo's bottom and top, at most ``lora.rank``; left out: that."""
+    steps: Count | None = None
+    """Optimizer steps of this silo in a round; left out: ``train.steps``. One that is done leaves the trunk's steps to
+    the others."""

@@ -103,23 +103,23 @@ class Boundary:
         self._note(event, size)
         return update
 
-    def affordable(self, subjects: Subjects, forward: Sequence[bool], *, gradient: bool = True) -> list[bool]:
+    def affordable(self, subjects: Subjects, forward: Sequence[int], *, gradient: int = 1) -> list[bool]:
         """For each sequence, whether it can be borne that what it sends leaves.
 
         Args:
-            forward: of each sequence, whether its hidden states are to leave.
-            gradient: whether the gradients of all are.
+            forward: of each sequence, how often its hidden states are to leave.
+            gradient: how often the gradients of all are.
         """
         costs = []
         for number, (record, length) in enumerate(zip(subjects.records, subjects.lengths, strict=True)):
             one = Subjects((record,), (length,), _rows_of(subjects, number))
-            leave: dict[Path, bool] = {"forward": forward[number], "gradient": gradient}
+            leave: dict[Path, int] = {"forward": forward[number], "gradient": gradient}
             costs.append(
                 [
                     charge
                     for path in leave
                     if leave[path]
-                    for charge in self._mechanisms[path].event(path, 0, one, 0).charges
+                    for charge in self._mechanisms[path].event(path, 0, one, 0).charges * leave[path]
                 ]
             )
         return self.budget.affordable(costs, subjects)

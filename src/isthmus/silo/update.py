@@ -70,6 +70,12 @@ class Updates(Protocol):
         """What is kept for later, as if what was packed had arrived."""
         ...
 
+    @property
+    def crossed(self) -> Tensors | None:
+        """What was packed last, as whoever reads it gets it; None: nothing. Of an update that compression made smaller
+        it is not told."""
+        ...
+
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
@@ -79,6 +85,7 @@ class OpenUpdates:
     def __init__(self, boundary: Boundary, root: Channel, compression: Compression) -> None:
         self._boundary, self._root, self._compression = boundary, root, compression
         self._rest = Rest(compression.feedback)
+        self.crossed: Tensors | None = None
 
     def offer(self) -> None:
         return None
@@ -86,7 +93,7 @@ class OpenUpdates:
     def begin(self, plan: pb.Plan) -> None: ...
 
     def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
-        update = pb.Update()
+        update, self.crossed = pb.Update(), None
         if weight:
             update = self._boundary.release_update(
                 change, plan.round, lambda secured: self._written(secured, plan.round)
@@ -108,6 +115,7 @@ class OpenUpdates:
         due_P = self._rest.added(change, row_of(change))
         compressor = self._compression.compressor(len(due_P), round)
         if compressor is None:
+            self.crossed = change
             return open_update(change)
         data = compressor.encode(due_P)
         if self._rest.kept:
@@ -124,6 +132,7 @@ class MaskedUpdates:
         self._rest = Rest(compression.feedback)
         self._member = Member(identity.name)
         self._dealt: Answer | None = None
+        self.crossed: Tensors | None = None
 
     def offer(self) -> pb.SumKeys:
         self._member = Member(self._identity.name)
@@ -145,6 +154,7 @@ class MaskedUpdates:
         self._member.accept(dict(self._dealt.result().sealed))  # type: ignore[attr-defined]
         ring = self._compression.ring(len(plan.keys))
         projection = self._compression.projection(len(row_of(change)), plan.round)
+        self.crossed = None
         if weight:
             update = self._boundary.release_update(
                 change, plan.round, lambda secured: self._weighed(secured, share, ring, projection)
@@ -170,9 +180,11 @@ class MaskedUpdates:
         """The numbers that cross of the change, times the share. What the ring clips and rounds off waits, too."""
         due_P = self._rest.added(change, row_of(change))
         whole_K = ring.encode(projection.project(due_P).numpy() * np.float32(share))
+        crossed_P = projection.lift(torch.from_numpy(ring.decode(whole_K) / share).float())
         if self._rest.kept:
-            crossed_K = torch.from_numpy(ring.decode(whole_K) / share).float()
-            self._rest.leave(change, due_P - projection.lift(crossed_K))
+            self._rest.leave(change, due_P - crossed_P)
+        if self._compression.exact:
+            self.crossed = layout_of(change).tensors(crossed_P)
         return self._masked(whole_K, share, ring)
 
     def _masked(self, whole_K: Whole, share: float, ring: Ring) -> pb.Update:
@@ -201,4 +213,9 @@ def open_update(change: Tensors) -> pb.Update:
 
 def row_of(change: Tensors) -> torch.Tensor:
     """A change as one row, fp32, P."""
-    return Layout({name: tuple(tensor.shape) for name, tensor in change.items()}).row(change)
+    return layout_of(change).row(change)
+
+
+def layout_of(change: Tensors) -> Layout:
+    """Where each tensor of a change lies in its row."""
+    return Layout({name: tuple(tensor.shape) for name, tensor in change.items()})

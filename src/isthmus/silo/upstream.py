@@ -59,6 +59,11 @@ class Upstream:
         with self._round():
             self._updates.send(update)
 
+    @property
+    def crossed(self) -> Mapping[str, torch.Tensor] | None:
+        """What was packed last, as it crosses (see ``Updates``)."""
+        return self._updates.crossed
+
     def state_dict(self) -> dict[str, Any]:
         return self._updates.state_dict()
 

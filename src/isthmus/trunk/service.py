@@ -57,7 +57,7 @@ class TrunkService:
         self._backwards = Backwards(self._training, self._gate, recipe.trunk)
         self._evaluations = Evaluations(self._runner, self._gate, recipe.trunk)
         journal = directory.journal("metrics")
-        self._steps = Steps(self._training, self._scheduler, recipe.train, recipe.trunk.patience, journal)
+        self._steps = Steps(self._training, self._scheduler, recipe.steps, recipe.trunk.patience, journal)
         self._instances: dict[str, str] = {}
         self._answers: dict[type[Message], Callable[[str, Any], Answer]] = {
             pb.Hello: self._greet,

@@ -97,6 +97,10 @@ def _keep(message: pb.Keep) -> None:
     _require(0 < rows <= MAX_POSITIONS, f"an example of {rows} tokens, {MAX_POSITIONS} are allowed")
 
 
+def _backward(message: pb.Backward) -> None:
+    _require(message.reply or not message.aside, "a backward that is neither learned from nor answered")
+
+
 def _weight(message: Any) -> None:
     _require(math.isfinite(message.weight) and message.weight >= 0, f"the weight {message.weight}")
     _require(message.round > 0, "round 0")
@@ -153,6 +157,7 @@ _RULES: dict[str, Callable[[Any], None]] = {
     "hello": _hello,
     "begin": _begin,
     "forward": _forward,
+    "backward": _backward,
     "keep": _keep,
     "commit": _commit,
     "decode": _decode,
