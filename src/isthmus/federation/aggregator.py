@@ -7,7 +7,7 @@ from pathlib import Path
 from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError
-from isthmus.federation.lead import Lead
+from isthmus.federation.buffered import Buffered
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
 from isthmus.wire import isthmus_pb2 as pb
@@ -21,11 +21,12 @@ class Aggregator:
 
     Args:
         name: of the node.
+        rounds: how they go there.
         identity: of the process, to check what silos sign where updates are masked; left out, the node's own.
     """
 
-    def __init__(self, recipe: Recipe, name: str, lead: Lead, identity: Identity | None = None) -> None:
-        self.rounds = Rounds(recipe, lead, name)
+    def __init__(self, recipe: Recipe, name: str, rounds: Rounds | Buffered, identity: Identity | None = None) -> None:
+        self.rounds = rounds
         if recipe.federation.masks and identity is None:
             identity = Identity.load(Path(recipe.wire.certificates), name)
         self._identity = identity

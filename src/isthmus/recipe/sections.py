@@ -164,7 +164,7 @@ class RootSection(Section):
     patience: Positive = 300.0
     """Seconds the other silos wait for a slow one at the end of a round, counted from the first that is ready."""
     minimum: Count | None = None
-    """Fewest silos, or edges, that a round needs; left out: all of them."""
+    """Fewest silos, or edges, that a round needs; left out: all of them, or ``federation.buffer``."""
 
 
 class EdgeSection(Section):
@@ -221,6 +221,12 @@ class FederationSection(Section):
     """Each change gives way to the mean of its nearest before the rule sees it: for silos whose data differ much."""
     trusted: Name | None = None
     """For the rule ``fltrust``: the silo or edge whose change the others' are measured by."""
+    buffer: Count | None = None
+    """Silos train without waiting for one another, and whenever so many updates have come the root makes of them the
+    next version of what is shared, a round (FedBuff). Left out: a round is of all silos, who begin and end together."""
+    staleness: Annotated[int, Field(ge=0)] = 10
+    """With a buffer: versions that may come out while a silo trains. Its update counts 1/√(1 + so many); one of more is
+    refused, and the silo begins again with the newest."""
     weights: WeightsSection = WeightsSection()
     fairness: FairnessSection = FairnessSection()
     optimizer: OptimizerSection = OptimizerSection()

@@ -85,6 +85,9 @@ class Worker:
             plan = self._upstream.ask(completed)
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
+            if self._recipe.federation.buffer is not None and not plan.round:
+                # nobody trains on the last version: its name is all that the trunk still has to hear
+                self._silo.trunk.begin(plan.completed + 1, [self._name])
             self._measure(plan.completed)
             if not plan.round:
                 break
@@ -175,7 +178,9 @@ class Worker:
         return self._silo.trunk.affordable([row.input for row in rows], lengths, train=train)
 
     def _continue_from(self, completed: int) -> None:
-        """Bring optimizer, guard and updates to their state after this round; a silo without it starts afresh."""
+        """Bring optimizer, guard and updates to their state after this round, or the last one before it that this silo
+        had a part in; without any it starts afresh."""
+        completed = max((number for number in self._directory.rounds() if number <= completed), default=0)
         if self._state_of_round == completed:
             return
         self._optimizer = build_optimizer(self._parameters.values(), self._recipe.train)
