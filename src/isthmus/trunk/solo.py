@@ -50,9 +50,6 @@ class SoloSteps:
         if peer not in request.participants:
             raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="wait for the next plan")
         version = request.round - 1
-        with self._lock:
-            self._over = self._over or version >= self._train.rounds
-            self._places[peer] = Place(request.round)
 
         def begin() -> pb.Begun:
             self._training.forget(peer)
@@ -60,7 +57,10 @@ class SoloSteps:
                 self._training.save(version)
             return pb.Begun()
 
-        return self._scheduler.submit(begin)
+        with self._lock:
+            self._over = self._over or version >= self._train.rounds
+            self._places[peer] = Place(request.round)
+            return self._scheduler.submit(begin)
 
     def commit(self, peer: str, request: pb.Commit) -> Answer:
         """Answered once the trunk has stepped with this silo's gradients.
@@ -69,16 +69,16 @@ class SoloSteps:
             RoundLostError: the silo has not begun this round here, or the last version is out.
             OutOfOrderError: not its next step.
         """
-        with self._lock:
-            place = self._places.get(peer)
-            if self._over or place is None or place.round != request.round:
-                raise lost(peer, request.round)
-            check_next(request, place.step, self._train)
-            place.step = request.step
 
         def step() -> pb.Stepped:
             self._training.step({peer: request.weight}, together=False)
             self._journal.append({"round": request.round, "step": request.step, "silos": [peer]})
             return pb.Stepped(contributors=1)
 
-        return self._scheduler.submit(step)
+        with self._lock:
+            place = self._places.get(peer)
+            if self._over or place is None or place.round != request.round:
+                raise lost(peer, request.round)
+            check_next(request, place.step, self._train)
+            place.step = request.step
+            return self._scheduler.submit(step)
