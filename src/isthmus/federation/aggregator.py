@@ -8,6 +8,7 @@ from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError
 from isthmus.federation.buffered import Buffered
+from isthmus.federation.lead import Course, Lead
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
 from isthmus.wire import isthmus_pb2 as pb
@@ -21,12 +22,15 @@ class Aggregator:
 
     Args:
         name: of the node.
-        rounds: how they go there.
         identity: of the process, to check what silos sign where updates are masked; left out, the node's own.
     """
 
-    def __init__(self, recipe: Recipe, name: str, rounds: Rounds | Buffered, identity: Identity | None = None) -> None:
-        self.rounds = rounds
+    def __init__(self, recipe: Recipe, name: str, lead: Lead, identity: Identity | None = None) -> None:
+        self.rounds: Rounds | Buffered
+        if recipe.federation.buffer is not None and isinstance(lead, Course):
+            self.rounds = Buffered(recipe, lead)
+        else:
+            self.rounds = Rounds(recipe, lead, name)
         if recipe.federation.masks and identity is None:
             identity = Identity.load(Path(recipe.wire.certificates), name)
         self._identity = identity

@@ -5,7 +5,6 @@ from __future__ import annotations
 from isthmus.federation.aggregator import Aggregator
 from isthmus.federation.lead import Relay
 from isthmus.federation.root import shared_tensors
-from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
 from isthmus.report.record import RoleDirectory
 from isthmus.wire.channel import Channel
@@ -29,5 +28,4 @@ class EdgeService(Aggregator):
         parent: Channel,
         identity: Identity | None = None,
     ) -> None:
-        relay = Relay(recipe, shared_tensors(recipe), directory, parent)
-        super().__init__(recipe, name, Rounds(recipe, relay, name), identity)
+        super().__init__(recipe, name, Relay(recipe, shared_tensors(recipe), directory, parent), identity)

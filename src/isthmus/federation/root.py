@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from isthmus.federation.aggregator import Aggregator
-from isthmus.federation.buffered import Buffered
 from isthmus.federation.lead import Course
-from isthmus.federation.rounds import Rounds
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
@@ -24,9 +22,7 @@ class RootService(Aggregator):
     """
 
     def __init__(self, recipe: Recipe, directory: RoleDirectory, identity: Identity | None = None) -> None:
-        course = Course(recipe, shared_tensors(recipe), directory)
-        rounds = Rounds(recipe, course) if recipe.federation.buffer is None else Buffered(recipe, course)
-        super().__init__(recipe, ROOT, rounds, identity)
+        super().__init__(recipe, ROOT, Course(recipe, shared_tensors(recipe), directory), identity)
 
 
 def shared_tensors(recipe: Recipe) -> dict[str, torch.Tensor]:
