@@ -39,6 +39,8 @@ class Collected:
     """One for each silo or edge that learned something, or one mean of all."""
     total_KS: Integers | None = None
     """Under masks: the sum of all silos' numbers, at last of their shares; None if nobody learned anything."""
+    staleness: dict[str, int] | None = None
+    """Out of a buffer: for each silo, the versions that came out since it began."""
 
 
 Done = Callable[[Collected | IsthmusError], None]
@@ -112,19 +114,25 @@ class Open:
         if request.masked:
             raise ProtocolError("this federation's updates are open", remedy="give all parties one recipe")
         if request.weight:
-            self._contributions[peer] = Contribution(peer, request.weight, self._change(peer, request), request.quality)
-
-    def _change(self, peer: str, update: pb.Update) -> Mapping[str, torch.Tensor]:
-        layout = self._layouts[peer]
-        if peer in self._compressors:
-            return layout.tensors(self._compressors[peer].decode(update.compressed))
-        return codec.decode_named(update.tensors, layout.shapes)
+            change = change_of(request, self._layouts[peer], self._compressors.get(peer))
+            self._contributions[peer] = Contribution(peer, request.weight, change, request.quality)
 
     def _finish(self) -> None:
         self._done(self._collected(dict(sorted(self._weights.items()))))
 
     def _collected(self, weights: dict[str, float]) -> Collected:
         return Collected(weights, tuple(self._contributions[peer] for peer in sorted(self._contributions)))
+
+
+def change_of(update: pb.Update, layout: Layout, compressor: Compressor | None) -> Mapping[str, torch.Tensor]:
+    """What an open update says; None: it comes in full, by name.
+
+    Raises:
+        FrameError: it is not of this layout, or holds what was never encoded.
+    """
+    if compressor is not None:
+        return layout.tensors(compressor.decode(update.compressed))
+    return codec.decode_named(update.tensors, layout.shapes)
 
 
 class Sums(Open):

@@ -80,6 +80,10 @@ class Course:
         return self.completed >= self._rounds
 
     def plan(self, silos: Iterable[str]) -> Answer:
+        return answered(self.next(silos))
+
+    def next(self, silos: Iterable[str]) -> pb.Plan:
+        """The plan for these silos, which is there at once."""
         plan = pb.Plan(completed=self.completed)
         if not self.over:
             plan.round = self.completed + 1
@@ -87,7 +91,7 @@ class Course:
             if self._control is not None:
                 self._control.tell(plan, self.layout("", plan.round))
         self._plans = {}
-        return answered(plan)
+        return plan
 
     def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
         """With the adapters that this child begins with."""
@@ -108,6 +112,7 @@ class Course:
             state["control"] = self._control.state_dict()
         self._store.save_round(round, state)
         line: dict[str, Any] = {"round": round, "weights": collected.weights}
+        line |= {"staleness": collected.staleness} if collected.staleness is not None else {}
         self._journal.append(line | ({"shares": self._sharing.shares} if self._tells_shares else {}))
         self.shared, self.completed = shared, round
         return answered(pb.Accepted())

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from isthmus.errors import RecipeError
 from isthmus.recipe.aggregation import check_aggregation
+from isthmus.recipe.buffer import check_buffer
 from isthmus.recipe.local import check_local
 from isthmus.recipe.privacy import PrivacySection
 from isthmus.recipe.section import Count, Section
@@ -60,6 +61,7 @@ class Recipe(Section):
             raise ValueError(f"the name {twice[0]!r} is given twice; rename one")
         if {"trunk", "root", "ca"} & set(names):
             raise ValueError("the names 'trunk', 'root' and 'ca' are taken; rename the silo")
+        check_buffer(self)
         assert self.tree
         if self.trunk.average_every is not None and self.trunk.adapter == "shared":
             raise ValueError("trunk.average_every: a shared adapter is not averaged; set trunk.adapter = 'replica'")

@@ -146,7 +146,7 @@ class RootSection(Section):
     patience: Positive = 300.0
     """Seconds the other silos wait for a slow one at the end of a round, counted from the first that is ready."""
     minimum: Count | None = None
-    """Fewest silos, or edges, that a round needs; left out: all of them."""
+    """Fewest silos, or edges, that a round needs; left out: all of them, or ``federation.buffer``."""
 
 
 class EdgeSection(Section):
@@ -209,6 +209,12 @@ class FederationSection(Section):
     control: Literal["none", "scaffold"] = "none"
     """What sets a silo's gradients apart, as earlier rounds showed, is taken out of its steps (SCAFFOLD, Karimireddy et
     al. 2020, option II). Plans are twice as large, updates are not."""
+    buffer: Count | None = None
+    """Silos train without waiting for one another, and whenever so many updates have come the root makes of them the
+    next version of what is shared, a round (FedBuff). Left out: a round is of all silos, who begin and end together."""
+    staleness: Annotated[int, Field(ge=0)] = 10
+    """With a buffer: versions that may come out while a silo trains. Its update counts 1/√(1 + so many); one of more is
+    refused, and the silo begins again with the newest."""
     weights: WeightsSection = WeightsSection()
     fairness: FairnessSection = FairnessSection()
     optimizer: OptimizerSection = OptimizerSection()

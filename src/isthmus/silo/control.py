@@ -10,7 +10,7 @@ stays the mean of the cᵢ, and no noise adds up over the rounds.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -89,8 +89,3 @@ class Control:
 def control_of(recipe: Recipe, name: str) -> Control | None:
     """As this recipe wants it."""
     return Control(recipe, name) if recipe.federation.control == "scaffold" else None
-
-
-def latest(rounds: Iterable[int], completed: int) -> int:
-    """Of the rounds that a silo knows the end of, the last that is not beyond those completed."""
-    return max((number for number in rounds if number <= completed), default=0)

@@ -18,7 +18,7 @@ from isthmus.recipe import Recipe
 from isthmus.recipe.local import mean_reach, reach
 from isthmus.report.record import RoleDirectory, read_journal
 from isthmus.silo import fairness
-from isthmus.silo.control import control_of, latest
+from isthmus.silo.control import control_of
 from isthmus.silo.data import Tokens, batches, collate
 from isthmus.silo.held import open_ledger
 from isthmus.silo.join import join, known_data
@@ -90,6 +90,9 @@ class Worker:
             plan = self._upstream.ask(completed)
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
+            if self._recipe.federation.buffer is not None and not plan.round:
+                # nobody trains on the last version: its name is all that the trunk still has to hear
+                self._silo.trunk.begin(plan.completed + 1, [self._name])
             self._measure(plan.completed)
             if not plan.round:
                 break
@@ -196,7 +199,9 @@ class Worker:
         return self._silo.trunk.affordable([row.input for row in rows], lengths, train=train, twice=twice)
 
     def _continue_from(self, completed: int) -> None:
-        """Bring optimizer, guard and updates to their state after this round; a silo without it starts afresh."""
+        """Bring optimizer, guard and updates to their state after this round, or the last one before it that this silo
+        had a part in; without any it starts afresh."""
+        completed = max((number for number in self._directory.rounds() if number <= completed), default=0)
         if self._state_of_round == completed:
             return
         self._optimizer = self._local.optimizer()
@@ -208,9 +213,7 @@ class Worker:
             self._silo.guard.load_state_dict(state.get("guard", {}))
         self._upstream.load_state_dict(state.get("updates", {}))
         self._factor = state.get("factor", 1.0)
-        if self._control is not None:  # the root has counted it in earlier rounds, too: a missed one changes nothing
-            with suppress(RunError):
-                state = self._directory.load_round(latest(self._directory.rounds(), completed))
+        if self._control is not None:
             self._control.load_state_dict(state.get("control", {}))
         self._state_of_round = completed
 

@@ -78,15 +78,8 @@ class Steps:
         """
         with self._lock:
             if request.round != self._round or peer not in self._done:
-                raise _lost(peer, request.round)
-            if request.step != self._done[peer] + 1:
-                raise OutOfOrderError(
-                    f"optimizer step {request.step}, step {self._done[peer] + 1} is next", remedy="commit in order"
-                )
-            if request.step > (most := self._steps(peer)):
-                raise OutOfOrderError(
-                    f"optimizer step {request.step} of {most}", remedy="commit train.steps times a round"
-                )
+                raise lost(peer, request.round)
+            check_next(request, self._done[peer], self._steps(peer))
         answer: Answer = Answer()
         if self._training.waits(request.step):
             self._commits.arrive(peer, Arrival(request, answer))
@@ -117,7 +110,7 @@ class Steps:
             finished = {peer for peer, step in self._done.items() if step >= self._steps(peer)}
             self._training.expected = self._at_work()
         for peer, arrival in late.items():  # the round ended while they were on their way to the barrier
-            arrival.answer.set_exception(_lost(peer, arrival.request.round))
+            arrival.answer.set_exception(lost(peer, arrival.request.round))
         if not arrivals:
             return
         for peer in finished:
@@ -154,7 +147,15 @@ class Steps:
         return sum(step < self._steps(peer) for peer, step in self._done.items())
 
 
-def _lost(peer: str, round: int) -> RoundLostError:
+def check_next(request: pb.Commit, done: int, most: int) -> None:
+    """Raise ``OutOfOrderError`` unless this commit is of the step after those that are done, of so many."""
+    if request.step != done + 1:
+        raise OutOfOrderError(f"optimizer step {request.step}, step {done + 1} is next", remedy="commit in order")
+    if request.step > most:
+        raise OutOfOrderError(f"optimizer step {request.step} of {most}", remedy="commit train.steps times a round")
+
+
+def lost(peer: str, round: int) -> RoundLostError:
     return RoundLostError(f"{peer} is not in round {round}", remedy="ask for the next plan")
 
 
