@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from isthmus.recipe import robustness
+from isthmus.recipe.noise import ClipSection, NoiseSection
 from isthmus.recipe.privacy import ReleaseSection
 from isthmus.recipe.robustness import RuleName
 from isthmus.recipe.section import Amount, Count, Positive, Section
@@ -221,6 +222,8 @@ class FederationSection(Section):
     """Each change gives way to the mean of its nearest before the rule sees it: for silos whose data differ much."""
     trusted: Name | None = None
     """For the rule ``fltrust``: the silo or edge whose change the others' are measured by."""
+    noise: NoiseSection | None = None
+    clip: ClipSection | None = None
     weights: WeightsSection = WeightsSection()
     fairness: FairnessSection = FairnessSection()
     optimizer: OptimizerSection = OptimizerSection()

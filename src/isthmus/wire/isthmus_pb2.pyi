@@ -237,7 +237,7 @@ class Ready(_message.Message):
     def __init__(self, completed: _Optional[int] = ..., keys: _Optional[_Union[SumKeys, _Mapping]] = ..., silos: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("round", "completed", "participants", "adapters", "sum", "keys")
+    __slots__ = ("round", "completed", "participants", "adapters", "sum", "keys", "clip")
     class KeysEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -251,13 +251,15 @@ class Plan(_message.Message):
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     SUM_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
     round: int
     completed: int
     participants: _containers.RepeatedScalarFieldContainer[str]
     adapters: _containers.RepeatedCompositeFieldContainer[Tensor]
     sum: bytes
     keys: _containers.MessageMap[str, SumKeys]
-    def __init__(self, round: _Optional[int] = ..., completed: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., sum: _Optional[bytes] = ..., keys: _Optional[_Mapping[str, SumKeys]] = ...) -> None: ...
+    clip: float
+    def __init__(self, round: _Optional[int] = ..., completed: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., sum: _Optional[bytes] = ..., keys: _Optional[_Mapping[str, SumKeys]] = ..., clip: _Optional[float] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("round", "weight", "tensors", "masked", "compressed", "quality")

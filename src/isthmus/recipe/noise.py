@@ -1,0 +1,129 @@
+"""The recipe's sections on noise that is drawn once for many silos, and on the clip that it needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from isthmus.recipe.section import Chance, Positive, Section
+
+if TYPE_CHECKING:
+    from isthmus.recipe.recipe import Recipe
+    from isthmus.recipe.sections import FederationSection
+
+UNTOUCHED = 0.0, 1e-4
+"""``boundary.update.noise`` where a recipe says nothing of it, or that there is none."""
+
+
+class NoiseSection(Section):
+    """How a round's sum of updates is noised; left out: by what each silo's boundary adds, and nothing else."""
+
+    where: Literal["silos", "root"] = "silos"
+    """Each silo adds a share within the ring, so that nobody sees a sum with less; or the root, which is then trusted
+    with what it sees, adds all of it before anybody else sees the mean."""
+    multiplier: Positive | None = None
+    """Deviation of the sum's noise in every round, in clips; rounding is made up for with a little more."""
+    epsilon: Positive | None = None
+    """In place of ``multiplier``: of all the recipe's rounds together, at ``privacy.delta``."""
+    colluding: Annotated[int, Field(ge=0)] = 0
+    """silos: how many may tell the root or edge what they drew; the others' noise is enough without theirs."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if (self.multiplier is None) == (self.epsilon is None):
+            raise ValueError("federation.noise: its size is given once; set either multiplier or epsilon")
+        if self.where == "root" and self.colluding:
+            raise ValueError("federation.noise.colluding: the root draws alone; leave colluding out")
+        return self
+
+
+class ClipSection(Section):
+    """The L2 norm to which noise in sums is measured."""
+
+    norm: Positive
+    """Largest norm of a silo's update, of the numbers that cross; with ``quantile`` in the first round."""
+    quantile: Chance | None = None
+    """Share of the updates that the clip is to leave as they are: it follows from round to round (Andrew et al. 2021).
+    Left out: it stays."""
+    rate: Positive = 0.2
+    """quantile: how far it follows; the clip changes by a factor of at most exp(rate) a round."""
+    norms: Chance = 0.1
+    """quantile: part of a round's privacy that goes to the silos' word whether the clip changed their update."""
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        fields = ClipSection.model_fields
+        for name in ("rate", "norms"):
+            if self.quantile is None and getattr(self, name) != fields[name].default:
+                raise ValueError(f"federation.clip.{name}: a clip that stays has none; leave it out, or add quantile")
+        return self
+
+
+def check_noise(recipe: Recipe) -> None:
+    """Raise ``ValueError``, reason and remedy, if the noise of sums would not be what the recipe promises."""
+    federation = recipe.federation
+    if (federation.noise is None) != (federation.clip is None):
+        has, lacks = ("clip", "noise") if federation.noise is None else ("noise", "clip")
+        raise ValueError(
+            f"federation.{lacks}: noise is measured by a clip, and a clip alone hides nothing; "
+            f"add federation.{lacks}, or leave federation.{has} out"
+        )
+    if federation.noise is None:
+        return
+    _check_boundary(recipe)
+    _check_influence(federation)
+    _check_sums(recipe)
+
+
+def _check_boundary(recipe: Recipe) -> None:
+    """One clip and one noise for an update."""
+    update = recipe.boundary.update
+    if update.mechanism != "gaussian" or update.clip or update.noise not in UNTOUCHED:
+        raise ValueError(
+            "boundary.update: with federation.noise the sum is noised, not each update; leave boundary.update out"
+        )
+
+
+def _check_influence(federation: FederationSection) -> None:
+    """What a silo changes must be bounded by the clip, and by nothing that follows from its rows."""
+    if federation.weights.kind != "equal":
+        raise ValueError(
+            f"federation.weights: by {federation.weights.kind!r} a silo's influence follows from its rows, and the sum "
+            "of weights has no noise; set weights = 'equal'"
+        )
+    if federation.fairness.kind != "none":
+        raise ValueError(
+            "federation.fairness: a weight that follows from a silo's loss leaves without noise; leave fairness out"
+        )
+    if federation.compression == "top-k":
+        raise ValueError(
+            "federation.compression: which numbers are the largest follows from a silo's rows, and places have no "
+            "noise; use random-k or sketch, or leave it out"
+        )
+    if federation.feedback and (federation.compression != "none" or federation.bits is not None):
+        raise ValueError(
+            "federation.feedback: what waits would be added to every later update and pushed out by the clip again, "
+            "without end; set feedback = false"
+        )
+
+
+def _check_sums(recipe: Recipe) -> None:
+    """Where the noise goes, and whether it reaches all who look."""
+    federation, noise = recipe.federation, recipe.federation.noise
+    assert noise is not None
+    if not federation.masks:
+        raise ValueError(
+            "federation.noise: without masks the root sees each update, with less noise than the sum is to have; "
+            "set masks = true, or have each silo add all of it with boundary.update"
+        )
+    if federation.range != type(federation).model_fields["range"].default:
+        raise ValueError("federation.range: no number is larger than the clip, which takes its place; leave range out")
+    if noise.where == "root" and (recipe.edge or federation.robust):
+        what = "edge: edges see sums before the root" if recipe.edge else "federation.rule: rules see sums before it"
+        raise ValueError(f"{what} adds its noise; set federation.noise.where = 'silos', or leave them out")
+    if noise.colluding >= recipe.tree.smallest():
+        raise ValueError(
+            f"federation.noise.colluding: {noise.colluding} of {recipe.tree.smallest()} silos leave nobody whose noise "
+            "counts; lower it, or raise the minimum"
+        )
