@@ -101,7 +101,8 @@ class Course:
         return self._sharing.layout(self._sharing.begun(self.shared, peer), round)
 
     def conclude(self, round: int, collected: Collected) -> Answer:
-        collected, clip = self._noise.added(round, collected), self._clip.norm(round)
+        clip = self._clip.norm(round)
+        collected = self._noise.added(round, collected, clip)
         self._clip.follow(round, collected)
         shared = self._sharing.next(self.shared, round, collected.contributions)
         kept = {"shared": shared, "sharing": self._sharing.state_dict(), "clip": self._clip.state_dict()}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from isthmus.errors import FrameError, RecipeError
 
@@ -96,6 +97,10 @@ class Ring:
             if signed_P @ signed_P <= bound**2:
                 return whole_P
 
+    def side(self, within: bool) -> Whole:
+        """One element that says whether an update was within its clip."""
+        return np.array([self.levels if within else -self.levels], np.int32).view(np.uint32)
+
     def whole(self, total_P: Whole) -> Integers:
         """The whole number that each element of a sum stands for."""
         spare = np.uint32(32 - 8 * self.width)
@@ -149,3 +154,10 @@ class Ring:
         for place in range(self.width):
             bytes_P4[:, place] = packed[:, place]
         return bytes_P4.view("<u4").reshape(count).astype(np.uint32, copy=False)
+
+
+def shortened(row_P: torch.Tensor, clip: float) -> tuple[npt.NDArray[np.float32], bool]:
+    """This row no longer than the clip, and whether it was so before. What is no finite number is 0."""
+    row_P = row_P.double().nan_to_num(0.0, 0.0, 0.0)
+    norm = float(row_P.norm())
+    return (row_P * min(1.0, clip / max(norm, 1e-30))).float().numpy(), norm <= clip

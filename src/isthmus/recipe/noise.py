@@ -20,8 +20,8 @@ class NoiseSection(Section):
     """How a round's sum of updates is noised; left out: by what each silo's boundary adds, and nothing else."""
 
     where: Literal["silos", "root"] = "silos"
-    """Each silo adds a share within the ring, so that nobody sees a sum with less; or the root, which is then trusted
-    with what it sees, adds all of it before anybody else sees the mean."""
+    """Each silo adds a share under masks, so that nobody sees a sum with less; or the root, which is then trusted with
+    what it sees (updates, or under masks their sum), adds all of it before anybody else sees the mean."""
     multiplier: Positive | None = None
     """Deviation of the sum's noise in every round, in clips; rounding is made up for with a little more."""
     epsilon: Positive | None = None
@@ -71,17 +71,15 @@ def check_noise(recipe: Recipe) -> None:
         )
     if federation.noise is None:
         return
-    _check_boundary(recipe)
     _check_influence(federation)
-    _check_sums(recipe)
-
-
-def _check_boundary(recipe: Recipe) -> None:
-    """One clip and one noise for an update."""
-    update = recipe.boundary.update
-    if update.mechanism != "gaussian" or update.clip or update.noise not in UNTOUCHED:
+    if federation.noise.where == "root":
+        _check_root(recipe)
+    if federation.masks:
+        _check_silos(recipe)
+    elif federation.noise.where == "silos":
         raise ValueError(
-            "boundary.update: with federation.noise the sum is noised, not each update; leave boundary.update out"
+            "federation.noise: without masks the root sees each update, with less noise than the sum is to have; "
+            "set masks = true, or have each silo add all of it with boundary.update"
         )
 
 
@@ -96,32 +94,34 @@ def _check_influence(federation: FederationSection) -> None:
         raise ValueError(
             "federation.fairness: a weight that follows from a silo's loss leaves without noise; leave fairness out"
         )
-    if federation.compression == "top-k":
+
+
+def _check_root(recipe: Recipe) -> None:
+    """What the root noises is a mean of silos, before anybody else or any rule has seen it."""
+    federation = recipe.federation
+    if recipe.edge or federation.robust:
+        key = "edge" if recipe.edge else "federation.rule"
         raise ValueError(
-            "federation.compression: which numbers are the largest follows from a silo's rows, and places have no "
-            "noise; use random-k or sketch, or leave it out"
+            f"{key}: what the root noises is the mean of silos' updates, and with {key} it forms no such mean; "
+            f"leave {key} out, or set federation.noise.where = 'silos'"
+        )
+
+
+def _check_silos(recipe: Recipe) -> None:
+    """Silos clip what crosses, once, to the ring; and their noise reaches all who look."""
+    federation, update, noise = recipe.federation, recipe.boundary.update, recipe.federation.noise
+    assert noise is not None
+    if update.mechanism != "gaussian" or update.clip or update.noise not in UNTOUCHED:
+        raise ValueError(
+            "boundary.update: with federation.noise the sum is noised, not each update; leave boundary.update out"
         )
     if federation.feedback and (federation.compression != "none" or federation.bits is not None):
         raise ValueError(
             "federation.feedback: what waits would be added to every later update and pushed out by the clip again, "
             "without end; set feedback = false"
         )
-
-
-def _check_sums(recipe: Recipe) -> None:
-    """Where the noise goes, and whether it reaches all who look."""
-    federation, noise = recipe.federation, recipe.federation.noise
-    assert noise is not None
-    if not federation.masks:
-        raise ValueError(
-            "federation.noise: without masks the root sees each update, with less noise than the sum is to have; "
-            "set masks = true, or have each silo add all of it with boundary.update"
-        )
     if federation.range != type(federation).model_fields["range"].default:
         raise ValueError("federation.range: no number is larger than the clip, which takes its place; leave range out")
-    if noise.where == "root" and (recipe.edge or federation.robust):
-        what = "edge: edges see sums before the root" if recipe.edge else "federation.rule: rules see sums before it"
-        raise ValueError(f"{what} adds its noise; set federation.noise.where = 'silos', or leave them out")
     if noise.colluding >= recipe.tree.smallest():
         raise ValueError(
             f"federation.noise.colluding: {noise.colluding} of {recipe.tree.smallest()} silos leave nobody whose noise "

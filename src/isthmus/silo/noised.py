@@ -12,7 +12,7 @@ import numpy as np
 from isthmus.errors import ProtocolError
 from isthmus.federation.compression import Compression
 from isthmus.federation.projections import Projection
-from isthmus.federation.quantize import Ring, Whole
+from isthmus.federation.quantize import Ring, Whole, shortened
 from isthmus.privacy.discrete import discrete_gaussian
 from isthmus.privacy.events import ALL, Charge, Release
 from isthmus.privacy.noise import Noise, SecretNoise
@@ -64,18 +64,15 @@ class NoisedUpdates(MaskedUpdates):
             self._reveal(update, living)
 
     def _released(self, round: int, change: Tensors, share: float, ring: Ring, projection: Projection) -> pb.Update:
-        row_K = projection.project(row_of(change).nan_to_num(0.0, 0.0, 0.0)).double()
-        norm = float(row_K.norm())
-        short_K = row_K * min(1.0, ring.range / max(norm, 1e-30))
-        bound = self._noise.update(ring.levels, len(row_K)).bound
+        short_K, within = shortened(projection.project(row_of(change).nan_to_num(0.0, 0.0, 0.0)), ring.range)
+        bound = self._noise.update(ring.levels, len(short_K)).bound
 
         def encode(draws: Noise) -> pb.Update:
-            whole_K = ring.encode_short(short_K.float().numpy(), bound)
-            side = np.array([ring.levels if norm <= ring.range else -ring.levels], np.int32)
-            told = side[: self._compression.tells].view(np.uint32)
+            whole_K = ring.encode_short(short_K, bound)
+            told = ring.side(within)[: self._compression.tells]
             return self._masked(self._noised(np.concatenate([whole_K, told]), ring, draws), share, ring)
 
-        return self._boundary.release_summed(self._events(round, ring, len(row_K)), encode)
+        return self._boundary.release_summed(self._events(round, ring, len(short_K)), encode)
 
     def _nothing(self, ring: Ring, projection: Projection) -> Whole:
         zeros = np.zeros(projection.size + self._compression.tells, np.uint32)

@@ -68,7 +68,7 @@ def test_coins_settled_in_many_digits_have_them_too(monkeypatch: pytest.MonkeyPa
 def test_a_coin_is_settled_as_its_exact_probability_says() -> None:
     """The 64 bits that a coin begins with lie below exp(-x), above it, or are exp(-x)'s own: then the next ones say."""
     x = Fraction(1, 3)
-    word = int(math.floor(math.exp(-1 / 3) * 2**53)) << 11
+    word = math.floor(math.exp(-1 / 3) * 2**53) << 11
     assert discrete._settled(SecretNoise(), word - 2**12, x)
     assert not discrete._settled(SecretNoise(), word + 2**12, x)
 
