@@ -14,6 +14,7 @@ from typing import Any
 from isthmus.federation.collection import Collected
 from isthmus.model import adapters
 from isthmus.recipe import FederationSection
+from isthmus.recipe.noise import LONGEST, SHORTEST
 
 
 class Clip:
@@ -35,7 +36,8 @@ class Clip:
         within = collected.sums.within(collected.total_KS)
         if within is not None and self._section.quantile is not None:
             step = self._section.rate * (min(1.0, max(0.0, within)) - self._section.quantile)
-            self._norms[self._factors(round)] = self.norm(round) * math.exp(-step)
+            moved = self.norm(round) * math.exp(-step)
+            self._norms[self._factors(round)] = min(LONGEST, max(SHORTEST, moved))
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._norms)

@@ -46,7 +46,7 @@ class Ring:
 
     def __post_init__(self) -> None:
         if not self.most(self.silos) < 2 ** (8 * WIDTHS[-1] - 1):
-            noise = ", and their noise" if self.spare else ""
+            noise = " and their noise" if self.spare else ""
             raise RecipeError(
                 f"the sum of {self.silos:,} silos' {self.bits}-bit numbers{noise} does not fit into "
                 f"{8 * WIDTHS[-1]} bits",

@@ -61,6 +61,8 @@ class Rounds:
         self._collection: Collection | None = None
         """Of the round under way."""
         self._turn = 0
+        if self._masks:
+            self._check_room()
         self._gather(self._node.children)
 
     def ready(self, peer: str, request: pb.Ready) -> Answer:
@@ -160,6 +162,16 @@ class Rounds:
         projection = self._compression.projection(layout.size, self._round)
         ring = self._compression.ring(silos, projection.size, self._clip)
         return SumFormat(layout, ring, projection, self._compression.tells)
+
+    def _check_room(self) -> None:
+        """Rather at the start than in a round.
+
+        Raises:
+            RecipeError: the sum of all silos' numbers and noise does not fit into the ring.
+        """
+        for self._round in (1, 2):  # factors may take turns
+            self._format(self._node.children[0], len(self._silos))
+        self._round = 0
 
     def _compressors(self, layouts: Mapping[str, Layout]) -> dict[str, Compressor]:
         """What reads the silos' updates, if they are compressed; edges' are not."""

@@ -16,6 +16,10 @@ UNTOUCHED = 0.0, 1e-4
 """``boundary.update.noise`` where a recipe says nothing of it, or that there is none."""
 
 
+SHORTEST, LONGEST = 1e-12, 1e12
+"""Norms in between are clips: their steps are still numbers of 32 bits."""
+
+
 class NoiseSection(Section):
     """How a round's sum of updates is noised; left out: by what each silo's boundary adds, and nothing else."""
 
@@ -41,7 +45,7 @@ class NoiseSection(Section):
 class ClipSection(Section):
     """The L2 norm to which noise in sums is measured."""
 
-    norm: Positive
+    norm: Annotated[float, Field(ge=SHORTEST, le=LONGEST)]
     """Largest norm of a silo's update, of the numbers that cross; with ``quantile`` in the first round."""
     quantile: Chance | None = None
     """Share of the updates that the clip is to leave as they are: it follows from round to round (Andrew et al. 2021).

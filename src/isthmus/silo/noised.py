@@ -5,8 +5,6 @@ Shapes: K numbers that cross.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from isthmus.errors import ProtocolError
@@ -18,6 +16,7 @@ from isthmus.privacy.events import ALL, Charge, Release
 from isthmus.privacy.noise import Noise, SecretNoise
 from isthmus.privacy.summed import naked
 from isthmus.recipe import Recipe
+from isthmus.recipe.noise import LONGEST, SHORTEST
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates, Tensors, row_of
 from isthmus.wire import isthmus_pb2 as pb
@@ -49,7 +48,7 @@ class NoisedUpdates(MaskedUpdates):
             ProtocolError: the plan's clip is none, or another than the recipe's that stays.
         """
         follows = self._clip.quantile is not None
-        if not (0 < plan.clip < math.inf if follows else plan.clip == self._clip.norm):
+        if not (SHORTEST <= plan.clip <= LONGEST if follows else plan.clip == self._clip.norm):
             raise ProtocolError(f"a plan with the clip {plan.clip}", remedy="give all parties one recipe")
         super().begin(plan)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.errors import BudgetExhausted, ProtocolError, RoundLostError
+from isthmus.errors import BudgetExhausted, ProtocolError, RecipeError, RoundLostError
 from isthmus.federation.collection import Collected
 from isthmus.federation.compression import Compression
 from isthmus.federation.contribution import Contribution
@@ -278,6 +278,19 @@ def test_a_plan_with_another_clip_is_refused(store: RoleDirectory, clip: dict[st
     plans["a"].clip = told
     with pytest.raises(ProtocolError, match="a plan with the clip"):
         federation.silos["a"].updates.begin(plans["a"])
+
+
+def test_noise_that_no_sum_has_room_for_is_refused_at_the_start(store: RoleDirectory) -> None:
+    with pytest.raises(RecipeError, match="numbers and their noise does not fit into 32 bits"):
+        Noised(store, noise={"multiplier": 1e5})
+
+
+def test_a_clip_never_leaves_what_fits_into_a_number(store: RoleDirectory) -> None:
+    federation = Noised(store, clip={"norm": 1e-12, "quantile": 0.01, "rate": 50.0}, norms=dict.fromkeys(NAMES, 1e-16))
+    federation.round()
+    assert federation.root.course._clip.norm(2) >= 1e-12
+    federation.round()
+    assert row(federation.root.course.shared).isfinite().all()
 
 
 # --- the clip that follows

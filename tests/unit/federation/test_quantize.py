@@ -73,6 +73,16 @@ def test_few_bits_of_few_silos_fit_into_a_byte_or_two(silos: int, bits: int, wid
     assert Ring(silos, 1.0, bits).width == width
 
 
+@given(st.integers(1, 500), st.sampled_from([2, 8, 16]), st.integers(0, 2**20))
+def test_with_room_for_noise_no_sum_overflows(silos: int, bits: int, spare: int) -> None:
+    ring = Ring(silos, 1.0, bits, spare)
+    most = int(ring.most(silos))
+    assert most == silos * ring.levels + spare
+    for side in (-1, 1):
+        total = np.array([side * most], np.int64).astype(np.uint32)
+        assert ring.whole(ring.unpack(ring.pack(total), 1))[0] == side * most
+
+
 def test_more_silos_than_the_ring_bears_are_refused() -> None:
     with pytest.raises(RecipeError, match="does not fit into 32 bits"):
         Ring(70_000, 1.0)

@@ -59,7 +59,9 @@ VALID: dict[str, Message] = {
     "close": pb.Close(session=1),
     "closed": pb.Closed(),
     "ready": pb.Ready(completed=2, keys=keys()),
-    "plan": pb.Plan(round=3, completed=2, participants=["a"], adapters=[tensor()], sum=b"s", keys={"a": keys()}),
+    "plan": pb.Plan(
+        round=3, completed=2, participants=["a"], adapters=[tensor()], sum=b"s", keys={"a": keys()}, clip=0.5
+    ),
     "update": pb.Update(round=3, weight=1.5, tensors=[tensor()], quality=0.5),
     "accepted": pb.Accepted(),
     "deal": pb.Deal(round=3, sealed={"b": bytes(82)}),
