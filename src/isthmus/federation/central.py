@@ -25,7 +25,7 @@ from isthmus.privacy.noise import SecretNoise
 from isthmus.privacy.summed import sum_noise
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
-from isthmus.report.record import RoleDirectory
+from isthmus.report.record import RoleDirectory, read_journal
 
 
 class CentralNoise:
@@ -33,12 +33,16 @@ class CentralNoise:
 
     Args:
         store: the root's, for its ledger.
+
+    Raises:
+        LedgerError: rounds were published, but the ledger is gone or damaged.
     """
 
     def __init__(self, recipe: Recipe, store: RoleDirectory) -> None:
         noise = sum_noise(recipe)
         self._noise = noise if noise is not None and noise.central else None
         if self._noise is not None:
+            lines = read_journal(store.path / "metrics.jsonl")
             told = f"{recipe.federation.model_dump_json()} {recipe.privacy.model_dump_json()}"
             self._compression = Compression.of(recipe)
             self._draws = SecretNoise()
@@ -46,7 +50,7 @@ class CentralNoise:
                 store.path / "ledger.jsonl",
                 silo=ROOT,
                 recipe=hashlib.sha256(told.encode()).hexdigest()[:32],
-                begun=store.last_round() > 0,
+                begun=any(any(line["weights"].values()) for line in lines),
             )
 
     def added(self, round: int, collected: Collected, clip: float) -> Collected:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.errors import BudgetExhausted, ProtocolError, RecipeError, RoundLostError
+from isthmus.errors import BudgetExhausted, LedgerError, ProtocolError, RecipeError, RoundLostError
 from isthmus.federation.collection import Collected
 from isthmus.federation.compression import Compression
 from isthmus.federation.contribution import Contribution
@@ -427,6 +427,26 @@ def test_a_root_that_sees_updates_clips_and_noises_their_mean(store: RoleDirecto
     assert abs(math.log(course.plan(NAMES).result().clip / CLIP)) <= 0.2 + 1e-9
     course.conclude(2, Collected(dict.fromkeys(NAMES, 0.0), ()))  # nobody learned anything: nothing is published
     assert len(list(read_ledger(store.path / "ledger.jsonl").releases())) == 2
+
+
+def test_a_root_that_starts_again_needs_its_ledger(store: RoleDirectory) -> None:
+    how: dict[str, Any] = {"noise": {"multiplier": MULTIPLIER, "where": "root"}}
+
+    def again(federation: Noised) -> Noised:
+        federation.root.course._noise._ledger.close()
+        return Noised(store, **how)
+
+    federation = Noised(store, **how)
+    federation.round(weight=dict.fromkeys(NAMES, 0.0))  # nobody learned anything, so nothing was published
+    federation = again(federation)
+    federation.round()
+    federation = again(federation)
+    assert federation.root.course.completed == 2
+    assert len(list(read_ledger(store.path / "ledger.jsonl").releases())) == 1
+    for file in ("ledger.jsonl", "ledger.head"):
+        (store.path / file).unlink()
+    with pytest.raises(LedgerError, match="releases were made"):
+        again(federation)
 
 
 # --- edges
