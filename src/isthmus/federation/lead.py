@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from isthmus.federation.central import CentralNoise
+from isthmus.federation.clip import Clip
 from isthmus.federation.collection import Collected
 from isthmus.federation.compression import Compression
 from isthmus.federation.contribution import changes, proportions
@@ -64,6 +66,8 @@ class Course:
         self._journal = store.journal("metrics")
         self._sharing = sharing_of(recipe)
         self._control = control_of(recipe)
+        self._clip = Clip(recipe.federation)
+        self._noise = CentralNoise(recipe, store)
         self._tells_shares = recipe.federation.weights.kind != "examples"
         self._plans: dict[int, pb.Plan] = {}
         self.completed = store.last_round()
@@ -74,6 +78,7 @@ class Course:
             self._sharing.load_state_dict(state.get("sharing", {}))
             if self._control is not None:
                 self._control.load_state_dict(state["control"])
+            self._clip.load_state_dict(state.get("clip", {}))
 
     @property
     def over(self) -> bool:
@@ -87,6 +92,7 @@ class Course:
         plan = pb.Plan(completed=self.completed)
         if not self.over:
             plan.round = self.completed + 1
+            plan.clip = self._clip.norm(plan.round)
             plan.participants.extend(sorted(silos))
             if self._control is not None:
                 self._control.tell(plan, self.layout("", plan.round))
@@ -105,15 +111,19 @@ class Course:
         return self._sharing.layout(self._sharing.begun(self.shared, peer), round)
 
     def conclude(self, round: int, collected: Collected) -> Answer:
+        clip = self._clip.norm(round)
+        collected = self._noise.added(round, collected, clip)
+        self._clip.follow(round, collected)
         shared = self._sharing.next(self.shared, round, collected.contributions)
-        state = {"shared": shared, "sharing": self._sharing.state_dict()}
+        kept = {"shared": shared, "sharing": self._sharing.state_dict(), "clip": self._clip.state_dict()}
         if self._control is not None:
             self._control.note(round, collected, self.layout("", round))
-            state["control"] = self._control.state_dict()
-        self._store.save_round(round, state)
+            kept["control"] = self._control.state_dict()
+        self._store.save_round(round, kept)
         line: dict[str, Any] = {"round": round, "weights": collected.weights}
         line |= {"staleness": collected.staleness} if collected.staleness is not None else {}
-        self._journal.append(line | ({"shares": self._sharing.shares} if self._tells_shares else {}))
+        shares, clips = {"shares": self._sharing.shares}, {"clip": clip}
+        self._journal.append(line | (shares if self._tells_shares else {}) | (clips if clip else {}))
         self.shared, self.completed = shared, round
         return answered(pb.Accepted())
 
@@ -133,8 +143,8 @@ class Relay:
     ) -> None:
         self._initial, self._parent = initial, parent
         self._sharing = Sharing(recipe.federation)
-        ring = Compression(recipe.federation, recipe.seed).ring(len(recipe.silo))
-        self._ring = ring if recipe.federation.masks else None
+        self._masks, self._compression = recipe.federation.masks, Compression.of(recipe)
+        self._silos = len(recipe.silo)
         self._journal = store.journal("metrics")
         self._completed = 0
 
@@ -153,18 +163,19 @@ class Relay:
         return answer
 
     def _update(self, round: int, collected: Collected) -> pb.Update:
-        update, learned = pb.Update(round=round), collected.contributions
+        update, learned, layout = pb.Update(round=round), collected.contributions, self.layout("", round)
         if not learned:
             return update
-        if self._ring is None:
-            layout = self.layout("", round)
+        if not self._masks:
             mean_P = Mean().combine(changes(learned, layout), proportions(learned), faults=0)
             update.weight = sum(one.weight for one in learned)
             update.tensors.extend(codec.encode_named(layout.tensors(mean_P)))
         else:
             assert collected.total_KS is not None
             update.weight = sum(collected.weights.values())  # silos in the sum
-            update.masked = self._ring.pack(collected.total_KS.astype(np.uint32))
+            size = self._compression.projection(layout.size, round).size
+            ring = self._compression.ring(self._silos, size)
+            update.masked = ring.pack(collected.total_KS.astype(np.uint32))
         return update
 
     def _note(self, round: int, collected: Collected, done: Answer) -> None:

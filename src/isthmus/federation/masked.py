@@ -125,7 +125,7 @@ class Masked:
             return
         learned = self._sums.mean("all", total_KS)
         weights = dict(sorted(self._weights.items()))
-        self._end(Collected(weights, (learned,), total_KS) if learned else Collected(weights, ()))
+        self._end(Collected(weights, (learned,), total_KS, sums=self._sums) if learned else Collected(weights, ()))
 
     def _next(self, due: type[Message], peers: Iterable[str], fire: Callable[[], None]) -> dict[str, Answer]:
         """Wait for this of these from now on; the answers that are due to whoever has come so far."""

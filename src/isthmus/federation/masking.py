@@ -200,6 +200,12 @@ class Member:
         self._revealed = True
         return {name: pair.seed if name in alive else pair.key for name, pair in self._held.items()}
 
+    def summed(self, alive: Iterable[str]) -> int:
+        """How many members' numbers are in the sum if these live. Of its neighbours a member knows who dealt, and their
+        masks come off no sum without their numbers; of members that it does not know it believes what it is told."""
+        unknown = self._terms.adverts.keys() - set(self._terms.neighbours(self.name))
+        return len(set(alive) & (self._held.keys() | unknown))
+
     def _require(self, count: int, what: str) -> None:
         if count < self._terms.threshold:
             raise ProtocolError(

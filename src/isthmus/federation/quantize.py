@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from isthmus.errors import FrameError, RecipeError
 
@@ -35,16 +36,20 @@ class Ring:
         silos: most numbers that are added.
         range: largest absolute value; what is larger is clipped to it.
         bits: of one silo's number, sign and all.
+        spare: how much larger noise may make a sum, in whole numbers.
     """
 
     silos: int
     range: float
     bits: int = BITS
+    spare: int = 0
 
     def __post_init__(self) -> None:
-        if not self.silos * self.levels < 2 ** (8 * WIDTHS[-1] - 1):
+        if not self.most(self.silos) < 2 ** (8 * WIDTHS[-1] - 1):
+            noise = " and their noise" if self.spare else ""
             raise RecipeError(
-                f"the sum of {self.silos:,} silos' {self.bits}-bit numbers does not fit into {8 * WIDTHS[-1]} bits",
+                f"the sum of {self.silos:,} silos' {self.bits}-bit numbers{noise} does not fit into "
+                f"{8 * WIDTHS[-1]} bits",
                 remedy="put edges between the silos and the root, or use fewer bits",
             )
 
@@ -54,9 +59,18 @@ class Ring:
         return int(2 ** (self.bits - 1)) - 1
 
     @property
+    def step(self) -> float:
+        """What one whole number stands for."""
+        return self.range / self.levels
+
+    def most(self, silos: float) -> float:
+        """The largest size of an element of the sum of so many silos' numbers."""
+        return silos * self.levels + self.spare
+
+    @property
     def width(self) -> int:
         """Bytes of an element: the fewest in which no sum of all silos overflows, silos · levels < 2^(8·width - 1)."""
-        return next(width for width in WIDTHS if self.silos * self.levels < 2 ** (8 * width - 1))
+        return next(width for width in WIDTHS if self.most(self.silos) < 2 ** (8 * width - 1))
 
     def encode(self, values_P: npt.NDArray[np.float32], draw: np.random.Generator | None = None) -> Whole:
         """The ring elements of these values.
@@ -70,6 +84,22 @@ class Ring:
         np.floor(whole_P, out=whole_P)
         np.clip(whole_P, -self.levels, self.levels, out=whole_P)
         return whole_P.astype(np.int32).view(np.uint32)
+
+    def encode_short(self, values_P: npt.NDArray[np.float32], bound: float) -> Whole:
+        """The ring elements of these values, of which none is clipped: no longer than ``bound``, as whole numbers.
+
+        Rounded again at random until they are so short (Kairouz, Liu and Steinke 2021, conditional rounding). Whole
+        numbers are measured, so no floating point is wrong of it.
+        """
+        while True:
+            whole_P = self.encode(values_P)
+            signed_P = whole_P.view(np.int32).astype(np.float64)  # squares of 16 bits add up exactly
+            if signed_P @ signed_P <= bound**2:
+                return whole_P
+
+    def side(self, within: bool) -> Whole:
+        """One element that says whether an update was within its clip."""
+        return np.array([self.levels if within else -self.levels], np.int32).view(np.uint32)
 
     def whole(self, total_P: Whole) -> Integers:
         """The whole number that each element of a sum stands for."""
@@ -124,3 +154,10 @@ class Ring:
         for place in range(self.width):
             bytes_P4[:, place] = packed[:, place]
         return bytes_P4.view("<u4").reshape(count).astype(np.uint32, copy=False)
+
+
+def shortened(row_P: torch.Tensor, clip: float) -> tuple[npt.NDArray[np.float32], bool]:
+    """This row no longer than the clip, and whether it was so before. What is no finite number is 0."""
+    row_P = row_P.double().nan_to_num(0.0, 0.0, 0.0)
+    norm = float(row_P.norm())
+    return (row_P * min(1.0, clip / max(norm, 1e-30))).float().numpy(), norm <= clip

@@ -14,6 +14,7 @@ from isthmus.errors import RecipeError
 from isthmus.recipe.aggregation import check_aggregation
 from isthmus.recipe.buffer import check_buffer
 from isthmus.recipe.local import check_local
+from isthmus.recipe.noise import check_noise
 from isthmus.recipe.privacy import PrivacySection
 from isthmus.recipe.section import Count, Section
 from isthmus.recipe.sections import (
@@ -78,6 +79,7 @@ class Recipe(Section):
         self._defensible()
         check_aggregation(self)
         check_local(self)
+        check_noise(self)
         for field in self.sensitivity.fields if self.sensitivity else ():
             if field not in self.task.fields:
                 used = ", ".join(sorted(self.task.fields)) or "none"
@@ -100,10 +102,12 @@ class Recipe(Section):
     def _affordable(self) -> None:
         """A budget that no release could keep to is refused here rather than at the first frame."""
         of_records = ("forward", "gradient") if self.boundary.gradients else ("forward",)
+        noise = self.federation.noise
+        of_silo = of_records if noise is not None and noise.where == "silos" else (*of_records, "update")
         classes = self.sensitivity.classes if self.sensitivity else {}
         budgets = {
             "privacy.record_epsilon": (self.privacy.record_epsilon, of_records),
-            "privacy.silo_epsilon": (self.privacy.silo_epsilon, (*of_records, "update")),
+            "privacy.silo_epsilon": (self.privacy.silo_epsilon, of_silo),
             **{f"sensitivity.classes.{name}.epsilon": (one.epsilon, of_records) for name, one in classes.items()},
         }
         for key, (budget, paths) in budgets.items():

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from isthmus.recipe import robustness
+from isthmus.recipe.noise import ClipSection, NoiseSection
 from isthmus.recipe.privacy import ReleaseSection
 from isthmus.recipe.robustness import RuleName
 from isthmus.recipe.section import Amount, Count, Positive, Section
@@ -215,6 +216,8 @@ class FederationSection(Section):
     staleness: Annotated[int, Field(ge=0)] = 10
     """With a buffer: versions that may come out while a silo trains. Its update counts 1/√(1 + so many); one of more is
     refused, and the silo begins again with the newest."""
+    noise: NoiseSection | None = None
+    clip: ClipSection | None = None
     weights: WeightsSection = WeightsSection()
     fairness: FairnessSection = FairnessSection()
     optimizer: OptimizerSection = OptimizerSection()

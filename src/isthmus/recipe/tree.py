@@ -91,6 +91,10 @@ class Tree:
         needed = sorted(self.fewest(child) for child in self._children(name))
         return sum(needed[: self.node(name).minimum])
 
+    def smallest(self) -> int:
+        """Fewest silos that any node sums which has silos for children."""
+        return min(self.node(name).minimum for name in (ROOT, *self._edges) if self.leaf(name))
+
     def _children(self, name: str) -> tuple[str, ...]:
         return tuple(child for child in self.parties if self.parent(child) == name)
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 
 from isthmus.privacy.budget import Budget
-from isthmus.privacy.events import ALL, Path, Release
+from isthmus.privacy.events import ALL, Charge, Path, Release, merged
 from isthmus.privacy.ledger import Ledger, MemoryLedger
 from isthmus.privacy.mechanisms import Mechanism, mechanism_of
-from isthmus.privacy.noise import SecretNoise, SeededNoise, secret_generator
+from isthmus.privacy.noise import Noise, SecretNoise, SeededNoise, secret_generator
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection
 from isthmus.wire import codec
@@ -51,7 +51,7 @@ class Boundary:
         }
         self.ledger = ledger or MemoryLedger()
         self.budget = budget or Budget()
-        self._noise = SecretNoise() if generator is None else SeededNoise(generator)
+        self._noise: Noise = SecretNoise() if generator is None else SeededNoise(generator)
         self._rounding = generator or secret_generator()
         self.released_bytes: Counter[str] = Counter()
         """Payload bytes that left, by path."""
@@ -103,6 +103,25 @@ class Boundary:
         self._note(event, size)
         return update
 
+    def release_summed(self, events: Sequence[Release], encode: Callable[[Noise], pb.Update]) -> pb.Update:
+        """Let out an update whose noise and clip are those of a sum.
+
+        Args:
+            events: what leaves by it, the update first.
+            encode: makes the frame that leaves, with noise drawn from what it is given.
+
+        Raises:
+            BudgetExhausted: as in ``release``.
+        """
+        first, *others = events
+        charges = merged(charge for event in events for charge in event.charges)
+        self.budget.require(replace(first, charges=charges), WHOLE)
+        update = encode(self._noise)
+        self._note(first, len(update.masked))
+        for event in others:  # in the same frame
+            self._note(event, 0)
+        return update
+
     def affordable(self, subjects: Subjects, forward: Sequence[int], *, gradient: int = 1) -> list[bool]:
         """For each sequence, whether it can be borne that what it sends leaves.
 
@@ -124,9 +143,14 @@ class Boundary:
             )
         return self.budget.affordable(costs, subjects)
 
-    def update_affordable(self) -> bool:
-        """Whether it can be borne that an update leaves."""
-        return all(self.budget.affordable([self._mechanisms["update"].event("update", 0, WHOLE, 0).charges], WHOLE))
+    def update_affordable(self, charge: Charge | None = None) -> bool:
+        """Whether it can be borne that an update leaves.
+
+        Args:
+            charge: for it; left out: what the boundary's own clip and noise cost.
+        """
+        charges = (charge,) if charge else self._mechanisms["update"].event("update", 0, WHOLE, 0).charges
+        return all(self.budget.affordable([charges], WHOLE))
 
     def admit(self, matrix: pb.Matrix, path: Path, like_TD: torch.Tensor) -> torch.Tensor:
         """A tensor that came in on this path, which must have the shape of ``like_TD``; on its device and in its dtype.

@@ -6,7 +6,6 @@ Shapes: P parameters, K numbers that cross.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +17,6 @@ from isthmus.federation.masking import Advert, Member, Terms
 from isthmus.federation.projections import Projection
 from isthmus.federation.quantize import Ring, Whole
 from isthmus.model.flat import Layout
-from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.wire import codec, offer
 from isthmus.wire import isthmus_pb2 as pb
@@ -42,6 +40,10 @@ class Updates(Protocol):
             IdentityError: another silo did not sign the keys that are said to be its.
             ProtocolError: the plan is not for this silo.
         """
+        ...
+
+    def affordable(self) -> bool:
+        """Whether the privacy budget bears that an update leaves."""
         ...
 
     def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
@@ -92,6 +94,9 @@ class OpenUpdates:
 
     def begin(self, plan: pb.Plan) -> None: ...
 
+    def affordable(self) -> bool:
+        return self._boundary.update_affordable()
+
     def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
         update, self.crossed = pb.Update(), None
         if weight:
@@ -139,6 +144,9 @@ class MaskedUpdates:
         advert = self._member.advert
         return offer.signed(self._identity, sealing=advert.sealing, masking=advert.masking, promise=advert.promise)
 
+    def affordable(self) -> bool:
+        return self._boundary.update_affordable()
+
     def begin(self, plan: pb.Plan) -> None:
         """The other silos' shares arrive while this one trains."""
         if not set(plan.keys) <= set(plan.participants):
@@ -152,29 +160,39 @@ class MaskedUpdates:
     def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
         assert self._dealt is not None
         self._member.accept(dict(self._dealt.result().sealed))  # type: ignore[attr-defined]
-        ring = self._compression.ring(len(plan.keys))
         projection = self._compression.projection(len(row_of(change)), plan.round)
         self.crossed = None
+        ring = self._compression.ring(len(plan.keys), projection.size, plan.clip)
         if weight:
-            update = self._boundary.release_update(
-                change, plan.round, lambda secured: self._weighed(secured, share, ring, projection)
-            )
+            update = self._released(plan.round, change, share, ring, projection)
         else:  # nothing of what was learned leaves; but without this silo's zeros the others' sum might be lost
-            update = self._masked(ring.encode(np.zeros(projection.size, np.float32)), 0.0, ring)
+            update = self._masked(self._nothing(ring, projection), 0.0, ring)
         update.round, update.weight = plan.round, float(bool(weight))
         return update
 
     def send(self, update: pb.Update) -> None:
         living = self._root.call(update)
         if isinstance(living, pb.Living):
-            shares = self._member.reveal(living.alive, living.dead)
-            self._root.call(pb.Reveal(round=update.round, shares=shares))
+            self._reveal(update, living)
+
+    def _reveal(self, update: pb.Update, living: pb.Living) -> None:
+        shares = self._member.reveal(living.alive, living.dead)
+        self._root.call(pb.Reveal(round=update.round, shares=shares))
 
     def state_dict(self) -> dict[str, Any]:
         return self._rest.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rest.load_state_dict(state)
+
+    def _released(self, round: int, change: Tensors, share: float, ring: Ring, projection: Projection) -> pb.Update:
+        return self._boundary.release_update(
+            change, round, lambda secured: self._weighed(secured, share, ring, projection)
+        )
+
+    def _nothing(self, ring: Ring, projection: Projection) -> Whole:
+        """What a silo sends that learned nothing."""
+        return ring.encode(np.zeros(projection.size, np.float32))
 
     def _weighed(self, change: Tensors, share: float, ring: Ring, projection: Projection) -> pb.Update:
         """The numbers that cross of the change, times the share. What the ring clips and rounds off waits, too."""
@@ -191,19 +209,6 @@ class MaskedUpdates:
         """These numbers, and at last the share."""
         whole = np.concatenate([whole_K, ring.encode_share(share)])
         return pb.Update(masked=ring.pack(self._member.mask(whole)))
-
-
-def updates(recipe: Recipe, name: str, boundary: Boundary, root: Channel) -> Updates:
-    """As this recipe wants them sent.
-
-    Raises:
-        IdentityError: they are to be masked, and the silo's certificate is unusable.
-    """
-    compression = Compression(recipe.federation, recipe.seed)
-    if not recipe.federation.masks:
-        return OpenUpdates(boundary, root, compression)
-    identity = Identity.load(Path(recipe.wire.certificates), name)
-    return MaskedUpdates(boundary, root, identity, compression)
 
 
 def open_update(change: Tensors) -> pb.Update:

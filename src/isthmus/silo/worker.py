@@ -126,7 +126,7 @@ class Worker:
             self._note_step(plan.round, number, step)
         self._yield(plan.round, steps)
         weight, share = self._weights(steps)
-        if not self._silo.boundary.update_affordable():
+        if not self._upstream.affordable():
             log.warning("round %d: the privacy budget does not bear an update", plan.round)
             weight = 0.0
         change = self._change(shared, steps)

@@ -239,7 +239,7 @@ class Ready(_message.Message):
     def __init__(self, completed: _Optional[int] = ..., keys: _Optional[_Union[SumKeys, _Mapping]] = ..., silos: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("round", "completed", "participants", "adapters", "sum", "keys", "control", "counted")
+    __slots__ = ("round", "completed", "participants", "adapters", "sum", "keys", "control", "counted", "clip")
     class KeysEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -262,6 +262,7 @@ class Plan(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     CONTROL_FIELD_NUMBER: _ClassVar[int]
     COUNTED_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
     round: int
     completed: int
     participants: _containers.RepeatedScalarFieldContainer[str]
@@ -270,7 +271,8 @@ class Plan(_message.Message):
     keys: _containers.MessageMap[str, SumKeys]
     control: _containers.RepeatedCompositeFieldContainer[Tensor]
     counted: _containers.ScalarMap[str, int]
-    def __init__(self, round: _Optional[int] = ..., completed: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., sum: _Optional[bytes] = ..., keys: _Optional[_Mapping[str, SumKeys]] = ..., control: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., counted: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    clip: float
+    def __init__(self, round: _Optional[int] = ..., completed: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., sum: _Optional[bytes] = ..., keys: _Optional[_Mapping[str, SumKeys]] = ..., control: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., counted: _Optional[_Mapping[str, int]] = ..., clip: _Optional[float] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("round", "weight", "tensors", "masked", "compressed", "quality")

@@ -68,6 +68,7 @@ VALID: dict[str, Message] = {
         keys={"a": keys()},
         control=[tensor()],
         counted={"a": 2},
+        clip=0.5,
     ),
     "update": pb.Update(round=3, weight=1.5, tensors=[tensor()], quality=0.5),
     "accepted": pb.Accepted(),
