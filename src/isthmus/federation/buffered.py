@@ -51,7 +51,7 @@ class Buffered:
     def __init__(self, recipe: Recipe, course: Course) -> None:
         assert recipe.federation.buffer is not None
         self._size, self._oldest = recipe.federation.buffer, recipe.federation.staleness
-        self._compression = Compression(recipe.federation, recipe.seed)
+        self._compression = Compression.of(recipe)
         self._node = recipe.tree.node(ROOT)
         self._course = course
         self._lock = threading.RLock()
