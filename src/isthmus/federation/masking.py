@@ -39,7 +39,7 @@ COMPLETE = 128
 DEGREE = 64
 """Neighbours of a member of a larger sum."""
 KEY = 32
-PIECE = 2**13
+PIECE = 2**14
 """Words of all streams that are added before the next ones."""
 
 

@@ -167,12 +167,10 @@ class Ring:
     def pack(self, whole_P: Whole | Integers) -> Words:
         """The words of these numbers, W. The first digits of all words come first, then the second ones."""
         words_W = np.zeros(count := self.words(len(whole_P)), np.int64)
-        for start in range(0, count, PIECE):
-            for number in range(self.numbers):
-                first = number * count
-                digits = whole_P[first + start : first + min(start + PIECE, count)].astype(np.int64)
-                digits <<= number * self.digit
-                words_W[start : start + len(digits)] += digits  # a negative one borrows from the next digit
+        for number in reversed(range(self.numbers)):
+            digits = whole_P[number * count : (number + 1) * count]
+            words_W <<= self.digit
+            words_W[: len(digits)] += digits  # a negative one borrows from the next digit
         return words_W.view(np.uint64)
 
     def unpack(self, words_W: Words, count: int) -> Integers:
