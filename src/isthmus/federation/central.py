@@ -81,12 +81,12 @@ class CentralNoise:
         """Open updates, clipped and added up as whole numbers, all alike whatever they say that they weigh."""
         assert self._noise is not None
         learned = collected.contributions
-        layout = Layout({name: tuple(tensor.shape) for name, tensor in learned[0].change.items()})
+        layout = Layout.of(learned[0].change)
         sums = SumFormat(layout, Ring(len(learned), clip), All(layout.size), self._compression.tells)
         bound = self._noise.update(sums.ring.levels, layout.size).bound
         total_KS = np.zeros(sums.size, np.int64)
         for one in learned:
             short_P, within = shortened(layout.row(one.change), clip)
             whole = [sums.ring.encode_short(short_P, bound), sums.ring.side(within)[: sums.tells]]
-            total_KS += sums.ring.whole(np.concatenate([*whole, sums.ring.encode_share(1.0)]))
+            total_KS += np.concatenate([*whole, sums.ring.encode_share(1.0)])
         return replace(collected, total_KS=total_KS, sums=sums)

@@ -155,7 +155,7 @@ class Sums(Open):
         if not request.masked:
             raise ProtocolError("this federation's updates are masked", remedy="give all parties one recipe")
         ring = self._sums.ring
-        whole_KS = ring.whole(ring.unpack(request.masked, self._sums.size))
+        whole_KS = ring.unpack(ring.read(request.masked, self._sums.size), self._sums.size)
         if abs(whole_KS).max() > ring.most(min(request.weight, ring.silos)):
             raise FrameError(f"the sum of {peer} is beyond what so many silos can add", remedy="leave that edge out")
         if (contribution := self._sums.mean(peer, whole_KS)) is not None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from isthmus.federation.central import CentralNoise
@@ -175,7 +174,7 @@ class Relay:
             update.weight = sum(collected.weights.values())  # silos in the sum
             size = self._compression.projection(layout.size, round).size
             ring = self._compression.ring(self._silos, size)
-            update.masked = ring.pack(collected.total_KS.astype(np.uint32))
+            update.masked = ring.written(ring.pack(collected.total_KS))
         return update
 
     def _note(self, round: int, collected: Collected, done: Answer) -> None:

@@ -1,6 +1,6 @@
 """The boundary: the silo's only exit for tensors. It asks the budget, clips, adds noise, encodes, notes the release.
 
-Shapes: T tokens, D width.
+Shapes: T tokens, D width, P parameters.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from isthmus.model.flat import Layout
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.events import ALL, Charge, Path, Release, merged
 from isthmus.privacy.ledger import Ledger, MemoryLedger
@@ -83,22 +84,20 @@ class Boundary:
         return self._mechanisms[path].secure(h_TD, subjects, self._noise)
 
     def release_update(
-        self, tensors: Mapping[str, torch.Tensor], step: int, encode: Callable[[Mapping[str, torch.Tensor]], pb.Update]
+        self, tensors: Mapping[str, torch.Tensor], step: int, encode: Callable[[Layout, torch.Tensor], pb.Update]
     ) -> pb.Update:
         """Secure an adapter update as one long row, in the order of the names, and encode it.
 
         Args:
-            encode: puts what was secured into the frame that leaves.
+            encode: puts what was secured into the frame that leaves: the row, fp32, P, on the CPU.
 
         Raises:
             BudgetExhausted: as in ``release``.
         """
-        names = sorted(tensors)
-        row = torch.cat([tensors[name].reshape(-1) for name in names]).unsqueeze(0)
+        layout = Layout.of(tensors)
+        row = torch.cat([tensors[name].reshape(-1) for name in layout.shapes]).unsqueeze(0)
         event, secured = self._secure(row, "update", step, WHOLE)
-        pieces = torch.split(secured[0], [tensors[name].numel() for name in names])
-        shaped = {name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)}
-        update = encode(shaped)
+        update = encode(layout, secured[0].cpu())
         size = len(update.masked) + len(update.compressed) + sum(len(tensor.data) for tensor in update.tensors)
         self._note(event, size)
         return update

@@ -11,6 +11,7 @@ from isthmus.errors import ProtocolError
 from isthmus.federation.compression import Compression
 from isthmus.federation.projections import Projection
 from isthmus.federation.quantize import Ring, Whole, shortened
+from isthmus.model.flat import Layout
 from isthmus.privacy.discrete import discrete_gaussian
 from isthmus.privacy.events import ALL, Charge, Release
 from isthmus.privacy.noise import Noise, SecretNoise
@@ -18,7 +19,7 @@ from isthmus.privacy.summed import naked
 from isthmus.recipe import Recipe
 from isthmus.recipe.noise import LONGEST, SHORTEST
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import MaskedUpdates, Tensors, row_of
+from isthmus.silo.update import MaskedUpdates, Tensors
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
 from isthmus.wire.identity import Identity
@@ -63,19 +64,22 @@ class NoisedUpdates(MaskedUpdates):
             self._reveal(update, living)
 
     def _released(self, round: int, change: Tensors, share: float, ring: Ring, projection: Projection) -> pb.Update:
-        short_K, within = shortened(projection.project(row_of(change).nan_to_num(0.0, 0.0, 0.0)), ring.range)
+        short_K, within = shortened(
+            projection.project(Layout.of(change).row(change).nan_to_num(0.0, 0.0, 0.0)), ring.range
+        )
         bound = self._noise.update(ring.levels, len(short_K)).bound
 
         def encode(draws: Noise) -> pb.Update:
             whole_K = ring.encode_short(short_K, bound)
             told = ring.side(within)[: self._compression.tells]
-            return self._masked(self._noised(np.concatenate([whole_K, told]), ring, draws), share, ring)
+            noised = self._noised(np.concatenate([whole_K, told]), ring, draws)
+            return self._masked(np.concatenate([noised, ring.encode_share(share)]), ring)
 
         return self._boundary.release_summed(self._events(round, ring, len(short_K)), encode)
 
     def _nothing(self, ring: Ring, projection: Projection) -> Whole:
-        zeros = np.zeros(projection.size + self._compression.tells, np.uint32)
-        return self._noised(zeros, ring, SecretNoise())
+        zeros = np.zeros(projection.size + self._compression.tells, np.int32)
+        return np.concatenate([self._noised(zeros, ring, SecretNoise()), ring.encode_share(0.0)])
 
     def _noised(self, whole: Whole, ring: Ring, draws: Noise) -> Whole:
         """The update's numbers, and whether it was within the clip, with this silo's share of each one's noise."""
@@ -85,7 +89,7 @@ class NoisedUpdates(MaskedUpdates):
         drawn = discrete_gaussian(draws, self._noise.update(ring.levels, count).deviation, count)
         if self._compression.tells:
             drawn = np.append(drawn, discrete_gaussian(draws, self._noise.norm(ring.levels).deviation, 1))
-        noised: Whole = whole + drawn.astype(np.uint32)  # modulo 2³², as the sum
+        noised: Whole = whole + drawn.astype(np.int32)
         return noised
 
     def _events(self, round: int, ring: Ring, count: int) -> list[Release]:

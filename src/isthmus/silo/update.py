@@ -5,7 +5,7 @@ Shapes: P parameters, K numbers that cross.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,7 +101,7 @@ class OpenUpdates:
         update, self.crossed = pb.Update(), None
         if weight:
             update = self._boundary.release_update(
-                change, plan.round, lambda secured: self._written(secured, plan.round)
+                change, plan.round, lambda layout, row_P: self._written(layout, row_P, plan.round)
             )
             update.quality = quality
         update.round, update.weight = plan.round, weight
@@ -116,15 +116,15 @@ class OpenUpdates:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rest.load_state_dict(state)
 
-    def _written(self, change: Tensors, round: int) -> pb.Update:
-        due_P = self._rest.added(change, row_of(change))
+    def _written(self, layout: Layout, row_P: torch.Tensor, round: int) -> pb.Update:
+        due_P = self._rest.added(layout.shapes, row_P)
         compressor = self._compression.compressor(len(due_P), round)
         if compressor is None:
-            self.crossed = change
-            return open_update(change)
+            self.crossed = layout.tensors(row_P)
+            return open_update(layout, row_P)
         data = compressor.encode(due_P)
         if self._rest.kept:
-            self._rest.leave(change, due_P - compressor.decode(data))
+            self._rest.leave(layout.shapes, due_P - compressor.decode(data))
         return pb.Update(compressed=data)
 
 
@@ -137,7 +137,7 @@ class MaskedUpdates:
         self._rest = Rest(compression.feedback)
         self._member = Member(identity.name)
         self._dealt: Answer | None = None
-        self.crossed: Tensors | None = None
+        self._crossed: Callable[[], Tensors] | None = None
 
     def offer(self) -> pb.SumKeys:
         self._member = Member(self._identity.name)
@@ -152,7 +152,8 @@ class MaskedUpdates:
         if not set(plan.keys) <= set(plan.participants):
             raise ProtocolError("a plan with keys of silos that have no part", remedy="give all parties one recipe")
         for name, keys in plan.keys.items():
-            offer.verify(self._identity, name, keys)
+            if name != self._identity.name:  # to its own this silo deals only if they are what it offered
+                offer.verify(self._identity, name, keys)
         adverts = {name: Advert(keys.sealing, keys.masking, keys.promise) for name, keys in plan.keys.items()}
         sealed = self._member.deal(Terms(plan.sum, adverts))
         self._dealt = self._root.submit(pb.Deal(round=plan.round, sealed=sealed))
@@ -160,15 +161,19 @@ class MaskedUpdates:
     def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
         assert self._dealt is not None
         self._member.accept(dict(self._dealt.result().sealed))  # type: ignore[attr-defined]
-        projection = self._compression.projection(len(row_of(change)), plan.round)
-        self.crossed = None
+        projection = self._compression.projection(Layout.of(change).size, plan.round)
+        self._crossed = None
         ring = self._compression.ring(len(plan.keys), projection.size, plan.clip)
         if weight:
             update = self._released(plan.round, change, share, ring, projection)
         else:  # nothing of what was learned leaves; but without this silo's zeros the others' sum might be lost
-            update = self._masked(self._nothing(ring, projection), 0.0, ring)
+            update = self._masked(self._nothing(ring, projection), ring)
         update.round, update.weight = plan.round, float(bool(weight))
         return update
+
+    @property
+    def crossed(self) -> Tensors | None:
+        return self._crossed() if self._crossed else None
 
     def send(self, update: pb.Update) -> None:
         living = self._root.call(update)
@@ -187,40 +192,37 @@ class MaskedUpdates:
 
     def _released(self, round: int, change: Tensors, share: float, ring: Ring, projection: Projection) -> pb.Update:
         return self._boundary.release_update(
-            change, round, lambda secured: self._weighed(secured, share, ring, projection)
+            change, round, lambda layout, row_P: self._weighed(layout, row_P, share, ring, projection)
         )
 
     def _nothing(self, ring: Ring, projection: Projection) -> Whole:
         """What a silo sends that learned nothing."""
-        return ring.encode(np.zeros(projection.size, np.float32))
+        return np.zeros(projection.size + ring.digits, np.int32)
 
-    def _weighed(self, change: Tensors, share: float, ring: Ring, projection: Projection) -> pb.Update:
+    def _weighed(
+        self, layout: Layout, row_P: torch.Tensor, share: float, ring: Ring, projection: Projection
+    ) -> pb.Update:
         """The numbers that cross of the change, times the share. What the ring clips and rounds off waits, too."""
-        due_P = self._rest.added(change, row_of(change))
-        whole_K = ring.encode(projection.project(due_P).numpy() * np.float32(share))
-        crossed_P = projection.lift(torch.from_numpy(ring.decode(whole_K) / share).float())
+        due_P = self._rest.added(layout.shapes, row_P)
+        whole_KS = np.empty(projection.size + ring.digits, np.int32)
+        whole_K = ring.encode(projection.project(due_P).numpy(), times=share, out=whole_KS[: projection.size])
+        whole_KS[projection.size :] = ring.encode_share(share)
+
+        def crossed() -> torch.Tensor:
+            return projection.lift(torch.from_numpy(ring.decode(whole_K) / share).float())
+
         if self._rest.kept:
-            self._rest.leave(change, due_P - crossed_P)
+            self._rest.leave(layout.shapes, due_P - crossed())
         if self._compression.exact:
-            self.crossed = layout_of(change).tensors(crossed_P)
-        return self._masked(whole_K, share, ring)
+            self._crossed = lambda: layout.tensors(crossed())
+        return self._masked(whole_KS, ring)
 
-    def _masked(self, whole_K: Whole, share: float, ring: Ring) -> pb.Update:
-        """These numbers, and at last the share."""
-        whole = np.concatenate([whole_K, ring.encode_share(share)])
-        return pb.Update(masked=ring.pack(self._member.mask(whole)))
+    def _masked(self, whole_KS: Whole, ring: Ring) -> pb.Update:
+        words = ring.pack(whole_KS)
+        self._member.mask(words)
+        return pb.Update(masked=ring.written(words))
 
 
-def open_update(change: Tensors) -> pb.Update:
+def open_update(layout: Layout, row_P: torch.Tensor) -> pb.Update:
     """In full, as fp32."""
-    return pb.Update(tensors=codec.encode_named(change))
-
-
-def row_of(change: Tensors) -> torch.Tensor:
-    """A change as one row, fp32, P."""
-    return layout_of(change).row(change)
-
-
-def layout_of(change: Tensors) -> Layout:
-    """Where each tensor of a change lies in its row."""
-    return Layout({name: tuple(tensor.shape) for name, tensor in change.items()})
+    return pb.Update(tensors=codec.encode_named(layout.tensors(row_P)))

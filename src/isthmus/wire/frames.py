@@ -24,7 +24,11 @@ _FIELDS = {field.message_type: field.name for field in pb.Frame.DESCRIPTOR.oneof
 
 def wrap(body: Message, *, id: int = 0, acked: int = 0) -> pb.Frame:
     """A frame around this body."""
-    return pb.Frame(id=id, acked=acked, **{_FIELDS[body.DESCRIPTOR]: body})  # type: ignore[arg-type]
+    frame = pb.Frame(id=id, acked=acked)
+    room = getattr(frame, _FIELDS[body.DESCRIPTOR])
+    room.SetInParent()
+    room.CopyFrom(body)  # as an argument of Frame it would be written to bytes and parsed
+    return frame
 
 
 def decode(data: bytes) -> pb.Frame:
@@ -138,10 +142,11 @@ def _ready(message: pb.Ready) -> None:
 
 def _update(message: pb.Update) -> None:
     _weight(message)
-    forms = [bool(form) for form in (message.tensors, message.masked, message.compressed)]
+    masked = bool(message.masked)  # a megabyte is copied each time that it is looked at
+    forms = [bool(message.tensors), masked, bool(message.compressed)]
     _require(sum(forms) <= 1, "an update in more than one form: by name, masked, compressed")
     _require(0 <= message.quality <= 1, f"the quality {message.quality}")
-    _require(not (message.masked and message.quality), "a quality beside a masked update")
+    _require(not (masked and message.quality), "a quality beside a masked update")
 
 
 def _secrets(message: Any) -> None:

@@ -138,7 +138,7 @@ def test_the_sum_is_the_rounded_updates_and_all_shares_of_noise_exactly(
     federation.round()
     rounded, drawn = parts
     assert (len(rounded), len(drawn)) == (4, 4)
-    plain = sum(one.view(np.int32).astype(np.int64) for one in rounded)
+    plain = sum(one.astype(np.int64) for one in rounded)
     assert concluded[0].total_KS is not None
     assert (concluded[0].total_KS[:COUNT] == plain + sum(drawn)).all()
     mean = torch.stack([row(change) for change in federation.changes.values()]).mean(0)
@@ -197,7 +197,7 @@ def test_an_update_beyond_the_clip_is_shortened_and_what_is_no_number_is_zero(
     federation.round()
     levels = Ring(1, 1.0).levels
     bound = summed.rounded(levels, COUNT)
-    lengths = sorted(float(np.linalg.norm(one.view(np.int32).astype(float))) for one in parts[0])
+    lengths = sorted(float(np.linalg.norm(one.astype(float))) for one in parts[0])
     assert lengths[0] == 0.0
     assert lengths[1] == pytest.approx(levels / CLIP, rel=0.01)
     assert all(levels * 0.99 < length <= bound for length in lengths[2:])
@@ -209,7 +209,7 @@ def test_a_vector_that_rounds_too_long_is_rounded_again() -> None:
     bound = summed.rounded(ring.levels, count)
     mean = np.zeros(count)
     for _ in range(50):
-        whole = ring.encode_short(values, bound).view(np.int32).astype(float)
+        whole = ring.encode_short(values, bound).astype(float)
         assert whole @ whole <= bound**2
         mean += whole / 50
     assert mean.mean() == pytest.approx(ring.levels / math.sqrt(count), rel=0.05)
@@ -372,7 +372,7 @@ def test_projections_that_lengthen_nothing_keep_the_bound(
     (event,) = federation.released()
     assert abs(event.width - COUNT / 4) < 65
     bound = summed.rounded(Ring(1, 1.0).levels, event.width)
-    assert all(np.linalg.norm(one.view(np.int32).astype(float)) <= bound for one in parts[0])
+    assert all(np.linalg.norm(one.astype(float)) <= bound for one in parts[0])
 
 
 # --- the root's noise
@@ -479,7 +479,7 @@ def test_cohorts_sums_go_up_exactly_noise_and_all(
     tree.run()
     rounded, drawn = parts
     size = len(rounded[0])
-    expected = sum(one.view(np.int32).astype(np.int64) for one in rounded) + sum(d for d in drawn if len(d) == size)
+    expected = sum(one.astype(np.int64) for one in rounded) + sum(d for d in drawn if len(d) == size)
     totals = [one.total_KS for one in concluded if one.total_KS is not None]
     assert len(totals) == 2
     assert (totals[0][:size] + totals[1][:size] == expected).all()
