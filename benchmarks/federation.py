@@ -1,4 +1,5 @@
-"""Aggregation: what it costs to sum updates under masks, how exact it is, and how small updates get.
+"""The federation: what summing under masks costs, how exact aggregation is, how small updates get, and how well, how
+fast, how fairly and how safely real models learn.
 
 ``make bench-federation``, or ``python -m benchmarks.federation PART ...`` for some of its parts.
 """
@@ -7,7 +8,17 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import aggregation, compression, sums, tiers
+from benchmarks import (
+    aggregation,
+    compression,
+    convergence,
+    fairness,
+    poisoned,
+    silo_privacy,
+    sums,
+    tiers,
+    update_bytes,
+)
 from benchmarks.results import Results
 
 
@@ -17,6 +28,12 @@ def main() -> None:
         "tiers": tiers.measure,
         "lora": aggregation.measure,
         "compression": compression.measure,
+        "speakers": convergence.speakers,
+        "opinions": convergence.opinions,
+        "poisoned": poisoned.measure,
+        "fairness": fairness.measure,
+        "silo-privacy": silo_privacy.measure,
+        "update-bytes": update_bytes.measure,
     }
     results = Results("federation", "make bench-federation")
     for part in sys.argv[1:] or parts:
