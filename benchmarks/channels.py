@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Results
+from benchmarks.results import DEVICE, Results
 from isthmus.attacks.score import share
 from isthmus.engines.attack import Order, attack
 from isthmus.engines.capture import Source
@@ -114,7 +114,7 @@ def tried(source: Source, rung: Rung, size: Size, detected: Detected) -> list[Re
 
     def made(attacks: tuple[str, ...], victims: int) -> list[Result]:
         settings = ("east", "west", victims, size.own, size.public)
-        order = Order(("trunk+silo",), attacks, *settings, candidates=size.candidates)
+        order = Order(("trunk+silo",), attacks, *settings, candidates=size.candidates, device=DEVICE)
         return attack(source, order, lambda told: print(f"  {told}", flush=True), detected)
 
     if not rung.few:

@@ -81,7 +81,7 @@ def size(compression: Compression, row_P: torch.Tensor, *, masks: bool) -> int:
     """Payload bytes of one update of this row."""
     if masks:
         ring = compression.ring(SILOS)
-        return ring.width * (compression.projection(len(row_P), 1).size + ring.digits)
+        return ring.width * ring.words(compression.projection(len(row_P), 1).size + ring.digits)
     compressor = compression.compressor(len(row_P), 1)
     return 4 * len(row_P) if compressor is None else len(compressor.encode(row_P))
 
@@ -137,5 +137,5 @@ def summed(compression: Compression, round: int, due: list[torch.Tensor], rests:
     for rest, due_P, whole_K in zip(rests, due, whole, strict=True):
         if rest.kept:
             rest.leave("w", due_P - projection.lift(torch.from_numpy(ring.decode(whole_K)).float()))
-    total_K = np.add.reduce(np.stack(whole), dtype=np.uint32)
+    total_K = np.add.reduce(np.stack(whole), dtype=np.int64)
     return projection.lift(torch.from_numpy(ring.decode(total_K)).float())

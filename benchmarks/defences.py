@@ -14,11 +14,12 @@ from benchmarks.frontier import Size, best_attack
 from benchmarks.learned import TEACHER, learned
 from benchmarks.points import Point
 from benchmarks.privacy import labels_recovered
-from benchmarks.results import Results
+from benchmarks.results import DEVICE, Results
 from benchmarks.tasks import TASKS
 from isthmus.demo.assets import smollm2
 from isthmus.engines.bench import Bench, Order
 from isthmus.engines.capture import Source
+from isthmus.model.device import find_device
 from isthmus.report.record import read_journal
 
 LESSONS: dict[str, dict[str, float]] = {
@@ -33,7 +34,8 @@ SIZE = Size(victims=40, own=400)
 
 
 def main() -> None:
-    results, base = Results("defences", "make bench-defences"), smollm2(Path("build/demo")).resolve()
+    results = Results("defences", "make bench-defences", find_device(DEVICE))
+    base = smollm2(Path("build/demo")).resolve()
     for name, weights in LESSONS.items():
         point = channel(weights)
         measure(results, name, point, learned(TASK, base, point, f"lesson: {name}"))

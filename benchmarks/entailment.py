@@ -15,8 +15,11 @@ from benchmarks.channels import RUNGS, Size, climb
 from benchmarks.results import Results
 from benchmarks.runs import Values
 from benchmarks.tasks import SHARED, TASKS, Rows, labelled, shuffled
+from isthmus.engines import capture
 from isthmus.engines.capture import Source
 from isthmus.report.record import RunDirectory
+from isthmus.silo.join import load_tokenizer
+from isthmus.silo.trainer import SiloData
 from isthmus.tasks import metrics
 
 LONGEST = 300
@@ -32,13 +35,23 @@ def measure(results: Results) -> None:
     open_run, private_run = (
         runs.federation(name, change) for name, change in (("rte-open", undefended), ("rte-private", entailment))
     )
-    quality = {"no defence": runs.accuracy(open_run), "private recipe": runs.accuracy(private_run)}
+    quality = {"no defence": accuracy(open_run), "private recipe": accuracy(private_run)}
     for name, value in quality.items():
         results.add(f"RTE: accuracy, {name}", value, "share")
-    results.add("RTE: majority", majority(), "share")
+    results.add("RTE: majority", metrics.majority([row["label"] for row in unseen()]), "share")
     lost = 100 * (quality["no defence"] - quality["private recipe"])
     results.add("RTE: accuracy lost by the private recipe", lost, "points", at_most=2.0)
     attacked(results, private_run)
+
+
+def accuracy(run: RunDirectory) -> float:
+    """Of the first silo on all rows that nobody trained on."""
+    recipe, path = run.recipe(), runs.CACHE.resolve() / "rte" / "unseen.jsonl"
+    write(path, unseen())
+    silos = (recipe.silo[0].model_copy(update={"held_out": str(path)}), *recipe.silo[1:])
+    recipe = recipe.model_copy(update={"silo": silos})
+    rows = SiloData(silos[0], recipe, load_tokenizer(Path(recipe.model.path))).held_out
+    return capture.measure(Source(recipe, run), silos[0].name, rows)
 
 
 def attacked(results: Results, run: RunDirectory) -> None:
@@ -86,6 +99,6 @@ def write(path: Path, rows: Rows) -> None:
     runs.write_lines(path, [json.dumps(row) for row in rows])
 
 
-def majority() -> float:
-    """Of the held-out rows, the most frequent answer's share."""
-    return metrics.majority([row["label"] for row in read("val")])
+def unseen() -> Rows:
+    """The validation rows, and the training rows that are left over."""
+    return [*read("val"), *read("train")[2 * TRAINED :]]

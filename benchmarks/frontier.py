@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.frontier_plot import draw
 from benchmarks.learned import learned
 from benchmarks.points import EPOCHS, Point, classification, epsilon, generation, norms
-from benchmarks.results import RESULTS, Results
+from benchmarks.results import DEVICE, RESULTS, Results
 from benchmarks.tasks import CACHE, TASKS, Task
 from benchmarks.tuned import tuned
 from isthmus.attacks.catalogue import ATTACKS
@@ -38,6 +39,7 @@ from isthmus.attacks.score import score
 from isthmus.demo.assets import smollm2
 from isthmus.engines.bench import Bench, Order
 from isthmus.engines.capture import Source, measure
+from isthmus.model.device import find_device
 from isthmus.privacy.reading import Reading
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SensitivitySection
@@ -99,7 +101,7 @@ class Outcome:
 
 def main() -> None:
     transformers_logging.disable_progress_bar()
-    results, outcomes = Results("frontier", "make bench-frontier"), list[Outcome]()
+    results, outcomes = Results("frontier", "make bench-frontier", find_device(DEVICE)), list[Outcome]()
     for name in sys.argv[1:] or TASKS:
         task = TASKS[name]
         base = smollm2(Path("build/demo")).resolve()
@@ -201,21 +203,26 @@ def attacks(
     bench: Bench, task: Task, point: Point, size: Size, reached: Callable[[], float]
 ) -> Iterator[tuple[str, Found]]:
     """The cheap ones first; costlier ones where those do not recover nearly all."""
-    view = bench.view("trunk+silo")
-    knowledge = Knowledge(view)
-    yield "linear", ATTACKS["linear"](knowledge)
+    view, device = bench.view("trunk+silo"), find_device(DEVICE)
+    knowledge = Knowledge(view, device=device)
+
+    def made(attack: Callable[[], Any]) -> Any:
+        with device:
+            return attack()
+
+    yield "linear", made(lambda: ATTACKS["linear"](knowledge))
     if task.generates:
-        yield "lens", ATTACKS["lens"](knowledge)
+        yield "lens", made(lambda: ATTACKS["lens"](knowledge))
     if reached() >= SURE:
         return
-    yield "transformer", Found(invert(knowledge, Training(epochs=size.epochs)))
+    yield "transformer", made(lambda: Found(invert(knowledge, Training(epochs=size.epochs))))
     if reached() >= SURE:
         return
     if "tail" in point.shape:
-        yield "decoder", ATTACKS["decoder"](knowledge)
+        yield "decoder", made(lambda: ATTACKS["decoder"](knowledge))
     elif size.matched:
         some = replace(view, crossings=view.crossings[: size.matched])
-        yield "matching", Found(match(Knowledge(some), SEARCH))
+        yield "matching", made(lambda: Found(match(Knowledge(some, device=device), SEARCH)))
 
 
 def masks_of(bench: Bench, task: Task) -> dict[str, list[list[bool]]]:

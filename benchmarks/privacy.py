@@ -15,12 +15,13 @@ import torch
 from benchmarks import entailment, overhead
 from benchmarks.channels import Detected, Size, changed_boundary, climb, note_sensitive
 from benchmarks.overhead import STEPS
-from benchmarks.results import Results
+from benchmarks.results import DEVICE, Results
 from benchmarks.runs import CACHE, Values, accuracy, private_run, recipe_of, undefended, undefended_run, write_lines
 from isthmus.attacks.labels import LabelClassifier
 from isthmus.engines.attack import Order, Result, attack
 from isthmus.engines.capture import Silence, Source, capture_pairs, opened_trunk, tapped
 from isthmus.engines.local import create_run
+from isthmus.model.device import find_device
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.trainer import SiloData, evaluate
 from isthmus.tasks import metrics
@@ -44,7 +45,7 @@ def main() -> None:
         "rte": entailment.measure,
         "overhead": measure_overhead,
     }
-    results = Results("privacy", "make bench-privacy")
+    results = Results("privacy", "make bench-privacy", find_device(DEVICE))
     for part in sys.argv[1:] or parts:
         parts[part](results)
     print(f"written: {results.write(keep=len(sys.argv) > 1)}")
@@ -100,7 +101,9 @@ def measure_sensitive(results: Results) -> None:
     silos = tuple(silo.model_copy(update={"train": str(path)}) if silo.name == "east" else silo for silo in recipe.silo)
     source = Source(recipe.model_copy(update={"silo": silos}), run)
     detected = Detected(recipe)
-    order = Order(("trunk+silo",), ("search",), "east", "west", FEW_ROWS, Size().own, CACHE / "public.txt")
+    order = Order(
+        ("trunk+silo",), ("search",), "east", "west", FEW_ROWS, Size().own, CACHE / "public.txt", device=DEVICE
+    )
     found = attack(source, order, lambda told: print(f"  {told}", flush=True), detected)
     name = "private recipe, rows with most identifiers"
     note_sensitive(results, name, [one for one in found if one.tokens == "sensitive"], detected)
@@ -146,7 +149,7 @@ def calibrated(values: Values) -> None:
 
 def attacked(source: Source, attacks: tuple[str, ...]) -> list[Result]:
     """By the trunk with a colluding silo, which has the public rows, too; figures of the text, not of the template."""
-    order = Order(("trunk+silo",), attacks, "east", "west", VICTIMS, OWN, CACHE / "public.txt")
+    order = Order(("trunk+silo",), attacks, "east", "west", VICTIMS, OWN, CACHE / "public.txt", device=DEVICE)
     found = attack(source, order, lambda told: print(f"  {told}", flush=True))
     return [one for one in found if one.tokens == "text"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+DEVICE = os.environ.get("ISTHMUS_DEVICE", "cpu")
+"""Where models of real size compute, in benchmarks that do not time them."""
 
 
 @dataclass(frozen=True)

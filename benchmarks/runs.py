@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import DEVICE
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.engines.local import create_run, run_federation
 from isthmus.recipe import Recipe
@@ -46,8 +47,9 @@ def recipe_of(change: Change) -> Recipe:
     values: Values = tomllib.loads(Path("recipes/private.toml").read_text())
     values["model"]["path"] = str(smollm2(MODEL).resolve())
     folder = data()
+    values["trunk"] = {"device": DEVICE}
     for silo in values["silo"]:
-        silo |= {key: str(folder / silo[key]) for key in ("train", "held_out")}
+        silo |= {key: str(folder / silo[key]) for key in ("train", "held_out")} | {"device": DEVICE}
     change(values)
     return Recipe.of(values)
 

@@ -134,9 +134,6 @@ def summed(
     found = list[Collected | IsthmusError]()
     sent = sum(channel.sent_bytes for channel in channels.values())
 
-    def send(name: str) -> None:
-        updates[name].send(updates[name].pack(plans[name], changes[name], 1.0, 1.0))
-
     with ThreadPoolExecutor(len(channels)) as threads:
         started, processor = time.perf_counter(), time.process_time()
         for name, channel in channels.items():
@@ -145,8 +142,9 @@ def summed(
         plans = {name: pb.Plan.FromString(data) for name in channels}
         for name in channels:
             updates[name].begin(plans[name])
-        for done in [threads.submit(send, name) for name in channels]:
-            done.result()
+        packed = {name: updates[name].pack(plans[name], changes[name], 1.0, 1.0) for name in channels}
+        for done in [threads.submit(updates[name].send, update) for name, update in packed.items()]:
+            done.result()  # each waits for the others
         seconds, processor = time.perf_counter() - started, time.process_time() - processor
     (collected,) = found
     assert isinstance(collected, Collected)

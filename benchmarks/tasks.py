@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
+from benchmarks.results import DEVICE
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
 
@@ -73,11 +74,13 @@ class Task:
                 },
                 "task": self.template,
                 "boundary": {path: {"noise": 0.0} for path in SECTIONS} | (boundary or {}),
+                "trunk": {"device": DEVICE},
                 "silo": [
                     {
                         "name": name,
                         "train": str(folder / f"{name}.jsonl"),
                         "held_out": str(folder / "held_out.jsonl"),
+                        "device": DEVICE,
                     }
                     for name in ("east", "west")
                 ],

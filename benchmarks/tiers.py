@@ -60,10 +60,10 @@ class Plain:
         self.total_P: Integers = np.zeros(PARAMETERS, np.int64)
         self._lock, self._encode = threading.Lock(), Ring.encode
 
-    def encode(self, ring: Ring, values_P: Any, draw: np.random.Generator | None = None) -> Whole:
-        whole_P = self._encode(ring, values_P, draw)
+    def encode(self, ring: Ring, values_P: Any, **how: Any) -> Whole:
+        whole_P = self._encode(ring, values_P, **how)
         with self._lock:
-            self.total_P += whole_P.view(np.int32)
+            self.total_P += whole_P
         return whole_P
 
 
@@ -155,7 +155,7 @@ def main() -> None:
     plain = Plain()
     with tempfile.TemporaryDirectory() as folder:
         tree = Tree(int(sys.argv[1]), Path(folder))
-        Ring.encode = lambda ring, values_P, draw=None: plain.encode(ring, values_P, draw)  # type: ignore[method-assign]
+        Ring.encode = lambda ring, values_P, **how: plain.encode(ring, values_P, **how)  # type: ignore[method-assign]
         started = time.perf_counter()
         tree.round()
         seconds = time.perf_counter() - started

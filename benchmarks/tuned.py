@@ -14,10 +14,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.results import DEVICE
 from benchmarks.tasks import CACHE, LORA, TASKS, Task
 from isthmus.demo.assets import smollm2
 from isthmus.model import adapters
 from isthmus.model.cut import Part
+from isthmus.model.device import find_device
 from isthmus.model.families import family_of
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
@@ -49,13 +51,14 @@ def _trained(recipe: Recipe) -> PreTrainedModel:
     """LoRA on every block, by the rows of the silo that gives training rows."""
     folder = Path(recipe.model.path)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(find_device(DEVICE))
     whole = Part("trunk", model.requires_grad_(False), family_of(model.config), 0)
     adapters.add_adapter(whole, recipe.lora, recipe.seed, freeze_a=False)
     optimizer = build_optimizer(adapters.trainable(whole).values(), recipe.train)
     data = SiloData(recipe.party("west"), recipe, load_tokenizer(folder))
     drawn = islice(batches(data.train, recipe.train.batch, "tuned"), recipe.train.steps)
     for number, rows in enumerate(drawn, 1):
-        step = train_step(model, optimizer, collate(rows, data.pad))
+        step = train_step(model, optimizer, collate(rows, data.pad).to(model.device))
         if number % 10 == 0:
             print(f"tuning: step {number}/{recipe.train.steps}, loss {step.loss:.3f}, {step.seconds:.1f} s", flush=True)
     return model.eval()

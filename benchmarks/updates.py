@@ -6,10 +6,11 @@ plain gradient step on one row. The outsider asks of the final model which rows 
 
 from __future__ import annotations
 
-from benchmarks.results import Results
+from benchmarks.results import DEVICE, Results
 from benchmarks.runs import Values, private_run, recipe_of, undefended
 from isthmus.engines.attack import Order, Result, attack
 from isthmus.engines.capture import Source
+from isthmus.model.device import find_device
 
 RANK = 64
 """Of the control's adapter: exact search sees as many directions at most."""
@@ -17,7 +18,7 @@ ASKED, OWN, REFERENCES = 100, 400, 0
 
 
 def main() -> None:
-    results, run = Results("updates", "make bench-updates"), private_run()
+    results, run = Results("updates", "make bench-updates", find_device(DEVICE)), private_run()
     ways = {"one row, one step, not noised": Source(recipe_of(one_step)), "private recipe": Source(run.recipe(), run)}
     for name, source in ways.items():
         for found in by(source, "aggregator", "dager"):
@@ -57,7 +58,7 @@ def one_step(values: Values) -> None:
 
 
 def by(source: Source, adversary: str, *attacks: str) -> list[Result]:
-    order = Order((adversary,), attacks, "east", "west", ASKED, OWN, references=REFERENCES)
+    order = Order((adversary,), attacks, "east", "west", ASKED, OWN, references=REFERENCES, device=DEVICE)
     return attack(source, order, lambda told: print(f"  {told}", flush=True))
 
 

@@ -204,9 +204,8 @@ def test_the_sum_of_what_silos_encode_decodes_to_the_sum_of_what_they_decode(nam
     way = of(name, bits, masks=True, range=0.05)
     ring, projection = way.ring(silos), way.projection(P, 3)
     rows = [ring.encode(projection.project(drawn(seed=seed)).numpy()) for seed in range(silos)]
-    total_K = np.zeros(projection.size, np.uint32)
-    for row_K in rows:
-        total_K += ring.unpack(ring.pack(row_K), projection.size)
+    words = np.add.reduce([ring.read(ring.written(ring.pack(row_K)), projection.size) for row_K in rows])
+    total_K = ring.unpack(words, projection.size)
     step = ring.range / ring.levels
     each = np.stack([np.rint(ring.decode(row_K) / step) for row_K in rows])
     assert np.array_equal(np.rint(ring.decode(total_K) / step), each.sum(0))

@@ -36,6 +36,7 @@ COMMANDS = {
         "--public=",
         "--inference/--no-inference=False",
         "--references=2",
+        "--device=cpu",
     ],
     "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1"],
 }

@@ -70,6 +70,8 @@ def test_the_shipped_recipe_names_every_key() -> None:
         *("threads", "root.minimum", "trunk.average_every", "trunk.dtype"),
         *("boundary.tail", "boundary.width", "boundary.defence", "sensitivity", "edge", "federation.trusted"),
         *("privacy.record_epsilon", "privacy.silo_epsilon", "federation.optimizer.learning_rate", "federation.bits"),
+        "federation.buffer",
+        *("federation.noise", "federation.clip"),
     }
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from isthmus.attacks.knowledge import Knowledge
 from isthmus.attacks.template import Text
 
-TOKENS = 2048
+TOKENS = {"cpu": 2048, "cuda": 32768}
 """Run through bottom at a time."""
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """By which a token's noise may differ from the usual, where the recipe has some tokens noised more than others."""
@@ -45,7 +45,7 @@ class Channel:
     def expected(self, texts: Sequence[Text], count: int) -> torch.Tensor:
         """``[N, K, D]``, without noise, at the last ``count`` positions of each text; none may be shorter."""
         found: list[torch.Tensor] = [torch.empty(0)] * len(texts)
-        for numbers in _batches(texts):
+        for numbers in _batches(texts, TOKENS[self._knowledge.embedding.device.type]):
             ids_NL = pad_sequence([torch.tensor(texts[number]) for number in numbers], batch_first=True)
             h_NLE = self._knowledge.bottom.hidden(input_ids=ids_NL, use_cache=False)
             for number, h_LE in zip(numbers, h_NLE, strict=True):
@@ -74,11 +74,11 @@ class Channel:
         return slope_LE
 
 
-def _batches(texts: Sequence[Text]) -> Iterator[list[int]]:
-    """Numbers of texts of about one length, at most ``TOKENS`` tokens together with their padding."""
+def _batches(texts: Sequence[Text], tokens: int) -> Iterator[list[int]]:
+    """Numbers of texts of about one length, at most so many tokens together with their padding."""
     batch: list[int] = []
     for number in sorted(range(len(texts)), key=lambda number: len(texts[number])):
-        if batch and (len(batch) + 1) * len(texts[number]) > TOKENS:
+        if batch and (len(batch) + 1) * len(texts[number]) > tokens:
             yield batch
             batch = []
         batch.append(number)

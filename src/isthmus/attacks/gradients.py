@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize
 
 from isthmus.errors import DataError
+from isthmus.model.device import CPU
 
 Tensors = Mapping[str, torch.Tensor]
 GradientOf = Callable[[torch.Tensor], Tensors]
@@ -93,7 +94,7 @@ class GradientMatcher:
         self._embedding_VD = embedding_VD.detach().float()
         self._length = float(self._embedding_VD.norm(dim=1).mean())
         self._random = random.Random(effort.seed)
-        self._draw = torch.Generator().manual_seed(effort.seed)
+        self._draw = torch.Generator(CPU).manual_seed(effort.seed)
 
     def distance(self, x_LD: torch.Tensor) -> torch.Tensor:
         """1 − cosine, the mean over the tensors that were seen; differentiable."""
@@ -133,7 +134,7 @@ class GradientMatcher:
         return [int(token) for token in similar_LV.argmax(dim=1)]
 
     def _start(self, length: int, known: Mapping[int, int]) -> torch.Tensor:
-        ids_L = torch.randint(len(self._embedding_VD), (length,), generator=self._draw)
+        ids_L = torch.randint(len(self._embedding_VD), (length,), generator=self._draw, device=CPU)
         return self._pinned(self._embedding_VD[ids_L].clone(), known)
 
     def _pinned(self, x_LD: torch.Tensor, known: Mapping[int, int]) -> torch.Tensor:

@@ -19,6 +19,7 @@ from isthmus.attacks.view import Pair, View
 from isthmus.model import adapters, bottleneck
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, PartName, load_part
+from isthmus.model.device import CPU
 
 CALIBRATION = 128
 """Rows of the adversary's own that tell how what arrives differs from what bottom gives."""
@@ -54,13 +55,14 @@ class Knowledge:
 
     Args:
         references: models that it may train of its own, to compare the final one with.
+        device: where they are. An attack makes its tensors on torch's default device, which must be this one then.
 
     Raises:
         ModelError: the public model's folder is unusable.
     """
 
-    def __init__(self, view: View, references: int = 0) -> None:
-        self.view, self.references = view, references
+    def __init__(self, view: View, references: int = 0, device: torch.device = CPU) -> None:
+        self.view, self.references, self._device = view.to(device), references, device
         self._checkpoint = Checkpoint(str(view.folder))
 
     @cached_property
@@ -71,7 +73,7 @@ class Knowledge:
     def bottom(self) -> Part:
         """The silo's bottom, with its adapter if the adversary knows it, else the public model's."""
         recipe = self.view.recipe
-        part = load_part(self._checkpoint, self.cut, "bottom", dtype=getattr(torch, recipe.model.dtype))
+        part = self._loaded("bottom", getattr(torch, recipe.model.dtype))
         adapters.add_adapter(part, recipe.lora, recipe.seed, freeze_a=True)
         adapters.load_adapter(part, self.view.adapters)
         return part.requires_grad_(False).eval()
@@ -96,7 +98,7 @@ class Knowledge:
 
     def equipped(self, name: PartName) -> Part:
         """A part, in fp32, with all that the recipe has it learn, as far as this adversary knows that."""
-        part = load_part(self._checkpoint, self.cut, name)
+        part = self._loaded(name)
         adapters.equip(part, self.view.recipe)
         adapters.load_adapter(part, {**self.view.adapters, **self.view.trunk_adapter})
         return part.eval()
@@ -127,7 +129,7 @@ class Knowledge:
     @cached_property
     def language_model(self) -> Any:
         """The public base model, uncut."""
-        return public_model(self.view.folder)
+        return public_model(self.view.folder).to(self._device)
 
     @cached_property
     def embedding(self) -> torch.Tensor:
@@ -152,6 +154,9 @@ class Knowledge:
         """Bottom's result for a whole row, ``[L, E]``."""
         ids_BL = torch.tensor([tokens])
         return self.bottom.hidden(input_ids=ids_BL, use_cache=False)[0].float()
+
+    def _loaded(self, name: PartName, dtype: torch.dtype = torch.float32) -> Part:
+        return load_part(self._checkpoint, self.cut, name, dtype=dtype, device=self._device)
 
 
 def public_model(folder: Path) -> Any:

@@ -65,7 +65,7 @@ def cluster_labels(e_ND: torch.Tensor, classes: int, *, seed: int = 0) -> list[i
         starts.append((along @ torch.linalg.svd(along, full_matrices=False)[2][0] > 0).long())
         sharpest = max(starts, key=lambda groups: _sharpness(directions_ND, groups))
         return [int(group) for group in sharpest]
-    fitted = KMeans(classes, n_init=20, random_state=seed).fit(directions_ND.numpy())
+    fitted = KMeans(classes, n_init=20, random_state=seed).fit(directions_ND.cpu().numpy())
     return [int(group) for group in fitted.labels_]
 
 
@@ -152,7 +152,7 @@ def _sharpness(directions_ND: torch.Tensor, groups_N: torch.Tensor) -> float:
 def _features(e_ND: torch.Tensor) -> Any:
     """Directions, and the logarithm of the length."""
     norms_N1 = e_ND.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    return torch.cat([e_ND / norms_N1, norms_N1.log()], dim=1).double().numpy()
+    return torch.cat([e_ND / norms_N1, norms_N1.log()], dim=1).double().cpu().numpy()
 
 
 def _classifiers() -> list[Any]:

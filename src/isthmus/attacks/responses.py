@@ -18,6 +18,7 @@ import torch
 from isthmus.attacks.lens import Lens
 from isthmus.errors import DataError
 from isthmus.model.cut import Part
+from isthmus.model.device import CPU
 
 FLOOR = 1e-6
 """Noise that is assumed at least, as a share of the gradient's root mean square."""
@@ -150,11 +151,11 @@ class GradientInverter:
 
     def _gain(self, at_S: torch.Tensor) -> torch.Tensor:
         """Mean eigenvalue of each position's Gram matrix, ``[S, 1]``, from random probes (Hutchinson)."""
-        draw = torch.Generator().manual_seed(0)
+        draw = torch.Generator(CPU).manual_seed(0)
         total_S1 = torch.zeros(len(at_S), 1)
         for _ in range(PROBES):
             probe_LD = torch.zeros_like(self._e_LD)
-            probe_LD[at_S] = torch.randn(len(at_S), probe_LD.shape[1], generator=draw)
+            probe_LD[at_S] = torch.randn(len(at_S), probe_LD.shape[1], generator=draw, device=CPU).to(probe_LD)
             through_LD = self._transposed(self._forward(probe_LD), at_S)
             total_S1 += (probe_LD * through_LD)[at_S].mean(dim=1, keepdim=True)
         return (total_S1 / PROBES).clamp_min(1e-12)

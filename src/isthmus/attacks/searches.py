@@ -99,6 +99,10 @@ def _obstacles(knowledge: Knowledge, seen: Contribution) -> list[str]:
         found.append(
             f"{train.optimizer} scales every coordinate by itself: signs are compared, as after its first step"
         )
+    if train.sharpness:
+        found.append("the silo took its gradients uphill of the adapters that were shared")
+    if knowledge.view.recipe.federation.control != "none":
+        found.append("what the silo's control took out of its steps is in the update, too")
     if noising(update, 1).noise:
         found.append("noise is on the update")
     return found

@@ -18,9 +18,9 @@ the model's).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -127,6 +127,11 @@ class View:
                 )
         return self
 
+    def to(self, device: torch.device) -> View:
+        """The same, its tensors on this device."""
+        moved = {one.name: _moved(getattr(self, one.name), device) for one in fields(self) if one.name != "recipe"}
+        return replace(self, **moved)
+
 
 def trunk_view(
     recipe: Recipe, folder: Path, crossings: tuple[Crossing, ...], pairs: tuple[Pair, ...], trunk_adapter: Tensors
@@ -165,3 +170,16 @@ def known(recipe: Recipe) -> Recipe:
     """The recipe without the places of the silos' files."""
     silos = tuple(silo.model_copy(update={"train": "", "held_out": None}) for silo in recipe.silo)
     return recipe.model_copy(update={"silo": silos})
+
+
+def _moved(seen: Any, device: torch.device) -> Any:
+    """What was seen, all tensors in it on this device."""
+    if isinstance(seen, torch.Tensor):
+        return seen.to(device)
+    if isinstance(seen, tuple):
+        return tuple(_moved(one, device) for one in seen)
+    if isinstance(seen, Mapping):
+        return {name: _moved(one, device) for name, one in seen.items()}
+    if isinstance(seen, (Crossing, Pair, Contribution)):
+        return replace(seen, **{one.name: _moved(getattr(seen, one.name), device) for one in fields(seen)})
+    return seen

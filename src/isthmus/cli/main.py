@@ -203,6 +203,7 @@ def attack(
     public: Annotated[Optional[Path], typer.Option(help="Public text to learn from, a row a line.")] = None,  # noqa: UP045
     inference: Annotated[bool, typer.Option(help="Attack answers to the prompts, not training.")] = False,
     references: Annotated[int, typer.Option(min=0, help="Models trained to compare with, for membership.")] = 2,
+    device: Annotated[str, typer.Option(help="Where attacks compute: cpu, cuda, cuda:1 or auto.")] = "cpu",
 ) -> None:
     """Try to recover a silo's text from what an adversary sees of it."""
     from rich.console import Console
@@ -222,6 +223,7 @@ def attack(
         public,
         inference,
         references,
+        device=device,
     )
     results = make_attacks(source, order, typer.echo)
     Console().print(table(results))

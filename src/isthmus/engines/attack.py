@@ -22,6 +22,7 @@ from isthmus.engines.capture import Source
 from isthmus.engines.scored import Judge, Result, Sensitive
 from isthmus.engines.threads import set_threads
 from isthmus.errors import AttackError, RunError
+from isthmus.model.device import find_device
 from isthmus.recipe import Recipe
 from isthmus.report.record import RunDirectory, writing
 
@@ -65,20 +66,23 @@ def attack(source: Source, order: Order, tell: Tell, sensitive: Sensitive | None
         sensitive: which tokens of a row are; scored apart then.
 
     Raises:
+        RecipeError: torch has no such device here.
         AttackError: an attack that is unknown or that an adversary cannot make, or the rows do not suffice.
     """
     _check(order)
+    device = find_device(order.device)
     set_threads(source.recipe)
     transformers_logging.disable_progress_bar()
     bench = Bench(source, order, tell)
     judge = Judge(bench, order.inference, sensitive)
     results: list[Result] = []
     for adversary in order.adversaries:
-        knowledge = Knowledge(bench.view(adversary), order.references)
+        knowledge = Knowledge(bench.view(adversary), order.references, device)
         for name in order.attacks:
             tell(f"{adversary}: {name}")
             started = time.perf_counter()
-            found = ATTACKS[name](knowledge)
+            with device:
+                found = ATTACKS[name](knowledge)
             seconds = time.perf_counter() - started
             view = knowledge.view
             own_rows = max(len(view.pairs), len(view.taught), len(view.own))

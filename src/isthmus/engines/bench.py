@@ -9,11 +9,9 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from isthmus.attacks.catalogue import INVERSIONS, USUAL
-from isthmus.attacks.knowledge import public_model
 from isthmus.attacks.score import Figure, share
 from isthmus.attacks.template import template_of
 from isthmus.attacks.view import Pair, Row, View, aggregator_view, colluding_view, outsider_view, trunk_view
@@ -26,15 +24,13 @@ from isthmus.engines.capture import (
     capture_rows,
     measure,
 )
+from isthmus.engines.public import SAMPLED, lines_of, sampled
 from isthmus.errors import AttackError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.silo.data import Tokens, batches
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.trainer import SiloData
 
-SAMPLED = 256
-"""Rows that are drawn from the public model for an adversary without text of its own."""
-SAMPLED_TOKENS = 48
 REDRAWN = 3
 """Draws of noise of each row that a learned attack sees, where only ends of rows cross."""
 LEARNED = ("decoder",)
@@ -64,6 +60,8 @@ class Order:
     """Models that the outsider trains on the colluder's rows, to compare the final one with."""
     candidates: int = 1000
     """Rows of the victim's that ``identify`` chooses among, at most; those attacked are among them."""
+    device: str = "cpu"
+    """Where attacks compute (see ``model.device``)."""
 
 
 class Bench:
@@ -248,7 +246,7 @@ class Bench:
         if count <= 0:
             return []
         if self._order.public is not None:
-            texts = [self.tokenizer(line)["input_ids"] for line in _lines(self._order.public)]
+            texts = [self.tokenizer(line)["input_ids"] for line in lines_of(self._order.public)]
         else:
             count = min(count, SAMPLED)
             self._tell(f"drawing {count} rows of text from the public model")
@@ -265,40 +263,5 @@ class Bench:
         return Tokens(tokens[:-1], tokens[-1:])
 
 
-@torch.no_grad()
-def sampled(folder: Path, seed: int, count: int, length: int = SAMPLED_TOKENS) -> list[list[int]]:
-    """Text drawn from the public model, in tokens; each row begins with a random one."""
-    model = public_model(folder)
-    rows: list[list[int]] = []
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
-        while len(rows) < count:
-            ids_B1 = torch.randint(model.config.vocab_size, (min(64, count - len(rows)), 1))
-            ids_BL = model.generate(
-                ids_B1,
-                attention_mask=torch.ones_like(ids_B1),
-                do_sample=True,
-                top_k=0,
-                min_new_tokens=length,
-                max_new_tokens=length,
-                pad_token_id=0,
-            )
-            rows += ids_BL.tolist()
-    finally:
-        torch.set_rng_state(state)
-    return rows
-
-
 def _clear(rows: Sequence[Tokens]) -> tuple[Row, ...]:
     return tuple(Row(tuple(row.prompt), tuple(row.answer)) for row in rows)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise AttackError(f"cannot read {path}", remedy="give --public a UTF-8 file, a row a line") from error
-    if not lines:
-        raise AttackError(f"{path} holds no text", remedy="give --public a UTF-8 file, a row a line")
-    return lines

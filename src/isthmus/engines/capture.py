@@ -101,7 +101,7 @@ def capture_rows(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
     with torch.enable_grad(), opened_trunk(source) as service, tapped(source, name, service) as (silo, tap):
         for start in range(0, len(rows), size):
             silo.model.zero_grad()
-            batch = collate(list(rows[start : start + size]), _pad(silo))
+            batch = collate(list(rows[start : start + size]), _pad(silo)).to(silo.model.device)
             silo.model(**batch.inputs()).loss.backward()
             weights += [float(batch.supervised)] * len(batch.input_ids)
         crossings = zip(crossings_of(name, tap.exchanges), weights, strict=True)
@@ -137,7 +137,7 @@ def capture_pairs(
     for _ in range(draws):
         with tapped(own, name, Silence(source.recipe)) as (silo, tap):
             for start in range(0, len(rows), BATCH):
-                batch = collate(list(rows[start : start + BATCH]), _pad(silo))
+                batch = collate(list(rows[start : start + BATCH]), _pad(silo)).to(silo.model.device)
                 silo.model(**batch.inputs(), use_cache=False)
             crossings = crossings_of(name, tap.exchanges)
         pairs += [Pair(tuple(row.input), crossing) for row, crossing in zip(rows, crossings, strict=True)]
@@ -209,7 +209,7 @@ def _alone(source: Source, name: str) -> Recipe:
 
 def _answered(silo: Silo, row: Tokens) -> tuple[int, ...]:
     """All tokens that crossed: those of the prompt and, but for the last, of the answer."""
-    ids_BL = torch.tensor([row.prompt])
+    ids_BL = torch.tensor([row.prompt], device=silo.model.device)
     output_BL = silo.model.generate(
         input_ids=ids_BL,
         attention_mask=torch.ones_like(ids_BL),

@@ -10,15 +10,16 @@ from rich.table import Table
 from isthmus.engines.cells import epsilon_text
 from isthmus.privacy.accountant import Epsilon
 from isthmus.privacy.statement import PathStatement, Statement, read_statement
+from isthmus.recipe.tree import ROOT
 from isthmus.report.record import RunDirectory
 
 
 def read_statements(run: RunDirectory) -> list[Statement]:
-    """One a silo, from the ledgers in the run directory."""
+    """One a silo, and the root's where it noises what it publishes, from the ledgers in the run directory."""
     recipe = run.recipe()
-    return [
-        read_statement(run.role(silo.name).path / "ledger.jsonl", silo.name, recipe.privacy) for silo in recipe.silo
-    ]
+    noise = recipe.federation.noise
+    names = [*(silo.name for silo in recipe.silo), *([ROOT] if noise is not None and noise.where == "root" else [])]
+    return [read_statement(run.role(name).path / "ledger.jsonl", name, recipe.privacy) for name in names]
 
 
 def as_json(statements: list[Statement]) -> str:
@@ -45,7 +46,9 @@ def show(statements: list[Statement], console: Console) -> None:
     console.print(
         "record: the epsilon of one record's hidden states and gradients, composed over all releases; of updates, the "
         "silo's\nwith updates: the same if each update is charged to every record\n"
-        "silo: all that left, composed as if it were about one record",
+        "silo: all that left, composed as if it were about one record\n"
+        "summed: seen in no sum with the noise of fewer honest silos than the named, and in none without; at the root: "
+        "what it published tells of any one silo",
         highlight=False,
         style="dim",
     )

@@ -67,7 +67,7 @@ def _table(run: RunDirectory, recipe: Recipe) -> Table:
         table.add_column(heading, justify="right")
     table.add_column(f"held-out {'accuracy' if recipe.task.choices else 'loss'} after round 0, 1, …")
     table.add_column("gain", justify="right")
-    silos = [read_progress(run, silo.name, recipe.train.steps) for silo in recipe.silo]
+    silos = [read_progress(run, silo.name, recipe.steps(silo.name)) for silo in recipe.silo]
     spread = spread_of(silos)
     for progress in silos:
         table.add_row(*_row(progress, recipe), "" if spread is None else _gain(spread, progress.name))
@@ -94,7 +94,7 @@ def _spread_text(spread: Spread) -> str:
 def _row(progress: SiloProgress, recipe: Recipe) -> tuple[str, ...]:
     return (
         progress.name,
-        f"{progress.steps}/{recipe.train.rounds * recipe.train.steps}",
+        f"{progress.steps}/{recipe.train.rounds * recipe.steps(progress.name)}",
         "" if progress.loss is None else f"{progress.loss:.3f}",
         "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:.0f}",
         megabytes(progress.sent_bytes),

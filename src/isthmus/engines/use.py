@@ -151,6 +151,7 @@ def answer(silo: Silo, prompt: str, *, max_new_tokens: int, chat: bool, draft: D
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = inputs.to(silo.model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = silo.model.generate(
         **inputs,

@@ -7,7 +7,8 @@ from pathlib import Path
 from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError
-from isthmus.federation.lead import Lead
+from isthmus.federation.buffered import Buffered
+from isthmus.federation.lead import Course, Lead
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
 from isthmus.wire import isthmus_pb2 as pb
@@ -25,7 +26,11 @@ class Aggregator:
     """
 
     def __init__(self, recipe: Recipe, name: str, lead: Lead, identity: Identity | None = None) -> None:
-        self.rounds = Rounds(recipe, lead, name)
+        self.rounds: Rounds | Buffered
+        if recipe.federation.buffer is not None and isinstance(lead, Course):
+            self.rounds = Buffered(recipe, lead)
+        else:
+            self.rounds = Rounds(recipe, lead, name)
         if recipe.federation.masks and identity is None:
             identity = Identity.load(Path(recipe.wire.certificates), name)
         self._identity = identity

@@ -39,6 +39,10 @@ class Collected:
     """One for each silo or edge that learned something, or one mean of all."""
     total_KS: Integers | None = None
     """Under masks: the sum of all silos' numbers, at last of their shares; None if nobody learned anything."""
+    staleness: dict[str, int] | None = None
+    """Out of a buffer: for each silo, the versions that came out since it began."""
+    sums: SumFormat | None = None
+    """How that sum is read."""
 
 
 Done = Callable[[Collected | IsthmusError], None]
@@ -112,19 +116,25 @@ class Open:
         if request.masked:
             raise ProtocolError("this federation's updates are open", remedy="give all parties one recipe")
         if request.weight:
-            self._contributions[peer] = Contribution(peer, request.weight, self._change(peer, request), request.quality)
-
-    def _change(self, peer: str, update: pb.Update) -> Mapping[str, torch.Tensor]:
-        layout = self._layouts[peer]
-        if peer in self._compressors:
-            return layout.tensors(self._compressors[peer].decode(update.compressed))
-        return codec.decode_named(update.tensors, layout.shapes)
+            change = change_of(request, self._layouts[peer], self._compressors.get(peer))
+            self._contributions[peer] = Contribution(peer, request.weight, change, request.quality)
 
     def _finish(self) -> None:
         self._done(self._collected(dict(sorted(self._weights.items()))))
 
     def _collected(self, weights: dict[str, float]) -> Collected:
         return Collected(weights, tuple(self._contributions[peer] for peer in sorted(self._contributions)))
+
+
+def change_of(update: pb.Update, layout: Layout, compressor: Compressor | None) -> Mapping[str, torch.Tensor]:
+    """What an open update says; None: it comes in full, by name.
+
+    Raises:
+        FrameError: it is not of this layout, or holds what was never encoded.
+    """
+    if compressor is not None:
+        return layout.tensors(compressor.decode(update.compressed))
+    return codec.decode_named(update.tensors, layout.shapes)
 
 
 class Sums(Open):
@@ -145,15 +155,15 @@ class Sums(Open):
         if not request.masked:
             raise ProtocolError("this federation's updates are masked", remedy="give all parties one recipe")
         ring = self._sums.ring
-        whole_KS = ring.whole(ring.unpack(request.masked, self._sums.size))
-        if abs(whole_KS).max() > min(request.weight, ring.silos) * ring.levels:
+        whole_KS = ring.unpack(ring.read(request.masked, self._sums.size), self._sums.size)
+        if abs(whole_KS).max() > ring.most(min(request.weight, ring.silos)):
             raise FrameError(f"the sum of {peer} is beyond what so many silos can add", remedy="leave that edge out")
         if (contribution := self._sums.mean(peer, whole_KS)) is not None:
             self._contributions[peer] = contribution
             self._total_KS = whole_KS if self._total_KS is None else self._total_KS + whole_KS
 
     def _collected(self, weights: dict[str, float]) -> Collected:
-        return replace(super()._collected(weights), total_KS=self._total_KS)
+        return replace(super()._collected(weights), total_KS=self._total_KS, sums=self._sums)
 
 
 @dataclass(frozen=True)
@@ -163,17 +173,29 @@ class SumFormat:
     layout: Layout
     ring: Ring
     projection: Projection
+    tells: int = 0
+    """Numbers between the K and the S."""
 
     @property
     def size(self) -> int:
-        """K + S."""
-        return self.projection.size + self.ring.digits
+        """K + S, and what lies between."""
+        return self.projection.size + self.tells + self.ring.digits
+
+    def within(self, total_KS: Integers) -> float | None:
+        """Which part of the silos said that the clip left their update as it was, by their sum; noise can take it
+        below 0 and above 1. None if they do not say."""
+        weight = self._weight(total_KS)
+        if not self.tells or weight <= 0:
+            return None
+        return (1 + float(total_KS[self.projection.size]) / (self.ring.levels * weight)) / 2
 
     def mean(self, name: str, total_KS: Integers) -> Contribution | None:
         """What the silos learned whose numbers, each times its share, and at last whose shares add up to this."""
-        total_K, total_S = total_KS[: self.projection.size], total_KS[self.projection.size :]
-        weight = self.ring.decode_share(total_S)
+        total_K, weight = total_KS[: self.projection.size], self._weight(total_KS)
         if weight <= 0:
             return None
         mean_K = torch.from_numpy(total_K * (self.ring.range / self.ring.levels / weight))
         return Contribution(name, weight, self.layout.tensors(self.projection.lift(mean_K)))
+
+    def _weight(self, total_KS: Integers) -> float:
+        return self.ring.decode_share(total_KS[len(total_KS) - self.ring.digits :])

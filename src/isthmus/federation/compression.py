@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +31,8 @@ from isthmus.errors import FrameError, RecipeError
 from isthmus.federation.projections import All, Projection, random_k, sketch
 from isthmus.federation.quantize import BITS, Ring
 from isthmus.privacy.noise import secret_generator
-from isthmus.recipe import FederationSection
+from isthmus.privacy.summed import SumNoise, sum_noise
+from isthmus.recipe import FederationSection, Recipe
 from isthmus.wire import codec
 
 CODECS = {4: "int4", 8: "int8", 16: "fp16", 32: "fp32"}
@@ -150,6 +151,12 @@ class Compression:
     section: FederationSection = field(default_factory=FederationSection)
     seed: int = 0
     """Of what is drawn at random and known to all."""
+    noise: SumNoise | None = None
+    """Of sums under masks."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Compression:
+        return cls(recipe.federation, recipe.seed, sum_noise(recipe))
 
     def projection(self, size: int, round: int) -> Projection:
         """Of rows of so many numbers, in this round."""
@@ -170,9 +177,21 @@ class Compression:
             return TopK(size, self._kept(size), name)
         return Linear(self.projection(size, round), name)
 
-    def ring(self, silos: int) -> Ring:
-        """Of numbers under masks."""
-        return Ring(silos, self.section.range, self.section.bits or BITS)
+    def ring(self, silos: int, size: int = 0, clip: float = 0.0) -> Ring:
+        """Of numbers under masks.
+
+        Args:
+            size, clip: where sums are noised: how many numbers cross, and their largest norm in this round.
+        """
+        plain = Ring(silos, self.section.range, self.section.bits or BITS)
+        if self.noise is None:
+            return plain
+        return replace(plain, range=clip or 1.0, spare=self.noise.reach(plain.levels, size, silos))
+
+    @property
+    def tells(self) -> int:
+        """Numbers between those of the change and the share: 1 where silos say whether the clip left it as it was."""
+        return int(self.noise is not None and self.noise.norms > 0)
 
     @property
     def exact(self) -> bool:

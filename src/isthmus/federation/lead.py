@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
+from isthmus.federation.central import CentralNoise
+from isthmus.federation.clip import Clip
 from isthmus.federation.collection import Collected
 from isthmus.federation.compression import Compression
 from isthmus.federation.contribution import changes, proportions
+from isthmus.federation.control import control_of
 from isthmus.federation.products import sharing_of
 from isthmus.federation.sharing import Sharing
 from isthmus.federation.strategies.rules import Mean
@@ -62,6 +64,9 @@ class Course:
         self._store = store
         self._journal = store.journal("metrics")
         self._sharing = sharing_of(recipe)
+        self._control = control_of(recipe)
+        self._clip = Clip(recipe.federation)
+        self._noise = CentralNoise(recipe, store)
         self._tells_shares = recipe.federation.weights.kind != "examples"
         self._plans: dict[int, pb.Plan] = {}
         self.completed = store.last_round()
@@ -70,18 +75,28 @@ class Course:
             state = store.load_round(self.completed)
             self.shared = state["shared"]
             self._sharing.load_state_dict(state.get("sharing", {}))
+            if self._control is not None:
+                self._control.load_state_dict(state["control"])
+            self._clip.load_state_dict(state.get("clip", {}))
 
     @property
     def over(self) -> bool:
         return self.completed >= self._rounds
 
     def plan(self, silos: Iterable[str]) -> Answer:
+        return answered(self.next(silos))
+
+    def next(self, silos: Iterable[str]) -> pb.Plan:
+        """The plan for these silos, which is there at once."""
         plan = pb.Plan(completed=self.completed)
         if not self.over:
             plan.round = self.completed + 1
+            plan.clip = self._clip.norm(plan.round)
             plan.participants.extend(sorted(silos))
+            if self._control is not None:
+                self._control.tell(plan, self.layout("", plan.round))
         self._plans = {}
-        return answered(plan)
+        return plan
 
     def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
         """With the adapters that this child begins with."""
@@ -95,10 +110,19 @@ class Course:
         return self._sharing.layout(self._sharing.begun(self.shared, peer), round)
 
     def conclude(self, round: int, collected: Collected) -> Answer:
+        clip = self._clip.norm(round)
+        collected = self._noise.added(round, collected, clip)
+        self._clip.follow(round, collected)
         shared = self._sharing.next(self.shared, round, collected.contributions)
-        self._store.save_round(round, {"shared": shared, "sharing": self._sharing.state_dict()})
+        kept = {"shared": shared, "sharing": self._sharing.state_dict(), "clip": self._clip.state_dict()}
+        if self._control is not None:
+            self._control.note(round, collected, self.layout("", round))
+            kept["control"] = self._control.state_dict()
+        self._store.save_round(round, kept)
         line: dict[str, Any] = {"round": round, "weights": collected.weights}
-        self._journal.append(line | ({"shares": self._sharing.shares} if self._tells_shares else {}))
+        line |= {"staleness": collected.staleness} if collected.staleness is not None else {}
+        shares, clips = {"shares": self._sharing.shares}, {"clip": clip}
+        self._journal.append(line | (shares if self._tells_shares else {}) | (clips if clip else {}))
         self.shared, self.completed = shared, round
         return answered(pb.Accepted())
 
@@ -118,8 +142,8 @@ class Relay:
     ) -> None:
         self._initial, self._parent = initial, parent
         self._sharing = Sharing(recipe.federation)
-        ring = Compression(recipe.federation, recipe.seed).ring(len(recipe.silo))
-        self._ring = ring if recipe.federation.masks else None
+        self._masks, self._compression = recipe.federation.masks, Compression.of(recipe)
+        self._silos = len(recipe.silo)
         self._journal = store.journal("metrics")
         self._completed = 0
 
@@ -138,18 +162,19 @@ class Relay:
         return answer
 
     def _update(self, round: int, collected: Collected) -> pb.Update:
-        update, learned = pb.Update(round=round), collected.contributions
+        update, learned, layout = pb.Update(round=round), collected.contributions, self.layout("", round)
         if not learned:
             return update
-        if self._ring is None:
-            layout = self.layout("", round)
+        if not self._masks:
             mean_P = Mean().combine(changes(learned, layout), proportions(learned), faults=0)
             update.weight = sum(one.weight for one in learned)
             update.tensors.extend(codec.encode_named(layout.tensors(mean_P)))
         else:
             assert collected.total_KS is not None
             update.weight = sum(collected.weights.values())  # silos in the sum
-            update.masked = self._ring.pack(collected.total_KS.astype(np.uint32))
+            size = self._compression.projection(layout.size, round).size
+            ring = self._compression.ring(self._silos, size)
+            update.masked = ring.written(ring.pack(collected.total_KS))
         return update
 
     def _note(self, round: int, collected: Collected, done: Answer) -> None:

@@ -81,9 +81,9 @@ class Masked:
             self._sealed[peer] = dict(request.sealed)
         elif isinstance(request, pb.Update):
             assert self._tally is not None
-            if not request.masked:
+            if not (masked := request.masked):
                 raise ProtocolError("this federation's updates are masked", remedy="give silo and root one recipe")
-            self._tally.add(peer, self._sums.ring.unpack(request.masked, self._sums.size))
+            self._tally.add(peer, self._sums.ring.read(masked, self._sums.size))
             self._weights[peer] = request.weight
         elif isinstance(request, pb.Reveal):
             assert self._tally is not None
@@ -95,7 +95,7 @@ class Masked:
         if len(dealers) < max(self._fewest, self.terms.threshold):
             self._fail(f"{len(dealers)} silos dealt their shares")
             return
-        self._tally = Tally(self.terms, dealers, self._sums.size)
+        self._tally = Tally(self.terms, dealers, self._sums.ring.words(self._sums.size))
         waiting = self._next(pb.Update, dealers, self._name_living)
         for peer, answer in waiting.items():
             sealed = {dealer: self._sealed[dealer][peer] for dealer in dealers if peer in self._sealed[dealer]}
@@ -119,13 +119,13 @@ class Masked:
     def _finish(self) -> None:
         assert self._tally is not None
         try:
-            total_KS = self._sums.ring.whole(self._tally.total())
+            total_KS = self._sums.ring.unpack(self._tally.total(), self._sums.size)
         except ProtocolError as error:
             self._fail(error.message)
             return
         learned = self._sums.mean("all", total_KS)
         weights = dict(sorted(self._weights.items()))
-        self._end(Collected(weights, (learned,), total_KS) if learned else Collected(weights, ()))
+        self._end(Collected(weights, (learned,), total_KS, sums=self._sums) if learned else Collected(weights, ()))
 
     def _next(self, due: type[Message], peers: Iterable[str], fire: Callable[[], None]) -> dict[str, Answer]:
         """Wait for this of these from now on; the answers that are due to whoever has come so far."""

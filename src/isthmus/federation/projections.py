@@ -19,9 +19,8 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy.linalg import hadamard
-
-from isthmus.federation.masking import stream
 
 BLOCK = 256
 """Numbers that a sketch mixes with one another."""
@@ -129,7 +128,8 @@ def sketch(total: int, kept: int, seed: int, round: int, *, unbiased: bool) -> S
 
 def _drawn(count: int, purpose: str, seed: int, turn: int) -> np.ndarray:
     """Random 32-bit numbers, the same in every version of every library."""
-    return stream(hashlib.sha256(f"{purpose} {seed} {turn}".encode()).digest(), count)
+    key = hashlib.sha256(f"{purpose} {seed} {turn}".encode()).digest()
+    return np.frombuffer(Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(4 * count)), "<u4")
 
 
 def _mixed(row_C: torch.Tensor) -> torch.Tensor:

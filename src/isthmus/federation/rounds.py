@@ -46,7 +46,7 @@ class Rounds:
         """Why the phase is ``FAILED``; every child that asks is told."""
         self._lead = lead
         self._node = recipe.tree.node(name)
-        self._masks, self._compression = recipe.federation.masks, Compression(recipe.federation, recipe.seed)
+        self._masks, self._compression = recipe.federation.masks, Compression.of(recipe)
         self._offers_keys = self._masks and recipe.tree.leaf(name)
         self._silos = frozenset(silo.name for silo in recipe.silo)
         self._lock = threading.RLock()
@@ -54,11 +54,15 @@ class Rounds:
         self._asked: dict[str, pb.Ready] = {}
         """What the children that wait asked with."""
         self._round = 0
+        self._clip = 0.0
+        """Of the round's updates, where their sum is noised."""
         self._last = pb.Plan()
         """What every child is told once it is over."""
         self._collection: Collection | None = None
         """Of the round under way."""
         self._turn = 0
+        if self._masks:
+            self._check_room()
         self._gather(self._node.children)
 
     def ready(self, peer: str, request: pb.Ready) -> Answer:
@@ -128,7 +132,7 @@ class Rounds:
             self.phase, self._last = Phase.FINISHED, plan
             self._advance()
             return
-        self.phase, self._round = Phase.TRAINING, plan.round
+        self.phase, self._round, self._clip = Phase.TRAINING, plan.round, plan.clip
         if self._offers_keys:
             keys = {peer: self._asked[peer].keys for peer in participants}
             self._collection = masked = self._masked(keys)
@@ -156,7 +160,18 @@ class Rounds:
         """Of the sum of so many silos' numbers, this child's among them."""
         layout = self._lead.layout(peer, self._round)
         projection = self._compression.projection(layout.size, self._round)
-        return SumFormat(layout, self._compression.ring(silos), projection)
+        ring = self._compression.ring(silos, projection.size, self._clip)
+        return SumFormat(layout, ring, projection, self._compression.tells)
+
+    def _check_room(self) -> None:
+        """Rather at the start than in a round.
+
+        Raises:
+            RecipeError: the sum of all silos' numbers and noise does not fit into the ring.
+        """
+        for self._round in (1, 2):  # factors may take turns
+            self._format(self._node.children[0], len(self._silos))
+        self._round = 0
 
     def _compressors(self, layouts: Mapping[str, Layout]) -> dict[str, Compressor]:
         """What reads the silos' updates, if they are compressed; edges' are not."""

@@ -39,7 +39,7 @@ class Sharing:
     def layout(self, begun: Tensors, round: int) -> Layout:
         """Of an update in this round by a silo that began with these."""
         trained = adapters.trained(begun, self._factors(round))
-        return Layout({name: tuple(tensor.shape) for name, tensor in trained.items()})
+        return Layout.of(trained)
 
     def next(self, shared: Tensors, round: int, contributions: Sequence[Contribution]) -> dict[str, torch.Tensor]:
         """The shared tensors after this round.

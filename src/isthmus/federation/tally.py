@@ -1,6 +1,6 @@
 """The aggregator's side of a masked sum: adds what members send, then takes the masks off the total.
 
-Shapes: P parameters.
+Shapes: W words.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from isthmus.errors import ProtocolError
 from isthmus.federation import shamir
 from isthmus.federation.masking import Terms, add, pair_seeds
-from isthmus.federation.quantize import Whole
+from isthmus.federation.quantize import Words
 
 
 class Tally:
@@ -22,13 +22,13 @@ class Tally:
 
     Args:
         dealt: the members whose shares were passed on; those alone may be in the sum.
-        count: P.
+        count: W.
     """
 
     def __init__(self, terms: Terms, dealt: Iterable[str], count: int) -> None:
         self._terms = terms
         self._dealt = frozenset(dealt)
-        self._total_P: Whole = np.zeros(count, np.uint32)
+        self._total_W: Words = np.zeros(count, np.uint64)
         self.alive: set[str] = set()
         self._shares: dict[str, dict[int, bytes]] = {name: {} for name in self._dealt}
         self._revealed: set[str] = set()
@@ -37,7 +37,7 @@ class Tally:
     def dead(self) -> set[str]:
         return set(self._dealt) - self.alive
 
-    def add(self, name: str, masked_P: Whole) -> None:
+    def add(self, name: str, masked_W: Words) -> None:
         """A member's masked numbers.
 
         Raises:
@@ -45,7 +45,7 @@ class Tally:
         """
         if name not in self._dealt or name in self.alive or self._revealed:
             raise ProtocolError(f"numbers of {name} are not expected", remedy="ask for the next plan")
-        np.add(self._total_P, masked_P, out=self._total_P)
+        np.add(self._total_W, masked_W, out=self._total_W)
         self.alive.add(name)
 
     def reveal(self, name: str, shares: Mapping[str, bytes]) -> None:
@@ -62,7 +62,7 @@ class Tally:
         for owner, share in shares.items():
             self._shares[owner][self._terms.point[name]] = share
 
-    def total(self) -> Whole:
+    def total(self) -> Words:
         """The sum of the living members' numbers.
 
         Raises:
@@ -72,8 +72,8 @@ class Tally:
         for name in self.dead:
             if peers := self._masks_left(name):  # what the dead member would have added
                 left |= pair_seeds(self._key_of(name), self._terms, name, peers)
-        add(self._total_P, left)
-        return self._total_P
+        add(self._total_W, left)
+        return self._total_W
 
     def _masks_left(self, dead: str) -> Sequence[str]:
         """The living who added a mask for this member that nothing cancels."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from isthmus.errors import ModelError
 from isthmus.model import bottleneck
 from isthmus.model.cut import Cut, Part, empty_part
+from isthmus.model.device import CPU
 from isthmus.recipe import LoraSection, Recipe
 
 Tensors = dict[str, torch.Tensor]
@@ -166,9 +167,10 @@ def _added_parameters(part: Part) -> list[tuple[str, nn.Parameter]]:
 @torch.no_grad()
 def _start(part: Part, seed: int, *, narrow: bool = False) -> None:
     """Give every adapter tensor its first value."""
-    for name, parameter in _added_parameters(part):
-        if not parameter.is_meta:
-            parameter.copy_(_initial(parameter.shape, seed, name, narrow))
+    with CPU:  # one draw for all devices
+        for name, parameter in _added_parameters(part):
+            if not parameter.is_meta:
+                parameter.copy_(_initial(parameter.shape, seed, name, narrow))
 
 
 def _initial(shape: torch.Size, seed: int, name: str, narrow: bool) -> torch.Tensor:

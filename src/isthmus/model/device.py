@@ -27,6 +27,4 @@ def find_device(name: str) -> torch.device:
         why, remedy = "torch finds no CUDA device", "check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
     else:
         why, remedy = f"torch finds {count} CUDA devices, counted from 0", "name one of them"
-    raise RecipeError(
-        f"there is no device {name!r} here: {why}", remedy=f"{remedy}, or set trunk.device to 'cpu' or 'auto'"
-    )
+    raise RecipeError(f"there is no device {name!r} here: {why}", remedy=f"{remedy}, or ask for 'cpu' or 'auto'")

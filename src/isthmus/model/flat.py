@@ -22,6 +22,11 @@ class Layout:
         self.size = sum(self._sizes)
         """P."""
 
+    @classmethod
+    def of(cls, tensors: Tensors) -> Layout:
+        """Of these tensors."""
+        return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+
     def row(self, tensors: Tensors) -> torch.Tensor:
         """These tensors' values, fp32, P."""
         return torch.cat([torch.zeros(0), *(tensors[name].detach().float().reshape(-1).cpu() for name in self.shapes)])

@@ -12,5 +12,5 @@ from isthmus.recipe import TrainSection
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: TrainSection) -> torch.optim.Optimizer:
     """The recipe's optimizer over these parameters."""
     if train.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=train.learning_rate)
+        return torch.optim.SGD(parameters, lr=train.learning_rate, momentum=train.momentum)
     return torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=0.0)

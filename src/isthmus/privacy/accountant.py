@@ -9,7 +9,9 @@ composed as if it were about one record. It is the epsilon of the silo's whole t
 
 Charges follow from lengths and factors, never from values, and later releases may depend on earlier ones: Gaussian
 charges then add up as μ² (Dong, Roth and Su 2022), and stopping a record when its sum is reached is a privacy filter
-(Koskela, Tobaben and Honkela 2022; for individual records Feldman and Zrnic 2021).
+(Koskela, Tobaben and Honkela 2022; for individual records Feldman and Zrnic 2021). Noise in whole numbers is charged in
+concentrated privacy, whose ρ adds up likewise (Bun and Steinke 2016; as a filter Rogers et al. 2016 and Feldman and
+Zrnic 2021); Gaussian noise beside it then counts with ρ = μ²/2.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Literal
 import dp_accounting
 from dp_accounting.pld import common, privacy_loss_distribution
 
-from isthmus.privacy.analytic import gaussian_epsilon, gaussian_noise
+from isthmus.privacy.analytic import concentrated_epsilon, gaussian_epsilon, gaussian_noise
 from isthmus.privacy.events import ALL, Charge, Release
 
 Method = Literal["none", "analytic", "sum", "pld", "rdp"]
@@ -53,6 +55,8 @@ class Account:
     gaussian: float = 0.0
     pures: tuple[tuple[float, int], ...] = ()
     """Pure epsilons and how often each was charged."""
+    concentrated: float = 0.0
+    """ρ of noise in whole numbers."""
 
     def plus(self, charge: Charge) -> Account:
         pures = self.pures
@@ -60,38 +64,47 @@ class Account:
             counted = Counter(dict(self.pures))
             counted[charge.pure] += 1
             pures = tuple(sorted((counted if len(counted) <= KINDS else _coarse(counted)).items()))
-        return Account(self.gaussian + charge.gaussian, pures)
+        return Account(self.gaussian + charge.gaussian, pures, self.concentrated + charge.concentrated)
 
     def joined(self, other: Account) -> Account:
         """Both composed."""
         counted = Counter(dict(self.pures)) + Counter(dict(other.pures))
-        return Account(self.gaussian + other.gaussian, tuple(sorted(counted.items())))
+        concentrated = self.concentrated + other.concentrated
+        return Account(self.gaussian + other.gaussian, tuple(sorted(counted.items())), concentrated)
 
     @property
     def bounded(self) -> bool:
-        return math.isfinite(self.gaussian) and all(math.isfinite(pure) for pure, _ in self.pures)
+        amounts = self.gaussian, self.concentrated, *(pure for pure, _ in self.pures)
+        return all(map(math.isfinite, amounts))
 
     def bound(self, delta: float) -> float:
-        """An epsilon at once, exact unless Gaussian and metric noise are mixed: the Gaussian's plus the pure sum."""
-        return _gaussian(self.gaussian, delta) + sum(pure * count for pure, count in self.pures)
+        """An epsilon at once, the tightest unless metric noise is mixed with other: that of the noise in numbers plus
+        the pure sum."""
+        return self._noised(delta) + sum(pure * count for pure, count in self.pures)
 
     def epsilon(self, delta: float) -> Epsilon:
         """The tightest epsilon at this delta."""
         if not self.bounded:
             return Epsilon(math.inf, "none", "a release was not clipped, or not noised")
         if not self.pures:
-            return Epsilon(_gaussian(self.gaussian, delta), "analytic")
+            return Epsilon(self._noised(delta), "rdp" if self.concentrated else "analytic")
         return min(_mixtures(self, delta), key=lambda found: found.value)
 
     def within(self, epsilon: float, delta: float) -> bool:
         """Whether no more than ``epsilon`` is spent; at once, where the quick answer decides."""
         if epsilon == math.inf:
             return True
-        if not self.pures:
+        if not self.pures and not self.concentrated:
             return self.gaussian <= _room(epsilon, delta) * (1 + 1e-9)
         return self.bounded and (
             self.bound(delta) <= epsilon * (1 + 1e-9) or self.epsilon(delta).value <= epsilon * (1 + 1e-9)
         )
+
+    def _noised(self, delta: float) -> float:
+        """Epsilon of all but the pure charges."""
+        if not self.concentrated:
+            return _gaussian(self.gaussian, delta)
+        return _concentrated(self.concentrated + self.gaussian / 2, delta)
 
 
 class Accountant:
@@ -158,6 +171,11 @@ def _gaussian(charge: float, delta: float) -> float:
 
 
 @lru_cache(maxsize=4096)
+def _concentrated(rho: float, delta: float) -> float:
+    return concentrated_epsilon(rho, delta) if math.isfinite(rho) else rho
+
+
+@lru_cache(maxsize=4096)
 def _room(epsilon: float, delta: float) -> float:
     """The largest charge of Gaussian noise that keeps to this epsilon."""
     return gaussian_noise(epsilon, delta) ** -2
@@ -175,9 +193,11 @@ def _coarse(pures: Counter[float]) -> Counter[float]:
 def _mixtures(account: Account, delta: float) -> tuple[Epsilon, ...]:
     """Bounds by several methods: privacy loss distributions, where they can be tabulated, else Rényi's divergences."""
     total = account.bound(delta)
-    if total <= LARGEST:
+    if total <= LARGEST and not account.concentrated:
         return (_losses(account, delta), Epsilon(total, "sum"))
     why = f"the sum of {total:.3g} is too large to tabulate losses"
+    if account.concentrated:
+        why = "of noise in whole numbers concentrated privacy is known, not the losses"
     return (_renyi(account, delta, why), Epsilon(total, "sum", why))
 
 
@@ -201,8 +221,8 @@ def _losses(account: Account, delta: float) -> Epsilon:
 def _renyi(account: Account, delta: float, why: str) -> Epsilon:
     """By Rényi divergences (Mironov 2017)."""
     accountant = dp_accounting.rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
-    if account.gaussian:
-        accountant.compose(dp_accounting.GaussianDpEvent(account.gaussian**-0.5))
+    if gaussian := account.gaussian + 2 * account.concentrated:  # ρ bounds the divergences as those of μ² = 2ρ do
+        accountant.compose(dp_accounting.GaussianDpEvent(gaussian**-0.5))
     for pure, count in account.pures:
         if pure > 500:
             return Epsilon(math.inf, "rdp", why)

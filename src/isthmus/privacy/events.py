@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 
 from isthmus.errors import LedgerError
 
-Path = Literal["forward", "gradient", "update"]
-"""What kind of tensor left: hidden states, the loss gradient on its way down, or an adapter update."""
-Mechanism = Literal["gaussian", "dp_gaussian", "metric"]
+Path = Literal["forward", "gradient", "update", "norm"]
+"""What kind of tensor left: hidden states, the loss gradient on its way down, an adapter update, or whether an update
+was no longer than its clip."""
+Mechanism = Literal["gaussian", "dp_gaussian", "metric", "summed"]
 Unit = Literal["token", "sequence"]
 ALL = "*"
 """In place of a record's name: an adapter update, which is about all of a silo's records at once."""
@@ -31,10 +32,12 @@ class Charge:
     variance 1/``gaussian`` (Dong, Roth and Su 2022: μ² adds up)."""
     pure: float = 0.0
     """Of metric noise: an epsilon with delta 0."""
+    concentrated: float = 0.0
+    """Of noise in whole numbers: ρ of zero-concentrated privacy (Bun and Steinke 2016), which adds up."""
 
     @property
     def bounded(self) -> bool:
-        return math.isfinite(self.gaussian) and math.isfinite(self.pure)
+        return all(map(math.isfinite, (self.gaussian, self.pure, self.concentrated)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,13 @@ class Release:
     """What was clipped as a whole: each row, or each sequence's rows together. An update is one row."""
     charges: tuple[Charge, ...] = ()
     """One a record."""
+    honest: int = 0
+    """Of a summed release: it is seen in no sum with the noise of fewer silos, and these are supposed to be honest.
+    Noise and charge are that sum's. 0: the silo's own noise alone is meant."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As one line of a ledger: a record's charge is a number, a pair with a pure part, or null if unbounded."""
+        """As one line of a ledger: a record's charge is a number, a list with a pure or concentrated part, or null if
+        unbounded."""
         charges = {charge.record: _told(charge) for charge in self.charges}
         return asdict(self) | {"charges": charges}
 
@@ -86,22 +93,30 @@ def merged(charges: Iterable[Charge]) -> tuple[Charge, ...]:
     found: dict[str, Charge] = {}
     for one in charges:
         before = found.get(one.record, Charge(one.record))
-        found[one.record] = Charge(one.record, before.gaussian + one.gaussian, before.pure + one.pure)
+        found[one.record] = Charge(
+            one.record,
+            before.gaussian + one.gaussian,
+            before.pure + one.pure,
+            before.concentrated + one.concentrated,
+        )
     return tuple(found.values())
 
 
 def _told(charge: Charge) -> Any:
     if not charge.bounded:
         return None
+    if charge.concentrated:
+        return [charge.gaussian, charge.pure, charge.concentrated]
     return [charge.gaussian, charge.pure] if charge.pure else charge.gaussian
 
 
 def _heard(record: str, told: Any) -> Charge:
     if told is None:
         return Charge(record, math.inf)
-    gaussian, pure = told if isinstance(told, list) else (told, 0.0)
-    charge = Charge(record, float(gaussian), float(pure))
-    if not charge.bounded or charge.gaussian < 0 or charge.pure < 0:
+    if isinstance(told, list) and len(told) < 2:
+        raise ValueError(record)
+    charge = Charge(record, *map(float, told if isinstance(told, list) else [told]))
+    if not charge.bounded or min(charge.gaussian, charge.pure, charge.concentrated) < 0:
         raise ValueError(record)
     return charge
 

@@ -9,15 +9,18 @@ import math
 import secrets
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 FRACTION = 2**53 - 1
 """The bits of a double's fraction."""
+Words = npt.NDArray[np.uint64]
 
 
 class Noise(Protocol):
-    """A source of independent draws, float32 and on the CPU."""
+    """A source of independent draws, on the CPU; real numbers are float32."""
 
     def normal(self, rows: int, width: int) -> torch.Tensor:
         """Standard normal, ``[T, D]``."""
@@ -25,6 +28,10 @@ class Noise(Protocol):
 
     def gamma(self, rows: int, shape: int) -> torch.Tensor:
         """Of the Gamma distribution with this whole-number shape and scale 1, ``[T]``."""
+        ...
+
+    def words(self, count: int) -> Words:
+        """So many whole numbers of 64 bits, each as likely as any other."""
         ...
 
 
@@ -58,6 +65,9 @@ class SecretNoise:
         drawn = _uniform(self._bytes(8 * rows * shape), rows * shape)
         return drawn.log_().neg_().view(rows, shape).sum(dim=1).to(torch.float32)
 
+    def words(self, count: int) -> Words:
+        return np.frombuffer(self._bytes(8 * count), "<u8", count)
+
     def _bytes(self, count: int) -> bytearray:
         drawn = bytearray(count + 16)
         self._cipher.update_into(bytes(count), drawn)
@@ -76,6 +86,11 @@ class SeededNoise:
     def gamma(self, rows: int, shape: int) -> torch.Tensor:
         drawn = torch.empty(rows, shape, device=self._generator.device).exponential_(generator=self._generator)
         return drawn.sum(dim=1).cpu()
+
+    def words(self, count: int) -> Words:
+        device = self._generator.device
+        drawn = torch.randint(2**32, (count, 2), generator=self._generator, device=device, dtype=torch.int64)
+        return drawn.cpu().numpy().astype("<u4").view("<u8").reshape(count)
 
 
 def secret_generator(device: torch.device | str = "cpu") -> torch.Generator:

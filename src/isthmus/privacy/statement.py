@@ -96,21 +96,43 @@ def read_statement(path: Path, silo: str, section: PrivacySection) -> Statement:
 
 def _of_path(releases: list[Release], delta: float) -> PathStatement:
     accountant = Accountant(delta, releases)
-    update = releases[0].path == "update"
+    update = releases[0].path in ("update", "norm")
     return PathStatement(
         len(releases),
         sum(release.size for release in releases),
-        tuple(dict.fromkeys(_described(release) for release in releases)),
+        _descriptions(releases),
         accountant.updates.epsilon(delta) if update else accountant.worst(),
         None if update else accountant.median(),
     )
+
+
+def _descriptions(releases: list[Release]) -> tuple[str, ...]:
+    """One for each way that they were noised; a clip that moved from round to round is told with its ends."""
+    summed: defaultdict[int, list[Release]] = defaultdict(list)
+    told = []
+    for release in releases:
+        if release.mechanism == "summed":
+            summed[release.honest].append(release)
+        else:
+            told.append(_described(release))
+    told += [_described(end) for ones in summed.values() for end in (_least(ones), _most(ones))]
+    return tuple(dict.fromkeys(told))
+
+
+def _least(releases: list[Release]) -> Release:
+    return min(releases, key=lambda release: release.clip)
+
+
+def _most(releases: list[Release]) -> Release:
+    return max(releases, key=lambda release: release.clip)
 
 
 def _described(release: Release) -> str:
     clip = f"clip {release.clip:.3g}" if release.clip else "no clip"
     noise = f"noise {release.noise:.3g}" if release.noise else "no noise"
     unit = f" a {release.unit}" if release.mechanism == "dp_gaussian" else ""
-    return f"{release.mechanism}{unit}, {clip}, {noise}"
+    silos = f" in a sum with {release.honest} honest silos" if release.honest > 1 else ""
+    return f"{release.mechanism}{unit}, {clip}, {noise}{silos}"
 
 
 def _left(budget: float | None, spent: Epsilon) -> float | None:

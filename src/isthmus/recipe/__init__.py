@@ -4,6 +4,7 @@
 combination. A recipe is frozen: what a run did can be read off the copy in its run directory.
 """
 
+from isthmus.recipe.noise import ClipSection, NoiseSection
 from isthmus.recipe.privacy import PrivacySection, ReleaseSection
 from isthmus.recipe.recipe import Recipe
 from isthmus.recipe.sections import (
@@ -17,15 +18,16 @@ from isthmus.recipe.sections import (
     RootSection,
     SiloSection,
     TaskSection,
-    TrainSection,
     TrunkSection,
     WireSection,
 )
 from isthmus.recipe.sensitivity import SensitivityClass, SensitivitySection
 from isthmus.recipe.strategy import FairnessSection, OptimizerSection, WeightsSection
+from isthmus.recipe.train import TrainSection
 
 __all__ = [
     "BoundarySection",
+    "ClipSection",
     "Codec",
     "CodecSection",
     "DefenceSection",
@@ -33,6 +35,7 @@ __all__ = [
     "FederationSection",
     "LoraSection",
     "ModelSection",
+    "NoiseSection",
     "OptimizerSection",
     "PrivacySection",
     "Recipe",

@@ -12,6 +12,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from isthmus.errors import RecipeError
 from isthmus.recipe.aggregation import check_aggregation
+from isthmus.recipe.buffer import check_buffer
+from isthmus.recipe.local import check_local
+from isthmus.recipe.noise import check_noise
 from isthmus.recipe.privacy import PrivacySection
 from isthmus.recipe.section import Count, Section
 from isthmus.recipe.sections import (
@@ -23,11 +26,11 @@ from isthmus.recipe.sections import (
     RootSection,
     SiloSection,
     TaskSection,
-    TrainSection,
     TrunkSection,
     WireSection,
 )
 from isthmus.recipe.sensitivity import SensitivitySection
+from isthmus.recipe.train import TrainSection
 from isthmus.recipe.tree import Tree
 
 
@@ -59,6 +62,7 @@ class Recipe(Section):
             raise ValueError(f"the name {twice[0]!r} is given twice; rename one")
         if {"trunk", "root", "ca"} & set(names):
             raise ValueError("the names 'trunk', 'root' and 'ca' are taken; rename the silo")
+        check_buffer(self)
         assert self.tree
         if self.trunk.average_every is not None and self.trunk.adapter == "shared":
             raise ValueError("trunk.average_every: a shared adapter is not averaged; set trunk.adapter = 'replica'")
@@ -74,6 +78,8 @@ class Recipe(Section):
             )
         self._defensible()
         check_aggregation(self)
+        check_local(self)
+        check_noise(self)
         for field in self.sensitivity.fields if self.sensitivity else ():
             if field not in self.task.fields:
                 used = ", ".join(sorted(self.task.fields)) or "none"
@@ -96,10 +102,12 @@ class Recipe(Section):
     def _affordable(self) -> None:
         """A budget that no release could keep to is refused here rather than at the first frame."""
         of_records = ("forward", "gradient") if self.boundary.gradients else ("forward",)
+        noise = self.federation.noise
+        of_silo = of_records if noise is not None and noise.where == "silos" else (*of_records, "update")
         classes = self.sensitivity.classes if self.sensitivity else {}
         budgets = {
             "privacy.record_epsilon": (self.privacy.record_epsilon, of_records),
-            "privacy.silo_epsilon": (self.privacy.silo_epsilon, (*of_records, "update")),
+            "privacy.silo_epsilon": (self.privacy.silo_epsilon, of_silo),
             **{f"sensitivity.classes.{name}.epsilon": (one.epsilon, of_records) for name, one in classes.items()},
         }
         for key, (budget, paths) in budgets.items():
@@ -167,6 +175,11 @@ class Recipe(Section):
     def tree(self) -> Tree:
         """Who sends whom what it learned."""
         return Tree(self)
+
+    def steps(self, name: str) -> int:
+        """How many optimizer steps this silo takes in a round."""
+        own = {silo.name: silo.steps for silo in self.silo}.get(name)
+        return own or self.train.steps
 
     def of_silo(self, name: str) -> Recipe:
         """The same recipe with the rank that this silo's ends have; alpha / rank, the scale of what they do, stays."""

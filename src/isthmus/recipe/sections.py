@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from isthmus.recipe import robustness
+from isthmus.recipe.noise import ClipSection, NoiseSection
 from isthmus.recipe.privacy import ReleaseSection
 from isthmus.recipe.robustness import RuleName
 from isthmus.recipe.section import Amount, Count, Positive, Section
@@ -41,24 +42,6 @@ class LoraSection(Section):
     """Names of the linear layers that get an adapter."""
     freeze_bottom: bool = False
     """Bottom gets no adapter and stays the base model's: silos then share, and train, the top's alone."""
-
-
-class TrainSection(Section):
-    """What each silo does in a round."""
-
-    rounds: Count = 4
-    steps: Count = 10
-    """Optimizer steps a round."""
-    batch: Count = 4
-    """Rows a step and silo."""
-    micro_batches: Annotated[int, Field(ge=1, le=64)] = 1
-    """Parts that a step's rows cross in, several on their way at a time: it hides the latency of the wire."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: Positive = 5e-4
-    max_tokens: Count = 512
-    """Longest row in tokens; a longer prompt loses its beginning."""
-    evaluate: bool = True
-    """Measure held-out accuracy (or loss) after every round."""
 
 
 class CodecSection(Section):
@@ -164,7 +147,7 @@ class RootSection(Section):
     patience: Positive = 300.0
     """Seconds the other silos wait for a slow one at the end of a round, counted from the first that is ready."""
     minimum: Count | None = None
-    """Fewest silos, or edges, that a round needs; left out: all of them."""
+    """Fewest silos, or edges, that a round needs; left out: all of them, or ``federation.buffer``."""
 
 
 class EdgeSection(Section):
@@ -221,6 +204,20 @@ class FederationSection(Section):
     """Each change gives way to the mean of its nearest before the rule sees it: for silos whose data differ much."""
     trusted: Name | None = None
     """For the rule ``fltrust``: the silo or edge whose change the others' are measured by."""
+    normalized: bool = False
+    """A silo's change counts as if it had taken as many steps as the others, however many it took (FedNova, Wang et al.
+    2020)."""
+    control: Literal["none", "scaffold"] = "none"
+    """What sets a silo's gradients apart, as earlier rounds showed, is taken out of its steps (SCAFFOLD, Karimireddy et
+    al. 2020, option II). Plans are twice as large, updates are not."""
+    buffer: Count | None = None
+    """Silos train without waiting for one another, and whenever so many updates have come the root makes of them the
+    next version of what is shared, a round (FedBuff). Left out: a round is of all silos, who begin and end together."""
+    staleness: Annotated[int, Field(ge=0)] = 10
+    """With a buffer: versions that may come out while a silo trains. Its update counts 1/√(1 + so many); one of more is
+    refused, and the silo begins again with the newest."""
+    noise: NoiseSection | None = None
+    clip: ClipSection | None = None
     weights: WeightsSection = WeightsSection()
     fairness: FairnessSection = FairnessSection()
     optimizer: OptimizerSection = OptimizerSection()
@@ -288,5 +285,10 @@ class SiloSection(Section):
     """JSONL file of this silo's own rows."""
     held_out: str | None = None
     """JSONL file of rows to measure on."""
+    device: Device = "cpu"
+    """Where bottom and top compute, as ``trunk.device``."""
     rank: Count | None = None
     """Of the adapters of this silo's bottom and top, at most ``lora.rank``; left out: that."""
+    steps: Count | None = None
+    """Optimizer steps of this silo in a round; left out: ``train.steps``. One that is done leaves the trunk's steps to
+    the others."""

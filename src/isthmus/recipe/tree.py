@@ -74,7 +74,8 @@ class Tree:
         children = self._children(name)
         if name == ROOT:
             root = self._recipe.root
-            return Node(name, root.address, children, (), root.minimum or len(children), root.patience)
+            minimum = root.minimum or self._recipe.federation.buffer or len(children)
+            return Node(name, root.address, children, (), minimum, root.patience)
         edge = self._edges[name]
         wards = tuple(silo for other in self._recipe.edge if other.sibling == name for silo in other.silos)
         return Node(name, edge.address, children, wards, edge.minimum or len(children), self._patience(edge))
@@ -89,6 +90,10 @@ class Tree:
             return 1
         needed = sorted(self.fewest(child) for child in self._children(name))
         return sum(needed[: self.node(name).minimum])
+
+    def smallest(self) -> int:
+        """Fewest silos that any node sums which has silos for children."""
+        return min(self.node(name).minimum for name in (ROOT, *self._edges) if self.leaf(name))
 
     def _children(self, name: str) -> tuple[str, ...]:
         return tuple(child for child in self.parties if self.parent(child) == name)

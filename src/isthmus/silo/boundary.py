@@ -1,6 +1,6 @@
 """The boundary: the silo's only exit for tensors. It asks the budget, clips, adds noise, encodes, notes the release.
 
-Shapes: T tokens, D width.
+Shapes: T tokens, D width, P parameters.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import replace
 
 import torch
 
+from isthmus.model.flat import Layout
 from isthmus.privacy.budget import Budget
-from isthmus.privacy.events import ALL, Path, Release
+from isthmus.privacy.events import ALL, Charge, Path, Release, merged
 from isthmus.privacy.ledger import Ledger, MemoryLedger
 from isthmus.privacy.mechanisms import Mechanism, mechanism_of
-from isthmus.privacy.noise import SecretNoise, SeededNoise, secret_generator
+from isthmus.privacy.noise import Noise, SecretNoise, SeededNoise, secret_generator
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection
 from isthmus.wire import codec
@@ -51,7 +52,7 @@ class Boundary:
         }
         self.ledger = ledger or MemoryLedger()
         self.budget = budget or Budget()
-        self._noise = SecretNoise() if generator is None else SeededNoise(generator)
+        self._noise: Noise = SecretNoise() if generator is None else SeededNoise(generator)
         self._rounding = generator or secret_generator()
         self.released_bytes: Counter[str] = Counter()
         """Payload bytes that left, by path."""
@@ -83,50 +84,72 @@ class Boundary:
         return self._mechanisms[path].secure(h_TD, subjects, self._noise)
 
     def release_update(
-        self, tensors: Mapping[str, torch.Tensor], step: int, encode: Callable[[Mapping[str, torch.Tensor]], pb.Update]
+        self, tensors: Mapping[str, torch.Tensor], step: int, encode: Callable[[Layout, torch.Tensor], pb.Update]
     ) -> pb.Update:
         """Secure an adapter update as one long row, in the order of the names, and encode it.
 
         Args:
-            encode: puts what was secured into the frame that leaves.
+            encode: puts what was secured into the frame that leaves: the row, fp32, P, on the CPU.
 
         Raises:
             BudgetExhausted: as in ``release``.
         """
-        names = sorted(tensors)
-        row = torch.cat([tensors[name].reshape(-1) for name in names]).unsqueeze(0)
+        layout = Layout.of(tensors)
+        row = torch.cat([tensors[name].reshape(-1) for name in layout.shapes]).unsqueeze(0)
         event, secured = self._secure(row, "update", step, WHOLE)
-        pieces = torch.split(secured[0], [tensors[name].numel() for name in names])
-        shaped = {name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)}
-        update = encode(shaped)
+        update = encode(layout, secured[0].cpu())
         size = len(update.masked) + len(update.compressed) + sum(len(tensor.data) for tensor in update.tensors)
         self._note(event, size)
         return update
 
-    def affordable(self, subjects: Subjects, forward: Sequence[bool], *, gradient: bool = True) -> list[bool]:
+    def release_summed(self, events: Sequence[Release], encode: Callable[[Noise], pb.Update]) -> pb.Update:
+        """Let out an update whose noise and clip are those of a sum.
+
+        Args:
+            events: what leaves by it, the update first.
+            encode: makes the frame that leaves, with noise drawn from what it is given.
+
+        Raises:
+            BudgetExhausted: as in ``release``.
+        """
+        first, *others = events
+        charges = merged(charge for event in events for charge in event.charges)
+        self.budget.require(replace(first, charges=charges), WHOLE)
+        update = encode(self._noise)
+        self._note(first, len(update.masked))
+        for event in others:  # in the same frame
+            self._note(event, 0)
+        return update
+
+    def affordable(self, subjects: Subjects, forward: Sequence[int], *, gradient: int = 1) -> list[bool]:
         """For each sequence, whether it can be borne that what it sends leaves.
 
         Args:
-            forward: of each sequence, whether its hidden states are to leave.
-            gradient: whether the gradients of all are.
+            forward: of each sequence, how often its hidden states are to leave.
+            gradient: how often the gradients of all are.
         """
         costs = []
         for number, (record, length) in enumerate(zip(subjects.records, subjects.lengths, strict=True)):
             one = Subjects((record,), (length,), _rows_of(subjects, number))
-            leave: dict[Path, bool] = {"forward": forward[number], "gradient": gradient}
+            leave: dict[Path, int] = {"forward": forward[number], "gradient": gradient}
             costs.append(
                 [
                     charge
                     for path in leave
                     if leave[path]
-                    for charge in self._mechanisms[path].event(path, 0, one, 0).charges
+                    for charge in self._mechanisms[path].event(path, 0, one, 0).charges * leave[path]
                 ]
             )
         return self.budget.affordable(costs, subjects)
 
-    def update_affordable(self) -> bool:
-        """Whether it can be borne that an update leaves."""
-        return all(self.budget.affordable([self._mechanisms["update"].event("update", 0, WHOLE, 0).charges], WHOLE))
+    def update_affordable(self, charge: Charge | None = None) -> bool:
+        """Whether it can be borne that an update leaves.
+
+        Args:
+            charge: for it; left out: what the boundary's own clip and noise cost.
+        """
+        charges = (charge,) if charge else self._mechanisms["update"].event("update", 0, WHOLE, 0).charges
+        return all(self.budget.affordable([charges], WHOLE))
 
     def admit(self, matrix: pb.Matrix, path: Path, like_TD: torch.Tensor) -> torch.Tensor:
         """A tensor that came in on this path, which must have the shape of ``like_TD``; on its device and in its dtype.
@@ -137,12 +160,13 @@ class Boundary:
         rows, width = like_TD.shape
         self.admitted_bytes += len(matrix.data)
         name = self._codec.gradient_down if path == "gradient" else self._codec.forward_down
-        return codec.decode(matrix, rows=rows, width=width, codec=name).to(like_TD)
+        return codec.decode(matrix, rows=rows, width=width, codec=name, device=like_TD.device).to(like_TD)
 
     def reread(self, matrix: pb.Matrix, like_TD: torch.Tensor) -> torch.Tensor:
         """Hidden states that were released from a tensor of this shape, as the trunk reads them."""
         rows, width = like_TD.shape
-        return codec.decode(matrix, rows=rows, width=width, codec=self._codec.forward_up).to(like_TD)
+        name = self._codec.forward_up
+        return codec.decode(matrix, rows=rows, width=width, codec=name, device=like_TD.device).to(like_TD)
 
     def _secure(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> tuple[Release, torch.Tensor]:
         mechanism = self._mechanisms[path]

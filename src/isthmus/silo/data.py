@@ -69,6 +69,11 @@ class Batch:
             for piece in zip(*(tensor.tensor_split(min(count, len(tensor))) for tensor in tensors), strict=True)
         ]
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on this device."""
+        tensors = (self.input_ids, self.attention_mask, self.position_ids, self.targets)
+        return Batch(*(tensor.to(device) for tensor in tensors))
+
     def inputs(self) -> dict[str, Any]:
         """Arguments of a causal model's forward that gives a loss."""
         return {**self.unsupervised(), **self.supervision()}

@@ -69,7 +69,7 @@ def distil(silo: Silo, rows: list[Tokens], *, longest: int, blocks: int = 1, tel
         if len(records) % ROWS == 0 or len(records) == len(rows):
             tell(f"answered {len(records)} of {len(rows)} prompts")
     words = torch.unique(torch.cat([record.ids_L for record in records]))
-    bridge = Bridge(silo.model.bottom, blocks)
+    bridge = Bridge(silo.model.bottom, blocks).to(silo.model.device)
 
     def told(step: int, steps: int, loss: float) -> None:
         if step % 20 == 0 or step == steps:
@@ -96,7 +96,7 @@ def answers(
 
 @torch.no_grad()
 def _answer(model: SplitForCausalLM, rows: list[Tokens], pad: int, longest: int) -> Iterator[Answer]:
-    batch = collate([Tokens(row.prompt, []) for row in rows], pad)
+    batch = collate([Tokens(row.prompt, []) for row in rows], pad).to(model.device)
     cache = model.new_cache()
     tape = cache.record()
     out_BL = model.generate(
@@ -118,7 +118,7 @@ def _answer(model: SplitForCausalLM, rows: list[Tokens], pad: int, longest: int)
 
 def _length(ids_L: torch.Tensor, ends: int | list[int] | None) -> int:
     """Tokens up to and with the first that ends a text."""
-    over = torch.isin(ids_L, torch.tensor([] if ends is None else ends)).nonzero()
+    over = torch.isin(ids_L, ids_L.new_tensor([] if ends is None else ends)).nonzero()
     return int(over[0]) + 1 if len(over) else len(ids_L)
 
 
@@ -193,7 +193,7 @@ def _loss(bridge: Bridge, top: Part, rows: list[Answer], draw: torch.Generator) 
 
 def _weights(row: Answer, length: int) -> torch.Tensor:
     """What each position counts, ``[L]``: answers whole, prompts less, the first (which no draft guesses) nothing."""
-    weight_L = torch.zeros(length)
+    weight_L = torch.zeros(length, device=row.g_LD.device)
     weight_L[1 : len(row.g_LD)] = PROMPTS
     weight_L[row.prompt - 1 : len(row.g_LD)] = 1.0
     return weight_L
@@ -201,6 +201,6 @@ def _weights(row: Answer, length: int) -> torch.Tensor:
 
 def _some(like_BL: torch.Tensor, share: float, draw: torch.Generator) -> torch.Tensor:
     """This share of positions, drawn, and never the first; ``[B, L, 1]``."""
-    drawn_BL1 = torch.rand(like_BL.shape, generator=draw).unsqueeze(-1) < share
+    drawn_BL1 = torch.rand(like_BL.shape, generator=draw).to(like_BL).unsqueeze(-1) < share
     drawn_BL1[:, 0] = False
     return drawn_BL1

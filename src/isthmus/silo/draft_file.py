@@ -59,4 +59,4 @@ def load(path: Path, model: SplitForCausalLM) -> Draft:
     if outside or not len(words):
         raise ModelError(f"the draft in {path} uses tokens that the model lacks", remedy=_REMEDY)
     corpus = [(ids.tolist(), start) for ids, (_, start) in zip(texts, sizes, strict=True)]
-    return Draft(model, bridge, words, corpus)
+    return Draft(model, bridge.to(model.device), words.to(model.device), corpus)

@@ -112,14 +112,15 @@ class Guard:
         asked = {OWN: (everywhere, own), ANY: (everywhere, some)}
         if supervised:
             asked[ANSWER] = (supervised, targets_T[supervised].tolist())
-        return {name: Question.of(*one, vocabulary, self._draw) for name, one in asked.items()}
+        return {name: Question.of(*one, vocabulary, self._draw, self._table_VE.device) for name, one in asked.items()}
 
     def _prepare(self, width: int) -> torch.optim.Optimizer:
         """The readers' optimizer; both are made when the width is first known."""
         if self._optimizer is None:
             state = torch.get_rng_state()
             torch.manual_seed(self._seed)
-            self._readers = nn.ModuleDict({name: Reader(width, self._table_VE) for name in (OWN, ANY, ANSWER)})
+            readers = {name: Reader(width, self._table_VE) for name in (OWN, ANY, ANSWER)}
+            self._readers = nn.ModuleDict(readers).to(self._table_VE.device)
             torch.set_rng_state(state)
             self._optimizer = torch.optim.Adam(self._readers.parameters(), LEARNING_RATE)
         return self._optimizer

@@ -29,7 +29,9 @@ def open_ledger(directory: RoleDirectory, recipe: Recipe, name: str) -> FileLedg
         LedgerError: it is not what this silo wrote, or all of it is gone, or another process has it open, or the clock
             is behind it.
     """
-    told = "\n".join(section.model_dump_json() for section in (recipe.model, recipe.boundary, recipe.privacy))
+    sums = [section for section in (recipe.federation.noise, recipe.federation.clip) if section is not None]
+    sections = (recipe.model, recipe.boundary, recipe.privacy, *sums)
+    told = "\n".join(section.model_dump_json() for section in sections)
     trained = any(line.get("tokens") for line in read_journal(directory.path / "metrics.jsonl"))
     return FileLedger(
         directory.path / "ledger.jsonl",

@@ -17,7 +17,7 @@ from isthmus.errors import ModelError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
-from isthmus.model.device import CPU
+from isthmus.model.device import CPU, find_device
 from isthmus.model.split import SplitForCausalLM
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.ledger import Ledger, MemoryLedger
@@ -77,12 +77,12 @@ def join(
         register: where the silo keeps the key of its records' names; by default they last as long as the process.
 
     Raises:
-        IsthmusError: the model folder, the certificates or the trunk are unusable; the kind says which.
+        IsthmusError: the model folder, the device, the certificates or the trunk are unusable; the kind says which.
     """
-    recipe.party(name)
+    device = find_device(recipe.party(name).device)
     checkpoint = Checkpoint(recipe.model.path)
     tokenizer = load_tokenizer(checkpoint.folder)
-    bottom, top = load_ends(checkpoint, recipe)
+    bottom, top = load_ends(checkpoint, recipe, device)
     if channel is None:
         channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
     ledger = ledger or MemoryLedger()

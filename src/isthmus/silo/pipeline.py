@@ -18,7 +18,8 @@ from isthmus.model.crossing import before_last, crossing, wanted
 from isthmus.model.packing import Packing
 from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.data import Batch
-from isthmus.silo.remote import Flight, RemoteTrunk
+from isthmus.silo.flight import Flight
+from isthmus.silo.remote import RemoteTrunk
 from isthmus.silo.trainer import Step
 
 
@@ -46,7 +47,7 @@ def pipelined_step(model: SplitForCausalLM, optimizer: torch.optim.Optimizer, ba
     sent = [_send(model, trunk, part, part.supervised / batch.supervised) for part in batch.parts(micro_batches)]
     losses = [_turn(model, trunk, part, part.batch.supervised / batch.supervised) for part in sent]
     for part in sent:
-        _return(part, trunk.land(part.flight) if trunk.gradients else None)
+        _return(part, trunk.land(part.flight) if trunk.returns(part.h_TW) else None)
     optimizer.step()
     return Step(sum(losses), batch.supervised, batch.tokens, time.perf_counter() - started)
 
@@ -62,7 +63,7 @@ def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch, share: floa
     packing = Packing(crosses_BL)
     rows = Packing(before_last(real_BL, crosses_BL)).rows(batch.input_ids)
     if trunk.releases_once and not model.residual:
-        flight = trunk.start_rows(rows, packing.lengths, train=trunk.gradients)
+        flight = trunk.start_rows(rows, packing.lengths, train=trunk.returns(None))
         return MicroBatch(batch, None, None, None, packing, flight)
     h_BLD = model.through_bottom(None, input_ids=batch.input_ids, use_cache=False, **_masks(batch))
     targets_BL = wanted(real_BL, None, batch.targets)
@@ -70,9 +71,9 @@ def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch, share: floa
         h_BLD = model.guard(h_BLD, packing, rows, targets_BL[crosses_BL], share)
     h_TW = trunk.narrow(packing.pack(h_BLD), packing.lengths, rows)
     if trunk.releases_once:
-        flight = trunk.start_rows(rows, packing.lengths, train=trunk.gradients)
+        flight = trunk.start_rows(rows, packing.lengths, train=trunk.returns(h_TW))
     else:
-        flight = trunk.start_forward(h_TW, packing.lengths, rows, train=trunk.gradients)
+        flight = trunk.start_forward(h_TW, packing.lengths, rows, train=trunk.returns(h_TW))
     leaf_BLD = h_BLD.detach().requires_grad_(h_BLD.requires_grad) if model.residual else None
     return MicroBatch(batch, h_BLD, leaf_BLD, h_TW, packing, flight)
 
@@ -90,7 +91,7 @@ def _turn(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatch, share: 
     output = model.top.model(inputs_embeds=g_BLD, **supervision, **shared)
     loss: torch.Tensor = output.loss * share
     loss.backward()  # type: ignore[no-untyped-call]
-    if trunk.gradients:
+    if trunk.returns(part.h_TW):
         assert arrived_TD.grad is not None
         wanted = part.h_TW is not None and part.h_TW.requires_grad
         part.flight = trunk.start_backward(part.flight, arrived_TD.grad, reply=wanted)

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from isthmus.model.device import CPU
+
 HIDDEN = 256
 OTHERS = 512
 """Tokens drawn at random that right ones are told from."""
@@ -30,10 +32,13 @@ class Question:
     """Among which tokens: sorted, without repeats, the right ones in it."""
 
     @classmethod
-    def of(cls, places: list[int], tokens: list[int], vocabulary: int, draw: random.Random) -> Question:
+    def of(
+        cls, places: list[int], tokens: list[int], vocabulary: int, draw: random.Random, device: torch.device = CPU
+    ) -> Question:
         """With other tokens drawn at random."""
         others = draw.choices(range(vocabulary), k=OTHERS)
-        return cls(torch.tensor(places), torch.tensor(tokens), torch.tensor(sorted({*tokens, *others})))
+        asked = (places, tokens, sorted({*tokens, *others}))
+        return cls(*(torch.tensor(numbers, device=device) for numbers in asked))
 
 
 class Reader(nn.Module):
@@ -54,7 +59,7 @@ class Reader(nn.Module):
 
     def hear(self, question: Question) -> None:
         """Count the question's tokens among those that occur."""
-        self.counts_V.index_add_(0, question.tokens_N, torch.ones(len(question.tokens_N)))
+        self.counts_V.index_add_(0, question.tokens_N, torch.ones_like(question.tokens_N, dtype=torch.float32))
 
     def scores(self, z_NW: torch.Tensor, told_K: torch.Tensor) -> torch.Tensor:
         """Of these tokens for each vector, ``[N, K]``."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch import nn
 from isthmus.errors import UnknownExampleError
 from isthmus.model.bottleneck import DENOISE, DOWN, GATE, project, tensor_of
 from isthmus.model.cut import Part
-from isthmus.privacy.events import Path
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.flight import Flight
 from isthmus.silo.register import Register
 from isthmus.silo.released import Ending, Released
 from isthmus.silo.session import RemoteSession
@@ -29,27 +30,6 @@ from isthmus.wire.channel import Answer, Channel
 
 KEEPS = 64
 """Examples that may be on their way to the trunk at a time."""
-
-
-@dataclass
-class Flight:
-    """A training step's tensor on its way through the trunk."""
-
-    step: int
-    like_TD: torch.Tensor
-    """Anything of the answer's shape, device and dtype."""
-    path: Path
-    reply: bool
-    answer: Answer
-    subjects: Subjects
-    width: int
-    """Of the hidden states that were sent."""
-    request: pb.Forward | None = None
-    """A forward by numbers: it goes again if the trunk has forgotten one of them."""
-    keeps: list[Answer] = field(default_factory=list)
-    """Of the examples that were sent for it."""
-    noise_TW: torch.Tensor | None = None
-    """What the boundary added to the hidden states, where top wants to know."""
 
 
 class RemoteTrunk(nn.Module):
@@ -84,6 +64,7 @@ class RemoteTrunk(nn.Module):
         self._steps = itertools.count(1)
         self._sessions = itertools.count(1)
         self._abandoned: deque[int] = deque()
+        self._aside = False
         # Autograd calls our backward only if an input requires grad; a frozen bottom gives none, this one always does.
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -98,7 +79,7 @@ class RemoteTrunk(nn.Module):
         if session is not None:
             g_TD, noise_TW = session.step(h_TW, lengths, rows)
             return self.join(h_TD, g_TD, noise_TW)
-        train, flights = torch.is_grad_enabled() and self.gradients, list[Flight]()
+        train, flights = torch.is_grad_enabled() and self.returns(h_TW), list[Flight]()
 
         def start() -> Flight:
             if self.released is not None and rows is not None:
@@ -149,20 +130,40 @@ class RemoteTrunk(nn.Module):
         return self.released is not None
 
     def from_rows(self, rows: list[list[int]], lengths: list[int]) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.gradients:
+        if torch.is_grad_enabled() and self.returns(None):
             return _cross(None, self, lambda: self.start_rows(rows, lengths))
         return self._landed(self.start_rows(rows, lengths, train=False))
 
-    def affordable(self, rows: list[list[int]], lengths: list[int], *, train: bool = True) -> list[bool]:
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Passes within teach the trunk's adapter nothing: of their gradients it answers with bottom's alone."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    def returns(self, h_TW: torch.Tensor | None) -> bool:
+        """Whether a loss gradient crosses for these hidden states, None for such as were released before."""
+        return self.gradients and (not self._aside or (h_TW is not None and h_TW.requires_grad))
+
+    def affordable(
+        self, rows: list[list[int]], lengths: list[int], *, train: bool = True, twice: bool = False
+    ) -> list[bool]:
         """For each sequence of token ids, whether the privacy budgets bear that its last ``lengths`` tokens cross.
 
         Args:
             train: in a whole training step, forward and backward, rather than in a forward alone.
+            twice: with a pass aside before it.
         """
         subjects = self.register.subjects(rows, lengths)
         examples = [Ending(tuple(row), length) for row, length in zip(rows, lengths, strict=True)]
-        forward = [self.released is None or not self.released.holds(example) for example in examples]
-        return self.boundary.affordable(subjects, forward, gradient=train and self.gradients)
+        if self.released is None:
+            forward = [1 + twice] * len(rows)
+        else:
+            forward = [int(not self.released.holds(example)) for example in examples]
+        bottom = any(one.requires_grad for part in self._ends[:1] for one in part.parameters())
+        return self.boundary.affordable(subjects, forward, gradient=train * self.gradients * (1 + (twice and bottom)))
 
     def begin(self, round: int, participants: list[str]) -> None:
         """Wait until all participants are ready for this round's first step."""
@@ -220,7 +221,7 @@ class RemoteTrunk(nn.Module):
     def start_backward(self, forward: Flight, gradient_TD: torch.Tensor, *, reply: bool) -> Flight:
         """Send the gradient of what a forward gave; ``reply`` if the gradient of what it took is wanted."""
         gradient = self.boundary.release(gradient_TD, "gradient", forward.step, forward.subjects)
-        request = pb.Backward(step=forward.step, gradient=gradient, reply=reply)
+        request = pb.Backward(step=forward.step, gradient=gradient, reply=reply, aside=self._aside)
         like_TW = gradient_TD[:1, :1].expand(len(gradient_TD), forward.width)
         return Flight(
             forward.step, like_TW, "gradient", reply, self.channel.submit(request), forward.subjects, forward.width

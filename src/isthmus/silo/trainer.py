@@ -108,7 +108,7 @@ def _accuracy(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]]
 
 def _best_token(model: PreTrainedModel, data: SiloData, rows: list[Tokens]) -> list[int]:
     """The likeliest choice after each prompt, where every choice is one token."""
-    batch = collate([Tokens(row.prompt, []) for row in rows], data.pad)
+    batch = collate([Tokens(row.prompt, []) for row in rows], data.pad).to(model.device)
     logits_BC = model(**batch.unsupervised(), use_cache=False).logits[:, -1, [choice[0] for choice in data.choices]]
     numbers: list[int] = logits_BC.argmax(dim=1).tolist()
     return numbers
@@ -118,7 +118,7 @@ def _best_text(model: PreTrainedModel, data: SiloData, rows: list[Tokens]) -> li
     """The choice with the greatest total log-probability after each prompt."""
     scores = []
     for choice in data.choices:
-        batch = collate([Tokens(row.prompt, list(choice)) for row in rows], data.pad)
+        batch = collate([Tokens(row.prompt, list(choice)) for row in rows], data.pad).to(model.device)
         logits = model(**batch.inputs(), use_cache=False).logits.log_softmax(dim=-1)
         scores.append(logits.gather(2, batch.targets.unsqueeze(2)).sum(dim=(1, 2)))
     numbers: list[int] = torch.stack(scores, dim=1).argmax(dim=1).tolist()
@@ -128,7 +128,7 @@ def _best_text(model: PreTrainedModel, data: SiloData, rows: list[Tokens]) -> li
 def _loss(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]]) -> dict[str, float]:
     total, weight = 0.0, 0
     for rows in chunks:
-        batch = collate(rows, data.pad)
+        batch = collate(rows, data.pad).to(model.device)
         total += float(model(**batch.inputs(), use_cache=False).loss) * batch.supervised
         weight += batch.supervised
     return {"loss": total / weight, "perplexity": math.exp(min(total / weight, 50.0))}

@@ -5,8 +5,7 @@ Shapes: P parameters, K numbers that cross.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +17,6 @@ from isthmus.federation.masking import Advert, Member, Terms
 from isthmus.federation.projections import Projection
 from isthmus.federation.quantize import Ring, Whole
 from isthmus.model.flat import Layout
-from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.wire import codec, offer
 from isthmus.wire import isthmus_pb2 as pb
@@ -42,6 +40,10 @@ class Updates(Protocol):
             IdentityError: another silo did not sign the keys that are said to be its.
             ProtocolError: the plan is not for this silo.
         """
+        ...
+
+    def affordable(self) -> bool:
+        """Whether the privacy budget bears that an update leaves."""
         ...
 
     def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
@@ -70,6 +72,12 @@ class Updates(Protocol):
         """What is kept for later, as if what was packed had arrived."""
         ...
 
+    @property
+    def crossed(self) -> Tensors | None:
+        """What was packed last, as whoever reads it gets it; None: nothing. Of an update that compression made smaller
+        it is not told."""
+        ...
+
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
@@ -79,17 +87,21 @@ class OpenUpdates:
     def __init__(self, boundary: Boundary, root: Channel, compression: Compression) -> None:
         self._boundary, self._root, self._compression = boundary, root, compression
         self._rest = Rest(compression.feedback)
+        self.crossed: Tensors | None = None
 
     def offer(self) -> None:
         return None
 
     def begin(self, plan: pb.Plan) -> None: ...
 
+    def affordable(self) -> bool:
+        return self._boundary.update_affordable()
+
     def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
-        update = pb.Update()
+        update, self.crossed = pb.Update(), None
         if weight:
             update = self._boundary.release_update(
-                change, plan.round, lambda secured: self._written(secured, plan.round)
+                change, plan.round, lambda layout, row_P: self._written(layout, row_P, plan.round)
             )
             update.quality = quality
         update.round, update.weight = plan.round, weight
@@ -104,14 +116,15 @@ class OpenUpdates:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rest.load_state_dict(state)
 
-    def _written(self, change: Tensors, round: int) -> pb.Update:
-        due_P = self._rest.added(change, row_of(change))
+    def _written(self, layout: Layout, row_P: torch.Tensor, round: int) -> pb.Update:
+        due_P = self._rest.added(layout.shapes, row_P)
         compressor = self._compression.compressor(len(due_P), round)
         if compressor is None:
-            return open_update(change)
+            self.crossed = layout.tensors(row_P)
+            return open_update(layout, row_P)
         data = compressor.encode(due_P)
         if self._rest.kept:
-            self._rest.leave(change, due_P - compressor.decode(data))
+            self._rest.leave(layout.shapes, due_P - compressor.decode(data))
         return pb.Update(compressed=data)
 
 
@@ -124,18 +137,23 @@ class MaskedUpdates:
         self._rest = Rest(compression.feedback)
         self._member = Member(identity.name)
         self._dealt: Answer | None = None
+        self._crossed: Callable[[], Tensors] | None = None
 
     def offer(self) -> pb.SumKeys:
         self._member = Member(self._identity.name)
         advert = self._member.advert
         return offer.signed(self._identity, sealing=advert.sealing, masking=advert.masking, promise=advert.promise)
 
+    def affordable(self) -> bool:
+        return self._boundary.update_affordable()
+
     def begin(self, plan: pb.Plan) -> None:
         """The other silos' shares arrive while this one trains."""
         if not set(plan.keys) <= set(plan.participants):
             raise ProtocolError("a plan with keys of silos that have no part", remedy="give all parties one recipe")
         for name, keys in plan.keys.items():
-            offer.verify(self._identity, name, keys)
+            if name != self._identity.name:  # to its own this silo deals only if they are what it offered
+                offer.verify(self._identity, name, keys)
         adverts = {name: Advert(keys.sealing, keys.masking, keys.promise) for name, keys in plan.keys.items()}
         sealed = self._member.deal(Terms(plan.sum, adverts))
         self._dealt = self._root.submit(pb.Deal(round=plan.round, sealed=sealed))
@@ -143,22 +161,28 @@ class MaskedUpdates:
     def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
         assert self._dealt is not None
         self._member.accept(dict(self._dealt.result().sealed))  # type: ignore[attr-defined]
-        ring = self._compression.ring(len(plan.keys))
-        projection = self._compression.projection(len(row_of(change)), plan.round)
+        projection = self._compression.projection(Layout.of(change).size, plan.round)
+        self._crossed = None
+        ring = self._compression.ring(len(plan.keys), projection.size, plan.clip)
         if weight:
-            update = self._boundary.release_update(
-                change, plan.round, lambda secured: self._weighed(secured, share, ring, projection)
-            )
+            update = self._released(plan.round, change, share, ring, projection)
         else:  # nothing of what was learned leaves; but without this silo's zeros the others' sum might be lost
-            update = self._masked(ring.encode(np.zeros(projection.size, np.float32)), 0.0, ring)
+            update = self._masked(self._nothing(ring, projection), ring)
         update.round, update.weight = plan.round, float(bool(weight))
         return update
+
+    @property
+    def crossed(self) -> Tensors | None:
+        return self._crossed() if self._crossed else None
 
     def send(self, update: pb.Update) -> None:
         living = self._root.call(update)
         if isinstance(living, pb.Living):
-            shares = self._member.reveal(living.alive, living.dead)
-            self._root.call(pb.Reveal(round=update.round, shares=shares))
+            self._reveal(update, living)
+
+    def _reveal(self, update: pb.Update, living: pb.Living) -> None:
+        shares = self._member.reveal(living.alive, living.dead)
+        self._root.call(pb.Reveal(round=update.round, shares=shares))
 
     def state_dict(self) -> dict[str, Any]:
         return self._rest.state_dict()
@@ -166,39 +190,39 @@ class MaskedUpdates:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rest.load_state_dict(state)
 
-    def _weighed(self, change: Tensors, share: float, ring: Ring, projection: Projection) -> pb.Update:
+    def _released(self, round: int, change: Tensors, share: float, ring: Ring, projection: Projection) -> pb.Update:
+        return self._boundary.release_update(
+            change, round, lambda layout, row_P: self._weighed(layout, row_P, share, ring, projection)
+        )
+
+    def _nothing(self, ring: Ring, projection: Projection) -> Whole:
+        """What a silo sends that learned nothing."""
+        return np.zeros(projection.size + ring.digits, np.int32)
+
+    def _weighed(
+        self, layout: Layout, row_P: torch.Tensor, share: float, ring: Ring, projection: Projection
+    ) -> pb.Update:
         """The numbers that cross of the change, times the share. What the ring clips and rounds off waits, too."""
-        due_P = self._rest.added(change, row_of(change))
-        whole_K = ring.encode(projection.project(due_P).numpy() * np.float32(share))
+        due_P = self._rest.added(layout.shapes, row_P)
+        whole_KS = np.empty(projection.size + ring.digits, np.int32)
+        whole_K = ring.encode(projection.project(due_P).numpy(), times=share, out=whole_KS[: projection.size])
+        whole_KS[projection.size :] = ring.encode_share(share)
+
+        def crossed() -> torch.Tensor:
+            return projection.lift(torch.from_numpy(ring.decode(whole_K) / share).float())
+
         if self._rest.kept:
-            crossed_K = torch.from_numpy(ring.decode(whole_K) / share).float()
-            self._rest.leave(change, due_P - projection.lift(crossed_K))
-        return self._masked(whole_K, share, ring)
+            self._rest.leave(layout.shapes, due_P - crossed())
+        if self._compression.exact:
+            self._crossed = lambda: layout.tensors(crossed())
+        return self._masked(whole_KS, ring)
 
-    def _masked(self, whole_K: Whole, share: float, ring: Ring) -> pb.Update:
-        """These numbers, and at last the share."""
-        whole = np.concatenate([whole_K, ring.encode_share(share)])
-        return pb.Update(masked=ring.pack(self._member.mask(whole)))
-
-
-def updates(recipe: Recipe, name: str, boundary: Boundary, root: Channel) -> Updates:
-    """As this recipe wants them sent.
-
-    Raises:
-        IdentityError: they are to be masked, and the silo's certificate is unusable.
-    """
-    compression = Compression(recipe.federation, recipe.seed)
-    if not recipe.federation.masks:
-        return OpenUpdates(boundary, root, compression)
-    identity = Identity.load(Path(recipe.wire.certificates), name)
-    return MaskedUpdates(boundary, root, identity, compression)
+    def _masked(self, whole_KS: Whole, ring: Ring) -> pb.Update:
+        words = ring.pack(whole_KS)
+        self._member.mask(words)
+        return pb.Update(masked=ring.written(words))
 
 
-def open_update(change: Tensors) -> pb.Update:
+def open_update(layout: Layout, row_P: torch.Tensor) -> pb.Update:
     """In full, as fp32."""
-    return pb.Update(tensors=codec.encode_named(change))
-
-
-def row_of(change: Tensors) -> torch.Tensor:
-    """A change as one row, fp32, P."""
-    return Layout({name: tuple(tensor.shape) for name, tensor in change.items()}).row(change)
+    return pb.Update(tensors=codec.encode_named(layout.tensors(row_P)))

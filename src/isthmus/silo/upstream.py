@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from isthmus.errors import IsthmusError, PeerGoneError, QuorumError, RoundLostError
+from isthmus.federation.compression import Compression
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import connect
-from isthmus.silo.update import updates
+from isthmus.silo.noised import NoisedUpdates
+from isthmus.silo.update import MaskedUpdates, OpenUpdates, Updates
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
+from isthmus.wire.identity import Identity
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +51,10 @@ class Upstream:
         with self._round():
             self._updates.begin(plan)
 
+    def affordable(self) -> bool:
+        """Whether the privacy budget bears an update."""
+        return self._updates.affordable()
+
     def pack(
         self, plan: pb.Plan, change: Mapping[str, torch.Tensor], weight: float, share: float, quality: float
     ) -> pb.Update:
@@ -58,6 +66,11 @@ class Upstream:
         """What was packed."""
         with self._round():
             self._updates.send(update)
+
+    @property
+    def crossed(self) -> Mapping[str, torch.Tensor] | None:
+        """What was packed last, as it crosses (see ``Updates``)."""
+        return self._updates.crossed
 
     def state_dict(self) -> dict[str, Any]:
         return self._updates.state_dict()
@@ -105,3 +118,18 @@ class Upstream:
             if self._sibling() is None:
                 raise
             raise RoundLostError(gone.message, remedy="ask its sibling for the next plan") from gone
+
+
+def updates(recipe: Recipe, name: str, boundary: Boundary, root: Channel) -> Updates:
+    """As this recipe wants them sent.
+
+    Raises:
+        IdentityError: they are to be masked, and the silo's certificate is unusable.
+    """
+    compression = Compression.of(recipe)
+    if not recipe.federation.masks:
+        return OpenUpdates(boundary, root, compression)
+    identity = Identity.load(Path(recipe.wire.certificates), name)
+    if compression.noise is not None:
+        return NoisedUpdates(boundary, root, identity, compression, recipe)
+    return MaskedUpdates(boundary, root, identity, compression)

@@ -14,13 +14,15 @@ import torch
 
 from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
-from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
+from isthmus.recipe.local import mean_reach, reach
 from isthmus.report.record import RoleDirectory, read_journal
 from isthmus.silo import fairness
+from isthmus.silo.control import control_of
 from isthmus.silo.data import Tokens, batches, collate
 from isthmus.silo.held import open_ledger
 from isthmus.silo.join import join, known_data
+from isthmus.silo.local import LocalSteps
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import Step, evaluate, scored, train_step
 from isthmus.silo.upstream import Upstream
@@ -50,6 +52,7 @@ class Worker:
         trunk: Channel | None = None,
         root: Channel | None = None,
     ) -> None:
+        self._steps, self._reach = recipe.steps(name), mean_reach(recipe)
         self._recipe = recipe = recipe.of_silo(name)
         self._name = name
         self._directory = directory
@@ -68,7 +71,9 @@ class Worker:
         }
         """All that trains in some round."""
         self._shapes = adapters.shared_shapes(self._silo.parts)
-        self._optimizer = build_optimizer(self._parameters.values(), recipe.train)
+        self._control = control_of(recipe, name)
+        self._local = LocalSteps(self._parameters, recipe.train, self._control)
+        self._optimizer = self._local.optimizer()
         self._state_of_round: int | None = 0
         """The round whose end the optimizer is at; None within a round."""
         self._factor = 1.0
@@ -85,6 +90,9 @@ class Worker:
             plan = self._upstream.ask(completed)
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
+            if self._recipe.federation.buffer is not None and not plan.round:
+                # nobody trains on the last version: its name is all that the trunk still has to hear
+                self._silo.trunk.begin(plan.completed + 1, [self._name])
             self._measure(plan.completed)
             if not plan.round:
                 break
@@ -107,27 +115,39 @@ class Worker:
         train = self._recipe.train
         self._continue_from(plan.completed)
         self._state_of_round = None
-        self._rest(plan.round)
+        self._begin(plan)
         self._upstream.begin(plan)
         self._silo.trunk.begin(plan.round, list(plan.participants))
         drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
         steps: list[Step] = []
-        for number in range(1, train.steps + 1):
+        for number in range(1, self._steps + 1):
             steps.append(step := self._step(next(drawn)))
             self._silo.trunk.commit(plan.round, number, step.weight)
             self._note_step(plan.round, number, step)
         self._yield(plan.round, steps)
         weight, share = self._weights(steps)
-        if not self._silo.boundary.update_affordable():
+        if not self._upstream.affordable():
             log.warning("round %d: the privacy budget does not bear an update", plan.round)
             weight = 0.0
-        change = {name: one.detach() - shared[name] for name, one in self._parameters.items() if one.requires_grad}
+        change = self._change(shared, steps)
         try:
             update = self._upstream.pack(plan, change, weight, share, self._quality() if weight else 0.0)
+            if self._control is not None:
+                self._control.end(plan.round, self._upstream.crossed)
         finally:  # the steps were made, even if the round went on without them
             self._directory.save_round(plan.round, self._state())
             self._state_of_round = plan.round
         self._upstream.send(update)
+
+    def _change(self, shared: Mapping[str, torch.Tensor], steps: Sequence[Step]) -> dict[str, torch.Tensor]:
+        """New minus old, of what trained; normalized, as if so many steps had been made as silos make on average."""
+        trained = {name: one.detach().cpu() for name, one in self._parameters.items() if one.requires_grad}
+        change = {name: one - shared[name] for name, one in trained.items()}
+        made = sum(step.loss is not None for step in steps)
+        if not self._recipe.federation.normalized or not made:
+            return change
+        scale = self._reach / reach(self._recipe.train, made)
+        return {name: scale * one for name, one in change.items()}
 
     def _yield(self, round: int, steps: Sequence[Step]) -> None:
         """Give way to silos that do worse, as the recipe's fairness says."""
@@ -141,7 +161,7 @@ class Worker:
     def _weights(self, steps: Sequence[Step]) -> tuple[float, float]:
         """What this silo weighs in an open round, and in a masked one, from its steps."""
         train = self._recipe.train
-        tokens, planned = sum(step.weight for step in steps), train.steps * train.batch
+        tokens, planned = sum(step.weight for step in steps), self._steps * train.batch
         if self._recipe.federation.weights.kind == "equal":
             return self._factor * bool(tokens), self._factor
         rows = planned - sum(step.skipped for step in steps)
@@ -158,27 +178,33 @@ class Worker:
 
     def _step(self, drawn: list[Tokens]) -> Step:
         """One step on those of the drawn rows whose privacy budgets bear it whole; on none of them, an empty one."""
-        borne = self._affordable(drawn)
+        borne = self._affordable(drawn, twice=self._recipe.train.sharpness > 0)
         rows = [row for row, bears in zip(drawn, borne, strict=True) if bears]
         skipped = len(drawn) - len(rows)
         if not rows:
             return Step(None, 0, 0, 0.0, skipped)
         batch, micro_batches = collate(rows, self._data.pad), self._recipe.train.micro_batches
-        if micro_batches == 1:
-            step = train_step(self._silo.model, self._optimizer, batch)
-        else:
-            step = pipelined_step(self._silo.model, self._optimizer, batch, micro_batches)
+        batch = batch.to(self._silo.model.device)
+
+        def take(optimizer: torch.optim.Optimizer) -> Step:
+            if micro_batches == 1:
+                return train_step(self._silo.model, optimizer, batch)
+            return pipelined_step(self._silo.model, optimizer, batch, micro_batches)
+
+        step = self._local.take(take, self._optimizer, self._silo.trunk)
         return replace(step, skipped=skipped)
 
-    def _affordable(self, rows: list[Tokens], *, train: bool = True) -> list[bool]:
+    def _affordable(self, rows: list[Tokens], *, train: bool = True, twice: bool = False) -> list[bool]:
         lengths = [row.crossing(self._recipe.boundary.tail) for row in rows]
-        return self._silo.trunk.affordable([row.input for row in rows], lengths, train=train)
+        return self._silo.trunk.affordable([row.input for row in rows], lengths, train=train, twice=twice)
 
     def _continue_from(self, completed: int) -> None:
-        """Bring optimizer, guard and updates to their state after this round; a silo without it starts afresh."""
+        """Bring optimizer, guard and updates to their state after this round, or the last one before it that this silo
+        had a part in; without any it starts afresh."""
+        completed = max((number for number in self._directory.rounds() if number <= completed), default=0)
         if self._state_of_round == completed:
             return
-        self._optimizer = build_optimizer(self._parameters.values(), self._recipe.train)
+        self._optimizer = self._local.optimizer()
         state: dict[str, Any] = {}
         with suppress(RunError):
             state = self._directory.load_round(completed)
@@ -187,7 +213,16 @@ class Worker:
             self._silo.guard.load_state_dict(state.get("guard", {}))
         self._upstream.load_state_dict(state.get("updates", {}))
         self._factor = state.get("factor", 1.0)
+        if self._control is not None:
+            self._control.load_state_dict(state.get("control", {}))
         self._state_of_round = completed
+
+    def _begin(self, plan: pb.Plan) -> None:
+        """The optimizer, and what steers it, from where this plan begins."""
+        self._rest(plan.round)
+        self._local.begin()
+        if self._control is not None:
+            self._control.begin(plan, {name: one for name, one in self._parameters.items() if one.requires_grad})
 
     def _rest(self, round: int) -> None:
         """Let what does not train in this round stand still; the optimizer passes it by and keeps its state."""
@@ -205,7 +240,7 @@ class Worker:
             "guard": guard.state_dict() if guard is not None else {},
             "updates": self._upstream.state_dict(),
             "factor": self._factor,
-        }
+        } | ({"control": self._control.state_dict()} if self._control is not None else {})
 
     @torch.no_grad()
     def _load(self, shared: Mapping[str, torch.Tensor]) -> None:

@@ -67,7 +67,8 @@ class Backwards:
 
     def _backward(self, silo: str, request: pb.Backward) -> Backward:
         rows = self._training.open_step(silo, request.step).rows
-        return Backward(silo, request.step, self._gate.gradient_in(request.gradient, rows), request.reply)
+        gradient_TD = self._gate.gradient_in(request.gradient, rows)
+        return Backward(silo, request.step, gradient_TD, request.reply, request.aside)
 
     def _partners(self, job: Job) -> int:
         silo, request = job.request

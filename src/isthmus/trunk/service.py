@@ -23,6 +23,7 @@ from isthmus.trunk.kept import Kept
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import ALONE, Scheduler
 from isthmus.trunk.sessions import Sessions
+from isthmus.trunk.solo import SoloSteps
 from isthmus.trunk.steps import Steps
 from isthmus.trunk.training import Training
 from isthmus.wire import isthmus_pb2 as pb
@@ -57,7 +58,11 @@ class TrunkService:
         self._backwards = Backwards(self._training, self._gate, recipe.trunk)
         self._evaluations = Evaluations(self._runner, self._gate, recipe.trunk)
         journal = directory.journal("metrics")
-        self._steps = Steps(self._training, self._scheduler, recipe.train, recipe.trunk.patience, journal)
+        self._steps: Steps | SoloSteps
+        if recipe.federation.buffer is None:
+            self._steps = Steps(self._training, self._scheduler, recipe.steps, recipe.trunk.patience, journal)
+        else:
+            self._steps = SoloSteps(self._training, self._scheduler, recipe, directory, journal)
         self._instances: dict[str, str] = {}
         self._answers: dict[type[Message], Callable[[str, Any], Answer]] = {
             pb.Hello: self._greet,

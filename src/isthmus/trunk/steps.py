@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.errors import OutOfOrderError, ProtocolError, RoundLostError
-from isthmus.recipe import TrainSection
 from isthmus.report.record import Journal
 from isthmus.trunk.scheduler import Scheduler
 from isthmus.trunk.training import Training
@@ -28,14 +28,19 @@ class Steps:
 
     A silo that is late for a step joins the next one with its gradients; the others do not wait longer than
     ``patience`` seconds for it. Steps that a silo takes by itself, between averages of replicas, have no barrier.
+    A silo whose steps are done is not waited for any more. From the first that is, the round has an end that trunk and
+    root can go on from, whatever becomes of the others.
+
+    Args:
+        steps: of a silo's name, how many it takes in a round.
     """
 
     def __init__(
-        self, training: Training, scheduler: Scheduler, train: TrainSection, patience: float, journal: Journal
+        self, training: Training, scheduler: Scheduler, steps: Callable[[str], int], patience: float, journal: Journal
     ) -> None:
         self._training = training
         self._scheduler = scheduler
-        self._train = train
+        self._steps = steps
         self._journal = journal
         self._lock = threading.Lock()
         self._round = 0
@@ -73,15 +78,8 @@ class Steps:
         """
         with self._lock:
             if request.round != self._round or peer not in self._done:
-                raise _lost(peer, request.round)
-            if request.step != self._done[peer] + 1:
-                raise OutOfOrderError(
-                    f"optimizer step {request.step}, step {self._done[peer] + 1} is next", remedy="commit in order"
-                )
-            if request.step > self._train.steps:
-                raise OutOfOrderError(
-                    f"optimizer step {request.step} of {self._train.steps}", remedy="commit train.steps times a round"
-                )
+                raise lost(peer, request.round)
+            check_next(request, self._done[peer], self._steps(peer))
         answer: Answer = Answer()
         if self._training.waits(request.step):
             self._commits.arrive(peer, Arrival(request, answer))
@@ -109,10 +107,10 @@ class Steps:
             late = {peer: arrival for peer, arrival in arrivals.items() if arrival.request.round != number}
             arrivals = {peer: arrival for peer, arrival in arrivals.items() if peer not in late}
             self._done |= {peer: arrival.request.step for peer, arrival in arrivals.items()}
-            finished = [peer for peer, step in self._done.items() if step >= self._train.steps]
+            finished = {peer for peer, step in self._done.items() if step >= self._steps(peer)}
             self._training.expected = self._at_work()
         for peer, arrival in late.items():  # the round ended while they were on their way to the barrier
-            arrival.answer.set_exception(_lost(peer, arrival.request.round))
+            arrival.answer.set_exception(lost(peer, arrival.request.round))
         if not arrivals:
             return
         for peer in finished:
@@ -124,7 +122,7 @@ class Steps:
 
         def step() -> pb.Stepped:
             self._training.step({peer: arrival.request.weight for peer, arrival in arrivals.items()})
-            if over:
+            if finished & arrivals.keys():
                 self._training.save(number)
             self._journal.append(
                 {"round": number, "step": max(arrival.request.step for arrival in arrivals.values())}
@@ -146,10 +144,18 @@ class Steps:
 
     def _at_work(self) -> int:
         """Silos of the round under way that have steps before them."""
-        return sum(step < self._train.steps for step in self._done.values())
+        return sum(step < self._steps(peer) for peer, step in self._done.items())
 
 
-def _lost(peer: str, round: int) -> RoundLostError:
+def check_next(request: pb.Commit, done: int, most: int) -> None:
+    """Raise ``OutOfOrderError`` unless this commit is of the step after those that are done, of so many."""
+    if request.step != done + 1:
+        raise OutOfOrderError(f"optimizer step {request.step}, step {done + 1} is next", remedy="commit in order")
+    if request.step > most:
+        raise OutOfOrderError(f"optimizer step {request.step} of {most}", remedy="commit train.steps times a round")
+
+
+def lost(peer: str, round: int) -> RoundLostError:
     return RoundLostError(f"{peer} is not in round {round}", remedy="ask for the next plan")
 
 

@@ -32,12 +32,13 @@ class Forward:
 
 @dataclass(frozen=True, eq=False)
 class Backward:
-    """Its way back. ``reply`` if the gradient of its input is wanted."""
+    """Its way back. ``reply`` if the gradient of its input is wanted; ``aside`` if it alone is."""
 
     silo: str
     step: int
     gradient_TD: torch.Tensor
     reply: bool
+    aside: bool = False
 
 
 @dataclass(eq=False)
@@ -148,7 +149,8 @@ class Training:
         return sum(opened.computed is computed for state in self._silos.values() for opened in state.open.values())
 
     def backward(self, backwards: list[Backward]) -> list[torch.Tensor | FrameError | None]:
-        """Run the backwards of open steps; those of one pass together. Their gradients join each silo's sum.
+        """Run the backwards of open steps; those of one pass together. Their gradients join each silo's sum, but for
+        those of passes aside.
 
         Returns:
             For each the gradient of its input if asked for, or the error if the parameters' gradients overflow; that
@@ -230,6 +232,9 @@ class Training:
         self, one: Backward, input_gradient: torch.Tensor | None, gradients: list[torch.Tensor]
     ) -> torch.Tensor | FrameError | None:
         state = self._silos[one.silo]
+        if one.aside:
+            del state.open[one.step]
+            return input_gradient
         if state.gradients is not None:
             gradients = list(torch._foreach_add(state.gradients, gradients))
         if not torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all():
@@ -249,7 +254,8 @@ def _gradients(
     for step, one in zip(opened, backwards, strict=True):
         outputs.append(computed.outputs[step.place])
         given.append(one.gradient_TD.to(outputs[-1]))
-        wanted.append([*([computed.inputs[step.place]] if one.reply else []), *computed.leaves[step.place]])
+        leaves = [] if one.aside else computed.leaves[step.place]
+        wanted.append([*([computed.inputs[step.place]] if one.reply else []), *leaves])
     found = iter(torch.autograd.grad(outputs, [tensor for tensors in wanted for tensor in tensors], given))
     results: list[tuple[torch.Tensor | None, list[torch.Tensor]]] = []
     for tensors, one in zip(wanted, backwards, strict=True):

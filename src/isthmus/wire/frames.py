@@ -24,7 +24,11 @@ _FIELDS = {field.message_type: field.name for field in pb.Frame.DESCRIPTOR.oneof
 
 def wrap(body: Message, *, id: int = 0, acked: int = 0) -> pb.Frame:
     """A frame around this body."""
-    return pb.Frame(id=id, acked=acked, **{_FIELDS[body.DESCRIPTOR]: body})  # type: ignore[arg-type]
+    frame = pb.Frame(id=id, acked=acked)
+    room = getattr(frame, _FIELDS[body.DESCRIPTOR])
+    room.SetInParent()
+    room.CopyFrom(body)  # as an argument of Frame it would be written to bytes and parsed
+    return frame
 
 
 def decode(data: bytes) -> pb.Frame:
@@ -97,6 +101,10 @@ def _keep(message: pb.Keep) -> None:
     _require(0 < rows <= MAX_POSITIONS, f"an example of {rows} tokens, {MAX_POSITIONS} are allowed")
 
 
+def _backward(message: pb.Backward) -> None:
+    _require(message.reply or not message.aside, "a backward that is neither learned from nor answered")
+
+
 def _weight(message: Any) -> None:
     _require(math.isfinite(message.weight) and message.weight >= 0, f"the weight {message.weight}")
     _require(message.round > 0, "round 0")
@@ -134,10 +142,11 @@ def _ready(message: pb.Ready) -> None:
 
 def _update(message: pb.Update) -> None:
     _weight(message)
-    forms = [bool(form) for form in (message.tensors, message.masked, message.compressed)]
+    masked = bool(message.masked)  # a megabyte is copied each time that it is looked at
+    forms = [bool(message.tensors), masked, bool(message.compressed)]
     _require(sum(forms) <= 1, "an update in more than one form: by name, masked, compressed")
     _require(0 <= message.quality <= 1, f"the quality {message.quality}")
-    _require(not (message.masked and message.quality), "a quality beside a masked update")
+    _require(not (masked and message.quality), "a quality beside a masked update")
 
 
 def _secrets(message: Any) -> None:
@@ -153,6 +162,7 @@ _RULES: dict[str, Callable[[Any], None]] = {
     "hello": _hello,
     "begin": _begin,
     "forward": _forward,
+    "backward": _backward,
     "keep": _keep,
     "commit": _commit,
     "decode": _decode,

@@ -34,6 +34,10 @@ class Identity:
     key: bytes
     _issued: set[x509.Certificate] = field(default_factory=set, init=False, repr=False, compare=False)
     """Certificates that the authority is known to have signed: they come again every round."""
+    _read: dict[str, tuple[bytes, x509.Certificate]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """By name, the text of its last good certificate and what was read from it."""
 
     @classmethod
     def load(cls, folder: Path, name: str) -> Identity:
@@ -68,12 +72,15 @@ class Identity:
 
     def verify(self, name: str, certificate: bytes, signature: bytes, data: bytes) -> None:
         """Raise ``IdentityError`` unless another party of this federation signed the data with this certificate."""
+        text, loaded = self._read.get(name, (b"", None))
         try:
-            loaded = x509.load_pem_x509_certificate(certificate)
+            if loaded is None or text != certificate:
+                loaded = x509.load_pem_x509_certificate(certificate)
             key = loaded.public_key()
         except (ValueError, UnsupportedAlgorithm) as error:
             raise IdentityError(f"the certificate of {name} is damaged", remedy=_REMEDY) from error
         self._entitle(loaded, name)
+        self._read[name] = certificate, loaded
         try:
             if not isinstance(key, ec.EllipticCurvePublicKey):
                 raise InvalidSignature

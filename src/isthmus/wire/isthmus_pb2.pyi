@@ -169,14 +169,16 @@ class Hidden(_message.Message):
     def __init__(self, hidden: _Optional[_Union[Matrix, _Mapping]] = ...) -> None: ...
 
 class Backward(_message.Message):
-    __slots__ = ("step", "gradient", "reply")
+    __slots__ = ("step", "gradient", "reply", "aside")
     STEP_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
+    ASIDE_FIELD_NUMBER: _ClassVar[int]
     step: int
     gradient: Matrix
     reply: bool
-    def __init__(self, step: _Optional[int] = ..., gradient: _Optional[_Union[Matrix, _Mapping]] = ..., reply: _Optional[bool] = ...) -> None: ...
+    aside: bool
+    def __init__(self, step: _Optional[int] = ..., gradient: _Optional[_Union[Matrix, _Mapping]] = ..., reply: _Optional[bool] = ..., aside: _Optional[bool] = ...) -> None: ...
 
 class Gradient(_message.Message):
     __slots__ = ("gradient",)
@@ -237,7 +239,7 @@ class Ready(_message.Message):
     def __init__(self, completed: _Optional[int] = ..., keys: _Optional[_Union[SumKeys, _Mapping]] = ..., silos: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("round", "completed", "participants", "adapters", "sum", "keys")
+    __slots__ = ("round", "completed", "participants", "adapters", "sum", "keys", "control", "counted", "clip")
     class KeysEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -245,19 +247,32 @@ class Plan(_message.Message):
         key: str
         value: SumKeys
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[SumKeys, _Mapping]] = ...) -> None: ...
+    class CountedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     ROUND_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_FIELD_NUMBER: _ClassVar[int]
     PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     SUM_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
     round: int
     completed: int
     participants: _containers.RepeatedScalarFieldContainer[str]
     adapters: _containers.RepeatedCompositeFieldContainer[Tensor]
     sum: bytes
     keys: _containers.MessageMap[str, SumKeys]
-    def __init__(self, round: _Optional[int] = ..., completed: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., sum: _Optional[bytes] = ..., keys: _Optional[_Mapping[str, SumKeys]] = ...) -> None: ...
+    control: _containers.RepeatedCompositeFieldContainer[Tensor]
+    counted: _containers.ScalarMap[str, int]
+    clip: float
+    def __init__(self, round: _Optional[int] = ..., completed: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., sum: _Optional[bytes] = ..., keys: _Optional[_Mapping[str, SumKeys]] = ..., control: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., counted: _Optional[_Mapping[str, int]] = ..., clip: _Optional[float] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("round", "weight", "tensors", "masked", "compressed", "quality")

@@ -131,9 +131,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
     plain: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
     encode = Ring.encode
 
-    def kept(self: Ring, values_P: Any, draw: Any = None) -> Any:
-        whole_P = encode(self, values_P, draw)
-        plain[threading.current_thread().name].append(whole_P.view(np.int32).astype(np.int64))
+    def kept(self: Ring, values_P: Any, **how: Any) -> Any:
+        whole_P = encode(self, values_P, **how)
+        plain[threading.current_thread().name].append(whole_P.astype(np.int64))
         return whole_P
 
     monkeypatch.setattr(Ring, "encode", kept)
@@ -190,7 +190,7 @@ def test_what_the_root_sees_are_sums_of_cohorts(tmp_path: Path, masks: bool, enc
             assert not request.HasField("keys")
         elif masks:
             ring, members = Ring(len(NAMES), RANGE), "abcd" if peer == "left" else "efgh"
-            total_P = ring.whole(ring.unpack(request.masked, LAYOUT.size + 1))
+            total_P = ring.unpack(ring.read(request.masked, LAYOUT.size + 1), LAYOUT.size + 1)
             assert np.array_equal(total_P[: LAYOUT.size], sum(encoded[name][request.round - 1] for name in members))
     for mine in plans.values():  # all train with the trunk together, wherever their updates go
         assert [list(plan.participants) for plan in mine] == [list(NAMES), list(NAMES), []]
@@ -276,9 +276,9 @@ def test_a_cohort_that_is_too_small_ends_and_the_rest_goes_on(tmp_path: Path) ->
 
 def beyond(update: pb.Update) -> None:
     ring = Ring(len(NAMES), RANGE)
-    total_P = ring.unpack(update.masked, LAYOUT.size + 1)
+    total_P = ring.unpack(ring.read(update.masked, LAYOUT.size + 1), LAYOUT.size + 1)
     total_P[3] = 5 * ring.levels
-    update.masked = ring.pack(total_P)
+    update.masked = ring.written(ring.pack(total_P))
 
 
 def naked(update: pb.Update) -> None:

@@ -3,6 +3,7 @@ whoever drops out or misbehaves, and the root gets nothing else."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -217,7 +218,7 @@ def test_what_the_root_gets_is_masked_and_another_each_time(federation: Federati
     assert len(updates) == 8
     assert not any(request.tensors for _, request in updates)
     assert all(request.weight == 1.0 for _, request in updates)
-    payloads = [ring.unpack(request.masked, COUNT + 1) for _, request in updates]
+    payloads = [ring.unpack(ring.read(request.masked, COUNT + 1), COUNT + 1) for _, request in updates]
     for number, payload in enumerate(payloads):
         plain = ring.encode(
             torch.cat([federation.changes[updates[number][0]][key].flatten() for key in SHAPES]).numpy()
@@ -232,10 +233,12 @@ def test_what_the_root_gets_is_masked_and_another_each_time(federation: Federati
 
 def test_an_update_is_as_large_as_its_numbers_and_is_noted_so(federation: Federation) -> None:
     federation.finish(federation.begin())
-    assert Ring(len(NAMES), RANGE).width == 3
+    ring = Ring(len(NAMES), RANGE)
+    due = math.ceil((COUNT + 1) / ring.numbers) * ring.width
+    assert (ring.numbers, ring.width) == (3, 7)
     sizes = {len(request.masked) for _, request in federation.root.seen if isinstance(request, pb.Update)}
-    assert sizes == {3 * (COUNT + 1)}
-    assert federation.silos["a"].boundary.released_bytes["update"] == 3 * (COUNT + 1)
+    assert sizes == {due}
+    assert federation.silos["a"].boundary.released_bytes["update"] == due
 
 
 @pytest.mark.parametrize("last", ["nothing", "shares", "an update"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from isthmus.errors import ProtocolError
 from isthmus.federation.masking import Member, Terms, stream
-from isthmus.federation.quantize import Whole
+from isthmus.federation.quantize import Words
 from isthmus.federation.tally import Tally
 
 COUNT = 17
@@ -28,7 +28,7 @@ class Cohort:
         self.names = [f"silo-{number:03d}" for number in range(count)]
         self.members = {name: Member(name) for name in self.names}
         self.terms = Terms(b"round 1", {name: one.advert for name, one in self.members.items()}, degree)
-        self.values: dict[str, Whole] = {name: draw.integers(0, 2**32, size, dtype=np.uint32) for name in self.names}
+        self.values: dict[str, Words] = {name: draw.integers(0, 2**64, size, dtype=np.uint64) for name in self.names}
         self.size = size
 
     def deal(self, dealers: Iterable[str]) -> Tally:
@@ -38,18 +38,23 @@ class Cohort:
             self.members[name].accept({other: sealed[other][name] for other in sealed if name in sealed[other]})
         return Tally(self.terms, sealed, self.size)
 
+    def masked(self, name: str) -> Words:
+        masked = self.values[name].copy()
+        self.members[name].mask(masked)
+        return masked
+
     def send(self, tally: Tally, names: Iterable[str]) -> None:
         for name in names:
-            tally.add(name, self.members[name].mask(self.values[name]))
+            tally.add(name, self.masked(name))
 
     def unmask(self, tally: Tally, names: Iterable[str]) -> None:
         for name in names:
             tally.reveal(name, self.members[name].reveal(tally.alive, tally.dead))
 
-    def plain(self, names: Iterable[str]) -> Whole:
-        return sum((self.values[name] for name in names), np.zeros(self.size, np.uint32))
+    def plain(self, names: Iterable[str]) -> Words:
+        return sum((self.values[name] for name in names), np.zeros(self.size, np.uint64))
 
-    def sum(self, dealers: Names, senders: Names, revealers: Names) -> Whole:
+    def sum(self, dealers: Names, senders: Names, revealers: Names) -> Words:
         tally = self.deal(dealers)
         self.send(tally, senders)
         self.unmask(tally, revealers)
@@ -121,10 +126,10 @@ def test_what_a_member_sends_looks_like_noise_and_never_twice_the_same() -> None
     first, second = Cohort(3, size=4096), Cohort(3, size=4096)
     for cohort, value in ((first, 0), (second, 1)):
         cohort.deal(cohort.names)
-        cohort.values = {name: np.full(cohort.size, value, np.uint32) for name in cohort.names}
+        cohort.values = {name: np.full(cohort.size, value, np.uint64) for name in cohort.names}
     for cohort in (first, second):
         for name in cohort.names:
-            masked = cohort.members[name].mask(cohort.values[name])
+            masked = cohort.masked(name)
             bits = np.unpackbits(masked.view(np.uint8)).mean()
             assert abs(bits - 0.5) < 0.01
             assert len(np.unique(masked)) > 4090
@@ -135,12 +140,12 @@ def test_no_proper_subset_of_the_masks_of_pairs_cancels() -> None:
     """Without the masks of their own seeds, two of three members' numbers stay hidden until the third's are added."""
     cohort = Cohort(3)
     tally = cohort.deal(cohort.names)
-    masked = {name: cohort.members[name].mask(cohort.values[name]) for name in cohort.names}
+    masked = {name: cohort.masked(name) for name in cohort.names}
     own = {name: stream(cohort.members[name]._seed, COUNT) for name in cohort.names}
     bare = {name: masked[name] - own[name] for name in cohort.names}
     for names in (*itertools.combinations(cohort.names, 1), *itertools.combinations(cohort.names, 2)):
-        assert not np.any(sum((bare[name] for name in names), np.zeros(COUNT, np.uint32)) == cohort.plain(names))
-    assert np.array_equal(sum(bare.values(), np.zeros(COUNT, np.uint32)), cohort.plain(cohort.names))
+        assert not np.any(sum((bare[name] for name in names), np.zeros(COUNT, np.uint64)) == cohort.plain(names))
+    assert np.array_equal(sum(bare.values(), np.zeros(COUNT, np.uint64)), cohort.plain(cohort.names))
     assert tally.alive == set()
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from isthmus.engines.attack import Order, attack
+from isthmus.engines.capture import Source
 from isthmus.errors import RecipeError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
 from isthmus.model.device import find_device
 from isthmus.model.kernels import attend_padded, kernel_for
 from isthmus.report.record import RoleDirectory
+from isthmus.silo.join import join
 from isthmus.trunk.service import TrunkService
 from tests.conftest import make_recipe, save_tiny_model
 
@@ -30,7 +33,7 @@ def test_auto_takes_what_there_is() -> None:
 def test_a_device_that_torch_lacks_is_refused_by_name() -> None:
     with pytest.raises(RecipeError, match="cuda:99") as refused:
         find_device("cuda:99")
-    assert "trunk.device" in refused.value.remedy
+    assert "ask for 'cpu' or 'auto'" in refused.value.remedy
 
 
 def test_without_cuda_the_remedy_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,10 +51,25 @@ def test_a_trunk_does_not_start_on_a_device_that_is_not_there(tmp_path: Path) ->
         TrunkService(recipe, RoleDirectory(tmp_path / "trunk"))
 
 
+def test_a_silo_does_not_start_on_a_device_that_is_not_there(tmp_path: Path) -> None:
+    silo = {"name": "a", "train": "rows.jsonl", "device": "cuda:99"}
+    recipe = make_recipe(save_tiny_model("llama", tmp_path / "model"), silo=[silo])
+    with pytest.raises(RecipeError, match="there is no device 'cuda:99' here"):
+        join(recipe, "a")
+
+
+def test_no_attack_is_made_on_a_device_that_is_not_there(tmp_path: Path) -> None:
+    recipe = make_recipe(save_tiny_model("llama", tmp_path / "model"), silos=("a", "b"))
+    with pytest.raises(RecipeError, match="there is no device 'cuda:99' here"):
+        attack(Source(recipe), Order(device="cuda:99"), lambda told: None)
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:one", "cpu:0", ""])
 def test_a_name_that_is_no_device_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"trunk\.device"):
         make_recipe(tmp_path, trunk={"device": name})
+    with pytest.raises(RecipeError, match=r"silo.*device"):
+        make_recipe(tmp_path, silo=[{"name": "a", "train": "rows.jsonl", "device": name}])
 
 
 def test_the_trunk_may_have_a_dtype_of_its_own(tmp_path: Path) -> None:

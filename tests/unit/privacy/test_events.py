@@ -18,7 +18,7 @@ RELEASE = Release(
     "forward", 3, 7, 32, 1.5, 0.25, 896, charges=(Charge("a", 0.5), Charge("b", 0.0, 2.5), Charge("c", math.inf))
 )
 AMOUNT = st.floats(0, 1e12)
-CHARGES = st.builds(Charge, st.text(min_size=1, max_size=4), AMOUNT, AMOUNT)
+CHARGES = st.builds(Charge, st.text(min_size=1, max_size=4), AMOUNT, AMOUNT, st.sampled_from([0.0, 0.125, 3.0]))
 
 
 def test_a_release_cannot_be_changed() -> None:
@@ -29,7 +29,7 @@ def test_a_release_cannot_be_changed() -> None:
     assert len({RELEASE, Release.from_dict(RELEASE.to_dict())}) == 1
 
 
-@given(st.lists(CHARGES, max_size=4), st.sampled_from(["gaussian", "dp_gaussian", "metric"]), st.booleans())
+@given(st.lists(CHARGES, max_size=4), st.sampled_from(["gaussian", "dp_gaussian", "metric", "summed"]), st.booleans())
 def test_a_release_comes_whole_from_its_line(charges: list[Charge], mechanism: Any, bounded: bool) -> None:
     told = merged(charges) if bounded else (Charge("x", math.inf),)
     release = Release("gradient", 1, 2, 3, 0.5, 0.1, 4, mechanism, "sequence", told)
@@ -46,6 +46,8 @@ def test_a_release_comes_whole_from_its_line(charges: list[Charge], mechanism: A
         {"charges": {"a": -1.0}},
         {"charges": {"a": [1.0, -1.0]}},
         {"charges": {"a": [1.0]}},
+        {"charges": {"a": [1.0, 0.0, -0.5]}},
+        {"charges": {"a": [1.0, 0.0, 0.5, 0.5]}},
         {"charges": {"a": "much"}},
         {"charges": {"a": math.nan}},
         {"charges": [1.0]},

@@ -33,7 +33,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "min_new_tokens": 40, "max_new_tok
 FIELDS: dict[type[Message], set[str]] = {
     pb.Forward: {"step", "lengths", "hidden", "train", "examples"},
     pb.Keep: {"example", "hidden"},
-    pb.Backward: {"step", "gradient", "reply"},
+    pb.Backward: {"step", "gradient", "reply", "aside"},
     pb.Decode: {"session", "step", "lengths", "hidden", "forget", "rows"},
     pb.Matrix: {"codec", "rows", "width", "data"},
     pb.Begin: {"round", "participants"},

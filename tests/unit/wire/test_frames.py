@@ -49,7 +49,7 @@ VALID: dict[str, Message] = {
     "begun": pb.Begun(),
     "forward": pb.Forward(step=1, lengths=[2, 3], hidden=matrix(5), train=True),
     "hidden": pb.Hidden(hidden=matrix(5)),
-    "backward": pb.Backward(step=1, gradient=matrix(5), reply=True),
+    "backward": pb.Backward(step=1, gradient=matrix(5), reply=True, aside=True),
     "gradient": pb.Gradient(gradient=matrix(5)),
     "commit": pb.Commit(round=1, step=1, weight=3.0),
     "stepped": pb.Stepped(contributors=2),
@@ -59,7 +59,17 @@ VALID: dict[str, Message] = {
     "close": pb.Close(session=1),
     "closed": pb.Closed(),
     "ready": pb.Ready(completed=2, keys=keys()),
-    "plan": pb.Plan(round=3, completed=2, participants=["a"], adapters=[tensor()], sum=b"s", keys={"a": keys()}),
+    "plan": pb.Plan(
+        round=3,
+        completed=2,
+        participants=["a"],
+        adapters=[tensor()],
+        sum=b"s",
+        keys={"a": keys()},
+        control=[tensor()],
+        counted={"a": 2},
+        clip=0.5,
+    ),
     "update": pb.Update(round=3, weight=1.5, tensors=[tensor()], quality=0.5),
     "accepted": pb.Accepted(),
     "deal": pb.Deal(round=3, sealed={"b": bytes(82)}),
@@ -133,6 +143,7 @@ BROKEN += [
 BROKEN += [
     ("forward", {"examples": [1, 2]}, "hidden states beside"),
     ("forward", {"examples": [1, 2], "hidden": pb.Matrix()}, "hidden states beside"),
+    ("backward", {"reply": False}, "neither learned from nor answered"),
     ("keep", {"hidden": pb.Matrix()}, "an example of 0 tokens"),
     ("keep", {"hidden": pb.Matrix(rows=2**17 + 1)}, "an example of 131073 tokens"),
 ]
@@ -196,6 +207,7 @@ def test_every_rule_is_tested() -> None:
         pb.Update(round=3, weight=0.0),
         pb.Update(round=3, weight=1.0, compressed=b"c"),
         changed("begin", participants=["a"] * 4096),
+        changed("backward", reply=False, aside=False),
     ],
 )
 def test_what_just_keeps_the_rules_passes(body: Message) -> None:
@@ -260,7 +272,7 @@ def read(body: Any) -> None:
         for rows, width, agreed in claims:
             with suppress(FrameError):
                 assert codec.decode(sent, rows=rows, width=width, codec=agreed).shape == (rows, width)
-    for name in fields & {"adapters", "tensors"}:
+    for name in fields & {"adapters", "control", "tensors"}:
         sent = getattr(body, name)
         for expected in ({"a": (2, 3)}, {claim.name: tuple(claim.shape) for claim in sent}):
             with suppress(FrameError):

@@ -7,6 +7,7 @@ import datetime
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -218,9 +219,23 @@ def test_a_party_knows_what_another_one_signed() -> None:
         ),
     ],
 )
-def test_what_a_party_did_not_sign_is_refused(signer: Identity, name: str, data: bytes, told: str) -> None:
-    with pytest.raises(IdentityError, match=told):
-        AUTHORITY.issue("south").verify(name, signer.certificate, signer.sign(b"keys"), data)
+@pytest.mark.parametrize("known", [False, True])
+def test_what_a_party_did_not_sign_is_refused(signer: Identity, name: str, data: bytes, told: str, known: bool) -> None:
+    """To one who has never heard of it, and to one who knows a good certificate of that name."""
+    south, good = AUTHORITY.issue("south"), AUTHORITY.issue(name)
+    if known:
+        south.verify(name, good.certificate, good.sign(b"keys"), b"keys")
+    for _ in range(2):
+        with pytest.raises(IdentityError, match=told):
+            south.verify(name, signer.certificate, signer.sign(b"keys"), data)
+
+
+def test_a_known_certificate_ends_when_it_says() -> None:
+    south, north = AUTHORITY.issue("south"), AUTHORITY.issue("north", days=2 / 86_400)
+    south.verify("north", north.certificate, north.sign(b"keys"), b"keys")
+    time.sleep(2.1)
+    with pytest.raises(IdentityError, match="not valid now"):
+        south.verify("north", north.certificate, north.sign(b"keys"), b"keys")
 
 
 def test_parties_of_one_authority_talk() -> None:

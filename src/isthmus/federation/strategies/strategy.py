@@ -67,7 +67,7 @@ class Strategy:
         if not contributions:
             return dict(base)
         ordered = self._admitted(contributions)
-        layout = Layout({name: tuple(tensor.shape) for name, tensor in base.items()})
+        layout = Layout.of(base)
         changes_NP, names = changes(ordered, layout), [one.name for one in ordered]
         shares_N = self._shares(ordered, changes_NP)
         self._history.note(names)

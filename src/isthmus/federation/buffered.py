@@ -1,0 +1,174 @@
+"""Rounds that wait for nobody: updates flow into a buffer, and whenever it is full a version comes of it.
+
+FedBuff (Nguyen et al. 2022), for silos of unlike speed. A round is a version of the shared tensors: the update of a
+silo that began with version v says round v + 1, and may come when the newest is version n. It is n - v versions stale.
+Its change (new minus old, where old is version v) is then scaled by 1/√(1 + n - v) and added to version n with the
+others of the buffer, each by its share of their weights. The shares are not scaled up again: a buffer of stale updates
+makes a smaller step.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+
+from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
+from isthmus.federation.collection import Collected, change_of
+from isthmus.federation.compression import Compression
+from isthmus.federation.contribution import Contribution
+from isthmus.federation.lead import Course
+from isthmus.recipe import Recipe
+from isthmus.recipe.tree import ROOT
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer, answered
+
+
+@dataclass(frozen=True)
+class Held:
+    """One silo's update in the buffer."""
+
+    weight: float
+    staleness: int
+    """Versions that came out since the silo began."""
+    contribution: Contribution | None
+    """Scaled; None: the silo learned nothing."""
+
+
+class Buffered:
+    """The root's, in place of ``rounds.Rounds``: the same questions, under one lock, but no barrier.
+
+    A silo gets the newest version whenever it asks, unless its update is in the buffer: then it gets the version that
+    comes of it. So no silo is in a version twice, nor trains on one twice, however fast it is; and nobody waits for one
+    that is slow as long as ``federation.buffer`` others are there.
+
+    The buffer is not on disk. A root that starts again has the last version, and no silo has an update in it: who asks
+    trains again, and an update that was begun before is refused by name.
+    """
+
+    def __init__(self, recipe: Recipe, course: Course) -> None:
+        assert recipe.federation.buffer is not None
+        self._size, self._oldest = recipe.federation.buffer, recipe.federation.staleness
+        self._compression = Compression.of(recipe)
+        self._node = recipe.tree.node(ROOT)
+        self._course = course
+        self._lock = threading.RLock()
+        self._training: dict[str, int] = {}
+        """By silo that has a plan, its round."""
+        self._buffer: dict[str, Held] = {}
+        self._clock: threading.Timer | None = None
+        """Of the patience with those whose updates the buffer lacks, from its first on."""
+        self._waiting: dict[str, Answer] = {}
+        self._error: IsthmusError | None = None
+        """Why there will be no further version; every silo that asks is told."""
+
+    def ready(self, peer: str, request: pb.Ready) -> Answer:
+        """A silo asks for work. What it had not sent yet is gone: it asks anew, or its process is a new one.
+
+        Raises:
+            ProtocolError: it is no silo of this federation.
+        """
+        if peer not in self._node.children:
+            raise ProtocolError(f"{peer} is no child of {self._node.name}", remedy="give all parties one recipe")
+        answer: Answer = Answer()
+        with self._lock:
+            self._training.pop(peer, None)
+            self._waiting[peer] = answer
+            self._answer()
+        return answer
+
+    def contribute(self, peer: str, request: Message) -> Answer:
+        """A silo's update.
+
+        Raises:
+            RoundLostError: it is not of the plan that the silo has, or that is too old by now.
+            ProtocolError: the silo's update is in the buffer already; or this is no open update.
+            FrameError: other tensors than the shared ones.
+        """
+        if not isinstance(request, pb.Update) or request.masked:
+            raise ProtocolError("this federation's updates are open", remedy="give all parties one recipe")
+        with self._lock:
+            self._check(peer, request.round)
+            self._buffer[peer] = self._held(peer, request)
+            del self._training[peer]
+            if len(self._buffer) == 1:
+                self._start_clock()
+            if len(self._buffer) >= self._size:
+                self._publish()
+        return answered(pb.Accepted())
+
+    def _check(self, peer: str, round: int) -> None:
+        if peer in self._buffer:
+            raise ProtocolError(f"{peer} has contributed to the next version", remedy="ask for a plan")
+        if self._error is not None or self._course.over or round != self._training.get(peer):
+            raise RoundLostError(f"an update for round {round}", remedy="ask for the next plan")
+        if (staleness := self._staleness(round)) > self._oldest:
+            del self._training[peer]
+            raise RoundLostError(
+                f"{peer} began {staleness} versions ago, the recipe allows {self._oldest}",
+                remedy="ask for the next plan; or give this silo fewer steps, or raise federation.staleness",
+            )
+
+    def _staleness(self, round: int) -> int:
+        return self._course.completed - (round - 1)
+
+    def _held(self, peer: str, update: pb.Update) -> Held:
+        staleness = self._staleness(update.round)
+        if not update.weight:
+            return Held(0.0, staleness, None)
+        layout = self._course.layout(peer, update.round)
+        change = change_of(update, layout, self._compression.compressor(layout.size, update.round))
+        scale = 1 / math.sqrt(1 + staleness)
+        scaled = {name: scale * tensor for name, tensor in change.items()}
+        return Held(update.weight, staleness, Contribution(peer, update.weight, scaled))
+
+    def _publish(self) -> None:
+        """Make a version of what is in the buffer, on disk before anyone hears of it."""
+        assert self._clock is not None
+        self._clock.cancel()
+        held, self._buffer = dict(sorted(self._buffer.items())), {}
+        collected = Collected(
+            weights={peer: one.weight for peer, one in held.items()},
+            contributions=tuple(one.contribution for one in held.values() if one.contribution is not None),
+            staleness={peer: one.staleness for peer, one in held.items()},
+        )
+        try:
+            self._course.conclude(self._course.completed + 1, collected)
+        except IsthmusError as error:
+            self._error = error
+        self._answer()
+
+    def _answer(self) -> None:
+        """To all that wait and have nothing in the buffer: the newest version."""
+        for peer in [peer for peer in self._waiting if peer not in self._buffer]:
+            answer = self._waiting.pop(peer)
+            if self._error is not None:
+                answer.set_exception(self._error)
+                continue
+            plan = self._course.next([peer])
+            if plan.round:
+                self._training[peer] = plan.round
+            answer.set_result(self._course.own(plan, peer))
+
+    def _start_clock(self) -> None:
+        self._clock = threading.Timer(self._node.patience, self._lose_patience, (self._course.completed,))
+        self._clock.daemon = True
+        self._clock.start()
+
+    def _lose_patience(self, version: int) -> None:
+        """The buffer is not full in time: what is in it is enough, or the federation ends."""
+        with self._lock:
+            if version != self._course.completed or self._error is not None:
+                return
+            if len(self._buffer) >= self._node.minimum:
+                self._publish()
+                return
+            self._error = QuorumError(
+                f"{len(self._buffer)} updates came in {self._node.patience:g} seconds, a version takes "
+                f"{self._node.minimum}",
+                remedy="start the missing silos, then continue with 'isthmus run --resume'; or lower federation.buffer",
+            )
+            self._buffer = {}
+            self._answer()

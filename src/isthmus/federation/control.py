@@ -1,0 +1,68 @@
+"""SCAFFOLD's control at the root (Karimireddy et al. 2020, option II): the mean of the silos' controls.
+
+A round changes silo i's control by -c - Δᵢ / Kη, with Δᵢ its update and Kη the way that K steps of the rate η go by a
+gradient of one. The mean of these is known from the mean of the updates, so it is under masks, too, and no silo sends
+more than its update. Of N silos the n that were in the round change c by n/N times that mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from isthmus.federation.collection import Collected
+from isthmus.federation.contribution import changes, proportions
+from isthmus.federation.strategies.rules import total
+from isthmus.model.flat import Layout
+from isthmus.recipe import Recipe
+from isthmus.recipe.local import mean_reach
+from isthmus.wire import codec
+from isthmus.wire import isthmus_pb2 as pb
+
+
+class Control:
+    """c, by the tensors' uncut names; zero until a round has trained them."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._silos = len(recipe.silo)
+        self._way = recipe.train.learning_rate * mean_reach(recipe)
+        """Kη."""
+        self._most = math.inf if recipe.federation.masks else 1.0
+        self._mean: dict[str, torch.Tensor] = {}
+        self._counted: dict[str, int] = {}
+        """Of each silo, the last round whose change c has."""
+
+    def tell(self, plan: pb.Plan, layout: Layout) -> None:
+        """Put into a plan what silos need to know, for a round of these tensors."""
+        plan.control.extend(codec.encode_named({name: self._of(name, layout) for name in layout.shapes}))
+        plan.counted.update(self._counted)
+
+    def note(self, round: int, collected: Collected, layout: Layout) -> None:
+        """A round of these tensors has brought this."""
+        learned = collected.contributions
+        if not learned:
+            return
+        silos = [name for name, weight in collected.weights.items() if weight]
+        shares_N = proportions(learned, self._most)  # as the strategy has them: what a silo claims is not believed
+        mean = layout.tensors(total(changes(learned, layout), shares_N))
+        for name, change in mean.items():
+            before = self._of(name, layout).double()
+            self._mean[name] = (before + len(silos) / self._silos * (-before - change / self._way)).float()
+        self._counted |= dict.fromkeys(silos, round)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": dict(self._mean), "counted": dict(self._counted)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._mean, self._counted = dict(state["mean"]), dict(state["counted"])
+
+    def _of(self, name: str, layout: Layout) -> torch.Tensor:
+        return self._mean.get(name, torch.zeros(layout.shapes[name]))
+
+
+def control_of(recipe: Recipe) -> Control | None:
+    """As this recipe wants it."""
+    return Control(recipe) if recipe.federation.control == "scaffold" else None
