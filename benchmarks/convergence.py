@@ -61,7 +61,7 @@ RACES = (
         (5e-4, 1e-3),
         {"rounds": 12, "steps": 3, "batch": 2, "learning_rate": 1e-3},
         every=3,
-        seeds=(0,),
+        seeds=(0, 1, 2),
     ),
 )
 
