@@ -71,7 +71,7 @@ def recipe_of(model: Path, silos: Mapping[str, Mapping[str, Path]], changes: Val
     """A recipe without noise, of these silos' files, with these sections' keys changed.
 
     Args:
-        device: of the trunk.
+        device: of the trunk and of all silos.
     """
     values: Values = {
         "threads": 1,
@@ -80,7 +80,10 @@ def recipe_of(model: Path, silos: Mapping[str, Mapping[str, Path]], changes: Val
         "train": {"evaluate": False},
         "trunk": {"patience": PATIENCE, "together": 32, "device": device},
         "root": {"patience": PATIENCE},
-        "silo": [{"name": name, **{key: str(path) for key, path in files.items()}} for name, files in silos.items()],
+        "silo": [
+            {"name": name, "device": device, **{key: str(path) for key, path in files.items()}}
+            for name, files in silos.items()
+        ],
     }
     for section, value in changes.items():
         values[section] = merged(values.get(section, {}), value) if isinstance(value, dict) else value

@@ -15,6 +15,8 @@ from benchmarks.corpora import Corpus
 from benchmarks.judge import Judge, Score, pooled
 from benchmarks.learning import Craft, Times, federate
 from benchmarks.tasks import Values
+from isthmus.privacy.events import Release
+from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -36,6 +38,8 @@ class Trial:
     update_bytes: float
     probed: float = 0.0
     """After the last round."""
+    updates: tuple[Release, ...] = ()
+    """What the first silo's ledger has of its updates."""
 
     @property
     def last(self) -> Mapping[str, Score]:
@@ -99,7 +103,9 @@ def tried(
         rounds = sorted({*range(0, last, every), last}) if every else [last]
         scores = {round: judge.scores(learned.tensors(round) if round else {}) for round in rounds}
         probed = probe(judge, learned.tensors(last)) if probe else 0.0
-        return Trial(scores, learned.times, learned.update_bytes, probed)
+        ledger = read_ledger(learned.run.role(recipe.silo[0].name).path / "ledger.jsonl")
+        updates = tuple(one for one in ledger.releases() if one.path == "update")
+        return Trial(scores, learned.times, learned.update_bytes, probed, updates)
 
 
 def shipped(name: str) -> Values:

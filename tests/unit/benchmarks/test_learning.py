@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import dp_accounting
 import pytest
 import torch
 
@@ -12,11 +13,12 @@ from benchmarks.corpora import CHARACTERS, LEAST, dealt, pieces
 from benchmarks.judge import Judge, Score, pooled
 from benchmarks.learning import Craft, Learned, Times, federate, merged, recipe_of
 from benchmarks.schooled import TOPICS
-from benchmarks.silo_privacy import DELTA, EPSILON, deviation, epsilon
+from benchmarks.silo_privacy import DELTA, EPSILON, epsilon
 from benchmarks.tasks import Values
 from benchmarks.trials import Trial
 from isthmus.model.adapters import initial_tensors
 from isthmus.model.checkpoint import Checkpoint
+from isthmus.privacy.events import Release
 from isthmus.recipe import Recipe
 from isthmus.report.record import read_journal
 from tests.conftest import save_tiny_model, write_rows
@@ -102,6 +104,7 @@ def test_rows_are_dealt_once() -> None:
     assert sum(row["text"].startswith(TOPICS[0]) for row in taken) == 10
 
 
-def test_noise_and_epsilon_are_found_in_two_ways() -> None:
-    assert epsilon(deviation(5), 5) == pytest.approx(EPSILON, abs=1e-3)
-    assert 0 < DELTA < 1e-4
+def test_epsilon_follows_from_clip_and_noise_alone() -> None:
+    noise = float(dp_accounting.get_sigma_gaussian(EPSILON, DELTA)) * 5**0.5
+    rounds = [Release("update", round, 1, 10, clip=0.5, noise=noise, size=1) for round in range(5)]
+    assert epsilon(rounds) == pytest.approx(EPSILON, abs=1e-3)
