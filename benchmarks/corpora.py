@@ -175,7 +175,7 @@ OPINING = Corpus(
             "answer": " {label}",
             "choices": [" positive", " negative"],
         },
-        "model": {"bottom": 1, "top": 3},
+        "model": {"bottom": 1, "top": 12},
         "lora": {"rank": 16, "alpha": 32.0, "targets": TARGETS},
         "train": {"max_tokens": 96, "batch": 2},
     },
