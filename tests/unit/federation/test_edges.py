@@ -57,6 +57,11 @@ class Tapped:
         return self.service.handle(peer, request)
 
 
+def _tiers(edges: Edges) -> int:
+    """Of edges, between silos and root."""
+    return 1 + any("parent" in edge for edge in edges)
+
+
 class Tree:
     """A federation's aggregators, and silos that learn what ``changes`` says."""
 
@@ -73,8 +78,8 @@ class Tree:
         self.recipe: Recipe = make_recipe(
             Path("none"),
             silos=silos,
-            edge=[{**edge, "patience": patience} for edge in edges],
-            root={"minimum": len(edges) if federation.get("rule") else 1, "patience": 2 * patience},
+            edge=edges,  # each has a quarter of its parent's patience
+            root={"minimum": len(edges) if federation.get("rule") else 1, "patience": patience * 4 ** _tiers(edges)},
             federation={"masks": masks, "range": RANGE, **federation},
             train={"rounds": 2, "evaluate": False},
         )

@@ -160,7 +160,7 @@ def test_the_sums_noise_has_the_stated_deviation(store: RoleDirectory, bits: int
 
 
 def test_noise_is_no_less_when_as_many_silos_drop_out_as_may(store: RoleDirectory) -> None:
-    federation = Noised(store, minimum=3, patience=0.3)
+    federation = Noised(store, minimum=3, patience=1.0)
     federation.round(NAMES[:3])
     (event,) = federation.released()
     assert event.honest == 3
@@ -254,7 +254,7 @@ def test_a_budget_lets_so_many_updates_leave_and_no_more(store: RoleDirectory) -
 
 
 def test_a_silo_gives_no_share_for_a_sum_of_too_few(store: RoleDirectory) -> None:
-    federation = Noised(store, minimum=4, patience=0.3)
+    federation = Noised(store, minimum=4, patience=1.0)
     rounds = federation.root.rounds
     rounds._node = replace(rounds._node, minimum=3)  # a root that goes on with fewer than the recipe says
     ended = federation.finish(federation.begin(), NAMES[:3])
@@ -264,7 +264,7 @@ def test_a_silo_gives_no_share_for_a_sum_of_too_few(store: RoleDirectory) -> Non
 
 
 def test_too_few_silos_lose_the_round(store: RoleDirectory) -> None:
-    federation = Noised(store, patience=0.3)
+    federation = Noised(store, patience=1.0)
     ended = federation.finish(federation.begin(), NAMES[:2])
     assert all(isinstance(error, RoundLostError) for error in ended.values())
 
