@@ -103,12 +103,7 @@ class Judge:
             output = self._model(**batch.inputs(), use_cache=False)
             told = batch.targets != IGNORED
             logits_KV = output.logits[told]
-            guess_K = (
-                self._choices_C[logits_KV[:, self._choices_C].argmax(1)]
-                if len(self._choices_C)
-                else logits_KV.argmax(1)
-            )
-            right += int((guess_K == batch.targets[told]).sum())
+            right += int((self._guess(logits_KV) == batch.targets[told]).sum())
             loss += float(output.loss) * batch.supervised
             count += batch.supervised
         return Score(loss / count, right / count, count)

@@ -240,6 +240,6 @@ class Overheard:
     def pack(
         self, plan: pb.Plan, change: Mapping[str, torch.Tensor], weight: float, share: float, quality: float
     ) -> pb.Update:
-        layout = Layout({name: tuple(tensor.shape) for name, tensor in change.items()})
+        layout = Layout.of(change)
         sent_P = self._plot.sent(self._name, plan.round, layout.row(change))
         return self._upstream.pack(plan, layout.tensors(sent_P), weight, share, quality)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,9 +111,3 @@ def shipped(name: str) -> Values:
     """How a shipped recipe learns."""
     values = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
     return {section: values[section] for section in LEARNED if section in values}
-
-
-def spread(values: Iterable[float]) -> tuple[float, float]:
-    """Mean, and from the least to the most."""
-    listed = list(values)
-    return statistics.fmean(listed), max(listed) - min(listed)
