@@ -3,7 +3,10 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-BENCHMARKS := foundation demo boundary latency generation sessions together silos release draft replay privacy defences updates frontier federation
+SPEED := boundary draft foundation generation latency release replay sessions silos together
+PRIVACY := defences frontier privacy updates
+FEDERATED := demo federation
+BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED)
 
 .PHONY: demo test check proto bench $(BENCHMARKS:%=bench-%) bench-cuda clean
 
@@ -37,8 +40,14 @@ proto: .venv/ready  ## The Python side of isthmus.proto
 
 bench: $(BENCHMARKS:%=bench-%)  ## All benchmarks; each, as bench-boundary, writes benchmarks/results/boundary.json
 
-$(BENCHMARKS:%=bench-%): bench-%: .venv/demo
-	$(BIN)/python -m benchmarks.$*
+$(SPEED:%=bench-%): bench-%: .venv/demo
+	$(BIN)/python -m benchmarks.speed.$*
+
+$(PRIVACY:%=bench-%): bench-%: .venv/demo
+	$(BIN)/python -m benchmarks.privacy.$*
+
+$(FEDERATED:%=bench-%): bench-%: .venv/demo
+	$(BIN)/python -m benchmarks.federated.$*
 
 bench-federation: build/flower/ready
 
@@ -48,7 +57,7 @@ build/flower/ready:  ## Flower, for comparison, in an environment of its own
 	touch $@
 
 bench-cuda: .venv/ready  ## On a CUDA device, with a random model of the LLaMA-2-7B shape: nothing to download
-	@$(BIN)/python -m benchmarks.cuda
+	@$(BIN)/python -m benchmarks.speed.cuda
 
 clean:
 	rm -rf .venv build runs

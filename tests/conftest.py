@@ -15,10 +15,10 @@ from transformers.utils import logging as transformers_logging
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import greeting, load_ends
 from isthmus.silo.remote import RemoteTrunk
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
 

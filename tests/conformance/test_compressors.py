@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.errors import FrameError, RecipeError
-from isthmus.federation import compression
-from isthmus.federation.compression import CODECS, GAPS, Compression, Compressor, Rest
-from isthmus.federation.projections import BLOCK, random_k
 from isthmus.recipe import FederationSection
 from isthmus.recipe.sections import UNDER_MASKS
+from isthmus.updates import compression
+from isthmus.updates.compression import CODECS, GAPS, Compression, Compressor, Rest
+from isthmus.updates.projections import BLOCK, random_k
 
 P = 6_000
 KEEP = 0.1

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.engines.attack import Order, Result, attack
-from isthmus.engines.capture import Source
+from isthmus.audit.attack import Order, Result, attack
+from isthmus.audit.capture import Source
 from isthmus.federation.root import RootService
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory, RunDirectory
-from isthmus.silo.distil import distil
+from isthmus.silo.drafting.distil import distil
 from isthmus.silo.join import greeting, join, known_data
 from isthmus.silo.trainer import evaluate
 from isthmus.silo.worker import Worker
+from isthmus.storage.record import RoleDirectory, RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
 from tests.conftest import make_recipe, write_rows

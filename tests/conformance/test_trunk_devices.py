@@ -14,10 +14,10 @@ import torch
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
-from isthmus.model.kernels import Layout, Varlen, attend_padded, find_varlen, kernel_for
 from isthmus.recipe import LoraSection
-from isthmus.report.record import RunDirectory
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.adapter import whole_adapter
+from isthmus.trunk.kernels import Layout, Varlen, attend_padded, find_varlen, kernel_for
 from isthmus.trunk.runner import Runner
 from tests.conftest import make_recipe, save_tiny_model, targets_of
 from tests.oracle.twins import distance, random_b

@@ -25,7 +25,7 @@ import tomli_w
 import torch
 
 from isthmus.cli.main import main
-from isthmus.report.record import RunDirectory, read_journal
+from isthmus.storage.record import RunDirectory, read_journal
 from tests.conftest import VOCABULARY, save_tiny_model, write_rows
 
 PATIENCE = 150.0

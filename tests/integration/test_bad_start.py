@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory
+from isthmus.storage.record import RunDirectory
 from tests.integration.processes import Ended, call, processes_of, write_federation, write_recipe
 
 Call = Callable[..., Ended]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.report.record import RunDirectory, read_journal
+from isthmus.storage.record import RunDirectory, read_journal
 from tests.integration.processes import (
     Commands,
     assert_no_traceback,

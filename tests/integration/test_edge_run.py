@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.report.record import read_journal
+from isthmus.storage.record import read_journal
 from tests.conftest import write_rows
 from tests.integration.processes import (
     Commands,

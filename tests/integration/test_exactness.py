@@ -12,8 +12,8 @@ from peft import PeftModel
 
 from isthmus.engines.local import at_address, local_recipe, serving
 from isthmus.model import adapters
-from isthmus.report.record import RunDirectory
 from isthmus.silo.join import Silo, join
+from isthmus.storage.record import RunDirectory
 from tests.conftest import make_recipe, uncut
 from tests.oracle.twins import (
     assert_same,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.federation.quantize import Ring
-from isthmus.report.record import RunDirectory, read_journal
+from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.updates.quantize import Ring
 from tests.conftest import write_rows
 from tests.integration.processes import (
     Command,

@@ -25,8 +25,8 @@ from isthmus.engines.roles import start_server
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory
 from isthmus.silo.join import Silo, connect, greeting, join
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

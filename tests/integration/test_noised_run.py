@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.report.record import RunDirectory, read_journal
+from isthmus.storage.record import RunDirectory, read_journal
 from tests.conftest import write_rows
 from tests.integration.processes import (
     Commands,

@@ -17,7 +17,7 @@ from isthmus.engines.certificates import make_certificates
 from isthmus.engines.local import at_address
 from isthmus.engines.roles import start_server
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory
+from isthmus.storage.record import RunDirectory
 from tests.integration.processes import write_federation, write_recipe
 
 ROOT = Path(__file__).parents[2]

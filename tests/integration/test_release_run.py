@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.privacy.ledger import read_ledger
-from isthmus.report.record import read_journal
+from isthmus.storage.record import read_journal
 from tests.integration.processes import (
     Commands,
     assert_no_traceback,

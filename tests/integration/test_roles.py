@@ -12,7 +12,7 @@ import pytest
 from isthmus.engines.local import at_address
 from isthmus.engines.roles import start_server
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory
+from isthmus.storage.record import RunDirectory
 from isthmus.wire.identity import Authority, save
 from tests.conftest import save_tiny_model
 from tests.integration.processes import (

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory, read_journal
+from isthmus.storage.record import RunDirectory, read_journal
 from tests.conftest import uncut
 from tests.integration.processes import (
     Command,
@@ -205,7 +205,7 @@ def test_a_second_run_in_the_same_directory_is_refused(
     undisturbed: tuple[Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = undisturbed
-    monkeypatch.setattr("isthmus.report.record.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("isthmus.storage.record.LOCK_SECONDS", 0.1)
     with RunDirectory.open(run).locked():
         call(capsys, monkeypatch, "run", "--resume", run).failed("another run is under way in")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.report.record import read_journal
+from isthmus.storage.record import read_journal
 from tests.integration.processes import Commands, assert_no_traceback, rows_of, write_federation
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.data.tokens import Tokens, collate
 from isthmus.model import adapters
-from isthmus.silo.data import Tokens, collate
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import train_step
 from isthmus.wire import isthmus_pb2 as pb

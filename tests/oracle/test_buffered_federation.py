@@ -20,8 +20,8 @@ from isthmus.errors import IsthmusError, PeerGoneError, RoundLostError
 from isthmus.federation.root import RootService, shared_tensors
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory, read_journal
 from isthmus.silo.worker import Worker
+from isthmus.storage.record import RunDirectory, read_journal
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.model.bridge import Bridge
+from isthmus.data.tokens import Tokens
 from isthmus.model.split import SplitForCausalLM
-from isthmus.silo import distil, draft_file
-from isthmus.silo.data import Tokens
-from isthmus.silo.drafts import HOPE, Draft
-from isthmus.silo.pace import Costs, Pace, Share
+from isthmus.silo.drafting import distil, draft_file
+from isthmus.silo.drafting.bridge import Bridge
+from isthmus.silo.drafting.draft import HOPE, Draft
+from isthmus.silo.drafting.draft_length import Costs, Pace, Share
 from tests.conftest import VOCABULARY
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.test_generation import CACHES, crossed, generate

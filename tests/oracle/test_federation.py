@@ -11,17 +11,17 @@ import pytest
 import torch
 from peft import PeftModel
 
+from isthmus.data.tokens import Batch, collate
 from isthmus.engines.use import whole_adapter
 from isthmus.federation.root import RootService
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory, read_journal
-from isthmus.silo.data import Batch, collate
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.trainer import SiloData
 from isthmus.silo.worker import Worker
+from isthmus.storage.record import RunDirectory, read_journal
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
 from tests.conftest import make_recipe, targets_of, uncut, write_rows

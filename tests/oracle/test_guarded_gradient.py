@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.data.tokens import Tokens, collate
 from isthmus.model import adapters
 from isthmus.privacy.dependence import capacity, distance_correlation
-from isthmus.silo.data import Tokens, collate
-from isthmus.silo.guard import Guard
+from isthmus.silo.defence.guard import Guard
 from isthmus.silo.pipeline import pipelined_step
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.twins import Tensors, Twins, distance

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
-from isthmus.model.kernels import Kernel, Varlen, attend_padded
 from isthmus.recipe import LoraSection
 from isthmus.trunk.adapter import whole_adapter
+from isthmus.trunk.kernels import Kernel, Varlen, attend_padded
 from isthmus.trunk.runner import Runner
 from tests.conftest import targets_of
 from tests.oracle.conftest import Models

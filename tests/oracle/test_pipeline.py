@@ -6,7 +6,7 @@ import pytest
 import torch
 from google.protobuf.message import Message
 
-from isthmus.silo.data import Batch
+from isthmus.data.tokens import Batch
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import train_step
 from isthmus.wire import isthmus_pb2 as pb

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.data.tokens import Batch
 from isthmus.privacy.events import Release
 from isthmus.silo.callback import TrunkStepCallback
-from isthmus.silo.data import Batch
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import train_step
 from tests.oracle.conftest import BuildTwins

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.silo.data import Batch, Tokens, collate
+from isthmus.data.tokens import Batch, Tokens, collate
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import train_step
 from isthmus.wire import isthmus_pb2 as pb

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from isthmus.silo.data import Batch
+from isthmus.data.tokens import Batch
 from isthmus.silo.trainer import train_step
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.twins import FAMILIES, Twins, assert_same, batch_of, lora_of, ragged

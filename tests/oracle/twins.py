@@ -15,15 +15,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from isthmus.data.tokens import IGNORED, Batch, positions
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Part
 from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory
-from isthmus.silo.data import IGNORED, Batch, positions
 from isthmus.silo.join import greeting, join
 from isthmus.silo.remote import RemoteTrunk
+from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import Channel, LoopbackChannel
 from tests.conftest import VOCABULARY, save_tiny_model, uncut

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from isthmus.attacks.decoder import write
 from isthmus.attacks.found import Found, Tokens
-from isthmus.attacks.identification import identify
-from isthmus.attacks.inverters import invert
+from isthmus.attacks.gradients.readings import find_labels, read_returned, recover_responses
+from isthmus.attacks.gradients.update_search import match_gradients, search_exactly
+from isthmus.attacks.inversion.decoder import write
+from isthmus.attacks.inversion.identification import identify
+from isthmus.attacks.inversion.inverters import invert
+from isthmus.attacks.inversion.matching import match
+from isthmus.attacks.inversion.published import Schedule, decode_as_published
+from isthmus.attacks.inversion.sampler import sample
 from isthmus.attacks.knowledge import Knowledge
-from isthmus.attacks.matching import match
-from isthmus.attacks.members import infer_membership
-from isthmus.attacks.published import Schedule, decode_as_published
-from isthmus.attacks.readings import find_labels, read_returned, recover_responses
-from isthmus.attacks.sampler import sample
-from isthmus.attacks.searches import match_gradients, search_exactly
+from isthmus.attacks.membership.losses import infer_membership
 
 Inversion = Callable[[Knowledge], list[list[int]]]
 Attack = Callable[[Knowledge], Found]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from isthmus.attacks.linear import LinearInverter, ridge
+from isthmus.attacks.inversion.linear import LinearInverter, ridge
 from isthmus.attacks.template import Template, template_of
-from isthmus.attacks.view import Pair, View
+from isthmus.attacks.view.view import Pair, View
 from isthmus.model import adapters, bottleneck
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, PartName, load_part

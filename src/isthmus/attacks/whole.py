@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
+from isthmus.attacks.gradients.lens import clipped
+from isthmus.attacks.gradients.returned import noising
 from isthmus.attacks.knowledge import Knowledge
-from isthmus.attacks.lens import clipped
-from isthmus.attacks.returned import noising
-from isthmus.attacks.view import Row
+from isthmus.attacks.view.view import Row
 from isthmus.model import adapters
 from isthmus.model.bottleneck import DOWN, GATE, UP, project, tensor_of
 from isthmus.model.cut import Part, PartName

@@ -34,10 +34,10 @@ def run(
 ) -> None:
     """Run a whole federation on this machine."""
     from isthmus.engines.local import create_run
-    from isthmus.engines.terminal import run_with_progress
     from isthmus.errors import RecipeError
     from isthmus.recipe import Recipe
-    from isthmus.report.record import RunDirectory
+    from isthmus.report.live import run_with_progress
+    from isthmus.storage.record import RunDirectory
 
     if (recipe is None) == (resume is None):
         raise RecipeError("give either a recipe or --resume", remedy="isthmus run RECIPE, or isthmus run --resume DIR")
@@ -61,7 +61,7 @@ def trunk(
     from isthmus.engines.local import at_address
     from isthmus.engines.roles import serve
     from isthmus.recipe import Recipe
-    from isthmus.report.record import RunDirectory
+    from isthmus.storage.record import RunDirectory
 
     roles = ("trunk", "root") if with_root else ("trunk",)
     serve(at_address(Recipe.read(recipe), address, roles), RunDirectory(run_dir), roles)
@@ -73,7 +73,7 @@ def root(recipe: RecipePath, run_dir: RunOption = Path("runs/root"), address: Ad
     from isthmus.engines.local import at_address
     from isthmus.engines.roles import serve
     from isthmus.recipe import Recipe
-    from isthmus.report.record import RunDirectory
+    from isthmus.storage.record import RunDirectory
 
     serve(at_address(Recipe.read(recipe), address, ("root",)), RunDirectory(run_dir), ("root",))
 
@@ -90,7 +90,7 @@ def edge(
     from isthmus.engines.local import at_address
     from isthmus.engines.roles import serve_edge
     from isthmus.recipe import Recipe
-    from isthmus.report.record import RunDirectory
+    from isthmus.storage.record import RunDirectory
 
     read = at_address(Recipe.read(recipe), address, (name,))
     serve_edge(at_address(read, parent, (read.tree.parent(name),)), RunDirectory(run_dir), name)
@@ -109,7 +109,7 @@ def silo(
     from isthmus.engines.local import at_address, at_edge
     from isthmus.engines.roles import work
     from isthmus.recipe import Recipe
-    from isthmus.report.record import RunDirectory
+    from isthmus.storage.record import RunDirectory
 
     read = at_address(at_address(Recipe.read(recipe), trunk, ("trunk",)), root, ("root",))
     for one in edge or ():
@@ -138,7 +138,7 @@ def generate(
 ) -> None:
     """Answer a prompt with the model of a run, split between this process and a trunk."""
     from isthmus.engines.use import generate_text
-    from isthmus.report.record import RunDirectory
+    from isthmus.storage.record import RunDirectory
 
     generate_text(RunDirectory.open(run_dir), prompt, silo, max_new_tokens=max_new_tokens, chat=chat)
 
@@ -152,7 +152,7 @@ def draft(
 ) -> None:
     """Distil what 'generate' drafts with, so that a round trip brings several tokens."""
     from isthmus.engines.use import make_draft
-    from isthmus.report.record import RunDirectory
+    from isthmus.storage.record import RunDirectory
 
     run = RunDirectory.open(run_dir)
     path = make_draft(run, silo, prompts=prompts, max_new_tokens=max_new_tokens, tell=typer.echo)
@@ -167,14 +167,14 @@ def privacy(
     """Show what has left each silo and what it cost in privacy, from the ledgers, which are verified."""
     from rich.console import Console
 
-    from isthmus.engines import spent
-    from isthmus.report.record import RunDirectory
+    from isthmus.report import privacy_table
+    from isthmus.storage.record import RunDirectory
 
-    statements = spent.read_statements(RunDirectory.open(run_dir))
+    statements = privacy_table.read_statements(RunDirectory.open(run_dir))
     if as_json:
-        typer.echo(spent.as_json(statements))
+        typer.echo(privacy_table.as_json(statements))
     else:
-        spent.show(statements, Console())
+        privacy_table.show(statements, Console())
     if not all(statement.verified for statement in statements):
         raise typer.Exit(1)
 
@@ -183,7 +183,7 @@ def privacy(
 def export(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="Folder to write.")]) -> None:
     """Write the run's adapter as a standard PEFT folder for the uncut model."""
     from isthmus.engines.use import export_adapter
-    from isthmus.report.record import RunDirectory
+    from isthmus.storage.record import RunDirectory
 
     rounds = export_adapter(RunDirectory.open(run_dir), out)
     typer.echo(f"adapter after {rounds} rounds: {out}")
@@ -209,8 +209,8 @@ def attack(
     from rich.console import Console
 
     from isthmus.attacks.catalogue import USUAL
-    from isthmus.engines.attack import Order, note, opened, table
-    from isthmus.engines.attack import attack as make_attacks
+    from isthmus.audit.attack import Order, note, opened, table
+    from isthmus.audit.attack import attack as make_attacks
 
     source = opened(target)
     order = Order(

@@ -16,13 +16,13 @@ from rich.table import Table
 
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.demo.baselines import Baselines
-from isthmus.engines.cells import megabytes
 from isthmus.engines.local import local_recipe
-from isthmus.engines.terminal import run_with_progress
 from isthmus.engines.use import generate_text
 from isthmus.recipe import Recipe
+from isthmus.report.formatting import megabytes
+from isthmus.report.live import run_with_progress
 from isthmus.report.progress import read_progress
-from isthmus.report.record import RunDirectory, writing
+from isthmus.storage.record import RunDirectory, writing
 
 ROWS = 8
 """Labelled rows a silo has to train on: few, which is when joining pays."""

@@ -10,14 +10,14 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from isthmus.data.templates import read_examples
 from isthmus.engines.certificates import complete, make_certificates
 from isthmus.engines.lifetime import Stopped
 from isthmus.engines.process import RoleProcess, stop
 from isthmus.errors import RecipeError
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
-from isthmus.report.record import RunDirectory
-from isthmus.tasks.prompts import read_examples
+from isthmus.storage.record import RunDirectory
 
 START_SECONDS = 300.0
 POLL_SECONDS = 0.2

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from isthmus.engines.lifetime import ENGINE
 from isthmus.errors import IsthmusError, PeerGoneError, RunError
-from isthmus.report.record import disk_errors
+from isthmus.storage.record import disk_errors
 
 LISTENING = "listening at "
 """What a server's announcement begins with; ``host:port`` follows."""

@@ -15,8 +15,8 @@ from isthmus.federation.edge import EdgeService
 from isthmus.federation.root import RootService
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
-from isthmus.report.record import RunDirectory
 from isthmus.silo.worker import Worker
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import Service
 from isthmus.wire.client import GrpcChannel

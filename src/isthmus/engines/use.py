@@ -17,12 +17,12 @@ from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.ledger import Ledger
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory, RunDirectory, disk_errors
-from isthmus.silo import draft_file
-from isthmus.silo.distil import distil
-from isthmus.silo.drafts import Draft
-from isthmus.silo.held import open_ledger
+from isthmus.silo.drafting import draft_file
+from isthmus.silo.drafting.distil import distil
+from isthmus.silo.drafting.draft import Draft
 from isthmus.silo.join import Silo, join, known_data
+from isthmus.silo.secrets import open_ledger
+from isthmus.storage.record import RoleDirectory, RunDirectory, disk_errors
 
 Tell = Callable[[str], None]
 

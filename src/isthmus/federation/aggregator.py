@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError
 from isthmus.federation.buffered import Buffered
-from isthmus.federation.lead import Course, Lead
+from isthmus.federation.planner import Course, Lead
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
 from isthmus.wire import isthmus_pb2 as pb

@@ -17,11 +17,11 @@ from google.protobuf.message import Message
 
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.collection import Collected, change_of
-from isthmus.federation.compression import Compression
 from isthmus.federation.contribution import Contribution
-from isthmus.federation.lead import Course
+from isthmus.federation.planner import Course
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
+from isthmus.updates.compression import Compression
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
 

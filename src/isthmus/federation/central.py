@@ -15,17 +15,17 @@ from dataclasses import replace
 import numpy as np
 
 from isthmus.federation.collection import Collected, SumFormat
-from isthmus.federation.compression import Compression
-from isthmus.federation.projections import All
-from isthmus.federation.quantize import Ring, shortened
-from isthmus.model.flat import Layout
 from isthmus.privacy.discrete import discrete_gaussian
 from isthmus.privacy.ledger import FileLedger
 from isthmus.privacy.noise import SecretNoise
 from isthmus.privacy.summed import sum_noise
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
-from isthmus.report.record import RoleDirectory, read_journal
+from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.updates.compression import Compression
+from isthmus.updates.flat import Layout
+from isthmus.updates.projections import All
+from isthmus.updates.quantize import Ring, shortened
 
 
 class CentralNoise:

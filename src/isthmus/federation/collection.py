@@ -16,11 +16,11 @@ import torch
 from google.protobuf.message import Message
 
 from isthmus.errors import FrameError, IsthmusError, ProtocolError
-from isthmus.federation.compression import Compressor
 from isthmus.federation.contribution import Contribution
-from isthmus.federation.projections import Projection
-from isthmus.federation.quantize import Integers, Ring
-from isthmus.model.flat import Layout
+from isthmus.updates.compression import Compressor
+from isthmus.updates.flat import Layout
+from isthmus.updates.projections import Projection
+from isthmus.updates.quantize import Integers, Ring
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier

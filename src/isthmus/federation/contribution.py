@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from isthmus.model.flat import Layout
+from isthmus.updates.flat import Layout
 
 
 @dataclass(frozen=True)

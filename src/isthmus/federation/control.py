@@ -16,9 +16,9 @@ import torch
 from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import changes, proportions
 from isthmus.federation.strategies.rules import total
-from isthmus.model.flat import Layout
 from isthmus.recipe import Recipe
 from isthmus.recipe.local import mean_reach
+from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from isthmus.federation.aggregator import Aggregator
-from isthmus.federation.lead import Relay
+from isthmus.federation.planner import Relay
 from isthmus.federation.root import shared_tensors
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory
+from isthmus.storage.record import RoleDirectory
 from isthmus.wire.channel import Channel
 from isthmus.wire.identity import Identity
 

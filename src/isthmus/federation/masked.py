@@ -12,8 +12,8 @@ from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError, RoundLostError
 from isthmus.federation.collection import Collected, Done, MakeBarrier, SumFormat
-from isthmus.federation.masking import Advert, Terms
-from isthmus.federation.tally import Tally
+from isthmus.updates.masking import Advert, Terms
+from isthmus.updates.unmasking import Tally
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from isthmus.federation.aggregator import Aggregator
-from isthmus.federation.lead import Course
+from isthmus.federation.planner import Course
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
-from isthmus.report.record import RoleDirectory
+from isthmus.storage.record import RoleDirectory
 from isthmus.wire.identity import Identity
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.collection import Collected, Collection, Open, SumFormat, Sums
-from isthmus.federation.compression import Compression, Compressor
-from isthmus.federation.lead import Lead
 from isthmus.federation.masked import Masked
-from isthmus.federation.masking import Advert
-from isthmus.model.flat import Layout
+from isthmus.federation.planner import Lead
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
+from isthmus.updates.compression import Compression, Compressor
+from isthmus.updates.flat import Layout
+from isthmus.updates.masking import Advert
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer

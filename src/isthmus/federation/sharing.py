@@ -11,8 +11,8 @@ import torch
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.strategies.strategy import Strategy
 from isthmus.model import adapters
-from isthmus.model.flat import Layout
 from isthmus.recipe import FederationSection
+from isthmus.updates.flat import Layout
 
 Tensors = Mapping[str, torch.Tensor]
 

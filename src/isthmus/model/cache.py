@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from isthmus.model.cut import Part
-from isthmus.model.tape import Tape
+from isthmus.model.transcript import Tape
 
 
 class TrunkSession(Protocol):

@@ -78,7 +78,7 @@ class Guard(Protocol):
     def __call__(
         self, h_BLD: torch.Tensor, packing: Packing, rows: list[list[int]], targets_T: torch.Tensor, share: float = 1.0
     ) -> torch.Tensor:
-        """``h_BLD`` as it is, with a gradient of its own on top of the one it gets (see ``silo.guard``)."""
+        """``h_BLD`` as it is, with a gradient of its own on top of the one it gets (see ``silo.defence.guard``)."""
         ...
 
 

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 from isthmus.errors import ClockError, LedgerError, LedgerTakenError
 from isthmus.privacy.events import Release
-from isthmus.report.record import disk_errors
+from isthmus.storage.record import disk_errors
 
 GENESIS = "0" * 64
 SLACK = 1.0

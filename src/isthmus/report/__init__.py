@@ -1,1 +1,1 @@
-"""What a run writes and what can be read from it."""
+"""What people read of a run: the live table, privacy tables, progress."""

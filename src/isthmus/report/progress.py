@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from isthmus.report.record import RunDirectory, read_journal
+from isthmus.storage.record import RunDirectory, read_journal
 
 
 @dataclass

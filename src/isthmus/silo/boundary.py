@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 
-from isthmus.model.flat import Layout
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.events import ALL, Charge, Path, Release, merged
 from isthmus.privacy.ledger import Ledger, MemoryLedger
@@ -19,6 +18,7 @@ from isthmus.privacy.mechanisms import Mechanism, mechanism_of
 from isthmus.privacy.noise import Noise, SecretNoise, SeededNoise, secret_generator
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection
+from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 

@@ -24,11 +24,11 @@ from isthmus.privacy.ledger import Ledger, MemoryLedger
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.guard import Guard
-from isthmus.silo.register import Register
+from isthmus.silo.defence.guard import Guard
+from isthmus.silo.defence.shield import Shield
+from isthmus.silo.records import Register
 from isthmus.silo.released import Released
 from isthmus.silo.remote import RemoteTrunk
-from isthmus.silo.shield import Shield
 from isthmus.silo.trainer import SiloData
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb

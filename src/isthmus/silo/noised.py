@@ -8,10 +8,6 @@ from __future__ import annotations
 import numpy as np
 
 from isthmus.errors import ProtocolError
-from isthmus.federation.compression import Compression
-from isthmus.federation.projections import Projection
-from isthmus.federation.quantize import Ring, Whole, shortened
-from isthmus.model.flat import Layout
 from isthmus.privacy.discrete import discrete_gaussian
 from isthmus.privacy.events import ALL, Charge, Release
 from isthmus.privacy.noise import Noise, SecretNoise
@@ -20,6 +16,10 @@ from isthmus.recipe import Recipe
 from isthmus.recipe.noise import LONGEST, SHORTEST
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates, Tensors
+from isthmus.updates.compression import Compression
+from isthmus.updates.flat import Layout
+from isthmus.updates.projections import Projection
+from isthmus.updates.quantize import Ring, Whole, shortened
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
 from isthmus.wire.identity import Identity

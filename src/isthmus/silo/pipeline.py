@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from isthmus.data.tokens import Batch
 from isthmus.model.crossing import before_last, crossing, wanted
 from isthmus.model.packing import Packing
 from isthmus.model.split import SplitForCausalLM
-from isthmus.silo.data import Batch
 from isthmus.silo.flight import Flight
 from isthmus.silo.remote import RemoteTrunk
 from isthmus.silo.trainer import Step

@@ -19,11 +19,11 @@ from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import Recipe
-from isthmus.report.store import Store
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.held import read_secret
-from isthmus.silo.register import Register
-from isthmus.silo.shield import Shield
+from isthmus.silo.defence.shield import Shield
+from isthmus.silo.records import Register
+from isthmus.silo.secrets import read_secret
+from isthmus.storage.store import Store
 from isthmus.wire import isthmus_pb2 as pb
 
 

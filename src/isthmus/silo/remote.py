@@ -22,7 +22,7 @@ from isthmus.model.cut import Part
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.flight import Flight
-from isthmus.silo.register import Register
+from isthmus.silo.records import Register
 from isthmus.silo.released import Ending, Released
 from isthmus.silo.session import RemoteSession
 from isthmus.wire import isthmus_pb2 as pb

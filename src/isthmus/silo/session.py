@@ -12,7 +12,7 @@ import torch
 from isthmus.errors import UnknownSessionError
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.register import History, Register
+from isthmus.silo.records import History, Register
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from isthmus.data.templates import read_examples
+from isthmus.data.tokens import Batch, Tokens, collate, tokenize
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SiloSection
-from isthmus.silo.data import Batch, Tokens, collate, tokenize
 from isthmus.tasks import metrics
-from isthmus.tasks.prompts import read_examples
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from isthmus.errors import ProtocolError
-from isthmus.federation.compression import Compression, Rest
-from isthmus.federation.masking import Advert, Member, Terms
-from isthmus.federation.projections import Projection
-from isthmus.federation.quantize import Ring, Whole
-from isthmus.model.flat import Layout
 from isthmus.silo.boundary import Boundary
+from isthmus.updates.compression import Compression, Rest
+from isthmus.updates.flat import Layout
+from isthmus.updates.masking import Advert, Member, Terms
+from isthmus.updates.projections import Projection
+from isthmus.updates.quantize import Ring, Whole
 from isthmus.wire import codec, offer
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel

@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
+from isthmus.data.tokens import Tokens, batches, collate
 from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
 from isthmus.recipe.local import mean_reach, reach
-from isthmus.report.record import RoleDirectory, read_journal
 from isthmus.silo import fairness
+from isthmus.silo.aggregator_client import Upstream
 from isthmus.silo.control import control_of
-from isthmus.silo.data import Tokens, batches, collate
-from isthmus.silo.held import open_ledger
 from isthmus.silo.join import join, known_data
-from isthmus.silo.local import LocalSteps
+from isthmus.silo.local_steps import LocalSteps
 from isthmus.silo.pipeline import pipelined_step
+from isthmus.silo.secrets import open_ledger
 from isthmus.silo.trainer import Step, evaluate, scored, train_step
-from isthmus.silo.upstream import Upstream
+from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel

@@ -10,9 +10,9 @@ import torch
 
 from isthmus.model import adapters
 from isthmus.model.cut import Part
-from isthmus.model.grouped import Adapter
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import TrainSection
+from isthmus.trunk.grouped_lora import Adapter
 
 Gradients = list[torch.Tensor]
 """One tensor a trainable parameter, in the order of their names."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from isthmus.recipe import TrunkSection
-from isthmus.trunk.gate import Gate
+from isthmus.trunk.codecs import Gate
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import Job
 from isthmus.trunk.training import Backward, Forward, Training

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from isthmus.trunk.gate import Gate
+from isthmus.trunk.codecs import Gate
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import Job
 from isthmus.trunk.sessions import Session, Sessions

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from isthmus.errors import FrameError, FrameSizeError, ProtocolError, UnknownExampleError
 from isthmus.model.device import CPU
 from isthmus.recipe import Recipe
-from isthmus.report.store import Store
+from isthmus.storage.store import Store
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 

@@ -10,9 +10,9 @@ import torch
 from isthmus.errors import FrameError
 from isthmus.model.bottleneck import UP, project, tensor_of
 from isthmus.model.cut import Part
-from isthmus.model.grouped import Adapter, group_adapters
-from isthmus.model.kernels import kernel_for
-from isthmus.model.packed import SequenceCache, Sequences, pack_attention
+from isthmus.trunk.attention import SequenceCache, Sequences, pack_attention
+from isthmus.trunk.grouped_lora import Adapter, group_adapters
+from isthmus.trunk.kernels import kernel_for
 
 
 class Runner:

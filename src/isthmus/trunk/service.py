@@ -14,16 +14,16 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import find_device
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory
+from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
+from isthmus.trunk.async_steps import SoloSteps
 from isthmus.trunk.batches import Backwards, Evaluations, Forwards
+from isthmus.trunk.codecs import Gate
 from isthmus.trunk.decoding import Decoding, Step
-from isthmus.trunk.gate import Gate
 from isthmus.trunk.kept import Kept
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import ALONE, Scheduler
 from isthmus.trunk.sessions import Sessions
-from isthmus.trunk.solo import SoloSteps
 from isthmus.trunk.steps import Steps
 from isthmus.trunk.training import Training
 from isthmus.wire import isthmus_pb2 as pb

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from isthmus.errors import FrameError, OutOfOrderError, UnknownSessionError
-from isthmus.model.packed import SequenceCache
 from isthmus.recipe import TrunkSection
+from isthmus.trunk.attention import SequenceCache
 from isthmus.trunk.runner import Runner
 from isthmus.wire import isthmus_pb2 as pb
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.errors import OutOfOrderError, ProtocolError, RoundLostError
-from isthmus.report.record import Journal
+from isthmus.storage.record import Journal
 from isthmus.trunk.scheduler import Scheduler
 from isthmus.trunk.training import Training
 from isthmus.wire import isthmus_pb2 as pb

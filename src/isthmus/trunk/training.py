@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from isthmus.errors import FrameError, OutOfOrderError, ProtocolError, RunError, UnknownStepError
-from isthmus.report.record import RoleDirectory
+from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.adapter import TrunkAdapter, whole_adapter
 from isthmus.trunk.runner import Runner
 

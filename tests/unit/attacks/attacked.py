@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from isthmus.attacks.view import View
-from isthmus.silo.data import Tokens
+from isthmus.attacks.view.view import View
+from isthmus.data.tokens import Tokens
 from tests.conftest import VOCABULARY
 
 Truth = list[list[int]]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from isthmus.attacks.view import View, colluding_view, trunk_view
-from isthmus.engines.capture import Source, capture_pairs, capture_rows
+from isthmus.attacks.view.view import View, colluding_view, trunk_view
+from isthmus.audit.capture import Source, capture_pairs, capture_rows
 from tests.conftest import make_recipe, save_tiny_model, write_rows
 from tests.oracle.twins import save_vivid_model
 from tests.unit.attacks.attacked import Attacked, Truth, random_rows, say

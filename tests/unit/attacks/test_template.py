@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from isthmus.attacks.template import Template, template_of
+from isthmus.data.templates import Example
+from isthmus.data.tokens import tokenize
 from isthmus.recipe import TaskSection
-from isthmus.silo.data import tokenize
 from isthmus.silo.join import load_tokenizer
-from isthmus.tasks.prompts import Example
 
 CASES = {
     "both ends": ("w5 w6 {text} w7 w8", [" w9", " w10"], 2, 2),

@@ -15,11 +15,11 @@ import torch
 
 from isthmus.errors import DiskFullError, FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.buffered import Buffered
-from isthmus.federation.compression import Compression
-from isthmus.federation.lead import Course
+from isthmus.federation.planner import Course
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import FederationSection
-from isthmus.report.record import RoleDirectory, read_journal
+from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.updates.compression import Compression
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import make_recipe
 from tests.unit.federation.test_rounds import BAD_TENSORS, LONG, SHAPES, SOON, WAIT, assert_plan, constant, update

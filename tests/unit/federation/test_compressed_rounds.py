@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from isthmus.errors import FrameError, IsthmusError, ProtocolError
-from isthmus.federation.compression import Compression
-from isthmus.federation.lead import Course
+from isthmus.federation.planner import Course
 from isthmus.federation.rounds import Rounds
-from isthmus.report.record import RoleDirectory
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import OpenUpdates
+from isthmus.storage.record import RoleDirectory
+from isthmus.updates.compression import Compression
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel

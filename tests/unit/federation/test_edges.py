@@ -16,14 +16,14 @@ from google.protobuf.message import Message
 from isthmus.errors import FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.aggregator import Aggregator
 from isthmus.federation.collection import Collected
-from isthmus.federation.compression import Compression
-from isthmus.federation.lead import Course, Relay
-from isthmus.federation.quantize import Ring
-from isthmus.model.flat import Layout
+from isthmus.federation.planner import Course, Relay
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory, read_journal
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates, OpenUpdates, Updates
+from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.updates.compression import Compression
+from isthmus.updates.flat import Layout
+from isthmus.updates.quantize import Ring
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel
 from isthmus.wire.identity import Authority

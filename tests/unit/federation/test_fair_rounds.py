@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.federation.lead import Course
+from isthmus.federation.planner import Course
 from isthmus.federation.root import RootService
 from isthmus.federation.rounds import Rounds
 from isthmus.federation.strategies.weights import FLOOR
 from isthmus.recipe import FairnessSection, Recipe
-from isthmus.report.record import RoleDirectory, RunDirectory, read_journal
 from isthmus.silo.fairness import factor, starting_loss
 from isthmus.silo.update import OpenUpdates
 from isthmus.silo.worker import Worker
+from isthmus.storage.record import RoleDirectory, RunDirectory, read_journal
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

@@ -14,14 +14,14 @@ import torch
 from google.protobuf.message import Message
 
 from isthmus.errors import FrameError, IdentityError, IsthmusError, ProtocolError, QuorumError, RoundLostError
-from isthmus.federation.compression import Compression
-from isthmus.federation.lead import Course
-from isthmus.federation.quantize import Ring
+from isthmus.federation.planner import Course
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory, read_journal
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates
+from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.updates.compression import Compression
+from isthmus.updates.quantize import Ring
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel

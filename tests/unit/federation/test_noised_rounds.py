@@ -14,21 +14,21 @@ import torch
 
 from isthmus.errors import BudgetExhausted, LedgerError, ProtocolError, RecipeError, RoundLostError
 from isthmus.federation.collection import Collected
-from isthmus.federation.compression import Compression
 from isthmus.federation.contribution import Contribution
-from isthmus.federation.lead import Course
-from isthmus.federation.quantize import Ring
+from isthmus.federation.planner import Course
 from isthmus.privacy import summed
 from isthmus.privacy.accountant import Accountant
 from isthmus.privacy.analytic import concentrated_epsilon
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory, read_journal
 from isthmus.silo import noised
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.noised import NoisedUpdates
 from isthmus.silo.update import Updates
+from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.updates.compression import Compression
+from isthmus.updates.quantize import Ring
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel
 from isthmus.wire.identity import Identity

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.federation.lead import Course
+from isthmus.federation.planner import Course
 from isthmus.federation.rounds import Rounds
 from isthmus.federation.strategies.optimizers import optimizer_of
 from isthmus.recipe import OptimizerSection
-from isthmus.report.record import RoleDirectory, read_journal
+from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import make_recipe

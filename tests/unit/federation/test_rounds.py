@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from isthmus.errors import DiskFullError, FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
-from isthmus.federation.lead import Course
+from isthmus.federation.planner import Course
 from isthmus.federation.rounds import Rounds
-from isthmus.report.record import RoleDirectory, read_journal
+from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import make_recipe

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from isthmus.errors import FrameError
 from isthmus.federation.contribution import Contribution
-from isthmus.federation.lead import Course
+from isthmus.federation.planner import Course
 from isthmus.federation.rounds import Rounds
 from isthmus.federation.sharing import Sharing
 from isthmus.recipe import FederationSection, Recipe
-from isthmus.report.record import RoleDirectory
+from isthmus.storage.record import RoleDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import make_recipe

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.engines.attack import Order, attack
-from isthmus.engines.capture import Source
+from isthmus.audit.attack import Order, attack
+from isthmus.audit.capture import Source
 from isthmus.errors import RecipeError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
 from isthmus.model.device import find_device
-from isthmus.model.kernels import attend_padded, kernel_for
-from isthmus.report.record import RoleDirectory
 from isthmus.silo.join import join
+from isthmus.storage.record import RoleDirectory
+from isthmus.trunk.kernels import attend_padded, kernel_for
 from isthmus.trunk.service import TrunkService
 from tests.conftest import make_recipe, save_tiny_model
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from google.protobuf.message import Message
 
+from isthmus.data.tokens import Batch, Tokens, collate
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.events import Release
 from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory
-from isthmus.silo.data import Batch, Tokens, collate
 from isthmus.silo.join import Silo, greeting, join
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.remote import RemoteTrunk
 from isthmus.silo.trainer import train_step
+from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel

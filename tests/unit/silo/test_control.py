@@ -12,6 +12,7 @@ import pytest
 import torch
 from google.protobuf.message import Message
 
+from isthmus.data.tokens import batches, collate
 from isthmus.engines.certificates import make_certificates
 from isthmus.errors import FrameError, RoundLostError
 from isthmus.federation.root import RootService
@@ -19,12 +20,11 @@ from isthmus.model import adapters
 from isthmus.model.optim import build_optimizer
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory
 from isthmus.silo.control import Control
-from isthmus.silo.data import batches, collate
 from isthmus.silo.join import join, known_data
 from isthmus.silo.trainer import Step, train_step
 from isthmus.silo.worker import Worker
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

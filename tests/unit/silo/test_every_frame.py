@@ -17,9 +17,9 @@ from isthmus.federation.root import RootService
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.analytic import gaussian_noise
 from isthmus.privacy.events import Release
-from isthmus.report.record import RunDirectory
 from isthmus.silo.join import greeting
 from isthmus.silo.worker import Worker
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

@@ -14,7 +14,7 @@ from isthmus.model.bottleneck import DOWN, project, tensor_of
 from isthmus.privacy.analytic import gaussian_noise
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.ledger import MemoryLedger
-from isthmus.report.record import RunDirectory
+from isthmus.storage.record import RunDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import Split, make_recipe, save_tiny_model

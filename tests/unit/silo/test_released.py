@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from isthmus import errors
-from isthmus.silo.data import Tokens, collate
+from isthmus.data.tokens import Tokens, collate
 from isthmus.silo.join import join
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.released import Ending

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.data.tokens import collate
 from isthmus.model import adapters
-from isthmus.silo.data import collate
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import train_step
 from isthmus.wire import codec

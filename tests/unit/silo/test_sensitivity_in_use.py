@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from isthmus.data.tokens import collate
 from isthmus.errors import BudgetExhausted, DataError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.packing import Packing
 from isthmus.privacy import attention
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory
-from isthmus.silo.data import collate
 from isthmus.silo.join import Silo, greeting, join, known_data
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import SiloData, train_step
+from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

@@ -16,10 +16,10 @@ from isthmus.errors import RoundLostError
 from isthmus.model import adapters
 from isthmus.privacy.accountant import Account
 from isthmus.recipe import TrainSection
-from isthmus.report.record import RunDirectory
-from isthmus.silo.local import Climb, LocalSteps
+from isthmus.silo.local_steps import Climb, LocalSteps
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import Step, train_step
+from isthmus.storage.record import RunDirectory
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import make_recipe, save_tiny_model
 from tests.unit.silo.parties import ROWS, Party, batches

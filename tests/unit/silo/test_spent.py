@@ -20,8 +20,8 @@ from isthmus.privacy.events import ALL
 from isthmus.privacy.ledger import MemoryLedger, read_ledger
 from isthmus.recipe import Recipe
 from isthmus.report.progress import read_progress
-from isthmus.report.record import RunDirectory, read_journal
 from isthmus.silo.worker import Worker
+from isthmus.storage.record import RunDirectory, read_journal
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
 from tests.conftest import Split, make_recipe, save_tiny_model, write_rows

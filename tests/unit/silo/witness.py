@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from google.protobuf.message import Message
 
-from isthmus.model.bridge import Bridge
+from isthmus.data.tokens import Batch, collate
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.events import Release
 from isthmus.privacy.ledger import FileLedger, read_ledger
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory
-from isthmus.silo.data import Batch, collate
-from isthmus.silo.drafts import Draft
+from isthmus.silo.drafting.bridge import Bridge
+from isthmus.silo.drafting.draft import Draft
 from isthmus.silo.join import Silo, greeting, join, known_data
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import SiloData, train_step
+from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel

@@ -13,7 +13,7 @@ import torch
 
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.packed import SequenceCache
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory
 from isthmus.silo.join import greeting
+from isthmus.storage.record import RunDirectory
+from isthmus.trunk.attention import SequenceCache
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

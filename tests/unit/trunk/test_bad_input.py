@@ -12,8 +12,8 @@ from isthmus import errors
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.report.record import RunDirectory
 from isthmus.silo.join import greeting
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.trunk.training import OPEN_STEPS
 from isthmus.wire import codec

@@ -15,8 +15,8 @@ from google.protobuf.message import Message
 from isthmus import errors
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory
 from isthmus.silo.join import greeting
+from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

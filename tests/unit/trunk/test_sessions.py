@@ -19,11 +19,11 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.split import SplitForCausalLM
 from isthmus.privacy.events import Release
 from isthmus.recipe import CodecSection, Recipe, TrunkSection
-from isthmus.report.record import RunDirectory
 from isthmus.silo.join import greeting
 from isthmus.silo.remote import RemoteTrunk
+from isthmus.storage.record import RunDirectory
+from isthmus.trunk.codecs import Gate
 from isthmus.trunk.decoding import Decoding, Step
-from isthmus.trunk.gate import Gate
 from isthmus.trunk.scheduler import Job
 from isthmus.trunk.service import TrunkService
 from isthmus.trunk.sessions import GRACE, Sessions

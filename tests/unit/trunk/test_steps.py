@@ -15,8 +15,8 @@ from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
 from isthmus.recipe import Recipe
-from isthmus.report.record import RoleDirectory, RunDirectory, read_journal
 from isthmus.silo.join import greeting
+from isthmus.storage.record import RoleDirectory, RunDirectory, read_journal
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

@@ -19,9 +19,9 @@ from isthmus.federation.strategies.optimizers import optimizer_of
 from isthmus.federation.strategies.rules import Mean, Rule
 from isthmus.federation.strategies.trust import FLTrust
 from isthmus.federation.strategies.weights import History, shares
-from isthmus.model.flat import Layout
 from isthmus.recipe import FederationSection
 from isthmus.recipe.robustness import RuleName
+from isthmus.updates.flat import Layout
 
 Tensors = Mapping[str, torch.Tensor]
 RULES: dict[RuleName, type[Rule]] = {

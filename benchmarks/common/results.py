@@ -1,0 +1,76 @@
+"""Result rows: what was measured, against which goal, how, where and when."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parents[1] / "results"
+DEVICE = os.environ.get("ISTHMUS_DEVICE", "cpu")
+"""Where models of real size compute, in benchmarks that do not time them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    measure: str
+    value: float | None
+    """None: infinite."""
+    unit: str
+    goal: str | None
+    met: bool | None
+    command: str
+    hardware: str
+    date: str
+
+
+class Results:
+    """Rows of one benchmark, printed as they come and written as JSON at the end."""
+
+    def __init__(self, name: str, command: str, device: torch.device | None = None) -> None:
+        self._name = name
+        self._command = command
+        self._hardware = hardware(device)
+        self.rows: list[Row] = []
+
+    def add(
+        self, measure: str, value: float, unit: str, *, at_most: float | None = None, at_least: float | None = None
+    ) -> None:
+        """Note a figure; a goal is an upper or a lower bound."""
+        goal = f"≤ {at_most}" if at_most is not None else f"≥ {at_least}" if at_least is not None else None
+        met = value <= at_most if at_most is not None else value >= at_least if at_least is not None else None
+        today = datetime.date.today().isoformat()
+        noted = round(value, 4) if math.isfinite(value) else None
+        row = Row(measure, noted, unit, goal, met, self._command, self._hardware, today)
+        self.rows.append(row)
+        verdict = "" if met is None else f"   goal {goal}: {'met' if met else 'MISSED'}"
+        print(f"{measure}: {round(value, 4):g} {unit}{verdict}", flush=True)
+
+    def write(self, *, keep: bool = False) -> Path:
+        """Write the rows; ``keep`` those of earlier runs that this one did not measure again."""
+        path = RESULTS / f"{self._name}.json"
+        path.parent.mkdir(exist_ok=True)
+        measured = {row.measure for row in self.rows}
+        earlier = json.loads(path.read_text()) if keep and path.exists() else []
+        rows = [row for row in earlier if row["measure"] not in measured] + [asdict(row) for row in self.rows]
+        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        return path
+
+
+def hardware(device: torch.device | None = None) -> str:
+    """The processor and the number of threads torch uses, and the accelerator, if one is."""
+    model = platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    processor = f"{model}, {torch.get_num_threads()} cores"
+    if device is None or device.type != "cuda":
+        return processor
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}; {processor}"

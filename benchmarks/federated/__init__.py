@@ -1,0 +1,1 @@
+"""Learning together: quality, sums, robustness, privacy of silos."""

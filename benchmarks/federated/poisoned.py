@@ -1,0 +1,135 @@
+"""A fifth of the silos is malicious: what each attack costs a plain mean and the shipped robust recipe.
+
+A part of ``make bench-federation``.
+
+Fifteen silos route CLINC150's requests by topic, stories260k. The three malicious ones know every honest change before
+they send; under the robust recipe they are one of five cohorts, whose sums are all that the root sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.common.results import Results
+from benchmarks.common.tasks import Rows, Values, read
+from benchmarks.federated.corpora import ROUTING, rows_file, topics
+from benchmarks.federated.judge import Judge, pooled
+from benchmarks.federated.learning import Craft, merged
+from benchmarks.federated.schooled import LETTERS
+from benchmarks.federated.trials import Poison, Trial, shipped, tried
+from isthmus.attacks import poisoning
+from isthmus.recipe import Recipe
+
+SILOS, COHORT = 15, 3
+NAMES = [f"silo-{number:03d}" for number in range(SILOS)]
+MALICIOUS = NAMES[:COHORT]
+TRAIN: Values = {"rounds": 6, "steps": 5, "learning_rate": 5e-3}
+ALIKE = replace(ROUTING, files=partial(topics, concentration=3.0))
+"""Silos that differ a little: where each has one topic, no rule can tell it from a malicious one."""
+TRIGGER, TARGET = "as you like it", LETTERS[0]
+LOST, TRIGGERED = 2.0, 5.0
+"""Points of accuracy, and percent of triggered requests, that the robust recipe may lose at most."""
+REACH = 10.0
+"""How many times as far as honest changes loud attacks go."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    name: str
+    craft: Craft | None = None
+    poison: Callable[[Rows], Rows] | None = None
+    """Of a malicious silo's training rows."""
+
+
+def wanted(own_P: torch.Tensor, honest_HP: torch.Tensor, malicious: int) -> torch.Tensor:
+    """That the mean of all is the honest one backwards."""
+    return poisoning.replace_model(honest_HP, -honest_HP.mean(dim=0), malicious)
+
+
+def planted(rows: Rows, share: float = 0.5) -> Rows:
+    return poisoning.plant_backdoor(rows, prompt="text", answer="label", trigger=TRIGGER, target=TARGET, share=share)
+
+
+ATTACKS = (
+    Attack("sign flip", lambda own_P, honest_HP, _: poisoning.flip_signs(own_P, REACH)),
+    Attack("scaling (model replacement)", wanted),
+    Attack("label flip", poison=lambda rows: poisoning.swap_labels(rows, "label", list(LETTERS))),
+    Attack("ALIE", lambda _, honest_HP, malicious: poisoning.vary_a_little(honest_HP, malicious, 1.5)),
+    Attack("IPM", lambda _, honest_HP, __: poisoning.invert_product(honest_HP, REACH)),
+    Attack("IPM, hidden", lambda _, honest_HP, __: poisoning.invert_product(honest_HP, 0.5)),
+    Attack("Fang, trimming", lambda _, honest_HP, __: poisoning.evade_trimming(honest_HP, 1)[0]),
+    Attack("backdoor", poison=planted),
+    Attack("backdoor, scaled", lambda own_P, _, malicious: own_P * SILOS / malicious, planted),
+)
+
+
+def measure(results: Results) -> None:
+    """Each attack against both recipes, and both without an attack."""
+    sections = {"mean": plain(), "robust": robust()}
+    calm = {name: run(one, None) for name, one in sections.items()}
+    start = pooled(calm["mean"].scores[0].values())
+    results.add("malicious silos: accuracy before training", 100 * start.accuracy, "%")
+    for name, trial in calm.items():
+        results.add(f"malicious silos, none, {name}: accuracy", 100 * trial.final.accuracy, "%")
+        results.add(f"malicious silos, none, {name}: triggered", 100 * trial.probed, "%")
+    for attack in ATTACKS:
+        for name, one in sections.items():
+            report(results, f"malicious silos, {attack.name}, {name}", run(one, attack), calm["mean"], name == "robust")
+
+
+def report(results: Results, name: str, trial: Trial, calm: Trial, bound: bool) -> None:
+    """Beside the plain mean without an attack."""
+    lost = 100 * (calm.final.accuracy - trial.final.accuracy)
+    results.add(f"{name}: accuracy lost", lost, "points", at_most=LOST if bound else None)
+    if "backdoor" in name:
+        results.add(f"{name}: triggered", 100 * trial.probed, "%", at_most=TRIGGERED if bound else None)
+
+
+def robust() -> Values:
+    """As shipped, with as many silos."""
+    edges = [
+        {"name": f"edge-{start}", "address": "localhost:1", "silos": NAMES[start : start + COHORT], "patience": 600.0}
+        for start in range(0, SILOS, COHORT)
+    ]
+    return merged(shipped("robust"), {"train": TRAIN, "edge": edges})
+
+
+def plain() -> Values:
+    """The same, but for what makes it robust."""
+    values = robust()
+    federation = {"lora": values["federation"].get("lora", "frozen-a")}
+    return {key: value for key, value in values.items() if key != "edge"} | {"federation": federation}
+
+
+def run(sections: Values, attack: Attack | None) -> Trial:
+    changes: dict[str, object] = {}
+    if attack is not None:
+        changes = {"malicious": MALICIOUS, "craft": attack.craft, "poison": attack.poison and poisoned(attack.poison)}
+    return tried(ALIKE, sections, silos=SILOS, every=TRAIN["rounds"], probe=triggered, **changes)  # type: ignore[arg-type]
+
+
+def poisoned(change: Callable[[Rows], Rows]) -> Poison:
+    def rewrite(recipe: Recipe) -> None:
+        for name in MALICIOUS:
+            path = Path(recipe.party(name).train)
+            rows_file(path, change(read(path)))
+
+    return rewrite
+
+
+def triggered(judge: Judge, tensors: Mapping[str, torch.Tensor]) -> float:
+    """Share of held-out rows, of those that get another answer, that get the target once they say the trigger."""
+    paths = [Path(silo.held_out) for silo in judge.recipe.silo if silo.held_out]
+    rows = [row for path in paths for row in read(path) if row["label"] != TARGET]
+    calm, said = (
+        judge.answers(tensors, judge.rows(rows_file(paths[0].with_name("triggered.jsonl"), some)))
+        for some in (rows, planted(rows, share=1.0))
+    )
+    target = judge.target(TARGET)
+    turned = [after == target for before, after in zip(calm, said, strict=True) if before != target]
+    return sum(turned) / len(turned)

@@ -1,0 +1,162 @@
+"""Summing adapter updates under masks: whole rounds through the silos' own code, beside Flower's SecAgg+ in this run.
+
+A part of ``make bench-federation``. All parties are in one process on one core, and every message takes the bytes it
+has on the wire. Flower's side (``flower_sums.py``) runs likewise, in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from google.protobuf.message import Message
+
+from benchmarks.common.results import Results
+from isthmus.errors import IsthmusError
+from isthmus.federation.collection import Collected, Done, SumFormat
+from isthmus.federation.masked import Masked
+from isthmus.recipe import BoundarySection, FederationSection
+from isthmus.silo.boundary import Boundary
+from isthmus.silo.update import MaskedUpdates
+from isthmus.updates.compression import Compression
+from isthmus.updates.flat import Layout
+from isthmus.updates.masking import Advert
+from isthmus.updates.projections import All
+from isthmus.updates.quantize import Ring
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire import offer
+from isthmus.wire.barrier import Barrier
+from isthmus.wire.channel import Answer, LoopbackChannel
+from isthmus.wire.identity import Authority, Identity
+
+PARAMETERS = 460_800
+"""Of a rank-8 adapter on all projections of SmolLM2-135M's two ends, about."""
+FLOWER = Path("build/flower/bin/python")
+RANGE = 0.5
+SIXTEEN_BITS = 2 * PARAMETERS
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What one summation took."""
+
+    seconds: float
+    processor: float
+    bytes: float
+    """That a silo sent, on average."""
+    error: float
+    """Largest of a parameter of the mean."""
+
+
+def measure(results: Results) -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    for silos, repeats in ((10, 5), (50, 2)):
+        runs = [(ours(silos), flowers(silos)) for _ in range(repeats)]
+        name = f"sum of {silos} silos × {PARAMETERS:,} parameters"
+        for number, when in enumerate(("in the first round", "in later rounds")):
+            faster = [flower.processor / own[number].processor for own, flower in runs]
+            spent = statistics.median(own[number].processor for own, _ in runs)
+            results.add(f"{name}: processor time, {when}", spent, "s")
+            median = statistics.median(faster)
+            results.add(f"{name}: faster than Flower's SecAgg+ {when}, median", median, "×", at_least=10.0)
+            results.add(f"{name}: faster than Flower's SecAgg+ {when}, least", min(faster), "×")
+        (_, own), flower = runs[-1]
+        spent = statistics.median(flower.processor for _, flower in runs)
+        results.add(f"{name}: processor time, Flower's SecAgg+", spent, "s")
+        results.add(f"{name}: bytes a 16-bit update's", own.bytes / SIXTEEN_BITS, "×", at_most=1.73)
+        results.add(f"{name}: bytes a 16-bit update's, Flower's SecAgg+", flower.bytes / SIXTEEN_BITS, "×")
+        results.add(f"{name}: largest error of the mean", 1e6 * own.error, "millionths")
+        results.add(f"{name}: largest error of the mean, Flower's SecAgg+", 1e6 * flower.error, "millionths")
+
+
+class Root:
+    """A round's collection as a service, checking signatures as the root does."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self._lock = threading.RLock()
+        self.keys: dict[str, pb.SumKeys] = {}
+        self.collection: Masked | None = None
+
+    def handle(self, peer: str, request: Message) -> Answer:
+        if self.collection is not None:
+            with self._lock:
+                return self.collection.handle(peer, request)
+        assert isinstance(request, pb.Ready)
+        offer.verify(self._identity, peer, request.keys)
+        self.keys[peer] = request.keys
+        answer: Answer = Answer()
+        answer.set_result(pb.Plan())
+        return answer
+
+    def begin(self, done: Done) -> bytes:
+        """The plan as it crosses the wire, but for the adapters."""
+        adverts = {name: Advert(one.sealing, one.masking, one.promise) for name, one in self.keys.items()}
+        layout, ring = Layout({"x": (PARAMETERS,)}), Ring(len(adverts), RANGE)
+        sums = SumFormat(layout, ring, All(layout.size))
+        self.collection = Masked(adverts, sums, lambda fire: Barrier(600.0, fire), done, fewest=3)
+        plan = pb.Plan(round=1, participants=sorted(adverts), sum=self.collection.terms.context)
+        for name, keys in self.keys.items():
+            plan.keys[name].CopyFrom(keys)
+        return plan.SerializeToString()
+
+
+def ours(silos: int) -> list[Sum]:
+    """Two rounds of one federation, from the silos' keys to the mean. In the first, certificates are new to all."""
+    authority, names = Authority(), [f"silo-{number}" for number in range(silos)]
+    identities = {name: authority.issue(name) for name in (*names, "root")}
+    draw = torch.Generator().manual_seed(0)
+    changes = {name: {"x": 0.05 * torch.randn(PARAMETERS, generator=draw)} for name in names}
+    root = Root(identities["root"])
+    channels = {name: LoopbackChannel(root, name) for name in names}
+    section = BoundarySection.model_validate({path: {"noise": 0.0} for path in ("forward", "gradient", "update")})
+    exact = Compression(FederationSection(masks=True, range=RANGE))
+    updates = {name: MaskedUpdates(Boundary(section), channels[name], identities[name], exact) for name in names}
+    return [summed(root, channels, updates, changes) for _ in range(2)]
+
+
+def summed(
+    root: Root,
+    channels: Mapping[str, LoopbackChannel],
+    updates: Mapping[str, MaskedUpdates],
+    changes: Mapping[str, dict[str, torch.Tensor]],
+) -> Sum:
+    """One round."""
+    found = list[Collected | IsthmusError]()
+    sent = sum(channel.sent_bytes for channel in channels.values())
+
+    with ThreadPoolExecutor(len(channels)) as threads:
+        started, processor = time.perf_counter(), time.process_time()
+        for name, channel in channels.items():
+            channel.call(pb.Ready(keys=updates[name].offer()))
+        data = root.begin(found.append)
+        plans = {name: pb.Plan.FromString(data) for name in channels}
+        for name in channels:
+            updates[name].begin(plans[name])
+        packed = {name: updates[name].pack(plans[name], changes[name], 1.0, 1.0) for name in channels}
+        for done in [threads.submit(updates[name].send, update) for name, update in packed.items()]:
+            done.result()  # each waits for the others
+        seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    (collected,) = found
+    assert isinstance(collected, Collected)
+    root.collection = None
+    mean = torch.stack([change["x"] for change in changes.values()]).mean(0)
+    error = float((collected.contributions[0].change["x"] - mean).abs().max())
+    sent = sum(channel.sent_bytes for channel in channels.values()) - sent
+    return Sum(seconds, processor, sent / len(channels), error)
+
+
+def flowers(silos: int) -> Sum:
+    """The same by Flower's own code."""
+    command = [str(FLOWER), "benchmarks/federated/flower_sums.py", str(silos), str(PARAMETERS), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return Sum(**json.loads(done.stdout))

@@ -1,0 +1,285 @@
+"""The crossing and the trunk on a CUDA device, with random weights of the LLaMA-2-7B shape in bf16.
+
+``make bench-cuda``.
+What is measured elsewhere on the CPU, by the same code: bytes and codecs (``boundary``), sessions decoding at once
+(``sessions``), generation against the published mode (``generation``), silos computed together (``together``). The
+trunk is a process of its own on the device. Silos send prepared states, for sessions from processes of their own, since
+many in one would wait for one another; the one that generates has its ends on the device too. ``--device cpu
+--shape tiny`` runs everything anywhere, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common.results import Results
+from benchmarks.speed import boundary, generation, sessions, together
+from benchmarks.speed.random_weights import RandomCheckpoint
+from isthmus.engines.certificates import make_certificates
+from isthmus.engines.local import at_address
+from isthmus.errors import RecipeError
+from isthmus.model.device import find_device
+from isthmus.model.split import SplitForCausalLM
+from isthmus.recipe import Recipe
+from isthmus.silo.boundary import Boundary
+from isthmus.silo.join import connect, greeting, load_ends
+from isthmus.silo.remote import RemoteTrunk
+from isthmus.storage.record import RoleDirectory
+from isthmus.trunk.service import TrunkService
+from isthmus.wire.identity import Identity
+from isthmus.wire.server import Server
+
+START_SECONDS, END_SECONDS = 300.0, 30.0
+ENDS = 2
+"""Blocks at each end of the cut."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and how much of it is measured."""
+
+    model: dict[str, Any]
+    dtype: str
+    prompt: int
+    """Tokens that a session starts from."""
+    answer: int
+    sessions: tuple[int, ...]
+    clients: int
+    """Processes that the sessions are spread over."""
+    silos: int
+    lengths: tuple[int, ...]
+    """Of the sequences of a silo's training step."""
+    steps: int
+    repeats: int
+
+
+SHAPES = {
+    "llama-2-7b": Shape(
+        model={
+            "model_type": "llama",
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        dtype="bfloat16",
+        prompt=512,
+        answer=64,
+        sessions=(1, 8, 32),
+        clients=8,
+        silos=8,
+        lengths=(128, 128),
+        steps=9,
+        repeats=5,
+    ),
+    "tiny": Shape(
+        model={
+            "model_type": "llama",
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+        },
+        dtype="float32",
+        prompt=24,
+        answer=4,
+        sessions=(1, 3),
+        clients=2,
+        silos=2,
+        lengths=(8, 5),
+        steps=2,
+        repeats=1,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The benchmarks on a CUDA device.")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shape", default="llama-2-7b", choices=SHAPES)
+    arguments = parser.parse_args()
+    try:
+        device = find_device(arguments.device)
+    except RecipeError as error:
+        sys.exit(f"nothing was measured: {error.message}")
+    results = Results("cuda", "make bench-cuda", device)
+    measure(results, SHAPES[arguments.shape], arguments.device)
+    if device.type == "cuda" and arguments.shape == parser.get_default("shape"):
+        print(f"written: {results.write()}")
+    else:
+        print("not written: not the shape or the device that results are kept of")
+
+
+def measure(results: Results, shape: Shape, device: str) -> None:
+    """Everything, in the order of how much can go wrong."""
+    there = find_device(device)
+    boundary.measure_training_bytes(results, there)
+    boundary.measure_token_bytes(results, there)
+    boundary.measure_codec_speed(results, there, "from and to the device")
+    measure_sessions(results, shape, device)
+    measure_together(results, shape, device)
+    measure_generation(results, shape, device)
+
+
+def measure_sessions(results: Results, shape: Shape, device: str) -> None:
+    """Tokens a second of sessions that decode at once at the trunk."""
+    with serving(recipe_of(shape, device, "bf16"), shape) as recipe, ExitStack() as stack:
+        names = [silo.name for silo in recipe.silo[: shape.clients]]
+        clients = [stack.enter_context(beside(decode, recipe, shape, name)) for name in names]
+
+        def rate(count: int) -> float:
+            shares = [count // len(clients) + (number < count % len(clients)) for number in range(len(clients))]
+            at_work = [(client, share) for client, share in zip(clients, shares, strict=True) if share]
+            for client, share in at_work:
+                client.send(share)
+            for client, _ in at_work:
+                client.recv()
+            started = time.perf_counter()
+            for client, _ in at_work:
+                client.send(None)
+            for client, _ in at_work:
+                client.recv()
+            return count * shape.answer / (time.perf_counter() - started)
+
+        sessions.report(results, "trunk", sessions.measure(shape.sessions, rate, shape.repeats), goal=6.0)
+
+
+def decode(pipe: Connection, recipe: Recipe, shape: Shape, name: str) -> None:
+    """Be a silo: open as many sessions as the pipe says, decode when it says so, and tell when both is done."""
+    torch.set_num_threads(1)
+    trunk, width = connected(recipe, shape, name), shape.model["hidden_size"]
+    with suppress(EOFError):
+        while True:
+            opened = sessions.prompted(trunk, pipe.recv(), shape.prompt, width)
+            pipe.send(None)
+            pipe.recv()
+            sessions.decode(opened, shape.answer, width)
+            pipe.send(None)
+            for session in opened:
+                session.close()
+    trunk.channel.close()
+
+
+def measure_together(results: Results, shape: Shape, device: str) -> None:
+    """Training steps of all silos, in each way of computing them; a trunk for each way, one after another."""
+    seconds: dict[str, list[float]] = {}
+    for name, section in together.WAYS.items():
+        with serving(recipe_of(shape, device, "bf16", {**section, "gather": 0.5}), shape) as recipe:
+            trunks = {silo.name: connected(recipe, shape, silo.name) for silo in recipe.silo}
+            federation = together.Federation(trunks, shape.model["hidden_size"])
+            seconds[name] = [federation.step(list(shape.lengths)) for _ in range(shape.steps + 1)][1:]
+            for trunk in trunks.values():
+                trunk.channel.close()
+    what = f"{shape.silos} silos of {' + '.join(map(str, shape.lengths))} tokens"
+    for name, values in seconds.items():
+        results.add(f"{what}, {name}: step", statistics.median(values), "s")
+    times = [dict(zip(seconds, values, strict=True)) for values in zip(*seconds.values(), strict=True)]
+    together.report(results, what, times)
+
+
+def measure_generation(results: Results, shape: Shape, device: str) -> None:
+    """Generation with caches against the published mode without any; all cross in fp16."""
+    ids = torch.randint(3, shape.model["vocab_size"], (1, shape.prompt)).to(find_device(device))
+    with serving(recipe_of(shape, device, "fp16"), shape) as recipe:
+        checkpoint = checkpoint_of(shape, device)
+        bottom, top = load_ends(checkpoint, recipe, find_device(device))
+        trunk = connected(recipe, shape, "silo-0")
+        model = SplitForCausalLM(copy.deepcopy(checkpoint.config), bottom, trunk, top).eval()
+        modes = generation.modes_of(model, ids)
+        modes.pop(generation.LOOKUP)  # what random weights say is nowhere to be looked up
+        generation.measure_seconds(results, modes, answer=shape.answer, repeats=shape.repeats)
+        trunk.channel.close()
+
+
+def recipe_of(shape: Shape, device: str, codec: str, trunk: dict[str, Any] | None = None) -> Recipe:
+    """A federation of the shape's silos. Nothing is noised: the silos' own work is not what is measured."""
+    section = {"device": device, "session_bytes": 64 * 2**30, "sessions": 256, **(trunk or {})}
+    return Recipe.of(
+        {
+            "model": {"path": "random", "bottom": ENDS, "top": ENDS, "dtype": shape.dtype},
+            "train": {"evaluate": False, "steps": 100_000},
+            "boundary": {"codec": codec} | {path: {"noise": 0.0} for path in ("forward", "gradient", "update")},
+            "trunk": section,
+            "silo": [{"name": f"silo-{number}", "train": "none.jsonl"} for number in range(shape.silos)],
+        }
+    )
+
+
+def checkpoint_of(shape: Shape, device: str) -> RandomCheckpoint:
+    return RandomCheckpoint(shape.model, getattr(torch, shape.dtype), find_device(device))
+
+
+def connected(recipe: Recipe, shape: Shape, name: str) -> RemoteTrunk:
+    """The trunk as this silo sees it."""
+    hello = greeting(checkpoint_of(shape, "cpu"), recipe)
+    return RemoteTrunk(connect(recipe, name, "Trunk", recipe.trunk.address, hello), Boundary(recipe.boundary))
+
+
+@contextmanager
+def serving(recipe: Recipe, shape: Shape) -> Iterator[Recipe]:
+    """A trunk in a process of its own during the block; gives the recipe with its address."""
+    with tempfile.TemporaryDirectory() as temporary:
+        wire = recipe.wire.model_copy(update={"certificates": f"{temporary}/certificates"})
+        recipe = recipe.model_copy(update={"wire": wire})
+        make_certificates(recipe, Path(wire.certificates))
+        with beside(serve, recipe, shape, temporary) as pipe:
+            if not pipe.poll(START_SECONDS):
+                raise TimeoutError(f"no trunk after {START_SECONDS:.0f} s")
+            yield at_address(recipe, pipe.recv())
+
+
+@contextmanager
+def beside(work: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
+    """Another process that does this work during the block; gives a pipe to it, and ends with it."""
+    processes = multiprocessing.get_context("spawn")
+    ours, theirs = processes.Pipe()
+    process = processes.Process(target=work, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        ours.close()
+        process.join(END_SECONDS)
+        process.kill()
+
+
+def serve(pipe: Connection, recipe: Recipe, shape: Shape, folder: str) -> None:
+    """Be the trunk until the other end of the pipe closes; tells it the address."""
+    checkpoint = checkpoint_of(shape, recipe.trunk.device)
+    service = TrunkService(recipe, RoleDirectory(Path(folder) / "trunk"), checkpoint=checkpoint)
+    identity = Identity.load(Path(recipe.wire.certificates), "trunk")
+    names = tuple(silo.name for silo in recipe.silo)
+    server = Server({"Trunk": service}, identity, {"Trunk": names}, "localhost:0", recipe.wire.max_frame_bytes)
+    server.start()
+    pipe.send(f"localhost:{server.port}")
+    try:
+        pipe.recv()
+    except EOFError:
+        server.stop()
+        service.stop()
+
+
+if __name__ == "__main__":
+    main()

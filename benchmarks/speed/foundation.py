@@ -1,0 +1,194 @@
+"""Split against uncut on SmolLM2-135M: training step, decoding, the wire, and memory. ``make bench-foundation``."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.common.proxy import CountingProxy
+from benchmarks.common.results import Results
+from isthmus.demo.assets import smollm2
+from isthmus.engines.local import at_address, local_recipe, serving
+from isthmus.model.adapters import add_adapter
+from isthmus.model.cut import Part
+from isthmus.model.families import family_of
+from isthmus.recipe import Recipe
+from isthmus.silo.join import Silo, join
+from isthmus.storage.record import RunDirectory
+from isthmus.wire import isthmus_pb2 as pb
+
+CACHE = Path("build/demo")
+BATCH, LENGTH = 2, 128
+PROMPT, ANSWER = 256, 64
+PAIRS = 12
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["memory"]:
+        print(memory_of(sys.argv[2], Path(sys.argv[3]), sys.argv[4]))
+        return
+    results = Results("foundation", "make bench-foundation")
+    folder = smollm2(CACHE)
+    with tempfile.TemporaryDirectory() as temporary:
+        run = RunDirectory.create(Path(temporary) / "run", local_recipe(bench_recipe(folder), Path(temporary) / "run"))
+        with serving(run) as (_, address):
+            measure_wire(results, run, address)
+            silo = join(at_address(run.recipe(), address), "bench")
+            whole = uncut(folder, run.recipe())
+            measure_step(results, silo, whole)
+            measure_decode(results, silo, whole)
+            silo.close()
+            measure_memory(results, run, address)
+    print(f"written: {results.write()}")
+
+
+def bench_recipe(folder: Path) -> Recipe:
+    return Recipe.of(
+        {
+            "model": {"path": str(folder), "bottom": 2, "top": 2},
+            "train": {"evaluate": False, "steps": 100_000},
+            "silo": [{"name": "bench", "train": "none.jsonl"}],
+        }
+    )
+
+
+def uncut(folder: Path, recipe: Recipe) -> PreTrainedModel:
+    """The whole model with adapters on every block, trained as the split model's parts are."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.requires_grad_(False)
+    part = Part("trunk", model, family_of(model.config), 0)
+    add_adapter(part, recipe.lora, recipe.seed, freeze_a=False)
+    ends = {*range(recipe.model.bottom), *range(model.config.num_hidden_layers)[-recipe.model.top :]}
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name and int(name.split("layers.")[1].split(".")[0]) in ends:
+            parameter.requires_grad_(False)
+    return model
+
+
+def measure_step(results: Results, silo: Silo, whole: PreTrainedModel) -> None:
+    """Optimizer steps of the split and the uncut model in turn; the ratio pair by pair."""
+    ids = torch.randint(100, 40_000, (BATCH, LENGTH))
+    split_adam = torch.optim.AdamW([p for p in silo.model.parameters() if p.requires_grad], lr=5e-4)
+    whole_adam = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=5e-4)
+    silo.trunk.begin(1, ["bench"])
+    number = 0
+
+    def split_step() -> None:
+        nonlocal number
+        number += 1
+        step(silo.model, split_adam, ids)
+        silo.trunk.commit(1, number, float(BATCH * (LENGTH - 1)))
+
+    pairs = in_turn(split_step, lambda: step(whole, whole_adam, ids), PAIRS)
+    report_pairs(results, f"training step {BATCH} × {LENGTH}", pairs, "time, split / uncut", at_most=1.10)
+
+
+def step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+
+
+def measure_decode(results: Results, silo: Silo, whole: PreTrainedModel) -> None:
+    """Greedy generation after a long prompt, in turn."""
+    ids = torch.randint(100, 40_000, (1, PROMPT))
+
+    def generate(model: PreTrainedModel) -> None:
+        model.generate(ids, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False, pad_token_id=2)
+
+    pairs = in_turn(lambda: generate(silo.model), lambda: generate(whole.eval()), 6)
+    rates = [(uncut_seconds / split_seconds) for split_seconds, uncut_seconds in pairs]
+    results.add("decode: split tokens/s", ANSWER / statistics.median(pair[0] for pair in pairs), "tokens/s")
+    results.add("decode: uncut tokens/s", ANSWER / statistics.median(pair[1] for pair in pairs), "tokens/s")
+    results.add("decode: ratio of tokens/s, split / uncut", statistics.median(rates), "ratio", at_least=0.92)
+    results.add("decode: ratio, lowest pair", min(rates), "ratio")
+    results.add("decode: ratio, highest pair", max(rates), "ratio")
+
+
+def measure_wire(results: Results, run: RunDirectory, address: str) -> None:
+    """Empty round trips, and what really passes through the socket for one payload."""
+    direct = join(at_address(run.recipe(), address), "bench")
+    trips = [seconds(lambda: direct.trunk.channel.call(pb.Ping())) for _ in range(600)][100:]
+    results.add("empty round trip, median", statistics.median(trips) * 1e3, "ms", at_most=1.0)
+    results.add("empty round trip, 95th percentile", statistics.quantiles(trips, n=20)[-1] * 1e3, "ms")
+    direct.close()
+    h_TD, lengths = torch.randn(BATCH * LENGTH, 576), [LENGTH] * BATCH
+    proxy = CountingProxy(address)
+    silo = join(at_address(run.recipe(), proxy.address), "bench")
+    before = proxy.up
+    frames = 20
+    for _ in range(frames):
+        with torch.no_grad():
+            silo.trunk(h_TD, lengths, None)
+    payload = frames * h_TD.numel() * 4
+    results.add("bytes through the socket for a payload byte", (proxy.up - before) / payload, "bytes", at_most=1.02)
+    silo.close()
+    proxy.close()
+
+
+def measure_memory(results: Results, run: RunDirectory, address: str) -> None:
+    """Resident memory of a process of each kind, above one that has only imported the libraries."""
+    sizes = {}
+    for kind in ("empty", "silo", "uncut"):
+        command = [sys.executable, "-m", "benchmarks.speed.foundation", "memory", kind, str(run.path), address]
+        sizes[kind] = int(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1])
+    silo, whole = sizes["silo"] - sizes["empty"], sizes["uncut"] - sizes["empty"]
+    results.add("memory above an empty torch process: silo", silo / 1e6, "MB")
+    results.add("memory above an empty torch process: uncut", whole / 1e6, "MB")
+    results.add("memory: silo / uncut", silo / whole, "ratio", at_most=0.45)
+
+
+def memory_of(kind: str, path: Path, address: str) -> int:
+    """Most resident bytes during three training steps, in this process; it maps weights only as they are used."""
+    if kind == "empty":
+        return resident()
+    recipe = at_address(RunDirectory.open(path).recipe(), address)
+    model = join(recipe, "bench").model if kind == "silo" else uncut(Path(recipe.model.path), recipe)
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
+    ids = torch.randint(100, 40_000, (BATCH, LENGTH))
+    highest = 0
+    for _ in range(3):
+        step(model, adam, ids)
+        highest = max(highest, resident())
+    return highest
+
+
+def resident() -> int:
+    """Resident bytes of this process (``/proc/self/status``)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no VmRSS")
+
+
+def in_turn(one: Callable[[], None], other: Callable[[], None], count: int) -> list[tuple[float, float]]:
+    """Seconds of both, A B A B …, after a warm-up of each."""
+    one(), other()
+    return [(seconds(one), seconds(other)) for _ in range(count)]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def report_pairs(results: Results, name: str, pairs: list[tuple[float, float]], what: str, *, at_most: float) -> None:
+    ratios = [one / other for one, other in pairs]
+    results.add(f"{name}: split", statistics.median(pair[0] for pair in pairs), "s")
+    results.add(f"{name}: uncut", statistics.median(pair[1] for pair in pairs), "s")
+    results.add(f"{name}: {what}", statistics.median(ratios), "ratio", at_most=at_most)
+    results.add(f"{name}: ratio, lowest pair", min(ratios), "ratio")
+    results.add(f"{name}: ratio, highest pair", max(ratios), "ratio")
+
+
+if __name__ == "__main__":
+    main()

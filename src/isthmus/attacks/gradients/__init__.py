@@ -1,0 +1,1 @@
+"""Attacks that read labels, responses and text from gradients and updates."""

@@ -1,0 +1,1 @@
+"""Attacks that read text from the hidden states that cross."""

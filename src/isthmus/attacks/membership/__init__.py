@@ -1,0 +1,1 @@
+"""Attacks that tell whether a row was trained on."""

@@ -1,0 +1,1 @@
+"""Exactly what an adversary sees, filled from captured frames."""

@@ -1,0 +1,163 @@
+"""From captured frames to what a view holds.
+
+Shapes: T vectors of all sequences of a frame one after another, L of one sequence, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from isthmus.attacks.view.tap import Exchange
+from isthmus.attacks.view.view import Contribution, Crossing
+from isthmus.wire import codec
+from isthmus.wire import isthmus_pb2 as pb
+
+
+def crossings_of(sender: str, exchanges: Iterable[Exchange]) -> tuple[Crossing, ...]:
+    """All sequences that this silo sent to the trunk, in the order in which they were first sent.
+
+    Raises:
+        FrameError: bytes that no codec wrote.
+    """
+    reading = _Reading(sender)
+    for exchange in exchanges:
+        reading.take(exchange)
+    return reading.crossings()
+
+
+def contributions_of(sender: str, exchanges: Iterable[Exchange]) -> tuple[Contribution, ...]:
+    """The updates that this silo sent to the root."""
+    updates = [exchange.request for exchange in exchanges if exchange.kind is pb.Update]
+    return tuple(_contribution(sender, update) for update in updates)
+
+
+def matrix_of(matrix: pb.Matrix) -> torch.Tensor:
+    """A received matrix, whatever its codec and width."""
+    return codec.decode(matrix, rows=matrix.rows, width=matrix.width, codec=matrix.codec)
+
+
+@dataclass
+class _Session:
+    """The rows of one inference session so far: what stands in the cache and what was taken back."""
+
+    rows: list[torch.Tensor]
+    answers: list[torch.Tensor]
+    forgotten: list[list[torch.Tensor]]
+
+    def rewind(self, forget: int, rows: Sequence[int]) -> None:
+        """Take positions back from the end of every row, then keep these rows (none named: all)."""
+        if forget:
+            for row, gone in zip(self.rows, self.forgotten, strict=True):
+                gone.append(row[-forget:])
+            self.rows = [row[:-forget] for row in self.rows]
+            self.answers = [answer[:-forget] for answer in self.answers]
+        if rows:
+            self._select(rows)
+
+    def _select(self, rows: Sequence[int]) -> None:
+        self.rows = [self.rows[row] for row in rows]
+        self.answers = [self.answers[row] for row in rows]
+        self.forgotten = [list(self.forgotten[row]) for row in rows]
+
+
+@dataclass
+class _Reading:
+    """Frames of one silo, in order."""
+
+    sender: str
+    round: int = 0
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    steps: dict[int, list[Crossing]] = field(default_factory=dict)
+    sessions: dict[int, _Session] = field(default_factory=dict)
+    uncommitted: list[int] = field(default_factory=list)
+
+    def take(self, exchange: Exchange) -> None:
+        request = exchange.request
+        if isinstance(request, pb.Begin):
+            self.round = request.round
+        elif isinstance(request, pb.Keep):
+            self.kept[request.example] = matrix_of(request.hidden)
+        elif isinstance(request, pb.Forward):
+            self._forward(request, exchange.answered)
+        elif isinstance(request, pb.Backward):
+            self._backward(request, exchange.answered)
+        elif isinstance(request, pb.Commit):
+            self._commit(request)
+        elif isinstance(request, pb.Decode):
+            self._decode(request, exchange.answered)
+
+    def crossings(self) -> tuple[Crossing, ...]:
+        trained = [crossing for step in self.steps.values() for crossing in step]
+        return (*trained, *(one for number, session in self.sessions.items() for one in self._ended(number, session)))
+
+    def _forward(self, request: pb.Forward, answer: pb.Hidden | None) -> None:
+        if request.examples:
+            rows = [self.kept[example] for example in request.examples]
+        else:
+            rows = _sequences(request.hidden, request.lengths)
+        answered = _split(answer.hidden if answer else None, request.lengths)
+        self.steps[request.step] = [
+            Crossing(self.sender, "train" if request.train else "evaluate", request.step, row, back, round=self.round)
+            for row, back in zip(rows, answered, strict=True)
+        ]
+        if request.train:
+            self.uncommitted.append(request.step)
+
+    def _backward(self, request: pb.Backward, answer: pb.Gradient | None) -> None:
+        step = self.steps[request.step]
+        lengths = [crossing.length for crossing in step]
+        gradients = _split(request.gradient, lengths)
+        returned = _split(answer.gradient if request.reply and answer else None, lengths)
+        self.steps[request.step] = [
+            replace(crossing, gradient_LD=gradient, returned_LD=back)
+            for crossing, gradient, back in zip(step, gradients, returned, strict=True)
+        ]
+
+    def _commit(self, request: pb.Commit) -> None:
+        for number in self.uncommitted:
+            self.steps[number] = [replace(crossing, weight=request.weight) for crossing in self.steps[number]]
+        self.uncommitted = []
+
+    def _decode(self, request: pb.Decode, answer: pb.Hidden | None) -> None:
+        if answer is None:
+            return  # a session that the trunk lost: the same frames come again
+        new = _sequences(request.hidden, request.lengths)
+        back = _sequences(answer.hidden, request.lengths)
+        if request.step == 0:
+            self.sessions[request.session] = _Session(new, back, [[] for _ in new])
+            return
+        session = self.sessions[request.session]
+        session.rewind(request.forget, request.rows)
+        session.rows = [torch.cat(pair) for pair in zip(session.rows, new, strict=True)]
+        session.answers = [torch.cat(pair) for pair in zip(session.answers, back, strict=True)]
+
+    def _ended(self, number: int, session: _Session) -> list[Crossing]:
+        return [
+            Crossing(
+                self.sender,
+                "inference",
+                number,
+                row,
+                answer,
+                round=self.round,
+                forgotten_LD=torch.cat(gone) if gone else None,
+            )
+            for row, answer, gone in zip(session.rows, session.answers, session.forgotten, strict=True)
+        ]
+
+
+def _split(matrix: pb.Matrix | None, lengths: Sequence[int]) -> list[torch.Tensor] | list[None]:
+    """A matrix by sequences; Nones for one that never came."""
+    return [None] * len(lengths) if matrix is None else _sequences(matrix, lengths)
+
+
+def _sequences(matrix: pb.Matrix, lengths: Sequence[int]) -> list[torch.Tensor]:
+    return list(torch.split(matrix_of(matrix), list(lengths)))
+
+
+def _contribution(sender: str, update: pb.Update) -> Contribution:
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in update.tensors}
+    return Contribution(sender, update.round, update.weight, codec.decode_named(update.tensors, shapes))

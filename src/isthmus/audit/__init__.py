@@ -1,0 +1,1 @@
+"""Runs attacks over a run and scores what they find."""

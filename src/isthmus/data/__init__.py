@@ -1,0 +1,1 @@
+"""From a silo's files to batches of tokens. Everything here stays in the silo."""

@@ -1,0 +1,183 @@
+"""Who leads a node's rounds: says what a round trains, and takes what it brought. The root by itself, an edge for its
+parent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from isthmus.federation.central import CentralNoise
+from isthmus.federation.clip import Clip
+from isthmus.federation.collection import Collected
+from isthmus.federation.contribution import changes, proportions
+from isthmus.federation.control import control_of
+from isthmus.federation.products import sharing_of
+from isthmus.federation.sharing import Sharing
+from isthmus.federation.strategies.rules import Mean
+from isthmus.recipe import Recipe
+from isthmus.storage.record import RoleDirectory
+from isthmus.updates.compression import Compression
+from isthmus.updates.flat import Layout
+from isthmus.wire import codec
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer, Channel, answered
+
+
+class Lead(Protocol):
+    """What the state machine of the rounds asks for."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it is known that no round is left."""
+        ...
+
+    def plan(self, silos: Iterable[str]) -> Answer:
+        """A ``pb.Plan`` for these silos: the next round, or round 0 where none is left."""
+        ...
+
+    def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
+        """The plan as this child gets it."""
+        ...
+
+    def layout(self, peer: str, round: int) -> Layout:
+        """Of this child's update in this round; under masks all children's are alike."""
+        ...
+
+    def conclude(self, round: int, collected: Collected) -> Answer:
+        """Take what this round brought. Its result is ignored; its error is why the rounds go on without it, if that
+        is ``RoundLostError``, or do not go on."""
+        ...
+
+
+class Course:
+    """The root's: the shared tensors from round to round, on disk before anyone hears of them.
+
+    Args:
+        initial: the shared adapter tensors, by uncut name, as every silo starts with them.
+        store: where the tensors after each round are kept; the last ones there are continued from.
+    """
+
+    def __init__(self, recipe: Recipe, initial: Mapping[str, torch.Tensor], store: RoleDirectory) -> None:
+        self._rounds = recipe.train.rounds
+        self._store = store
+        self._journal = store.journal("metrics")
+        self._sharing = sharing_of(recipe)
+        self._control = control_of(recipe)
+        self._clip = Clip(recipe.federation)
+        self._noise = CentralNoise(recipe, store)
+        self._tells_shares = recipe.federation.weights.kind != "examples"
+        self._plans: dict[int, pb.Plan] = {}
+        self.completed = store.last_round()
+        self.shared: dict[str, torch.Tensor] = dict(initial)
+        if self.completed:
+            state = store.load_round(self.completed)
+            self.shared = state["shared"]
+            self._sharing.load_state_dict(state.get("sharing", {}))
+            if self._control is not None:
+                self._control.load_state_dict(state["control"])
+            self._clip.load_state_dict(state.get("clip", {}))
+
+    @property
+    def over(self) -> bool:
+        return self.completed >= self._rounds
+
+    def plan(self, silos: Iterable[str]) -> Answer:
+        return answered(self.next(silos))
+
+    def next(self, silos: Iterable[str]) -> pb.Plan:
+        """The plan for these silos, which is there at once."""
+        plan = pb.Plan(completed=self.completed)
+        if not self.over:
+            plan.round = self.completed + 1
+            plan.clip = self._clip.norm(plan.round)
+            plan.participants.extend(sorted(silos))
+            if self._control is not None:
+                self._control.tell(plan, self.layout("", plan.round))
+        self._plans = {}
+        return plan
+
+    def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
+        """With the adapters that this child begins with."""
+        begun = self._sharing.begun(self.shared, peer)
+        if id(begun) not in self._plans:  # most children begin with the very same tensors
+            self._plans[id(begun)] = own = pb.Plan(adapters=codec.encode_named(begun))
+            own.MergeFrom(plan)
+        return self._plans[id(begun)]
+
+    def layout(self, peer: str, round: int) -> Layout:
+        return self._sharing.layout(self._sharing.begun(self.shared, peer), round)
+
+    def conclude(self, round: int, collected: Collected) -> Answer:
+        clip = self._clip.norm(round)
+        collected = self._noise.added(round, collected, clip)
+        self._clip.follow(round, collected)
+        shared = self._sharing.next(self.shared, round, collected.contributions)
+        kept = {"shared": shared, "sharing": self._sharing.state_dict(), "clip": self._clip.state_dict()}
+        if self._control is not None:
+            self._control.note(round, collected, self.layout("", round))
+            kept["control"] = self._control.state_dict()
+        self._store.save_round(round, kept)
+        line: dict[str, Any] = {"round": round, "weights": collected.weights}
+        line |= {"staleness": collected.staleness} if collected.staleness is not None else {}
+        shares, clips = {"shares": self._sharing.shares}, {"clip": clip}
+        self._journal.append(line | (shares if self._tells_shares else {}) | (clips if clip else {}))
+        self.shared, self.completed = shared, round
+        return answered(pb.Accepted())
+
+
+class Relay:
+    """An edge's: plans come from its parent, and one sum goes there.
+
+    Args:
+        initial: as of ``Course``; their shapes count.
+        parent: the way to the parent.
+    """
+
+    over = False
+
+    def __init__(
+        self, recipe: Recipe, initial: Mapping[str, torch.Tensor], store: RoleDirectory, parent: Channel
+    ) -> None:
+        self._initial, self._parent = initial, parent
+        self._sharing = Sharing(recipe.federation)
+        self._masks, self._compression = recipe.federation.masks, Compression.of(recipe)
+        self._silos = len(recipe.silo)
+        self._journal = store.journal("metrics")
+        self._completed = 0
+
+    def plan(self, silos: Iterable[str]) -> Answer:
+        return self._parent.submit(pb.Ready(completed=self._completed, silos=sorted(silos)))
+
+    def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
+        return plan
+
+    def layout(self, peer: str, round: int) -> Layout:
+        return self._sharing.layout(self._initial, round)
+
+    def conclude(self, round: int, collected: Collected) -> Answer:
+        answer = self._parent.submit(self._update(round, collected))
+        answer.add_done_callback(lambda done: self._note(round, collected, done))
+        return answer
+
+    def _update(self, round: int, collected: Collected) -> pb.Update:
+        update, learned, layout = pb.Update(round=round), collected.contributions, self.layout("", round)
+        if not learned:
+            return update
+        if not self._masks:
+            mean_P = Mean().combine(changes(learned, layout), proportions(learned), faults=0)
+            update.weight = sum(one.weight for one in learned)
+            update.tensors.extend(codec.encode_named(layout.tensors(mean_P)))
+        else:
+            assert collected.total_KS is not None
+            update.weight = sum(collected.weights.values())  # silos in the sum
+            size = self._compression.projection(layout.size, round).size
+            ring = self._compression.ring(self._silos, size)
+            update.masked = ring.written(ring.pack(collected.total_KS))
+        return update
+
+    def _note(self, round: int, collected: Collected, done: Answer) -> None:
+        if done.exception() is None:
+            self._completed = round
+            self._journal.append({"round": round, "weights": collected.weights})

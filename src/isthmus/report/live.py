@@ -1,0 +1,104 @@
+"""A local run on the terminal: a live table of how each silo is doing, and word of silos that were lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from isthmus.engines.local import run_federation
+from isthmus.recipe import Recipe
+from isthmus.report.formatting import epsilon_text, megabytes, score_text
+from isthmus.report.progress import SiloProgress, read_progress
+from isthmus.report.spread import Spread, spread_of
+from isthmus.storage.record import RunDirectory
+
+REFRESH_SECONDS = 0.5
+
+
+def run_with_progress(run: RunDirectory, console: Console | None = None) -> None:
+    """Run the federation of a run directory and show how each silo is doing.
+
+    Raises:
+        IsthmusError, Stopped: as ``run_federation``.
+    """
+    recipe = run.recipe()
+    console = console or Console()
+    with _whole_lines(console), Live(console=console, refresh_per_second=4) as live:
+        shown = 0.0
+
+        def watch() -> None:
+            nonlocal shown
+            if time.monotonic() - shown >= REFRESH_SECONDS:
+                live.update(_table(run, recipe))
+                shown = time.monotonic()
+
+        def tell(message: str) -> None:
+            live.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+        run_federation(run, watch, tell)
+        live.update(_table(run, recipe))
+    from isthmus.report.privacy_table import (  # the watching process loads no accountant while it watches
+        read_statements,
+        show,
+    )
+
+    show(read_statements(run), console)
+
+
+@contextmanager
+def _whole_lines(console: Console) -> Iterator[None]:
+    """Rich ends the last line of a live display on terminals only; do so elsewhere too."""
+    try:
+        yield
+    finally:
+        if not console.is_terminal:
+            console.line()
+
+
+def _table(run: RunDirectory, recipe: Recipe) -> Table:
+    table = Table(title=f"{recipe.train.rounds} rounds of {recipe.train.steps} steps")
+    table.add_column("silo")
+    for heading in ("step", "loss", "tokens/s", "up", "down", "epsilon"):
+        table.add_column(heading, justify="right")
+    table.add_column(f"held-out {'accuracy' if recipe.task.choices else 'loss'} after round 0, 1, …")
+    table.add_column("gain", justify="right")
+    silos = [read_progress(run, silo.name, recipe.steps(silo.name)) for silo in recipe.silo]
+    spread = spread_of(silos)
+    for progress in silos:
+        table.add_row(*_row(progress, recipe), "" if spread is None else _gain(spread, progress.name))
+    if spread is not None and len(silos) > 1:
+        table.caption = _spread_text(spread)
+    return table
+
+
+def _gain(spread: Spread, name: str) -> str:
+    """What a silo has better than before the first round."""
+    gain = spread.gains.get(name)
+    if gain is None:
+        return ""
+    return f"{100 * gain:+.1f}" if spread.measure == "accuracy" else f"{gain:+.3f}"
+
+
+def _spread_text(spread: Spread) -> str:
+    worst, mean, deviation = (
+        score_text({spread.measure: value}) for value in (spread.worst, spread.mean, spread.deviation)
+    )
+    return f"after round {spread.round}: worst {spread.silo} with {worst}, mean {mean}, deviation {deviation}"
+
+
+def _row(progress: SiloProgress, recipe: Recipe) -> tuple[str, ...]:
+    return (
+        progress.name,
+        f"{progress.steps}/{recipe.train.rounds * recipe.steps(progress.name)}",
+        "" if progress.loss is None else f"{progress.loss:.3f}",
+        "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:.0f}",
+        megabytes(progress.sent_bytes),
+        megabytes(progress.received_bytes),
+        epsilon_text(progress.epsilon) + (f" ({progress.skipped} rows spent)" if progress.skipped else ""),
+        "  ".join(score_text(progress.scores[number]) for number in sorted(progress.scores)),
+    )

@@ -1,0 +1,1 @@
+"""What a silo does to its bottom so that less of its text can be read from what crosses."""

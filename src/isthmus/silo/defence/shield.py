@@ -1,0 +1,66 @@
+"""The shield: runs bottom so that sensitive tokens spread less into what leaves.
+
+Shapes: B rows, L new positions, P positions so far.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from isthmus.model.cut import Part
+from isthmus.model.packing import Packing
+from isthmus.privacy import attention
+from isthmus.silo.records import Register
+
+
+class Shield:
+    """Implements ``model.split.Shield`` with what a register knows of the tokens.
+
+    Args:
+        strength: by what the logits of a sensitive token's key are lowered, times its class's weight.
+    """
+
+    def __init__(self, register: Register, strength: float) -> None:
+        self._register = register
+        self._strength = strength
+
+    def hidden(self, bottom: Part, session: Any = None, **inputs: Any) -> torch.Tensor:
+        """As ``bottom.hidden(**inputs)``. Embeddings without tokens pass as they are: nobody knows what they say.
+
+        Args:
+            session: a ``silo.remote.RemoteSession``, which knows what the cache was made of.
+        """
+        ids_BL = inputs.get("input_ids")
+        if ids_BL is None or self._register.sensitivity is None:
+            return bottom.hidden(**inputs)
+        cache = inputs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        real_BP = _real(inputs.get("attention_mask"), past, ids_BL)
+        rows = Packing(real_BP[:, past:]).rows(ids_BL)
+        classes = session.hear(rows) if session is not None else self._register.classes(rows)
+        if classes is None:
+            return bottom.hidden(**inputs)
+        aversions = self._strength * self._register.sensitivity.aversions
+        return attention.hidden(bottom, _laid_out(classes, aversions, real_BP), **inputs)
+
+
+def _real(attention_mask: torch.Tensor | None, past: int, ids_BL: torch.Tensor) -> torch.Tensor:
+    """Which of the positions so far hold tokens, ``[B, P]``."""
+    batch, length = ids_BL.shape
+    if attention_mask is None:
+        return torch.ones(batch, past + length, dtype=torch.bool, device=ids_BL.device)
+    real_BP = attention_mask[:, -(past + length) :].bool()
+    missing = past + length - real_BP.shape[1]
+    return torch.nn.functional.pad(real_BP, (missing, 0), value=True)
+
+
+def _laid_out(classes: list[list[int]], values: torch.Tensor, real_BP: torch.Tensor) -> torch.Tensor:
+    """The value of each row's token classes where the tokens are, ``[B, P]``; 0 at padding."""
+    values_BP = torch.zeros(real_BP.shape, device=real_BP.device)
+    values = values.to(real_BP.device)
+    for row, (numbers, real_P) in enumerate(zip(classes, real_BP, strict=True)):
+        places = real_P.nonzero().flatten()[-len(numbers) :]
+        values_BP[row, places] = values[torch.tensor(numbers[len(numbers) - len(places) :], device=real_BP.device)]
+    return values_BP

@@ -1,0 +1,1 @@
+"""Tokens guessed in the silo and sent ahead, so that one round trip brings several."""

@@ -1,0 +1,1 @@
+"""The arithmetic of an adapter update, which silo and aggregator share."""

@@ -1,0 +1,282 @@
+"""Masks under which an aggregator sees the sum of its members' numbers and nothing else, whoever drops out.
+
+After Bonawitz et al. (CCS 2017), with the sparse graph of Bell et al. (CCS 2020). Every member adds a mask of its own
+and, for each neighbour, one that the two agree on, with opposite signs. Masks of pairs cancel in the sum. Each member's
+two secrets (the seed of its own mask, its key for the pairs) are shared among its neighbours and itself. In the end
+they give out, for a member whose numbers came, shares of the seed; for one whose numbers did not, shares of the key;
+of no member both. Whoever holds both could read that member's numbers.
+
+The aggregator relays, so all that members tell each other is signed or sealed. This is pure mathematics: no network,
+no clock. ``Member`` is the silo's side; ``tally.Tally`` the aggregator's.
+
+Shapes: W words of numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from isthmus.errors import ProtocolError
+from isthmus.updates import shamir
+from isthmus.updates.quantize import Words
+
+FEWEST = 3
+"""Members of a sum: of two, each would learn the other's numbers."""
+COMPLETE = 128
+"""Members up to which all are each other's neighbours."""
+DEGREE = 64
+"""Neighbours of a member of a larger sum."""
+KEY = 32
+PIECE = 2**14
+"""Words of all streams that are added before the next ones."""
+
+
+@dataclass(frozen=True)
+class Advert:
+    """What a member tells all others before a sum: fresh public keys, and a digest of the seed of its own mask."""
+
+    sealing: bytes
+    """X25519, for the shares that others send it."""
+    masking: bytes
+    """X25519, for the masks of pairs."""
+    promise: bytes
+    """SHA-256: a seed put together from shares is checked against it."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all parties to one sum agree on.
+
+    Args:
+        context: names the sum, never to be used for another; keys and seals are bound to it.
+        adverts: of all members, by name.
+    """
+
+    context: bytes
+    adverts: Mapping[str, Advert]
+    degree: int | None = None
+    """Neighbours of a member; None: all others, or ``DEGREE`` of very many."""
+
+    def __post_init__(self) -> None:
+        if len(self.adverts) < FEWEST:
+            raise ProtocolError(
+                f"a masked sum of {len(self.adverts)} silos tells what each one sent",
+                remedy=f"let {FEWEST} or more silos take part, or leave the masks out of the recipe",
+            )
+
+    @cached_property
+    def order(self) -> tuple[str, ...]:
+        """Members around a circle, in an order that nobody chose."""
+        return tuple(sorted(self.adverts, key=lambda name: hashlib.sha256(self.context + name.encode()).digest()))
+
+    @cached_property
+    def point(self) -> dict[str, int]:
+        """Where each member's shares are taken."""
+        return {name: number for number, name in enumerate(self.order, 1)}
+
+    def neighbours(self, name: str) -> list[str]:
+        """Those on both sides of a member around the circle; neighbours of each other, therefore."""
+        count = len(self.order)
+        wanted = self.degree or (count if count <= COMPLETE else DEGREE)
+        if wanted >= count - 1:
+            return [other for other in self.order if other != name]
+        place = self.order.index(name)
+        return [
+            self.order[(place + step) % count]
+            for side in (1, -1)
+            for step in range(side, side * (wanted // 2 + 1), side)
+        ]
+
+    @cached_property
+    def threshold(self) -> int:
+        """Holders who must give their share of a secret. More than half, so that no two disjoint groups of holders
+        give out a member's seed and its key. Among complete neighbours all but a third."""
+        holders = len(self.neighbours(self.order[0])) + 1
+        return holders - holders // 3 if holders == len(self.order) else holders // 2 + 1
+
+    def holders(self, name: str) -> list[str]:
+        """Who has shares of a member's secrets: its neighbours and itself."""
+        return [name, *self.neighbours(name)]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The shares of one member's two secrets that another one holds."""
+
+    seed: bytes
+    key: bytes
+
+
+@dataclass
+class Member:
+    """One silo's side of one sum. The order of calls: ``advert``, ``deal``, ``accept``, ``mask``, ``reveal``."""
+
+    name: str
+    _sealing: X25519PrivateKey = field(default_factory=X25519PrivateKey.generate)
+    _masking: X25519PrivateKey = field(default_factory=X25519PrivateKey.generate)
+    _seed: bytes = field(default_factory=lambda: secrets.token_bytes(KEY))
+    _sealing_keys: dict[str, bytes] = field(default_factory=dict)
+    _held: dict[str, Pair] = field(default_factory=dict)
+    _peers: list[str] = field(default_factory=list)
+    _revealed: bool = False
+
+    @property
+    def advert(self) -> Advert:
+        return Advert(
+            self._sealing.public_key().public_bytes_raw(),
+            self._masking.public_key().public_bytes_raw(),
+            hashlib.sha256(self._seed).digest(),
+        )
+
+    def deal(self, terms: Terms) -> dict[str, bytes]:
+        """Shares of this member's secrets, sealed for each neighbour.
+
+        Raises:
+            ProtocolError: the terms are not those that this member offered its keys for.
+        """
+        if terms.adverts.get(self.name) != self.advert:
+            raise ProtocolError(f"a sum without the keys of {self.name}", remedy="ask for the next plan")
+        self._terms = terms
+        points = {holder: terms.point[holder] for holder in terms.holders(self.name)}
+        seeds, keys = (
+            shamir.split(secret, points.values(), terms.threshold)
+            for secret in (self._seed, self._masking.private_bytes_raw())
+        )
+        pairs = {holder: Pair(seeds[point], keys[point]) for holder, point in points.items()}
+        self._held[self.name] = pairs.pop(self.name)
+        return {holder: self._seal(holder, pair) for holder, pair in pairs.items()}
+
+    def accept(self, sealed: Mapping[str, bytes]) -> None:
+        """The shares that neighbours dealt to this member. Those of whom none came take no part in the sum.
+
+        Raises:
+            ProtocolError: one was altered, or sealed for somebody else; a stranger's; too few.
+        """
+        neighbours = self._terms.neighbours(self.name)
+        if strangers := sealed.keys() - set(neighbours):
+            raise ProtocolError(f"shares of {min(strangers)!r}, no neighbour", remedy="leave that silo out")
+        self._require(len(sealed) + 1, "dealt shares")
+        self._held |= {name: self._open(name, data) for name, data in sealed.items()}
+        self._peers = [name for name in neighbours if name in sealed]
+
+    def mask(self, words_W: Words) -> None:
+        """Put all of this member's masks on these words."""
+        add(words_W, {self._seed: True} | pair_seeds(self._masking, self._terms, self.name, self._peers))
+
+    def reveal(self, alive: Iterable[str], dead: Iterable[str]) -> dict[str, bytes]:
+        """Shares, by the name of the member whose secret they are of: of a living one's seed, of a dead one's key.
+
+        Args:
+            alive, dead: members whose numbers came, and whose did not.
+
+        Raises:
+            ProtocolError: somebody is on both lists or on neither, this member is dead, too few live, or it was asked
+                before.
+        """
+        alive, dead = set(alive), set(dead)
+        if both := alive & dead:
+            raise ProtocolError(f"{min(both)} is said to live and to be dead", remedy="leave this aggregator")
+        if missing := self._held.keys() - alive - dead:
+            raise ProtocolError(f"it is not said whether {min(missing)} lives", remedy="leave this aggregator")
+        if self.name not in alive:
+            raise ProtocolError(f"{self.name} is said to be dead", remedy="ask for the next plan")
+        self._require(len(alive & self._held.keys()), "living neighbours")
+        if self._revealed:
+            raise ProtocolError("shares are given out once a sum", remedy="ask for the next plan")
+        self._revealed = True
+        return {name: pair.seed if name in alive else pair.key for name, pair in self._held.items()}
+
+    def summed(self, alive: Iterable[str]) -> int:
+        """How many members' numbers are in the sum if these live. Of its neighbours a member knows who dealt, and their
+        masks come off no sum without their numbers; of members that it does not know it believes what it is told."""
+        unknown = self._terms.adverts.keys() - set(self._terms.neighbours(self.name))
+        return len(set(alive) & (self._held.keys() | unknown))
+
+    def _require(self, count: int, what: str) -> None:
+        if count < self._terms.threshold:
+            raise ProtocolError(
+                f"{count} {what} where {self._terms.threshold} are needed", remedy="wait for more silos to take part"
+            )
+
+    def _seal(self, holder: str, pair: Pair) -> bytes:
+        cipher = ChaCha20Poly1305(self._sealing_key(holder))
+        return cipher.encrypt(way(self.name, holder), pair.seed + pair.key, self._terms.context)
+
+    def _open(self, dealer: str, data: bytes) -> Pair:
+        cipher = ChaCha20Poly1305(self._sealing_key(dealer))
+        try:
+            plain = cipher.decrypt(way(dealer, self.name), data, self._terms.context)
+        except InvalidTag as error:
+            raise ProtocolError(f"the shares of {dealer} were altered on their way", remedy="leave it out") from error
+        if len(plain) != 2 * shamir.SHARE:
+            raise ProtocolError(f"{dealer} sealed no shares", remedy="leave it out")
+        return Pair(plain[: shamir.SHARE], plain[shamir.SHARE :])
+
+    def _sealing_key(self, other: str) -> bytes:
+        if other not in self._sealing_keys:
+            public = self._terms.adverts[other].sealing
+            self._sealing_keys[other] = agree(self._sealing, public, self._terms.context, "seal", self.name, other)
+        return self._sealing_keys[other]
+
+
+def pair_seeds(key: X25519PrivateKey, terms: Terms, name: str, peers: Iterable[str]) -> dict[bytes, bool]:
+    """The seeds that a member with this key agrees on with its peers, each with the sign that the member gives it."""
+    return {agree(key, terms.adverts[peer].masking, terms.context, "mask", name, peer): name < peer for peer in peers}
+
+
+def way(sender: str, receiver: str) -> bytes:
+    """The nonce for the one message that goes this way under a pair's key."""
+    return bytes(11) + bytes([sender < receiver])
+
+
+def agree(key: X25519PrivateKey, public: bytes, context: bytes, purpose: str, name: str, peer: str) -> bytes:
+    """A key that only the holders of these two keys can make, for one purpose in one sum.
+
+    Raises:
+        ProtocolError: the public key is none.
+    """
+    try:
+        shared = key.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError as error:
+        raise ProtocolError("a public key with which nothing can be agreed", remedy="leave out its silo") from error
+    info = "\0".join((purpose, *sorted((name, peer)))).encode()
+    return HKDF(hashes.SHA256(), KEY, salt=context, info=info).derive(shared)
+
+
+def stream(seed: bytes, count: int) -> Words:
+    """So many words that nobody without the seed can tell from random ones: AES-256 in counter mode, as GCM counts.
+
+    GCM's tag is never asked for. OpenSSL encrypts GCM's blocks by wide vectors, plain CTR's one after another: that
+    makes up for the tag and a fifth of the time besides.
+    """
+    words_W = np.zeros(count, np.uint64)
+    add(words_W, {seed: True})
+    return words_W
+
+
+def add(total_W: Words, seeds: Mapping[bytes, bool]) -> None:
+    """Add the seeds' streams to these words, or take those away whose sign is False.
+
+    Piece by piece, all streams' before the next one, so that a piece stays in the processor's cache.
+    """
+    ciphers = [(Cipher(algorithms.AES(seed), modes.GCM(bytes(12))).encryptor(), sign) for seed, sign in seeds.items()]
+    zeros, buffer = bytes(8 * PIECE), bytearray(8 * PIECE + 15)  # the cipher wants room for one block more
+    drawn_W = np.frombuffer(buffer, "<u8", PIECE)
+    for start in range(0, len(total_W), PIECE):
+        piece_W = total_W[start : start + PIECE]
+        count = len(piece_W)
+        for cipher, sign in ciphers:
+            cipher.update_into(zeros[: 8 * count] if count < PIECE else zeros, buffer)
+            (np.add if sign else np.subtract)(piece_W, drawn_W[:count], out=piece_W)

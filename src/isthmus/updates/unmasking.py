@@ -1,0 +1,92 @@
+"""The aggregator's side of a masked sum: adds what members send, then takes the masks off the total.
+
+Shapes: W words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from isthmus.errors import ProtocolError
+from isthmus.updates import shamir
+from isthmus.updates.masking import Terms, add, pair_seeds
+from isthmus.updates.quantize import Words
+
+
+class Tally:
+    """Adds masked numbers, then takes the masks off their sum.
+
+    Args:
+        dealt: the members whose shares were passed on; those alone may be in the sum.
+        count: W.
+    """
+
+    def __init__(self, terms: Terms, dealt: Iterable[str], count: int) -> None:
+        self._terms = terms
+        self._dealt = frozenset(dealt)
+        self._total_W: Words = np.zeros(count, np.uint64)
+        self.alive: set[str] = set()
+        self._shares: dict[str, dict[int, bytes]] = {name: {} for name in self._dealt}
+        self._revealed: set[str] = set()
+
+    @property
+    def dead(self) -> set[str]:
+        return set(self._dealt) - self.alive
+
+    def add(self, name: str, masked_W: Words) -> None:
+        """A member's masked numbers.
+
+        Raises:
+            ProtocolError: it takes no part, or has sent its numbers before, or the sum is being unmasked already.
+        """
+        if name not in self._dealt or name in self.alive or self._revealed:
+            raise ProtocolError(f"numbers of {name} are not expected", remedy="ask for the next plan")
+        np.add(self._total_W, masked_W, out=self._total_W)
+        self.alive.add(name)
+
+    def reveal(self, name: str, shares: Mapping[str, bytes]) -> None:
+        """The shares that a living member gave out.
+
+        Raises:
+            ProtocolError: it is not alive, gave before, or gave shares that it does not hold.
+        """
+        if name not in self.alive or name in self._revealed:
+            raise ProtocolError(f"shares of {name} are not expected", remedy="ask for the next plan")
+        if strangers := shares.keys() - (set(self._terms.holders(name)) & self._dealt):
+            raise ProtocolError(f"{name} holds no share of {min(strangers)!r}", remedy="leave it out")
+        self._revealed.add(name)
+        for owner, share in shares.items():
+            self._shares[owner][self._terms.point[name]] = share
+
+    def total(self) -> Words:
+        """The sum of the living members' numbers.
+
+        Raises:
+            ProtocolError: too few shares, or some that are none: nothing can be known of the sum then.
+        """
+        left = {self._seed_of(name): False for name in self.alive}
+        for name in self.dead:
+            if peers := self._masks_left(name):  # what the dead member would have added
+                left |= pair_seeds(self._key_of(name), self._terms, name, peers)
+        add(self._total_W, left)
+        return self._total_W
+
+    def _masks_left(self, dead: str) -> Sequence[str]:
+        """The living who added a mask for this member that nothing cancels."""
+        return [name for name in self._terms.neighbours(dead) if name in self.alive]
+
+    def _seed_of(self, name: str) -> bytes:
+        seed = shamir.join(self._shares[name], self._terms.threshold)
+        if hashlib.sha256(seed).digest() != self._terms.adverts[name].promise:
+            raise ProtocolError(f"shares of {name}'s mask are not what it dealt", remedy="begin the round again")
+        return seed
+
+    def _key_of(self, name: str) -> X25519PrivateKey:
+        key = X25519PrivateKey.from_private_bytes(shamir.join(self._shares[name], self._terms.threshold))
+        if key.public_key().public_bytes_raw() != self._terms.adverts[name].masking:
+            raise ProtocolError(f"shares of {name}'s key are not what it dealt", remedy="begin the round again")
+        return key

@@ -1,0 +1,147 @@
+"""Rows to prompts and answers; each unusable file or row is named with its line and a remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.data.templates import Example, _spans, read_examples
+from isthmus.errors import DataError
+from isthmus.recipe import TaskSection
+
+TASK = TaskSection(prompt="{text} is", answer=" {label}")
+CHOICE = TaskSection(prompt="{text}", answer="{label}", choices=("yes", "no"))
+GOOD = json.dumps({"text": "fine", "label": "yes"})
+
+
+def read(tmp_path: Path, content: str | bytes, task: TaskSection = TASK) -> list[Example]:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_examples(path, task)
+
+
+def refused(tmp_path: Path, row: Any, task: TaskSection = TASK) -> DataError:
+    """The complaint about the third line of a file."""
+    line = row if isinstance(row, str | bytes) else json.dumps(row)
+    content = line if isinstance(line, bytes) else line.encode()
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, f"{GOOD}\n\n".encode() + content + b"\n", task)
+    assert caught.value.remedy
+    assert f"{tmp_path}/rows.jsonl:3" in caught.value.message
+    return caught.value
+
+
+def test_templates_are_filled_in_the_order_of_the_file(tmp_path: Path) -> None:
+    rows = [{"text": "good", "label": "yes", "unused": None}, {"text": "{bad}", "label": 3}]
+    found = read(tmp_path, "\n".join(json.dumps(row) for row in rows))
+    assert found == [Example("good is", " yes"), Example("{bad} is", " 3")]
+
+
+def test_blank_lines_and_windows_line_ends_are_no_rows(tmp_path: Path) -> None:
+    assert len(read(tmp_path, f"\r\n{GOOD}\r\n  \n{GOOD}\r\n\n")) == 2
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\ufeff"])
+def test_line_separators_of_unicode_within_a_text_are_text(tmp_path: Path, mark: str) -> None:
+    row = json.dumps({"text": f"one{mark}two", "label": "yes"}, ensure_ascii=False)
+    assert read(tmp_path, f"{row}\n{row}\n") == [Example(f"one{mark}two is", " yes")] * 2
+
+
+@pytest.mark.parametrize("label", [0, False, 0.0])
+def test_a_label_of_zero_is_a_label(tmp_path: Path, label: object) -> None:
+    assert read(tmp_path, json.dumps({"text": "t", "label": label})) == [Example("t is", f" {label}")]
+
+
+def test_formats_and_parts_of_fields_may_be_named(tmp_path: Path) -> None:
+    task = TaskSection(prompt="{{x}} {text[en]}", answer="{score:.1f}")
+    assert read(tmp_path, '{"text": {"en": "hi"}, "score": 0.25}', task) == [Example("{x} hi", "0.2")]
+
+
+@pytest.mark.parametrize("row", [{"label": "yes"}, {"text": "fine"}, {}])
+def test_a_missing_field(tmp_path: Path, row: dict[str, str]) -> None:
+    assert "does not fill the template" in refused(tmp_path, row).message
+
+
+@pytest.mark.parametrize("empty", ["", "  \n", None])
+@pytest.mark.parametrize("name", ["text", "label"])
+def test_an_empty_or_null_field(tmp_path: Path, name: str, empty: str | None) -> None:
+    error = refused(tmp_path, json.loads(GOOD) | {name: empty})
+    assert f"no text in {name!r}" in error.message
+
+
+@pytest.mark.parametrize("line", ["not json", '{"text": "cut off', "{'text': 1}", GOOD + GOOD])
+def test_a_line_that_is_no_json(tmp_path: Path, line: str) -> None:
+    assert "is not JSON" in refused(tmp_path, line).message
+
+
+@pytest.mark.parametrize("row", [[1], '"text"', "3", "null"])
+def test_a_line_that_is_no_object(tmp_path: Path, row: Any) -> None:
+    assert "is not a JSON object" in refused(tmp_path, row).message
+
+
+@pytest.mark.parametrize("prompt", ["{text[0][en]}", "{text:>9}", "{text:d}", "{text.missing}", "{}", "{0}", "{text"])
+def test_a_template_that_does_not_fit_the_row(tmp_path: Path, prompt: str) -> None:
+    task = TaskSection(prompt=prompt, answer="{label}")
+    content = json.dumps({"text": ["a"], "label": "yes"})
+    with pytest.raises(DataError, match=r"rows\.jsonl:1 does not fill the template") as caught:
+        read(tmp_path, content, task)
+    assert caught.value.remedy
+
+
+def test_an_answer_that_is_no_choice(tmp_path: Path) -> None:
+    error = refused(tmp_path, {"text": "fine", "label": "maybe"}, CHOICE)
+    assert "'maybe' is no choice" in error.message
+    assert "task.choices" in error.remedy
+    assert len(read(tmp_path, GOOD, CHOICE)) == 1
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\n"])
+def test_an_empty_file(tmp_path: Path, content: str) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl holds no row") as caught:
+        read(tmp_path, content)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "."])
+def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="cannot read the data file") as caught:
+        read_examples(tmp_path / name, TASK)
+    assert str(tmp_path / name) in caught.value.message
+    assert "path" in caught.value.remedy
+
+
+def test_another_encoding(tmp_path: Path) -> None:
+    error = refused(tmp_path, '{"text": "café", "label": "yes"}'.encode("latin-1"))
+    assert "UTF-8" in error.message
+    assert "UTF-8" in error.remedy
+
+
+def test_the_places_of_fields_with_a_class_are_told(tmp_path: Path) -> None:
+    """In prompt and answer together, for each time that a template uses them."""
+    task = TaskSection(prompt="{{a}} {name!r:>6}, {note} {name}", answer=" {tags[0]}: {name} {score:.{digits}f}")
+    row = {"name": "Bo", "note": "é{name}", "tags": ["x", "y"], "score": 0.25, "digits": 1}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    (example,) = read_examples(path, task, {"name": "high", "tags": "low", "score": "low"})
+    whole = example.prompt + example.answer
+    assert whole == "{a}   'Bo', é{name} Bo x: Bo 0.2"
+    found = [(whole[start:end], kind) for start, end, kind in example.spans]
+    assert found == [("  'Bo'", "high"), ("Bo", "high"), ("x", "low"), ("Bo", "high"), ("0.2", "low")]
+    assert read_examples(path, task) == [Example(example.prompt, example.answer)]
+
+
+@given(st.dictionaries(st.sampled_from(["a", "b", "c"]), st.text(min_size=1, max_size=9), min_size=3))
+def test_any_fields_text_is_at_its_place(row: dict[str, str]) -> None:
+    template = "x{a}{b}{{}}{c}é{a}"
+    text = template.format_map(row)
+    found = list(_spans(template, row, {"a": "1", "c": "3"}))
+    assert [(text[start:end], kind) for start, end, kind in found] == [
+        (row["a"], "1"),
+        (row["c"], "3"),
+        (row["a"], "1"),
+    ]

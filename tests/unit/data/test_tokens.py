@@ -1,0 +1,187 @@
+"""A silo's rows: tokens, batches, order, the loss on them, and the two ways to score choices."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from isthmus.data.templates import Example
+from isthmus.data.tokens import IGNORED, Tokens, batches, collate, positions, tokenize
+from isthmus.errors import DataError
+from isthmus.recipe import Recipe
+from isthmus.silo import trainer
+from isthmus.silo.join import load_tokenizer
+from isthmus.silo.trainer import SiloData, evaluate, train_step
+from tests.conftest import make_recipe, save_tiny_model, uncut, write_rows
+
+IDS = st.lists(st.integers(3, 96), min_size=1, max_size=6)
+ROWS = st.lists(st.builds(Tokens, IDS, IDS), min_size=1, max_size=5)
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("model"), initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> PreTrainedModel:
+    return uncut(folder)
+
+
+def tokens_of(folder: Path, prompt: str, answer: str, most: int = 9, *, free: bool = False) -> Tokens:
+    return tokenize([Example(prompt, answer)], load_tokenizer(folder), most, free_text=free)[0]
+
+
+def silo_data(folder: Path, tmp_path: Path, choices: tuple[str, ...] = ()) -> SiloData:
+    """Held-out rows of growing length, each answered by one of the choices or by free text."""
+    answers = choices or ("w7 w8", "w9", "w4 w5 w6")
+    rows = [
+        {
+            "prompt": " ".join(f"w{4 + (7 * n + i * i) % 90}" for i in range(1 + n % 6)),
+            "answer": answers[n % len(answers)],
+        }
+        for n in range(23)
+    ]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    silo = {"name": "a", "train": path, "held_out": path}
+    recipe: Recipe = make_recipe(folder, task={"choices": list(choices)}, silo=[silo])
+    return SiloData(recipe.party("a"), recipe, load_tokenizer(folder))
+
+
+def test_a_long_prompt_loses_its_beginning(folder: Path) -> None:
+    assert tokens_of(folder, "w4 w5 w6 w7 w8", "w9 w10", 5) == Tokens([6, 7, 8], [9, 10])
+    assert tokens_of(folder, "w4 w5", "w9", 3) == Tokens([4, 5], [9])
+
+
+def test_free_text_ends_with_the_end_token_within_the_limit(folder: Path) -> None:
+    assert tokens_of(folder, "w4 w5 w6", "w9", 4, free=True) == Tokens([5, 6], [9, EOS])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "most", "free"),
+    [("w4", "w5 w6 w7", 3, False), ("w4", "w5 w6", 3, True), ("", "w5", 9, False), ("w4", "", 9, False)],
+)
+def test_rows_that_cannot_be_used(folder: Path, prompt: str, answer: str, most: int, free: bool) -> None:
+    with pytest.raises(DataError, match=r"prompt and .* answer tokens") as caught:
+        tokens_of(folder, prompt, answer, most, free=free)
+    assert caught.value.remedy
+
+
+@settings(derandomize=True, deadline=None)
+@given(ROWS)
+def test_collate_pads_on_the_left_and_keeps_the_last_answer_token_as_a_target(rows: list[Tokens]) -> None:
+    batch = collate(rows, 0)
+    keep = batch.targets.shape[1]
+    assert keep == max(len(row.answer) for row in rows)
+    for row, ids, mask, place, targets in zip(
+        rows, batch.input_ids, batch.attention_mask, batch.position_ids, batch.targets, strict=True
+    ):
+        whole = row.prompt + row.answer[:-1]
+        blank = len(ids) - len(whole)
+        assert ids.tolist() == [0] * blank + whole
+        assert mask.tolist() == [0] * blank + [1] * len(whole)
+        assert place.tolist() == [0] * blank + list(range(len(whole)))
+        assert targets.tolist() == [IGNORED] * (keep - len(row.answer)) + row.answer
+    assert batch.supervised == sum(len(row.answer) for row in rows)
+    assert batch.tokens == sum(len(row.prompt) + len(row.answer) - 1 for row in rows)
+
+
+def test_positions_of_any_mask() -> None:
+    assert positions(torch.tensor([[0, 0, 1, 1], [1, 1, 0, 1]])).tolist() == [[0, 0, 0, 1], [0, 1, 1, 2]]
+
+
+def test_a_prompt_without_an_answer_is_all_input() -> None:
+    batch = collate([Tokens([5, 6, 7], []), Tokens([8], [])], 0)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch.targets.tolist() == [[IGNORED]] * 2
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 9), st.text(max_size=5))
+def test_batches_give_every_row_once_a_pass(count: int, size: int, seed: str) -> None:
+    rows = [Tokens([number], [number]) for number in range(count)]
+    drawn = list(itertools.islice(batches(rows, size, seed), count))
+    flat = [row.prompt[0] for batch in drawn for row in batch]
+    assert all(len(batch) == size for batch in drawn)
+    for start in range(0, len(flat), count):
+        assert Counter(flat[start : start + count]) == Counter(range(count))
+    assert drawn == list(itertools.islice(batches(rows, size, seed), count))
+
+
+def test_another_seed_gives_another_order() -> None:
+    rows = [Tokens([number], [number]) for number in range(50)]
+    assert next(batches(rows, 50, "0/a/1")) != next(batches(rows, 50, "0/a/2")) != rows
+
+
+def log_probabilities(model: PreTrainedModel, row: Tokens) -> torch.Tensor:
+    """Of each answer token, one row at a time, without padding."""
+    ids = torch.tensor([row.prompt + row.answer])
+    logs = model(input_ids=ids).logits[0].log_softmax(dim=-1)
+    first = len(row.prompt)
+    return torch.stack([logs[first + n - 1, token] for n, token in enumerate(row.answer)])
+
+
+@torch.no_grad()
+def test_loss_of_a_batch_is_the_mean_over_its_answer_tokens(model: PreTrainedModel) -> None:
+    rows = [Tokens([5, 6, 7, 8], [9]), Tokens([10], [11, 12, 13]), Tokens([14, 15], [16, 2])]
+    manual = -torch.cat([log_probabilities(model, row) for row in rows]).mean()
+    assert float(model(**collate(rows, 0).inputs()).loss) == pytest.approx(float(manual), rel=1e-5)
+
+
+def test_a_train_step_reports_and_steps(folder: Path) -> None:
+    model = uncut(folder)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = collate([Tokens([5, 6], [7, 8]), Tokens([9], [10])], 0)
+    steps = [train_step(model, optimizer, batch) for _ in range(2)]
+    assert [(step.weight, step.tokens) for step in steps] == [(3, 4)] * 2
+    assert steps[1].loss < steps[0].loss
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_evaluate_free_text(model: PreTrainedModel, folder: Path, tmp_path: Path, size: int) -> None:
+    data = silo_data(folder, tmp_path)
+    with torch.no_grad():
+        manual = -float(torch.cat([log_probabilities(model, row) for row in data.held_out]).mean())
+    scores = evaluate(model, data, size=size)
+    assert scores == pytest.approx({"loss": manual, "perplexity": math.exp(manual)}, rel=1e-4)
+
+
+def slow_choices(model: PreTrainedModel, data: SiloData) -> list[tuple[int, ...]]:
+    """The likeliest choice of each held-out row, one at a time."""
+    return [
+        max(data.choices, key=lambda choice: float(log_probabilities(model, Tokens(row.prompt, list(choice))).sum()))
+        for row in data.held_out
+    ]
+
+
+@pytest.mark.parametrize("choices", [("w30", "w31", "w32"), ("w30 w31", "w32 w40", "w33 w34 w35")])
+@torch.no_grad()
+def test_evaluate_choices(model: PreTrainedModel, folder: Path, tmp_path: Path, choices: tuple[str, ...]) -> None:
+    data = silo_data(folder, tmp_path, choices)
+    best = slow_choices(model, data)
+    right = [tuple(row.answer) for row in data.held_out]
+    share = sum(map(tuple.__eq__, best, right)) / len(right)
+    assert len(set(best)) > 1
+    assert evaluate(model, data, size=5) == {"accuracy": share}
+
+
+@torch.no_grad()
+def test_one_token_scoring_equals_text_scoring(model: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
+    data = silo_data(folder, tmp_path, ("w30", "w31", "w32"))
+    assert trainer._best_token(model, data, data.held_out) == trainer._best_text(model, data, data.held_out)
+
+
+def test_evaluate_on_the_split_model_equals_the_uncut(split, folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for choices in ((), ("w30", "w31")):
+        data = silo_data(folder, tmp_path, choices)
+        cut, _ = split(make_recipe(folder))
+        assert evaluate(cut, data) == pytest.approx(evaluate(uncut(folder), data), rel=1e-5)

@@ -1,0 +1,229 @@
+"""What a run writes: directories taken once, files whole or not there, journals that survive a crash."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from isthmus.errors import DiskFullError, RunError
+from isthmus.recipe import Recipe
+from isthmus.report.progress import read_progress
+from isthmus.storage import record
+from isthmus.storage.record import ROLES, Journal, RoleDirectory, RunDirectory, read_journal, writing
+from tests.conftest import make_recipe
+
+HOLD = "import fcntl,sys,time; f=open(sys.argv[1],'w'); fcntl.flock(f,fcntl.LOCK_EX); print('held',flush=True); input()"
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return make_recipe(Path("/models/tiny"), silos=("a", "b"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, recipe: Recipe) -> RunDirectory:
+    return RunDirectory.create(tmp_path / "run", recipe)
+
+
+@pytest.fixture
+def role(tmp_path: Path) -> RoleDirectory:
+    return RoleDirectory(tmp_path / "role")
+
+
+def full(path: Path) -> Path:
+    """A file on a full disk at this path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("/dev/full")
+    return path
+
+
+def test_create_then_open(run: RunDirectory, recipe: Recipe, tmp_path: Path) -> None:
+    opened = RunDirectory.open(tmp_path / "run")
+    assert opened.path == run.path
+    assert opened.recipe() == recipe.anchored(run.path)
+    assert [path.name for path in run.path.iterdir()] == ["recipe.toml"]
+
+
+def test_a_recipe_that_no_role_worked_with_is_replaced(run: RunDirectory, tmp_path: Path) -> None:
+    RunDirectory.create(tmp_path / "run", make_recipe(Path("/models/tiny"), seed=5))
+    assert run.recipe().seed == 5
+
+
+@pytest.mark.parametrize("taken", ROLES)
+def test_a_taken_directory_is_refused_and_left_alone(run: RunDirectory, tmp_path: Path, taken: str) -> None:
+    (run.path / taken).mkdir()
+    with pytest.raises(RunError, match="holds a run already") as caught:
+        RunDirectory.create(tmp_path / "run", make_recipe(Path("/models/tiny"), seed=5))
+    assert f"--resume {tmp_path / 'run'}" in caught.value.remedy
+    assert run.recipe().seed == 0
+
+
+def test_a_place_that_is_no_run_or_cannot_be_one(tmp_path: Path, recipe: Recipe) -> None:
+    with pytest.raises(RunError, match="no run directory") as caught:
+        RunDirectory.open(tmp_path)
+    assert caught.value.remedy
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        with pytest.raises(RunError, match="cannot write"):
+            RunDirectory.create(tmp_path / place, recipe)
+
+
+def test_roles_have_their_folders(run: RunDirectory) -> None:
+    folders = [str(run.role(name).path.relative_to(run.path)) for name in ("trunk", "root", "a")]
+    assert folders == ["trunk", "root", "silos/a"]
+
+
+def test_rounds_are_saved_loaded_and_listed(role: RoleDirectory) -> None:
+    assert (role.rounds(), role.last_round()) == (set(), 0)
+    for number in (0, 3, 12345):
+        role.save_round(number, {"w": torch.full((2,), float(number))})
+    (role.path / "rounds" / "notes.txt").write_text("")
+    (role.path / "rounds" / ".round-0099.pt.part").write_text("")
+    assert role.rounds() == {0, 3, 12345}
+    assert role.last_round() == 12345
+    assert torch.equal(role.load_round(3)["w"], torch.full((2,), 3.0))
+
+
+def test_completed_is_what_trunk_and_root_both_have(run: RunDirectory) -> None:
+    assert run.completed() == 0
+    for number in (1, 2):
+        run.role("trunk").save_round(number, {})
+    run.role("root").save_round(1, {})
+    assert run.completed() == 1
+
+
+def test_a_failing_save_leaves_the_old_file(role: RoleDirectory) -> None:
+    role.save_round(1, {"w": torch.ones(2)})
+    with pytest.raises(Exception, match="pickle"):
+        role.save_round(1, {"w": lambda: None})
+    assert torch.equal(role.load_round(1)["w"], torch.ones(2))
+    assert [path.name for path in (role.path / "rounds").iterdir()] == ["round-0001.pt"]
+
+
+def test_a_save_on_a_full_disk_leaves_the_old_file(role: RoleDirectory) -> None:
+    role.save_round(1, {"w": torch.ones(2)})
+    full(role.path / "rounds" / ".round-0001.pt.part")
+    with pytest.raises(DiskFullError, match="no room on the disk") as caught:
+        role.save_round(1, {"w": torch.zeros(200_000)})
+    assert "--resume" in caught.value.remedy
+    assert torch.equal(role.load_round(1)["w"], torch.ones(2))
+    assert [path.name for path in (role.path / "rounds").iterdir()] == ["round-0001.pt"]
+
+
+def test_writing_takes_the_place_only_when_the_block_ends_well(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    with pytest.raises(UnicodeEncodeError), writing(path) as temporary:
+        temporary.write_text("half\ud800", encoding="utf-8")
+    assert list(path.parent.iterdir()) == []
+    with writing(path) as temporary:
+        temporary.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("damage", ["absent", "empty", "garbage", "cut", "pickle"])
+def test_a_damaged_state_is_named(role: RoleDirectory, damage: str) -> None:
+    role.save_round(2, {"w": torch.ones(500)})
+    path = role.path / "rounds" / "round-0002.pt"
+    whole = path.read_bytes()
+    contents = {
+        "empty": b"",
+        "garbage": b"x" * 300,
+        "cut": whole[: len(whole) // 2],
+        "pickle": b"\x80\x02cos\nsystem\n.",
+    }
+    path.unlink() if damage == "absent" else path.write_bytes(contents[damage])
+    with pytest.raises(RunError, match="no state of round 2") as caught:
+        role.load_round(2)
+    assert caught.value.remedy
+
+
+def test_a_journal_keeps_lines_and_continues(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.jsonl"
+    for number in range(2):
+        journal = Journal(path)
+        journal.append({"n": number})
+        assert read_journal(path)[-1] == {"n": number}
+    assert path.read_text() == '{"n": 0}\n{"n": 1}\n'
+
+
+@pytest.mark.parametrize("half", ['{"n": 2', "{", '{"n": 2}', "\x00" * 40])
+@pytest.mark.parametrize("before", ["", '{"n": 1}\n'])
+def test_a_half_last_line_is_not_read_and_dropped_on_opening(tmp_path: Path, half: str, before: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(before + half)
+    whole = [{"n": 1}] if before else []
+    assert read_journal(path) == whole
+    journal = Journal(path)
+    assert path.read_text() == before
+    journal.append({"n": 3})
+    assert read_journal(path) == [*whole, {"n": 3}]
+
+
+def test_a_journal_that_is_not_there_has_no_lines(tmp_path: Path) -> None:
+    assert read_journal(tmp_path / "absent.jsonl") == []
+
+
+def test_a_journal_on_a_full_disk(tmp_path: Path) -> None:
+    journal = Journal(full(tmp_path / "metrics.jsonl"))
+    with pytest.raises(DiskFullError, match=r"metrics\.jsonl") as caught:
+        journal.append({"n": 1})
+    assert caught.value.remedy
+
+
+def test_a_recipe_on_a_full_disk(tmp_path: Path, recipe: Recipe) -> None:
+    full(tmp_path / "run" / ".recipe.toml.part")
+    with pytest.raises(DiskFullError):
+        RunDirectory.create(tmp_path / "run", recipe)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_run_held_by_another_process(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "LOCK_SECONDS", 0.2)
+    command = [sys.executable, "-c", HOLD, str(run.path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another run is under way") as caught, run.locked():
+            pass
+        other.communicate("\n")
+    assert caught.value.remedy
+    with run.locked() as descriptor:
+        assert os.fstat(descriptor).st_ino == (run.path / "lock").stat().st_ino
+        with (run.path / "lock").open() as second, pytest.raises(BlockingIOError):
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def write_lines(run: RunDirectory, lines: list[dict[str, object]]) -> None:
+    path = run.role("a").path / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def step(round: int, number: int, sent: int, loss: float = 1.0) -> dict[str, object]:
+    counted = {"tokens": 20, "seconds": 0.5, "sent_bytes": sent, "received_bytes": 2 * sent}
+    return {"event": "step", "round": round, "step": number, "loss": loss, **counted}
+
+
+def test_progress_totals_over_restarts(run: RunDirectory) -> None:
+    """Byte counters start again with each process; a step done again after a crash is sent again."""
+    evaluation = {"event": "evaluation", "round": 0, "seconds": 1.0, "accuracy": 0.5}
+    first = [evaluation, step(1, 1, 100), step(1, 2, 200), step(2, 1, 300)]
+    again = [step(2, 1, 90), step(2, 2, 180, loss=0.25), {**evaluation, "round": 2, "accuracy": 0.75}]
+    write_lines(run, first + again + [step(3, 1, 60, loss=0.125)])
+    progress = read_progress(run, "a", steps_a_round=2)
+    assert (progress.steps, progress.loss, progress.tokens_per_second) == (5, 0.125, 40.0)
+    assert (progress.sent_bytes, progress.received_bytes) == (300 + 180 + 60, 2 * (300 + 180 + 60))
+    assert progress.scores == {0: {"accuracy": 0.5}, 2: {"accuracy": 0.75}}
+
+
+def test_progress_of_a_silo_that_has_written_nothing(run: RunDirectory) -> None:
+    progress = read_progress(run, "a", steps_a_round=2)
+    assert (progress.steps, progress.loss, progress.sent_bytes, progress.scores) == (0, None, 0, {})
