@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common.results import Results
 from isthmus.recipe import FederationSection
-from isthmus.updates.compression import Compression, Rest
+from isthmus.updates.compression import Compression, ErrorFeedback
 
 PARAMETERS = 460_800
 """Of a rank-8 adapter on all projections of SmolLM2-135M's two ends, about."""
@@ -100,7 +100,7 @@ def regression(way: Way | None, *, masks: bool) -> float:
     silos = [rows(ROWS, 0.3 * torch.randn(FEATURES, generator=draw)) for _ in range(SILOS)]
     x_RF, told_R = rows(HELD_OUT, torch.zeros(FEATURES))
     compression = way.of(masks=masks) if way else Compression()
-    rests = [Rest(compression.feedback) for _ in silos]
+    rests = [ErrorFeedback(compression.feedback) for _ in silos]
     shared_P = torch.zeros(FEATURES * CLASSES)
     for round in range(1, ROUNDS + 1):
         due = [rest.added("w", learned(shared_P, *silo)) for rest, silo in zip(rests, silos, strict=True)]
@@ -118,7 +118,7 @@ def learned(shared_P: torch.Tensor, x_RF: torch.Tensor, told_R: torch.Tensor) ->
     return own_P.detach() - shared_P
 
 
-def opened(compression: Compression, round: int, due: list[torch.Tensor], rests: list[Rest]) -> torch.Tensor:
+def opened(compression: Compression, round: int, due: list[torch.Tensor], rests: list[ErrorFeedback]) -> torch.Tensor:
     """The sum of what crosses of what is due, each by itself."""
     compressor = compression.compressor(len(due[0]), round)
     if compressor is None:
@@ -130,7 +130,7 @@ def opened(compression: Compression, round: int, due: list[torch.Tensor], rests:
     return torch.stack(crossed).sum(0)
 
 
-def summed(compression: Compression, round: int, due: list[torch.Tensor], rests: list[Rest]) -> torch.Tensor:
+def summed(compression: Compression, round: int, due: list[torch.Tensor], rests: list[ErrorFeedback]) -> torch.Tensor:
     """The same, summed in the ring; the masks, which cancel, are left out."""
     ring, projection = compression.ring(SILOS), compression.projection(len(due[0]), round)
     whole = [ring.encode(projection.project(due_P).numpy()) for due_P in due]

@@ -1,7 +1,7 @@
 """Flower's SecAgg+ on this machine: its own client and server code, messages passed from hand to hand in one process.
 
-Runs in an environment of its own, without isthmus: ``python benchmarks/federated/flower_sums.py SILOS PARAMETERS DROPPED`` prints
-one JSON object. Each message takes the bytes it has on Flower's wire and is parsed from them again.
+Runs in an environment of its own, without isthmus. ``python benchmarks/federated/flower_sums.py SILOS PARAMETERS
+DROPPED`` prints one JSON object. Each message takes the bytes it has on Flower's wire and is parsed from them again.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from benchmarks.common.results import Results
 from benchmarks.federated.sums import PARAMETERS, RANGE
 from isthmus.federation.aggregator import Aggregator
 from isthmus.federation.collection import Collected
-from isthmus.federation.planner import Course, Relay
+from isthmus.federation.planner import EdgePlanner, RootPlanner
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates
@@ -67,8 +67,8 @@ class Plain:
         return whole_P
 
 
-class Kept(Course):
-    """The root's course, which keeps what a round brought."""
+class Kept(RootPlanner):
+    """The root's planner, which keeps what a round brought."""
 
     collected: Collected
 
@@ -86,10 +86,12 @@ class Tree:
         self._names = [silo.name for silo in self.recipe.silo]
         edges = [edge.name for edge in self.recipe.edge]
         identities = {name: authority.issue(name) for name in ("root", *edges, *self._names)}
-        self.course = Kept(self.recipe, ZEROS, RoleDirectory(folder))
-        root = Aggregator(self.recipe, "root", self.course, identities["root"])
+        self.planner = Kept(self.recipe, ZEROS, RoleDirectory(folder))
+        root = Aggregator(self.recipe, "root", self.planner, identities["root"])
         self.ways = {name: LoopbackChannel(root, name) for name in edges}
-        relays = {name: Relay(self.recipe, ZEROS, RoleDirectory(folder / name), way) for name, way in self.ways.items()}
+        relays = {
+            name: EdgePlanner(self.recipe, ZEROS, RoleDirectory(folder / name), way) for name, way in self.ways.items()
+        }
         nodes = {name: Aggregator(self.recipe, name, relay, identities[name]) for name, relay in relays.items()}
         self._channels = {name: LoopbackChannel(nodes[self.recipe.tree.parent(name)], name) for name in self._names}
         boundary, compression = Boundary(self.recipe.boundary), Compression(self.recipe.federation)
@@ -159,7 +161,7 @@ def main() -> None:
         started = time.perf_counter()
         tree.round()
         seconds = time.perf_counter() - started
-    total_KS = tree.course.collected.total_KS
+    total_KS = tree.planner.collected.total_KS
     assert total_KS is not None
     found = {
         "wrong": int((total_KS[:PARAMETERS] != plain.total_P).sum()),

@@ -17,7 +17,7 @@ from benchmarks.privacy.learned import TEACHER, learned
 from benchmarks.privacy.points import Point
 from benchmarks.privacy.privacy import labels_recovered
 from isthmus.audit.capture import Source
-from isthmus.audit.scenario import Bench, Order
+from isthmus.audit.scenario import Order, Scenario
 from isthmus.demo.assets import smollm2
 from isthmus.model.device import find_device
 from isthmus.storage.record import read_journal
@@ -54,7 +54,7 @@ def measure(results: Results, name: str, point: Point, source: Source) -> None:
     labels, guessed = labels_recovered(source)
     results.add(f"{name}: labels read off what crosses (majority {guessed:.3f})", labels, "share")
     order = Order(("trunk+silo",), ("linear",), "east", TEACHER, SIZE.victims, SIZE.own)
-    attack, recovered, _ = best_attack(Bench(source, order, lambda told: None), TASK, point, SIZE)
+    attack, recovered, _ = best_attack(Scenario(source, order, lambda told: None), TASK, point, SIZE)
     results.add(f"{name}: text tokens recovered, best attack ({attack})", recovered["text"], "share")
     assert source.run is not None
     lines = read_journal(source.run.role(TEACHER).path / "metrics.jsonl")

@@ -1,8 +1,8 @@
 """The frontier: what an attack recovers, what is left of the quality, and which epsilon follows, over cuts and noise.
 
 ``make bench-frontier``, or ``python -m benchmarks.privacy.frontier TASK ...``. One uncut model a task is tuned without
-any noise (``tuned``), then used through every point's boundary: noise is met in use only. Points that say "learned" have
-a model of their own, tuned by one silo through that boundary (``learned``).
+any noise (``tuned``), then used through every point's boundary: noise is met in use only. Points that say "learned"
+have a model of their own, tuned by one silo through that boundary (``learned``).
 The adversary is a trunk with a colluding silo; it knows all weights. Points stay in ``build/frontier``: what is there
 is not measured again.
 """
@@ -37,7 +37,7 @@ from isthmus.attacks.inversion.matching import Search, match
 from isthmus.attacks.knowledge import Knowledge
 from isthmus.attacks.score import score
 from isthmus.audit.capture import Source, measure
-from isthmus.audit.scenario import Bench, Order
+from isthmus.audit.scenario import Order, Scenario
 from isthmus.demo.assets import smollm2
 from isthmus.model.device import find_device
 from isthmus.privacy.reading import Reading
@@ -132,7 +132,7 @@ def outcome_of(task: Task, base: Path, point: Point, size: Size) -> Outcome:
     source = learned(task, base, point) if point.learned else Source(recipe_of(task, tuned(task, base), point))
     recipe = source.recipe
     order = Order(("trunk+silo",), ("linear",), "east", "west", size.victims, size.own, inference=task.generates)
-    bench = Bench(source, order, lambda told: None)
+    bench = Scenario(source, order, lambda told: None)
     attack, recovered, tried = best_attack(bench, task, point, size)
     vectors = int(median(row.crossing(recipe.boundary.tail) for row in bench.rows))
     spent = [epsilon(recipe.boundary, vectors, times) for times in (1, EPOCHS)]
@@ -164,7 +164,7 @@ def accuracy(source: Source, count: int) -> float:
     return measure(source, "east", rows.held_out[:count])
 
 
-def written(bench: Bench) -> dict[str, float]:
+def written(bench: Scenario) -> dict[str, float]:
     """ROUGE (F1) of the greedy answers that crossed against the notes that people wrote."""
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     scored = [
@@ -177,7 +177,7 @@ def written(bench: Bench) -> dict[str, float]:
     return {name: fmean(float(one[name].fmeasure) for one in scored) for name in ("rouge1", "rougeL")}
 
 
-def best_attack(bench: Bench, task: Task, point: Point, size: Size) -> tuple[str, dict[str, float], list[str]]:
+def best_attack(bench: Scenario, task: Task, point: Point, size: Size) -> tuple[str, dict[str, float], list[str]]:
     """The attack that recovers most of the text (or prompt), the most that any recovers of each kind of token, and all
     that were made."""
     masks = masks_of(bench, task)
@@ -200,7 +200,7 @@ def best_attack(bench: Bench, task: Task, point: Point, size: Size) -> tuple[str
 
 
 def attacks(
-    bench: Bench, task: Task, point: Point, size: Size, reached: Callable[[], float]
+    bench: Scenario, task: Task, point: Point, size: Size, reached: Callable[[], float]
 ) -> Iterator[tuple[str, Found]]:
     """The cheap ones first; costlier ones where those do not recover nearly all."""
     view, device = bench.view("trunk+silo"), find_device(DEVICE)
@@ -225,7 +225,7 @@ def attacks(
         yield "matching", made(lambda: Found(match(Knowledge(some, device=device), SEARCH)))
 
 
-def masks_of(bench: Bench, task: Task) -> dict[str, list[list[bool]]]:
+def masks_of(bench: Scenario, task: Task) -> dict[str, list[list[bool]]]:
     """Which tokens of each row count for each kind; what the recipe's template says counts for none."""
     rows, truth = bench.rows, bench.captured.truth
     template = template_tokens([row.prompt for row in rows])
@@ -245,7 +245,7 @@ def template_tokens(prompts: Sequence[Sequence[int]]) -> int:
     return next((place for place, column in enumerate(columns) if len(set(column)) > 1), 0)
 
 
-def sensitive(bench: Bench, sensitivity: Sensitivity, tokens: Sequence[int]) -> list[bool]:
+def sensitive(bench: Scenario, sensitivity: Sensitivity, tokens: Sequence[int]) -> list[bool]:
     """Which tokens stand for names, dates, numbers and the like."""
     reading = Reading(sensitivity, bench.tokenizer.decode)
     reading.extend(tokens)

@@ -67,7 +67,7 @@ def measure(results: Results, run: RunDirectory, name: str) -> None:
     recipe = run.recipe()
     with serving(run) as (trunk, address):
         ledger = open_ledger(run.role(name), recipe, name)
-        silo = join(at_address(recipe, address), name, ledger=ledger, register=run.role(name).path / "register")
+        silo = join(at_address(recipe, address), name, ledger=ledger, records=run.role(name).path / "records")
         data = known_data(recipe, name, silo)
         boundary = Stopwatch(silo.boundary, "release", "affordable")
         measure_steps(results, silo, data, recipe.train.batch, trunk, boundary)

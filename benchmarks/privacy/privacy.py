@@ -23,9 +23,9 @@ from benchmarks.common.runs import (
     undefended_run,
     write_lines,
 )
+from benchmarks.privacy import entailment, overhead
 from benchmarks.privacy.channels import Detected, Size, changed_boundary, climb, note_sensitive
 from benchmarks.privacy.overhead import STEPS
-from benchmarks.privacy.privacy import entailment, overhead
 from isthmus.attacks.gradients.labels import LabelClassifier
 from isthmus.audit.attack import Order, Result, attack
 from isthmus.audit.capture import Silence, Source, capture_pairs, opened_trunk, tapped

@@ -23,7 +23,7 @@ from isthmus.errors import FrameError, RecipeError
 from isthmus.recipe import FederationSection
 from isthmus.recipe.sections import UNDER_MASKS
 from isthmus.updates import compression
-from isthmus.updates.compression import CODECS, GAPS, Compression, Compressor, Rest
+from isthmus.updates.compression import CODECS, GAPS, Compression, Compressor, ErrorFeedback
 from isthmus.updates.projections import BLOCK, random_k
 
 P = 6_000
@@ -54,7 +54,7 @@ def drawn(size: int = P, seed: int = 0) -> torch.Tensor:
     return torch.randn(size, generator=draw) * torch.randn(size, generator=draw).exp() * 1e-3
 
 
-def run(way: Compression, rounds: range, rest: Rest) -> torch.Tensor:
+def run(way: Compression, rounds: range, rest: ErrorFeedback) -> torch.Tensor:
     """The sum of what arrived of one row given every round."""
     total_P = torch.zeros(P)
     for number in rounds:
@@ -152,13 +152,13 @@ def test_without_feedback_the_mean_of_what_comes_back_is_the_row(name: str, bits
 def test_in_the_end_everything_arrives(name: str, bits: int) -> None:
     rounds = 80
     given_P = rounds * drawn()
-    missing = (given_P - run(of(name, bits), range(1, rounds + 1), Rest(True))).norm() / given_P.norm()
+    missing = (given_P - run(of(name, bits), range(1, rounds + 1), ErrorFeedback(True))).norm() / given_P.norm()
     assert missing < (1e-3 if name == "none" and bits > 4 else 0.15)  # at most about 1 / keep rows are still waiting
 
 
 @pytest.mark.parametrize(("name", "bits"), OPEN)
 def test_what_waits_is_what_did_not_arrive(name: str, bits: int) -> None:
-    rest = Rest(True)
+    rest = ErrorFeedback(True)
     arrived_P = run(of(name, bits), range(1, 6), rest)
     torch.testing.assert_close(arrived_P + rest.state_dict()["x y"], 5 * drawn(), atol=1e-6, rtol=1e-4)
 
@@ -168,7 +168,7 @@ def test_a_silo_that_starts_again_sends_what_it_would_have(
     name: str, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compression, "secret_generator", lambda: torch.Generator().manual_seed(1))
-    whole, first, second = Rest(True), Rest(True), Rest(True)
+    whole, first, second = ErrorFeedback(True), ErrorFeedback(True), ErrorFeedback(True)
     run(of(name, bits), range(1, 7), whole)
     run(of(name, bits), range(1, 4), first)
     disk = io.BytesIO()
@@ -180,7 +180,7 @@ def test_a_silo_that_starts_again_sends_what_it_would_have(
 
 
 def test_nothing_waits_without_feedback_or_where_all_crosses() -> None:
-    rest = Rest(of("random-k", 8, feedback=False).feedback)
+    rest = ErrorFeedback(of("random-k", 8, feedback=False).feedback)
     run(of("random-k", 8, feedback=False), range(1, 4), rest)
     assert rest.state_dict() == {}
     assert Compression().exact
@@ -189,7 +189,7 @@ def test_nothing_waits_without_feedback_or_where_all_crosses() -> None:
 
 
 def test_what_waits_for_another_model_is_refused() -> None:
-    rest = Rest(True)
+    rest = ErrorFeedback(True)
     rest.load_state_dict({"x y": torch.zeros(P + 1)})
     with pytest.raises(RecipeError, match="another model"):
         rest.added(NAMES, drawn())
@@ -306,7 +306,7 @@ def test_places_that_are_none_are_refused(data: bytes, told: str) -> None:
 
 
 def test_what_waits_of_some_tensors_is_not_added_to_others() -> None:
-    rest = Rest(True)
+    rest = ErrorFeedback(True)
     rest.leave(["b"], torch.ones(3))
     assert torch.equal(rest.added(["a"], torch.zeros(3)), torch.zeros(3))
     assert torch.equal(rest.added(["b"], torch.zeros(3)), torch.ones(3))

@@ -13,7 +13,7 @@ import torch
 
 from isthmus.audit.attack import Order, Result, attack
 from isthmus.audit.capture import Source
-from isthmus.federation.root import RootService
+from isthmus.federation.aggregator import RootService
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.silo.drafting.distil import distil

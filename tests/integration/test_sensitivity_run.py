@@ -34,7 +34,7 @@ def federation(folder: Path, function: str = FUNCTION) -> Path:
 def test_it_trains_and_generates_with_one_key_and_one_scale(commands: Commands, tmp_path: Path) -> None:
     recipe, run = federation(tmp_path / "made"), tmp_path / "run"
     commands.run("run", recipe, "--run-dir", run).succeeded()
-    kept = {path: path.read_bytes() for path in run.glob("silos/*/register/*")}
+    kept = {path: path.read_bytes() for path in run.glob("silos/*/records/*")}
     assert {path.name for path in kept} == {"record-key", "sensitivity.json"}
     assert len(kept) == 4
     measured = [line for line in read_journal(run / "silos/north/metrics.jsonl") if line["event"] == "evaluation"]

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from isthmus.engines.use import whole_adapter
 from isthmus.errors import IsthmusError, PeerGoneError, RoundLostError
-from isthmus.federation.root import RootService, shared_tensors
+from isthmus.federation.aggregator import RootService, shared_tensors
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
 from isthmus.silo.worker import Worker
@@ -100,7 +100,7 @@ class Root:
 
     @property
     def version(self) -> int:
-        return self.service.rounds._course.completed  # type: ignore[union-attr]
+        return self.service.rounds._planner.completed  # type: ignore[union-attr]
 
 
 class Watched(LoopbackChannel):

@@ -13,7 +13,7 @@ from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.drafting import distil, draft_file
 from isthmus.silo.drafting.bridge import Bridge
 from isthmus.silo.drafting.draft import HOPE, Draft
-from isthmus.silo.drafting.draft_length import Costs, Pace, Share
+from isthmus.silo.drafting.draft_length import Costs, DraftLength, Share
 from tests.conftest import VOCABULARY
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.test_generation import CACHES, crossed, generate
@@ -23,7 +23,7 @@ LENGTH = 60
 WORDS = torch.arange(VOCABULARY)
 
 
-class FarAway(Pace):
+class FarAway(DraftLength):
     """A trip so long that any guess pays."""
 
     @property
@@ -34,7 +34,7 @@ class FarAway(Pace):
 def draft_for(model: SplitForCausalLM, bridge: Bridge | None = None, *, far: bool = True) -> Draft:
     torch.manual_seed(0)
     draft = Draft(model, bridge or Bridge(model.bottom), WORDS)
-    draft.pace = FarAway() if far else draft.pace
+    draft.draft_length = FarAway() if far else draft.draft_length
     return draft
 
 
@@ -86,14 +86,14 @@ def test_caches_and_tape_after_rejected_drafts(llama: Twins) -> None:
         model, inputs, LENGTH, assistant_model=draft_for(model), do_sample=False, return_dict_in_generate=True
     )
     cache, ids = out.past_key_values, out.sequences
-    assert cache.get_seq_length() == len(cache.tape) == ids.shape[1] - 1
+    assert cache.get_seq_length() == len(cache.transcript) == ids.shape[1] - 1
     with torch.no_grad():
         fresh = model.new_cache()
-        tape = fresh.record()
+        transcript = fresh.record()
         whole = model(ids, past_key_values=fresh)
         continued = model(ids[:, -1:], past_key_values=cache)
     assert distance(continued.logits[:, -1], whole.logits[:, -1]) < 1e-4
-    assert distance(cache.tape.heard().g_BLD, tape.heard().g_BLD) < 1e-4
+    assert distance(cache.transcript.heard().g_BLD, transcript.heard().g_BLD) < 1e-4
 
 
 def test_a_bad_bridge_costs_no_trip_that_lookup_saves(llama: Twins) -> None:
@@ -130,7 +130,7 @@ def test_the_measured_pace_is_used(llama: Twins) -> None:
     draft = draft_for(llama.split, far=False)
     split = generate(llama.split, prompts((21,)), LENGTH, assistant_model=draft, do_sample=False)
     assert torch.equal(split, generate(llama.whole, prompts((21,)), LENGTH, do_sample=False))
-    assert draft.pace.costs.round_trip + draft.pace.costs.verified > 0
+    assert draft.draft_length.costs.round_trip + draft.draft_length.costs.verified > 0
 
 
 def test_a_saved_draft_drafts_the_same(llama: Twins, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_saved_draft_drafts_the_same(llama: Twins, tmp_path: Path) -> None:
     draft_file.save(tmp_path / draft_file.NAME, draft, corpus)
     loaded = [draft_file.load(tmp_path / draft_file.NAME, llama.split) for _ in range(2)]
     for one in loaded:
-        one.pace = FarAway()
+        one.draft_length = FarAway()
         before = len(crossed(llama))
         generate(llama.split, inputs, LENGTH, assistant_model=one, do_sample=False)
         frames.append(crossed(llama)[before:])

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from isthmus.data.tokens import Batch, collate
 from isthmus.engines.use import whole_adapter
-from isthmus.federation.root import RootService
+from isthmus.federation.aggregator import RootService
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.ledger import read_ledger

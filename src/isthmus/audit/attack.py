@@ -19,7 +19,7 @@ from isthmus.attacks.score import Figure
 from isthmus.attacks.view.view import ADVERSARIES
 from isthmus.audit.capture import Source
 from isthmus.audit.judge import Judge, Result, Sensitive
-from isthmus.audit.scenario import Bench, Order, Tell
+from isthmus.audit.scenario import Order, Scenario, Tell
 from isthmus.engines.threads import set_threads
 from isthmus.errors import AttackError, RunError
 from isthmus.model.device import find_device
@@ -73,11 +73,11 @@ def attack(source: Source, order: Order, tell: Tell, sensitive: Sensitive | None
     device = find_device(order.device)
     set_threads(source.recipe)
     transformers_logging.disable_progress_bar()
-    bench = Bench(source, order, tell)
-    judge = Judge(bench, order.inference, sensitive)
+    scenario = Scenario(source, order, tell)
+    judge = Judge(scenario, order.inference, sensitive)
     results: list[Result] = []
     for adversary in order.adversaries:
-        knowledge = Knowledge(bench.view(adversary), order.references, device)
+        knowledge = Knowledge(scenario.view(adversary), order.references, device)
         for name in order.attacks:
             tell(f"{adversary}: {name}")
             started = time.perf_counter()

@@ -19,7 +19,7 @@ from isthmus.attacks.view.tap import Tap
 from isthmus.attacks.view.view import Contribution, Crossing, Pair
 from isthmus.data.tokens import Tokens, collate
 from isthmus.errors import AttackError, ProtocolError
-from isthmus.federation.root import RootService
+from isthmus.federation.aggregator import RootService
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe

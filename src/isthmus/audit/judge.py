@@ -12,7 +12,7 @@ from isthmus.attacks.found import Tokens as FoundTokens
 from isthmus.attacks.gradients.labels import named
 from isthmus.attacks.membership.inference import separation
 from isthmus.attacks.score import Figure, score, share
-from isthmus.audit.scenario import Bench
+from isthmus.audit.scenario import Scenario
 from isthmus.data.tokens import Tokens
 from isthmus.tasks.metrics import majority
 
@@ -41,14 +41,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores what was found on this bench.
+    """Scores what was found on this scenario.
 
     Args:
         inference: the victim's answers were attacked, not its training.
         sensitive: which tokens of a row are; scored apart then.
     """
 
-    bench: Bench
+    scenario: Scenario
     inference: bool
     sensitive: Sensitive | None = field(default=None)
 
@@ -61,27 +61,27 @@ class Judge:
         """
         rows, scored = self._scored(found)
         return [
-            Result(*told, self.bench.victim, rows, own_rows, round(seconds, 1), of, figures, notes)
+            Result(*told, self.scenario.victim, rows, own_rows, round(seconds, 1), of, figures, notes)
             for of, figures, notes in scored
         ]
 
     def _scored(self, found: Found) -> tuple[int, Scored]:
         """Of how many rows, and the figures."""
-        bench = self.bench
+        scenario = self.scenario
         if isinstance(found, Labels):
-            return len(bench.rows), self._labels(found)
+            return len(scenario.rows), self._labels(found)
         if isinstance(found, Texts):
-            return len(bench.trained), self._texts(found)
+            return len(scenario.trained), self._texts(found)
         if isinstance(found, Scores):
-            return sum(map(len, bench.asked)), self._membership(found)
+            return sum(map(len, scenario.asked)), self._membership(found)
         if isinstance(found, Ranks):
-            return len(bench.rows), self._identified(found)
-        return len(bench.rows), self._response(found) if found.response else self._tokens(found)
+            return len(scenario.rows), self._identified(found)
+        return len(scenario.rows), self._response(found) if found.response else self._tokens(found)
 
     def _tokens(self, found: FoundTokens) -> Scored:
         """On all tokens, on those of the text, and on sensitive ones."""
-        truth = self.bench.captured.truth
-        masks = {"all": None, "text": None if self.inference else _text(self.bench.rows)}
+        truth = self.scenario.captured.truth
+        masks = {"all": None, "text": None if self.inference else _text(self.scenario.rows)}
         if self.sensitive is not None:
             sensitive = [self.sensitive(row) for row in truth]
             masks |= {"sensitive": sensitive} if any(map(any, sensitive)) else {}
@@ -90,9 +90,9 @@ class Judge:
 
     def _response(self, found: FoundTokens) -> Scored:
         """On the answer's tokens, without the one that closes every answer."""
-        rows = self.bench.rows
-        whole = self.bench.captured.truth if self.inference else [(*row.prompt, *row.answer) for row in rows]
-        end = self.bench.tokenizer.eos_token_id
+        rows = self.scenario.rows
+        whole = self.scenario.captured.truth if self.inference else [(*row.prompt, *row.answer) for row in rows]
+        end = self.scenario.tokenizer.eos_token_id
         masks = [
             [place >= len(row.prompt) and token != end for place, token in enumerate(tokens)]
             for row, tokens in zip(rows, whole, strict=True)
@@ -101,11 +101,11 @@ class Judge:
 
     def _labels(self, found: Labels) -> Scored:
         """Accuracy by each method, beside that of always saying the commonest label, and the task's own."""
-        choices = self.bench.choices
-        right = [choices.index(tuple(row.answer)) for row in self.bench.rows]
+        choices = self.scenario.choices
+        right = [choices.index(tuple(row.answer)) for row in self.scenario.rows]
         commonest = max(right, key=right.count)
         assert majority(right) == right.count(commonest) / len(right)
-        beside = {"majority": share([label == commonest for label in right]), "task_accuracy": self.bench.measured}
+        beside = {"majority": share([label == commonest for label in right]), "task_accuracy": self.scenario.measured}
         said = {
             method: named(labels, right) if method in found.unnamed else labels for method, labels in found.by.items()
         }
@@ -120,7 +120,7 @@ class Judge:
 
     def _texts(self, found: Texts) -> Scored:
         """Each row behind the update against that of the texts which is most like it: this favours the attack."""
-        truth = [(*row.prompt, *row.answer) for row in self.bench.trained]
+        truth = [(*row.prompt, *row.answer) for row in self.scenario.trained]
         scorer = RougeScorer(["rouge1", "rougeL"])
         said = [(text, self._decode(text)) for text in found.ids] or [([], "")]
 
@@ -135,7 +135,7 @@ class Judge:
 
     def _membership(self, found: Scores) -> Scored:
         """How well each method tells rows that were trained on from others."""
-        members, others = self.bench.asked
+        members, others = self.scenario.asked
         told = [True] * len(members) + [False] * len(others)
         figures = {}
         for method, scores in found.by.items():
@@ -152,8 +152,8 @@ class Judge:
 
     def _identified(self, found: Ranks) -> Scored:
         """How often the right candidate was named first, or among the first ten; beside it, what a blind guess has."""
-        candidates = [tuple(row.input) for row in self.bench.candidates]
-        told = zip(self.bench.captured.truth, found.by_row, strict=True)
+        candidates = [tuple(row.input) for row in self.scenario.candidates]
+        told = zip(self.scenario.captured.truth, found.by_row, strict=True)
         ranks = [[candidates[number] == right for number in ranked] for right, ranked in told]
         blind = 1 / len(candidates)
         figures = {
@@ -164,7 +164,7 @@ class Judge:
         yield "candidates", figures, (f"among {len(candidates)}",)
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self.bench.tokenizer.decode(ids)
+        text: str = self.scenario.tokenizer.decode(ids)
         return text
 
 

@@ -64,7 +64,7 @@ class Order:
     """Where attacks compute (see ``model.device``)."""
 
 
-class Bench:
+class Scenario:
     """The victim's rows as they crossed, and what each adversary has beside them."""
 
     def __init__(self, source: Source, order: Order, tell: Tell) -> None:

@@ -11,8 +11,7 @@ from isthmus.engines.lifetime import Stopped
 from isthmus.engines.process import LISTENING
 from isthmus.engines.threads import set_threads
 from isthmus.errors import RecipeError
-from isthmus.federation.edge import EdgeService
-from isthmus.federation.root import RootService
+from isthmus.federation.aggregator import EdgeService, RootService
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.silo.worker import Worker

@@ -124,7 +124,7 @@ def open_silo(run: RunDirectory, recipe: Recipe, name: str, ledger: Ledger | Non
     Raises:
         DataError: sensitivity is asked for, but the silo's rows are unusable.
     """
-    silo = join(recipe, name, ledger=ledger, register=run.role(name).path / "register")
+    silo = join(recipe, name, ledger=ledger, records=run.role(name).path / "records")
     if recipe.sensitivity is not None:
         known_data(recipe, name, silo)
     number = run.completed()

@@ -1,4 +1,4 @@
-"""The service of the root and of every edge: plans out, updates in."""
+"""The services of the root and of every edge: plans out, updates in."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError
 from isthmus.federation.buffered import Buffered
-from isthmus.federation.planner import Course, Lead
+from isthmus.federation.planner import EdgePlanner, Planner, RootPlanner, shared_tensors
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
+from isthmus.recipe.tree import ROOT
+from isthmus.storage.record import RoleDirectory
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire import offer
-from isthmus.wire.channel import Answer, answered
+from isthmus.wire.channel import Answer, Channel, answered
 from isthmus.wire.identity import Identity
 
 
@@ -25,12 +27,12 @@ class Aggregator:
         identity: of the process, to check what silos sign where updates are masked; left out, the node's own.
     """
 
-    def __init__(self, recipe: Recipe, name: str, lead: Lead, identity: Identity | None = None) -> None:
+    def __init__(self, recipe: Recipe, name: str, planner: Planner, identity: Identity | None = None) -> None:
         self.rounds: Rounds | Buffered
-        if recipe.federation.buffer is not None and isinstance(lead, Course):
-            self.rounds = Buffered(recipe, lead)
+        if recipe.federation.buffer is not None and isinstance(planner, RootPlanner):
+            self.rounds = Buffered(recipe, planner)
         else:
-            self.rounds = Rounds(recipe, lead, name)
+            self.rounds = Rounds(recipe, planner, name)
         if recipe.federation.masks and identity is None:
             identity = Identity.load(Path(recipe.wire.certificates), name)
         self._identity = identity
@@ -53,3 +55,34 @@ class Aggregator:
         """
         if self._identity is not None and request.HasField("keys"):
             offer.verify(self._identity, peer, request.keys)
+
+
+class RootService(Aggregator):
+    """It holds no weights: it needs the model's configuration only.
+
+    Args:
+        identity: of the process, to check what silos sign where updates are masked; left out, the root's own.
+    """
+
+    def __init__(self, recipe: Recipe, directory: RoleDirectory, identity: Identity | None = None) -> None:
+        super().__init__(recipe, ROOT, RootPlanner(recipe, shared_tensors(recipe), directory), identity)
+
+
+class EdgeService(Aggregator):
+    """It knows nothing between rounds: one that starts again asks for the next plan, as a silo would.
+
+    Args:
+        name: in the recipe.
+        parent: the way to the edge or root above.
+        identity: its own; left out, it is read from its folder of certificates.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        name: str,
+        directory: RoleDirectory,
+        parent: Channel,
+        identity: Identity | None = None,
+    ) -> None:
+        super().__init__(recipe, name, EdgePlanner(recipe, shared_tensors(recipe), directory, parent), identity)

@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.collection import Collected, change_of
 from isthmus.federation.contribution import Contribution
-from isthmus.federation.planner import Course
+from isthmus.federation.planner import RootPlanner
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.updates.compression import Compression
@@ -48,12 +48,12 @@ class Buffered:
     trains again, and an update that was begun before is refused by name.
     """
 
-    def __init__(self, recipe: Recipe, course: Course) -> None:
+    def __init__(self, recipe: Recipe, planner: RootPlanner) -> None:
         assert recipe.federation.buffer is not None
         self._size, self._oldest = recipe.federation.buffer, recipe.federation.staleness
         self._compression = Compression.of(recipe)
         self._node = recipe.tree.node(ROOT)
-        self._course = course
+        self._planner = planner
         self._lock = threading.RLock()
         self._training: dict[str, int] = {}
         """By silo that has a plan, its round."""
@@ -102,7 +102,7 @@ class Buffered:
     def _check(self, peer: str, round: int) -> None:
         if peer in self._buffer:
             raise ProtocolError(f"{peer} has contributed to the next version", remedy="ask for a plan")
-        if self._error is not None or self._course.over or round != self._training.get(peer):
+        if self._error is not None or self._planner.over or round != self._training.get(peer):
             raise RoundLostError(f"an update for round {round}", remedy="ask for the next plan")
         if (staleness := self._staleness(round)) > self._oldest:
             del self._training[peer]
@@ -112,13 +112,13 @@ class Buffered:
             )
 
     def _staleness(self, round: int) -> int:
-        return self._course.completed - (round - 1)
+        return self._planner.completed - (round - 1)
 
     def _held(self, peer: str, update: pb.Update) -> Held:
         staleness = self._staleness(update.round)
         if not update.weight:
             return Held(0.0, staleness, None)
-        layout = self._course.layout(peer, update.round)
+        layout = self._planner.layout(peer, update.round)
         change = change_of(update, layout, self._compression.compressor(layout.size, update.round))
         scale = 1 / math.sqrt(1 + staleness)
         scaled = {name: scale * tensor for name, tensor in change.items()}
@@ -135,7 +135,7 @@ class Buffered:
             staleness={peer: one.staleness for peer, one in held.items()},
         )
         try:
-            self._course.conclude(self._course.completed + 1, collected)
+            self._planner.conclude(self._planner.completed + 1, collected)
         except IsthmusError as error:
             self._error = error
         self._answer()
@@ -147,20 +147,20 @@ class Buffered:
             if self._error is not None:
                 answer.set_exception(self._error)
                 continue
-            plan = self._course.next([peer])
+            plan = self._planner.next([peer])
             if plan.round:
                 self._training[peer] = plan.round
-            answer.set_result(self._course.own(plan, peer))
+            answer.set_result(self._planner.own(plan, peer))
 
     def _start_clock(self) -> None:
-        self._clock = threading.Timer(self._node.patience, self._lose_patience, (self._course.completed,))
+        self._clock = threading.Timer(self._node.patience, self._lose_patience, (self._planner.completed,))
         self._clock.daemon = True
         self._clock.start()
 
     def _lose_patience(self, version: int) -> None:
         """The buffer is not full in time: what is in it is enough, or the federation ends."""
         with self._lock:
-            if version != self._course.completed or self._error is not None:
+            if version != self._planner.completed or self._error is not None:
                 return
             if len(self._buffer) >= self._node.minimum:
                 self._publish()

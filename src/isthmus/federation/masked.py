@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from isthmus.errors import ProtocolError, RoundLostError
 from isthmus.federation.collection import Collected, Done, MakeBarrier, SumFormat
 from isthmus.updates.masking import Advert, Terms
-from isthmus.updates.unmasking import Tally
+from isthmus.updates.unmasking import Unmasking
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
 
@@ -40,7 +40,7 @@ class Masked:
         self.terms = Terms(secrets.token_bytes(16), adverts)
         self._sums, self._new_barrier, self._done, self._fewest = sums, barrier, done, fewest
         self._sealed: dict[str, dict[str, bytes]] = {}
-        self._tally: Tally | None = None
+        self._tally: Unmasking | None = None
         self._weights: dict[str, float] = {}
         self._waiting: dict[str, Answer] = {}
         self._due: type[Message] = pb.Deal
@@ -95,7 +95,7 @@ class Masked:
         if len(dealers) < max(self._fewest, self.terms.threshold):
             self._fail(f"{len(dealers)} silos dealt their shares")
             return
-        self._tally = Tally(self.terms, dealers, self._sums.ring.words(self._sums.size))
+        self._tally = Unmasking(self.terms, dealers, self._sums.ring.words(self._sums.size))
         waiting = self._next(pb.Update, dealers, self._name_living)
         for peer, answer in waiting.items():
             sealed = {dealer: self._sealed[dealer][peer] for dealer in dealers if peer in self._sealed[dealer]}

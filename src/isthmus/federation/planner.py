@@ -16,6 +16,8 @@ from isthmus.federation.control import control_of
 from isthmus.federation.products import sharing_of
 from isthmus.federation.sharing import Sharing
 from isthmus.federation.strategies.rules import Mean
+from isthmus.model import adapters
+from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RoleDirectory
 from isthmus.updates.compression import Compression
@@ -25,7 +27,7 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel, answered
 
 
-class Lead(Protocol):
+class Planner(Protocol):
     """What the state machine of the rounds asks for."""
 
     @property
@@ -51,7 +53,7 @@ class Lead(Protocol):
         ...
 
 
-class Course:
+class RootPlanner:
     """The root's: the shared tensors from round to round, on disk before anyone hears of them.
 
     Args:
@@ -127,11 +129,11 @@ class Course:
         return answered(pb.Accepted())
 
 
-class Relay:
+class EdgePlanner:
     """An edge's: plans come from its parent, and one sum goes there.
 
     Args:
-        initial: as of ``Course``; their shapes count.
+        initial: as of ``RootPlanner``; their shapes count.
         parent: the way to the parent.
     """
 
@@ -181,3 +183,10 @@ class Relay:
         if done.exception() is None:
             self._completed = round
             self._journal.append({"round": round, "weights": collected.weights})
+
+
+def shared_tensors(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """The adapter tensors that the silos of this recipe share, as each of them starts with them."""
+    config = Checkpoint(recipe.model.path).config
+    shared = adapters.shared_shapes(adapters.empty_ends(config, recipe))
+    return {name: tensor for name, tensor in adapters.initial_tensors(config, recipe).items() if name in shared}

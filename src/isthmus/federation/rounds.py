@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.collection import Collected, Collection, Open, SumFormat, Sums
 from isthmus.federation.masked import Masked
-from isthmus.federation.planner import Lead
+from isthmus.federation.planner import Planner
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.updates.compression import Compression, Compressor
@@ -36,15 +36,15 @@ class Rounds:
     """Every request changes the phase under one lock; a round that ends is on disk before anyone hears of it.
 
     Args:
-        lead: who says what to train, and takes what was learned.
+        planner: who says what to train, and takes what was learned.
         name: of the node whose rounds these are.
     """
 
-    def __init__(self, recipe: Recipe, lead: Lead, name: str = ROOT) -> None:
+    def __init__(self, recipe: Recipe, planner: Planner, name: str = ROOT) -> None:
         self.phase = Phase.GATHERING
         self._error: IsthmusError | None = None
         """Why the phase is ``FAILED``; every child that asks is told."""
-        self._lead = lead
+        self._planner = planner
         self._node = recipe.tree.node(name)
         self._masks, self._compression = recipe.federation.masks, Compression.of(recipe)
         self._offers_keys = self._masks and recipe.tree.leaf(name)
@@ -100,8 +100,8 @@ class Rounds:
     def _advance(self) -> None:
         """Hand out what the phase has for the children that wait."""
         with self._lock:
-            if self.phase is Phase.GATHERING and self._lead.over:
-                self._when_there(lambda: self._lead.plan(()), lambda plan: self._begin([], plan))
+            if self.phase is Phase.GATHERING and self._planner.over:
+                self._when_there(lambda: self._planner.plan(()), lambda plan: self._begin([], plan))
             elif self.phase is Phase.FINISHED:
                 self._answer(list(self._waiting), self._last)
             elif self.phase is Phase.FAILED:
@@ -125,7 +125,7 @@ class Rounds:
             return
         self.phase = Phase.ASKING
         silos = {silo for peer in present for silo in (self._asked[peer].silos or [peer])}
-        self._when_there(lambda: self._lead.plan(silos), lambda plan: self._begin(present, plan))
+        self._when_there(lambda: self._planner.plan(silos), lambda plan: self._begin(present, plan))
 
     def _begin(self, participants: list[str], plan: pb.Plan) -> None:
         if not plan.round:
@@ -143,13 +143,13 @@ class Rounds:
             sums = self._format(participants[0], len(self._silos))
             self._collection = Sums(participants, sums, self._barrier, self._end)
         else:
-            layouts = {peer: self._lead.layout(peer, plan.round) for peer in participants}
+            layouts = {peer: self._planner.layout(peer, plan.round) for peer in participants}
             self._collection = Open(layouts, self._barrier, self._end, compressors=self._compressors(layouts))
         self._answer(participants, plan)
 
     def _answer(self, peers: Iterable[str], plan: pb.Plan) -> None:
         for peer in peers:
-            self._waiting.pop(peer).set_result(self._lead.own(plan, peer))
+            self._waiting.pop(peer).set_result(self._planner.own(plan, peer))
 
     def _masked(self, keys: Mapping[str, pb.SumKeys]) -> Masked:
         adverts = {peer: Advert(one.sealing, one.masking, one.promise) for peer, one in keys.items()}
@@ -158,7 +158,7 @@ class Rounds:
 
     def _format(self, peer: str, silos: int) -> SumFormat:
         """Of the sum of so many silos' numbers, this child's among them."""
-        layout = self._lead.layout(peer, self._round)
+        layout = self._planner.layout(peer, self._round)
         projection = self._compression.projection(layout.size, self._round)
         ring = self._compression.ring(silos, projection.size, self._clip)
         return SumFormat(layout, ring, projection, self._compression.tells)
@@ -194,7 +194,9 @@ class Rounds:
             return
         self.phase, self._collection = Phase.CONCLUDING, None
         # who was silent had its time: the next round does not wait for it again
-        self._when_there(lambda: self._lead.conclude(self._round, collected), lambda _: self._gather(collected.weights))
+        self._when_there(
+            lambda: self._planner.conclude(self._round, collected), lambda _: self._gather(collected.weights)
+        )
 
     def _when_there(self, ask: Callable[[], Answer], go_on: Callable[[pb.Plan], None]) -> None:
         """Go on with the lead's answer, unless the phase has ended by then. A round that is lost begins again."""

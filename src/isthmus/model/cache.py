@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from isthmus.model.cut import Part
-from isthmus.model.transcript import Tape
+from isthmus.model.transcript import Transcript
 
 
 class TrunkSession(Protocol):
@@ -35,16 +35,16 @@ class SplitCache(Cache):
         self.bottom = DynamicCache(config=bottom.config)
         self.top = DynamicCache(config=top.config)
         self.session = session
-        self.tape: Tape | None = None
+        self.transcript: Transcript | None = None
         """Where the trunk's answers are kept for drafts, if anyone asks for them."""
         self._crossed_BL: torch.Tensor | None = None
         """Which of top's positions crossed, where not all did."""
         super().__init__(layers=[*self.bottom.layers, *self.top.layers])
 
-    def record(self) -> Tape:
+    def record(self) -> Transcript:
         """Keep from now on what goes into the trunk and what it answers; returns where."""
-        self.tape = self.tape or Tape()
-        return self.tape
+        self.transcript = self.transcript or Transcript()
+        return self.transcript
 
     def cross(self, crosses_BL: torch.Tensor) -> torch.Tensor:
         """Note which of top's next positions crossed; returns it for all of top's positions, ``[B, past + L]``."""
@@ -59,8 +59,8 @@ class SplitCache(Cache):
             self.session.forget(abs(tokens_to_remove))
             if self._crossed_BL is not None:
                 self._crossed_BL = self._crossed_BL[:, : -abs(tokens_to_remove)]
-            if self.tape is not None:
-                self.tape.crop(abs(tokens_to_remove))
+            if self.transcript is not None:
+                self.transcript.crop(abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -81,5 +81,5 @@ class SplitCache(Cache):
         self.session.select(rows)
         if self._crossed_BL is not None:
             self._crossed_BL = self._crossed_BL[rows]
-        if self.tape is not None:
-            self.tape.select(rows)
+        if self.transcript is not None:
+            self.transcript.select(rows)

@@ -263,8 +263,8 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         session = None if cache is None else cache.session
         g_TD = self.trunk(packing.pack(h_BLD), packing.lengths, session, rows)
         g_BLD = packing.unpack(g_TD, h_BLD if self.residual else None)
-        if cache is not None and cache.tape is not None:
-            cache.tape.add(h_BLD, g_BLD, packing.real_BL)
+        if cache is not None and cache.transcript is not None:
+            cache.transcript.add(h_BLD, g_BLD, packing.real_BL)
         return g_BLD
 
     def _get_candidate_generator(self, **settings: Any) -> Any:

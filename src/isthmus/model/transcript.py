@@ -1,4 +1,4 @@
-"""The tape: what a generation sent into the trunk and got back, position by position. It never leaves the silo.
+"""The transcript: what a generation sent into the trunk and got back, position by position. It never leaves the silo.
 
 Shapes: B rows, L positions, D width.
 """
@@ -19,14 +19,14 @@ class Heard:
     real_BL: torch.Tensor
 
 
-class Tape:
+class Transcript:
     """Kept beside a ``SplitCache`` and cropped and reordered with it."""
 
     def __init__(self) -> None:
         self._pieces: list[Heard] = []
 
     def __len__(self) -> int:
-        """Positions on the tape."""
+        """Positions on the transcript."""
         return sum(piece.real_BL.shape[1] for piece in self._pieces)
 
     def add(self, h_BLD: torch.Tensor, g_BLD: torch.Tensor, real_BL: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ from isthmus.wire.identity import Identity
 log = logging.getLogger(__name__)
 
 
-class Upstream:
+class AggregatorClient:
     """Asks for plans and sends updates, round by round.
 
     Args:

@@ -26,7 +26,7 @@ from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.defence.guard import Guard
 from isthmus.silo.defence.shield import Shield
-from isthmus.silo.records import Register
+from isthmus.silo.records import Records
 from isthmus.silo.released import Released
 from isthmus.silo.remote import RemoteTrunk
 from isthmus.silo.trainer import SiloData
@@ -64,7 +64,7 @@ def join(
     ledger: Ledger | None = None,
     channel: Channel | None = None,
     releases: Path | None = None,
-    register: Path | None = None,
+    records: Path | None = None,
 ) -> Silo:
     """Load the ends of the model and connect to the trunk.
 
@@ -74,7 +74,7 @@ def join(
         channel: a way to the trunk other than the recipe's address.
         releases: where a silo that releases each example once keeps what it released; by default a folder that goes
             with the process, as such a ledger does.
-        register: where the silo keeps the key of its records' names; by default they last as long as the process.
+        records: where the silo keeps the key of its records' names; by default they last as long as the process.
 
     Raises:
         IsthmusError: the model folder, the device, the certificates or the trunk are unusable; the kind says which.
@@ -87,7 +87,7 @@ def join(
         channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
     ledger = ledger or MemoryLedger()
     boundary = Boundary(recipe.boundary, ledger, budget=Budget(recipe.privacy, ledger.history()))
-    known = open_register(recipe, tokenizer, register)
+    known = open_records(recipe, tokenizer, records)
     trunk = RemoteTrunk(channel, boundary, known, ends=(bottom, top), gradients=recipe.boundary.gradients)
     strength = recipe.sensitivity.attention if recipe.sensitivity else 0.0
     shield = Shield(known, strength) if strength else None
@@ -102,7 +102,7 @@ def join(
     return Silo(model.eval(), tokenizer, trunk, boundary, guard)
 
 
-def open_register(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> Register:
+def open_records(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> Records:
     """The register of a silo, kept in this folder if one is given.
 
     Raises:
@@ -110,7 +110,7 @@ def open_register(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Pa
             tokenizer is unusable.
     """
     if recipe.sensitivity is None:
-        return Register(folder)
+        return Records(folder)
     if not tokenizer.is_fast:
         raise ModelError(
             "sensitivity needs to know which characters a token stands for, and this tokenizer cannot say",
@@ -121,7 +121,7 @@ def open_register(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Pa
         text: str = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
-    return Register(folder, Sensitivity(recipe.sensitivity), decode)
+    return Records(folder, Sensitivity(recipe.sensitivity), decode)
 
 
 def known_data(recipe: Recipe, name: str, silo: Silo) -> SiloData:
@@ -130,9 +130,9 @@ def known_data(recipe: Recipe, name: str, silo: Silo) -> SiloData:
     Raises:
         DataError: a file is unusable, or the silo's own sensitivity function failed.
     """
-    register = silo.trunk.register
-    data = SiloData(recipe.party(name), recipe, silo.tokenizer, register.sensitivity)
-    register.learn([*data.train, *data.held_out], data.train, recipe.boundary.tail)
+    records = silo.trunk.records
+    data = SiloData(recipe.party(name), recipe, silo.tokenizer, records.sensitivity)
+    records.learn([*data.train, *data.held_out], data.train, recipe.boundary.tail)
     return data
 
 

@@ -1,4 +1,4 @@
-"""The register: tells the boundary whom tensors are about and how sensitive they are, from the tokens behind them."""
+"""The records: tells the boundary whom tensors are about and how sensitive they are, from the tokens behind them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Known:
     """All classes in prompt and answers."""
 
 
-class Register:
+class Records:
     """Finds the record and the classes of each sequence that crosses.
 
     A record's name is a keyed hash of its prompt: whatever is answered, a row of the silo's data stays one record, and
@@ -190,8 +190,8 @@ class Register:
 class History:
     """What the rows of one generation have said so far. A row's record is that of its prompt, however it goes on."""
 
-    def __init__(self, register: Register, rows: int) -> None:
-        self._register = register
+    def __init__(self, records: Records, rows: int) -> None:
+        self._known_to = records
         self._lengths: list[int] | None = [0] * rows
         """Tokens of each row; None once embeddings came without tokens."""
         self._records: tuple[str, ...] = ()
@@ -210,13 +210,13 @@ class History:
             return None
         first = not self._records
         if first:
-            self._records = self._register.records(rows)
+            self._records = self._known_to.records(rows)
         self._lengths = [old + len(new) for old, new in zip(self._lengths, rows, strict=True)]
         self._heard = rows
-        if self._register.sensitivity is None:
+        if self._known_to.sensitivity is None:
             return None
         if first:
-            self._readings = [self._register.reading(row) for row in rows]
+            self._readings = [self._known_to.reading(row) for row in rows]
         else:
             for reading, row in zip(self._readings, rows, strict=True):
                 reading.extend(row)
@@ -233,15 +233,15 @@ class History:
             self.hear(rows)
         heard, self._heard = self._heard, None
         if rows is None or heard is None:
-            subjects = self._register.subjects(None, lengths)
+            subjects = self._known_to.subjects(None, lengths)
             self._records = self._records or subjects.records
             return replace(subjects, records=self._records)
         classes = None
-        if self._register.sensitivity is not None:
+        if self._known_to.sensitivity is not None:
             late = [len(told) - len(row) for told, row in zip(heard, rows, strict=True)]
             pairs = zip(self._readings, late, strict=True)
             classes = [reading.classes[: len(reading) - dropped] for reading, dropped in pairs]
-        return self._register.weighed(Subjects(self._records, tuple(lengths)), classes)
+        return self._known_to.weighed(Subjects(self._records, tuple(lengths)), classes)
 
     def forget(self, positions: int) -> None:
         """Drop this many tokens from the end of every row."""

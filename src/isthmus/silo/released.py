@@ -21,7 +21,7 @@ from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.defence.shield import Shield
-from isthmus.silo.records import Register
+from isthmus.silo.records import Records
 from isthmus.silo.secrets import read_secret
 from isthmus.storage.store import Store
 from isthmus.wire import isthmus_pb2 as pb
@@ -91,12 +91,12 @@ class Released:
         first, down_WD = next(self._bottom.parameters()), tensor_of(self._bottom, DOWN)
         return first.new_empty(1).expand(tokens, self._bottom.config.hidden_size if down_WD is None else len(down_WD))
 
-    def release(self, examples: Iterable[Ending], step: int, register: Register) -> list[pb.Keep]:
+    def release(self, examples: Iterable[Ending], step: int, records: Records) -> list[pb.Keep]:
         """The frames of those examples that were not released before; the ledger has them now, and the disk.
 
         Args:
             step: under which the ledger notes them.
-            register: says whom they are about.
+            records: says whom they are about.
 
         Raises:
             ModelError: bottom trains.
@@ -108,7 +108,7 @@ class Released:
                 remedy="freeze bottom, or set boundary.release_once = false",
             )
         new = {number: one for one in examples if (number := self.number(one)) not in self._store}
-        about = [register.subjects([list(one.row)], [one.length]) for one in new.values()]
+        about = [records.subjects([list(one.row)], [one.length]) for one in new.values()]
         states = zip(new, self._run(new.values()), about, strict=True)
         return [self._released(number, h_TD, step, subjects) for number, h_TD, subjects in states]
 

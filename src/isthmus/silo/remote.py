@@ -22,7 +22,7 @@ from isthmus.model.cut import Part
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.flight import Flight
-from isthmus.silo.records import Register
+from isthmus.silo.records import Records
 from isthmus.silo.released import Ending, Released
 from isthmus.silo.session import RemoteSession
 from isthmus.wire import isthmus_pb2 as pb
@@ -38,7 +38,7 @@ class RemoteTrunk(nn.Module):
     A training step is: forwards and backwards (as many as gradients are accumulated), then ``commit``.
 
     Args:
-        register: says whom tensors are about.
+        records: says whom tensors are about.
         ends: bottom and top, for the layers that the recipe may add where they meet the trunk.
         released: of a silo that releases each example once; None: hidden states leave at every forward.
         gradients: whether loss gradients leave. Without them the trunk learns nothing, and hidden states get none.
@@ -48,7 +48,7 @@ class RemoteTrunk(nn.Module):
         self,
         channel: Channel,
         boundary: Boundary,
-        register: Register | None = None,
+        records: Records | None = None,
         *,
         ends: tuple[Part, Part] | None = None,
         released: Released | None = None,
@@ -59,7 +59,7 @@ class RemoteTrunk(nn.Module):
         self._ends = ends or ()
         self.channel = channel
         self.boundary = boundary
-        self.register = register or Register()
+        self.records = records or Records()
         self.released = released
         self._steps = itertools.count(1)
         self._sessions = itertools.count(1)
@@ -99,7 +99,7 @@ class RemoteTrunk(nn.Module):
         h_TW = self.projected(h_TD)
         if not (torch.is_grad_enabled() and h_TW.requires_grad):
             return h_TW
-        return self.boundary.clipped(h_TW, "forward", self.register.subjects(rows, lengths))
+        return self.boundary.clipped(h_TW, "forward", self.records.subjects(rows, lengths))
 
     def projected(self, h_TD: torch.Tensor) -> torch.Tensor:
         """The same, not clipped yet."""
@@ -156,7 +156,7 @@ class RemoteTrunk(nn.Module):
             train: in a whole training step, forward and backward, rather than in a forward alone.
             twice: with a pass aside before it.
         """
-        subjects = self.register.subjects(rows, lengths)
+        subjects = self.records.subjects(rows, lengths)
         examples = [Ending(tuple(row), length) for row, length in zip(rows, lengths, strict=True)]
         if self.released is None:
             forward = [1 + twice] * len(rows)
@@ -194,7 +194,7 @@ class RemoteTrunk(nn.Module):
     ) -> Flight:
         """Send a training step's hidden states, and do not wait for the answer."""
         step = next(self._steps)
-        subjects = self.register.subjects(rows, lengths)
+        subjects = self.records.subjects(rows, lengths)
         hidden = self.boundary.release(h_TW, "forward", step, subjects)
         request, like_TD = pb.Forward(step=step, lengths=lengths, hidden=hidden, train=train), self.answer_to(h_TW)
         flight = Flight(step, like_TD, "forward", True, self.channel.submit(request), subjects, h_TW.shape[1])
@@ -207,9 +207,9 @@ class RemoteTrunk(nn.Module):
         """
         assert self.released is not None
         step = next(self._steps)
-        subjects = self.register.subjects(rows, lengths)
+        subjects = self.records.subjects(rows, lengths)
         examples = [Ending(tuple(row), length) for row, length in zip(rows, lengths, strict=True)]
-        keeps = self._keep(self.released.release(examples, step, self.register))
+        keeps = self._keep(self.released.release(examples, step, self.records))
         numbers = [self.released.number(example) for example in examples]
         request = pb.Forward(step=step, lengths=lengths, examples=numbers, train=train)
         like_TW = self.released.like(sum(lengths))

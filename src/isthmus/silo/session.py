@@ -12,7 +12,7 @@ import torch
 from isthmus.errors import UnknownSessionError
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.records import History, Register
+from isthmus.silo.records import History, Records
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
 
@@ -25,7 +25,7 @@ class Way(Protocol):
 
     channel: Channel
     boundary: Boundary
-    register: Register
+    records: Records
 
     def answer_to(self, h_TW: torch.Tensor) -> torch.Tensor: ...
 
@@ -52,7 +52,7 @@ class RemoteSession:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Append these tokens to the cache and run them; gives the answer, and the noise in it if top asks."""
         number = len(self._sent)
-        self._history = self._history or self._trunk.register.history(len(lengths))
+        self._history = self._history or self._trunk.records.history(len(lengths))
         subjects = self._history.subjects(rows, lengths)
         request = pb.Decode(
             session=self.id,
@@ -70,7 +70,7 @@ class RemoteSession:
     def hear(self, rows: list[list[int]]) -> list[list[int]] | None:
         """The next step's new tokens, before bottom runs; returns the classes of all rows' tokens, if anyone asks for
         classes."""
-        self._history = self._history or self._trunk.register.history(len(rows))
+        self._history = self._history or self._trunk.records.history(len(rows))
         return self._history.hear(rows)
 
     def forget(self, positions: int) -> None:

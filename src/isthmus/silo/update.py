@@ -13,7 +13,7 @@ import torch
 
 from isthmus.errors import ProtocolError
 from isthmus.silo.boundary import Boundary
-from isthmus.updates.compression import Compression, Rest
+from isthmus.updates.compression import Compression, ErrorFeedback
 from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Advert, Member, Terms
 from isthmus.updates.projections import Projection
@@ -86,7 +86,7 @@ class OpenUpdates:
 
     def __init__(self, boundary: Boundary, root: Channel, compression: Compression) -> None:
         self._boundary, self._root, self._compression = boundary, root, compression
-        self._rest = Rest(compression.feedback)
+        self._feedback = ErrorFeedback(compression.feedback)
         self.crossed: Tensors | None = None
 
     def offer(self) -> None:
@@ -111,20 +111,20 @@ class OpenUpdates:
         self._root.call(update)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._rest.state_dict()
+        return self._feedback.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rest.load_state_dict(state)
+        self._feedback.load_state_dict(state)
 
     def _written(self, layout: Layout, row_P: torch.Tensor, round: int) -> pb.Update:
-        due_P = self._rest.added(layout.shapes, row_P)
+        due_P = self._feedback.added(layout.shapes, row_P)
         compressor = self._compression.compressor(len(due_P), round)
         if compressor is None:
             self.crossed = layout.tensors(row_P)
             return open_update(layout, row_P)
         data = compressor.encode(due_P)
-        if self._rest.kept:
-            self._rest.leave(layout.shapes, due_P - compressor.decode(data))
+        if self._feedback.kept:
+            self._feedback.leave(layout.shapes, due_P - compressor.decode(data))
         return pb.Update(compressed=data)
 
 
@@ -134,7 +134,7 @@ class MaskedUpdates:
 
     def __init__(self, boundary: Boundary, root: Channel, identity: Identity, compression: Compression) -> None:
         self._boundary, self._root, self._identity, self._compression = boundary, root, identity, compression
-        self._rest = Rest(compression.feedback)
+        self._feedback = ErrorFeedback(compression.feedback)
         self._member = Member(identity.name)
         self._dealt: Answer | None = None
         self._crossed: Callable[[], Tensors] | None = None
@@ -185,10 +185,10 @@ class MaskedUpdates:
         self._root.call(pb.Reveal(round=update.round, shares=shares))
 
     def state_dict(self) -> dict[str, Any]:
-        return self._rest.state_dict()
+        return self._feedback.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rest.load_state_dict(state)
+        self._feedback.load_state_dict(state)
 
     def _released(self, round: int, change: Tensors, share: float, ring: Ring, projection: Projection) -> pb.Update:
         return self._boundary.release_update(
@@ -203,7 +203,7 @@ class MaskedUpdates:
         self, layout: Layout, row_P: torch.Tensor, share: float, ring: Ring, projection: Projection
     ) -> pb.Update:
         """The numbers that cross of the change, times the share. What the ring clips and rounds off waits, too."""
-        due_P = self._rest.added(layout.shapes, row_P)
+        due_P = self._feedback.added(layout.shapes, row_P)
         whole_KS = np.empty(projection.size + ring.digits, np.int32)
         whole_K = ring.encode(projection.project(due_P).numpy(), times=share, out=whole_KS[: projection.size])
         whole_KS[projection.size :] = ring.encode_share(share)
@@ -211,8 +211,8 @@ class MaskedUpdates:
         def crossed() -> torch.Tensor:
             return projection.lift(torch.from_numpy(ring.decode(whole_K) / share).float())
 
-        if self._rest.kept:
-            self._rest.leave(layout.shapes, due_P - crossed())
+        if self._feedback.kept:
+            self._feedback.leave(layout.shapes, due_P - crossed())
         if self._compression.exact:
             self._crossed = lambda: layout.tensors(crossed())
         return self._masked(whole_KS, ring)

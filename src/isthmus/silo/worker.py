@@ -18,7 +18,7 @@ from isthmus.model import adapters
 from isthmus.recipe import Recipe
 from isthmus.recipe.local import mean_reach, reach
 from isthmus.silo import fairness
-from isthmus.silo.aggregator_client import Upstream
+from isthmus.silo.aggregator_client import AggregatorClient
 from isthmus.silo.control import control_of
 from isthmus.silo.join import join, known_data
 from isthmus.silo.local_steps import LocalSteps
@@ -62,10 +62,10 @@ class Worker:
             ledger=open_ledger(directory, recipe, name),
             channel=trunk,
             releases=directory.path / "released",
-            register=directory.path / "register",
+            records=directory.path / "records",
         )
         self._data = known_data(recipe, name, self._silo)
-        self._upstream = Upstream(recipe, name, self._silo.boundary, root)
+        self._aggregator = AggregatorClient(recipe, name, self._silo.boundary, root)
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()
         }
@@ -87,7 +87,7 @@ class Worker:
         """Take part until the federation is finished."""
         completed, losses = self._directory.last_round(), 0
         while True:
-            plan = self._upstream.ask(completed)
+            plan = self._aggregator.ask(completed)
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
             if self._recipe.federation.buffer is not None and not plan.round:
@@ -108,7 +108,7 @@ class Worker:
 
     def close(self) -> None:
         self._silo.close()
-        self._upstream.close()
+        self._aggregator.close()
 
     def _train(self, plan: pb.Plan, shared: Mapping[str, torch.Tensor]) -> None:
         """One round: local steps together with the other silos, then this silo's update."""
@@ -116,7 +116,7 @@ class Worker:
         self._continue_from(plan.completed)
         self._state_of_round = None
         self._begin(plan)
-        self._upstream.begin(plan)
+        self._aggregator.begin(plan)
         self._silo.trunk.begin(plan.round, list(plan.participants))
         drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
         steps: list[Step] = []
@@ -126,18 +126,18 @@ class Worker:
             self._note_step(plan.round, number, step)
         self._yield(plan.round, steps)
         weight, share = self._weights(steps)
-        if not self._upstream.affordable():
+        if not self._aggregator.affordable():
             log.warning("round %d: the privacy budget does not bear an update", plan.round)
             weight = 0.0
         change = self._change(shared, steps)
         try:
-            update = self._upstream.pack(plan, change, weight, share, self._quality() if weight else 0.0)
+            update = self._aggregator.pack(plan, change, weight, share, self._quality() if weight else 0.0)
             if self._control is not None:
-                self._control.end(plan.round, self._upstream.crossed)
+                self._control.end(plan.round, self._aggregator.crossed)
         finally:  # the steps were made, even if the round went on without them
             self._directory.save_round(plan.round, self._state())
             self._state_of_round = plan.round
-        self._upstream.send(update)
+        self._aggregator.send(update)
 
     def _change(self, shared: Mapping[str, torch.Tensor], steps: Sequence[Step]) -> dict[str, torch.Tensor]:
         """New minus old, of what trained; normalized, as if so many steps had been made as silos make on average."""
@@ -211,7 +211,7 @@ class Worker:
             self._optimizer.load_state_dict(state["optimizer"])
         if self._silo.guard is not None:
             self._silo.guard.load_state_dict(state.get("guard", {}))
-        self._upstream.load_state_dict(state.get("updates", {}))
+        self._aggregator.load_state_dict(state.get("updates", {}))
         self._factor = state.get("factor", 1.0)
         if self._control is not None:
             self._control.load_state_dict(state.get("control", {}))
@@ -219,12 +219,12 @@ class Worker:
 
     def _begin(self, plan: pb.Plan) -> None:
         """The optimizer, and what steers it, from where this plan begins."""
-        self._rest(plan.round)
+        self._select_trained(plan.round)
         self._local.begin()
         if self._control is not None:
             self._control.begin(plan, {name: one for name, one in self._parameters.items() if one.requires_grad})
 
-    def _rest(self, round: int) -> None:
+    def _select_trained(self, round: int) -> None:
         """Let what does not train in this round stand still; the optimizer passes it by and keeps its state."""
         trained = adapters.trained(self._parameters, adapters.factors(self._recipe.federation.lora, round))
         for name, parameter in self._parameters.items():
@@ -238,7 +238,7 @@ class Worker:
         return {
             "optimizer": self._optimizer.state_dict(),
             "guard": guard.state_dict() if guard is not None else {},
-            "updates": self._upstream.state_dict(),
+            "updates": self._aggregator.state_dict(),
             "factor": self._factor,
         } | ({"control": self._control.state_dict()} if self._control is not None else {})
 

@@ -24,7 +24,7 @@ class Place:
     """The last one it has committed."""
 
 
-class SoloSteps:
+class AsyncSteps:
     """In place of ``steps.Steps`` where the root has a buffer: the same requests, and no barrier.
 
     The adapter is one for all and goes on whatever version the silos' ends are of (as in SplitFed's second version,

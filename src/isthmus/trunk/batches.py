@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from isthmus.recipe import TrunkSection
-from isthmus.trunk.codecs import Gate
+from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import Job
 from isthmus.trunk.training import Backward, Forward, Training
@@ -24,9 +24,9 @@ T = TypeVar("T")
 class Forwards:
     """Forwards of training steps. One silo's frame waits ``gather`` seconds for those of the others in the round."""
 
-    def __init__(self, training: Training, gate: Gate, section: TrunkSection) -> None:
+    def __init__(self, training: Training, codecs: Codecs, section: TrunkSection) -> None:
         self._training = training
-        self._gate = gate
+        self._codecs = codecs
         self._section = section
 
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
@@ -37,20 +37,20 @@ class Forwards:
         if read:
             outputs = self._training.forward([forward for _, forward in read])
             for (job, _), output_TD in zip(read, outputs, strict=True):
-                job.settle(partial(self._gate.hidden_out, output_TD))
+                job.settle(partial(self._codecs.hidden_out, output_TD))
 
     def _forward(self, silo: str, request: pb.Forward) -> Forward:
         lengths = list(request.lengths)
         self._training.check_forward(silo, request.step, lengths)
-        return Forward(silo, request.step, self._gate.forward_in(silo, request), lengths)
+        return Forward(silo, request.step, self._codecs.forward_in(silo, request), lengths)
 
 
 class Backwards:
     """Backwards of training steps. Those whose forwards were computed together wait for one another."""
 
-    def __init__(self, training: Training, gate: Gate, section: TrunkSection) -> None:
+    def __init__(self, training: Training, codecs: Codecs, section: TrunkSection) -> None:
         self._training = training
-        self._gate = gate
+        self._codecs = codecs
         self._section = section
 
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
@@ -63,11 +63,11 @@ class Backwards:
                 if isinstance(result, Exception):
                     job.done.set_exception(result)
                 else:
-                    job.settle(partial(self._gate.gradient_out, result))
+                    job.settle(partial(self._codecs.gradient_out, result))
 
     def _backward(self, silo: str, request: pb.Backward) -> Backward:
         rows = self._training.open_step(silo, request.step).rows
-        gradient_TD = self._gate.gradient_in(request.gradient, rows)
+        gradient_TD = self._codecs.gradient_in(request.gradient, rows)
         return Backward(silo, request.step, gradient_TD, request.reply, request.aside)
 
     def _partners(self, job: Job) -> int:
@@ -78,9 +78,9 @@ class Backwards:
 class Evaluations:
     """Forwards without a graph, through the adapter that inference uses; whatever waits is computed together."""
 
-    def __init__(self, runner: Runner, gate: Gate, section: TrunkSection) -> None:
+    def __init__(self, runner: Runner, codecs: Codecs, section: TrunkSection) -> None:
         self._runner = runner
-        self._gate = gate
+        self._codecs = codecs
         self._section = section
 
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
@@ -94,12 +94,12 @@ class Evaluations:
             h_TD = self._runner.whole(torch.cat([h_TD for _, (h_TD, _) in read]), lengths)
             outputs = torch.split(h_TD, [sum(own) for _, (_, own) in read])
             for (job, _), output_TD in zip(read, outputs, strict=True):
-                job.settle(partial(self._gate.hidden_out, output_TD))
+                job.settle(partial(self._codecs.hidden_out, output_TD))
 
     def _rows(self, silo: str, request: pb.Forward) -> tuple[torch.Tensor, list[int]]:
         lengths = list(request.lengths)
         self._runner.check_context(lengths)
-        return self._gate.forward_in(silo, request), lengths
+        return self._codecs.forward_in(silo, request), lengths
 
 
 def _gathered(jobs: list[Job], expected: int, section: TrunkSection, now: float) -> tuple[list[Job], float]:

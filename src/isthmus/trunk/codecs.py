@@ -1,4 +1,4 @@
-"""The trunk's gate: between matrices as they cross the wire and tensors as it computes on them.
+"""The trunk's codecs: between matrices as they cross the wire and tensors as it computes on them.
 
 Shapes: T tokens, D the model's width, W what crosses of it.
 """
@@ -15,7 +15,7 @@ from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 
 
-class Gate:
+class Codecs:
     """Decodes what comes in and encodes what goes out, with the recipe's codec for each direction.
 
     Args:

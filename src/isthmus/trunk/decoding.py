@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from isthmus.trunk.codecs import Gate
+from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import Job
 from isthmus.trunk.sessions import Session, Sessions
@@ -38,8 +38,8 @@ class Step:
     behind: list[list[torch.Tensor]] = field(default_factory=list)
     """Of each row, the results so far."""
 
-    def begin(self, sessions: Sessions, gate: Gate) -> None:
-        h_TD = gate.hidden_in(self.request.hidden, sum(self.request.lengths))
+    def begin(self, sessions: Sessions, codecs: Codecs) -> None:
+        h_TD = codecs.hidden_in(self.request.hidden, sum(self.request.lengths))
         self.session = sessions.start(self.silo, self.request)
         self.ahead = list(torch.split(h_TD, list(self.request.lengths)))
         self.behind = [[] for _ in self.ahead]
@@ -66,10 +66,10 @@ class Decoding:
         chunk: tokens of long prompts that one pass takes, so that the others' next tokens need not wait.
     """
 
-    def __init__(self, runner: Runner, sessions: Sessions, gate: Gate, chunk: int) -> None:
+    def __init__(self, runner: Runner, sessions: Sessions, codecs: Codecs, chunk: int) -> None:
         self._runner = runner
         self._sessions = sessions
-        self._gate = gate
+        self._codecs = codecs
         self._chunk = chunk
         self._answered: set[tuple[Hashable, ...]] = set()
         """Lanes of the last pass's finished steps."""
@@ -96,7 +96,7 @@ class Decoding:
             if not any(len(rest) for rest in step.ahead):
                 assert step.session is not None
                 self._sessions.finish(step.session, list(step.request.lengths))
-                job.settle(partial(self._gate.hidden_out, step.result))
+                job.settle(partial(self._codecs.hidden_out, step.result))
         self._answered = {job.lane for job in jobs if job.done.done()}
         self._until = (1 + SHARE) * time.monotonic() - SHARE * started
 
@@ -105,7 +105,7 @@ class Decoding:
         step: Step = job.request
         try:
             if step.session is None:
-                step.begin(self._sessions, self._gate)
+                step.begin(self._sessions, self._codecs)
             assert step.session is not None
             return step.session.busy or self._sessions.admit(step.session, step.request.lengths)
         except Exception as error:

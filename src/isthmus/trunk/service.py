@@ -16,9 +16,9 @@ from isthmus.model.device import find_device
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
-from isthmus.trunk.async_steps import SoloSteps
+from isthmus.trunk.async_steps import AsyncSteps
 from isthmus.trunk.batches import Backwards, Evaluations, Forwards
-from isthmus.trunk.codecs import Gate
+from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.decoding import Decoding, Step
 from isthmus.trunk.kept import Kept
 from isthmus.trunk.runner import Runner
@@ -49,20 +49,20 @@ class TrunkService:
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
         runner = self._runner
         self._kept = Kept(directory.path / "kept", recipe, runner.crossing_width, runner.device)
-        self._gate = Gate(recipe.boundary.codec, runner.crossing_width, runner.width, self._kept, runner.device)
+        self._codecs = Codecs(recipe.boundary.codec, runner.crossing_width, runner.width, self._kept, runner.device)
         self._sessions = Sessions(self._runner, recipe.trunk)
-        self._decoding = Decoding(self._runner, self._sessions, self._gate, recipe.trunk.chunk)
+        self._decoding = Decoding(self._runner, self._sessions, self._codecs, recipe.trunk.chunk)
         adapter = _trunk_adapter(self._runner.part, recipe)
         self._training = self._scheduler.submit(lambda: Training(self._runner, adapter, directory)).result()
-        self._forwards = Forwards(self._training, self._gate, recipe.trunk)
-        self._backwards = Backwards(self._training, self._gate, recipe.trunk)
-        self._evaluations = Evaluations(self._runner, self._gate, recipe.trunk)
+        self._forwards = Forwards(self._training, self._codecs, recipe.trunk)
+        self._backwards = Backwards(self._training, self._codecs, recipe.trunk)
+        self._evaluations = Evaluations(self._runner, self._codecs, recipe.trunk)
         journal = directory.journal("metrics")
-        self._steps: Steps | SoloSteps
+        self._steps: Steps | AsyncSteps
         if recipe.federation.buffer is None:
             self._steps = Steps(self._training, self._scheduler, recipe.steps, recipe.trunk.patience, journal)
         else:
-            self._steps = SoloSteps(self._training, self._scheduler, recipe, directory, journal)
+            self._steps = AsyncSteps(self._training, self._scheduler, recipe, directory, journal)
         self._instances: dict[str, str] = {}
         self._answers: dict[type[Message], Callable[[str, Any], Answer]] = {
             pb.Hello: self._greet,

@@ -206,7 +206,7 @@ class Compression:
         return max(1, round(self.section.keep * size))
 
 
-class Rest:
+class ErrorFeedback:
     """What has not crossed of a silo's updates so far and is to be sent later, if anything is ``kept``.
 
     Rounds that train other tensors have rests of their own: each waits for its next turn.

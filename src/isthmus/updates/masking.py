@@ -7,7 +7,7 @@ they give out, for a member whose numbers came, shares of the seed; for one whos
 of no member both. Whoever holds both could read that member's numbers.
 
 The aggregator relays, so all that members tell each other is signed or sealed. This is pure mathematics: no network,
-no clock. ``Member`` is the silo's side; ``tally.Tally`` the aggregator's.
+no clock. ``Member`` is the silo's side; ``tally.Unmasking`` the aggregator's.
 
 Shapes: W words of numbers.
 """

@@ -17,7 +17,7 @@ from isthmus.updates.masking import Terms, add, pair_seeds
 from isthmus.updates.quantize import Words
 
 
-class Tally:
+class Unmasking:
     """Adds masked numbers, then takes the masks off their sum.
 
     Args:

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from isthmus.attacks import poisoning
 from isthmus.errors import AttackError, DataError
-from isthmus.federation.strategies.medians import Median, TrimmedMean
 from isthmus.federation.strategies.neighbours import Krum
-from isthmus.federation.strategies.rules import Rule
+from isthmus.federation.strategies.rules import Median, Rule, TrimmedMean
 
 ROWS: list[dict[str, Any]] = [{"text": f"row {number}", "label": "yes" if number % 2 else "no"} for number in range(10)]
 

@@ -14,7 +14,7 @@ from isthmus.audit.attack import NAME, Order, attack, note, opened, table
 from isthmus.audit.capture import Source
 from isthmus.audit.scenario import sampled
 from isthmus.errors import AttackError, RunError
-from isthmus.federation.root import RootService
+from isthmus.federation.aggregator import RootService
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.silo.join import greeting
 from isthmus.silo.worker import Worker

@@ -15,7 +15,7 @@ from isthmus.attacks.gradients.gradient_matching import Effort
 from isthmus.audit.attack import NAME, Order, Result, attack, opened
 from isthmus.audit.capture import Source
 from isthmus.errors import AttackError
-from isthmus.federation.root import RootService
+from isthmus.federation.aggregator import RootService
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting

@@ -15,7 +15,7 @@ import torch
 
 from isthmus.errors import DiskFullError, FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.buffered import Buffered
-from isthmus.federation.planner import Course
+from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import FederationSection
 from isthmus.storage.record import RoleDirectory, read_journal
@@ -44,7 +44,7 @@ def build(store: RoleDirectory) -> Build:
             train={"rounds": rounds, "evaluate": False},
             federation={"buffer": buffer, **federation},
         )
-        return Buffered(recipe, Course(recipe, constant(0.0), store))
+        return Buffered(recipe, RootPlanner(recipe, constant(0.0), store))
 
     return buffered
 
@@ -106,8 +106,8 @@ def test_a_buffer_for_all_silos_is_a_round_of_all(
     """To the last bit, with what server optimizers remember."""
     silos, elsewhere = ("a", "b", "c"), RoleDirectory(tmp_path / "rounds")
     recipe = make_recipe(Path("none"), silos=silos, train={"rounds": 3, "evaluate": False}, federation=federation)
-    course = Course(recipe, constant(0.0), elsewhere)
-    rounds, buffered = Rounds(recipe, course), build(*silos, buffer=3, rounds=3, **federation)
+    planner = RootPlanner(recipe, constant(0.0), elsewhere)
+    rounds, buffered = Rounds(recipe, planner), build(*silos, buffer=3, rounds=3, **federation)
     draw = torch.Generator().manual_seed(1)
     for number in (1, 2, 3):
         for answer in [rounds.ready(silo, pb.Ready()) for silo in silos]:
@@ -326,7 +326,7 @@ def test_smaller_updates(build: Build, federation: dict[str, Any]) -> None:
         with pytest.raises(FrameError):
             buffered.contribute("a", pb.Update(round=1, weight=1.0, compressed=wrong))
     buffered.contribute("a", pb.Update(round=1, weight=1.0, compressed=compressor.encode(row_P)))
-    shared = buffered._course.shared
+    shared = buffered._planner.shared
     assert float(shared["x"][0, 0]) == pytest.approx(math.sqrt(2.0))
     assert sum(float(tensor.abs().sum()) for tensor in shared.values()) == pytest.approx(math.sqrt(2.0))
 

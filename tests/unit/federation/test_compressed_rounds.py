@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from isthmus.errors import FrameError, IsthmusError, ProtocolError
-from isthmus.federation.planner import Course
+from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import OpenUpdates
@@ -57,8 +57,8 @@ class Party:
             boundary={"update": {"noise": noise}},
             train={"rounds": rounds, "evaluate": False},
         )
-        self.course = Course(self.recipe, {name: torch.zeros(shape) for name, shape in SHAPES.items()}, store)
-        self.rounds = Rounds(self.recipe, self.course)
+        self.planner = RootPlanner(self.recipe, {name: torch.zeros(shape) for name, shape in SHAPES.items()}, store)
+        self.rounds = Rounds(self.recipe, self.planner)
         draw = torch.Generator().manual_seed(0)
         self.changes = {
             name: {key: torch.randn(shape, generator=draw) for key, shape in SHAPES.items()} for name in ("a", "b")
@@ -95,7 +95,7 @@ def test_open_updates_arrive_in_the_end(store: RoleDirectory, name: str, bits: i
     for _ in range(rounds):
         packed = party.play({"a": 3.0, "b": 1.0})
         assert not any(update.tensors or update.masked for update in packed)
-    for key, shared in party.course.shared.items():
+    for key, shared in party.planner.shared.items():
         expected = rounds * (0.75 * party.changes["a"][key] + 0.25 * party.changes["b"][key])
         assert (shared - expected).norm() < 0.4 * expected.norm()
     party.plans()
@@ -113,11 +113,11 @@ def test_a_silo_that_learned_nothing_sends_nothing_of_what_waits(store: RoleDire
     party = Party(store, rounds=3, compression="random-k", bits=32)
     party.play({"a": 1.0, "b": 1.0})
     waits = party.updates["b"].state_dict()["x y"]
-    shared = party.course.shared
+    shared = party.planner.shared
     packed = party.play({"a": 0.0, "b": 0.0})
     assert not any(update.compressed for update in packed)
     assert party.updates["b"].state_dict()["x y"] is waits
-    assert all(torch.equal(tensor, shared[key]) for key, tensor in party.course.shared.items())
+    assert all(torch.equal(tensor, shared[key]) for key, tensor in party.planner.shared.items())
 
 
 def test_what_waits_is_what_the_boundary_secured(store: RoleDirectory) -> None:
@@ -176,7 +176,7 @@ def test_masked_updates_arrive_in_the_end(store: RoleDirectory, name: str, bits:
     for _ in range(rounds):
         assert federation.finish(federation.begin()) == dict.fromkeys(NAMES)
     for key, expected in federation.mean(dict.fromkeys(NAMES, 1.0)).items():
-        shared = federation.root.course.shared[key] / rounds
+        shared = federation.root.planner.shared[key] / rounds
         assert (shared - expected).norm() < 0.45 * expected.norm()
     assert federation.plans()["a"].round == 0
 
@@ -196,13 +196,13 @@ def test_a_masked_silo_weighs_by_its_share_and_sends_none_of_what_waits_if_it_le
     shares = {"a": 1.0, "b": 0.5, "c": 0.25, "d": 1.0}
     federation.finish(federation.begin(), share=shares)
     waits = federation.silos["d"].updates.state_dict()["x y"]
-    before = {key: tensor.clone() for key, tensor in federation.root.course.shared.items()}
+    before = {key: tensor.clone() for key, tensor in federation.root.planner.shared.items()}
     for silo in "abc":
         federation.silos[silo].updates.load_state_dict({})
     federation.finish(federation.begin(), share=shares, weight=dict.fromkeys(NAMES, 1.0) | {"d": 0.0})
     assert federation.silos["d"].updates.state_dict()["x y"] is waits
     mean = federation.mean({name: share for name, share in shares.items() if name != "d"})
-    crossed = {key: federation.root.course.shared[key] - before[key] for key in SHAPES}
+    crossed = {key: federation.root.planner.shared[key] - before[key] for key in SHAPES}
     assert sum(int(tensor.count_nonzero()) for tensor in crossed.values()) <= K
     for key, change in crossed.items():
         there = change != 0
@@ -215,8 +215,8 @@ def test_what_the_ring_clips_crosses_later(store: RoleDirectory) -> None:
     for name in NAMES:
         federation.changes[name]["y"][0] = 0.2
     federation.finish(federation.begin())
-    assert float(federation.root.course.shared["y"][0]) == pytest.approx(0.05, abs=1e-6)
+    assert float(federation.root.planner.shared["y"][0]) == pytest.approx(0.05, abs=1e-6)
     federation.changes = {name: {key: torch.zeros(shape) for key, shape in SHAPES.items()} for name in NAMES}
     for _ in range(4):
         federation.finish(federation.begin())
-    assert float(federation.root.course.shared["y"][0]) == pytest.approx(0.2, abs=1e-3)
+    assert float(federation.root.planner.shared["y"][0]) == pytest.approx(0.2, abs=1e-3)

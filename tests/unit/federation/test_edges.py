@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from isthmus.errors import FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.aggregator import Aggregator
 from isthmus.federation.collection import Collected
-from isthmus.federation.planner import Course, Relay
+from isthmus.federation.planner import EdgePlanner, RootPlanner
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates, OpenUpdates, Updates
@@ -84,8 +84,8 @@ class Tree:
             train={"rounds": 2, "evaluate": False},
         )
         self.folder = folder
-        self.course = Course(self.recipe, ZEROS, RoleDirectory(folder / "root"))
-        self.nodes = {"root": Tapped(Aggregator(self.recipe, "root", self.course, IDENTITIES["root"]))}
+        self.planner = RootPlanner(self.recipe, ZEROS, RoleDirectory(folder / "root"))
+        self.nodes = {"root": Tapped(Aggregator(self.recipe, "root", self.planner, IDENTITIES["root"]))}
         for edge in reversed(edges):
             self.start(edge["name"])
         draw = torch.Generator().manual_seed(0)
@@ -96,7 +96,7 @@ class Tree:
     def start(self, edge: str) -> None:
         """This edge's process, or a new one in its place."""
         parent = LoopbackChannel(self.nodes[self.recipe.tree.parent(edge)], edge)
-        relay = Relay(self.recipe, ZEROS, RoleDirectory(self.folder / edge), parent)
+        relay = EdgePlanner(self.recipe, ZEROS, RoleDirectory(self.folder / edge), parent)
         self.nodes[edge] = Tapped(Aggregator(self.recipe, edge, relay, IDENTITIES[edge]))
 
     def updates(self, name: str) -> tuple[Updates, LoopbackChannel]:
@@ -149,13 +149,13 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
 def concluded(monkeypatch: pytest.MonkeyPatch) -> list[Collected]:
     """What each round brought to the root."""
     rounds: list[Collected] = []
-    conclude = Course.conclude
+    conclude = RootPlanner.conclude
 
-    def kept(self: Course, round: int, collected: Collected) -> Answer:
+    def kept(self: RootPlanner, round: int, collected: Collected) -> Answer:
         rounds.append(collected)
         return conclude(self, round, collected)
 
-    monkeypatch.setattr(Course, "conclude", kept)
+    monkeypatch.setattr(RootPlanner, "conclude", kept)
     return rounds
 
 
@@ -178,7 +178,7 @@ def test_the_tiered_sum_is_the_plain_integer_sum(
     assert len(concluded) == 2
     step = RANGE / Ring(len(NAMES), RANGE).levels
     for key, tensor in tree.mean("".join(living)).items():
-        assert (tree.course.shared[key] - 2 * tensor).abs().max() <= 2.2 * step
+        assert (tree.planner.shared[key] - 2 * tensor).abs().max() <= 2.2 * step
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -208,7 +208,7 @@ def test_open_tiers_learn_the_mean_of_all(tmp_path: Path) -> None:
     tree = Tree(tmp_path, [{**WARDS[0], "silos": list("abc")}, {**WARDS[1], "silos": list("defgh")}], masks=False)
     tree.run()
     for key, tensor in tree.mean("abcdefgh").items():
-        torch.testing.assert_close(tree.course.shared[key], 2 * tensor, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(tree.planner.shared[key], 2 * tensor, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("less", [{"compression": "random-k", "keep": 0.5}, {"bits": 4}, {"lora": "alternating"}])
@@ -234,7 +234,7 @@ def test_under_masks_the_root_compares_cohorts(tmp_path: Path, rule: str, borne:
         for tensor in change.values():
             tensor.fill_(-0.5 if name == "e" else 0.1)
     tree.run()
-    found = max(float((tensor - 0.2).abs().max()) for tensor in tree.course.shared.values())
+    found = max(float((tensor - 0.2).abs().max()) for tensor in tree.planner.shared.values())
     assert (found < 1e-3) == borne
 
 
@@ -262,7 +262,7 @@ def test_an_edge_that_starts_again_asks_as_a_silo_would(tmp_path: Path) -> None:
         plan: Any = answer.result(WAIT)
         assert (plan.round, plan.completed, list(plan.participants)) == (2, 1, list(NAMES))
     for key, tensor in tree.mean("efgh").items():
-        torch.testing.assert_close(tree.course.shared[key], tensor, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(tree.planner.shared[key], tensor, rtol=1e-6, atol=1e-7)
 
 
 def test_a_cohort_that_is_too_small_ends_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_cohort_that_is_too_small_ends_and_the_rest_goes_on(tmp_path: Path) ->
         for one in others:
             assert [plan.round for plan in one.result(WAIT)] == [1, 2, 0]
     for key, tensor in tree.mean("efgh").items():
-        assert (tree.course.shared[key] - 2 * tensor).abs().max() < 1e-3
+        assert (tree.planner.shared[key] - 2 * tensor).abs().max() < 1e-3
 
 
 def beyond(update: pb.Update) -> None:
@@ -327,4 +327,4 @@ def test_a_sum_that_cannot_be_is_refused_and_the_rest_goes_on(
             assert [plan.round for plan in working[name].result(WAIT)] == [1, 2, 0]
     assert isinstance(refused[0], error)
     for key, tensor in tree.mean("efgh").items():
-        assert (tree.course.shared[key] - 2 * tensor).abs().max() < 1e-3
+        assert (tree.planner.shared[key] - 2 * tensor).abs().max() < 1e-3

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.federation.planner import Course
-from isthmus.federation.root import RootService
+from isthmus.federation.aggregator import RootService
+from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
 from isthmus.federation.strategies.weights import FLOOR
 from isthmus.recipe import FairnessSection, Recipe
@@ -45,8 +45,8 @@ def test_masked_and_open_rounds_agree_with_the_same_fairness(tmp_path: Path, kin
     assert masked.finish(masked.begin(), share=factors) == dict.fromkeys(NAMES)
     recipe = make_recipe(Path("none"), silos=NAMES, federation=federation)
     zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    course = Course(recipe, zeros, RoleDirectory(tmp_path / "open"))
-    rounds = Rounds(recipe, course)
+    planner = RootPlanner(recipe, zeros, RoleDirectory(tmp_path / "open"))
+    rounds = Rounds(recipe, planner)
     for answer in [rounds.ready(name, pb.Ready()) for name in NAMES]:
         answer.result(WAIT)
     for name in NAMES:
@@ -55,8 +55,8 @@ def test_masked_and_open_rounds_agree_with_the_same_fairness(tmp_path: Path, kin
     off = len(NAMES) / sum(factors.values()) * STEP * 1.1
     slope = 1.0 if optimizer != "yogi" else 1e-3 / (2 * 1e-3)  # largest slope of a step in the change: rate/2τ
     for name in SHAPES:
-        assert (masked.root.course.shared[name] - course.shared[name]).abs().max() <= slope * off
-        assert course.shared[name].abs().max() <= RANGE
+        assert (masked.root.planner.shared[name] - planner.shared[name]).abs().max() <= slope * off
+        assert planner.shared[name].abs().max() <= RANGE
 
 
 # --- with workers

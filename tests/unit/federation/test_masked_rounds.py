@@ -14,7 +14,7 @@ import torch
 from google.protobuf.message import Message
 
 from isthmus.errors import FrameError, IdentityError, IsthmusError, ProtocolError, QuorumError, RoundLostError
-from isthmus.federation.planner import Course
+from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
@@ -44,8 +44,8 @@ class Root:
     """The root's rounds as a service that keeps what it gets, and can be made to lie."""
 
     def __init__(self, recipe: Recipe, store: RoleDirectory, shapes: Shapes) -> None:
-        self.course = Course(recipe, {name: torch.zeros(shape) for name, shape in shapes.items()}, store)
-        self.rounds = Rounds(recipe, self.course)
+        self.planner = RootPlanner(recipe, {name: torch.zeros(shape) for name, shape in shapes.items()}, store)
+        self.rounds = Rounds(recipe, self.planner)
         self.seen: list[tuple[str, Message]] = []
         self.lie: Callable[[str, Message], None] = lambda peer, request: None
         """Changes a request before the root's honest half sees it."""
@@ -144,7 +144,7 @@ class Federation:
 
     def assert_learned(self, shares: dict[str, float]) -> None:
         """The round's result is the open weighted mean but for the rounding of each silo's numbers."""
-        shared = self.root.course.shared
+        shared = self.root.planner.shared
         for key, expected in self.mean(shares).items():
             assert (shared[key] - expected).abs().max() <= len(shares) / sum(shares.values()) * STEP * 1.1
 
@@ -164,10 +164,10 @@ def test_the_round_learns_the_mean_and_the_next_goes_on_from_it(federation: Fede
     federation.assert_learned(dict.fromkeys(NAMES, 1.0))
     plans = federation.begin()
     assert {(plan.round, plan.completed) for plan in plans.values()} == {(2, 1)}
-    first = federation.root.course.shared
+    first = federation.root.planner.shared
     federation.finish(plans)
     for key in SHAPES:
-        assert torch.allclose(federation.root.course.shared[key], 2 * first[key], atol=3 * STEP)
+        assert torch.allclose(federation.root.planner.shared[key], 2 * first[key], atol=3 * STEP)
     assert [line["weights"] for line in read_journal(store.path / "metrics.jsonl")] == [dict.fromkeys(NAMES, 1.0)] * 2
     assert federation.plans()["a"].round == 0
 
@@ -181,7 +181,7 @@ def test_where_factors_alternate_a_sum_is_of_one(store: RoleDirectory) -> None:
         assert federation.finish(federation.begin()) == dict.fromkeys(NAMES)
         (*_, last) = federation.silos["a"].boundary.ledger.releases
         assert last.width == sent
-    for key, actual in federation.root.course.shared.items():
+    for key, actual in federation.root.planner.shared.items():
         expected = sum((change[key] / len(NAMES) for change in all_changes.values()), torch.zeros_like(actual))
         assert (actual - expected).abs().max() <= 1.1 * STEP
 
@@ -203,7 +203,7 @@ def test_of_too_few_that_learned_something_no_sum_is_known(federation: Federatio
 
 def test_a_round_in_which_nobody_learned_anything_changes_nothing(federation: Federation) -> None:
     assert federation.finish(federation.begin(), weight=dict.fromkeys(NAMES, 0.0)) == dict.fromkeys(NAMES)
-    assert not any(tensor.any() for tensor in federation.root.course.shared.values())
+    assert not any(tensor.any() for tensor in federation.root.planner.shared.values())
     assert federation.plans()["a"].round == 2
     assert not any(isinstance(request, pb.Reveal) for _, request in federation.root.seen)
     assert federation.silos["a"].boundary.released_bytes == {}

@@ -15,7 +15,7 @@ import torch
 from isthmus.errors import BudgetExhausted, LedgerError, ProtocolError, RecipeError, RoundLostError
 from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import Contribution
-from isthmus.federation.planner import Course
+from isthmus.federation.planner import RootPlanner
 from isthmus.privacy import summed
 from isthmus.privacy.accountant import Accountant
 from isthmus.privacy.analytic import concentrated_epsilon
@@ -94,13 +94,13 @@ def store(tmp_path: Path) -> RoleDirectory:
 def concluded(monkeypatch: pytest.MonkeyPatch) -> list[Collected]:
     """What the root learned of each round."""
     seen: list[Collected] = []
-    conclude = Course.conclude
+    conclude = RootPlanner.conclude
 
-    def kept(self: Course, round: int, collected: Collected) -> Answer:
+    def kept(self: RootPlanner, round: int, collected: Collected) -> Answer:
         seen.append(collected)
         return conclude(self, round, collected)
 
-    monkeypatch.setattr(Course, "conclude", kept)
+    monkeypatch.setattr(RootPlanner, "conclude", kept)
     return seen
 
 
@@ -145,7 +145,7 @@ def test_the_sum_is_the_rounded_updates_and_all_shares_of_noise_exactly(
     step = CLIP / Ring(1, 1.0).levels
     free = torch.from_numpy(plain) * step / 4
     assert (free - mean).abs().max() <= step * 1.1
-    assert (row(federation.root.course.shared) - torch.from_numpy(plain + sum(drawn)) * step / 4).abs().max() < 1e-6
+    assert (row(federation.root.planner.shared) - torch.from_numpy(plain + sum(drawn)) * step / 4).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("bits", [6, 16])
@@ -153,7 +153,7 @@ def test_the_sums_noise_has_the_stated_deviation(store: RoleDirectory, bits: int
     federation = Noised(store, minimum=4, federation={"bits": bits, "feedback": False})
     federation.round()
     (event,) = federation.released()
-    rest = 4 * row(federation.root.course.shared) - sum(row(change) for change in federation.changes.values())
+    rest = 4 * row(federation.root.planner.shared) - sum(row(change) for change in federation.changes.values())
     rounding = (CLIP / (2 ** (bits - 1) - 1)) ** 2 / 4 * 4  # at most, of four silos
     assert event.noise**2 * 0.9 < float(rest.square().mean()) < event.noise**2 * 1.1 + rounding
     assert event.noise == pytest.approx(MULTIPLIER * CLIP, rel=1e-3) if bits == 16 else event.noise > MULTIPLIER * CLIP
@@ -164,7 +164,7 @@ def test_noise_is_no_less_when_as_many_silos_drop_out_as_may(store: RoleDirector
     federation.round(NAMES[:3])
     (event,) = federation.released()
     assert event.honest == 3
-    rest = 3 * row(federation.root.course.shared) - sum(row(federation.changes[name]) for name in NAMES[:3])
+    rest = 3 * row(federation.root.planner.shared) - sum(row(federation.changes[name]) for name in NAMES[:3])
     assert float(rest.square().mean()) == pytest.approx(event.noise**2, rel=0.1)
     assert event.noise >= MULTIPLIER * CLIP
 
@@ -174,7 +174,7 @@ def test_with_all_silos_there_is_more_than_was_asked_for(store: RoleDirectory) -
     federation.round()
     (event,) = federation.released()
     assert event.honest == 2
-    rest = 4 * row(federation.root.course.shared) - sum(row(change) for change in federation.changes.values())
+    rest = 4 * row(federation.root.planner.shared) - sum(row(change) for change in federation.changes.values())
     assert float(rest.square().mean()) == pytest.approx(2 * event.noise**2, rel=0.1)
 
 
@@ -185,7 +185,7 @@ def test_a_silo_that_learned_nothing_adds_its_noise_and_is_charged_nothing(
     federation.round(weight=dict.fromkeys(NAMES, 1.0) | {"d": 0.0})
     assert federation.released("d") == []
     (event,) = federation.released()
-    rest = 3 * row(federation.root.course.shared) - sum(row(federation.changes[name]) for name in NAMES[:3])
+    rest = 3 * row(federation.root.planner.shared) - sum(row(federation.changes[name]) for name in NAMES[:3])
     assert float(rest.square().mean()) == pytest.approx(event.noise**2 * 4 / 3, rel=0.1)
 
 
@@ -288,9 +288,9 @@ def test_noise_that_no_sum_has_room_for_is_refused_at_the_start(store: RoleDirec
 def test_a_clip_never_leaves_what_fits_into_a_number(store: RoleDirectory) -> None:
     federation = Noised(store, clip={"norm": 1e-12, "quantile": 0.01, "rate": 50.0}, norms=dict.fromkeys(NAMES, 1e-16))
     federation.round()
-    assert federation.root.course._clip.norm(2) >= 1e-12
+    assert federation.root.planner._clip.norm(2) >= 1e-12
     federation.round()
-    assert row(federation.root.course.shared).isfinite().all()
+    assert row(federation.root.planner.shared).isfinite().all()
 
 
 # --- the clip that follows
@@ -311,8 +311,8 @@ def test_the_clip_follows_the_quantile_of_norms_and_a_resumed_run_has_the_same(t
         for _ in range(12):
             federation.round()
         again = Noised(store, **how)
-        assert again.root.course.completed == 12
-        assert {plan.clip for plan in again.plans().values()} == {federation.root.course._clip.norm(13)}
+        assert again.root.planner.completed == 12
+        assert {plan.clip for plan in again.plans().values()} == {federation.root.planner._clip.norm(13)}
         for _ in range(8):
             again.round()
         clips = [line["clip"] for line in read_journal(store.path / "metrics.jsonl")]
@@ -345,15 +345,15 @@ def test_factors_that_take_turns_have_clips_of_their_own(store: RoleDirectory) -
         federation={"lora": "alternating"},
         rounds=9,
     )
-    course = federation.root.course
-    course.shared = {"q.lora_A.weight": torch.zeros(30, 8), "q.lora_B.weight": torch.zeros(6, 30)}
+    planner = federation.root.planner
+    planner.shared = {"q.lora_A.weight": torch.zeros(30, 8), "q.lora_B.weight": torch.zeros(6, 30)}
     lengths = {"q.lora_B.weight": 0.5, "q.lora_A.weight": 20.0}
     for round in range(1, 7):
         key = "q.lora_B.weight" if round % 2 else "q.lora_A.weight"
-        federation.changes = {name: {key: torch.randn(course.shared[key].shape)} for name in NAMES}
+        federation.changes = {name: {key: torch.randn(planner.shared[key].shape)} for name in NAMES}
         federation.lengthen(dict.fromkeys(NAMES, lengths[key]))
         federation.round()
-    assert course._clip.norm(7) < CLIP < course._clip.norm(8)
+    assert planner._clip.norm(7) < CLIP < planner._clip.norm(8)
 
 
 # --- what crosses of it
@@ -389,7 +389,7 @@ def test_the_root_noises_what_it_publishes_and_keeps_a_ledger_of_it(
     assert parts[1] == []  # the silos drew nothing
     releases = list(read_ledger(store.path / "ledger.jsonl").releases())
     assert [(one.path, one.honest) for one in releases] == [("update", 1), ("norm", 1)][: 1 + adaptive]
-    rest = 4 * row(federation.root.course.shared) - sum(row(change) for change in federation.changes.values())
+    rest = 4 * row(federation.root.planner.shared) - sum(row(change) for change in federation.changes.values())
     assert float(rest.square().mean()) == pytest.approx(releases[0].noise ** 2, rel=0.1)
     spent = Accountant(DELTA, releases).silo
     assert spent.concentrated == pytest.approx(2 / MULTIPLIER**2, rel=1e-6)
@@ -408,7 +408,7 @@ def test_a_root_that_sees_updates_clips_and_noises_their_mean(store: RoleDirecto
             "clip": {"norm": CLIP, "quantile": 0.5, "rate": 0.4},
         },
     )
-    course = Course(recipe, {key: torch.zeros(shape) for key, shape in SHAPES.items()}, store)
+    planner = RootPlanner(recipe, {key: torch.zeros(shape) for key, shape in SHAPES.items()}, store)
     draw = torch.Generator().manual_seed(1)
     changes, kept = {}, {}
     for name, norm in zip(NAMES, (1.0, 2.5, 1e6, 0.5), strict=True):
@@ -417,15 +417,15 @@ def test_a_root_that_sees_updates_clips_and_noises_their_mean(store: RoleDirecto
         changes[name] = {key: tensor * (norm / length) for key, tensor in change.items()}
         kept[name] = {key: tensor * (min(norm, CLIP) / length) for key, tensor in change.items()}
     learned = tuple(Contribution(name, 10.0 ** len(name), change) for name, change in changes.items())
-    plan = course.plan(NAMES).result()
-    course.conclude(1, Collected(dict.fromkeys(NAMES, 1.0), learned))
+    plan = planner.plan(NAMES).result()
+    planner.conclude(1, Collected(dict.fromkeys(NAMES, 1.0), learned))
     update, norm = read_ledger(store.path / "ledger.jsonl").releases()
-    rest = 4 * row(course.shared) - sum(row(change) for change in kept.values())
+    rest = 4 * row(planner.shared) - sum(row(change) for change in kept.values())
     assert float(rest.square().mean()) == pytest.approx(update.noise**2, rel=0.1)
     assert update.charges[0].concentrated + norm.charges[0].concentrated == pytest.approx(2 / MULTIPLIER**2, rel=1e-6)
     assert plan.clip == CLIP
-    assert abs(math.log(course.plan(NAMES).result().clip / CLIP)) <= 0.2 + 1e-9
-    course.conclude(2, Collected(dict.fromkeys(NAMES, 0.0), ()))  # nobody learned anything: nothing is published
+    assert abs(math.log(planner.plan(NAMES).result().clip / CLIP)) <= 0.2 + 1e-9
+    planner.conclude(2, Collected(dict.fromkeys(NAMES, 0.0), ()))  # nobody learned anything: nothing is published
     assert len(list(read_ledger(store.path / "ledger.jsonl").releases())) == 2
 
 
@@ -433,7 +433,7 @@ def test_a_root_that_starts_again_needs_its_ledger(store: RoleDirectory) -> None
     how: dict[str, Any] = {"noise": {"multiplier": MULTIPLIER, "where": "root"}}
 
     def again(federation: Noised) -> Noised:
-        federation.root.course._noise._ledger.close()
+        federation.root.planner._noise._ledger.close()
         return Noised(store, **how)
 
     federation = Noised(store, **how)
@@ -441,7 +441,7 @@ def test_a_root_that_starts_again_needs_its_ledger(store: RoleDirectory) -> None
     federation = again(federation)
     federation.round()
     federation = again(federation)
-    assert federation.root.course.completed == 2
+    assert federation.root.planner.completed == 2
     assert len(list(read_ledger(store.path / "ledger.jsonl").releases())) == 1
     for file in ("ledger.jsonl", "ledger.head"):
         (store.path / file).unlink()

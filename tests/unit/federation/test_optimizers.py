@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.federation.planner import Course
+from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
 from isthmus.federation.strategies.optimizers import optimizer_of
 from isthmus.recipe import OptimizerSection
@@ -146,7 +146,7 @@ def test_a_root_that_starts_again_goes_on_as_if_it_had_not(tmp_path: Path, kind:
     whole, cut = RoleDirectory(tmp_path / "whole"), RoleDirectory(tmp_path / "cut")
     for store, lives in ((whole, [range(1, 6)]), (cut, [range(1, 4), range(4, 6)])):
         for life in lives:
-            rounds = Rounds(recipe, Course(recipe, initial, store))
+            rounds = Rounds(recipe, RootPlanner(recipe, initial, store))
             for number in life:  # c comes in the third round only
                 train(rounds, [number], ("c", "a", "b") if number == 3 else ("a", "b"))
     for number in range(1, 6):
@@ -154,7 +154,7 @@ def test_a_root_that_starts_again_goes_on_as_if_it_had_not(tmp_path: Path, kind:
     assert [line["shares"] for line in read_journal(whole.path / "metrics.jsonl")] == [
         line["shares"] for line in read_journal(cut.path / "metrics.jsonl")
     ]
-    forgetful = Course(recipe, shared_of(whole, 3), RoleDirectory(tmp_path / "fresh"))
+    forgetful = RootPlanner(recipe, shared_of(whole, 3), RoleDirectory(tmp_path / "fresh"))
     assert forgetful._sharing.state_dict() != whole.load_round(3)["sharing"]
 
 
@@ -162,7 +162,7 @@ def test_a_round_of_nobody_moves_nothing_however_much_momentum_there_is(tmp_path
     federation = {"optimizer": "momentum"}
     recipe = make_recipe(Path("none"), silos=("a",), federation=federation, train={"rounds": 3, "evaluate": False})
     store = RoleDirectory(tmp_path)
-    rounds = Rounds(recipe, Course(recipe, {name: torch.zeros(shape) for name, shape in SHAPES.items()}, store))
+    rounds = Rounds(recipe, RootPlanner(recipe, {name: torch.zeros(shape) for name, shape in SHAPES.items()}, store))
     train(rounds, [1], ("a",))
     rounds.ready("a", pb.Ready()).result(60)
     rounds.contribute("a", pb.Update(round=2)).result(60)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from isthmus.errors import DiskFullError, FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
-from isthmus.federation.planner import Course
+from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.wire import codec
@@ -41,7 +41,7 @@ def build(store: RoleDirectory) -> Build:
             "federation": federation,
         }
         recipe = make_recipe(Path("none"), silos=silos, **sections)
-        return Rounds(recipe, Course(recipe, constant(0.0), store))
+        return Rounds(recipe, RootPlanner(recipe, constant(0.0), store))
 
     return rounds
 
@@ -263,7 +263,7 @@ def test_all_restarted_begin_the_round_again(build: Build, silos: tuple[str, ...
 
 def test_the_first_plan_has_what_every_silo_starts_with(store: RoleDirectory) -> None:
     recipe = make_recipe(Path("none"), silos=("a",), train={"rounds": 1, "evaluate": False})
-    rounds = Rounds(recipe, Course(recipe, constant(0.5), store))
+    rounds = Rounds(recipe, RootPlanner(recipe, constant(0.5), store))
     assert_plan(rounds.ready("a", pb.Ready()).result(WAIT), 1, 0, ["a"], 0.5)
     rounds.contribute("a", update(1, 2.0))
     assert_plan(rounds.ready("a", pb.Ready()).result(WAIT), 0, 1, [], 2.5)
@@ -353,6 +353,6 @@ def test_centered_clipping_goes_on_from_what_it_remembers(build: Build, store: R
     reference_P = store.load_round(1)["sharing"]["B"]["rule"]["reference"]
     expected = {name: tensor.flatten()[0] for name, tensor in shared(plans(rounds, *"abc")[0]).items()}
     assert float(reference_P[0]) == pytest.approx(float(expected["x"]))
-    resumed = build(*"abc", rule="centered-clipping")._lead
-    assert isinstance(resumed, Course)
+    resumed = build(*"abc", rule="centered-clipping")._planner
+    assert isinstance(resumed, RootPlanner)
     assert torch.equal(resumed._sharing.state_dict()["B"]["rule"]["reference"], reference_P)

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from isthmus.errors import QuorumError
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.strategies import rules
-from isthmus.federation.strategies.clipping import CenteredClipping
 from isthmus.federation.strategies.neighbours import Mixed
-from isthmus.federation.strategies.rules import Rule
+from isthmus.federation.strategies.rules import CenteredClipping, Rule
 from isthmus.federation.strategies.strategy import RULES, Strategy
 from isthmus.recipe import FederationSection
 from isthmus.recipe.robustness import RuleName, fewest

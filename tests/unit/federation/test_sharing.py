@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from isthmus.errors import FrameError
 from isthmus.federation.contribution import Contribution
-from isthmus.federation.planner import Course
+from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
 from isthmus.federation.sharing import Sharing
 from isthmus.recipe import FederationSection, Recipe
@@ -73,7 +73,7 @@ def test_the_root_takes_the_factor_whose_round_it_is_and_plans_both(tmp_path: Pa
     shared, change = tensors_of(99), tensors_of(0)
     shapes = {name: tuple(tensor.shape) for name, tensor in shared.items()}
     for round, due, other in ((1, B, A), (2, A, B), (3, B, A)):
-        rounds = Rounds(recipe, Course(recipe, tensors_of(99), RoleDirectory(tmp_path)))  # a new process each round
+        rounds = Rounds(recipe, RootPlanner(recipe, tensors_of(99), RoleDirectory(tmp_path)))
         plan = rounds.ready("a", pb.Ready()).result(10.0)
         assert plan.round == round
         for name, tensor in codec.decode_named(plan.adapters, shapes).items():
@@ -119,8 +119,8 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 def test_silos_of_different_ranks_get_what_fits_and_the_root_the_mean_of_their_products(tmp_path: Path) -> None:
     """Width 5 and rank 5: the root's product is exact."""
     start = tensors_of(99, 5)
-    course = Course(mixed(), start, RoleDirectory(tmp_path))
-    rounds = Rounds(mixed(), course)
+    planner = RootPlanner(mixed(), start, RoleDirectory(tmp_path))
+    rounds = Rounds(mixed(), planner)
     answers = {name: rounds.ready(name, pb.Ready()) for name in RANKS}
     had = {}
     for name, rank in RANKS.items():
@@ -137,10 +137,10 @@ def test_silos_of_different_ranks_get_what_fits_and_the_root_the_mean_of_their_p
         rounds.contribute(name, update)
     own = {name: {key: had[name][key].double() + change[key] for key in change} for name, change in changes.items()}
     expected = sum((weights[name] / 6 * product(one) for name, one in own.items()), torch.zeros(1))
-    assert close(product(course.shared), expected)
+    assert close(product(planner.shared), expected)
     gate = sum((weights[name] / 6 * one[GATE] for name, one in own.items()), torch.zeros(1))
-    assert close(course.shared[GATE], gate)
-    again = Rounds(mixed(), Course(mixed(), start, RoleDirectory(tmp_path)))  # a new process
+    assert close(planner.shared[GATE], gate)
+    again = Rounds(mixed(), RootPlanner(mixed(), start, RoleDirectory(tmp_path)))  # a new process
     plans = [again.ready(name, pb.Ready()) for name in RANKS]
     smallest = codec.decode_named(plans[0].result(10.0).adapters, {A: (2, 7), B: (5, 2), GATE: (5,)})
     assert close(product(smallest), nearest(expected, 2))

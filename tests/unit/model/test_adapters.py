@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from isthmus.errors import ModelError
-from isthmus.federation.root import shared_tensors
+from isthmus.federation.planner import shared_tensors
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part

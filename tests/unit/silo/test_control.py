@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from isthmus.data.tokens import batches, collate
 from isthmus.engines.certificates import make_certificates
 from isthmus.errors import FrameError, RoundLostError
-from isthmus.federation.root import RootService
+from isthmus.federation.aggregator import RootService
 from isthmus.model import adapters
 from isthmus.model.optim import build_optimizer
 from isthmus.privacy.ledger import read_ledger

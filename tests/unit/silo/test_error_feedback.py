@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import RoundLostError
-from isthmus.federation.root import RootService
+from isthmus.federation.aggregator import RootService
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from isthmus.federation.root import RootService
+from isthmus.federation.aggregator import RootService
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.analytic import gaussian_noise
 from isthmus.privacy.events import Release

@@ -1,4 +1,4 @@
-"""The register: one record for all that begins with a prompt of the data, and each token's class."""
+"""The records: one record for all that begins with a prompt of the data, and each token's class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from isthmus.data.tokens import Tokens
 from isthmus.errors import RunError
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import SensitivitySection
-from isthmus.silo.records import Register
+from isthmus.silo.records import Records
 
 CLASSES = {"low": {"noise": 0.5}, "high": {"noise": 2.0, "epsilon": 4.0}}
 LOW, HIGH = 1, 2
@@ -27,10 +27,10 @@ def words(ids: list[int]) -> str:
     return " ".join(f"w{number}" for number in ids)
 
 
-def register(folder: Path | None = None, **section: Any) -> Register:
+def register(folder: Path | None = None, **section: Any) -> Records:
     """One to which the word w9 is highly sensitive."""
     values = {"function": "tests.unit.silo.test_records:nines", "classes": CLASSES, **section}
-    return Register(folder, Sensitivity(SensitivitySection.model_validate(values)), words)
+    return Records(folder, Sensitivity(SensitivitySection.model_validate(values)), words)
 
 
 def nines(text: str) -> list[tuple[int, int, str]]:
@@ -41,7 +41,7 @@ def nines(text: str) -> list[tuple[int, int, str]]:
 @given(st.lists(st.builds(Tokens, IDS, IDS), max_size=6), IDS)
 @settings(derandomize=True, deadline=None)
 def test_the_longest_known_prompt_names_a_row(rows: list[Tokens], row: list[int]) -> None:
-    one = Register()
+    one = Records()
     one.learn(rows)
     begins = [tuple(known.prompt) for known in rows if row[: len(known.prompt)] == known.prompt]
     expected = list(max(begins, key=len, default=tuple(row)))
@@ -49,7 +49,7 @@ def test_the_longest_known_prompt_names_a_row(rows: list[Tokens], row: list[int]
 
 
 def test_a_rows_answer_changes_no_record_and_other_text_is_another() -> None:
-    one = Register()
+    one = Records()
     one.learn([Tokens([5, 6], [7])])
     rows = [[5, 6], [5, 6, 7], [5, 6, 8, 9], [5], [6, 5]]
     records = one.subjects(rows, [1] * 5).records
@@ -58,7 +58,7 @@ def test_a_rows_answer_changes_no_record_and_other_text_is_another() -> None:
 
 
 def test_names_stay_over_a_restart_and_need_the_key(tmp_path: Path) -> None:
-    first, again, other = (Register(folder) for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"))
+    first, again, other = (Records(folder) for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"))
     name = first.subjects([[5, 6]], [2]).records
     assert again.subjects([[5, 6]], [2]).records == name
     assert other.subjects([[5, 6]], [2]).records != name
@@ -66,7 +66,7 @@ def test_names_stay_over_a_restart_and_need_the_key(tmp_path: Path) -> None:
 
 
 def test_without_sensitivity_there_are_no_factors_and_no_budgets() -> None:
-    one = Register()
+    one = Records()
     one.learn([Tokens([5, 6], [7])])
     history = one.history(1)
     for subjects in (one.subjects([[5, 6]], [2]), one.subjects(None, [2]), history.subjects([[5]], [1])):

@@ -93,7 +93,7 @@ def test_the_silo_starts_again_and_releases_nothing_again(start: Start) -> None:
 def test_a_silo_that_died_before_it_could_send_sends_what_it_had_released(start: Start) -> None:
     party = start()
     endings = [Ending((*row.prompt, *row.answer[:-1]), size) for row, size in zip(ROWS, TOKENS, strict=True)]
-    released = party.trunk.released.release(endings, 1, party.trunk.register)
+    released = party.trunk.released.release(endings, 1, party.trunk.records)
     party.start_silo()
     party.forget()
     party.logits()

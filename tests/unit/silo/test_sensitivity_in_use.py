@@ -49,7 +49,7 @@ class Running:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.service = TrunkService(recipe, RoleDirectory(folder / "trunk"))
         self.tap = Tap(self.service, "a", greeting=greeting(Checkpoint(recipe.model.path), recipe))
-        places = {"releases": folder / "silo" / "released", "register": folder / "silo" / "register"}
+        places = {"releases": folder / "silo" / "released", "records": folder / "silo" / "records"}
         self.silo: Silo = join(recipe, "a", channel=self.tap, **places)
         self.data: SiloData = known_data(recipe, "a", self.silo)
         self.optimizer = torch.optim.SGD([p for p in self.silo.model.parameters() if p.requires_grad], lr=0.1)
@@ -184,15 +184,15 @@ def test_switched_off_nothing_changes_bit_for_bit(start: Start, family: str) -> 
 def test_generation_averts_attention_as_one_pass_would(start: Start, family: str) -> None:
     """Token by token with a cache, beyond the sliding windows: bottom gives what it gives the finished text."""
     one = start(family, section={"attention": 3.0})
-    register = one.silo.trunk.register
-    assert register.sensitivity is not None
+    records = one.silo.trunk.records
+    assert records.sensitivity is not None
     prompt = torch.tensor([one.data.train[4].prompt])
     one.silo.model.generate(input_ids=prompt, min_new_tokens=30, max_new_tokens=30, do_sample=False)
     ids_T, h_TD = torch.cat(one.ids), torch.cat(one.clean)
     assert len(ids_T) == prompt.shape[1] + 29
-    classes = register.classes([ids_T.tolist()])
+    classes = records.classes([ids_T.tolist()])
     assert classes is not None
-    a_P = 3.0 * register.sensitivity.aversions[torch.tensor(classes[0])]
+    a_P = 3.0 * records.sensitivity.aversions[torch.tensor(classes[0])]
     assert a_P.max() == 9.0
     whole = attention.hidden(one.silo.model.bottom, a_P[None], input_ids=ids_T[None], use_cache=False)
     assert distance(h_TD, whole[0]) < 1e-5
@@ -233,7 +233,7 @@ def test_examples_released_once_are_noised_and_averted_alike(start: Start) -> No
     noisy = start(**sections, noise=NOISE, boundary={"release_once": True})
     for _ in range(3):
         noisy.train()
-    drawn = noisy.silo.trunk.register.subjects([[20, 4]], [2])
+    drawn = noisy.silo.trunk.records.subjects([[20, 4]], [2])
     assert drawn.factors_T is not None
     assert len(noisy.tap.take(pb.Keep)) == len(ROWS)
 
@@ -241,7 +241,7 @@ def test_examples_released_once_are_noised_and_averted_alike(start: Start) -> No
 def test_the_budget_of_a_row_is_that_of_its_most_sensitive_text(start: Start) -> None:
     one = start(section={"classes": {"high": {"epsilon": 4.0}, "low": {"epsilon": 5.0}}}, boundary=BOUNDED)
     rows = [row.prompt for row in one.data.train]
-    assert one.silo.trunk.register.subjects(rows, [1] * len(rows)).budgets == (4.0,) * len(rows)
+    assert one.silo.trunk.records.subjects(rows, [1] * len(rows)).budgets == (4.0,) * len(rows)
 
 
 def test_a_classes_budget_stops_its_records_alone(start: Start) -> None:
@@ -270,6 +270,6 @@ def test_a_function_that_fails_on_the_data_stops_the_silo_at_its_start(start: St
 
 def test_nothing_of_it_is_on_disk_but_key_scale_and_section(start: Start, tmp_path: Path) -> None:
     start().train()
-    kept = tmp_path / "running0" / "silo" / "register"
+    kept = tmp_path / "running0" / "silo" / "records"
     assert {path.name for path in kept.iterdir()} == {"record-key", "sensitivity.json"}
     assert set(json.loads((kept / "sensitivity.json").read_text())) == {"scale", "section"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from isthmus.errors import BudgetExhausted
-from isthmus.federation.root import RootService
+from isthmus.federation.aggregator import RootService
 from isthmus.privacy.accountant import Account
 from isthmus.privacy.analytic import gaussian_noise
 from isthmus.privacy.budget import Budget

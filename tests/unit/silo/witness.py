@@ -105,7 +105,7 @@ class Party:
         path = folder / "silo" / "ledger.jsonl"
         self.service = TrunkService(recipe, RoleDirectory(folder / "trunk"))
         self.channel = Watched(self.service, "a", greeting=greeting(Checkpoint(recipe.model.path), recipe))
-        places = {"releases": folder / "silo" / "released", "register": folder / "silo" / "register"}
+        places = {"releases": folder / "silo" / "released", "records": folder / "silo" / "records"}
         self.silo: Silo = join(recipe, "a", ledger=FileLedger(path, silo="a"), channel=self.channel, **places)
         self.witness = self.channel.witness = Witness(path)
         self.data: SiloData = known_data(recipe, "a", self.silo)

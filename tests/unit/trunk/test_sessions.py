@@ -22,7 +22,7 @@ from isthmus.recipe import CodecSection, Recipe, TrunkSection
 from isthmus.silo.join import greeting
 from isthmus.silo.remote import RemoteTrunk
 from isthmus.storage.record import RunDirectory
-from isthmus.trunk.codecs import Gate
+from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.decoding import Decoding, Step
 from isthmus.trunk.scheduler import Job
 from isthmus.trunk.service import TrunkService
@@ -70,7 +70,7 @@ def decode(sessions: Sessions, peer: str, session: int, step: int, lengths: tupl
     h_TD = how.pop("h_TD", None)
     sent = codec.encode(hidden(sum(lengths), seed=step) if h_TD is None else h_TD, "fp32")
     kept: Any = None  # nothing is named by number here
-    decoding = Decoding(sessions._runner, sessions, Gate(CodecSection(), WIDTH, WIDTH, kept), chunk=512)
+    decoding = Decoding(sessions._runner, sessions, Codecs(CodecSection(), WIDTH, WIDTH, kept), chunk=512)
     request = pb.Decode(session=session, step=step, lengths=lengths, hidden=sent, **how)
     job = Job(decoding, (peer, session), Step(peer, request))
     if decoding.gather([job], 0.0)[0]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from isthmus.errors import ProtocolError
 from isthmus.updates.masking import Member, Terms, stream
 from isthmus.updates.quantize import Words
-from isthmus.updates.unmasking import Tally
+from isthmus.updates.unmasking import Unmasking
 
 COUNT = 17
 Names = Sequence[str]
@@ -31,23 +31,23 @@ class Cohort:
         self.values: dict[str, Words] = {name: draw.integers(0, 2**64, size, dtype=np.uint64) for name in self.names}
         self.size = size
 
-    def deal(self, dealers: Iterable[str]) -> Tally:
+    def deal(self, dealers: Iterable[str]) -> Unmasking:
         """These deal, and each gets the shares of those of its neighbours that did."""
         sealed = {name: self.members[name].deal(self.terms) for name in dealers}
         for name in sealed:
             self.members[name].accept({other: sealed[other][name] for other in sealed if name in sealed[other]})
-        return Tally(self.terms, sealed, self.size)
+        return Unmasking(self.terms, sealed, self.size)
 
     def masked(self, name: str) -> Words:
         masked = self.values[name].copy()
         self.members[name].mask(masked)
         return masked
 
-    def send(self, tally: Tally, names: Iterable[str]) -> None:
+    def send(self, tally: Unmasking, names: Iterable[str]) -> None:
         for name in names:
             tally.add(name, self.masked(name))
 
-    def unmask(self, tally: Tally, names: Iterable[str]) -> None:
+    def unmask(self, tally: Unmasking, names: Iterable[str]) -> None:
         for name in names:
             tally.reveal(name, self.members[name].reveal(tally.alive, tally.dead))
 
@@ -152,7 +152,7 @@ def test_no_proper_subset_of_the_masks_of_pairs_cancels() -> None:
 # --- what is refused
 
 
-def dealt(count: int = 4) -> tuple[Cohort, Tally]:
+def dealt(count: int = 4) -> tuple[Cohort, Unmasking]:
     cohort = Cohort(count)
     return cohort, cohort.deal(cohort.names)
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from isthmus.federation.strategies.medians import weighted_median
-from isthmus.federation.strategies.rules import COLUMNS, Rule, by_columns
+from isthmus.federation.strategies.rules import COLUMNS, Rule, by_columns, weighted_median
 
 
 class Krum(Rule):

@@ -12,12 +12,18 @@ import torch
 
 from isthmus.errors import QuorumError
 from isthmus.federation.contribution import Contribution, changes
-from isthmus.federation.strategies.clipping import CenteredClipping, NormBound
-from isthmus.federation.strategies.medians import GeometricMedian, Median, TrimmedMean
 from isthmus.federation.strategies.neighbours import Bulyan, Krum, Mixed, MultiKrum
 from isthmus.federation.strategies.optimizers import optimizer_of
-from isthmus.federation.strategies.rules import Mean, Rule
-from isthmus.federation.strategies.trust import FLTrust
+from isthmus.federation.strategies.rules import (
+    CenteredClipping,
+    FLTrust,
+    GeometricMedian,
+    Mean,
+    Median,
+    NormBound,
+    Rule,
+    TrimmedMean,
+)
 from isthmus.federation.strategies.weights import History, shares
 from isthmus.recipe import FederationSection
 from isthmus.recipe.robustness import RuleName

@@ -72,7 +72,7 @@ class Guard:
             targets_T: what each vector that crosses should predict, or ``IGNORED``.
         """
         z_TW, boundary = self._trunk.projected(packing.pack(h_BLD)), self._trunk.boundary
-        subjects = self._trunk.register.subjects(rows, packing.lengths)
+        subjects = self._trunk.records.subjects(rows, packing.lengths)
         seen_TW = boundary.rehearsed(z_TW, "forward", subjects)
         questions = self._questions(rows, packing.lengths, targets_T)
         self._teach(seen_TW, questions)

@@ -12,7 +12,7 @@ import torch
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.privacy import attention
-from isthmus.silo.records import Register
+from isthmus.silo.records import Records
 
 
 class Shield:
@@ -22,8 +22,8 @@ class Shield:
         strength: by what the logits of a sensitive token's key are lowered, times its class's weight.
     """
 
-    def __init__(self, register: Register, strength: float) -> None:
-        self._register = register
+    def __init__(self, records: Records, strength: float) -> None:
+        self._records = records
         self._strength = strength
 
     def hidden(self, bottom: Part, session: Any = None, **inputs: Any) -> torch.Tensor:
@@ -33,16 +33,16 @@ class Shield:
             session: a ``silo.remote.RemoteSession``, which knows what the cache was made of.
         """
         ids_BL = inputs.get("input_ids")
-        if ids_BL is None or self._register.sensitivity is None:
+        if ids_BL is None or self._records.sensitivity is None:
             return bottom.hidden(**inputs)
         cache = inputs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
         real_BP = _real(inputs.get("attention_mask"), past, ids_BL)
         rows = Packing(real_BP[:, past:]).rows(ids_BL)
-        classes = session.hear(rows) if session is not None else self._register.classes(rows)
+        classes = session.hear(rows) if session is not None else self._records.classes(rows)
         if classes is None:
             return bottom.hidden(**inputs)
-        aversions = self._strength * self._register.sensitivity.aversions
+        aversions = self._strength * self._records.sensitivity.aversions
         return attention.hidden(bottom, _laid_out(classes, aversions, real_BP), **inputs)
 
 

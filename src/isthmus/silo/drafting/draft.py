@@ -17,7 +17,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from isthmus.model.cache import SplitCache
 from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.drafting.bridge import Bridge, BridgeSession, narrow
-from isthmus.silo.drafting.draft_length import MOST, Costs, Pace, Share, pays
+from isthmus.silo.drafting.draft_length import MOST, Costs, DraftLength, Share, pays
 from isthmus.silo.drafting.lookup import Lookup
 
 BINS = 10
@@ -79,7 +79,7 @@ class Draft(SplitForCausalLM):
         self.corpus = Lookup()
         for ids, start in corpus:
             self.corpus.learn(ids, start)
-        self.pace = Pace()
+        self.draft_length = DraftLength()
         self.sources = Sources()
         self.clock: Callable[[], float] = time.perf_counter
         self.eval()
@@ -128,14 +128,14 @@ class Candidates(CandidateGenerator):
         self._ahead.stop()
         self._left = self._draft.clock()
         if self._trips:
-            self._draft.pace.note_draft(self._ahead.asked, self._left - started)
+            self._draft.draft_length.note_draft(self._ahead.asked, self._left - started)
         new = input_ids.new_tensor([[place.token for place in self._places]])
         return torch.cat([input_ids, new], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: Any, num_matches: int) -> None:
         """Learn from what the split model said; ``input_ids`` ends with it."""
         if self._trips:  # the prompt's own trip is longer than those to come
-            self._draft.pace.note_trip(len(self._places) + 1, self._draft.clock() - self._left)
+            self._draft.draft_length.note_trip(len(self._places) + 1, self._draft.clock() - self._left)
         self._trips += 1
         said = input_ids[0, self._learned :].tolist()
         for place, token in zip(self._places, said, strict=False):
@@ -144,7 +144,7 @@ class Candidates(CandidateGenerator):
 
     def _drafted(self, ids: list[int]) -> list[Place]:
         """Tokens for as long as one more raises the expected tokens a second."""
-        costs, places = self._draft.pace.costs, list[Place]()
+        costs, places = self._draft.draft_length.costs, list[Place]()
         reach, tokens, seconds = 1.0, 1.0, costs.round_trip + costs.verified
         while len(places) < min(MOST, self._longest - len(ids) - 1):
             asked = self._ahead.asked
@@ -187,13 +187,13 @@ class Ahead:
     """The draft model's run ahead of the split model, on the trunk's answers as far as there are any.
 
     Args:
-        cache: the split model's; it gets a tape, on which the trunk's answers are read.
+        cache: the split model's; it gets a transcript, on which the trunk's answers are read.
     """
 
     def __init__(self, draft: Draft, cache: SplitCache, processors: Any) -> None:
         self._draft = draft
         self._processors = processors
-        self._tape = cache.record()
+        self._transcript = cache.record()
         self._cache = draft.new_cache()
         self._cache.activate_past_recording()
         self._fed = 0
@@ -207,10 +207,10 @@ class Ahead:
     def start(self, length: int) -> None:
         """A draft after this many tokens, all but the last of which the trunk has answered."""
         self.asked = 0
-        self._sure = len(self._tape)
+        self._sure = len(self._transcript)
         self.ready = 0 < self._sure == length - 1 and not self._padded
         if self.ready:
-            heard = self._tape.heard(self._fed)
+            heard = self._transcript.heard(self._fed)
             self._padded = not bool(heard.real_BL.all())
             self.ready = not self._padded
             session = self._cache.session

@@ -85,7 +85,7 @@ class Line:
 
 
 @dataclass
-class Pace:
+class DraftLength:
     """Measures trips and drafts, and gives their costs."""
 
     trips: Line = field(default_factory=Line)

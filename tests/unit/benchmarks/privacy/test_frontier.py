@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.common.tasks import SECTIONS, Rows, Task
+from benchmarks.privacy import frontier
 from benchmarks.privacy.frontier_plot import draw
 from benchmarks.privacy.points import DELTA, Point, classification, epsilon, generation
-from benchmarks.privacy.privacy import frontier
 from benchmarks.privacy.tuned import tuned
 from isthmus.audit.capture import Source, capture_pairs
 from isthmus.data.tokens import Tokens

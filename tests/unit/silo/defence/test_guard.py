@@ -65,7 +65,7 @@ def crossed(silo: Silo, rows: list[Tokens]) -> torch.Tensor:
     """What the trunk sees of rows of one length, row after row, ``[T, W]``."""
     h_BLD = silo.model.bottom.hidden(input_ids=torch.tensor([row.input for row in rows]), use_cache=False)
     z_TW = silo.trunk.narrow(h_BLD.flatten(0, 1), [len(row.input) for row in rows])
-    subjects = silo.trunk.register.subjects(None, [len(row.input) for row in rows])
+    subjects = silo.trunk.records.subjects(None, [len(row.input) for row in rows])
     return silo.boundary.rehearsed(z_TW, "forward", subjects)
 
 

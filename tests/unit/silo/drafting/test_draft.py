@@ -41,7 +41,7 @@ def candidates(monkeypatch: pytest.MonkeyPatch) -> Any:
             corpus=Lookup(),
             sources=Sources(),
             clock=lambda: 0.0,
-            pace=SimpleNamespace(costs=costs, note_draft=lambda *_: None, note_trip=lambda *_: None),
+            draft_length=SimpleNamespace(costs=costs, note_draft=lambda *_: None, note_trip=lambda *_: None),
         )
         settings = SimpleNamespace(max_length=longest, _eos_token_tensor=torch.tensor([end]))
         return Candidates(draft, None, [], settings)  # type: ignore[arg-type]

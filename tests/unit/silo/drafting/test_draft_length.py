@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.silo.drafting.draft_length import MOST, Costs, Line, Pace, Share, pays
+from isthmus.silo.drafting.draft_length import MOST, Costs, DraftLength, Line, Share, pays
 
 acceptances = st.floats(0.01, 0.99)
 times = st.floats(0.001, 2.0)
@@ -78,12 +78,12 @@ def test_a_line_is_found_in_trips_of_unlike_length() -> None:
 
 
 def test_trips_of_one_length_still_give_costs() -> None:
-    pace = Pace()
-    assert best_length(0.5, pace.costs) > 0, "nothing measured yet: try"
+    draft_length = DraftLength()
+    assert best_length(0.5, draft_length.costs) > 0, "nothing measured yet: try"
     for _ in range(10):
-        pace.note_trip(1, 0.1)
-        pace.note_draft(2, 0.04)
-    costs = pace.costs
+        draft_length.note_trip(1, 0.1)
+        draft_length.note_draft(2, 0.04)
+    costs = draft_length.costs
     assert costs.drafted == pytest.approx(0.02)
     assert costs.round_trip + costs.verified == pytest.approx(0.1)
     assert costs.verified > 0
