@@ -78,6 +78,10 @@ class Batch:
         """Arguments of a causal model's forward that gives a loss."""
         return {**self.unsupervised(), **self.supervision()}
 
+    def places(self) -> dict[str, Any]:
+        """Mask and positions, for a forward without cache."""
+        return {"attention_mask": self.attention_mask, "position_ids": self.position_ids, "use_cache": False}
+
     def unsupervised(self) -> dict[str, Any]:
         """The same without a loss."""
         return {

@@ -68,7 +68,7 @@ class Backwards:
     def _backward(self, silo: str, request: pb.Backward) -> Backward:
         rows = self._training.open_step(silo, request.step).rows
         gradient_TD = self._codecs.gradient_in(request.gradient, rows)
-        return Backward(silo, request.step, gradient_TD, request.reply, request.aside)
+        return Backward(silo, request.step, gradient_TD, request.reply, request.ascent_pass)
 
     def _partners(self, job: Job) -> int:
         silo, request = job.request

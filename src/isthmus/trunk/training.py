@@ -32,13 +32,13 @@ class Forward:
 
 @dataclass(frozen=True, eq=False)
 class Backward:
-    """Its way back. ``reply`` if the gradient of its input is wanted; ``aside`` if it alone is."""
+    """Its way back. ``reply`` if the gradient of its input is wanted; ``ascent_pass`` if it alone is."""
 
     silo: str
     step: int
     gradient_TD: torch.Tensor
     reply: bool
-    aside: bool = False
+    ascent_pass: bool = False
 
 
 @dataclass(eq=False)
@@ -150,7 +150,7 @@ class Training:
 
     def backward(self, backwards: list[Backward]) -> list[torch.Tensor | FrameError | None]:
         """Run the backwards of open steps; those of one pass together. Their gradients join each silo's sum, but for
-        those of passes aside.
+        those of passes ascent_pass.
 
         Returns:
             For each the gradient of its input if asked for, or the error if the parameters' gradients overflow; that
@@ -232,7 +232,7 @@ class Training:
         self, one: Backward, input_gradient: torch.Tensor | None, gradients: list[torch.Tensor]
     ) -> torch.Tensor | FrameError | None:
         state = self._silos[one.silo]
-        if one.aside:
+        if one.ascent_pass:
             del state.open[one.step]
             return input_gradient
         if state.gradients is not None:
@@ -254,7 +254,7 @@ def _gradients(
     for step, one in zip(opened, backwards, strict=True):
         outputs.append(computed.outputs[step.place])
         given.append(one.gradient_TD.to(outputs[-1]))
-        leaves = [] if one.aside else computed.leaves[step.place]
+        leaves = [] if one.ascent_pass else computed.leaves[step.place]
         wanted.append([*([computed.inputs[step.place]] if one.reply else []), *leaves])
     found = iter(torch.autograd.grad(outputs, [tensor for tensors in wanted for tensor in tensors], given))
     results: list[tuple[torch.Tensor | None, list[torch.Tensor]]] = []
