@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,24 @@ VOCABULARY = 97
 BLOCKS = 5
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+FIRST = ("integration", "oracle", "conformance", "features")
+"""Folders whose files take longest, in the order in which they are begun; small ones then fill the gaps."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker more than cores: tests of processes and of patience wait most of their time."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with files that start processes, then those that compute longest; within a file the order stays."""
+    process = {item.path for item in items if item.get_closest_marker("process")}
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return item.path not in process, FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+    items.sort(key=place)
 
 
 def tiny_config(family: str, blocks: int = BLOCKS) -> Any:

@@ -17,9 +17,9 @@ from isthmus.model import adapters
 from isthmus.privacy.accountant import Account
 from isthmus.silo.callback import TrunkStepCallback
 from tests.conftest import VOCABULARY
+from tests.features.silo.test_spent_budgets import CALIBRATED, COST, DELTA
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.twins import Twins, assert_same, distance, lora_of, padded
-from tests.unit.silo.test_spent import CALIBRATED, COST, DELTA
 
 STEPS, ACCUMULATED, BATCH, RATE = 3, 2, 2, 0.05
 Row = tuple[list[int], list[int]]

@@ -23,9 +23,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-import dp_accounting
-from dp_accounting.pld import common, privacy_loss_distribution
-
 from isthmus.privacy.analytic import concentrated_epsilon, gaussian_epsilon, gaussian_noise
 from isthmus.privacy.events import ALL, Charge, Release
 
@@ -204,6 +201,8 @@ def _mixtures(account: Account, delta: float) -> tuple[Epsilon, ...]:
 def _losses(account: Account, delta: float) -> Epsilon:
     """By privacy loss distributions, rounded up (Koskela et al. 2020; Doroshenko et al. 2022). A pure epsilon's is that
     of randomized response, which dominates every mechanism of that epsilon."""
+    from dp_accounting.pld import common, privacy_loss_distribution  # with scipy: see isthmus.privacy.analytic
+
     composed = privacy_loss_distribution.identity(STEP)
     if account.gaussian:
         composed = composed.compose(
@@ -220,6 +219,8 @@ def _losses(account: Account, delta: float) -> Epsilon:
 
 def _renyi(account: Account, delta: float, why: str) -> Epsilon:
     """By Rényi divergences (Mironov 2017)."""
+    import dp_accounting
+
     accountant = dp_accounting.rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
     if gaussian := account.gaussian + 2 * account.concentrated:  # ρ bounds the divergences as those of μ² = 2ρ do
         accountant.compose(dp_accounting.GaussianDpEvent(gaussian**-0.5))

@@ -15,8 +15,8 @@ from isthmus.privacy.analytic import gaussian_noise
 from isthmus.privacy.events import Release
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import Split, outbound, save_tiny_model
+from tests.features.silo.test_wiretap import GREEDY, Tapped, recipe_of, tapped, train
 from tests.oracle.twins import prompts
-from tests.unit.silo.test_wiretap import GREEDY, Tapped, recipe_of, tapped, train
 
 WIDTH = 32
 CLIP = 0.05

@@ -25,8 +25,8 @@ from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import LoopbackChannel
 from tests.conftest import VOCABULARY, make_recipe, save_tiny_model, write_rows
+from tests.features.federation.test_masked_rounds import NAMES, RANGE, SHAPES, STEP, Federation
 from tests.oracle.twins import loopback
-from tests.unit.federation.test_masked_rounds import NAMES, RANGE, SHAPES, STEP, Federation
 
 WAIT = 120.0
 LOSSES = {"a": 0.3, "b": 1.0, "c": 1.9, "d": 3.0}

@@ -24,7 +24,7 @@ from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel
 from tests.conftest import make_recipe
-from tests.unit.federation.test_masked_rounds import COUNT, NAMES, SHAPES, WAIT, Federation
+from tests.features.federation.test_masked_rounds import COUNT, NAMES, SHAPES, WAIT, Federation
 
 KEEP = 0.1
 K = round(KEEP * COUNT)

@@ -19,8 +19,17 @@ from isthmus.storage.record import RunDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import Split, make_recipe, save_tiny_model
+from tests.features.silo.test_spent_budgets import (
+    BUDGET,
+    CALIBRATED,
+    DELTA,
+    STEPS,
+    charged,
+    federate,
+    federation_of,
+    steps_of,
+)
 from tests.oracle.twins import ragged
-from tests.unit.silo.test_spent import BUDGET, CALIBRATED, DELTA, STEPS, charged, federate, federation_of, steps_of
 
 WIDTH = 6
 LENGTHS = (3, 40, 23)

@@ -24,7 +24,7 @@ from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import make_recipe, save_tiny_model, write_rows
-from tests.unit.silo.witness import ACTS, Party, Sighting, Watched, Witness
+from tests.features.silo.witness import ACTS, Party, Sighting, Watched, Witness
 
 CLIP, EPSILON, DELTA = 0.5, 2.0, 1e-5
 PATHS: dict[type[Any], str] = {

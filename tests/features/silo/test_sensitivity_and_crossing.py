@@ -13,9 +13,9 @@ from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import train_step
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
+from tests.features.silo.test_sensitivity_in_use import LITTLE, SENSITIVE, Running, Start, of, start  # noqa: F401
 from tests.oracle.conftest import models  # noqa: F401
 from tests.oracle.twins import distance
-from tests.unit.silo.test_sensitivity_in_use import LITTLE, SENSITIVE, Running, Start, of, start  # noqa: F401
 
 TAIL, LARGE = 3, 1e4
 """So large a noise that the states themselves do not count."""

@@ -23,9 +23,18 @@ from isthmus.silo.trainer import Step, train_step
 from isthmus.storage.record import RunDirectory
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import make_recipe, save_tiny_model
+from tests.features.silo.test_spent_budgets import (
+    BATCH,
+    CALIBRATED,
+    COST,
+    DELTA,
+    ROUNDS,
+    STEPS_A_ROUND,
+    charged,
+    federation_of,
+)
+from tests.features.silo.test_spent_budgets import federate as federate_spending
 from tests.unit.silo.parties import ROWS, Party, batches
-from tests.unit.silo.test_spent import BATCH, CALIBRATED, COST, DELTA, ROUNDS, STEPS_A_ROUND, charged, federation_of
-from tests.unit.silo.test_spent import federate as federate_spending
 
 DISTANCE = 0.05
 MakeParty = Callable[..., Party]

@@ -33,9 +33,9 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel
 from isthmus.wire.identity import Identity
 from tests.conftest import make_recipe
-from tests.unit.federation.test_edges import DEEP, WARDS, Tree
-from tests.unit.federation.test_edges import IDENTITIES as EDGED
-from tests.unit.federation.test_masked_rounds import IDENTITIES, NAMES, Federation, Root, Silo
+from tests.features.federation.test_edges import DEEP, WARDS, Tree
+from tests.features.federation.test_edges import IDENTITIES as EDGED
+from tests.features.federation.test_masked_rounds import IDENTITIES, NAMES, Federation, Root, Silo
 
 SHAPES = {"x": (50, 100), "y": (24,)}
 COUNT = 50 * 100 + 24

@@ -18,7 +18,7 @@ from isthmus.federation.strategies.rules import CenteredClipping, Rule
 from isthmus.federation.strategies.strategy import RULES, Strategy
 from isthmus.recipe import FederationSection
 from isthmus.recipe.robustness import RuleName, fewest
-from tests.unit.federation.oracles import ORACLES, mixed, spread
+from tests.unit.federation.strategies.oracles import ORACLES, mixed, spread
 
 WILD = 3e38
 INSIDE: tuple[RuleName, ...] = ("median", "trimmed-mean", "krum", "multi-krum", "bulyan")
