@@ -126,7 +126,7 @@ def test_privacy_tells_what_was_spent_and_notices_an_edit(
     edited = call(capsys, monkeypatch, "privacy", run, "--json")
     assert edited.code == 1
     assert [one["verified"] for one in json.loads(edited.out)] == [True, False]
-    call(capsys, monkeypatch, "run", "--resume", run).failed("does not hold together", "remedy: restore the ledger")
+    call(capsys, monkeypatch, "run", "--resume", run).failed("is broken at entry", "remedy: restore the ledger")
 
 
 def test_run_cut_off_in_every_way_resumes_to_the_same_adapters(

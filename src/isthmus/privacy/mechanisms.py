@@ -63,7 +63,7 @@ class Gaussian:
 
     clip: float
     noise: float
-    name: events.Mechanism = "gaussian"
+    name: events.MechanismName = "gaussian"
     unit: ClassVar[events.Unit] = "token"
 
     def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
@@ -93,7 +93,7 @@ class SequenceGaussian:
 
     clip: float
     noise: float
-    name: ClassVar[events.Mechanism] = "dp_gaussian"
+    name: ClassVar[events.MechanismName] = "dp_gaussian"
     unit: ClassVar[events.Unit] = "sequence"
 
     def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
@@ -128,7 +128,7 @@ class Metric:
 
     clip: float
     epsilon: float
-    name: ClassVar[events.Mechanism] = "metric"
+    name: ClassVar[events.MechanismName] = "metric"
     unit: ClassVar[events.Unit] = "token"
 
     def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
