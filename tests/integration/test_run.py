@@ -159,7 +159,7 @@ def test_run_cut_off_in_every_way_resumes_to_the_same_adapters(
         until_step(run, 4, 5, cut_off)
         assert not any(alive(orphan) for orphan in orphans)
         disk.fill(cut_off.process.children())
-        cut_off.wait().failed("no room on the disk for", "remedy: free some space")
+        cut_off.wait().failed("the disk is full", "remedy: free some space")
         disk.free()
         _assert_left(run, completed=3)
 
@@ -207,7 +207,7 @@ def test_a_second_run_in_the_same_directory_is_refused(
     run, _ = undisturbed
     monkeypatch.setattr("isthmus.storage.record.LOCK_SECONDS", 0.1)
     with RunDirectory.open(run).locked():
-        call(capsys, monkeypatch, "run", "--resume", run).failed("another run is under way in")
+        call(capsys, monkeypatch, "run", "--resume", run).failed("another run is still going on in")
 
 
 def _assert_left(run: Path, *, completed: int) -> None:
