@@ -61,7 +61,7 @@ class Mechanism(Protocol):
 class _Charging:
     """Describes releases by what the mechanism charges one sequence's record."""
 
-    name: events.Mechanism
+    name: events.MechanismName
     unit: events.Unit
     clip: float
 
@@ -98,7 +98,7 @@ class Gaussian(_Charging):
 
     clip: float
     noise: float
-    name: events.Mechanism = "gaussian"
+    name: events.MechanismName = "gaussian"
     unit: events.Unit = "token"
 
     @property
@@ -128,7 +128,7 @@ class SequenceGaussian(_Charging):
 
     clip: float
     noise: float
-    name: events.Mechanism = "dp_gaussian"
+    name: events.MechanismName = "dp_gaussian"
     unit: events.Unit = "sequence"
 
     @property
@@ -164,7 +164,7 @@ class Metric(_Charging):
 
     clip: float
     epsilon: float
-    name: events.Mechanism = "metric"
+    name: events.MechanismName = "metric"
     unit: events.Unit = "token"
 
     @property

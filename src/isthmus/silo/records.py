@@ -18,7 +18,7 @@ import torch
 
 from isthmus.data.tokens import Tokens
 from isthmus.errors import RunError
-from isthmus.privacy.reading import Decode, Reading
+from isthmus.privacy.detokenizer import Decode, Detokenizer
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.secrets import read_secret
@@ -130,11 +130,11 @@ class Records:
         """The classes of each whole sequence's tokens; None where nobody asks for them."""
         return None if self.sensitivity is None else [list(self._classes(tuple(row))) for row in rows]
 
-    def reading(self, row: Row) -> Reading:
+    def reading(self, row: Row) -> Detokenizer:
         """A sequence that will go on, with what the data says of its beginning."""
         assert self.sensitivity is not None
         assert self._decode is not None
-        reading = Reading(self.sensitivity, self._decode)
+        reading = Detokenizer(self.sensitivity, self._decode)
         reading.extend(row)
         reading.raise_to(self._beginning(row))
         return reading
@@ -204,7 +204,7 @@ class History:
         self._lengths: list[int] | None = [0] * rows
         """Tokens of each row; None once embeddings came without tokens."""
         self._records: tuple[str, ...] = ()
-        self._readings: list[Reading] = []
+        self._readings: list[Detokenizer] = []
         self._heard: list[Row] | None = None
         """New tokens that ``subjects`` need not add, since they were told before."""
 

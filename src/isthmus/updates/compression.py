@@ -28,8 +28,8 @@ import torch
 import zstandard
 
 from isthmus.errors import FrameError, RecipeError
+from isthmus.privacy.distributed_gaussian import SumNoise, sum_noise
 from isthmus.privacy.noise import secret_generator
-from isthmus.privacy.summed import SumNoise, sum_noise
 from isthmus.recipe import FederationSection, Recipe
 from isthmus.updates.projections import All, Projection, random_k, sketch
 from isthmus.updates.quantize import BITS, Ring

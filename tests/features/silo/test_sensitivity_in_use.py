@@ -15,7 +15,7 @@ from isthmus.data.tokens import collate
 from isthmus.errors import BudgetExhausted, DataError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.packing import Packing
-from isthmus.privacy import attention
+from isthmus.privacy.averted_attention import averted_hidden
 from isthmus.recipe import Recipe
 from isthmus.silo.join import Silo, greeting, join, known_data
 from isthmus.silo.pipeline import pipelined_step
@@ -194,7 +194,7 @@ def test_generation_averts_attention_as_one_pass_would(start: Start, family: str
     assert classes is not None
     a_P = 3.0 * records.sensitivity.aversions[torch.tensor(classes[0])]
     assert a_P.max() == 9.0
-    whole = attention.hidden(one.silo.model.bottom, a_P[None], input_ids=ids_T[None], use_cache=False)
+    whole = averted_hidden(one.silo.model.bottom, a_P[None], input_ids=ids_T[None], use_cache=False)
     assert distance(h_TD, whole[0]) < 1e-5
 
 

@@ -1,7 +1,8 @@
-"""Attention that turns away from sensitive tokens, so that less of them spreads into other positions.
+"""Averted attention: sensitive tokens get less attention, so that less of them spreads into other positions.
 
-With a_j ≥ 0 for key j, the logit of query i and key j is q_i·k_j/√d − a_j for i ≠ j, and as ever for i = j: a token
-always sees itself. Nothing sensitive in a pass: the family's plain attention, bit for bit.
+With an aversion a_j ≥ 0 for key j, the logit of query i and key j is q_i·k_j/√d − a_j for i ≠ j. It is unchanged for
+i = j, so a token always attends to itself in full. Without aversions a pass uses the family's plain attention, bit for
+bit.
 
 Shapes: B rows, H heads, Q new positions, K keys (the last Q are the new ones), P ≥ K positions so far, d width of a
 head.
@@ -18,11 +19,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "isthmus_averted"
+AVERTED_ATTENTION = "isthmus_averted"
+"""The name under which averted attention is registered with transformers."""
 
 
 class Blocks(Protocol):
-    """A part of the model (``model.cut.Part``)."""
+    """A part of the model, such as ``model.cut.Part``."""
 
     @property
     def config(self) -> Any: ...
@@ -31,25 +33,26 @@ class Blocks(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Aversion:
-    """What a pass must know of its keys."""
+    """The arguments of averted attention in one pass."""
 
     own: str
-    """Name of the attention that the part has by itself."""
+    """Name of the part's own attention."""
     a_BP: torch.Tensor
+    """Amount subtracted from the logits of each position's key."""
 
 
-def hidden(part: Blocks, a_BP: torch.Tensor | None, **inputs: object) -> torch.Tensor:
-    """As ``part.hidden(**inputs)``, with less attention to some positions.
+def averted_hidden(part: Blocks, a_BP: torch.Tensor | None, **inputs: object) -> torch.Tensor:
+    """The part's hidden states, ``part.hidden(**inputs)``, with less attention to some positions.
 
     Args:
-        a_BP: by what the logits of each position's key are lowered, padding included; None: plain attention.
+        a_BP: amount subtracted from the logits of each position's key, 0 at padding; None: plain attention.
     """
     if a_BP is None or not a_BP.any():
         return part.hidden(**inputs)
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, eager_mask)
+    AttentionInterface.register(AVERTED_ATTENTION, _attend)
+    AttentionMaskInterface.register(AVERTED_ATTENTION, eager_mask)
     own: str = part.config._attn_implementation
-    part.config._attn_implementation = NAME
+    part.config._attn_implementation = AVERTED_ATTENTION
     try:
         return part.hidden(**inputs, aversion=Aversion(own, a_BP))
     finally:
@@ -66,7 +69,8 @@ def _attend(
     aversion: Aversion,
     **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The family's attention with the bias on top of its mask. Sliding windows have dropped the oldest keys."""
+    """The family's attention with the aversions subtracted in its mask. A sliding window has dropped the oldest
+    keys."""
     new, keys = query_BHQd.shape[2], key_BHKd.shape[2]
     a_BK = aversion.a_BP[:, -keys:].to(mask_B1QK)
     bias_BQK = -a_BK.unsqueeze(1).repeat(1, new, 1)

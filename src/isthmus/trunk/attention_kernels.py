@@ -1,10 +1,12 @@
-"""The attention of all sequences of a pass in one call, as accelerators want it.
+"""Attention kernels that compute all sequences of a packed pass in one call.
 
-A call costs an accelerator's host as much for one token as for a thousand. So what ``trunk.attention`` does sequence by
-sequence is done here at once: by flash attention on packed sequences where torch has it, else on padded ones.
+Launching a kernel takes the host as long for one token as for a thousand. So on accelerators ``packed_attention`` uses
+these kernels instead of one call for each sequence: flash attention on packed sequences where torch has it, otherwise
+torch's attention on padded ones.
 
-Shapes: T new tokens of all sequences, S positions that they may see, B sequences, N new tokens of the longest, P
-positions of the longest, H heads, G heads of keys and values, d width of a head.
+Shapes: T new tokens of all sequences, S visible positions (keys) of all sequences, B sequences, N new tokens of the
+sequence with the most, P visible positions of the sequence with the most, H heads, G heads of keys and values, d width
+of a head.
 """
 
 from __future__ import annotations
@@ -22,17 +24,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from isthmus.model.packing import Padding
 
 WIDEST_HEAD = 256
-"""Values of a head up to which flash attention has kernels."""
+"""Largest width of a head for which flash attention has kernels."""
 AMPERE = (8, 0)
+"""Lowest CUDA compute capability with flash attention."""
 
 
-class Layout:
-    """How the sequences of a pass lie one after another, among the queries and among the keys.
+class PackedLayout:
+    """The layout of a pass's concatenated sequences, among the queries and among the keys.
 
     Args:
-        new: tokens of each sequence, the queries.
-        seen: positions of each that are among the keys; the new ones are the last of them.
-        window: positions that a token may see at most, its own included; None: all up to its own.
+        new: number of new tokens (queries) of each sequence.
+        seen: number of keys of each sequence; the new tokens are the last of them.
+        window: number of positions that a token attends to at most, including its own; None: all up to its own.
     """
 
     def __init__(self, new: list[int], seen: list[int], window: int | None, device: torch.device) -> None:
@@ -43,23 +46,25 @@ class Layout:
 
     @cached_property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each sequence starts, and the last one ends, among queries and keys, ``[B + 1]``."""
+        """Cumulative lengths of the sequences among queries and keys, from 0, int32 ``[B + 1]`` each."""
         starts = [list(accumulate(sizes, initial=0)) for sizes in (self.new, self.seen)]
         starts_q, starts_k = torch.tensor(starts, dtype=torch.int32).to(self._device)
         return starts_q, starts_k
 
     @cached_property
     def queries(self) -> Padding:
+        """Padding of the queries to ``[B, N]``."""
         return Padding(self.new, self._device)
 
     @cached_property
     def keys(self) -> Padding:
+        """Padding of the keys to ``[B, P]``."""
         return Padding(self.seen, self._device)
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """True where a query may see a key, ``[B, 1, N, P]``. What fills rows up sees what its sequence's last token
-        does: something, since of nothing there is no softmax."""
+        """Boolean attention mask ``[B, 1, N, P]``, True where a query may attend to a key. Padding attends to the same
+        keys as its sequence's last token, since the softmax of no keys is NaN."""
         new_B1, seen_B1 = torch.tensor([self.new, self.seen]).to(self._device).unsqueeze(2).unbind(0)
         query_N = torch.arange(max(self.new), device=self._device)
         key_P = torch.arange(max(self.seen), device=self._device)
@@ -71,24 +76,29 @@ class Layout:
 
 
 class Kernel(Protocol):
-    """One call's attention of all sequences, each to itself only."""
+    """A function that computes the attention of all sequences, each to its own keys only, in one call."""
 
     def __call__(
         self,
         query_1HTd: torch.Tensor,
         key_1GSd: torch.Tensor,
         value_1GSd: torch.Tensor,
-        layout: Layout,
+        layout: PackedLayout,
         scale: float | None,
     ) -> torch.Tensor:
-        """``[1, T, H, d]``."""
+        """The attention's output, ``[1, T, H, d]``."""
         ...
 
 
 def attend_padded(
-    query_1HTd: torch.Tensor, key_1GSd: torch.Tensor, value_1GSd: torch.Tensor, layout: Layout, scale: float | None
+    query_1HTd: torch.Tensor,
+    key_1GSd: torch.Tensor,
+    value_1GSd: torch.Tensor,
+    layout: PackedLayout,
+    scale: float | None,
 ) -> torch.Tensor:
-    """With torch's attention on the padded batch and a mask: any device, any dtype."""
+    """The kernel that pads the sequences and uses torch's attention with a mask, on any device and dtype. Output
+    ``[1, T, H, d]``."""
     query_BHNd = layout.queries.pad(query_1HTd[0], dim=1).transpose(0, 1)
     groups = query_BHNd.shape[1] // key_1GSd.shape[1]
     key_BHPd, value_BHPd = (
@@ -101,7 +111,7 @@ def attend_padded(
 
 @dataclass(frozen=True)
 class Varlen:
-    """With flash attention on the sequences as they lie: CUDA, 16 bits.
+    """The kernel that uses flash attention on packed sequences, for CUDA and 16-bit dtypes.
 
     Args:
         function: ``torch.nn.attention.varlen.varlen_attn``, which aligns a sequence's last query with its last key.
@@ -114,7 +124,7 @@ class Varlen:
         query_1HTd: torch.Tensor,
         key_1GSd: torch.Tensor,
         value_1GSd: torch.Tensor,
-        layout: Layout,
+        layout: PackedLayout,
         scale: float | None,
     ) -> torch.Tensor:
         query_THd, key_SGd, value_SGd = (states[0].transpose(0, 1) for states in (query_1HTd, key_1GSd, value_1GSd))
@@ -134,11 +144,11 @@ class Varlen:
 
 
 def kernel_for(attention: str, device: torch.device, dtype: torch.dtype, head: int) -> Kernel | None:
-    """What a pass of several sequences uses here; None: the part's own attention, sequence by sequence.
+    """The kernel for passes of several sequences; None: use the part's own attention, one sequence at a time.
 
     Args:
-        attention: that the part would use by itself. Only ``sdpa`` computes what the kernels do: others may cap logits.
-        head: values of a head.
+        attention: name of the part's own attention. Only ``sdpa`` has a kernel: others may cap logits.
+        head: d.
     """
     if attention != "sdpa" or device.type == "cpu":
         return None
@@ -151,7 +161,8 @@ def kernel_for(attention: str, device: torch.device, dtype: torch.dtype, head: i
 
 
 def find_varlen() -> Callable[..., Any] | None:
-    """Torch's flash attention on packed sequences; None where this torch has none, or one without windows or groups."""
+    """Torch's flash attention on packed sequences; None if this version of torch has none with windows and grouped
+    heads."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -1,6 +1,6 @@
-"""What the trunk keeps: hidden states of examples, as each silo released them once.
+"""Kept examples: hidden states that each silo released once and that later forwards name by number.
 
-Shapes: T tokens of all sequences one after another, D width.
+Shapes: T tokens of all sequences, concatenated; D width.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 
 
-class Kept:
-    """Examples on disk, by the silo's certified name and the number it gave: no silo can name another's.
+class KeptExamples:
+    """The examples on the trunk's disk, by the silo's certified name and a number that the silo chose.
 
-    Each silo has an equal share of ``trunk.kept_bytes``, so that none can push out another's.
+    A silo cannot name another silo's examples. Each silo has an equal share of ``trunk.kept_bytes``, so that it cannot
+    evict another silo's examples either.
 
     Args:
-        folder: one folder a silo in it, one file an example: the matrix as it came.
-        width: of the hidden states.
-        device: where they are read to.
+        folder: holds one folder for each silo and in it one file for each example, the matrix as received.
+        width: D.
+        device: the device to which examples are read.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, width: int, device: torch.device = CPU) -> None:
@@ -42,32 +43,35 @@ class Kept:
         self._stores: dict[str, Store] = {}
 
     def write(self, peer: str, request: pb.Keep) -> None:
-        """Keep this example of the silo's; those longest unused make room.
+        """Store an example of this silo; its least recently used examples are evicted to make room.
 
         Raises:
-            ProtocolError: by this recipe nothing is kept.
-            FrameError: no matrix that a forward could use.
+            ProtocolError: the recipe does not set ``boundary.release_once``.
+            FrameError: the matrix has another width or codec, or holds NaN or infinity.
             FrameSizeError: the example alone is larger than the silo's share.
-            DiskFullError: the disk has no room.
+            DiskFullError: the disk is full.
         """
         if not self._agreed:
             raise ProtocolError("this trunk keeps no examples", remedy="set boundary.release_once on both sides")
-        self._decoded(request.hidden, request.hidden.rows)  # refused as it comes, not when it is used
+        self._decoded(request.hidden, request.hidden.rows)  # refuse invalid examples now, not when they are used
         value, store = request.hidden.SerializeToString(), self._store(peer)
         if not store.fits(len(value)):
             raise FrameSizeError(
-                f"an example of {len(value):,} bytes, a silo's share of the trunk's disk is {self._share:,}",
+                f"received an example of {len(value):,} bytes; the limit is a silo's share of {self._share:,} bytes",
                 remedy="raise trunk.kept_bytes, lower train.max_tokens or choose a smaller boundary.codec",
             )
         store.write(request.example, value)
 
     def read(self, peer: str, examples: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """The hidden states ``[T, D]`` of these examples of the silo's, which must have these lengths.
+        """The hidden states of the silo's examples with these numbers, ``[T, D]``.
+
+        Args:
+            lengths: expected tokens of each example.
 
         Raises:
-            UnknownExampleError: one is not kept here: evicted, lost, or never sent.
-            FrameError: one has another length.
-            FrameSizeError: together they are larger than a frame that held them could be.
+            UnknownExampleError: an example is not kept here: evicted, lost, or never sent.
+            FrameError: an example has another length.
+            FrameSizeError: together they are larger than ``wire.max_frame_bytes``.
         """
         matrices, size = [], 0
         for example in examples:
@@ -76,19 +80,19 @@ class Kept:
             size += len(matrix.data)
             if size > self._limit:
                 raise FrameSizeError(
-                    f"kept examples of more than {self._limit:,} bytes in one forward",
-                    remedy="use fewer rows at a time, or raise wire.max_frame_bytes on both sides",
+                    f"one forward names kept examples of more than {self._limit:,} bytes",
+                    remedy="use smaller batches, or raise wire.max_frame_bytes on both sides",
                 )
         return torch.cat([self._decoded(matrix, rows) for matrix, rows in zip(matrices, lengths, strict=True)])
 
     def _matrix(self, peer: str, example: int) -> pb.Matrix:
         value = self._store(peer).read(example)
         if value is not None:
-            with suppress(DecodeError):  # the disk may have spoilt it
+            with suppress(DecodeError):  # the file may be corrupted
                 return pb.Matrix.FromString(value)
         raise UnknownExampleError(
             f"no example {example:016x} of {peer} is kept here",
-            remedy="send it again; if it is gone at once, raise trunk.kept_bytes or lower train.batch",
+            remedy="send it again; if it is evicted at once, raise trunk.kept_bytes or lower train.batch",
         )
 
     def _store(self, peer: str) -> Store:
@@ -98,5 +102,8 @@ class Kept:
 
     def _decoded(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
         if matrix.rows != rows:
-            raise FrameError(f"an example of {matrix.rows} tokens is kept, not of {rows}", remedy="name it anew")
+            raise FrameError(
+                f"the kept example has {matrix.rows} tokens, the forward says {rows}",
+                remedy="send it under a new number",
+            )
         return codec.decode(matrix, rows=rows, width=self._width, codec=self._codec, device=self._device)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from isthmus.privacy.reading import TAIL, Reading
+from isthmus.privacy.detokenizer import CONTEXT_CHARACTERS, Detokenizer
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import SensitivitySection
 
@@ -38,8 +38,8 @@ def decode(ids: list[int]) -> str:
     return text
 
 
-def reading() -> Reading:
-    return Reading(Sensitivity(SensitivitySection.model_validate(SECTION)), decode)
+def reading() -> Detokenizer:
+    return Detokenizer(Sensitivity(SensitivitySection.model_validate(SECTION)), decode)
 
 
 @settings(derandomize=True, deadline=None)
@@ -123,10 +123,10 @@ def test_work_grows_with_the_length_and_not_with_its_square() -> None:
             looked.append(len(text))
             return super().classes(text, *others)
 
-    one = Reading(Counting(SensitivitySection.model_validate(SECTION)), decode)
+    one = Detokenizer(Counting(SensitivitySection.model_validate(SECTION)), decode)
     for token in tokenizer().encode("word, " * 200).ids:
         one.extend([token])
-    assert max(looked) <= 3 * TAIL
+    assert max(looked) <= 3 * CONTEXT_CHARACTERS
 
 
 def test_a_token_within_an_unfinished_character_takes_the_class_before_it() -> None:

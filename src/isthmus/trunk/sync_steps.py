@@ -1,4 +1,4 @@
-"""Rounds and optimizer steps as the trunk sees them: silos begin together and step together."""
+"""Synchronous rounds and optimizer steps on the trunk: silos begin together and step together."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from isthmus.wire.channel import Answer
 
 @dataclass
 class Arrival:
-    """One silo's commit, waiting for the others."""
+    """One silo's commit, which waits for those of the others."""
 
     request: pb.Commit
     answer: Answer
 
 
-class Steps:
-    """Two barriers: one before a round's first step, one at every optimizer step.
+class SyncSteps:
+    """Answers ``Begin`` and ``Commit`` with two barriers: one at the start of a round, one at every optimizer step.
 
-    A silo that is late for a step joins the next one with its gradients; the others do not wait longer than
-    ``patience`` seconds for it. Steps that a silo takes by itself, between averages of replicas, have no barrier.
-    A silo whose steps are done is not waited for any more. From the first that is, the round has an end that trunk and
-    root can go on from, whatever becomes of the others.
+    The silos wait at most ``patience`` seconds for a late one, which contributes its gradients to the next step. Steps
+    that a silo takes alone, between averages of replicas, have no barrier. A silo that has finished its steps is no
+    longer waited for. Once the first silo has finished, the state is saved as the end of the round, from which trunk
+    and root can continue whatever happens to the others.
 
     Args:
-        steps: of a silo's name, how many it takes in a round.
+        steps: gives the number of optimizer steps that a silo of this name takes in a round.
+        patience: seconds to wait for the silos of a round at each barrier.
+        journal: gets one line for each optimizer step taken together.
     """
 
     def __init__(
@@ -46,15 +48,21 @@ class Steps:
         self._round = 0
         self._gathering = 0
         self._done: dict[str, int] = {}
-        """Optimizer steps each silo has finished in this round."""
+        """Number of optimizer steps that each silo has finished in this round."""
         self._starts: Barrier[Answer] = Barrier(patience, self._start)
         self._commits: Barrier[Arrival] = Barrier(patience, self._step)
 
     def begin(self, peer: str, request: pb.Begin) -> Answer:
-        """Answered once all participants are there and the trunk is at the end of the round before."""
+        """Start a round; answered once all participants have come and the trunk is at the end of the previous round.
+
+        Raises:
+            ProtocolError: the silo is not among the participants.
+        """
         answer: Answer = Answer()
         if peer not in request.participants:
-            raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="wait for the next plan")
+            raise ProtocolError(
+                f"{peer} does not take part in round {request.round}", remedy="ask the root for the next plan"
+            )
         with self._lock:
             running = request.round == self._round and peer not in self._done
             if running:
@@ -63,25 +71,25 @@ class Steps:
             elif request.round != self._gathering:
                 self._gathering = request.round
                 self._starts.expect(request.participants)
-        if running:  # late for the start: it joins the round under way
+        if running:  # late for the start: join the running round
             answer.set_result(pb.Begun())
         else:
             self._starts.arrive(peer, answer)
         return answer
 
     def commit(self, peer: str, request: pb.Commit) -> Answer:
-        """Answered once the step that this silo's gradients are part of is done.
+        """Contribute this silo's gradients to the next step; answered once that step is done.
 
         Raises:
             RoundLostError: the silo has not begun this round here.
-            OutOfOrderError: not its next step.
+            OutOfOrderError: the step is not the silo's next one.
         """
         with self._lock:
             if request.round != self._round or peer not in self._done:
-                raise lost(peer, request.round)
+                raise round_lost(peer, request.round)
             check_next(request, self._done[peer], self._steps(peer))
         answer: Answer = Answer()
-        if self._training.waits(request.step):
+        if self._training.steps_together(request.step):
             self._commits.arrive(peer, Arrival(request, answer))
         else:
             self._step_alone(peer, Arrival(request, answer))
@@ -109,8 +117,8 @@ class Steps:
             self._done |= {peer: arrival.request.step for peer, arrival in arrivals.items()}
             finished = {peer for peer, step in self._done.items() if step >= self._steps(peer)}
             self._training.expected = self._at_work()
-        for peer, arrival in late.items():  # the round ended while they were on their way to the barrier
-            arrival.answer.set_exception(lost(peer, arrival.request.round))
+        for peer, arrival in late.items():  # the round ended before they reached the barrier
+            arrival.answer.set_exception(round_lost(peer, arrival.request.round))
         if not arrivals:
             return
         for peer in finished:
@@ -118,7 +126,7 @@ class Steps:
         over = not self._commits.expected
         if over:
             with self._lock:
-                self._round = 0  # what comes now is late for good
+                self._round = 0  # later commits belong to no round
 
         def step() -> pb.Stepped:
             self._training.step({peer: arrival.request.weight for peer, arrival in arrivals.items()})
@@ -143,24 +151,39 @@ class Steps:
         _answer_all([arrival.answer], self._scheduler, step)
 
     def _at_work(self) -> int:
-        """Silos of the round under way that have steps before them."""
+        """Number of silos of the running round that have not finished their steps."""
         return sum(step < self._steps(peer) for peer, step in self._done.items())
 
 
 def check_next(request: pb.Commit, done: int, most: int) -> None:
-    """Raise ``OutOfOrderError`` unless this commit is of the step after those that are done, of so many."""
+    """Check that a commit is the silo's next step.
+
+    Args:
+        done: steps that the silo has committed in this round.
+        most: steps of a round.
+
+    Raises:
+        OutOfOrderError: the commit is of another step.
+    """
     if request.step != done + 1:
-        raise OutOfOrderError(f"optimizer step {request.step}, step {done + 1} is next", remedy="commit in order")
+        raise OutOfOrderError(
+            f"received optimizer step {request.step}, expected step {done + 1}",
+            remedy="commit each step once, in order",
+        )
     if request.step > most:
-        raise OutOfOrderError(f"optimizer step {request.step} of {most}", remedy="commit train.steps times a round")
+        raise OutOfOrderError(
+            f"received optimizer step {request.step}; a round has {most}",
+            remedy="use the same train.steps on both sides",
+        )
 
 
-def lost(peer: str, round: int) -> RoundLostError:
-    return RoundLostError(f"{peer} is not in round {round}", remedy="ask for the next plan")
+def round_lost(peer: str, round: int) -> RoundLostError:
+    """The error for a request of a round that this silo has not begun, or that is over."""
+    return RoundLostError(f"{peer} is not in round {round}", remedy="ask the root for the next plan")
 
 
 def _answer_all(answers: list[Answer], scheduler: Scheduler, job) -> None:  # type: ignore[no-untyped-def]
-    """Run the job and give its result, or its error, to everyone waiting."""
+    """Run the job and settle all these answers with its result or its error."""
 
     def settle(done: Answer) -> None:
         error = done.exception()

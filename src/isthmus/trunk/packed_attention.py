@@ -1,10 +1,10 @@
-"""Packed computing: many sequences one after another in one pass, each attending to itself and its own cache.
+"""Packed attention: a pass over many concatenated sequences, each of which attends to itself and its own cache.
 
-Everything but attention treats tokens alike, so sequences of any lengths and owners share one pass without padding.
-Attention is the family's own, called for each sequence; on an accelerator one kernel's, for all at once.
+All layers but attention treat tokens independently, so sequences of any lengths and silos share a pass without padding.
+Attention is the family's own, called once for each sequence; on an accelerator one kernel computes all sequences.
 
-Shapes: T tokens of all sequences, S positions that they may see, N new tokens of one, P positions of one in its cache,
-H heads, d width of a head, L blocks.
+Shapes: T new tokens of all sequences, S visible positions of all sequences, N new tokens of one sequence, P positions
+in one sequence's cache, H heads, d width of a head, L blocks.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from isthmus.model.cut import Part
-from isthmus.trunk.kernels import Kernel, Layout
+from isthmus.trunk.attention_kernels import Kernel, PackedLayout
 
-NAME = "isthmus_packed"
-SMALLEST = 64
-"""Positions that a cache has room for at first; the room doubles when it is full."""
+PACKED_ATTENTION = "isthmus_packed"
+"""The name under which packed attention is registered with transformers."""
+INITIAL_ROOM = 64
+"""Number of positions for which a new cache allocates room; the room doubles when it is full."""
 
 
 class SequenceCache:
-    """Keys and values of one sequence at every block."""
+    """The KV cache of one sequence: keys and values of all blocks."""
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
         heads = config.num_attention_heads
@@ -40,25 +41,26 @@ class SequenceCache:
         self._kv = torch.empty(*self._shape, 0, width, dtype=dtype, device=device)
         self._limit: int = config.max_position_embeddings
         self.length = 0
+        """Number of cached positions."""
 
     @property
     def head(self) -> int:
-        """Values of a head."""
+        """Width of a head, d."""
         return self._kv.shape[-1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory taken, room included."""
+        """Bytes of allocated memory, unused room included."""
         return self._kv.nbytes
 
     def bytes_for(self, length: int) -> int:
-        """Bytes that this cache would take with so many positions."""
+        """Bytes that this cache would allocate for this many positions."""
         layers, two, one, heads = self._shape
         values: int = layers * two * one * heads * self._room(length) * self._kv.shape[-1]
         return values * self._kv.element_size()
 
     def reserve(self, length: int) -> None:
-        """Make room for so many positions."""
+        """Allocate room for this many positions."""
         room = self._room(length)
         if room > self._kv.shape[-2]:
             grown = self._kv.new_empty(*self._shape, room, self._kv.shape[-1])
@@ -66,9 +68,10 @@ class SequenceCache:
             self._kv = grown
 
     def extend(self, block: int, key_1HNd: torch.Tensor, value_1HNd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one block's new keys and values behind the others; returns all ``[1, H, P + N, d]``.
+        """Write one block's new keys and values after the cached ones, and return all of them, ``[1, H, P + N, d]``
+        each.
 
-        They count once ``length`` is raised, after the last block.
+        They become part of the cache when ``length`` is raised, after the last block.
         """
         end = self.length + key_1HNd.shape[2]
         keys, values = self._kv[block]
@@ -77,38 +80,40 @@ class SequenceCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def since(self, start: int) -> tuple[torch.Tensor, ...]:
-        """Of each block, keys and values from this position on, ``[2, H, P - start, d]``."""
+        """Each block's keys and values from this position on, ``[2, H, P - start, d]``."""
         return self._kv[:, :, 0, :, start : self.length].unbind(0)
 
     def append(self, kv_L2HNd: torch.Tensor) -> None:
-        """Write all blocks' new keys and values behind the others; they count once ``length`` is raised."""
+        """Write all blocks' new keys and values after the cached ones. They become part of the cache when ``length`` is
+        raised."""
         self._kv[:, :, 0, :, self.length : self.length + kv_L2HNd.shape[-2]] = kv_L2HNd
 
     def crop(self, length: int) -> None:
-        """Forget all positions from this one on."""
+        """Drop all positions from this one on."""
         self.length = min(self.length, length)
 
     def copy(self) -> SequenceCache:
+        """An independent copy."""
         twin = object.__new__(SequenceCache)
         twin.__dict__ |= self.__dict__
         twin._kv = self._kv.clone()
         return twin
 
     def _room(self, length: int) -> int:
-        room = max(self._kv.shape[-2], SMALLEST)
+        room = max(self._kv.shape[-2], INITIAL_ROOM)
         while room < length:
             room *= 2
         return max(length, min(room, self._limit))
 
 
-class Sequences:
-    """The sequences of one pass.
+class PackedSequences:
+    """The sequences of one packed pass.
 
     Args:
-        attention: name of the attention that the part would use by itself.
-        lengths: new tokens of each sequence.
-        caches: of each; without them, every sequence starts at position 0 and leaves nothing behind.
-        kernel: computes the attention of several at once; None: each is computed by itself.
+        attention: name of the part's own attention.
+        lengths: number of new tokens of each sequence.
+        caches: cache of each sequence; None: every sequence starts at position 0 and is not cached.
+        kernel: computes the attention of several sequences in one call; None: one call for each sequence.
     """
 
     def __init__(
@@ -123,13 +128,13 @@ class Sequences:
         self.caches = caches
         self.kernel = kernel if len(lengths) > 1 else None
         self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
-        self._layouts: dict[int | None, tuple[Layout, list[tuple[torch.Tensor, ...]]]] = {}
+        self._layouts: dict[int | None, tuple[PackedLayout, list[tuple[torch.Tensor, ...]]]] = {}
         self._fresh: list[torch.Tensor] = []
-        """Of each block that the kernel has computed, what its caches still lack, ``[2, H, T, d]``."""
+        """New keys and values of each block that the kernel has computed, ``[2, H, T, d]``, not yet cached."""
 
     @property
     def even(self) -> bool:
-        """One plain batch: all of one length, nothing cached."""
+        """Whether the pass is a plain batch: all sequences of one length and without caches."""
         return self.caches is None and len(set(self.lengths)) == 1
 
     def positions(self, device: torch.device) -> torch.Tensor:
@@ -145,7 +150,7 @@ class Sequences:
         window: int | None,
         scale: float | None,
     ) -> torch.Tensor:
-        """The attention of all sequences in one call, ``[1, T, H, d]``; caches get the new positions at ``finish``.
+        """The attention of all sequences in one call, ``[1, T, H, d]``. The caches get the new positions in ``finish``.
 
         Args:
             states: queries, keys and values of the new tokens, ``[1, H, T, d]``.
@@ -162,7 +167,7 @@ class Sequences:
         return kernel(query_1HTd, key_1HSd, value_1HSd, layout, scale)
 
     def finish(self) -> None:
-        """The new positions are in the caches from here on."""
+        """Add the new positions to the caches, after the last block."""
         if self.caches is None:
             return
         pieces = torch.split(torch.stack(self._fresh), self.lengths, dim=-2) if self._fresh else ()
@@ -172,8 +177,8 @@ class Sequences:
             cache.length += new
 
     def mask(self, new: int, past: int, window: int | None, config: PreTrainedConfig, like: torch.Tensor) -> Any:
-        """What ``new`` tokens after ``past`` cached positions may attend to, as the attention takes it; made once a
-        pass. None where the attention needs none."""
+        """The mask of ``new`` tokens after ``past`` cached positions, in the format of the part's own attention; None
+        where that needs none. Computed once for each pass."""
         key = (new, past, window)
         if key not in self._masks:
             inside = window is None or past + new <= window
@@ -185,13 +190,14 @@ class Sequences:
     def _past(self) -> list[int]:
         return [cache.length for cache in self.caches] if self.caches else [0] * len(self.lengths)
 
-    def _layout(self, window: int | None, device: torch.device) -> tuple[Layout, list[tuple[torch.Tensor, ...]]]:
-        """How the sequences lie, and of each the cached positions that a new token can see; made once a pass."""
+    def _layout(self, window: int | None, device: torch.device) -> tuple[PackedLayout, list[tuple[torch.Tensor, ...]]]:
+        """The layout of the pass, and each sequence's cached keys and values that a new token can attend to. Computed
+        once for each pass."""
         if window not in self._layouts:
             starts = [0 if window is None else max(0, past - window + 1) for past in self._past]
             seen = [past - start + new for past, start, new in zip(self._past, starts, self.lengths, strict=True)]
             cached = [cache.since(start) for cache, start in zip(self.caches or (), starts, strict=False)]
-            self._layouts[window] = Layout(self.lengths, seen, window, device), cached
+            self._layouts[window] = PackedLayout(self.lengths, seen, window, device), cached
         return self._layouts[window]
 
     def _make_mask(self, new: int, past: int, window: int | None, config: PreTrainedConfig, like: torch.Tensor) -> Any:
@@ -211,14 +217,14 @@ class Sequences:
 
 
 def pack_attention(part: Part) -> str:
-    """Have the part take packed passes, ``hidden(inputs_embeds=h_1TD, sequences=...)``, and no others.
+    """Switch the part to packed attention: from then on it takes ``hidden(inputs_embeds=h_1TD, sequences=...)`` only.
 
     Returns:
-        The name of the attention it had, for ``Sequences``.
+        The name of the part's own attention, for ``PackedSequences``.
     """
-    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(PACKED_ATTENTION, _attend)
     own: str = part.config._attn_implementation
-    part.config._attn_implementation = NAME  # transformers makes no masks for an attention it does not know
+    part.config._attn_implementation = PACKED_ATTENTION  # transformers builds no masks for this name
     return own
 
 
@@ -229,10 +235,10 @@ def _attend(
     value_1HTd: torch.Tensor,
     attention_mask: None,
     *,
-    sequences: Sequences,
+    sequences: PackedSequences,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention of all sequences of a pass, ``[1, T, H, d]``."""
+    """The attention of all sequences of a pass, ``[1, T, H, d]``; registered as ``PACKED_ATTENTION``."""
     attention = _attention_of(module, sequences.attention)
     window: int | None = settings.get("sliding_window")
     if sequences.even:
@@ -252,7 +258,7 @@ def _attend(
             cache = sequences.caches[number]
             past = cache.length
             key, value = cache.extend(module.layer_idx, key, value)
-            if window is not None and past >= window:  # what no new token can see is left out
+            if window is not None and past >= window:  # leave out positions outside every new token's window
                 seen = window - 1 + new
                 key, value, past = key[:, :, -seen:], value[:, :, -seen:], window - 1
         mask = sequences.mask(new, past, window, module.config, query)
@@ -261,13 +267,13 @@ def _attend(
 
 
 def _attention_of(module: Any, name: str) -> Callable[..., Any]:
-    """As the family's own code looks it up: ``eager`` is a function of its modelling file."""
+    """The attention function of this name, as the family looks it up: ``eager`` is in its modelling file."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return attention
 
 
 def _rows(states_1HTd: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """The same tokens as a batch, ``[B, H, N, d]``."""
+    """Concatenated sequences of equal length as a batch, ``[B, H, N, d]``."""
     _, heads, _, width = states_1HTd.shape
     return states_1HTd.view(heads, rows, length, width).transpose(0, 1)

@@ -1,7 +1,7 @@
-"""Text read back from tokens as they come, with each token's characters and class.
+"""The incremental detokenizer: the text of a growing sequence of tokens, with each token's characters and class.
 
-A token may end within a character (byte-level vocabularies split those of several bytes): the characters of such
-tokens are known once the last of them is there.
+A token may end within a character, since byte-level vocabularies split characters of several bytes. The characters of
+such tokens are known once the last of them has come.
 """
 
 from __future__ import annotations
@@ -11,42 +11,47 @@ from collections.abc import Callable, Iterable
 from isthmus.privacy.sensitivity import Sensitivity
 
 Decode = Callable[[list[int]], str]
-TAIL = 256
-"""Characters before new text that are looked at again with it: they may be part of what the new text completes."""
+"""Gives the text of tokens."""
+CONTEXT_CHARACTERS = 256
+"""Number of characters before new text that are classified again with it, since the new text may complete a span."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-LONGEST = 8
-"""Tokens that one character may take, at most; then the bytes are no text."""
+"""Last character of a decoded text that ends within a character."""
+LONGEST_CHARACTER = 8
+"""Largest number of tokens that one character may take; beyond it the bytes are not valid text."""
 
 
-class Reading:
-    """One sequence's tokens so far, their text and their classes.
+class Detokenizer:
+    """The tokens of one sequence so far, their text and their sensitivity classes.
 
-    Each stretch of text is looked at a bounded number of times, however the tokens come. What was found once is kept,
-    even if what follows shows it to be something else.
+    Each part of the text is classified a bounded number of times, however many tokens come at once. A class once given
+    is never lowered, even if later text contradicts it.
 
     Args:
-        decode: text of tokens.
+        sensitivity: classifies the text.
+        decode: gives the text of tokens.
     """
 
     def __init__(self, sensitivity: Sensitivity, decode: Decode) -> None:
         self.classes: list[int] = []
-        """Of each token."""
+        """Class of each token."""
         self.offsets: list[tuple[int, int]] = []
+        """Start and end of each token in ``text``, in characters."""
         self.text = ""
+        """The text of all tokens whose characters are complete."""
         self._sensitivity = sensitivity
         self._decode = decode
         self._tokens: list[int] = []
         self._whole = [0, 0]
-        """Numbers of tokens after which the text was whole; new text is what decoding from the last but one adds."""
+        """Token counts after which the text ended at a character. New text is decoded from the last but one of them."""
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Read on.
+        """Append tokens.
 
         Raises:
-            DataError: the silo's own function failed.
+            DataError: the silo's own sensitivity function failed.
         """
         first = len(self._tokens)
         for token in tokens:
@@ -55,12 +60,12 @@ class Reading:
             self._classify(first)
 
     def raise_to(self, classes: Iterable[int]) -> None:
-        """What is known of the first tokens from elsewhere."""
+        """Raise the classes of the first tokens to at least these."""
         for place, number in enumerate(classes):
             self.classes[place] = max(self.classes[place], number)
 
     def forget(self, tokens: int) -> None:
-        """Drop this many from the end."""
+        """Remove this many tokens from the end."""
         left = len(self._tokens) - tokens
         del self._tokens[left:], self.classes[left:], self.offsets[left:]
         while len(self._whole) > 2 and self._whole[-1] > left:
@@ -69,8 +74,9 @@ class Reading:
         for place in range(self._whole[-1], left):
             self.offsets[place] = (len(self.text), len(self.text))
 
-    def copy(self) -> Reading:
-        twin = Reading(self._sensitivity, self._decode)
+    def copy(self) -> Detokenizer:
+        """An independent copy of the same tokens."""
+        twin = Detokenizer(self._sensitivity, self._decode)
         twin.classes, twin.offsets, twin.text = list(self.classes), list(self.offsets), self.text
         twin._tokens, twin._whole = list(self._tokens), list(self._whole)
         return twin
@@ -80,7 +86,7 @@ class Reading:
         self.offsets.append((len(self.text), len(self.text)))
         before, whole = self._whole[-2:]
         old, new = self._decode(self._tokens[before:whole]), self._decode(self._tokens[before:])
-        if new.endswith(UNFINISHED) and len(self._tokens) - whole < LONGEST:
+        if new.endswith(UNFINISHED) and len(self._tokens) - whole < LONGEST_CHARACTER:
             return
         end = len(self.text) + max(0, len(new) - len(old))
         for place in range(whole, len(self._tokens)):
@@ -89,9 +95,10 @@ class Reading:
         self._whole.append(len(self._tokens))
 
     def _classify(self, first: int) -> None:
-        """Give the tokens from here on a class, and look again at the text just before them."""
-        start = max(0, self.offsets[first][0] - TAIL)
-        while start and not self.text[start - 1].isspace() and self.offsets[first][0] - start < 2 * TAIL:
+        """Classify the tokens from ``first`` on, and again the text just before them."""
+        start = max(0, self.offsets[first][0] - CONTEXT_CHARACTERS)
+        most = 2 * CONTEXT_CHARACTERS
+        while start and not self.text[start - 1].isspace() and self.offsets[first][0] - start < most:
             start -= 1
         again = first
         while again and self.offsets[again - 1][0] >= start:
@@ -101,5 +108,7 @@ class Reading:
         self.classes += [0] * (len(self._tokens) - len(self.classes))
         for place, number in enumerate(found, again):
             self.classes[place] = max(self.classes[place], number)
-        for place in range(max(self._whole[-1], 1), len(self._tokens)):  # characters not known yet: as before them
+        for place in range(
+            max(self._whole[-1], 1), len(self._tokens)
+        ):  # incomplete characters: class of the token before
             self.classes[place] = max(self.classes[place], self.classes[place - 1])

@@ -152,7 +152,7 @@ def test_a_failed_forward_opens_no_step(start: Start) -> None:
         ),
         pytest.param(keep(1, 5000), errors.FrameSizeError, "trunk.kept_bytes", id="beyond-the-share"),
         pytest.param(by_number(7, 8), errors.UnknownExampleError, "0000000000000008", id="unknown"),
-        pytest.param(by_number(7, lengths=[4]), errors.FrameError, "of 5 tokens is kept, not of 4", id="length"),
+        pytest.param(by_number(7, lengths=[4]), errors.FrameError, "has 5 tokens, the forward says 4", id="length"),
         pytest.param(by_number(7, lengths=[5, 5]), errors.FrameError, "1 examples for 2 sequences", id="number"),
         pytest.param(by_number(*[7] * 4097), errors.FrameError, "4097 sequences", id="too-many"),
         pytest.param(
