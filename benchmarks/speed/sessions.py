@@ -55,14 +55,20 @@ def measure(counts: tuple[int, ...], rate: Callable[[int], float], repeats: int 
 
 
 def report(results: Results, what: str, rates: dict[int, list[float]], *, goal: float | None = None) -> None:
+    """Rates, and ratios to one session: the median of the repeats' ratios, their spread, and the ratio of medians."""
     for count, values in rates.items():
         results.add(f"{what}: {count} sessions", statistics.median(values), "tokens/s")
+        results.add(f"{what}: {count} sessions, lowest repeat", min(values), "tokens/s")
+        results.add(f"{what}: {count} sessions, highest repeat", max(values), "tokens/s")
     for count in (count for count in rates if count > 1):
         ratios = [many / one for many, one in zip(rates[count], rates[1], strict=True)]
+        medians = statistics.median(rates[count]) / statistics.median(rates[1])
         bound = goal if count == 8 else None
-        results.add(f"{what}: {count} sessions against 1", statistics.median(ratios), "ratio", at_least=bound)
-        results.add(f"{what}: {count} sessions against 1, lowest repeat", min(ratios), "ratio")
-        results.add(f"{what}: {count} sessions against 1, highest repeat", max(ratios), "ratio")
+        name = f"{what}: {count} sessions against 1"
+        results.add(name, statistics.median(ratios), "ratio", at_least=bound)
+        results.add(f"{name}, lowest repeat", min(ratios), "ratio")
+        results.add(f"{name}, highest repeat", max(ratios), "ratio")
+        results.add(f"{name}, ratio of medians", medians, "ratio")
 
 
 def trunk_rate(trunk: RemoteTrunk, count: int) -> float:
