@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from isthmus.data.silo_data import SiloData
 from isthmus.errors import ModelError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
@@ -29,7 +30,6 @@ from isthmus.silo.defence.shield import Shield
 from isthmus.silo.records import Records
 from isthmus.silo.released import Released
 from isthmus.silo.remote import RemoteTrunk
-from isthmus.silo.trainer import SiloData
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel

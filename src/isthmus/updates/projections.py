@@ -20,7 +20,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from scipy.linalg import hadamard
 
 BLOCK = 256
 """Numbers that a sketch mixes with one another."""
@@ -139,4 +138,8 @@ def _mixed(row_C: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _hadamard() -> torch.Tensor:
-    return torch.from_numpy(hadamard(BLOCK, dtype=float)) / math.sqrt(BLOCK)
+    """The orthonormal Hadamard matrix of a block in Sylvester's order, ``[BLOCK, BLOCK]``, float64."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < BLOCK:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return torch.from_numpy(matrix) / math.sqrt(BLOCK)
