@@ -38,13 +38,13 @@ from isthmus.attacks.knowledge import Knowledge
 from isthmus.attacks.score import score
 from isthmus.audit.capture import Source, measure
 from isthmus.audit.scenario import Order, Scenario
+from isthmus.data.silo_data import SiloData
 from isthmus.demo.assets import smollm2
 from isthmus.model.device import find_device
 from isthmus.privacy.detokenizer import Detokenizer
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SensitivitySection
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData
 from isthmus.storage.record import writing
 
 SCALED = 32

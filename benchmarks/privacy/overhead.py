@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from benchmarks.common.results import Results
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, batches, collate
 from isthmus.engines.local import at_address, serving
 from isthmus.engines.process import RoleProcess
 from isthmus.silo.join import Silo, join, known_data
 from isthmus.silo.secrets import open_ledger
-from isthmus.silo.trainer import SiloData, train_step
+from isthmus.silo.trainer import train_step
 from isthmus.storage.record import RunDirectory
 
 STEPS, ANSWERS, PROMPT, ANSWER = 10, 7, 128, 32

@@ -17,13 +17,14 @@ import torch
 
 from benchmarks.common.results import Results
 from benchmarks.speed import published
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import batches, collate
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting, join
-from isthmus.silo.trainer import SiloData, evaluate, train_step
+from isthmus.silo.trainer import evaluate, train_step
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec, frames

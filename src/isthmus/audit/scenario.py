@@ -25,11 +25,11 @@ from isthmus.audit.capture import (
     measure,
 )
 from isthmus.audit.public_text import SAMPLED, lines_of, sampled
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Tokens, batches
 from isthmus.errors import AttackError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData
 
 REDRAWN = 3
 """Draws of noise of each row that a learned attack sees, where only ends of rows cross."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from isthmus.data.silo_data import SiloData
 from isthmus.errors import ModelError
 from isthmus.model import adapters
 from isthmus.model.bottleneck import Bottleneck
@@ -31,7 +32,6 @@ from isthmus.silo.defence.shield import Shield
 from isthmus.silo.records import Records
 from isthmus.silo.released import Released
 from isthmus.silo.remote import RemoteTrunk, RoundsClient
-from isthmus.silo.trainer import SiloData
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel

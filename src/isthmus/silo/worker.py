@@ -24,7 +24,7 @@ from isthmus.silo.join import join, known_data
 from isthmus.silo.local_steps import LocalSteps
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.secrets import open_ledger
-from isthmus.silo.trainer import Step, evaluate, scored, train_step
+from isthmus.silo.trainer import Step, evaluate, train_step
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -269,7 +269,7 @@ class Worker:
 
     def _measurable(self) -> list[Tokens]:
         """The held-out rows whose privacy budgets bear measuring on them."""
-        owners = [(row, tokens) for row in self._data.held_out for tokens in scored(self._data, row)]
+        owners = [(row, tokens) for row in self._data.held_out for tokens in self._data.evaluation_inputs(row)]
         borne = self._affordable([tokens for _, tokens in owners], train=False)
         spent = {id(row) for (row, _), bears in zip(owners, borne, strict=True) if not bears}
         return [row for row in self._data.held_out if id(row) not in spent]

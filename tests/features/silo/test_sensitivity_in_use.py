@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import collate
 from isthmus.errors import BudgetExhausted, DataError
 from isthmus.model.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ from isthmus.privacy.averted_attention import averted_hidden
 from isthmus.recipe import Recipe
 from isthmus.silo.join import Silo, greeting, join, known_data
 from isthmus.silo.pipeline import pipelined_step
-from isthmus.silo.trainer import SiloData, train_step
+from isthmus.silo.trainer import train_step
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from google.protobuf.message import Message
 
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, collate
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.events import Release
@@ -23,7 +24,7 @@ from isthmus.silo.drafting.bridge import Bridge
 from isthmus.silo.drafting.draft import Draft
 from isthmus.silo.join import Silo, greeting, join, known_data
 from isthmus.silo.pipeline import pipelined_step
-from isthmus.silo.trainer import SiloData, train_step
+from isthmus.silo.trainer import train_step
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import isthmus_pb2 as pb
