@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+
+from isthmus.recipe import Recipe
+from isthmus.recipe.section import Section
+from isthmus.storage.record import RunDirectory
 
 ROOT = Path(__file__).parents[3]
 SOURCE = ROOT / "src" / "isthmus"
@@ -62,6 +67,18 @@ def test_every_module_is_named() -> None:
     assert modules() - named - {"errors", "isthmus"} == set()
 
 
+@each_document
+def test_every_key_exists(path: Path) -> None:
+    """In backticks: keys of a recipe as ``table.key``."""
+    assert not [code for code in CODE.findall(text_of(path)) if is_unknown_key(code)]
+
+
+def test_the_run_directory_is_described_alike() -> None:
+    """In the architecture and in the class that writes it."""
+    docstring = RunDirectory.__doc__ or ""
+    assert run_files(text_of(ROOT / "docs" / "architecture.md")) == run_files(docstring) != []
+
+
 def test_every_feature_is_listed() -> None:
     """The architecture links each page of ``docs/features``."""
     linked = set(LINK.findall(text_of(ROOT / "docs" / "architecture.md")))
@@ -94,6 +111,25 @@ def test_a_missing_path_is_noticed(code: str, missing: bool) -> None:
 def test_what_counts_as_prose() -> None:
     text = "a\n\n```toml\ncode\n```\n\n    code\n\n- item\n  more of it\n\n| cell |\n[a](b) · [c](d)\n<!-- note -->\n"
     assert [line for _, line in prose(text)] == ["a", "- item", "  more of it"]
+
+
+@pytest.mark.parametrize(
+    ("code", "unknown"),
+    [
+        ("train.rounds", False),
+        ("boundary.forward", False),
+        ("boundary.forward.clip", False),
+        ("sensitivity.classes", False),
+        ("silo.steps", False),
+        ("train.laps", True),
+        ("boundary.forward.clap", True),
+        ('federation.lora = "svd"', False),
+        ("recipe.toml", False),
+        ("privacy_table.py", False),
+    ],
+)
+def test_an_unknown_key_is_noticed(code: str, unknown: bool) -> None:
+    assert is_unknown_key(code) == unknown
 
 
 @cache
@@ -139,3 +175,31 @@ def is_missing(code: str) -> bool:
     if not path.with_suffix(".py").exists():
         return not path.is_dir() or name is not None
     return name is not None and not re.search(rf"\b{name}\b", text_of(path.with_suffix(".py")))
+
+
+def is_unknown_key(code: str) -> bool:
+    """Whether this looks like a key of a recipe, with or without a value, and is none."""
+    first, *others = code.partition(" = ")[0].split(".")
+    if first not in Recipe.model_fields or not others or not all(re.fullmatch(r"[a-z_]+", one) for one in others):
+        return False
+    table = tables_in(Recipe.model_fields[first].annotation)
+    for name in others:
+        fields = [one.model_fields[name] for one in table if name in one.model_fields]
+        if not fields:
+            return True
+        table = [one for field in fields for one in tables_in(field.annotation)]
+    return False
+
+
+def tables_in(annotation: Any) -> list[type[Section]]:
+    """The tables that a field of this type may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [table for argument in get_args(annotation) for table in tables_in(argument)]
+
+
+def run_files(text: str) -> list[str]:
+    """The files that a text's listing of a run directory names, in its order."""
+    start = text.index("recipe.toml   ")
+    block = re.split(r"\n```|\n\n", text[start:])[0]
+    return [re.split(r"  +", line.strip())[0] for line in block.splitlines()]
