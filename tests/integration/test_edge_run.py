@@ -41,7 +41,7 @@ def test_silos_of_a_killed_edge_go_on_with_its_sibling(tmp_path: Path, commands:
         "root": {"minimum": 1, "patience": 40.0},
         "trunk": {"patience": 2.0},
         "wire": {"deadline": 2.0},
-        "federation": {"masks": True},
+        "federation": {"secure": True},
     }
     command = commands.start("run", recipe(tmp_path, "killed", **sections), "--run-dir", run)
     until(lambda: all(steps_of(run, name) for name in SILOS), "all silos' first steps", command=command)

@@ -51,7 +51,7 @@ def shared(run: Path, round: int) -> dict[str, torch.Tensor]:
 def test_a_masked_round_learns_what_an_open_one_does(folder: Path) -> None:
     """All silos train on equally many rows, so both weigh alike; each silo's numbers are rounded, that is all."""
     runs = {}
-    for name, federation in (("open", {}), ("masked", {"masks": True, "range": RANGE})):
+    for name, federation in (("open", {}), ("masked", {"secure": {"masks": True, "range": RANGE}})):
         runs[name] = folder / name
         command = Command(folder, "run", recipe(folder, name, federation=federation), "--run-dir", runs[name])
         try:
@@ -72,7 +72,7 @@ def test_a_masked_round_learns_what_an_open_one_does(folder: Path) -> None:
 
 
 def test_the_rest_goes_on_when_a_silo_is_killed(folder: Path, tmp_path: Path, commands: Commands) -> None:
-    sections = {"root": {"minimum": 3, "patience": 8.0}, "trunk": {"patience": 2.0}, "federation": {"masks": True}}
+    sections = {"root": {"minimum": 3, "patience": 8.0}, "trunk": {"patience": 2.0}, "federation": {"secure": True}}
     run = tmp_path / "run"
     command = commands.start("run", recipe(folder, "killed", **sections), "--run-dir", run)
     until(lambda: all(steps_of(run, name) for name in SILOS), "all silos' first steps", command=command)

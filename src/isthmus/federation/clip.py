@@ -14,7 +14,7 @@ from typing import Any
 from isthmus.federation.collection import Collected
 from isthmus.model import adapters
 from isthmus.recipe import FederationSection
-from isthmus.recipe.noise import LONGEST, SHORTEST
+from isthmus.recipe.sections.federation.clip import LONGEST, SHORTEST
 
 
 class Clip:

@@ -16,7 +16,7 @@ import torch
 from isthmus.errors import DataError, IsthmusError, RecipeError
 from isthmus.privacy import detectors
 from isthmus.recipe import SensitivityClass, SensitivitySection
-from isthmus.recipe.sensitivity import NORMAL
+from isthmus.recipe.sections.sensitivity import NORMAL
 
 Span = tuple[int, int, str]
 """A stretch of a text, from character to character, and its class."""

@@ -26,7 +26,7 @@ from isthmus.federation.strategies.rules import (
 )
 from isthmus.federation.strategies.weights import History, shares
 from isthmus.recipe import FederationSection
-from isthmus.recipe.robustness import RuleName
+from isthmus.recipe.sections.federation.robust import RuleName
 from isthmus.updates.flat import Layout
 
 Tensors = Mapping[str, torch.Tensor]
@@ -53,8 +53,8 @@ class Strategy:
 
     def __init__(self, section: FederationSection) -> None:
         self._section, self._history = section, History()
-        rule = RULES[section.rule]()
-        self._rule: Rule = Mixed(rule) if section.mix else rule
+        rule = RULES[section.robust.rule]()
+        self._rule: Rule = Mixed(rule) if section.robust.mix else rule
         self._optimizer = optimizer_of(section.optimizer)
         self.shares: dict[str, float] = {}
         """What each contribution counted for in the last round, with the sum 1."""
@@ -78,7 +78,7 @@ class Strategy:
         shares_N = self._shares(ordered, changes_NP)
         self._history.note(names)
         self.shares = dict(zip(names, shares_N.tolist(), strict=True))
-        change_P = self._rule.combine(changes_NP, shares_N, self._section.faults(len(ordered)))
+        change_P = self._rule.combine(changes_NP, shares_N, self._section.robust.faults(len(ordered)))
         steps = layout.tensors(self._optimizer.step(change_P))
         return {name: (tensor.double() + steps[name]).to(tensor.dtype) for name, tensor in base.items()}
 
@@ -96,11 +96,12 @@ class Strategy:
 
     def _admitted(self, contributions: Sequence[Contribution]) -> list[Contribution]:
         """They all, the trusted one first, if there are enough."""
-        count, trusted = len(contributions), self._section.trusted
-        if count < self._section.fewest(count):
+        count, trusted = len(contributions), self._section.robust.trusted
+        robust = self._section.robust
+        if count < robust.fewest(count):
             raise QuorumError(
-                f"{count} silos learned something, the rule {self._section.rule!r} needs "
-                f"{self._section.fewest(count)} to bear {self._section.faults(count)} that may be malicious",
+                f"{count} silos learned something, the rule {robust.rule!r} needs "
+                f"{robust.fewest(count)} to bear {robust.faults(count)} that may be malicious",
                 remedy="start the missing silos, then 'isthmus run --resume'; or begin a run with another rule",
             )
         if trusted and all(one.name != trusted for one in contributions):
@@ -112,6 +113,6 @@ class Strategy:
 
     def _shares(self, contributions: Sequence[Contribution], changes_NP: torch.Tensor) -> torch.Tensor:
         """Of the whole. What somebody says it weighs is a claim like its change: believed of all, or of none."""
-        if self._section.robust and self._section.weights.claimed:
+        if self._section.robust.active and self._section.weights.claimed:
             return torch.full((len(contributions),), 1 / len(contributions), dtype=torch.float64)
         return shares(self._section, contributions, changes_NP, self._history)

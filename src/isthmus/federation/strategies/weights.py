@@ -57,7 +57,7 @@ def shares(
         return bounded(steadiness(changes_NP), bound)
     if kind == "quality":
         return bounded(merit(contributions, history), bound)
-    claimed = kind == "equal" and not section.masks  # what a silo claims beyond its one is not believed
+    claimed = kind == "equal" and not section.secure.masks  # what a silo claims beyond its one is not believed
     return proportions(contributions, 1.0 if claimed else math.inf)
 
 
