@@ -25,7 +25,7 @@ from benchmarks.common.results import Results
 from isthmus.errors import IsthmusError
 from isthmus.federation.collection import Collected, Done, SumFormat
 from isthmus.federation.masked import Masked
-from isthmus.recipe import BoundarySection, FederationSection
+from isthmus.recipe import BoundarySection, FederationSection, SecureSection
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates
 from isthmus.updates.compression import Compression
@@ -155,7 +155,7 @@ def ours(silos: int) -> list[Sum]:
     root = Root(identities["root"])
     channels = {name: LoopbackChannel(root, name) for name in names}
     section = BoundarySection.model_validate({path: {"noise": 0.0} for path in ("forward", "gradient", "update")})
-    exact = Compression(FederationSection(masks=True, range=RANGE))
+    exact = Compression(FederationSection(secure=SecureSection(masks=True, range=RANGE)))
     updates = {name: MaskedUpdates(Boundary(section), channels[name], identities[name], exact) for name in names}
     return [summed(root, channels, updates, changes) for _ in range(2)]
 

@@ -20,7 +20,7 @@ from isthmus.audit.judge import Result
 from isthmus.privacy.detokenizer import Detokenizer
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SensitivitySection
-from isthmus.recipe.sensitivity import DETECTED, DETECTORS
+from isthmus.recipe.sections.sensitivity import DETECTED, DETECTORS
 from isthmus.silo.join import load_tokenizer
 
 Values = dict[str, Any]

@@ -300,7 +300,7 @@ def tiny_recipe(model: Path, folder: Path, silos: tuple[str, ...], *, masks: boo
             "model": {"path": str(model / "model"), "bottom": 1, "top": 1},
             "task": {"prompt": "{text}", "answer": " {label}"},
             "train": {"rounds": ROUNDS, "steps": STEPS, "batch": 2, "evaluate": False},
-            "federation": {"masks": masks},
+            "federation": {"secure": masks},
             "wire": {"certificates": str(folder / "certificates")},
             "silo": [{"name": name, "train": str(folder / f"{name}.jsonl")} for name in silos],
         }

@@ -147,10 +147,10 @@ class Scenario:
         """What this adversary sees."""
         source, recipe = self._source, self._source.recipe
         if adversary == "aggregator":
-            if recipe.federation.masks:
+            if recipe.federation.secure.masks:
                 raise AttackError(
                     "under masks the aggregator sees no silo's update, only their sum",
-                    remedy="attack with federation.masks = false to see what the masks hide",
+                    remedy="attack with federation.secure.masks = false to see what the masks hide",
                 )
             contributions = capture_round(source, self.victim)
             return aggregator_view(recipe, self._folder, contributions, source.shared())

@@ -13,7 +13,7 @@ from isthmus.privacy.distributed_gaussian import without_noise
 from isthmus.privacy.events import ALL, Charge, Release
 from isthmus.privacy.noise import Noise, SecretNoise
 from isthmus.recipe import Recipe
-from isthmus.recipe.noise import LONGEST, SHORTEST
+from isthmus.recipe.sections.federation.clip import LONGEST, SHORTEST
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates, Tensors
 from isthmus.updates.compression import Compression

@@ -16,7 +16,6 @@ from isthmus.data.tokens import Tokens, batches, collate
 from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
-from isthmus.recipe.local import mean_reach, reach
 from isthmus.silo import fairness
 from isthmus.silo.aggregator_client import AggregatorClient
 from isthmus.silo.control import control_of
@@ -52,7 +51,7 @@ class Worker:
         trunk: Channel | None = None,
         root: Channel | None = None,
     ) -> None:
-        self._steps, self._reach = recipe.steps(name), mean_reach(recipe)
+        self._steps, self._reach = recipe.steps(name), recipe.mean_reach
         self._recipe = recipe = recipe.of_silo(name)
         self._name = name
         self._directory = directory
@@ -90,7 +89,7 @@ class Worker:
             plan = self._aggregator.ask(completed)
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
-            if self._recipe.federation.buffer is not None and not plan.round:
+            if self._recipe.federation.asynchronous.buffer is not None and not plan.round:
                 # nobody trains on the last version: its name is all that the trunk still has to hear
                 self._silo.rounds.begin(plan.completed + 1, [self._name])
             self._measure(plan.completed)
@@ -146,7 +145,7 @@ class Worker:
         made = sum(step.loss is not None for step in steps)
         if not self._recipe.federation.normalized or not made:
             return change
-        scale = self._reach / reach(self._recipe.train, made)
+        scale = self._reach / self._recipe.train.reach(made)
         return {name: scale * one for name, one in change.items()}
 
     def _yield(self, round: int, steps: Sequence[Step]) -> None:

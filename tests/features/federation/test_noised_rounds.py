@@ -64,7 +64,7 @@ class Noised(Federation):
         **sections: Any,
     ) -> None:
         federation = {
-            "range": 0.25,
+            "secure": True,
             "weights": "equal",
             "noise": noise or {"multiplier": MULTIPLIER},
             "clip": {"norm": CLIP} | (clip or {}),
@@ -150,7 +150,7 @@ def test_the_sum_is_the_rounded_updates_and_all_shares_of_noise_exactly(
 
 @pytest.mark.parametrize("bits", [6, 16])
 def test_the_sums_noise_has_the_stated_deviation(store: RoleDirectory, bits: int) -> None:
-    federation = Noised(store, minimum=4, federation={"bits": bits, "feedback": False})
+    federation = Noised(store, minimum=4, federation={"compression": {"bits": bits, "feedback": False}})
     federation.round()
     (event,) = federation.released()
     rest = 4 * row(federation.root.planner.shared) - sum(row(change) for change in federation.changes.values())
@@ -366,7 +366,7 @@ def test_projections_that_lengthen_nothing_keep_the_bound(
     federation = Noised(
         store,
         norms=dict.fromkeys(NAMES, 40.0),
-        federation={"compression": compression, "keep": 0.25, "feedback": False},
+        federation={"compression": {"kind": compression, "keep": 0.25, "feedback": False}},
     )
     federation.round()
     (event,) = federation.released()
@@ -475,7 +475,7 @@ def test_cohorts_sums_go_up_exactly_noise_and_all(
     """Each cohort's sum has enough noise by itself; what the root learns is the integer sum of all silos' numbers."""
     clip = {"norm": CLIP, "quantile": quantile} if quantile else {"norm": CLIP}
     noise = {"multiplier": MULTIPLIER, "colluding": 1}
-    tree = NoisedTree(tmp_path, edges, range=0.25, weights="equal", noise=noise, clip=clip)
+    tree = NoisedTree(tmp_path, edges, masked_range=0.25, weights="equal", noise=noise, clip=clip)
     tree.run()
     rounded, drawn = parts
     size = len(rounded[0])

@@ -136,8 +136,8 @@ HOW: dict[str, dict[str, Any]] = {
     "alternating": {"federation": {"lora": "alternating"}},
     "momentum at the root": {"federation": {"optimizer": "momentum"}},
     "normalized": {"federation": {"normalized": True}},
-    "masked": {"federation": {"masks": True}},
-    "masked, noised": {"federation": {"masks": True}, "boundary": NOISED},
+    "masked": {"federation": {"secure": True}},
+    "masked, noised": {"federation": {"secure": True}, "boundary": NOISED},
 }
 
 
@@ -145,7 +145,7 @@ HOW: dict[str, dict[str, Any]] = {
 def test_c_is_the_mean_of_the_silos_own(build: Build, tmp_path: Path, how: str) -> None:
     sections = {**HOW[how], "federation": {**SCAFFOLD, **HOW[how].get("federation", {})}}
     recipe = build(**sections)
-    if recipe.federation.masks:
+    if recipe.federation.secure.masks:
         make_certificates(recipe, tmp_path / "certificates")
     run = run_of(recipe, tmp_path / "run")
     for number in range(1, ROUNDS + 1):

@@ -28,7 +28,7 @@ def rounds(draw: st.DrawFn) -> torch.Tensor:
 
 
 def section(kind: str, bound: float = 2.0, masks: bool = False) -> FederationSection:
-    return FederationSection.model_validate({"weights": {"kind": kind, "bound": bound}, "masks": masks})
+    return FederationSection.model_validate({"weights": {"kind": kind, "bound": bound}, "secure": masks})
 
 
 def contributions(

@@ -1,4 +1,4 @@
-"""The recipe's section on sensitivity: which text is protected more than the rest, and by how much."""
+"""``[sensitivity]``: text that is protected more than the rest."""
 
 from __future__ import annotations
 
@@ -15,38 +15,45 @@ DetectorName = Literal[
 ]  # fmt: skip
 DETECTORS: tuple[str, ...] = get_args(DetectorName)
 NORMAL = "normal"
-"""The class of all text that nothing says more of; its weight is 1 unless the recipe has a class of this name."""
+"""The class of all text to which nothing gives another; its weight is 1 unless the recipe has a class of this name."""
 DETECTED = "high"
+"""The class of what detectors find, unless the recipe names another."""
 
 
 class SensitivityClass(Section):
     """How text of one class is treated."""
 
     noise: Positive = 1.0
-    """Standard deviation of its noise, relative to the other classes'. The average power stays the boundary's."""
-    epsilon: Positive | None = None
-    """Budget of a record that holds any text of this class; left out: ``privacy.record_epsilon``."""
+    """Standard deviation of the noise on this class, relative to the other classes. The average power stays that of the
+    boundary."""
+    epsilon: Positive | None = Field(default=None, examples=[4.0])
+    """Budget of a record that holds any text of this class. Left out: privacy.record_epsilon."""
 
 
 class SensitivitySection(Section):
-    """What is sensitive in a silo's text. Where several say something of a word, the class with most noise holds."""
+    """Which text is sensitive, and how much more noise it gets. A word to which several keys give a class has the class
+    with most noise. Left out: all text is treated alike."""
 
-    detectors: dict[str, str] = Field(default={})
-    """Patterns (with checksums, where there are some) to look for, each with the class of what it finds. A list gives
-    all of them the class ``detected``."""
+    detectors: dict[str, str] = Field(default={}, examples=[{"email": "high"}])
+    """Patterns, with checksums where there are any, that are searched for, each with the class of what it finds:
+    "card", "date", "email", "iban", "ip", "name", "national-id", "phone", "record-number", "url". A list of detectors
+    gives all of them the class of detected."""
     detected: str = DETECTED
     """Class of what detectors find that are given as a list."""
-    fields: dict[str, str] = Field(default={})
-    """Class of what a field of the data row fills in the templates."""
-    function: str | None = None
-    """``module:name`` or ``file.py:name`` of the silo's own function: gets a text, gives (start, end, class) each."""
-    names: str | None = None
-    """File of names to look for, one a line (the detector ``name`` finds them too)."""
+    fields: dict[str, str] = Field(default={}, examples=[{"text": "high"}])
+    """For fields of the data row that the templates use: the class of their text."""
+    function: str | None = Field(default=None, examples=["mine.py:find"])
+    """Function of the silo that finds sensitive text, as "module:name" or "file.py:name". It gets a text and returns
+    (start, end, class) for each finding. Left out: none."""
+    names: str | None = Field(default=None, examples=["names.txt"])
+    """File of names, one on each line, that the detector "name" finds too. Left out: none."""
     region: Annotated[str, Field(pattern="^[A-Z]{2}$")] = "US"
-    """Country whose phone numbers are found without a country code."""
+    """Country, as two capital letters, whose phone numbers are found without a country code."""
     attention: Amount = 0.0
-    """By how much bottom's attention turns away from sensitive tokens (times their class's weight, on the logits)."""
+    """How much bottom's attention turns away from sensitive tokens: this times their class's noise is subtracted from
+    the attention logits. Experimental: not measured on a real model."""
     classes: dict[str, SensitivityClass] = Field(default={})
+    """The classes, by name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -62,9 +69,9 @@ class SensitivitySection(Section):
         _refuse_unknown("detectors", "class", self.detectors.values(), classes)
         _refuse_unknown("fields", "class", self.fields.values(), classes)
         if self.function is not None and not all(self.function.rpartition(":")[::2]):
-            raise ValueError(f"sensitivity.function: {self.function!r} names no function; write 'module:name'")
+            raise ValueError(f"function: {self.function!r} names no function; write 'module:name'")
         if self.names is not None and "name" not in self.detectors:
-            raise ValueError("sensitivity.names: the detector 'name' is off; add it to sensitivity.detectors")
+            raise ValueError("names: the detector 'name' is off; add it to sensitivity.detectors")
         return self
 
     def anchored(self, absolute: Callable[[str], str]) -> Self:
@@ -85,4 +92,4 @@ def _refuse_unknown(key: str, kind: str, used: Iterable[str], known: Iterable[st
         if name not in choices:
             near = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)[0]
             listed = ", ".join(choices)
-            raise ValueError(f"sensitivity.{key}: there is no {kind} {name!r}; did you mean {near!r}? known: {listed}")
+            raise ValueError(f"{key}: there is no {kind} {name!r}; did you mean {near!r}? known: {listed}")
