@@ -103,7 +103,7 @@ def federate(recipe: Recipe, folder: Path, *, malicious: Collection[str] = (), c
     Args:
         malicious: silos that send what ``craft`` makes of the others' changes in place of their own.
     """
-    if recipe.federation.masks:
+    if recipe.federation.secure.masks:
         certificates = folder / "certificates"
         make_certificates(recipe, certificates)
         recipe = recipe.model_copy(update={"wire": recipe.wire.model_copy(update={"certificates": str(certificates)})})

@@ -49,7 +49,7 @@ from isthmus.federation.aggregator import RootService
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting, join
-from isthmus.silo.remote import RemoteTrunk
+from isthmus.silo.remote import RoundsClient
 from isthmus.silo.update import AggregatorClient
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory
@@ -225,7 +225,7 @@ class InTurn(LoopbackChannel):
 
 def step_walk(folder: Path) -> Walk:
     """The last training step of a federation of one silo."""
-    return federate(folder, Worker._step, RemoteTrunk.commit, silos=SILOS[:1])
+    return federate(folder, Worker._step, RoundsClient.commit, silos=SILOS[:1])
 
 
 def update_walk(folder: Path, *, masks: bool, turn: Literal["first", "last", "apart"]) -> Walk:
@@ -300,7 +300,7 @@ def tiny_recipe(model: Path, folder: Path, silos: tuple[str, ...], *, masks: boo
             "model": {"path": str(model / "model"), "bottom": 1, "top": 1},
             "task": {"prompt": "{text}", "answer": " {label}"},
             "train": {"rounds": ROUNDS, "steps": STEPS, "batch": 2, "evaluate": False},
-            "federation": {"masks": masks},
+            "federation": {"secure": masks},
             "wire": {"certificates": str(folder / "certificates")},
             "silo": [{"name": name, "train": str(folder / f"{name}.jsonl")} for name in silos],
         }

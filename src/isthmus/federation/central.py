@@ -17,9 +17,9 @@ import numpy as np
 from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import Contribution
 from isthmus.privacy.discrete import discrete_gaussian
+from isthmus.privacy.distributed_gaussian import SumNoise, sum_noise
 from isthmus.privacy.ledger import FileLedger
 from isthmus.privacy.noise import SecretNoise
-from isthmus.privacy.summed import SumNoise, sum_noise
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.storage.record import RoleDirectory, read_journal

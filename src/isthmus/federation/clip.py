@@ -14,7 +14,7 @@ from typing import Any
 from isthmus.federation.collection import Collected
 from isthmus.federation.sharing import Sharing
 from isthmus.recipe import ClipSection
-from isthmus.recipe.noise import LONGEST, SHORTEST
+from isthmus.recipe.sections.federation.clip import LONGEST, SHORTEST
 
 
 class Clip:

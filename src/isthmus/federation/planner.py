@@ -153,7 +153,7 @@ class EdgePlanner:
     ) -> None:
         self._initial, self._parent = initial, parent
         self._sharing = Sharing(recipe.federation)
-        self._masks, self._compression = recipe.federation.masks, Compression.of(recipe)
+        self._masks, self._compression = recipe.federation.secure.masks, Compression.of(recipe)
         self._silos = len(recipe.silo)
         self._journal = store.journal("metrics")
         self._completed = 0

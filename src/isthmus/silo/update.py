@@ -19,11 +19,11 @@ import torch
 
 from isthmus.errors import IsthmusError, PeerGoneError, ProtocolError, QuorumError, RoundLostError
 from isthmus.privacy.discrete import discrete_gaussian
+from isthmus.privacy.distributed_gaussian import SumNoise, without_noise
 from isthmus.privacy.events import ALL, Charge, Release
 from isthmus.privacy.noise import Noise, SecretNoise
-from isthmus.privacy.summed import SumNoise, naked
 from isthmus.recipe import ClipSection, Recipe
-from isthmus.recipe.noise import LONGEST, SHORTEST
+from isthmus.recipe.sections.federation.clip import LONGEST, SHORTEST
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import connect
 from isthmus.updates.compression import Compression, Compressor
@@ -308,7 +308,7 @@ class NoisedUpdates(MaskedUpdates):
         events = [self._noise.update(ring.levels, count).event("update", round, count, ring.range, ring.step)]
         if sums.indicators:
             events.append(self._noise.norm(ring.levels).event("norm", round, 1, ring.range, 0.5 / ring.levels))
-        return [naked(event) for event in events] if self._noise.central else events
+        return [without_noise(event) for event in events] if self._noise.central else events
 
 
 class AggregatorClient:
@@ -418,7 +418,7 @@ def updates_of(recipe: Recipe, name: str, boundary: Boundary, channel: Channel) 
         IdentityError: they are to be masked, and the silo's certificate is unusable.
     """
     compression = Compression.of(recipe)
-    if not recipe.federation.masks:
+    if not recipe.federation.secure.masks:
         return OpenUpdates(boundary, channel, compression)
     identity = Identity.load(Path(recipe.wire.certificates), name)
     if compression.noise is None:

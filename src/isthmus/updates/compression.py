@@ -28,8 +28,8 @@ import torch
 import zstandard
 
 from isthmus.errors import FrameError, RecipeError
+from isthmus.privacy.distributed_gaussian import SumNoise, sum_noise
 from isthmus.privacy.noise import secret_generator
-from isthmus.privacy.summed import SumNoise, sum_noise
 from isthmus.recipe import FederationSection, Recipe
 from isthmus.updates.flat import Layout
 from isthmus.updates.projections import Projection, random_k, sketch
@@ -164,8 +164,8 @@ class Compression:
 
     def projection(self, size: int, round: int) -> Projection | None:
         """The projection of rows of so many numbers in this round; None: all numbers cross, or each silo's largest."""
-        unbiased = not self.section.feedback
-        match self.section.compression:
+        unbiased = not self.section.compression.feedback
+        match self.section.compression.kind:
             case "random-k":
                 return random_k(size, self._kept(size), self.seed, round, unbiased=unbiased)
             case "sketch":
@@ -176,8 +176,8 @@ class Compression:
         """The compressor of open updates of so many numbers in this round; None: they cross in full, by name."""
         if self.exact:
             return None
-        name = CODECS[self.section.bits or 32]
-        if self.section.compression == "top-k":
+        name = CODECS[self.section.compression.bits or 32]
+        if self.section.compression.kind == "top-k":
             return TopK(size, self._kept(size), name)
         projection = self.projection(size, round)
         return Numbers(size, name) if projection is None else Linear(projection, name)
@@ -203,7 +203,7 @@ class Compression:
         Args:
             size, clip: where sums are noised: how many numbers cross, and their largest norm in this round.
         """
-        plain = Ring(silos, self.section.range, self.section.bits or BITS)
+        plain = Ring(silos, self.section.secure.range, self.section.compression.bits or BITS)
         if self.noise is None:
             return plain
         return replace(plain, range=clip or 1.0, spare=self.noise.reach(plain.levels, size, silos))
@@ -216,14 +216,14 @@ class Compression:
     @property
     def exact(self) -> bool:
         """Whether updates cross in full, unchanged."""
-        return self.section.compression == "none" and self.section.bits is None
+        return self.section.compression.exact
 
     def feedback(self) -> ErrorFeedback | None:
         """A silo's error feedback, empty; None: what compression leaves out is not sent later."""
-        return ErrorFeedback() if self.section.feedback and not self.exact else None
+        return ErrorFeedback() if self.section.compression.feedback and not self.exact else None
 
     def _kept(self, size: int) -> int:
-        return max(1, round(self.section.keep * size))
+        return max(1, round(self.section.compression.keep * size))
 
 
 class ErrorFeedback:

@@ -20,7 +20,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from scipy.linalg import hadamard
 
 BLOCK = 256
 """Numbers that a sketch mixes with one another."""
@@ -126,4 +125,8 @@ def _mixed(row_C: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _hadamard() -> torch.Tensor:
-    return torch.from_numpy(hadamard(BLOCK, dtype=float)) / math.sqrt(BLOCK)
+    """Sylvester's Hadamard matrix, ``BLOCK`` × ``BLOCK``, scaled to be orthogonal; fp64."""
+    signs = torch.ones(1, 1, dtype=torch.float64)
+    while len(signs) < BLOCK:
+        signs = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), signs)
+    return signs / math.sqrt(BLOCK)

@@ -27,7 +27,7 @@ from isthmus.federation.strategies.rules import (
 )
 from isthmus.federation.strategies.weights import History, shares
 from isthmus.recipe import FederationSection
-from isthmus.recipe.robustness import RuleName
+from isthmus.recipe.sections.federation.robust import RuleName
 from isthmus.updates.flat import Layout
 
 Tensors = Mapping[str, torch.Tensor]
@@ -56,12 +56,12 @@ class Strategy:
         self._section = section
         self._history = History() if section.weights.kind == "quality" else None
         """Who took part in earlier rounds, where the weights depend on it."""
-        self._robust, self._claimed = section.robust, section.weights.claimed
-        believed = section.weights.kind == "examples" or section.masks
+        self._robust, self._claimed = section.robust.active, section.weights.claimed
+        believed = section.weights.kind == "examples" or section.secure.masks
         self._most = math.inf if believed else 1.0
         """Largest weight that a silo's claim counts for; under masks a cohort's is the sum of its silos' shares."""
-        rule = RULES[section.rule]()
-        self._rule: Rule = Mixed(rule) if section.mix else rule
+        rule = RULES[section.robust.rule]()
+        self._rule: Rule = Mixed(rule) if section.robust.mix else rule
         self._optimizer = optimizer_of(section.optimizer)
         self.shares: dict[str, float] = {}
         """Each contribution's part of the last round's change, by name, with the sum 1."""
@@ -80,7 +80,7 @@ class Strategy:
         if not contributions:
             return dict(base)
         ordered = self._admitted(contributions) if self._robust else contributions
-        faults = self._section.faults(len(ordered)) if self._robust else 0
+        faults = self._section.robust.faults(len(ordered)) if self._robust else 0
         layout = Layout.of(base)
         changes_NP, names = changes(ordered, layout), [one.name for one in ordered]
         shares_N = self._shares(ordered, changes_NP)
@@ -108,11 +108,12 @@ class Strategy:
         Raises:
             QuorumError: they are too few for the rule, or the trusted one is not among them.
         """
-        count, trusted = len(contributions), self._section.trusted
-        if count < self._section.fewest(count):
+        robust, count = self._section.robust, len(contributions)
+        trusted = robust.trusted
+        if count < robust.fewest(count):
             raise QuorumError(
-                f"{count} silos learned something, the rule {self._section.rule!r} needs "
-                f"{self._section.fewest(count)} to bear {self._section.faults(count)} that may be malicious",
+                f"{count} silos learned something, the rule {robust.rule!r} needs "
+                f"{robust.fewest(count)} to bear {robust.faults(count)} that may be malicious",
                 remedy="start the missing silos, then 'isthmus run --resume'; or begin a run with another rule",
             )
         if trusted and all(one.name != trusted for one in contributions):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from isthmus.federation.contribution import Contribution
-from isthmus.recipe.strategy import WeightsSection
+from isthmus.recipe import WeightsSection
 
 FLOOR = 0.1
 """Nobody's score is below this part of a full one: who has rare rows weighs little beside the others, not nothing."""
