@@ -50,7 +50,7 @@ def test_a_ledger_that_was_edited_shows_no_figure(run: RunDirectory) -> None:
     path = run.role("south").path / "ledger.jsonl"
     path.write_text(path.read_text().replace("96", "97", 1))
     assert [told.verified for told in read_statements(run)] == [True, False]
-    (south,) = (line for line in table(run).splitlines() if line.strip('│ ').startswith("south"))
+    (south,) = (line for line in table(run).splitlines() if line.strip("│ ").startswith("south"))
     assert "no: " in south
 
 
