@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.utils import logging as transformers_logging
 
 from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.crossing import Outbound
 from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.join import greeting, load_ends
-from isthmus.silo.remote import RemoteTrunk
+from isthmus.silo.join import assemble, greeting, load_ends
+from isthmus.silo.session import RemoteSession
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
@@ -121,6 +122,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def outbound(session: RemoteSession, h_TW: torch.Tensor) -> Outbound:
+    """One sequence's made-up hidden states, for a step of this session."""
+    return Outbound([len(h_TW)], h_TW, session.subjects(None, [len(h_TW)]))
+
+
 Split = Callable[..., tuple[SplitForCausalLM, TrunkService]]
 
 
@@ -136,10 +142,7 @@ def split(tmp_path: Path) -> Split:
         service = services[key]
         checkpoint = Checkpoint(recipe.model.path)
         channel = LoopbackChannel(service, name, greeting=greeting(checkpoint, recipe))
-        bottom, top = load_ends(checkpoint, recipe)
-        asked, ends = recipe.boundary, (bottom, top)
-        remote = RemoteTrunk(channel, Boundary(asked, **boundary), ends=ends, gradients=asked.gradients)
-        model = SplitForCausalLM(checkpoint.config, bottom, remote, top, tail=asked.tail, residual=asked.residual)
-        return model.eval(), service
+        exit = Boundary(recipe.boundary, **boundary)
+        return assemble(recipe, checkpoint, load_ends(checkpoint, recipe), channel, exit), service
 
     return build

@@ -17,8 +17,8 @@ from benchmarks.common.tasks import SHARED, TASKS, Rows, labelled, shuffled
 from benchmarks.privacy.channels import RUNGS, Size, climb
 from isthmus.audit import capture
 from isthmus.audit.capture import Source
+from isthmus.data.silo_data import SiloData
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData
 from isthmus.storage.record import RunDirectory
 from isthmus.tasks import metrics
 

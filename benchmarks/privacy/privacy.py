@@ -29,10 +29,11 @@ from benchmarks.privacy.overhead import STEPS
 from isthmus.attacks.gradients.labels import LabelClassifier
 from isthmus.audit.attack import Order, Result, attack
 from isthmus.audit.capture import Silence, Source, capture_pairs, opened_trunk, tapped
+from isthmus.data.silo_data import SiloData
 from isthmus.engines.local import create_run
 from isthmus.model.device import find_device
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData, evaluate
+from isthmus.silo.trainer import evaluate
 from isthmus.tasks import metrics
 
 VICTIMS, OWN = 60, 1000

@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.common.proxy import CountingProxy
 from benchmarks.common.results import Results
+from isthmus.data.silo_data import SiloData
 from isthmus.demo.assets import smollm2
 from isthmus.engines.local import at_address, create_run, run_federation, serving
 from isthmus.engines.use import draft_of, make_draft, open_silo
@@ -32,7 +33,6 @@ from isthmus.silo.drafting.draft import HOPE, Draft
 from isthmus.silo.drafting.draft_file import NAME
 from isthmus.silo.drafting.draft_length import Share
 from isthmus.silo.join import Silo, load_tokenizer
-from isthmus.silo.trainer import SiloData
 from isthmus.storage.record import RunDirectory
 
 DATA = Path(os.environ.get("ISTHMUS_DATA", "../shared/data")) / "mts_dialog"

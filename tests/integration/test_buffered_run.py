@@ -28,7 +28,7 @@ def test_the_fast_silo_goes_on_and_the_run_may_be_cut_off(
 ) -> None:
     recipe = write_federation(
         tmp_path / "federation",
-        federation={"buffer": 1, "staleness": ROUNDS},
+        federation={"asynchronous": {"buffer": 1, "staleness": ROUNDS}},
         train={"rounds": ROUNDS, "steps": 10, "evaluate": False},
     )
     run = tmp_path / "run"

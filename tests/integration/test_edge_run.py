@@ -45,7 +45,7 @@ def test_silos_of_a_killed_edge_go_on_with_its_sibling(tmp_path: Path, commands:
         "root": {"minimum": 1, "patience": 24.0},
         "trunk": {"patience": 2.0},
         "wire": {"deadline": 2.0},
-        "federation": {"masks": True},
+        "federation": {"secure": True},
     }
     made = create_run(Recipe.read(recipe(tmp_path, "killed", **sections)), tmp_path / "run")
     run = made.path

@@ -54,7 +54,7 @@ def shared(run: Path, round: int) -> dict[str, torch.Tensor]:
 def test_a_masked_round_learns_what_an_open_one_does(folder: Path) -> None:
     """All silos train on equally many rows, so both weigh alike; each silo's numbers are rounded, that is all."""
     runs = {}
-    for name, federation in (("open", {}), ("masked", {"masks": True, "range": RANGE})):
+    for name, federation in (("open", {}), ("masked", {"secure": {"masks": True, "range": RANGE}})):
         runs[name] = folder / name
         run_here(recipe(folder, name, federation=federation), runs[name])
     for name in SILOS:
@@ -70,7 +70,7 @@ def test_a_masked_round_learns_what_an_open_one_does(folder: Path) -> None:
 
 
 def test_the_rest_goes_on_when_a_silo_is_killed(folder: Path, tmp_path: Path, commands: Commands) -> None:
-    sections = {"root": {"minimum": 3, "patience": 8.0}, "trunk": {"patience": 2.0}, "federation": {"masks": True}}
+    sections = {"root": {"minimum": 3, "patience": 8.0}, "trunk": {"patience": 2.0}, "federation": {"secure": True}}
     made = create_run(Recipe.read(recipe(folder, "killed", **sections)), tmp_path / "run")
     run = made.path
     with served_here(made) as there, silos_here(there, made, "east", "north", "south"):

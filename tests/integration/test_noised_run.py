@@ -44,7 +44,7 @@ def test_silos_noise_their_sum_and_a_run_cut_off_goes_on_with_its_clip(
     tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    federation = {"masks": True, "weights": "equal", "noise": {"epsilon": EPSILON}, "clip": CLIP}
+    federation = {"secure": True, "weights": "equal", "noise": {"epsilon": EPSILON}, "clip": CLIP}
     command = commands.start("run", recipe(tmp_path, federation=federation), "--run-dir", run)
     until(lambda: (2, 1) in steps_of(run, "south"), "a step of the second round", command=command)
     command.role("trunk").kill()
@@ -73,7 +73,7 @@ def test_a_root_that_noises_tells_what_it_published(
 ) -> None:
     run = tmp_path / "run"
     noise = {"epsilon": EPSILON, "where": "root"}
-    federation = {"masks": masks, "weights": "equal", "noise": noise, "clip": {"norm": 0.5}}
+    federation = {"secure": masks, "weights": "equal", "noise": noise, "clip": {"norm": 0.5}}
     run_here(recipe(tmp_path, federation=federation), run)
     told = call(capsys, monkeypatch, "privacy", run, "--json")
     told.succeeded()

@@ -147,7 +147,7 @@ def test_another_base_model_is_refused(federation: Federation, isthmus: Call, tm
     save_tiny_model("llama", tmp_path / "other", seed=1)
     recipe = federation.variant(tmp_path / "north", model={"path": str(tmp_path / "other")})
     isthmus(*federation.silo(recipe, "north", tmp_path / "run")).failed(
-        "north holds another base model than the trunk", "remedy: give both sides the same model.path contents"
+        "north and the trunk have different base models", "remedy: give both sides the same files at model.path"
     )
 
 

@@ -116,7 +116,7 @@ def test_privacy_tells_what_was_spent_and_notices_an_edit(
     edited = call(capsys, monkeypatch, "privacy", run, "--json")
     assert edited.code == 1
     assert [one["verified"] for one in json.loads(edited.out)] == [True, False]
-    call(capsys, monkeypatch, "run", "--resume", run).failed("does not hold together", "remedy: restore the ledger")
+    call(capsys, monkeypatch, "run", "--resume", run).failed("is broken at entry", "remedy: restore the ledger")
 
 
 def test_a_second_run_in_the_same_directory_is_refused(
@@ -125,7 +125,7 @@ def test_a_second_run_in_the_same_directory_is_refused(
     run, _ = undisturbed
     monkeypatch.setattr("isthmus.storage.record.LOCK_SECONDS", 0.1)
     with RunDirectory.open(run).locked():
-        call(capsys, monkeypatch, "run", "--resume", run).failed("another run is under way in")
+        call(capsys, monkeypatch, "run", "--resume", run).failed("another run is still going on in")
 
 
 def _greedy(model: torch.nn.Module, folder: Path, prompt: str) -> str:

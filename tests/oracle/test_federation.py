@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, collate
 from isthmus.engines.use import whole_adapter
 from isthmus.federation.aggregator import RootService
@@ -19,7 +20,6 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory, read_journal
 from isthmus.trunk.service import TrunkService

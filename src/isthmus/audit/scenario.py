@@ -25,11 +25,11 @@ from isthmus.audit.capture import (
     measure,
 )
 from isthmus.audit.public_text import SAMPLED, lines_of, sampled
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Tokens, batches
 from isthmus.errors import AttackError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData
 
 REDRAWN = 3
 """Draws of noise of each row that a learned attack sees, where only ends of rows cross."""
@@ -147,10 +147,10 @@ class Scenario:
         """What this adversary sees."""
         source, recipe = self._source, self._source.recipe
         if adversary == "aggregator":
-            if recipe.federation.masks:
+            if recipe.federation.secure.masks:
                 raise AttackError(
                     "under masks the aggregator sees no silo's update, only their sum",
-                    remedy="attack with federation.masks = false to see what the masks hide",
+                    remedy="attack with federation.secure.masks = false to see what the masks hide",
                 )
             contributions = capture_round(source, self.victim)
             return aggregator_view(recipe, self._folder, contributions, source.shared())

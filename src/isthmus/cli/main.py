@@ -206,6 +206,9 @@ def attack(
     device: Annotated[str, typer.Option(help="Where attacks compute: cpu, cuda, cuda:1 or auto.")] = "cpu",
 ) -> None:
     """Try to recover a silo's text from what an adversary sees of it."""
+    from isthmus.audit.extra import require_extra
+
+    require_extra()
     from rich.console import Console
 
     from isthmus.attacks.catalogue import USUAL

@@ -30,7 +30,7 @@ def create_run(recipe: Recipe, path: Path) -> RunDirectory:
 
     Raises:
         DataError: a data file is unusable.
-        RunError: the directory holds a run already.
+        RunError: the directory already holds a run.
     """
     for silo in recipe.silo:
         for file in (silo.train, silo.held_out):

@@ -17,7 +17,7 @@ from isthmus.audit.capture import Source
 from isthmus.errors import AttackError
 from isthmus.federation.aggregator import RootService
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.recipe import Recipe
+from isthmus.recipe import Recipe, SecureSection
 from isthmus.silo.join import greeting
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory
@@ -290,7 +290,7 @@ def test_a_frozen_bottom_leaves_no_gradient_to_search(attacked_model: Path, tmp_
 
 def test_masks_leave_the_aggregator_no_update_to_attack(attacked_model: Path, tmp_path: Path) -> None:
     source = federation(attacked_model, tmp_path, labelled, **CLASSIFY)
-    masked = source.recipe.federation.model_copy(update={"masks": True})
+    masked = source.recipe.federation.model_copy(update={"secure": SecureSection(masks=True)})
     source = replace(source, recipe=source.recipe.model_copy(update={"federation": masked}))
     with pytest.raises(AttackError, match="only their sum"):
         found(source, "dager", "aggregator")

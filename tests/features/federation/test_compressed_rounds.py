@@ -53,7 +53,7 @@ class Party:
         self.recipe = make_recipe(
             Path("none"),
             silos=("a", "b"),
-            federation={"keep": KEEP, **compression},
+            federation={"compression": {"keep": KEEP, **compression}},
             boundary={"update": {"noise": noise}},
             train={"rounds": rounds, "evaluate": False},
         )
@@ -91,7 +91,7 @@ def store(tmp_path: Path) -> RoleDirectory:
 @pytest.mark.parametrize(("name", "bits"), OPEN)
 def test_open_updates_arrive_in_the_end(store: RoleDirectory, name: str, bits: int) -> None:
     rounds = 40
-    party = Party(store, rounds, compression=name, bits=bits)
+    party = Party(store, rounds, kind=name, bits=bits)
     for _ in range(rounds):
         packed = party.play({"a": 3.0, "b": 1.0})
         assert not any(update.tensors or update.masked for update in packed)
@@ -102,7 +102,7 @@ def test_open_updates_arrive_in_the_end(store: RoleDirectory, name: str, bits: i
 
 
 def test_bytes_are_noted_as_they_cross(store: RoleDirectory) -> None:
-    party = Party(store, compression="random-k", bits=32)
+    party = Party(store, kind="random-k", bits=32)
     before = party.channels["a"].sent_bytes
     (update, _) = party.play({"a": 3.0, "b": 1.0})
     assert party.boundaries["a"].released_bytes["update"] == len(update.compressed) == 4 * K
@@ -110,7 +110,7 @@ def test_bytes_are_noted_as_they_cross(store: RoleDirectory) -> None:
 
 
 def test_a_silo_that_learned_nothing_sends_nothing_of_what_waits(store: RoleDirectory) -> None:
-    party = Party(store, rounds=3, compression="random-k", bits=32)
+    party = Party(store, rounds=3, kind="random-k", bits=32)
     party.play({"a": 1.0, "b": 1.0})
     waits = party.updates["b"].state_dict()["x y"]
     shared = party.planner.shared
@@ -122,7 +122,7 @@ def test_a_silo_that_learned_nothing_sends_nothing_of_what_waits(store: RoleDire
 
 def test_what_waits_is_what_the_boundary_secured(store: RoleDirectory) -> None:
     """Of a change that is zero, only noise crosses, and only noise of the same draw waits: no clean number does."""
-    party = Party(store, noise=0.5, compression="random-k", bits=32)
+    party = Party(store, noise=0.5, kind="random-k", bits=32)
     party.changes["a"] = {key: torch.zeros(shape) for key, shape in SHAPES.items()}
     (update, _) = party.play({"a": 1.0, "b": 1.0})
     rest_P = party.updates["a"].state_dict()["x y"]
@@ -147,7 +147,7 @@ def test_what_waits_is_what_the_boundary_secured(store: RoleDirectory) -> None:
 def test_a_malformed_update_is_refused_and_changes_nothing(
     store: RoleDirectory, wrong: pb.Update, error: type[IsthmusError]
 ) -> None:
-    party = Party(store, compression="random-k", bits=32)
+    party = Party(store, kind="random-k", bits=32)
     plans = party.plans()
     with pytest.raises(error) as refused:
         party.channels["b"].call(wrong)
@@ -167,11 +167,15 @@ def test_a_compressed_update_where_none_is_due_is_refused(store: RoleDirectory) 
 # --- under masks
 
 
+def smaller(kind: str, bits: int) -> dict[str, Any]:
+    return {"compression": {"kind": kind, "bits": bits, "keep": KEEP}}
+
+
 @pytest.mark.parametrize(("name", "bits"), MASKED)
 def test_masked_updates_arrive_in_the_end(store: RoleDirectory, name: str, bits: int) -> None:
     rounds = 30
     federation = Federation(
-        store, rounds=rounds, federation={"compression": name, "bits": bits, "keep": KEEP, "range": 4.0}
+        store, rounds=rounds, federation=smaller(name, bits) | {"secure": {"masks": True, "range": 4.0}}
     )
     for _ in range(rounds):
         assert federation.finish(federation.begin()) == dict.fromkeys(NAMES)
@@ -182,7 +186,7 @@ def test_masked_updates_arrive_in_the_end(store: RoleDirectory, name: str, bits:
 
 
 def test_a_masked_number_of_few_bits_takes_less_than_a_byte(store: RoleDirectory) -> None:
-    federation = Federation(store, federation={"compression": "random-k", "bits": 4, "keep": KEEP})
+    federation = Federation(store, federation=smaller("random-k", 4))
     federation.finish(federation.begin())
     sizes = {len(request.masked) for _, request in federation.root.seen if isinstance(request, pb.Update)}
     assert sizes == {8 * math.ceil((K + 5) / 10)}  # ten to a word; a share has five digits of three bits
@@ -192,7 +196,7 @@ def test_a_masked_number_of_few_bits_takes_less_than_a_byte(store: RoleDirectory
 def test_a_masked_silo_weighs_by_its_share_and_sends_none_of_what_waits_if_it_learned_nothing(
     store: RoleDirectory,
 ) -> None:
-    federation = Federation(store, federation={"compression": "random-k", "bits": 16, "keep": KEEP})
+    federation = Federation(store, federation=smaller("random-k", 16))
     shares = {"a": 1.0, "b": 0.5, "c": 0.25, "d": 1.0}
     federation.finish(federation.begin(), share=shares)
     waits = federation.silos["d"].updates.state_dict()["x y"]
@@ -210,7 +214,9 @@ def test_a_masked_silo_weighs_by_its_share_and_sends_none_of_what_waits_if_it_le
 
 
 def test_what_the_ring_clips_crosses_later(store: RoleDirectory) -> None:
-    federation = Federation(store, rounds=8, federation={"bits": 8, "range": 0.05})
+    federation = Federation(
+        store, rounds=8, federation={"compression": {"bits": 8}, "secure": {"masks": True, "range": 0.05}}
+    )
     federation.changes = {name: {key: torch.zeros(shape) for key, shape in SHAPES.items()} for name in NAMES}
     for name in NAMES:
         federation.changes[name]["y"][0] = 0.2

@@ -73,14 +73,15 @@ class Tree:
         masks: bool = True,
         patience: float = LONG,
         silos: tuple[str, ...] = NAMES,
+        masked_range: float = RANGE,
         **federation: Any,
     ) -> None:
         self.recipe: Recipe = make_recipe(
             Path("none"),
             silos=silos,
             edge=edges,  # each has a quarter of its parent's patience
-            root={"minimum": len(edges) if federation.get("rule") else 1, "patience": patience * 4 ** _tiers(edges)},
-            federation={"masks": masks, "range": RANGE, **federation},
+            root={"minimum": len(edges) if federation.get("robust") else 1, "patience": patience * 4 ** _tiers(edges)},
+            federation={"secure": {"masks": masks, "range": masked_range}, **federation},
             train={"rounds": 2, "evaluate": False},
         )
         self.folder = folder
@@ -102,7 +103,7 @@ class Tree:
     def updates(self, name: str) -> tuple[Updates, LoopbackChannel]:
         channel = LoopbackChannel(self.nodes[self.recipe.tree.parent(name)], name)
         boundary, compression = Boundary(self.recipe.boundary), Compression(self.recipe.federation, self.recipe.seed)
-        if self.recipe.federation.masks:
+        if self.recipe.federation.secure.masks:
             return MaskedUpdates(boundary, channel, IDENTITIES[name], compression), channel
         return OpenUpdates(boundary, channel, compression), channel
 
@@ -211,7 +212,9 @@ def test_open_tiers_learn_the_mean_of_all(tmp_path: Path) -> None:
         torch.testing.assert_close(tree.planner.shared[key], 2 * tensor, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("less", [{"compression": "random-k", "keep": 0.5}, {"bits": 4}, {"lora": "alternating"}])
+@pytest.mark.parametrize(
+    "less", [{"compression": {"kind": "random-k", "keep": 0.5}}, {"compression": {"bits": 4}}, {"lora": "alternating"}]
+)
 def test_what_silos_send_less_of_passes_edges_exactly(
     tmp_path: Path, less: dict[str, Any], encoded: dict[str, list[np.ndarray]], concluded: list[Collected]
 ) -> None:
@@ -229,7 +232,7 @@ def test_under_masks_the_root_compares_cohorts(tmp_path: Path, rule: str, borne:
         {"name": name, "address": "localhost:1", "silos": list(silos)}
         for name, silos in (("left", "abc"), ("right", "def"), ("region", "ghi"))
     ]
-    tree = Tree(tmp_path, edges, silos=(*NAMES, "i"), rule=rule)
+    tree = Tree(tmp_path, edges, silos=(*NAMES, "i"), robust=rule)
     for name, change in tree.changes.items():
         for tensor in change.values():
             tensor.fill_(-0.5 if name == "e" else 0.1)

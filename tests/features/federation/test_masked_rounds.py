@@ -98,7 +98,7 @@ class Federation:
         self.recipe = make_recipe(
             Path("none"),
             silos=NAMES,
-            federation={"masks": True, "range": RANGE, **sections.pop("federation", {})},
+            federation={"secure": {"masks": True, "range": RANGE}, **sections.pop("federation", {})},
             root={"patience": patience, "minimum": minimum},
             train={"rounds": rounds, "evaluate": False},
             **sections,

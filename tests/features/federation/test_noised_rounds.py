@@ -16,7 +16,7 @@ from isthmus.errors import BudgetExhausted, LedgerError, ProtocolError, RecipeEr
 from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.planner import RootPlanner
-from isthmus.privacy import summed
+from isthmus.privacy import distributed_gaussian
 from isthmus.privacy.accountant import Accountant
 from isthmus.privacy.analytic import concentrated_epsilon
 from isthmus.privacy.budget import Budget
@@ -64,7 +64,7 @@ class Noised(Federation):
         **sections: Any,
     ) -> None:
         federation = {
-            "range": 0.25,
+            "secure": True,
             "weights": "equal",
             "noise": noise or {"multiplier": MULTIPLIER},
             "clip": {"norm": CLIP} | (clip or {}),
@@ -150,7 +150,7 @@ def test_the_sum_is_the_rounded_updates_and_all_shares_of_noise_exactly(
 
 @pytest.mark.parametrize("bits", [6, 16])
 def test_the_sums_noise_has_the_stated_deviation(store: RoleDirectory, bits: int) -> None:
-    federation = Noised(store, minimum=4, federation={"bits": bits, "feedback": False})
+    federation = Noised(store, minimum=4, federation={"compression": {"bits": bits, "feedback": False}})
     federation.round()
     (event,) = federation.released()
     rest = 4 * row(federation.root.planner.shared) - sum(row(change) for change in federation.changes.values())
@@ -196,7 +196,7 @@ def test_an_update_beyond_the_clip_is_shortened_and_what_is_no_number_is_zero(
     federation.changes["c"]["y"][:] = torch.tensor([math.nan, math.inf, -math.inf] + [0.0] * 21)
     federation.round()
     levels = Ring(1, 1.0).levels
-    bound = summed.rounded(levels, COUNT)
+    bound = distributed_gaussian.rounded(levels, COUNT)
     lengths = sorted(float(np.linalg.norm(one.astype(float))) for one in parts[0])
     assert lengths[0] == 0.0
     assert lengths[1] == pytest.approx(levels / CLIP, rel=0.01)
@@ -206,7 +206,7 @@ def test_an_update_beyond_the_clip_is_shortened_and_what_is_no_number_is_zero(
 def test_a_vector_that_rounds_too_long_is_rounded_again() -> None:
     ring, count = Ring(3, 1.0, bits=4), 4000
     values = np.full(count, ring.range / math.sqrt(count), np.float32)
-    bound = summed.rounded(ring.levels, count)
+    bound = distributed_gaussian.rounded(ring.levels, count)
     mean = np.zeros(count)
     for _ in range(50):
         whole = ring.encode_short(values, bound).astype(float)
@@ -366,12 +366,12 @@ def test_projections_that_lengthen_nothing_keep_the_bound(
     federation = Noised(
         store,
         norms=dict.fromkeys(NAMES, 40.0),
-        federation={"compression": compression, "keep": 0.25, "feedback": False},
+        federation={"compression": {"kind": compression, "keep": 0.25, "feedback": False}},
     )
     federation.round()
     (event,) = federation.released()
     assert abs(event.width - COUNT / 4) < 65
-    bound = summed.rounded(Ring(1, 1.0).levels, event.width)
+    bound = distributed_gaussian.rounded(Ring(1, 1.0).levels, event.width)
     assert all(np.linalg.norm(one.astype(float)) <= bound for one in parts[0])
 
 
@@ -475,7 +475,7 @@ def test_cohorts_sums_go_up_exactly_noise_and_all(
     """Each cohort's sum has enough noise by itself; what the root learns is the integer sum of all silos' numbers."""
     clip = {"norm": CLIP, "quantile": quantile} if quantile else {"norm": CLIP}
     noise = {"multiplier": MULTIPLIER, "colluding": 1}
-    tree = NoisedTree(tmp_path, edges, range=0.25, weights="equal", noise=noise, clip=clip)
+    tree = NoisedTree(tmp_path, edges, masked_range=0.25, weights="equal", noise=noise, clip=clip)
     tree.run()
     rounded, drawn = parts
     size = len(rounded[0])

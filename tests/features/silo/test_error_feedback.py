@@ -53,7 +53,7 @@ def recipe(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reci
         task={"prompt": "{text}", "answer": " {reply}"},
         silo=[{"name": "a", "train": str(rows)}],
         train={"rounds": ROUNDS, "steps": 2, "batch": 4, "learning_rate": 0.01, "evaluate": False},
-        federation={"compression": "random-k", "keep": 0.2},
+        federation={"compression": {"kind": "random-k", "keep": 0.2}},
     )
 
 

@@ -14,6 +14,7 @@ from isthmus.model.bottleneck import DOWN, project, tensor_of
 from isthmus.privacy.analytic import gaussian_noise
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.ledger import MemoryLedger
+from isthmus.silo.remote import RoundsClient
 from isthmus.storage.record import RunDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -76,13 +77,13 @@ def test_a_records_budget_bears_so_many_steps(split: Split, folder: Path, gradie
     )
     ledger = MemoryLedger()
     model, _ = split(recipe, ledger=ledger, budget=Budget(recipe.privacy))
-    model.trunk.begin(1, ["a"])
+    RoundsClient(model.trunk.channel).begin(1, ["a"])
     batch = ragged("left", lengths=LENGTHS)
     rows = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     for _ in range(bears):
-        assert model.trunk.affordable(rows, list(LENGTHS)) == [True] * 3
+        assert model.boundary.affordable(rows, list(LENGTHS)) == [True] * 3
         model(**batch).loss.backward()
-    assert model.trunk.affordable(rows, list(LENGTHS)) == [False] * 3
+    assert model.boundary.affordable(rows, list(LENGTHS)) == [False] * 3
     with pytest.raises(BudgetExhausted):
         model(**batch)
     charges = Counter(charge.record for release in ledger.releases for charge in release.charges)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from isthmus import errors
+from isthmus.data.tokens import collate
 from isthmus.privacy.events import Release
-from isthmus.silo.released import Ending
 from isthmus.wire import isthmus_pb2 as pb
 from tests.unit.silo.parties import EPOCHS, MATRIX, ROWS, TOKENS, Start
 
@@ -92,8 +92,10 @@ def test_the_silo_starts_again_and_releases_nothing_again(start: Start) -> None:
 
 def test_a_silo_that_died_before_it_could_send_sends_what_it_had_released(start: Start) -> None:
     party = start()
-    endings = [Ending((*row.prompt, *row.answer[:-1]), size) for row, size in zip(ROWS, TOKENS, strict=True)]
-    released = party.trunk.released.release(endings, 1, party.trunk.records)
+    batch = collate(ROWS, 0)
+    outbound = party.silo.model.outbound(batch.input_ids, batch.places(), batch.supervision())
+    assert [len(one.h_LW) for one in outbound.fresh] == TOKENS
+    released = [party.trunk._released(one, 1) for one in outbound.fresh]
     party.start_silo()
     party.forget()
     party.logits()

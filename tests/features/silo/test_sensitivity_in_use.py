@@ -11,15 +11,16 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import collate
 from isthmus.errors import BudgetExhausted, DataError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.packing import Packing
-from isthmus.privacy import attention
+from isthmus.privacy.averted_attention import averted_hidden
 from isthmus.recipe import Recipe
 from isthmus.silo.join import Silo, greeting, join, known_data
 from isthmus.silo.pipeline import pipelined_step
-from isthmus.silo.trainer import SiloData, train_step
+from isthmus.silo.trainer import train_step
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
@@ -67,7 +68,7 @@ class Running:
 
     def train(self, micro_batches: int = 1) -> float:
         self.tap.__dict__.setdefault("sent", [])
-        self.silo.trunk.begin(1, ["a"])
+        self.silo.rounds.begin(1, ["a"])
         batch = collate(self.data.train, 0)
         if micro_batches == 1:
             return train_step(self.silo.model, self.optimizer, batch).loss
@@ -184,7 +185,7 @@ def test_switched_off_nothing_changes_bit_for_bit(start: Start, family: str) -> 
 def test_generation_averts_attention_as_one_pass_would(start: Start, family: str) -> None:
     """Token by token with a cache, beyond the sliding windows: bottom gives what it gives the finished text."""
     one = start(family, section={"attention": 3.0})
-    records = one.silo.trunk.records
+    records = one.silo.boundary.records
     assert records.sensitivity is not None
     prompt = torch.tensor([one.data.train[4].prompt])
     one.silo.model.generate(input_ids=prompt, min_new_tokens=30, max_new_tokens=30, do_sample=False)
@@ -194,7 +195,7 @@ def test_generation_averts_attention_as_one_pass_would(start: Start, family: str
     assert classes is not None
     a_P = 3.0 * records.sensitivity.aversions[torch.tensor(classes[0])]
     assert a_P.max() == 9.0
-    whole = attention.hidden(one.silo.model.bottom, a_P[None], input_ids=ids_T[None], use_cache=False)
+    whole = averted_hidden(one.silo.model.bottom, a_P[None], input_ids=ids_T[None], use_cache=False)
     assert distance(h_TD, whole[0]) < 1e-5
 
 
@@ -233,7 +234,7 @@ def test_examples_released_once_are_noised_and_averted_alike(start: Start) -> No
     noisy = start(**sections, noise=NOISE, boundary={"release_once": True})
     for _ in range(3):
         noisy.train()
-    drawn = noisy.silo.trunk.records.subjects([[20, 4]], [2])
+    drawn = noisy.silo.boundary.records.subjects([[20, 4]], [2])
     assert drawn.factors_T is not None
     assert len(noisy.tap.take(pb.Keep)) == len(ROWS)
 
@@ -241,7 +242,7 @@ def test_examples_released_once_are_noised_and_averted_alike(start: Start) -> No
 def test_the_budget_of_a_row_is_that_of_its_most_sensitive_text(start: Start) -> None:
     one = start(section={"classes": {"high": {"epsilon": 4.0}, "low": {"epsilon": 5.0}}}, boundary=BOUNDED)
     rows = [row.prompt for row in one.data.train]
-    assert one.silo.trunk.records.subjects(rows, [1] * len(rows)).budgets == (4.0,) * len(rows)
+    assert one.silo.boundary.records.subjects(rows, [1] * len(rows)).budgets == (4.0,) * len(rows)
 
 
 def test_a_classes_budget_stops_its_records_alone(start: Start) -> None:
@@ -255,7 +256,7 @@ def test_a_classes_budget_stops_its_records_alone(start: Start) -> None:
             one.silo.model(input_ids=torch.tensor(other), use_cache=False)
     both = [*known[:2], *other]
     lengths = list(map(len, both))
-    assert one.silo.trunk.affordable(both, lengths, train=False) == [False, True, True]
+    assert one.silo.boundary.affordable(both, lengths, gradients=0) == [False, True, True]
     with torch.no_grad(), pytest.raises(BudgetExhausted) as caught:
         one.silo.model(input_ids=torch.tensor(known[:1]), use_cache=False)
     assert "sensitivity.classes" in caught.value.remedy

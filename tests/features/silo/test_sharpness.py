@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from isthmus.errors import RoundLostError
 from isthmus.model import adapters
+from isthmus.model.crossing import Outbound
 from isthmus.privacy.accountant import Account
 from isthmus.recipe import TrainSection
 from isthmus.silo.local_steps import Climb, LocalSteps
@@ -116,7 +117,7 @@ CASES = {
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_of_the_first_pass_what_bottom_needs_comes_back(make: MakeParty, case: str, micro_batches: int) -> None:
-    """By pass: whether the trunk keeps its graph, and whether the backward is aside; None: there is none."""
+    """By pass: whether the trunk keeps its graph, and whether the backward is ascent; None: there is none."""
     sections, expected = CASES[case]
     party = make(**sections)
     with torch.no_grad():
@@ -128,8 +129,8 @@ def test_of_the_first_pass_what_bottom_needs_comes_back(make: MakeParty, case: s
     for number in range(2):
         own = forwards[number * micro_batches : (number + 1) * micro_batches]
         back = [one for one in backwards if one.step in {forward.step for forward in own}]
-        seen.append(({one.train for one in own}, {one.aside for one in back} or {None}))
-    assert seen == [({train}, {aside}) for train, aside in expected]
+        seen.append(({one.train for one in own}, {one.ascent_pass for one in back} or {None}))
+    assert seen == [({train}, {ascent}) for train, ascent in expected]
     assert step.loss == pytest.approx(loss, rel=1e-5)  # of before the climb
     assert not any(state.open for state in party.service._training._silos.values())
 
@@ -151,7 +152,7 @@ def test_a_round_that_is_lost_uphill_leaves_the_parameters_where_they_were(make:
     with pytest.raises(RoundLostError):
         local.take(take, optimizer, party.trunk)
     assert all(torch.equal(tensor, places[name]) for name, tensor in parameters.items())
-    assert party.trunk.returns(None)
+    assert party.trunk.wants_gradient(Outbound([1], None))
 
 
 COSTS = {
@@ -188,7 +189,7 @@ def test_released_once_a_step_costs_its_gradient_alone(make: MakeParty) -> None:
     party = make(boundary=boundary, privacy={"record_epsilon": Account(3 * COST).epsilon(DELTA).value}, **FROZEN)
     rows = [row.input for row in ROWS]
     for affordable in (True, True, False):  # a release and a gradient; a gradient; one too many
-        assert party.trunk.affordable(rows, list(map(len, rows)), twice=True) == [affordable] * 4
+        assert party.boundary.affordable(rows, list(map(len, rows)), forwards=2) == [affordable] * 4
         if affordable:
             sharp(party)
     paths = Counter(release.path for release in party.ledger.releases)

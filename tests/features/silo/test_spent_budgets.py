@@ -20,6 +20,7 @@ from isthmus.privacy.events import ALL
 from isthmus.privacy.ledger import MemoryLedger, read_ledger
 from isthmus.recipe import Recipe
 from isthmus.report.progress import read_progress
+from isthmus.silo.remote import RoundsClient
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory, read_journal
 from isthmus.trunk.service import TrunkService
@@ -56,13 +57,13 @@ def test_a_step_that_cannot_be_borne_is_refused_before_anything_leaves(split: Sp
     remote = model.trunk
     for seed in range(STEPS):
         model(**ragged("left")).loss.backward()
-        remote.begin(1, ["a"]) if seed == 0 else None
+        RoundsClient(remote.channel).begin(1, ["a"]) if seed == 0 else None
     noted, sent = len(ledger.releases), remote.channel.sent_bytes
     with pytest.raises(BudgetExhausted, match="another forward release of record") as caught:
         model(**ragged("left"))
     assert ledger.releases[0].charges[0].record in caught.value.message
     assert (len(ledger.releases), remote.channel.sent_bytes) == (noted, sent) == (2 * STEPS, sent)
-    assert remote.boundary.budget.epsilon == pytest.approx(BUDGET)
+    assert model.boundary.budget.epsilon == pytest.approx(BUDGET)
     model(**ragged("left", seed=1))  # other text is other records
 
 
@@ -190,7 +191,7 @@ def test_budgets_outlast_the_process(folder: Path, tmp_path: Path) -> None:
     again = worker_of(recipe, run, "a", trunk, root)
     assert again._silo.boundary.budget.epsilon == pytest.approx(worker._silo.boundary.budget.epsilon)
     rows = [row.input for row in again._data.train]
-    assert again._silo.trunk.affordable(rows, list(map(len, rows))) == [False] * len(rows)
+    assert again._silo.boundary.affordable(rows, list(map(len, rows))) == [False] * len(rows)
     again.close()
     trunk.stop()
 
@@ -235,12 +236,10 @@ def test_what_was_released_once_costs_only_its_gradient_later(folder: Path, tmp_
     rows = [row.input for row in ROWS]
     lengths = list(map(len, rows))
     for _ in range(2 * STEPS - 1):
-        assert party.trunk.affordable(rows, lengths) == [True] * len(rows)
+        assert party.boundary.affordable(rows, lengths) == [True] * len(rows)
         party.epoch()
-    assert party.trunk.affordable(rows, lengths) == [False] * len(rows)
-    assert party.trunk.affordable(rows, lengths, train=False) == [True] * len(
-        rows
-    )  # measuring on them costs nothing more
+    assert party.boundary.affordable(rows, lengths) == [False] * len(rows)
+    assert party.boundary.affordable(rows, lengths, gradients=0) == [True] * len(rows)
     assert len(party.charged()) == len(rows)
     with pytest.raises(BudgetExhausted, match="gradient"):
         party.epoch()

@@ -14,7 +14,7 @@ import torch
 from isthmus.privacy.analytic import gaussian_noise
 from isthmus.privacy.events import Release
 from isthmus.wire import isthmus_pb2 as pb
-from tests.conftest import Split, save_tiny_model
+from tests.conftest import Split, outbound, save_tiny_model
 from tests.features.silo.test_wiretap import GREEDY, Tapped, recipe_of, tapped, train
 from tests.oracle.twins import prompts
 
@@ -104,9 +104,9 @@ def test_generation(silo: Tapped) -> None:
 def test_a_lost_session_gets_the_same_draw_again(silo: Tapped) -> None:
     session = silo.model.trunk.open_session()
     for _ in range(2):
-        session.step(torch.ones(3, WIDTH), [3])
+        session.step(outbound(session, torch.ones(3, WIDTH)))
     silo.tap.call(pb.Close(session=session.id))
-    session.step(torch.ones(3, WIDTH), [3])
+    session.step(outbound(session, torch.ones(3, WIDTH)))
     first, second, third, *again = silo.released(pb.Decode)
     assert [torch.equal(one, other) for one, other in zip(again, (first, second, third), strict=True)] == [True] * 3
     assert not torch.equal(first, second)

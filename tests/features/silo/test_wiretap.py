@@ -20,11 +20,12 @@ from isthmus.model.split import SplitForCausalLM
 from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.remote import RoundsClient
 from isthmus.silo.update import open_update
 from isthmus.wire import codec, frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
-from tests.conftest import Split, make_recipe, save_tiny_model
+from tests.conftest import Split, make_recipe, outbound, save_tiny_model
 from tests.oracle.twins import Inputs, prompts, ragged
 
 FORWARD, GRADIENT, UPDATE = 0.03, 0.002, 0.5
@@ -33,7 +34,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "min_new_tokens": 40, "max_new_tok
 FIELDS: dict[type[Message], set[str]] = {
     pb.Forward: {"step", "lengths", "hidden", "train", "examples"},
     pb.Keep: {"example", "hidden"},
-    pb.Backward: {"step", "gradient", "reply", "aside"},
+    pb.Backward: {"step", "gradient", "reply", "ascent_pass"},
     pb.Decode: {"session", "step", "lengths", "hidden", "forget", "rows"},
     pb.Matrix: {"codec", "rows", "width", "data"},
     pb.Begin: {"round", "participants"},
@@ -82,7 +83,7 @@ class Tapped:
 
     @property
     def boundary(self) -> Boundary:
-        return self.model.trunk.boundary
+        return self.model.boundary
 
     def keep_clean(self, module: Any, arguments: Any, inputs: dict[str, Any], output: Any) -> None:
         h_BLD = output.last_hidden_state.detach()
@@ -143,13 +144,13 @@ def assert_noised(released: list[torch.Tensor], clean: list[torch.Tensor], noise
 
 def train(silo: Tapped, steps: int = 3, side: str = "left") -> Iterator[tuple[Inputs, torch.Tensor]]:
     """Training steps with the trunk; gives each batch and its clean loss gradient, packed."""
-    silo.model.trunk.begin(1, ["a"])
+    RoundsClient(silo.model.trunk.channel).begin(1, ["a"])
     for number in range(1, steps + 1):
         batch = ragged(side, seed=number)
         silo.model(**batch).loss.backward()
         h_TD = tensor_of(next(a for a in reversed(silo.tap.answers) if isinstance(a, pb.Hidden)).hidden)
         yield batch, clean_gradient(silo.model, batch, h_TD)
-        silo.model.trunk.commit(1, number, 7.0)
+        RoundsClient(silo.model.trunk.channel).commit(1, number, 7.0)
 
 
 def clean_gradient(model: SplitForCausalLM, batch: Inputs, h_TD: torch.Tensor) -> torch.Tensor:
@@ -244,9 +245,9 @@ def test_a_replayed_session_sends_the_same_bytes_and_releases_nothing_twice(spli
     silo = tapped(split, recipe_of(folder, **NOISE))
     session = silo.model.trunk.open_session()
     for _ in range(2):
-        session.step(torch.ones(3, 32), [3])
+        session.step(outbound(session, torch.ones(3, 32)))
     silo.tap.call(pb.Close(session=session.id))  # as if the trunk had lost it
-    session.step(torch.ones(3, 32), [3])
+    session.step(outbound(session, torch.ones(3, 32)))
     first = [d for d in silo.tap.sent if frames.decode(d).HasField("decode")]
     assert first[3:] == first[:3]
     assert len(silo.ledger.releases) == 3

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from google.protobuf.message import Message
 
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, collate
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.events import Release
@@ -23,12 +24,12 @@ from isthmus.silo.drafting.bridge import Bridge
 from isthmus.silo.drafting.draft import Draft
 from isthmus.silo.join import Silo, greeting, join, known_data
 from isthmus.silo.pipeline import pipelined_step
-from isthmus.silo.trainer import SiloData, train_step
+from isthmus.silo.trainer import train_step
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel
-from tests.conftest import VOCABULARY
+from tests.conftest import VOCABULARY, outbound
 from tests.oracle.test_drafts import FarAway
 
 EPOCHS = 2
@@ -103,6 +104,7 @@ class Party:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         path = folder / "silo" / "ledger.jsonl"
+        self.recipe = recipe
         self.service = TrunkService(recipe, RoleDirectory(folder / "trunk"))
         self.channel = Watched(self.service, "a", greeting=greeting(Checkpoint(recipe.model.path), recipe))
         places = {"releases": folder / "silo" / "released", "records": folder / "silo" / "records"}
@@ -139,10 +141,10 @@ Act = Callable[[Party], None]
 def train(party: Party, step: Callable[..., Any] = train_step) -> None:
     parameters = [p for p in party.silo.model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.01)
-    party.silo.trunk.begin(1, ["a"])
+    party.silo.rounds.begin(1, ["a"])
     for number, batch in enumerate(party.batches() * EPOCHS, 1):
         step(party.silo.model, optimizer, batch)
-        party.silo.trunk.commit(1, number, 1.0)
+        party.silo.rounds.commit(1, number, 1.0)
 
 
 def micro_batches(party: Party) -> None:
@@ -163,7 +165,7 @@ def draft(party: Party) -> None:
     torch.manual_seed(0)
     model = party.silo.model
     assistant = Draft(model, Bridge(model.bottom), torch.arange(VOCABULARY))
-    assistant.pace = FarAway()
+    assistant.draft_length = FarAway()
     model.generate(**party.prompt(1), **LONG, assistant_model=assistant)
 
 
@@ -171,10 +173,10 @@ def draft(party: Party) -> None:
 def lose_a_session(party: Party) -> None:
     """The trunk loses it in the midst: all that was sent goes again."""
     session = party.silo.trunk.open_session()
-    width = party.silo.trunk.projected(torch.ones(1, 32)).shape[1]
+    width = party.recipe.boundary.width or 32
     draw = torch.Generator().manual_seed(0)
     for number in range(6):
-        session.step(torch.randn(24, width, generator=draw), [24])
+        session.step(outbound(session, torch.randn(24, width, generator=draw)))
         if number == 3:
             party.channel.call(pb.Close(session=session.id))
 

@@ -36,7 +36,7 @@ from tests.unit.trunk.talk import (
 @pytest.fixture
 def grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions rest soon."""
-    monkeypatch.setattr(sessions, "GRACE", SOON)
+    monkeypatch.setattr(sessions, "EVICTION_GRACE", SOON)
 
 
 def test_memory_never_exceeds_the_budget(build: Build, grace: None) -> None:
@@ -78,7 +78,7 @@ def test_a_waiting_session_goes_on_at_once_when_another_is_closed(build: Build) 
     decoded(a.send(1, 0, prompt(100)))
     waiting = b.send(1, 0, prompt(100))
     a.close(1)
-    assert waiting.result(sessions.GRACE / 2)
+    assert waiting.result(sessions.EVICTION_GRACE / 2)
 
 
 def test_nobody_is_evicted_for_a_session_that_would_not_fit_then_either(build: Build, grace: None) -> None:
@@ -139,7 +139,7 @@ def test_generating_with_little_room_gives_the_same_tokens(
     way: str, limit: str, split: Split, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three silos with room for one: they make room for one another, and replay."""
-    monkeypatch.setattr(sessions, "GRACE", SOON / 4)
+    monkeypatch.setattr(sessions, "EVICTION_GRACE", SOON / 4)
     positions, settings = WAYS[way]
     inputs = prompts((30,)) if way == "prompt-lookup" else prompts((9, 60))
     tight = make_recipe(model, silos=("a", "b", "c"), trunk={limit: 1 if limit == "sessions" else positions * BYTES})

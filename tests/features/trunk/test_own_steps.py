@@ -1,4 +1,4 @@
-"""Silos with steps of their own number, and passes aside that teach the adapter nothing."""
+"""Silos with steps of their own number, and ascent passes that teach the adapter nothing."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def uneven(model: Path, steps: int = 1, **trunk: float) -> Recipe:
     return recipe.model_copy(update={"silo": silos})
 
 
-def aside(silo: Silo, step: int, work: Work, *, reply: bool = True) -> Answer:
+def ascent_pass(silo: Silo, step: int, work: Work, *, reply: bool = True) -> Answer:
     gradient = codec.encode(tensors_of(work)[1], "fp32")
-    return silo.channel.submit(pb.Backward(step=step, gradient=gradient, reply=reply, aside=True))
+    return silo.channel.submit(pb.Backward(step=step, gradient=gradient, reply=reply, ascent_pass=True))
 
 
 def test_a_silo_that_is_done_leaves_the_steps_to_the_others(model: Path, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_silo_that_is_done_leaves_the_steps_to_the_others(model: Path, tmp_pat
     a.work(ONE)
     b.work(OTHER)
     assert [one.contributors for one in results([a.commit(1, 3.0), b.commit(1, 1.0)])] == [2, 2]
-    with pytest.raises(OutOfOrderError, match="optimizer step 2 of 1"):
+    with pytest.raises(OutOfOrderError, match="optimizer step 2; a round has 1"):
         a.commit(2, 3.0).result(WAIT)
     for step in (2, 3):
         b.work(OTHER)
@@ -91,7 +91,7 @@ def test_a_pass_aside_gives_its_inputs_gradient_and_teaches_nothing(model: Path,
         drill.begin(names=PAIR)
     a, b = (there.silos[name] for name in PAIR)
     results([a.forward(ONE), b.forward(OTHER)])
-    learned, told = b.backward(b.last, OTHER), aside(a, a.last, ONE)  # of one pass, and run backward together
+    learned, told = b.backward(b.last, OTHER), ascent_pass(a, a.last, ONE)  # of one pass, and run backward together
     first = decoded(told)
     results([learned])
     assert there.passes == [[3, 5, 4]]
@@ -114,6 +114,6 @@ def test_a_backward_for_nothing_is_refused(model: Path, tmp_path: Path) -> None:
     a = drill.silos["a"]
     results([a.forward(ONE)])
     with pytest.raises(FrameError, match="neither learned from nor answered"):
-        aside(a, a.last, ONE, reply=False).result(WAIT)
+        ascent_pass(a, a.last, ONE, reply=False).result(WAIT)
     results([a.backward(a.last, ONE)])
     drill.service.stop()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from isthmus.errors import OutOfOrderError, RoundLostError
-from isthmus.trunk.steps import Arrival
+from isthmus.trunk.sync_steps import Arrival
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
 from tests.unit.trunk.drill import Drill, recipe_of, results
@@ -43,7 +43,7 @@ def test_more_steps_than_a_round_has(model: Path, tmp_path: Path) -> None:
     drill.service._steps._commits.expect(("a",))
     drill.service._steps._done["b"] = -1  # far behind
     drill.service._steps._done["a"] = 1
-    with pytest.raises(OutOfOrderError, match="of 1"):
+    with pytest.raises(OutOfOrderError, match="a round has 1"):
         a.commit(2, 2.0).result(WAIT)
     drill.service.stop()
 

@@ -163,7 +163,7 @@ def test_overflow_is_the_error_of_the_silo_that_sent_it(drills: Drills) -> None:
     with drill.held():
         answers = {name: drill.silos[name].backward(1, FIRST[name]) for name in "abd"}
         wrong = drill.silos["c"].backward(1, FIRST["c"], times=5e37)
-    with pytest.raises(FrameError, match="the gradients of step 1 overflow"):
+    with pytest.raises(FrameError, match="the gradients of step 1 are not finite"):
         wrong.result(LONG)
     replies = {name: decoded(answer) for name, answer in answers.items()}
     assert all(reply is not None and reply.isfinite().all() for reply in replies.values())
@@ -183,7 +183,7 @@ def test_an_unknown_step_is_the_error_of_the_silo_that_named_it(drills: Drills, 
         wrong = [drill.silos[name].backward(9, FIRST[name]) for name in "ac"]
         answers = [drill.silos[name].backward(1, FIRST[name]) for name in "bd"]
     for answer in wrong:
-        with pytest.raises(UnknownStepError, match="no step 9"):
+        with pytest.raises(UnknownStepError, match="step 9 is not open"):
             answer.result(LONG)
     results(answers)
     results([drill.silos[name].backward(1, FIRST[name]) for name in "ac"])

@@ -48,7 +48,7 @@ def test_the_root_needs_no_weights(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("buffer", "kind"), [(None, Rounds), (2, Buffered)])
 def test_a_buffer_takes_the_place_of_rounds(folder: Path, tmp_path: Path, buffer: int | None, kind: type) -> None:
-    federation = {} if buffer is None else {"buffer": buffer}
+    federation = {} if buffer is None else {"asynchronous": buffer}
     assert isinstance(root_of(recipe_of(folder, federation=federation), tmp_path).rounds, kind)
 
 
@@ -63,7 +63,7 @@ def test_a_ping_is_answered_and_the_trunks_frames_are_not(folder: Path, tmp_path
 
 def test_keys_that_a_silo_did_not_sign_are_refused(folder: Path, tmp_path: Path) -> None:
     authority = Authority()
-    service = root_of(recipe_of(folder, federation={"masks": True}), tmp_path, identity=authority.issue("root"))
+    service = root_of(recipe_of(folder, federation={"secure": True}), tmp_path, identity=authority.issue("root"))
     own = offer.signed(authority.issue("a"), **KEYS)
     service.handle("a", pb.Ready(keys=own))
     with pytest.raises(IdentityError):

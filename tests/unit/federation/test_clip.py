@@ -22,7 +22,7 @@ FORMAT = SumFormat(Layout({"x": (3,)}), Ring(SILOS, 1.0), All(3), tells=1)
 
 
 def clip(**section: Any) -> Clip:
-    noised = {"masks": True, "weights": "equal", "noise": {"epsilon": 8.0}, "clip": {"norm": 0.5, **section}}
+    noised = {"secure": True, "weights": "equal", "noise": {"epsilon": 8.0}, "clip": {"norm": 0.5, **section}}
     lora = {"lora": "alternating"} if "quantile" in section else {}
     recipe = make_recipe(Path("none"), silos=("a", "b", "c", "d"), federation={**noised, **lora})
     return Clip(recipe.federation)

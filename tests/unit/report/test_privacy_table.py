@@ -55,6 +55,6 @@ def test_a_ledger_that_was_edited_shows_no_figure(run: RunDirectory) -> None:
 
 
 def test_the_root_is_among_them_where_it_noises(tmp_path: Path) -> None:
-    noise = {"masks": True, "weights": "equal", "noise": {"epsilon": 8.0, "where": "root"}, "clip": {"norm": 1.0}}
+    noise = {"secure": True, "weights": "equal", "noise": {"epsilon": 8.0, "where": "root"}, "clip": {"norm": 1.0}}
     made = RunDirectory.create(tmp_path, make_recipe(Path("none"), silos=("a", "b", "c"), federation=noise))
     assert [told.silo for told in read_statements(made)] == ["a", "b", "c", "root"]

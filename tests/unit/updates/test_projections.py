@@ -68,3 +68,8 @@ def test_the_mixing_matrix_is_sylvesters() -> None:
 def test_a_row_of_another_length_is_refused(kind: str) -> None:
     with pytest.raises((IndexError, RuntimeError)):
         made(kind).project(row(size=KEPT // 2)) if kind == "random-k" else made(kind).project(row(size=2 * BLOCK + 1))
+
+
+def test_mixing_twice_gives_the_row_again() -> None:
+    one = row(size=3 * BLOCK).float()
+    torch.testing.assert_close(projections._mixed(projections._mixed(one)), one)

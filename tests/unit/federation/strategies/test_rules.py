@@ -17,7 +17,7 @@ from isthmus.federation.strategies.neighbours import Mixed
 from isthmus.federation.strategies.rules import CenteredClipping, Rule
 from isthmus.federation.strategies.strategy import RULES, Strategy
 from isthmus.recipe import FederationSection
-from isthmus.recipe.robustness import RuleName, fewest
+from isthmus.recipe.sections.federation.robust import RuleName, fewest
 from tests.unit.federation.strategies.oracles import ORACLES, mixed, spread
 
 WILD = 3e38
@@ -233,7 +233,7 @@ def contributions(changes_NP: torch.Tensor, weights: list[float] | None = None) 
 
 def section(rule: str, **keys: Any) -> FederationSection:
     trusted = {"trusted": "silo-0"} if rule == "fltrust" else {}
-    return FederationSection.model_validate({"rule": rule, **trusted, **keys})
+    return FederationSection.model_validate({"robust": {"rule": rule, **trusted, **keys}})
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_too_few_are_refused(keys: dict[str, Any], enough: int) -> None:
 
 @pytest.mark.parametrize(("malicious", "count", "faults"), [(0.2, 3, 1), (0.2, 10, 2), (0.29, 100, 29), (0.3, 19, 5)])
 def test_a_share_in_whole_contributions(malicious: float, count: int, faults: int) -> None:
-    assert section("median", malicious=malicious).faults(count) == faults
+    assert section("median", malicious=malicious).robust.faults(count) == faults
 
 
 @pytest.mark.parametrize("keys", [{"rule": "median"}, {"rule": "norm-bound"}, {"rule": "mean", "mix": True}], ids=str)

@@ -28,7 +28,7 @@ def rounds(draw: st.DrawFn) -> torch.Tensor:
 
 
 def section(kind: str, bound: float = 2.0, masks: bool = False) -> FederationSection:
-    return FederationSection.model_validate({"weights": {"kind": kind, "bound": bound}, "masks": masks})
+    return FederationSection.model_validate({"weights": {"kind": kind, "bound": bound}, "secure": masks})
 
 
 def contributions(
@@ -126,7 +126,7 @@ def test_whatever_silos_send_their_shares_are_bounded(
     qualities = data.draw(st.lists(st.floats(0.0, 1.0), min_size=count, max_size=count))
     sent = contributions(changes_NP, claimed, qualities)
     for kind in COMPUTED:
-        shares_N = shares(section(kind, bound), sent, changes_NP, History())
+        shares_N = shares(section(kind, bound).weights, sent, changes_NP, History())
         assert float(shares_N.sum()) == pytest.approx(1.0)
         assert float(shares_N.min()) > 0
         assert float(shares_N.max()) <= bound / count * (1 + 1e-9)
@@ -135,12 +135,15 @@ def test_whatever_silos_send_their_shares_are_bounded(
 def test_what_a_silo_claims_counts_as_the_recipe_says() -> None:
     changes_NP = torch.zeros(3, 2)
     sent = contributions(changes_NP, [6.0, 3.0, 0.5])
-    assert shares(section("examples"), sent, changes_NP, History()).tolist() == pytest.approx(
-        [6 / 9.5, 3 / 9.5, 0.5 / 9.5]
-    )
-    assert shares(section("equal"), sent, changes_NP, History()).tolist() == pytest.approx([0.4, 0.4, 0.2])
-    summed = shares(section("equal", masks=True), sent, changes_NP, History())  # cohorts, whose shares add up
-    assert summed.tolist() == pytest.approx([6 / 9.5, 3 / 9.5, 0.5 / 9.5])
+    cases = {
+        section("examples"): [6 / 9.5, 3 / 9.5, 0.5 / 9.5],
+        section("equal"): [0.4, 0.4, 0.2],
+        section("equal", masks=True): [6 / 9.5, 3 / 9.5, 0.5 / 9.5],  # cohorts, whose shares add up
+    }
+    for asked, expected in cases.items():
+        strategy = Strategy(asked)
+        strategy.next({"x": torch.zeros(2)}, sent)
+        assert list(strategy.shares.values()) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["examples", "equal", *COMPUTED])
