@@ -28,7 +28,7 @@ SILOS = ("a", "b", "c", "d")
 
 
 def recipe_of(noise: dict[str, Any], **federation: Any) -> Recipe:
-    values = {"masks": True, "weights": "equal", "noise": noise, "clip": {"norm": 1.0}, **federation}
+    values = {"secure": True, "weights": "equal", "noise": noise, "clip": {"norm": 1.0}, **federation}
     return make_recipe(Path("none"), silos=SILOS, federation=values, root={"minimum": 3}, train={"rounds": 5})
 
 
