@@ -57,5 +57,5 @@ def test_silos_of_a_killed_edge_go_on_with_its_sibling(tmp_path: Path, commands:
 def test_an_edge_that_the_recipe_does_not_know(tmp_path: Path, commands: Commands) -> None:
     path = recipe(tmp_path, "known", edge=EDGES)
     commands.run("edge", path, "middle", "--run-dir", tmp_path / "run").failed("no edge 'middle'", "left, right")
-    for told, words in (("middle=localhost:1", "no edge 'middle'"), ("left", "no address is named")):
+    for told, words in (("middle=localhost:1", "no edge 'middle'"), ("left", "--edge left has no address")):
         commands.run("silo", path, "a", "--run-dir", tmp_path / "run", "--edge", told).failed(words)
