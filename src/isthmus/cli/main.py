@@ -214,7 +214,7 @@ def attack(
     references: Annotated[int, typer.Option(min=0, help="Reference models for membership inference.")] = 2,
     device: Annotated[str, typer.Option(help="The device of the attacks: cpu, cuda, cuda:1 or auto.")] = "cpu",
 ) -> None:
-    """Attack a run or a recipe: what does an adversary recover of a silo's text?"""
+    """Attack a run or a recipe, to measure what an adversary recovers of a silo's text."""
     from isthmus.audit.extra import require_extra
 
     require_extra()

@@ -243,9 +243,8 @@ class _Mover:
         slope_LE = self._likelihood.slope(self._template.filled(text), z_KD)[first : first + len(text)]
         embedding_VE, now_L = self._knowledge.embedding, torch.tensor(text)
         gain_LV = power * (slope_LE @ embedding_VE.T - (slope_LE * embedding_VE[now_L]).sum(dim=1, keepdim=True))
-        gain_LV = (
-            gain_LV / gain_LV.abs().amax().clamp_min(10.0) * 10.0
-        )  # the first-order gain is valid only nearby, so its size is limited
+        # The first-order gain is valid only nearby, so its size is limited.
+        gain_LV = gain_LV / gain_LV.abs().amax().clamp_min(10.0) * 10.0
         prior_LV = prior_LV[: len(text)]
         proposed = dict.fromkeys(_best(gain_LV + prior_LV, count // 3) + _best(gain_LV, count // 3))
         for _ in range(count - 2 * (count // 3)):

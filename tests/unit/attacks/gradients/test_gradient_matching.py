@@ -130,7 +130,7 @@ def test_signs_are_what_adamw_s_first_step_makes(folder: Path) -> None:
 
 def test_unusable_updates_are_named(folder: Path) -> None:
     victim = Victim(folder)
-    with pytest.raises(DataError, match="zeros"):
+    with pytest.raises(DataError, match="the update is zero"):
         GradientMatcher(victim.gradient_of, {"x": torch.zeros(2)}, victim.embedding_VD)
     with pytest.raises(DataError, match="no gradient of y"):
         GradientMatcher(victim.gradient_of, {"y": torch.ones(2)}, victim.embedding_VD).match(len(TEXT) + 1)

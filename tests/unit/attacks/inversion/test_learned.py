@@ -78,7 +78,7 @@ def test_writing_with_a_cache_is_reading_everything_anew(attacked: Attacked) -> 
     rows = [crossing.hidden_LD for crossing in view.crossings[:3]]
     decoder = Decoder(Knowledge(view).language_model, torch.cat(rows), DecoderSettings(width=32, heads=2)).eval()
     torch.nn.init.normal_(decoder._out.weight)
-    for row, found in zip(rows, decoder.written(rows, [6, 7, 8]), strict=True):
+    for row, found in zip(rows, decoder.generate(rows, [6, 7, 8]), strict=True):
         ids = [decoder.begin]
         for _ in range(8):
             said_BWE = decoder.read(torch.tensor([ids]))
@@ -139,5 +139,5 @@ def test_the_published_attack_learns_what_comes_next_and_mended_what_is_there(at
 def test_the_published_attack_needs_whole_vectors(attacked: Attacked) -> None:
     view, _ = attacked()
     for matrix, last in ((torch.eye(32)[:, :20], None), (torch.eye(32), 1)):
-        with pytest.raises(AttackError, match="every token's whole vector"):
+        with pytest.raises(AttackError, match="all tokens at the model's width"):
             run_published_decoder(Knowledge(changed(view, matrix, last)))
