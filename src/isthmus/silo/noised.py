@@ -55,7 +55,7 @@ class NoisedUpdates(MaskedUpdates):
 
     def send(self, update: pb.Update) -> None:
         living = self._root.call(update)
-        if isinstance(living, pb.Living):
+        if isinstance(living, pb.Survivors):
             if (count := self._member.summed(living.alive)) < self._fewest:
                 raise ProtocolError(
                     f"a sum of {count} silos has less noise than that of the {self._fewest} that it needs",

@@ -18,10 +18,11 @@ from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Advert, Member, Terms
 from isthmus.updates.projections import Projection
 from isthmus.updates.quantize import Ring, Whole
-from isthmus.wire import codec, offer
+from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
 from isthmus.wire.identity import Identity
+from isthmus.wire.sum_keys import sign_keys, verify_keys
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -142,7 +143,7 @@ class MaskedUpdates:
     def offer(self) -> pb.SumKeys:
         self._member = Member(self._identity.name)
         advert = self._member.advert
-        return offer.signed(self._identity, sealing=advert.sealing, masking=advert.masking, promise=advert.promise)
+        return sign_keys(self._identity, sealing=advert.sealing, masking=advert.masking, commitment=advert.promise)
 
     def affordable(self) -> bool:
         return self._boundary.update_affordable()
@@ -153,8 +154,8 @@ class MaskedUpdates:
             raise ProtocolError("a plan with keys of silos that have no part", remedy="give all parties one recipe")
         for name, keys in plan.keys.items():
             if name != self._identity.name:  # to its own this silo deals only if they are what it offered
-                offer.verify(self._identity, name, keys)
-        adverts = {name: Advert(keys.sealing, keys.masking, keys.promise) for name, keys in plan.keys.items()}
+                verify_keys(self._identity, name, keys)
+        adverts = {name: Advert(keys.sealing, keys.masking, keys.commitment) for name, keys in plan.keys.items()}
         sealed = self._member.deal(Terms(plan.sum, adverts))
         self._dealt = self._root.submit(pb.Deal(round=plan.round, sealed=sealed))
 
@@ -177,11 +178,11 @@ class MaskedUpdates:
 
     def send(self, update: pb.Update) -> None:
         living = self._root.call(update)
-        if isinstance(living, pb.Living):
+        if isinstance(living, pb.Survivors):
             self._reveal(update, living)
 
-    def _reveal(self, update: pb.Update, living: pb.Living) -> None:
-        shares = self._member.reveal(living.alive, living.dead)
+    def _reveal(self, update: pb.Update, living: pb.Survivors) -> None:
+        shares = self._member.reveal(living.alive, living.dropped)
         self._root.call(pb.Reveal(round=update.round, shares=shares))
 
     def state_dict(self) -> dict[str, Any]:
