@@ -101,7 +101,9 @@ def test_a_silo_whose_trunk_never_comes_says_so(isthmus: Call, tmp_path: Path) -
     recipe = write_federation(tmp_path, wire={"deadline": 1.0}, trunk={"address": f"localhost:{free_port()}"})
     isthmus("certificates", recipe).succeeded()
     ended = isthmus("silo", recipe, "north", "--run-dir", tmp_path / "run")
-    ended.failed(f"error: no connection to trunk at {Recipe.read(recipe).trunk.address} for", "check its address in the recipe")
+    ended.failed(
+        f"error: no connection to trunk at {Recipe.read(recipe).trunk.address} for", "check its address in the recipe"
+    )
 
 
 class Federation:

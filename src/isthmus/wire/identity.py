@@ -100,7 +100,7 @@ class Identity:
         except InvalidSignature as error:
             raise IdentityError(
                 f"the signature of {name} is not valid for the data received",
-                remedy=f"give {name} its own certificate and key, or leave it out of the recipe",
+                remedy=f"check the certificate and key of {name}; if they are its own, the data was changed on the way",
             ) from error
 
     @cached_property
