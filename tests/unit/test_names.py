@@ -35,6 +35,7 @@ SHARED = {
     "Scores": "scores of an attack; of the demo",
     "Shield": "a protocol and its implementation",
     "Span": "a subspace; characters with a class",
+    "Tensors": "tensors by name, as a mapping or a dictionary",
     "TINY": "smallest divisors",
     "Tokens": "tokens found by an attack; a tokenized row",
     "UNSEEN": "scores of tokens without data",
