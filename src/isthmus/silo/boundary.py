@@ -64,14 +64,13 @@ class Boundary:
         self.released = released
         self._noise: Noise = SecretNoise() if generator is None else SeededNoise(generator)
         self._rounding = generator or secret_generator()
+        self.clips = section.forward.clip > 0
+        """Whether hidden states are clipped before they leave."""
+        self.limited = self.budget.limited or self.records.limited
+        """Whether anything limits what a record or the silo is charged."""
         self.released_bytes: Counter[str] = Counter()
         """Payload bytes that left, by path."""
         self.admitted_bytes = 0
-
-    @property
-    def clips(self) -> bool:
-        """Whether hidden states are clipped before they leave."""
-        return self._mechanisms["forward"].clip > 0
 
     def release(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> pb.Matrix:
         """Secure ``h_TD`` and encode it; from here on it may leave, as often as the wire needs.
@@ -170,7 +169,7 @@ class Boundary:
             forwards: times that the hidden states leave. An example that is released once leaves once, or never again.
             gradients: times that loss gradients leave, if the recipe lets any leave.
         """
-        if not (self.budget.limited or self.records.limited):
+        if not self.limited:
             return [True] * len(rows)
         subjects, released = self.records.subjects(rows, lengths), self.released
         costs = []
