@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-SPEED := boundary draft foundation generation latency release replay sessions silos together
+SPEED := boundary draft foundation generation latency release replay sessions silos together walks
 PRIVACY := defences frontier privacy updates
 FEDERATED := demo federation
 BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED)
@@ -24,8 +24,8 @@ BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED)
 demo: .venv/demo  ## Four silos train one model on this machine; QUICK=1 leaves out the baselines
 	$(BIN)/isthmus demo $(if $(QUICK),--quick)
 
-test: .venv/demo  ## All tests, a file a process and core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+test: .venv/demo  ## All tests, file by file on one process more than cores, the longest first
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 5 --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready  ## What CI checks before the tests
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ class Way:
     at_least: float | None = 20.0
 
     def of(self, *, masks: bool) -> Compression:
-        values = {"compression": self.name, "bits": self.bits, "keep": self.keep, "masks": masks}
+        values = {"compression": {"kind": self.name, "bits": self.bits, "keep": self.keep}, "secure": masks}
         return Compression(FederationSection.model_validate(values), seed=0)
 
     def __str__(self) -> str:

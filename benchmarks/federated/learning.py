@@ -103,7 +103,7 @@ def federate(recipe: Recipe, folder: Path, *, malicious: Collection[str] = (), c
     Args:
         malicious: silos that send what ``craft`` makes of the others' changes in place of their own.
     """
-    if recipe.federation.masks:
+    if recipe.federation.secure.masks:
         certificates = folder / "certificates"
         make_certificates(recipe, certificates)
         recipe = recipe.model_copy(update={"wire": recipe.wire.model_copy(update={"certificates": str(certificates)})})
@@ -123,7 +123,7 @@ def federate(recipe: Recipe, folder: Path, *, malicious: Collection[str] = (), c
         }
         worker = Worker(recipe, name, run.role(name), **ways)
         if plot:
-            worker._aggregator_client = Overheard(worker._aggregator_client, plot, name)  # type: ignore[assignment]
+            worker._aggregator = Overheard(worker._aggregator, plot, name)  # type: ignore[assignment]
         worker.run()
         worker.close()
         return worker._silo.boundary.released_bytes["update"] / recipe.train.rounds

@@ -133,7 +133,7 @@ def recipe(silos: int) -> Recipe:
         {
             "model": {"path": "none"},
             "boundary": {path: {"noise": 0.0} for path in ("forward", "gradient", "update")},
-            "federation": {"masks": True, "range": RANGE},
+            "federation": {"secure": {"masks": True, "range": RANGE}},
             "train": {"rounds": 1, "evaluate": False},
             "edge": [
                 {"name": f"edge-{number}", "address": "none:1", "silos": cohort, "minimum": 3, "patience": 3600.0}

@@ -17,10 +17,10 @@ from isthmus.attacks.score import share
 from isthmus.audit.attack import AttackPlan, run_attacks
 from isthmus.audit.judge import AttackResult
 from isthmus.audit.target import Target
-from isthmus.privacy.reading import Reading
+from isthmus.privacy.detokenizer import Detokenizer
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SensitivitySection
-from isthmus.recipe.sensitivity import DETECTED, DETECTORS
+from isthmus.recipe.sections.sensitivity import DETECTED, DETECTORS
 from isthmus.silo.join import load_tokenizer
 
 Values = dict[str, Any]
@@ -96,7 +96,7 @@ class Detected:
 
     def __call__(self, row: Sequence[int]) -> list[bool]:
         if tuple(row) not in self._masks:
-            reading = Reading(self._sensitivity, self._tokenizer.decode)
+            reading = Detokenizer(self._sensitivity, self._tokenizer.decode)
             reading.extend(row)
             self._masks[tuple(row)] = [number > 0 for number in reading.classes]
         return self._masks[tuple(row)]

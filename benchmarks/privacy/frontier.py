@@ -42,7 +42,7 @@ from isthmus.audit.target import Target
 from isthmus.data.silo_data import SiloData
 from isthmus.demo.assets import smollm2
 from isthmus.model.device import find_device
-from isthmus.privacy.reading import Reading
+from isthmus.privacy.detokenizer import Detokenizer
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SensitivitySection
 from isthmus.silo.join import load_tokenizer
@@ -251,7 +251,7 @@ def template_tokens(prompts: Sequence[Sequence[int]]) -> int:
 
 def sensitive(bench: Scenario, sensitivity: Sensitivity, tokens: Sequence[int]) -> list[bool]:
     """Which tokens stand for names, dates, numbers and the like."""
-    reading = Reading(sensitivity, bench.tokenizer.decode)
+    reading = Detokenizer(sensitivity, bench.tokenizer.decode)
     reading.extend(tokens)
     return [number > 0 for number in reading.classes]
 

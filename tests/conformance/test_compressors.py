@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from isthmus.errors import FrameError, RecipeError
 from isthmus.recipe import FederationSection
-from isthmus.recipe.sections import UNDER_MASKS
+from isthmus.recipe.sections.federation.compression import UNDER_MASKS
 from isthmus.updates import compression
 from isthmus.updates.compression import CODECS, GAPS, Compression, Compressor, ErrorFeedback
 from isthmus.updates.projections import BLOCK, random_k
@@ -38,8 +38,9 @@ ROUNDING = {4: 2**0.5 / 7, 8: 2**0.5 / 127, 16: 2**-11, 32: 1e-6}
 NAMES = ("y", "x")
 
 
-def of(name: str, bits: int | None, **section: Any) -> Compression:
-    return Compression(FederationSection.model_validate({"compression": name, "bits": bits, "keep": KEEP, **section}))
+def of(name: str, bits: int | None, secure: dict[str, Any] | None = None, **section: Any) -> Compression:
+    compression = {"kind": name, "bits": bits, "keep": KEEP, **section}
+    return Compression(FederationSection.model_validate({"compression": compression, "secure": secure or {}}))
 
 
 def compressor(name: str, bits: int, size: int = P, round: int = 1, **section: Any) -> Compressor:
@@ -201,7 +202,7 @@ def test_what_waits_for_another_model_is_refused() -> None:
 @pytest.mark.parametrize(("name", "bits"), LINEAR)
 def test_the_sum_of_what_silos_encode_decodes_to_the_sum_of_what_they_decode(name: str, bits: int) -> None:
     silos = 7
-    way = of(name, bits, masks=True, range=0.05)
+    way = of(name, bits, {"masks": True, "range": 0.05})
     ring, projection = way.ring(silos), way.projection(P, 3)
     rows = [ring.encode(projection.project(drawn(seed=seed)).numpy()) for seed in range(silos)]
     words = np.add.reduce([ring.read(ring.written(ring.pack(row_K)), projection.size) for row_K in rows])

@@ -169,10 +169,10 @@ class Scenario:
         """
         target, recipe = self._target, self._target.recipe
         if adversary == "aggregator":
-            if recipe.federation.masks:
+            if recipe.federation.secure.masks:
                 raise AttackError(
                     "with masks the aggregator sees no single update, only their sum",
-                    remedy="set federation.masks = false to measure what the masks hide",
+                    remedy="set federation.secure.masks = false to measure what the masks hide",
                 )
             updates = capture_round(target, self.victim)
             return aggregator_view(recipe, self._folder, updates, target.shared())

@@ -86,6 +86,10 @@ class Batch:
         """Keyword arguments for a causal model's forward with a loss."""
         return {**self.unsupervised(), **self.supervision()}
 
+    def places(self) -> dict[str, Any]:
+        """Mask and positions, for a forward without cache."""
+        return {"attention_mask": self.attention_mask, "position_ids": self.position_ids, "use_cache": False}
+
     def unsupervised(self) -> dict[str, Any]:
         """Keyword arguments for a causal model's forward without a loss."""
         return {

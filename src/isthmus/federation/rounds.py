@@ -46,7 +46,7 @@ class Rounds:
         """Why the phase is ``FAILED``; every child that asks is told."""
         self._planner = planner
         self._node = recipe.tree.node(name)
-        self._masks, self._compression = recipe.federation.masks, Compression.of(recipe)
+        self._masks, self._compression = recipe.federation.secure.masks, Compression.of(recipe)
         self._offers_keys = self._masks and recipe.tree.leaf(name)
         self._silos = frozenset(silo.name for silo in recipe.silo)
         self._lock = threading.RLock()

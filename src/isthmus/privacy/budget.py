@@ -31,6 +31,11 @@ class Budget:
         self._silo = math.inf if section.silo_epsilon is None else section.silo_epsilon
 
     @property
+    def limited(self) -> bool:
+        """Whether this recipe limits what a record or the silo is charged; classes of text may have limits besides."""
+        return self._record < math.inf or self._silo < math.inf
+
+    @property
     def epsilon(self) -> float:
         """Of the worst record so far; at most a little more than it is, where mechanisms are mixed."""
         return self.accountant.quick_worst()
@@ -66,7 +71,7 @@ class Budget:
         Args:
             costs: of each sequence, its charges for all it is to send.
         """
-        if self._record == self._silo == math.inf and subjects.budgets is None:
+        if not self.limited and subjects.budgets is None:
             return [True] * len(costs)
         limits, told = self._limits(subjects), []
         records: dict[str, Account] = {}

@@ -127,7 +127,7 @@ def updates(recipe: Recipe, name: str, boundary: Boundary, root: Channel) -> Upd
         IdentityError: they are to be masked, and the silo's certificate is unusable.
     """
     compression = Compression.of(recipe)
-    if not recipe.federation.masks:
+    if not recipe.federation.secure.masks:
         return OpenUpdates(boundary, root, compression)
     identity = Identity.load(Path(recipe.wire.certificates), name)
     if compression.noise is not None:

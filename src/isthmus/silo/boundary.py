@@ -1,4 +1,4 @@
-"""The boundary: the silo's only exit for tensors. It asks the budget, clips, adds noise, encodes, notes the release.
+"""The boundary: the silo's only exit for tensors. It checks budgets, clips, adds noise, encodes, records the release.
 
 Shapes: T tokens, D width, P parameters.
 """
@@ -6,7 +6,7 @@ Shapes: T tokens, D width, P parameters.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,8 @@ from isthmus.privacy.mechanisms import Mechanism, mechanism_of
 from isthmus.privacy.noise import Noise, SecretNoise, SeededNoise, secret_generator
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection
+from isthmus.silo.records import Records
+from isthmus.silo.released import Released
 from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -31,8 +33,10 @@ class Boundary:
 
     Args:
         section: mechanism and codec of each path.
-        ledger: notes each release before it leaves.
-        budget: what may still leave; no limit by default.
+        ledger: records each release before it leaves; in memory by default.
+        budget: limits what may still leave; no limit by default.
+        records: finds the record that a sequence belongs to; by default without a silo's data.
+        released: the examples of a silo that releases each of them once; None: hidden states leave at every forward.
         generator: in place of the secret noise, one whose draws can be repeated.
     """
 
@@ -42,9 +46,12 @@ class Boundary:
         ledger: Ledger | None = None,
         *,
         budget: Budget | None = None,
+        records: Records | None = None,
+        released: Released | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self._codec = section.codec
+        self._gradients = section.gradients
         self._mechanisms: dict[Path, Mechanism] = {
             "forward": mechanism_of(section.forward),
             "gradient": mechanism_of(section.gradient),
@@ -52,20 +59,27 @@ class Boundary:
         }
         self.ledger = ledger or MemoryLedger()
         self.budget = budget or Budget()
+        self.records = records or Records()
+        self.released = released
         self._noise: Noise = SecretNoise() if generator is None else SeededNoise(generator)
         self._rounding = generator or secret_generator()
         self.released_bytes: Counter[str] = Counter()
         """Payload bytes that left, by path."""
         self.admitted_bytes = 0
 
+    @property
+    def clips(self) -> bool:
+        """Whether hidden states are clipped before they leave."""
+        return self._mechanisms["forward"].clip > 0
+
     def release(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> pb.Matrix:
         """Secure ``h_TD`` and encode it; from here on it may leave, as often as the wire needs.
 
         Args:
-            subjects: whom its rows are about.
+            subjects: the records of its rows.
 
         Raises:
-            BudgetExhausted: a record's budget, or the silo's, does not bear it. Nothing is charged, nothing leaves.
+            BudgetExhausted: a record's budget, or the silo's, does not allow it. Nothing is charged, nothing leaves.
         """
         event, secured = self._secure(h_TD, path, step, subjects)
         if path == "gradient":
@@ -74,6 +88,29 @@ class Boundary:
             matrix = codec.encode(secured, self._codec.forward_up)
         self._note(event, len(matrix.data))
         return matrix
+
+    def release_example(self, number: int, h_LW: torch.Tensor, step: int, subjects: Subjects) -> pb.Matrix:
+        """Release an example's hidden states for good: the bytes stay on the silo's disk, too, for ``again``.
+
+        Raises:
+            BudgetExhausted: as in ``release``.
+            DiskFullError: the disk has no room for the ledger's line or the bytes. Nothing leaves.
+        """
+        assert self.released is not None
+        matrix = self.release(h_LW, "forward", step, subjects)
+        self.released.write(number, matrix)
+        return matrix
+
+    def again(self, numbers: Iterable[int]) -> Iterator[pb.Keep]:
+        """The frames of examples as they were when they were released (see ``Released.again``)."""
+        assert self.released is not None
+        return self.released.again(numbers)
+
+    def noise_in(self, matrix: pb.Matrix, h_TW: torch.Tensor, subjects: Subjects) -> torch.Tensor:
+        """The noise in a release of ``h_TW``: what mechanism and codec added after clipping, ``[T, W]``."""
+        rows, width = h_TW.shape
+        arrived = codec.decode(matrix, rows=rows, width=width, codec=self._codec.forward_up, device=h_TW.device)
+        return arrived.to(h_TW) - self.clipped(h_TW.detach(), "forward", subjects)
 
     def clipped(self, h_TD: torch.Tensor, path: Path, subjects: Subjects) -> torch.Tensor:
         """The tensor as it will be clipped, with a gradient, so that what is learned knows of the clipping."""
@@ -121,25 +158,33 @@ class Boundary:
             self._note(event, 0)
         return update
 
-    def affordable(self, subjects: Subjects, forward: Sequence[int], *, gradient: int = 1) -> list[bool]:
-        """For each sequence, whether it can be borne that what it sends leaves.
+    def affordable(
+        self,
+        rows: list[list[int]],
+        lengths: list[int],
+        *,
+        forwards: int = 1,
+        gradients: int = 1,
+    ) -> list[bool]:
+        """For each sequence of token ids, whether the privacy budgets allow that its last ``lengths`` tokens cross.
 
         Args:
-            forward: of each sequence, how often its hidden states are to leave.
-            gradient: how often the gradients of all are.
+            forwards: times that the hidden states leave. An example that is released once leaves once, or never again.
+            gradients: times that loss gradients leave, if the recipe lets any leave.
         """
+        if not (self.budget.limited or self.records.limited):
+            return [True] * len(rows)
+        subjects, released = self.records.subjects(rows, lengths), self.released
         costs = []
-        for number, (record, length) in enumerate(zip(subjects.records, subjects.lengths, strict=True)):
-            one = Subjects((record,), (length,), _rows_of(subjects, number))
-            leave: dict[Path, int] = {"forward": forward[number], "gradient": gradient}
-            costs.append(
-                [
-                    charge
-                    for path in leave
-                    if leave[path]
-                    for charge in self._mechanisms[path].event(path, 0, one, 0).charges * leave[path]
-                ]
-            )
+        for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            one, times = subjects.of(place), forwards
+            if released is not None and forwards:
+                times = 0 if released.number(row, length) in released else 1
+            charges: list[Charge] = []
+            for path, count in (("forward", times), ("gradient", gradients if self._gradients else 0)):
+                if count:
+                    charges += self._mechanisms[path].event(path, 0, one, 0).charges * count  # type: ignore[index, arg-type]
+            costs.append(charges)
         return self.budget.affordable(costs, subjects)
 
     def update_affordable(self, charge: Charge | None = None) -> bool:
@@ -151,38 +196,29 @@ class Boundary:
         charges = (charge,) if charge else self._mechanisms["update"].event("update", 0, WHOLE, 0).charges
         return all(self.budget.affordable([charges], WHOLE))
 
-    def admit(self, matrix: pb.Matrix, path: Path, like_TD: torch.Tensor) -> torch.Tensor:
-        """A tensor that came in on this path, which must have the shape of ``like_TD``; on its device and in its dtype.
+    def admit(self, matrix: pb.Matrix, path: Path, shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+        """A tensor that came in on this path, on the device and in the dtype of ``like``.
+
+        Args:
+            shape: the rows and the width that it must have.
 
         Raises:
             FrameError: it is anything else.
         """
-        rows, width = like_TD.shape
+        rows, width = shape
         self.admitted_bytes += len(matrix.data)
         name = self._codec.gradient_down if path == "gradient" else self._codec.forward_down
-        return codec.decode(matrix, rows=rows, width=width, codec=name, device=like_TD.device).to(like_TD)
-
-    def reread(self, matrix: pb.Matrix, like_TD: torch.Tensor) -> torch.Tensor:
-        """Hidden states that were released from a tensor of this shape, as the trunk reads them."""
-        rows, width = like_TD.shape
-        name = self._codec.forward_up
-        return codec.decode(matrix, rows=rows, width=width, codec=name, device=like_TD.device).to(like_TD)
+        return codec.decode(matrix, rows=rows, width=width, codec=name, device=like.device).to(like)
 
     def _secure(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> tuple[Release, torch.Tensor]:
         mechanism = self._mechanisms[path]
         event = mechanism.event(path, step, subjects, h_TD.shape[1])
-        self.budget.require(event, subjects)
+        if self.budget.limited or subjects.budgets is not None:
+            self.budget.require(event, subjects)
         return event, mechanism.secure(h_TD, subjects, self._noise)
 
     def _note(self, event: Release, size: int) -> None:
         event = replace(event, size=size)
         self.ledger.record(event)
-        self.budget.note(event)
+        self.budget.accountant.note(event)
         self.released_bytes[event.path] += size
-
-
-def _rows_of(subjects: Subjects, number: int) -> torch.Tensor | None:
-    """The noise factors of one sequence's rows."""
-    if subjects.factors_T is None:
-        return None
-    return torch.split(subjects.factors_T, list(subjects.lengths))[number]

@@ -9,11 +9,11 @@ import numpy as np
 
 from isthmus.errors import ProtocolError
 from isthmus.privacy.discrete import discrete_gaussian
+from isthmus.privacy.distributed_gaussian import without_noise
 from isthmus.privacy.events import ALL, Charge, Release
 from isthmus.privacy.noise import Noise, SecretNoise
-from isthmus.privacy.summed import naked
 from isthmus.recipe import Recipe
-from isthmus.recipe.noise import LONGEST, SHORTEST
+from isthmus.recipe.sections.federation.clip import LONGEST, SHORTEST
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates, Tensors
 from isthmus.updates.compression import Compression
@@ -96,4 +96,4 @@ class NoisedUpdates(MaskedUpdates):
         events = [self._noise.update(ring.levels, count).event("update", round, count, ring.range, ring.step)]
         if self._compression.tells:
             events.append(self._noise.norm(ring.levels).event("norm", round, 1, ring.range, 0.5 / ring.levels))
-        return [naked(event) for event in events] if self._noise.central else events
+        return [without_noise(event) for event in events] if self._noise.central else events

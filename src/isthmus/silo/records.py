@@ -7,6 +7,7 @@ import itertools
 import json
 import secrets
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -17,7 +18,7 @@ import torch
 
 from isthmus.data.tokens import Tokens
 from isthmus.errors import RunError
-from isthmus.privacy.reading import Decode, Reading
+from isthmus.privacy.detokenizer import Decode, Detokenizer
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.secrets import read_secret
@@ -98,9 +99,10 @@ class Records:
             DataError: the silo's own sensitivity function failed.
         """
         if rows is None:
-            records = tuple(f"unknown-{next(self._unknown)}" for _ in lengths)
-            return self.weighed(Subjects(records, tuple(lengths)), [[0] * length for length in lengths])
-        return self.weighed(Subjects(self.records(rows), tuple(lengths)), self.classes(rows))
+            unknown = tuple(f"unknown-{next(self._unknown)}" for _ in lengths)
+            return self.weighed(Subjects(unknown, tuple(lengths)), [[0] * length for length in lengths])
+        subjects = Subjects(self.records(rows), tuple(lengths))
+        return subjects if self.sensitivity is None else self.weighed(subjects, self.classes(rows))
 
     def weighed(self, subjects: Subjects, classes: list[list[int]] | None) -> Subjects:
         """The same with factors and budgets, by the classes of each whole sequence; they cross with their last."""
@@ -113,19 +115,26 @@ class Records:
         budgets = [self.sensitivity.epsilon({*row, *more}) for row, more in zip(classes, known, strict=True)]
         return replace(subjects, factors_T=factors_T, budgets=tuple(budgets))
 
+    @property
+    def limited(self) -> bool:
+        """Whether a class of sensitive text limits what a record is charged."""
+        return self.sensitivity is not None and any(
+            one.epsilon is not None for one in self.sensitivity.section.classes.values()
+        )
+
     def records(self, rows: list[Row]) -> tuple[str, ...]:
         """The record of each whole sequence."""
-        return tuple(name or self._name(row) for name, row in ((self._prompt_of(row), row) for row in rows))
+        return tuple(self._prompt_of(row) or self._name(row) for row in rows)
 
     def classes(self, rows: list[Row]) -> list[list[int]] | None:
         """The classes of each whole sequence's tokens; None where nobody asks for them."""
         return None if self.sensitivity is None else [list(self._classes(tuple(row))) for row in rows]
 
-    def reading(self, row: Row) -> Reading:
+    def reading(self, row: Row) -> Detokenizer:
         """A sequence that will go on, with what the data says of its beginning."""
         assert self.sensitivity is not None
         assert self._decode is not None
-        reading = Reading(self.sensitivity, self._decode)
+        reading = Detokenizer(self.sensitivity, self._decode)
         reading.extend(row)
         reading.raise_to(self._beginning(row))
         return reading
@@ -156,7 +165,7 @@ class Records:
         found, done = None, 0
         digest = hashlib.blake2b(key=self._key, digest_size=8)
         tokens = array("q", row)
-        for length in takewhile(lambda length: length <= len(row), self._lengths):
+        for length in self._lengths[: bisect_right(self._lengths, len(row))]:
             digest.update(tokens[done:length].tobytes())
             done, name = length, digest.copy().hexdigest()
             found = name if name in self._known else found
@@ -195,7 +204,7 @@ class History:
         self._lengths: list[int] | None = [0] * rows
         """Tokens of each row; None once embeddings came without tokens."""
         self._records: tuple[str, ...] = ()
-        self._readings: list[Reading] = []
+        self._readings: list[Detokenizer] = []
         self._heard: list[Row] | None = None
         """New tokens that ``subjects`` need not add, since they were told before."""
 

@@ -16,7 +16,6 @@ from isthmus.data.tokens import Tokens, batches, collate
 from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
-from isthmus.recipe.local import mean_reach, reach
 from isthmus.silo import fairness
 from isthmus.silo.aggregator_client import AggregatorClient
 from isthmus.silo.control import control_of
@@ -52,7 +51,7 @@ class Worker:
         trunk: Channel | None = None,
         root: Channel | None = None,
     ) -> None:
-        self._steps, self._reach = recipe.steps(name), mean_reach(recipe)
+        self._steps, self._reach = recipe.steps(name), recipe.mean_reach
         self._recipe = recipe = recipe.of_silo(name)
         self._name = name
         self._directory = directory
@@ -90,9 +89,9 @@ class Worker:
             plan = self._aggregator.ask(completed)
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
-            if self._recipe.federation.buffer is not None and not plan.round:
+            if self._recipe.federation.asynchronous.buffer is not None and not plan.round:
                 # nobody trains on the last version: its name is all that the trunk still has to hear
-                self._silo.trunk.begin(plan.completed + 1, [self._name])
+                self._silo.rounds.begin(plan.completed + 1, [self._name])
             self._measure(plan.completed)
             if not plan.round:
                 break
@@ -117,12 +116,12 @@ class Worker:
         self._state_of_round = None
         self._begin(plan)
         self._aggregator.begin(plan)
-        self._silo.trunk.begin(plan.round, list(plan.participants))
+        self._silo.rounds.begin(plan.round, list(plan.participants))
         drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
         steps: list[Step] = []
         for number in range(1, self._steps + 1):
             steps.append(step := self._step(next(drawn)))
-            self._silo.trunk.commit(plan.round, number, step.weight)
+            self._silo.rounds.commit(plan.round, number, step.weight)
             self._note_step(plan.round, number, step)
         self._yield(plan.round, steps)
         weight, share = self._weights(steps)
@@ -146,7 +145,7 @@ class Worker:
         made = sum(step.loss is not None for step in steps)
         if not self._recipe.federation.normalized or not made:
             return change
-        scale = self._reach / reach(self._recipe.train, made)
+        scale = self._reach / self._recipe.train.reach(made)
         return {name: scale * one for name, one in change.items()}
 
     def _yield(self, round: int, steps: Sequence[Step]) -> None:
@@ -178,7 +177,7 @@ class Worker:
 
     def _step(self, drawn: list[Tokens]) -> Step:
         """One step on those of the drawn rows whose privacy budgets bear it whole; on none of them, an empty one."""
-        borne = self._affordable(drawn, twice=self._recipe.train.sharpness > 0)
+        borne = self._affordable(drawn)
         rows = [row for row, bears in zip(drawn, borne, strict=True) if bears]
         skipped = len(drawn) - len(rows)
         if not rows:
@@ -194,9 +193,15 @@ class Worker:
         step = self._local.take(take, self._optimizer, self._silo.trunk)
         return replace(step, skipped=skipped)
 
-    def _affordable(self, rows: list[Tokens], *, train: bool = True, twice: bool = False) -> list[bool]:
-        lengths = [row.crossing(self._recipe.boundary.tail) for row in rows]
-        return self._silo.trunk.affordable([row.input for row in rows], lengths, train=train, twice=twice)
+    def _affordable(self, rows: list[Tokens], *, train: bool = True) -> list[bool]:
+        """For each row, whether the privacy budgets allow a training step with it, or one forward alone."""
+        recipe = self._recipe
+        forwards, gradients = 1, 1 if train else 0
+        if train and recipe.train.sharpness:  # a pass uphill comes before; of a frozen bottom it sends no gradient
+            forwards, gradients = 2, 1 if recipe.lora.freeze_bottom else 2
+        lengths = [row.crossing(recipe.boundary.tail) for row in rows]
+        inputs = [row.input for row in rows]
+        return self._silo.boundary.affordable(inputs, lengths, forwards=forwards, gradients=gradients)
 
     def _continue_from(self, completed: int) -> None:
         """Bring optimizer, guard and updates to their state after this round, or the last one before it that this silo

@@ -28,8 +28,8 @@ import torch
 import zstandard
 
 from isthmus.errors import FrameError, RecipeError
+from isthmus.privacy.distributed_gaussian import SumNoise, sum_noise
 from isthmus.privacy.noise import secret_generator
-from isthmus.privacy.summed import SumNoise, sum_noise
 from isthmus.recipe import FederationSection, Recipe
 from isthmus.updates.projections import All, Projection, random_k, sketch
 from isthmus.updates.quantize import BITS, Ring
@@ -160,8 +160,8 @@ class Compression:
 
     def projection(self, size: int, round: int) -> Projection:
         """Of rows of so many numbers, in this round."""
-        unbiased = not self.section.feedback
-        match self.section.compression:
+        unbiased = not self.section.compression.feedback
+        match self.section.compression.kind:
             case "random-k":
                 return random_k(size, self._kept(size), self.seed, round, unbiased=unbiased)
             case "sketch":
@@ -172,8 +172,8 @@ class Compression:
         """Of open updates; None: they cross in full, by name."""
         if self.exact:
             return None
-        name = CODECS[self.section.bits or 32]
-        if self.section.compression == "top-k":
+        name = CODECS[self.section.compression.bits or 32]
+        if self.section.compression.kind == "top-k":
             return TopK(size, self._kept(size), name)
         return Linear(self.projection(size, round), name)
 
@@ -183,7 +183,7 @@ class Compression:
         Args:
             size, clip: where sums are noised: how many numbers cross, and their largest norm in this round.
         """
-        plain = Ring(silos, self.section.range, self.section.bits or BITS)
+        plain = Ring(silos, self.section.secure.range, self.section.compression.bits or BITS)
         if self.noise is None:
             return plain
         return replace(plain, range=clip or 1.0, spare=self.noise.reach(plain.levels, size, silos))
@@ -196,14 +196,14 @@ class Compression:
     @property
     def exact(self) -> bool:
         """Nothing is made smaller."""
-        return self.section.compression == "none" and self.section.bits is None
+        return self.section.compression.exact
 
     @property
     def feedback(self) -> bool:
-        return self.section.feedback and not self.exact
+        return self.section.compression.feedback and not self.exact
 
     def _kept(self, size: int) -> int:
-        return max(1, round(self.section.keep * size))
+        return max(1, round(self.section.compression.keep * size))
 
 
 class ErrorFeedback:

@@ -138,8 +138,8 @@ def _mixed(row_C: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _hadamard() -> torch.Tensor:
-    """The orthonormal Hadamard matrix of a block in Sylvester's order, ``[BLOCK, BLOCK]``, float64."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < BLOCK:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return torch.from_numpy(matrix) / math.sqrt(BLOCK)
+    """Sylvester's Hadamard matrix, ``BLOCK`` × ``BLOCK``, scaled to be orthogonal; fp64."""
+    signs = torch.ones(1, 1, dtype=torch.float64)
+    while len(signs) < BLOCK:
+        signs = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), signs)
+    return signs / math.sqrt(BLOCK)

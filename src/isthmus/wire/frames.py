@@ -102,7 +102,7 @@ def _keep(message: pb.Keep) -> None:
 
 
 def _backward(message: pb.Backward) -> None:
-    _require(message.reply or not message.aside, "a backward that is neither learned from nor answered")
+    _require(message.reply or not message.ascent_pass, "a backward that is neither learned from nor answered")
 
 
 def _weight(message: Any) -> None:

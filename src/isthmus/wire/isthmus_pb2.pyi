@@ -169,16 +169,16 @@ class Hidden(_message.Message):
     def __init__(self, hidden: _Optional[_Union[Matrix, _Mapping]] = ...) -> None: ...
 
 class Backward(_message.Message):
-    __slots__ = ("step", "gradient", "reply", "aside")
+    __slots__ = ("step", "gradient", "reply", "ascent_pass")
     STEP_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
-    ASIDE_FIELD_NUMBER: _ClassVar[int]
+    ASCENT_PASS_FIELD_NUMBER: _ClassVar[int]
     step: int
     gradient: Matrix
     reply: bool
-    aside: bool
-    def __init__(self, step: _Optional[int] = ..., gradient: _Optional[_Union[Matrix, _Mapping]] = ..., reply: _Optional[bool] = ..., aside: _Optional[bool] = ...) -> None: ...
+    ascent_pass: bool
+    def __init__(self, step: _Optional[int] = ..., gradient: _Optional[_Union[Matrix, _Mapping]] = ..., reply: _Optional[bool] = ..., ascent_pass: _Optional[bool] = ...) -> None: ...
 
 class Gradient(_message.Message):
     __slots__ = ("gradient",)

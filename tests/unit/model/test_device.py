@@ -15,7 +15,7 @@ from isthmus.model.cut import Cut, load_part
 from isthmus.model.device import find_device
 from isthmus.silo.join import join
 from isthmus.storage.record import RoleDirectory
-from isthmus.trunk.kernels import attend_padded, kernel_for
+from isthmus.trunk.attention_kernels import attend_padded, kernel_for
 from isthmus.trunk.service import TrunkService
 from tests.conftest import make_recipe, save_tiny_model
 

@@ -18,7 +18,7 @@ from isthmus.privacy.ledger import FileLedger, MemoryLedger
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection, ReleaseSection
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.remote import Flight, RemoteTrunk
+from isthmus.silo.remote import PendingStep, RemoteTrunk
 from isthmus.silo.update import open_update
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -101,7 +101,7 @@ def test_bytes_are_counted_by_path_and_direction() -> None:
     boundary = boundary_of(codec="bf16")
     matrices = [boundary.release(torch.ones(3, 8), path, 1, about(3)) for path in ("forward", "forward", "gradient")]
     boundary.release_update({"a": torch.ones(2, 2), "b": torch.ones(5)}, 1, open_update)
-    boundary.admit(matrices[0], "forward", torch.ones(3, 8))
+    boundary.admit(matrices[0], "forward", (3, 8), torch.ones(1))
     assert boundary.released_bytes == {"forward": 2 * 48, "gradient": 48, "update": 36}
     assert boundary.admitted_bytes == 48
 
@@ -126,16 +126,16 @@ def test_nothing_is_sent_that_the_ledger_did_not_take(split: Split, tmp_path: Pa
     model, _ = split(make_recipe(save_tiny_model("llama", tmp_path / "model")), ledger=taker)
     trunk: RemoteTrunk = model.trunk
     before = trunk.channel.sent_bytes
-    flight = Flight(1, torch.ones(1, 32), "forward", True, Answer(), about(1), 32)
+    pending = PendingStep(1, "forward", Answer(), (1, 32), torch.ones(1), about(1), 32)
     for ask in (
         lambda: model(**ragged("left")),
         lambda: model.generate(**prompts(), max_new_tokens=2),
-        lambda: trunk.start_backward(flight, torch.ones(1, 32), reply=False),
+        lambda: trunk.send_gradient(pending, torch.ones(1, 32), reply=False),
     ):
         with pytest.raises(DiskFullError):
             ask()
     assert trunk.channel.sent_bytes == before
-    assert not trunk.boundary.released_bytes
+    assert not model.boundary.released_bytes
 
 
 @pytest.mark.parametrize(
@@ -143,17 +143,17 @@ def test_nothing_is_sent_that_the_ledger_did_not_take(split: Split, tmp_path: Pa
 )
 def test_admit_refuses_another_shape_or_codec(shape: tuple[int, int], name: str) -> None:
     with pytest.raises(FrameError):
-        boundary_of().admit(codec.encode(torch.ones(shape), name), "forward", torch.ones(3, 8))
+        boundary_of().admit(codec.encode(torch.ones(shape), name), "forward", (3, 8), torch.ones(1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_admit_refuses_values_that_are_no_numbers(value: float) -> None:
     with pytest.raises(FrameError):
-        boundary_of().admit(codec.encode(torch.full((3, 8), value), "fp32"), "forward", torch.ones(3, 8))
+        boundary_of().admit(codec.encode(torch.full((3, 8), value), "fp32"), "forward", (3, 8), torch.ones(1))
 
 
 def test_admit_gives_the_dtype_of_what_was_sent() -> None:
     like = torch.ones(3, 8, dtype=torch.bfloat16)
-    admitted = boundary_of().admit(codec.encode(torch.full((3, 8), 0.5), "fp32"), "forward", like)
+    admitted = boundary_of().admit(codec.encode(torch.full((3, 8), 0.5), "fp32"), "forward", (3, 8), like)
     assert admitted.dtype is torch.bfloat16
     assert torch.equal(admitted, like / 2)

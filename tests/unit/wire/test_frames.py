@@ -49,7 +49,7 @@ VALID: dict[str, Message] = {
     "begun": pb.Begun(),
     "forward": pb.Forward(step=1, lengths=[2, 3], hidden=matrix(5), train=True),
     "hidden": pb.Hidden(hidden=matrix(5)),
-    "backward": pb.Backward(step=1, gradient=matrix(5), reply=True, aside=True),
+    "backward": pb.Backward(step=1, gradient=matrix(5), reply=True, ascent_pass=True),
     "gradient": pb.Gradient(gradient=matrix(5)),
     "commit": pb.Commit(round=1, step=1, weight=3.0),
     "stepped": pb.Stepped(contributors=2),
@@ -207,7 +207,7 @@ def test_every_rule_is_tested() -> None:
         pb.Update(round=3, weight=0.0),
         pb.Update(round=3, weight=1.0, compressed=b"c"),
         changed("begin", participants=["a"] * 4096),
-        changed("backward", reply=False, aside=False),
+        changed("backward", reply=False, ascent_pass=False),
     ],
 )
 def test_what_just_keeps_the_rules_passes(body: Message) -> None:

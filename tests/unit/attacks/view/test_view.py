@@ -46,10 +46,10 @@ class Captured:
         self.tap = Tap(LoopbackChannel(service, "a", greeting=hello))
         self.silo = join(recipe, "a", channel=self.tap, releases=folder / "released")
         self.rows = random_rows(6, 3)
-        self.silo.trunk.begin(1, ["a"])
+        self.silo.rounds.begin(1, ["a"])
         for start in (0, 3):
             self.silo.model(**collate(self.rows[start : start + 3], 0).inputs()).loss.backward()
-        self.silo.trunk.commit(1, 1, 7.0)
+        self.silo.rounds.commit(1, 1, 7.0)
         service.stop()
 
     def sent(self, kind: type[Any]) -> list[Any]:
