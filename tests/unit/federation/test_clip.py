@@ -12,6 +12,7 @@ import pytest
 from isthmus.errors import RecipeError
 from isthmus.federation.clip import Clip
 from isthmus.federation.collection import Collected, SumFormat
+from isthmus.federation.products import sharing_of
 from isthmus.updates.flat import Layout
 from isthmus.updates.projections import All
 from isthmus.updates.quantize import Ring
@@ -25,7 +26,8 @@ def clip(**section: Any) -> Clip:
     noised = {"secure": True, "weights": "equal", "noise": {"epsilon": 8.0}, "clip": {"norm": 0.5, **section}}
     lora = {"lora": "alternating"} if "quantile" in section else {}
     recipe = make_recipe(Path("none"), silos=("a", "b", "c", "d"), federation={**noised, **lora})
-    return Clip(recipe.federation)
+    assert recipe.federation.clip is not None
+    return Clip(recipe.federation.clip, sharing_of(recipe))
 
 
 def collected(within: float) -> Collected:

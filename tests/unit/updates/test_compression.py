@@ -34,7 +34,7 @@ def test_without_compression_updates_are_exact_and_nothing_waits() -> None:
 
 @pytest.mark.parametrize("kind", ["random-k", "sketch", "top-k"])
 def test_fewer_numbers_cross_and_the_rest_is_left_out(kind: str) -> None:
-    compressor = compression(compression=kind, keep=0.1).compressor(SIZE, 1)
+    compressor = compression(compression={"kind": kind, "keep": 0.1}).compressor(SIZE, 1)
     assert compressor is not None
     data = compressor.encode(row())
     crossed = compressor.decode(data)
@@ -46,21 +46,21 @@ def test_fewer_numbers_cross_and_the_rest_is_left_out(kind: str) -> None:
 def test_fewer_bits_cross_in_fewer_bytes() -> None:
     sizes = {}
     for bits in (4, 8, 16):
-        compressor = compression(bits=bits).compressor(SIZE, 1)
+        compressor = compression(compression={"bits": bits}).compressor(SIZE, 1)
         assert compressor is not None
         sizes[bits] = len(compressor.encode(row()))
     assert sizes[4] < sizes[8] < sizes[16] < 4 * SIZE
 
 
 def test_bytes_of_another_length_are_refused() -> None:
-    compressor = compression(compression="random-k", keep=0.1).compressor(SIZE, 1)
+    compressor = compression(compression={"kind": "random-k", "keep": 0.1}).compressor(SIZE, 1)
     assert compressor is not None
     with pytest.raises(FrameError):
         compressor.decode(compressor.encode(row())[:-1])
 
 
 def test_a_projection_under_masks_keeps_as_many_as_are_asked_for() -> None:
-    projection = compression(masks=True, compression="random-k", keep=0.25).projection(SIZE, 1)
+    projection = compression(secure=True, compression={"kind": "random-k", "keep": 0.25}).projection(SIZE, 1)
     assert isinstance(projection, RandomK)
     assert projection.size == SIZE // 4
 
