@@ -28,9 +28,12 @@ NAMES = ("a", "b", "c")
 
 def recipe(folder: Path, changes: Values) -> Recipe:
     model, draw = save_tiny_model("llama", folder / "model"), random.Random(0)
-    rows = [{"text": " ".join(f"w{draw.randrange(4, 90)}" for _ in range(9)), "label": "w7 w8"} for _ in range(6)]
+    rows = [{"text": " ".join(f"w{draw.randrange(4, 90)}" for _ in range(9)), "label": "w7 w8"} for _ in range(12)]
     files = {
-        name: {key: write_rows(folder / f"{name}-{key}.jsonl", rows[at : at + 4]) for key in ("train", "held_out")}
+        name: {
+            key: write_rows(folder / f"{name}-{key}.jsonl", rows[at + start :][:4])
+            for key, start in (("train", 0), ("held_out", 6))
+        }
         for at, name in enumerate(NAMES)
     }
     sections: Values = {
