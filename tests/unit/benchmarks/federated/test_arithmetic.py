@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from benchmarks.common.results import Results
-from benchmarks.common.tasks import read
-from benchmarks.federated import convergence, demo, fairness, learning, poisoned, sums
+from benchmarks.common.rows import read
+from benchmarks.federated import convergence, demo, fairness, poisoned, simulation, sums
 from benchmarks.federated.corpora import SPEAKING, Files, with_validation, written
-from benchmarks.federated.judge import Score
-from benchmarks.federated.learning import Clock, Times
+from benchmarks.federated.evaluation import Score
+from benchmarks.federated.simulation import Clock, Times
 from benchmarks.federated.sums import Graph, Sum, complete
 from benchmarks.federated.trials import Trial
 from isthmus.wire import isthmus_pb2 as pb
@@ -34,8 +34,8 @@ def clock_of(
     """A clock after these calls: peer, request, the peer's processor time, and the process's."""
     clock = Clock(2, synchronized=synchronized)
     for peer, request, thread, process in marks:
-        monkeypatch.setattr(learning.time, "thread_time", lambda thread=thread: thread)
-        monkeypatch.setattr(learning.time, "process_time", lambda process=process: process)
+        monkeypatch.setattr(simulation.time, "thread_time", lambda thread=thread: thread)
+        monkeypatch.setattr(simulation.time, "process_time", lambda process=process: process)
         clock.note(peer, request)
     return clock
 
