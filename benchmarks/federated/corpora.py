@@ -1,8 +1,8 @@
 """Data of the simulated federations: real text in silos that differ, written as rows for their recipes.
 
 *speakers*: Shakespeare's characters, each a silo, from many lines to few (stories260k). *topics*: CLINC150's requests,
-each silo with topics of its own mixture (stories260k, tuned on a few rows first). *opinions*: hutto's four kinds of text
-(SmolLM2).
+each silo with topics of its own mixture (stories260k, tuned on a few rows first). *opinions*: hutto's four kinds of
+text (SmolLM2).
 """
 
 from __future__ import annotations
