@@ -64,7 +64,7 @@ def _table(
     lines: list[str] = []
     listed = ""
     for key, field in section.model_fields.items():
-        if _subtable(field) is None:
+        if subtable(field) is None:
             allowed = _allowed(field)
             if explain and lines:
                 lines.append("")
@@ -73,7 +73,7 @@ def _table(
             listed = allowed if len(allowed) > WIDTH // 2 else listed
     shown: set[type[Section]] = set()
     for key, field in section.model_fields.items():
-        if (inner := _subtable(field)) is not None:
+        if (inner := subtable(field)) is not None:
             lines += _subtable_lines(section, key, field, inner, path, mark, explain and inner not in shown)
             shown.add(inner)
     return lines
@@ -119,7 +119,7 @@ def _subtable_lines(
     yield from _table(inner, named, values, left_out, explain)
 
 
-def _subtable(field: FieldInfo) -> type[Section] | None:
+def subtable(field: FieldInfo) -> type[Section] | None:
     """The class of the table, or of each table, that is this key's value."""
     for one in _parts(field.annotation):
         if isinstance(one, type) and issubclass(one, Section):
