@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, cast, get_args, get_origin
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from isthmus.errors import RecipeError
 from isthmus.recipe.checks.aggregation import check_influence, check_products, check_ranks, check_weights
@@ -221,8 +221,8 @@ def _explained(error: ValidationError) -> RecipeError:
     return RecipeError(f"{key} = {first['input']!r}: expected {_expected(first)}", remedy=f"correct the value of {key}")
 
 
-def _expected(complaint: ErrorDetails) -> str:
-    """The values that a key allows, where it has another."""
+def _expected(complaint: Mapping[str, Any]) -> str:
+    """The values that a key allows, of a complaint of pydantic about another."""
     kind, context = complaint["type"], complaint.get("ctx", {})
     if kind == "string_pattern_mismatch":
         return PATTERNS[context["pattern"]]

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import annotated_types
 from pydantic.fields import FieldInfo
 
 from isthmus.recipe.recipe import Recipe
@@ -168,9 +167,8 @@ def _kind(field: FieldInfo) -> tuple[Any, dict[str, Any]]:
     limits = {
         name: getattr(one, name)
         for one in metadata
-        if isinstance(one, annotated_types.Ge | annotated_types.Gt | annotated_types.Le | annotated_types.Lt)
         for name in ("ge", "gt", "le", "lt")
-        if hasattr(one, name)
+        if getattr(one, name, None) is not None
     }
     return kind, limits
 
