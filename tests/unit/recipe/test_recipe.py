@@ -276,5 +276,5 @@ def test_a_silo_has_its_own_steps_or_the_recipes() -> None:
         ("sensitivity.classes", {"high": 3}, "a table"),
     ],
 )
-def test_a_wrong_value_is_told_what_is_expected(key: str, value: object, expected: str) -> None:
+def test_a_wrong_value_names_what_is_expected(key: str, value: object, expected: str) -> None:
     assert refused(values_with(key, value)).message.endswith(f": expected {expected}")
