@@ -27,8 +27,8 @@ from isthmus.federation.aggregator import EdgeService, RootService
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
-from isthmus.silo.aggregator_client import AggregatorClient
 from isthmus.silo.join import greeting
+from isthmus.silo.update import AggregatorClient
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
@@ -103,7 +103,7 @@ def federate(recipe: Recipe, folder: Path, *, malicious: Collection[str] = (), c
     Args:
         malicious: silos that send what ``craft`` makes of the others' changes in place of their own.
     """
-    if recipe.federation.masks:
+    if recipe.federation.secure.masks:
         certificates = folder / "certificates"
         make_certificates(recipe, certificates)
         recipe = recipe.model_copy(update={"wire": recipe.wire.model_copy(update={"certificates": str(certificates)})})

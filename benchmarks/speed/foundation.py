@@ -89,14 +89,14 @@ def measure_step(results: Results, silo: Silo, whole: PreTrainedModel) -> None:
     ids = torch.randint(100, 40_000, (BATCH, LENGTH))
     split_adam = torch.optim.AdamW([p for p in silo.model.parameters() if p.requires_grad], lr=5e-4)
     whole_adam = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=5e-4)
-    silo.trunk.begin(1, ["bench"])
+    silo.rounds.begin(1, ["bench"])
     number = 0
 
     def split_step() -> None:
         nonlocal number
         number += 1
         step(silo.model, split_adam, ids)
-        silo.trunk.commit(1, number, float(BATCH * (LENGTH - 1)))
+        silo.rounds.commit(1, number, float(BATCH * (LENGTH - 1)))
 
     pairs = in_turn(split_step, lambda: step(whole, whole_adam, ids), PAIRS)
     report_pairs(results, f"training step {BATCH} × {LENGTH}", pairs, "time, split / uncut", at_most=1.10)

@@ -16,8 +16,8 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
 from isthmus.recipe import LoraSection
 from isthmus.storage.record import RunDirectory
-from isthmus.trunk.adapter import whole_adapter
-from isthmus.trunk.kernels import Layout, Varlen, attend_padded, find_varlen, kernel_for
+from isthmus.trunk.adapter import full_adapter
+from isthmus.trunk.attention_kernels import PackedLayout, Varlen, attend_padded, find_varlen, kernel_for
 from isthmus.trunk.runner import Runner
 from tests.conftest import make_recipe, save_tiny_model, targets_of
 from tests.oracle.twins import distance, random_b
@@ -52,8 +52,8 @@ def trained(runner: Runner) -> list[torch.Tensor]:
     leaf = h_TD.to(runner.dtype).requires_grad_()
     named = adapters.trainable(runner.part)
     leaves = [{name: one.detach().requires_grad_() for name, one in named.items()} for _ in stretches]
-    own = [(sum(lengths), whole_adapter(runner.part, one)) for lengths, one in zip(stretches, leaves, strict=True)]
-    output_TD = runner.whole(leaf, [length for lengths in stretches for length in lengths], own)
+    own = [(sum(lengths), full_adapter(runner.part, one)) for lengths, one in zip(stretches, leaves, strict=True)]
+    output_TD = runner.full_pass(leaf, [length for lengths in stretches for length in lengths], own)
     wanted = [leaf, *[tensor for one in leaves for tensor in one.values()]]
     return [output_TD.detach(), *torch.autograd.grad(output_TD, wanted, gradient_TD.to(output_TD))]
 
@@ -63,9 +63,9 @@ def decoded(runner: Runner) -> list[torch.Tensor]:
     caches = [runner.new_cache() for _ in (*LENGTHS, 1)]
     with torch.inference_mode():
         return [
-            runner.continued(hidden(sum(LENGTHS), runner.device), LENGTHS, caches[:-1]),
-            runner.continued(hidden(len(LENGTHS), runner.device, 1), [1] * len(LENGTHS), caches[:-1]),
-            runner.continued(hidden(24, runner.device, 2), [1, 1, 1, 4, 17], caches),
+            runner.cached_pass(hidden(sum(LENGTHS), runner.device), LENGTHS, caches[:-1]),
+            runner.cached_pass(hidden(len(LENGTHS), runner.device, 1), [1] * len(LENGTHS), caches[:-1]),
+            runner.cached_pass(hidden(24, runner.device, 2), [1, 1, 1, 4, 17], caches),
         ]
 
 
@@ -102,7 +102,7 @@ def test_flash_attention_on_packed_sequences_is_attention_on_padded_ones(
         pytest.skip("this torch or device has no flash attention on packed sequences")
     draw = torch.Generator("cuda").manual_seed(0)
     for new, seen in ((LENGTHS, LENGTHS), ([1, 1, 1], [40, 7, 100]), ([1, 30, 4], [1, 90, 4])):
-        layout = Layout(new, seen, window, CUDA)
+        layout = PackedLayout(new, seen, window, CUDA)
         shapes = [(1, 8, sum(new), 64), (1, groups, sum(seen), 64), (1, groups, sum(seen), 64)]
         states = [torch.randn(*shape, device=CUDA, dtype=dtype, generator=draw).requires_grad_() for shape in shapes]
         results = []

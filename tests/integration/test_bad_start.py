@@ -88,7 +88,9 @@ def test_neither_recipe_nor_run(isthmus: Call) -> None:
 @pytest.mark.parametrize("command", [("run", "--resume"), ("export",), ("generate",)], ids=lambda command: command[0])
 def test_run_directory_that_is_none(command: tuple[str, ...], isthmus: Call, tmp_path: Path) -> None:
     more = {"export": [tmp_path / "out"], "generate": ["hello"]}.get(command[0], [])
-    isthmus(*command, tmp_path, *more).failed("is no run directory", "remedy: name a folder that 'isthmus run' wrote")
+    isthmus(*command, tmp_path, *more).failed(
+        "is not a run directory", "remedy: name a folder that 'isthmus run' wrote"
+    )
 
 
 def test_run_without_a_finished_round(recipe: Path, isthmus: Call, tmp_path: Path) -> None:

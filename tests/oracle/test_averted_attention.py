@@ -12,7 +12,7 @@ from transformers.masking_utils import eager_mask
 
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
-from isthmus.privacy import attention
+from isthmus.privacy.averted_attention import averted_hidden
 from tests.oracle.conftest import Models
 from tests.oracle.twins import FAMILIES, Inputs, distance, ragged
 
@@ -82,7 +82,7 @@ def test_it_equals_the_slow_loop(bottom: Part, side: str) -> None:
     """Some rows are longer than the sliding windows of 16."""
     batch = inputs_of(side)
     a_BP, real = aversions(batch), batch["attention_mask"].bool()
-    fast = attention.hidden(bottom, a_BP, **batch, use_cache=False)
+    fast = averted_hidden(bottom, a_BP, **batch, use_cache=False)
     assert distance(fast[real], slow(bottom, a_BP, **batch, use_cache=False)[real]) < 1e-5
     assert distance(fast[real], bottom.hidden(**batch, use_cache=False)[real]) > 1e-2
 
@@ -92,12 +92,12 @@ def test_with_a_cache_it_gives_what_it_gives_without(bottom: Part) -> None:
     """In steps of several tokens and of one."""
     batch = inputs_of("left")
     a_BP, real = aversions(batch), batch["attention_mask"].bool()
-    whole = attention.hidden(bottom, a_BP, **batch, use_cache=False)
+    whole = averted_hidden(bottom, a_BP, **batch, use_cache=False)
     cache, pieces = DynamicCache(config=bottom.config), []
     for start, end in ((0, 9), (9, 20), (20, 21), (21, 22), (22, 24)):
         piece = {key: value[:, start:end] for key, value in batch.items()}
         piece["attention_mask"] = batch["attention_mask"][:, :end]
-        pieces.append(attention.hidden(bottom, a_BP[:, :end], **piece, past_key_values=cache, use_cache=True))
+        pieces.append(averted_hidden(bottom, a_BP[:, :end], **piece, past_key_values=cache, use_cache=True))
     assert distance(torch.cat(pieces, dim=1)[real], whole[real]) < 1e-5
 
 
@@ -105,9 +105,9 @@ def test_with_a_cache_it_gives_what_it_gives_without(bottom: Part) -> None:
 def test_without_aversion_it_is_plain_attention_bit_for_bit(bottom: Part) -> None:
     batch = inputs_of("left")
     plain = bottom.hidden(**batch, use_cache=False)
-    assert torch.equal(attention.hidden(bottom, None, **batch, use_cache=False), plain)
-    assert torch.equal(attention.hidden(bottom, torch.zeros(3, 24), **batch, use_cache=False), plain)
-    attention.hidden(bottom, aversions(batch), **batch, use_cache=False)
+    assert torch.equal(averted_hidden(bottom, None, **batch, use_cache=False), plain)
+    assert torch.equal(averted_hidden(bottom, torch.zeros(3, 24), **batch, use_cache=False), plain)
+    averted_hidden(bottom, aversions(batch), **batch, use_cache=False)
     assert torch.equal(bottom.hidden(**batch, use_cache=False), plain), "the part is as it was"
 
 
@@ -121,7 +121,7 @@ def test_an_averted_token_changes_others_less(bottom: Part) -> None:
     a_BP[0, 5] = 1e4
 
     def moved(a: torch.Tensor | None) -> torch.Tensor:
-        first, second = (attention.hidden(bottom, a, input_ids=one, use_cache=False)[0] for one in (ids, other))
+        first, second = (averted_hidden(bottom, a, input_ids=one, use_cache=False)[0] for one in (ids, other))
         return (first - second).norm(dim=1)
 
     plain, averted = moved(None), moved(a_BP)
@@ -134,7 +134,7 @@ def test_gradients_pass(bottom: Part) -> None:
     batch = inputs_of("left")
     h_BLD = bottom.family.backbone_of(bottom.model).get_submodule("embed_tokens")(batch.pop("input_ids"))
     h_BLD.requires_grad_(True)
-    attention.hidden(bottom, torch.ones(3, 24), inputs_embeds=h_BLD, **batch, use_cache=False).sum().backward()
+    averted_hidden(bottom, torch.ones(3, 24), inputs_embeds=h_BLD, **batch, use_cache=False).sum().backward()
     assert h_BLD.grad is not None
     assert h_BLD.grad.isfinite().all()
     assert h_BLD.grad.abs().max() > 0

@@ -18,8 +18,8 @@ from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.recipe import LoraSection
-from isthmus.trunk.adapter import whole_adapter
-from isthmus.trunk.kernels import Kernel, Varlen, attend_padded
+from isthmus.trunk.adapter import full_adapter
+from isthmus.trunk.attention_kernels import Kernel, Varlen, attend_padded
 from isthmus.trunk.runner import Runner
 from tests.conftest import targets_of
 from tests.oracle.conftest import Models
@@ -97,7 +97,7 @@ def grown(part: Part, seed: int) -> Tensors:
 def test_a_pass_of_any_lengths_equals_each_sequence_alone(pair: Pair, lengths: list[int]) -> None:
     h_TD = hidden(sum(lengths))
     with torch.no_grad():
-        assert distance(pair.runner.whole(h_TD, lengths), pair.each_alone(h_TD, lengths)) <= pair.tolerance
+        assert distance(pair.runner.full_pass(h_TD, lengths), pair.each_alone(h_TD, lengths)) <= pair.tolerance
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2"])
@@ -113,7 +113,7 @@ def test_the_sliding_windows_are_of_consequence(family: str, models: Models) -> 
 @pytest.mark.parametrize("lengths", [LENGTHS, [23, 23]], ids=str)
 def test_the_gradients_of_a_pass_are_the_sums_of_each_sequences(pair: Pair, lengths: list[int]) -> None:
     h_TD, gradient_TD = hidden(2 * sum(lengths), seed=1).chunk(2)
-    runs = [lambda h_TD: pair.runner.whole(h_TD, lengths), lambda h_TD: pair.each_alone(h_TD, lengths)]
+    runs = [lambda h_TD: pair.runner.full_pass(h_TD, lengths), lambda h_TD: pair.each_alone(h_TD, lengths)]
     found = []
     for part, run in zip((pair.runner.part, pair.plain), runs, strict=True):
         leaf, named = h_TD.clone().requires_grad_(), adapters.trainable(part)
@@ -137,8 +137,8 @@ def test_stretches_of_different_adapters_equal_runs_with_each_of_them(pair: Pair
     h_TD, gradient_TD = hidden(2 * sum(map(sum, stretches)), seed=2).chunk(2)
     leaf = h_TD.clone().requires_grad_()
     sizes = [sum(lengths) for lengths in stretches]
-    grouped = [(size, whole_adapter(part, one)) for size, one in zip(sizes, leaves, strict=True)]
-    output_TD = pair.runner.whole(leaf, [length for lengths in stretches for length in lengths], grouped)
+    grouped = [(size, full_adapter(part, one)) for size, one in zip(sizes, leaves, strict=True)]
+    output_TD = pair.runner.full_pass(leaf, [length for lengths in stretches for length in lengths], grouped)
     wanted = [leaf, *[tensor for one in leaves for tensor in one.values()]]
     gradients = iter(torch.autograd.grad(output_TD, wanted, gradient_TD))
     input_gradients = torch.split(next(gradients), sizes)
@@ -165,8 +165,8 @@ def test_what_one_silo_sends_touches_no_other(pair: Pair) -> None:
     found = []
     for given_TD in (h_TD, bad_TD):
         leaves = [{n: one.requires_grad_() for n, one in grown(pair.runner.part, seed).items()} for seed in (1, 2, 3)]
-        grouped = [(size, whole_adapter(pair.runner.part, one)) for size, one in zip(sizes, leaves, strict=True)]
-        output_TD = pair.runner.whole(given_TD, [length for lengths in stretches for length in lengths], grouped)
+        grouped = [(size, full_adapter(pair.runner.part, one)) for size, one in zip(sizes, leaves, strict=True)]
+        output_TD = pair.runner.full_pass(given_TD, [length for lengths in stretches for length in lengths], grouped)
         wanted = [tensor for one in leaves for tensor in one.values()]
         gradients = torch.autograd.grad(output_TD, wanted, torch.ones_like(output_TD))
         found.append((torch.split(output_TD.detach(), sizes), torch.stack([g.norm() for g in gradients]).chunk(3)))
@@ -203,7 +203,7 @@ def test_any_partition_into_successive_pieces_equals_the_whole(pair: Pair, data:
             chosen = data.draw(st.lists(st.sampled_from(left), min_size=1, unique=True), label="chosen")
             sizes = [data.draw(st.integers(1, len(ahead[number])), label="size") for number in chosen]
             h_TD = torch.cat([ahead[number][:size] for number, size in zip(chosen, sizes, strict=True)])
-            got_TD = pair.runner.continued(h_TD, sizes, [caches[number] for number in chosen])
+            got_TD = pair.runner.cached_pass(h_TD, sizes, [caches[number] for number in chosen])
             for number, size, piece in zip(chosen, sizes, torch.split(got_TD, sizes), strict=True):
                 behind[number].append(piece)
                 ahead[number] = ahead[number][size:]
@@ -222,12 +222,12 @@ def test_a_cropped_cache_goes_on_as_if_it_had_never_been_longer(
     first, guess, last = torch.split(h_ND, [start, guessed, rest])
     cache = pair.runner.new_cache()
     with torch.no_grad():
-        pair.runner.continued(torch.cat([first, guess]), [start + guessed], [cache])
+        pair.runner.cached_pass(torch.cat([first, guess]), [start + guessed], [cache])
         twin = cache.copy()
         cache.crop(start + kept)
-        got = pair.runner.continued(last, [rest], [cache])
+        got = pair.runner.cached_pass(last, [rest], [cache])
         assert distance(got, pair.alone(torch.cat([first, guess[:kept], last]))[start + kept :]) <= pair.tolerance
-        got = pair.runner.continued(last, [rest], [twin])
+        got = pair.runner.cached_pass(last, [rest], [twin])
         assert distance(got, pair.alone(h_ND)[start + guessed :]) <= pair.tolerance
 
 
@@ -240,6 +240,6 @@ def test_a_cache_takes_the_bytes_it_foretells(pair: Pair, pieces: list[int]) -> 
     with torch.no_grad():
         for size in pieces:
             foretold = cache.bytes_for(cache.length + size)
-            runner.continued(hidden(size), [size], [cache])
+            runner.cached_pass(hidden(size), [size], [cache])
             assert cache.nbytes == foretold
     assert cache.length == sum(pieces)

@@ -16,8 +16,8 @@ from scipy.special import logsumexp
 
 from isthmus.privacy.accountant import Account
 from isthmus.privacy.analytic import concentrated_epsilon, concentrated_loss
+from isthmus.privacy.distributed_gaussian import SumNoise, loss_of, round_loss, rounded, smallest_deviation, sum_noise
 from isthmus.privacy.events import ALL, Charge
-from isthmus.privacy.summed import SumNoise, loss_of, round_loss, rounded, smallest_deviation, sum_noise
 from isthmus.recipe import NoiseSection, Recipe
 from tests.conftest import make_recipe
 
@@ -27,7 +27,7 @@ WIDEST = 120
 
 
 def recipe(noise: dict[str, Any], clip: dict[str, Any] | None = None, **sections: Any) -> Recipe:
-    federation = {"masks": True, "weights": "equal", "noise": noise, "clip": clip or {"norm": 1.0}}
+    federation = {"secure": True, "weights": "equal", "noise": noise, "clip": clip or {"norm": 1.0}}
     return make_recipe(Path("model"), silos=tuple("abcde"), federation=federation, **sections)
 
 

@@ -1,1 +1,1 @@
-"""What leaves a silo, secured and accounted."""
+"""Privacy: mechanisms that secure released tensors, accounting of their cost, detection of sensitive text."""

@@ -1,39 +1,44 @@
-"""Epsilons in one step, by dp-accounting: the Gaussian mechanism's exact one and its noise (Balle and Wang 2018,
-theorem 8), and that which follows from concentrated privacy.
+"""Closed-form epsilons, computed by dp-accounting: the analytic Gaussian mechanism (Balle and Wang 2018, theorem 8) and
+zero-concentrated privacy (Bun and Steinke 2016).
 
-Where epsilon is large, its logarithms reach zero on the way to the right answer; numpy's warnings of that are muted.
+dp-accounting takes the logarithm of values that underflow to zero where epsilon is large. Its results are right;
+numpy's warnings are silenced. It imports scipy, which takes a second, and so is imported at the first call.
 """
 
 from __future__ import annotations
 
 import math
 
-import dp_accounting
 import numpy
-from dp_accounting.rdp import rdp_privacy_accountant as renyi
 
 
 def gaussian_epsilon(charge: float, delta: float) -> float:
-    """Of noise with a deviation of sensitivity/√charge."""
+    """The exact epsilon of Gaussian noise with standard deviation sensitivity/√``charge``."""
+    import dp_accounting
+
     with numpy.errstate(all="ignore"):
         return float(dp_accounting.get_epsilon_gaussian(charge**-0.5, delta))
 
 
 def gaussian_noise(epsilon: float, delta: float) -> float:
-    """The smallest deviation, in sensitivities, with this epsilon."""
+    """The smallest standard deviation, as a multiple of the sensitivity, with this epsilon."""
+    import dp_accounting
+
     with numpy.errstate(all="ignore"):
         return float(dp_accounting.get_sigma_gaussian(epsilon, delta))
 
 
 def concentrated_epsilon(rho: float, delta: float) -> float:
-    """Of ρ-zero-concentrated privacy (Bun and Steinke 2016), through Rényi divergences of orders around the best."""
+    """An epsilon of ρ-zero-concentrated privacy: the least over Rényi divergences of orders around the best one."""
+    from dp_accounting.rdp import rdp_privacy_accountant as renyi
+
     best = math.sqrt(math.log(1 / delta) / rho)
     orders = 1 + best * numpy.geomspace(0.05, 20, 400)
     return float(renyi.compute_epsilon(orders, rho * orders, delta)[0])
 
 
 def concentrated_loss(epsilon: float, delta: float) -> float:
-    """The largest ρ with this epsilon, to eight digits and not above it."""
+    """The largest ρ whose epsilon is at most this one, to eight digits, rounded down."""
     low, high = 0.0, epsilon
     while concentrated_epsilon(high, delta) < epsilon:
         high *= 2

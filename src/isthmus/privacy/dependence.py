@@ -1,6 +1,6 @@
-"""How much one thing tells of another: measures that can be learned against.
+"""Measures of statistical dependence with gradients, so that a loss can penalize them.
 
-Shapes: T samples, D and E their widths, W width of a channel.
+Shapes: T samples, D and E widths of the two variables, W width of a channel.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ import torch
 
 
 def capacity(z_TW: torch.Tensor, noise: float | torch.Tensor) -> torch.Tensor:
-    """Nats that a Gaussian channel carries at most in one use, given the mean power of what is sent through it.
+    """The capacity of a Gaussian channel at the mean power of these inputs, in nats a use, scalar.
 
-    ``W/2 · log(1 + E‖z‖² / (W·noise²))`` (Shannon 1949): whatever z was made of, and however, the mutual information
-    with it is no more.
+    ``W/2 · log(1 + E‖z‖² / (W·noise²))`` (Shannon 1949). It bounds the mutual information between the channel's output
+    and anything that z was computed from.
+
+    Args:
+        z_TW: inputs of the channel, one a row.
+        noise: standard deviation of the noise on each coordinate.
     """
     width = z_TW.shape[1]
     power = z_TW.square().sum(dim=1).mean() / width
@@ -20,9 +24,10 @@ def capacity(z_TW: torch.Tensor, noise: float | torch.Tensor) -> torch.Tensor:
 
 
 def distance_correlation(x_TD: torch.Tensor, y_TE: torch.Tensor) -> torch.Tensor:
-    """Of two samples: 0 where they are independent, 1 where one is the other, moved and scaled (Székely et al. 2007).
+    """The distance correlation of two variables, a scalar between 0 and 1 (Székely et al. 2007).
 
-    NoPeek (Vepakomma et al. 2020) takes it for what split learning leaks. With gradients; needs two samples at least.
+    0: independent; 1: one is a translated and scaled copy of the other. NoPeek (Vepakomma et al. 2020) uses it as the
+    measure of leakage in split learning. Needs at least two samples.
     """
     a_TT, b_TT = _centred_distances(x_TD), _centred_distances(y_TE)
     both = (a_TT * b_TT).mean()
@@ -33,5 +38,5 @@ def distance_correlation(x_TD: torch.Tensor, y_TE: torch.Tensor) -> torch.Tensor
 def _centred_distances(x_TD: torch.Tensor) -> torch.Tensor:
     square_T = x_TD.square().sum(dim=1)
     square_TT = square_T.unsqueeze(0) + square_T.unsqueeze(1) - 2 * x_TD @ x_TD.T
-    far_TT = square_TT.clamp_min(1e-12).sqrt()  # the root has no gradient at 0
+    far_TT = square_TT.clamp_min(1e-12).sqrt()  # the square root has no gradient at 0
     return far_TT - far_TT.mean(dim=0, keepdim=True) - far_TT.mean(dim=1, keepdim=True) + far_TT.mean()

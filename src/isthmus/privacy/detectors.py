@@ -1,7 +1,7 @@
-"""Finds identifiers in text: by pattern, and by checksum where the identifier has one.
+"""Detectors of identifiers in text: by pattern, and by checksum where the identifier has one.
 
-Each detector gives stretches of the text as (start, end) in characters. They rather find too much than too little:
-a stretch found in vain gets more noise than it needs, one that was missed gets less.
+A detector gives spans of the text. Detectors prefer recall to precision: a false positive gets more noise than it
+needs, a false negative gets too little.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 from phonenumbers import Leniency, PhoneNumberMatcher
 from stdnum import iban, luhn
 
-from isthmus.privacy.names import find_names
+from isthmus.privacy.names import TextSpan, find_names
 
-Stretch = tuple[int, int]
-Detector = Callable[[str], Iterable[Stretch]]
+Detector = Callable[[str], Iterable[TextSpan]]
+"""Gives the spans of a text that it detects, in any order; they may overlap."""
 
 NATIONAL_IDS = (
     "au.tfn", "be.nn", "br.cpf", "ca.sin", "ch.ssn", "cn.ric", "de.idnr", "dk.cpr", "es.dni", "es.nie",
     "fi.hetu", "fr.nir", "gb.nhs", "in_.aadhaar", "it.codicefiscale", "kr.rrn", "nl.bsn", "no.fodselsnummer",
     "pl.pesel", "pt.cc", "se.personnummer", "tr.tckimlik", "us.itin", "us.ssn", "za.idnr",
 )  # fmt: skip
-"""Modules of python-stdnum. All but us.ssn and us.itin have a checksum or a date that must be right."""
+"""Modules of python-stdnum. All but us.ssn and us.itin validate a checksum or a date."""
 
 _EMAIL = re.compile(r"[\w.+%-]+@[\w-]+(?:\.[\w-]+)+")
 _URL = re.compile(r"\b(?:https?://|ftp://|www\.)[^\s<>\"']*[^\s<>\"'.,;:!?)\]]", re.IGNORECASE)
@@ -79,11 +79,11 @@ _MONTH_ALONE = re.compile(
 
 
 def build(name: str, *, region: str, listed: Iterable[str]) -> Detector:
-    """The detector of this name.
+    """The detector with this name, one of ``KNOWN``.
 
     Args:
-        region: country whose phone numbers need no country code.
-        listed: names that the silo wants found, beside those that look like names.
+        region: two-letter code of the country whose phone numbers need no country code.
+        listed: the silo's own list of names, for the ``name`` detector.
     """
     if name == "phone":
         return partial(_phones, region=region)
@@ -92,11 +92,11 @@ def build(name: str, *, region: str, listed: Iterable[str]) -> Detector:
     return _PLAIN[name]
 
 
-def _matches(pattern: re.Pattern[str], text: str) -> Iterator[Stretch]:
+def _matches(pattern: re.Pattern[str], text: str) -> Iterator[TextSpan]:
     return (match.span() for match in pattern.finditer(text))
 
 
-def _ips(text: str) -> Iterator[Stretch]:
+def _ips(text: str) -> Iterator[TextSpan]:
     for match in _IP.finditer(text):
         try:
             ipaddress.ip_address(match[0])
@@ -106,8 +106,8 @@ def _ips(text: str) -> Iterator[Stretch]:
             yield match.span()
 
 
-def _ibans(text: str) -> Iterator[Stretch]:
-    """A candidate may run on into what follows: the longest beginning whose checksum (mod 97) is right counts."""
+def _ibans(text: str) -> Iterator[TextSpan]:
+    """IBANs with a valid checksum (mod 97). A match may include text after it: its longest valid prefix counts."""
     for match in _IBAN.finditer(text):
         for end in range(match.end(), match.start() + 14, -1):
             candidate = text[match.start() : end]
@@ -117,8 +117,9 @@ def _ibans(text: str) -> Iterator[Stretch]:
                 break
 
 
-def _cards(text: str) -> Iterator[Stretch]:
-    """13 to 19 digits whose Luhn checksum is right; what follows in groups may not belong to it."""
+def _cards(text: str) -> Iterator[TextSpan]:
+    """Card numbers: 13 to 19 digits with a valid Luhn checksum. A match may include digits that follow, so its longest
+    valid prefix counts."""
     for match in _CARD.finditer(text):
         for end in range(match.end(), match.start() + 12, -1):
             digits = re.sub(r"\D", "", text[match.start() : end])
@@ -128,7 +129,7 @@ def _cards(text: str) -> Iterator[Stretch]:
                 break
 
 
-def _phones(text: str, region: str) -> Iterator[Stretch]:
+def _phones(text: str, region: str) -> Iterator[TextSpan]:
     if _PHONE.search(text):
         for match in PhoneNumberMatcher(text, region, leniency=Leniency.POSSIBLE):
             yield match.start, match.end
@@ -139,8 +140,8 @@ def _id_modules() -> tuple[Any, ...]:
     return tuple(import_module(f"stdnum.{name}") for name in NATIONAL_IDS)
 
 
-def _national_ids(text: str) -> Iterator[Stretch]:
-    """One group of letters and digits, or up to five with single separators, that some country's rule accepts."""
+def _national_ids(text: str) -> Iterator[TextSpan]:
+    """National ids: one to five groups of letters and digits with single separators, valid in some country."""
     for run in _GROUPS.finditer(text):
         groups = [group.span() for group in _GROUP.finditer(text, *run.span())]
         digits = [index for index, (start, end) in enumerate(groups) if any(map(str.isdigit, text[start:end]))]
@@ -156,18 +157,18 @@ def _is_national_id(candidate: str) -> bool:
     digits = sum(map(str.isdigit, candidate))
     if digits < 7 or len(candidate) > 24:
         return False
-    if re.fullmatch(r"\d{9}", candidate):  # nine bare digits: only those with a checksum
+    if re.fullmatch(r"\d{9}", candidate):  # nine digits alone: accept a valid checksum only
         return any(module.is_valid(candidate) for module in _id_modules() if ".us." not in module.__name__)
     return any(module.is_valid(candidate) for module in _id_modules())
 
 
-def _record_numbers(text: str) -> Iterator[Stretch]:
+def _record_numbers(text: str) -> Iterator[TextSpan]:
     for match in _RECORD.finditer(text):
         if sum(map(str.isdigit, match[1])) >= 3:
             yield match.span(1)
 
 
-def _dates(text: str) -> Iterator[Stretch]:
+def _dates(text: str) -> Iterator[TextSpan]:
     for pattern in _DATES:
         yield from _matches(pattern, text)
     for match in _MONTH_ALONE.finditer(text):
@@ -185,3 +186,4 @@ _PLAIN: dict[str, Detector] = {
     "url": partial(_matches, _URL),
 }
 KNOWN = frozenset({*_PLAIN, "name", "phone"})
+"""Names of all detectors."""

@@ -1,4 +1,4 @@
-"""What left a silo, as immutable events: a mechanism describes itself, an accountant may then compose it."""
+"""Privacy events: immutable records of each tensor that left a silo, which an accountant composes into epsilons."""
 
 from __future__ import annotations
 
@@ -10,86 +10,87 @@ from typing import Any, Literal, get_args
 from isthmus.errors import LedgerError
 
 Path = Literal["forward", "gradient", "update", "norm"]
-"""What kind of tensor left: hidden states, the loss gradient on its way down, an adapter update, or whether an update
-was no longer than its clip."""
-Mechanism = Literal["gaussian", "dp_gaussian", "metric", "summed"]
+"""The kind of tensor released: hidden states, a loss gradient with respect to them, an adapter update, or the report
+whether an update was within its clip."""
+MechanismName = Literal["gaussian", "dp_gaussian", "metric", "summed"]
 Unit = Literal["token", "sequence"]
 ALL = "*"
-"""In place of a record's name: an adapter update, which is about all of a silo's records at once."""
+"""Stands for a record's name in the charge of an adapter update, which concerns all of a silo's records."""
 
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What one record is charged for one release.
+    """The privacy cost of one release for one record.
 
-    Neighbours are two records of one length whose rows have the same noise factors.
+    Neighbours are two records of equal length whose rows have equal noise factors.
     """
 
     record: str
     gaussian: float = 0.0
-    """Of Gaussian noise: the squared ratio of sensitivity and deviation, summed over the record's rows. That is all
-    that composition needs: the record's privacy loss is that of one Gaussian mechanism with sensitivity 1 and
-    variance 1/``gaussian`` (Dong, Roth and Su 2022: μ² adds up)."""
+    """Cost of Gaussian noise: the squared ratio of sensitivity to standard deviation, summed over the record's rows.
+    The record's privacy loss is that of one Gaussian mechanism with sensitivity 1 and variance 1/``gaussian``, and
+    charges compose by addition (Dong, Roth and Su 2022: μ²)."""
     pure: float = 0.0
-    """Of metric noise: an epsilon with delta 0."""
+    """Cost of metric noise: an epsilon with delta 0."""
     concentrated: float = 0.0
-    """Of noise in whole numbers: ρ of zero-concentrated privacy (Bun and Steinke 2016), which adds up."""
+    """Cost of discrete Gaussian noise: ρ of zero-concentrated privacy (Bun and Steinke 2016). Composes by addition."""
 
     @property
     def bounded(self) -> bool:
+        """Whether all three costs are finite."""
         return all(map(math.isfinite, (self.gaussian, self.pure, self.concentrated)))
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """One tensor that left a silo, once."""
+    """One tensor that left a silo."""
 
     path: Path
     step: int
     rows: int
     width: int
     clip: float
-    """Largest L2 norm of a unit, in the tensor's units; 0: not clipped, and no finite epsilon follows."""
+    """Largest L2 norm of a unit, in the tensor's units; 0: not clipped, so that no epsilon is finite."""
     noise: float
-    """In the tensor's units, for rows of factor 1: the Gaussian's standard deviation on each coordinate; for metric
-    noise the scale of its length, so that a coordinate's variance is (width + 1)·noise²."""
+    """Scale of the noise on rows of factor 1, in the tensor's units. Gaussian: the standard deviation of each
+    coordinate. Metric: the scale of the noise's length, so that a coordinate's variance is (width + 1)·noise²."""
     size: int
     """Payload in bytes."""
-    mechanism: Mechanism = "gaussian"
+    mechanism: MechanismName = "gaussian"
     unit: Unit = "token"
-    """What was clipped as a whole: each row, or each sequence's rows together. An update is one row."""
+    """What was clipped as one vector: each row, or all rows of a sequence. An update is one row."""
     charges: tuple[Charge, ...] = ()
-    """One a record."""
+    """One charge for each record."""
     honest: int = 0
-    """Of a summed release: it is seen in no sum with the noise of fewer silos, and these are supposed to be honest.
-    Noise and charge are that sum's. 0: the silo's own noise alone is meant."""
+    """For a ``summed`` release, the smallest number of honest silos (silos that keep their noise secret) in any sum
+    that contains it; ``noise`` and ``charges`` are those of that sum. 0: they are of the silo's own noise alone."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As one line of a ledger: a record's charge is a number, a list with a pure or concentrated part, or null if
-        unbounded."""
-        charges = {charge.record: _told(charge) for charge in self.charges}
+        """The release as a ledger's line holds it. A charge is a number if purely Gaussian, null if unbounded, and
+        otherwise the list ``[gaussian, pure]`` or ``[gaussian, pure, concentrated]``."""
+        charges = {charge.record: _charge_to_json(charge) for charge in self.charges}
         return asdict(self) | {"charges": charges}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Release:
-        """The release that ``to_dict`` described.
+        """The release that ``to_dict`` wrote.
 
         Raises:
-            LedgerError: it is no release that this version knows: composing the rest would be too little.
+            LedgerError: this version does not know such a release, so its cost cannot be composed.
         """
         try:
-            charges = tuple(_heard(record, told) for record, told in values["charges"].items())
+            charges = tuple(_charge_from_json(record, value) for record, value in values["charges"].items())
             release = cls(**{**values, "charges": charges})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _unknown(values) from error
-        known = (release.path, Path), (release.mechanism, Mechanism), (release.unit, Unit)
+        known = (release.path, Path), (release.mechanism, MechanismName), (release.unit, Unit)
         if any(value not in get_args(kind) for value, kind in known):
             raise _unknown(values)
         return release
 
 
 def merged(charges: Iterable[Charge]) -> tuple[Charge, ...]:
-    """One charge a record, in the order in which records first come."""
+    """One charge for each record, the sum of its charges, ordered by each record's first charge."""
     found: dict[str, Charge] = {}
     for one in charges:
         before = found.get(one.record, Charge(one.record))
@@ -102,7 +103,7 @@ def merged(charges: Iterable[Charge]) -> tuple[Charge, ...]:
     return tuple(found.values())
 
 
-def _told(charge: Charge) -> Any:
+def _charge_to_json(charge: Charge) -> Any:
     if not charge.bounded:
         return None
     if charge.concentrated:
@@ -110,12 +111,12 @@ def _told(charge: Charge) -> Any:
     return [charge.gaussian, charge.pure] if charge.pure else charge.gaussian
 
 
-def _heard(record: str, told: Any) -> Charge:
-    if told is None:
+def _charge_from_json(record: str, value: Any) -> Charge:
+    if value is None:
         return Charge(record, math.inf)
-    if isinstance(told, list) and len(told) < 2:
+    if isinstance(value, list) and len(value) < 2:
         raise ValueError(record)
-    charge = Charge(record, *map(float, told if isinstance(told, list) else [told]))
+    charge = Charge(record, *map(float, value if isinstance(value, list) else [value]))
     if not charge.bounded or min(charge.gaussian, charge.pure, charge.concentrated) < 0:
         raise ValueError(record)
     return charge
@@ -124,5 +125,5 @@ def _heard(record: str, told: Any) -> Charge:
 def _unknown(values: dict[str, Any]) -> LedgerError:
     return LedgerError(
         f"the ledger holds an event that cannot be accounted: {str(values)[:200]}",
-        remedy="use the version of isthmus that wrote it, or start a new run",
+        remedy="read it with the version of isthmus that wrote it, or start a new run",
     )

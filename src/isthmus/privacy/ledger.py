@@ -1,16 +1,16 @@
-"""The ledger: every release of one silo, appended to a file before the tensor leaves, in a chain of hashes.
+"""The ledger: every release of one silo, appended to a file before the tensor is sent, in a chain of hashes.
 
-Each line holds the hash of the line before it; the first names the silo. A second file, the *head*, holds how many
-lines there are and the hash of the last, so that a missing end is noticed, too. A line is on the disk (fdatasync)
-before its frame leaves; the head is written after it, in place and within one sector, without waiting for the disk. So
-after a crash the head may be behind the ledger, never before it: whole lines that the head does not know are accepted,
-since more lines only mean more charges; half a line is dropped if the head does not know it, for then nothing left.
-Only the first head is waited for, with the folder: after a loss of power both files are there.
+Each line holds the hash of the line before it; the first names the silo. A second file, the *head*, holds the number of
+lines and the hash of the last one, so that a truncated end is detected too. A line is on the disk (fdatasync) before
+its frame is sent. The head is written after it, in place and within one sector, without waiting for the disk. So after
+a crash the head may be behind the ledger, never ahead of it: complete lines beyond the head are accepted, since more
+lines only mean more charges, and an incomplete last line is dropped, since its frame was not sent. Only the first head
+is synced, with its folder, so that both files exist after a loss of power.
 
-Order is that of the chain. Times are told to people; no charge and no budget depends on them.
+The order of releases is that of the chain. Times are informative; no charge and no budget depends on them.
 
-The chain shows what was lost or edited by accident or in part. Who can write both files can forge all of it; to be sure
-against the silo's own operator, keep the head's hash elsewhere.
+The chain reveals accidental and partial changes. A writer of both files can forge all of it; to detect that, keep a
+copy of the head's hash where the silo's operator cannot write.
 """
 
 from __future__ import annotations
@@ -33,29 +33,32 @@ from isthmus.privacy.events import Release
 from isthmus.storage.record import disk_errors
 
 GENESIS = "0" * 64
-SLACK = 1.0
-"""Seconds by which clocks are set back without anybody's intent."""
+"""The previous hash of the first line."""
+CLOCK_TOLERANCE = 1.0
+"""Seconds by which a clock may be set back without an error, as time synchronization does."""
 HEAD_BYTES = 96
-"""A head is always that long, so that it can be written over in place."""
-RESTORE = "restore the ledger and its head from a copy, or start a new run; its charges cannot be known otherwise"
+"""Fixed length of a head, so that it can be overwritten in place."""
+RESTORE = "restore the ledger and its head from a backup, or start a new run: the charges are unknown otherwise"
 
 
 class Ledger(Protocol):
+    """A log of one silo's releases."""
+
     def record(self, release: Release) -> None:
-        """Note a release; if this raises, nothing leaves."""
+        """Append a release. Call it before the tensor is sent; if it raises, the tensor must not be sent."""
         ...
 
     def history(self) -> Iterator[Release]:
-        """All releases so far, the oldest first."""
+        """All releases, oldest first."""
         ...
 
     def close(self) -> None:
-        """Let another hold it."""
+        """Give up the ledger, so that another process may open it."""
         ...
 
 
 class MemoryLedger:
-    """A ledger that lasts as long as the process."""
+    """A ledger in memory, lost when the process ends."""
 
     def __init__(self) -> None:
         self.releases: list[Release] = []
@@ -70,35 +73,41 @@ class MemoryLedger:
 
 
 @dataclass(frozen=True)
-class Contents:
-    """A ledger that was read and verified."""
+class LedgerContents:
+    """A ledger's verified lines."""
 
     lines: list[dict[str, Any]]
     last: str
     """Hash of the last line."""
     size: int
-    """Bytes of whole lines; anything beyond is half a line."""
+    """Bytes of all complete lines; anything beyond is an incomplete line."""
 
     @property
     def time(self) -> float:
+        """Time of the last line in seconds since the epoch; 0 if there is none."""
         return float(self.lines[-1]["time"]) if self.lines else 0.0
 
     def releases(self) -> Iterator[Release]:
-        """Raises ``LedgerError`` at an event that this version does not know."""
+        """All releases, oldest first.
+
+        Raises:
+            LedgerError: this version does not know one of them.
+        """
         return (Release.from_dict(line["release"]) for line in self.lines if "release" in line)
 
 
 class FileLedger:
-    """A ledger in a file, held by one process at a time.
+    """A ledger in a file, locked by one process at a time.
 
     Args:
-        silo: whose it is.
-        recipe: hash of what the recipe says on privacy. A change is noted, not refused: charges do not depend on it.
-        begun: releases are known to have been made, so that an empty ledger has lost them.
-        clock: seconds since the epoch.
+        path: the file; created if it does not exist. Its head is beside it (``head_of``).
+        silo: name of the silo that owns it.
+        recipe: hash of the recipe's privacy settings. A change is recorded, not refused: charges do not depend on it.
+        begun: whether releases are known to have been made, in which case an empty ledger is an error.
+        clock: gives seconds since the epoch.
 
     Raises:
-        LedgerError: it was truncated or edited, or is another silo's.
+        LedgerError: the file was truncated or edited, or belongs to another silo.
         LedgerTakenError: another process has it open.
         ClockError: the clock is behind the last entry.
     """
@@ -127,20 +136,20 @@ class FileLedger:
             raise
 
     def record(self, release: Release) -> None:
-        """Note a release; it is on the disk when this returns.
+        """Append a release; it is on the disk when this returns.
 
         Raises:
-            LedgerTakenError: this is a child of the process that has it open; both would write the same place.
-            LedgerError: it is closed.
-            DiskFullError: there is no room. The ledger is as it was.
+            LedgerTakenError: this process is a fork of the one that opened the ledger.
+            LedgerError: the ledger is closed.
+            DiskFullError: the disk is full; the ledger is unchanged.
         """
         if os.getpid() != self._process:
             raise LedgerTakenError(
-                f"{self.path} is held by the process that opened it, not by its child",
-                remedy="send from the process that joined; or join after the fork, with a run directory of its own",
+                f"{self.path} was opened by the parent process; a forked process cannot write to it",
+                remedy="send from the process that joined, or join after the fork, with a run directory of its own",
             )
         if not self._files:
-            raise LedgerError(f"{self.path} is closed", remedy="join again: a closed silo sends nothing")
+            raise LedgerError(f"{self.path} is closed", remedy="join again before you send")
         self._append({"release": release.to_dict()})
 
     def history(self) -> Iterator[Release]:
@@ -149,15 +158,15 @@ class FileLedger:
     def close(self) -> None:
         self._closing()
 
-    def _open(self) -> Contents:
+    def _open(self) -> LedgerContents:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._files.append(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
         try:
             fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LedgerTakenError(
-                f"another process notes its releases in {self.path}",
-                remedy="give each silo its own run directory, and wait for a run's end before using it",
+                f"another process is writing to the ledger {self.path}",
+                remedy="wait for that run to end, or give each silo its own run directory",
             ) from None
         contents = read_ledger(self.path)
         if os.fstat(self._files[0]).st_size > contents.size:
@@ -166,8 +175,8 @@ class FileLedger:
         self._size = contents.size
         return contents
 
-    def _begin(self, contents: Contents, silo: str, recipe: str, begun: bool) -> None:
-        """Check whose ledger it is and that time goes on; write the first line, or that the recipe is another."""
+    def _begin(self, contents: LedgerContents, silo: str, recipe: str, begun: bool) -> None:
+        """Check the owner and the clock; write the first line, or a line for a changed recipe."""
         owner = contents.lines[0]["silo"] if contents.lines else silo
         if owner != silo:
             raise LedgerError(
@@ -175,32 +184,32 @@ class FileLedger:
                 remedy="give each silo its own run directory",
             )
         if begun and not any("release" in line for line in contents.lines):
-            raise LedgerError(f"releases were made, but {self.path} holds none", remedy=RESTORE)
-        if self._clock() < self._time - SLACK:
+            raise LedgerError(f"releases were made in this run, but {self.path} holds none", remedy=RESTORE)
+        if self._clock() < self._time - CLOCK_TOLERANCE:
             raise ClockError(
                 f"the clock is {self._time - self._clock():.0f} s behind the last entry of {self.path}",
-                remedy="set the clock right; if it was ahead at that entry, wait, or start a new run",
+                remedy="correct the clock; if that entry's clock was ahead, wait that long, or start a new run",
             )
         recipes = [line["recipe"] for line in contents.lines if "recipe" in line]
         if not recipes:
             self._append({"silo": silo, "recipe": recipe, "version": 1})
-            self._settle()
+            self._sync_head()
         elif recipes[-1] != recipe:
             self._append({"recipe": recipe})
 
     def _append(self, values: dict[str, Any]) -> None:
         now = math.floor(self._clock() * 1000) / 1000
         entry: dict[str, Any] = {"seq": self._count, "time": max(now, self._time), "prev": self._last}
-        if now < self._time - SLACK:
-            entry["behind"] = round(self._time - now, 3)  # the clock went backwards while we ran
+        if now < self._time - CLOCK_TOLERANCE:
+            entry["behind"] = round(self._time - now, 3)  # the clock was set back during this run
         line = json.dumps(entry | values, allow_nan=False).encode()
         with disk_errors(self.path):
             self._write(line + b"\n")
             self._count, self._last, self._time = self._count + 1, _hash(line), entry["time"]
             os.pwrite(self._files[1], f"{self._count} {self._last}\n".ljust(HEAD_BYTES).encode(), 0)
 
-    def _settle(self) -> None:
-        """Onto the disk: the first head, and that both files exist."""
+    def _sync_head(self) -> None:
+        """Wait until the first head and the folder's entries of both files are on the disk."""
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             with disk_errors(self.path):
@@ -210,7 +219,7 @@ class FileLedger:
             os.close(folder)
 
     def _write(self, data: bytes) -> None:
-        """Onto the disk, or (where it is full) not at all."""
+        """Append to the file and wait for the disk; if that fails, restore the old length."""
         rest = memoryview(data)
         try:
             while rest:
@@ -224,16 +233,17 @@ class FileLedger:
 
 
 def head_of(path: Path) -> Path:
+    """The path of the head of the ledger at ``path``."""
     return path.with_suffix(".head")
 
 
-def read_ledger(path: Path) -> Contents:
-    """A ledger's whole lines, verified against one another and the head; of one that does not exist, none.
+def read_ledger(path: Path) -> LedgerContents:
+    """The complete lines of a ledger, verified against one another and the head; none if the file does not exist.
 
-    It may be read while it is being written.
+    May be called while another process appends.
 
     Raises:
-        LedgerError: something is missing, edited or out of order.
+        LedgerError: a line is missing, edited or out of order, or the head is missing.
     """
     count, head = _read_head(head_of(path))
     data = path.read_bytes() if path.exists() and path.stat().st_size else b""
@@ -241,18 +251,18 @@ def read_ledger(path: Path) -> Contents:
     lines: list[dict[str, Any]] = []
     last = GENESIS
     for number, line in enumerate(whole.splitlines()):
-        lines.append(_checked(path, number, line, last))
+        lines.append(_parse_line(path, number, line, last))
         last = _hash(line)
         if number + 1 == count and last != head:
-            raise LedgerError(f"entry {number} of {path} was edited", remedy=RESTORE)
+            raise LedgerError(f"entry {number} of {path} was edited: its hash differs from the head's", remedy=RESTORE)
     if len(lines) < count:
-        raise LedgerError(f"{path} was truncated: {count} entries were made, {len(lines)} are left", remedy=RESTORE)
+        raise LedgerError(f"{path} was truncated: {len(lines)} of {count} entries are left", remedy=RESTORE)
     if len(lines) > 1 and not count:
-        raise LedgerError(f"the head of {path} is gone", remedy=RESTORE)
-    return Contents(lines, last, len(whole))
+        raise LedgerError(f"the head of {path} is missing", remedy=RESTORE)
+    return LedgerContents(lines, last, len(whole))
 
 
-def _checked(path: Path, number: int, line: bytes, last: str) -> dict[str, Any]:
+def _parse_line(path: Path, number: int, line: bytes, last: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
         chained = entry["seq"] == number and entry["prev"] == last and isinstance(entry["time"], float | int)
@@ -261,7 +271,7 @@ def _checked(path: Path, number: int, line: bytes, last: str) -> dict[str, Any]:
         chained = False
     if not chained:
         raise LedgerError(
-            f"{path} does not hold together at entry {number}: one there or before was edited, moved or lost",
+            f"the chain of {path} is broken at entry {number}: that entry or an earlier one was edited, moved or lost",
             remedy=RESTORE,
         )
     return dict(entry)

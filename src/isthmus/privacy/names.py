@@ -1,6 +1,6 @@
-"""Finds names of people: after titles and phrases, by common given names, by capitals, and from a list.
+"""The detector of people's names: after titles and phrases, by common given names, by capitals, and from a list.
 
-No model of language is asked: what stands for itself (a lone surname at the start of a sentence) is missed.
+Rules only, no language model: a surname alone at the start of a sentence is missed.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-Stretch = tuple[int, int]
+TextSpan = tuple[int, int]
+"""Start and end of a span of text in characters, end exclusive."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -43,16 +44,17 @@ GIVEN = _words(
     Valerie Vanessa Vera Veronica Victor Victoria Vincent Viola Virginia Vivian Walter Wanda Warren Wayne Wendy
     Wilhelm William Willie Wolfgang Yolanda Yusuf Yvonne Zachary Zoe"""
 )
-"""Given names common in America and Europe that are seldom anything else."""
+"""Given names that are common in America and Europe and rarely ordinary words."""
 AMBIGUOUS = _words(
     """April August Bill Chase Dawn Drew Faith Grace Hope Ivy Joy June Lance Mark Max May Pat Pearl Rich Rose Rusty Sue
     Summer Violet Will"""
 )
-"""Given names that are words too: they count before another capitalized word only."""
+"""Given names that are also ordinary words; they count only before another capitalized word."""
 TITLES = _words(
     """Dr Doctor Doctors Drs Mr Mrs Ms Miss Misses Mister Prof Professor Nurse Sir Madam Sister Herr Frau Monsieur
     Madame Señor Señora Sra"""
 )
+"""Titles that precede a name."""
 STOP = _words(
     """Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August
     September October November December Doctor Patient Nurse Guest Clinician Family I I'm I've I'll I'd The A An And But
@@ -67,6 +69,7 @@ STOP = _words(
     Do Don't Does Did He's She's That's How's What's It's There's Let's Can't Didn't
     Disease Syndrome Services Home Drive Day Disorder Test Scale Score Store"""
 )
+"""Capitalized words that are not part of a name."""
 _WORD = re.compile(r"[^\W\d_](?:[\w'’]*[^\W_])?(?:-[^\W\d_][\w'’]*)*")
 _LEAD = re.compile(
     r"(?:\b(?:[Nn]ame(?:'s|’s)?(?: is| was)?|[Nn]amed|[Cc]alled|I am|I'm|I’m|[Tt]his is|[Ss]igned by|[Rr]eferred by)"
@@ -74,20 +77,20 @@ _LEAD = re.compile(
 )
 _TITLE = re.compile(r"\b(?:doctors?|dr|mister|mr|mrs|miss|ms|professor|nurse|sister)\.?\s+$")
 _SENTENCE_END = re.compile(r"(?:^|[.!?:;]|[\n\r])[\s\"'“”‘(\[*-]*$")
-LONGEST = 4
-"""Words in a name, at most."""
+LONGEST_NAME = 4
+"""Largest number of words in a name."""
 
 
-def find_names(listed: Iterable[str] = ()) -> Callable[[str], Iterable[Stretch]]:
-    """A detector of names.
+def find_names(listed: Iterable[str] = ()) -> Callable[[str], Iterable[TextSpan]]:
+    """The detector of people's names.
 
     Args:
-        listed: names to find wherever they stand, in capitals or not.
+        listed: further names, found anywhere and in any case.
     """
     known = sorted({name.strip() for name in listed if name.strip()}, key=len, reverse=True)
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, known))})(?!\w)", re.IGNORECASE) if known else None
 
-    def detect(text: str) -> Iterator[Stretch]:
+    def detect(text: str) -> Iterator[TextSpan]:
         if pattern is not None:
             yield from (match.span() for match in pattern.finditer(text))
         yield from _by_looks(text)
@@ -95,7 +98,7 @@ def find_names(listed: Iterable[str] = ()) -> Callable[[str], Iterable[Stretch]]
     return detect
 
 
-def _by_looks(text: str) -> Iterator[Stretch]:
+def _by_looks(text: str) -> Iterator[TextSpan]:
     words = list(_WORD.finditer(text))
     small = {word[0] for word in words if word[0][0].islower()}
     index = 0
@@ -108,9 +111,9 @@ def _by_looks(text: str) -> Iterator[Stretch]:
 
 
 def _run(text: str, words: list[re.Match[str]], first: int) -> int:
-    """One past the last of the capitalized words that follow one another from here; at least the first."""
+    """The end (exclusive) of the run of capitalized words that starts at word ``first``; at least ``first + 1``."""
     end = first
-    while end < len(words) and end - first < LONGEST + 1 and words[end][0][0].isupper():
+    while end < len(words) and end - first < LONGEST_NAME + 1 and words[end][0][0].isupper():
         if end > first:
             between = text[words[end - 1].end() : words[end].start()]
             abbreviated = len(words[end - 1][0]) == 1 or words[end - 1][0] in TITLES | {"St"}
@@ -127,7 +130,11 @@ def _run(text: str, words: list[re.Match[str]], first: int) -> int:
 
 
 def _name_within(text: str, run: list[re.Match[str]], small: set[str]) -> int | None:
-    """Which word of a run of capitalized ones a name begins with; None: there is no name in it."""
+    """The index of a name's first word within a run of capitalized words; None: the run holds no name.
+
+    Args:
+        small: all words of the text that begin with a lower-case letter.
+    """
     words = [word[0] for word in run]
     if not words[0][0].isupper():
         return None

@@ -1,4 +1,4 @@
-"""Where noise comes from: a stream cipher with a key of the operating system, never torch's global generator.
+"""Sources of random noise: a stream cipher keyed by the operating system for releases, seeded generators for tests.
 
 Shapes: T rows, D width.
 """
@@ -15,36 +15,36 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 FRACTION = 2**53 - 1
-"""The bits of a double's fraction."""
+"""Mask of the 53 random bits that a float64 between 0 and 1 takes."""
 Words = npt.NDArray[np.uint64]
 
 
 class Noise(Protocol):
-    """A source of independent draws, on the CPU; real numbers are float32."""
+    """A source of independent random draws on the CPU; real numbers are float32."""
 
     def normal(self, rows: int, width: int) -> torch.Tensor:
-        """Standard normal, ``[T, D]``."""
+        """Standard normal draws, ``[T, D]``."""
         ...
 
     def gamma(self, rows: int, shape: int) -> torch.Tensor:
-        """Of the Gamma distribution with this whole-number shape and scale 1, ``[T]``."""
+        """Draws of the Gamma distribution with this integer shape and scale 1, ``[T]``."""
         ...
 
     def words(self, count: int) -> Words:
-        """So many whole numbers of 64 bits, each as likely as any other."""
+        """Uniform 64-bit integers, ``[count]``."""
         ...
 
 
 class SecretNoise:
-    """The keystream of AES-256 in counter mode, under a key that lasts as long as this object and is kept nowhere.
+    """Draws from the keystream of AES-256 in counter mode, under a random key that exists in this object only.
 
-    Who sees any number of draws can predict no other without breaking AES; Mersenne Twister and Philox, torch's own,
-    promise nothing of the kind. Normals are Box and Muller's, the radius from 53 bits and the angle from 32, so tails
-    reach 8.6 deviations (what lies beyond has probability 1e-17) where 32 bits would cut them at 6.7.
+    Predicting a draw from any number of others requires breaking AES. Torch's generators (Mersenne Twister, Philox)
+    give no such guarantee. Normal draws use the Box-Muller transform with 53 bits for the radius and 32 for the angle,
+    so tails reach 8.6 deviations (probability 1e-17 beyond); 32 bits would cut them at 6.7.
 
-    What no generator mends: noise and tensor are added in float32, whose steps depend on the sum. Mironov (2012)
-    shows that exact outputs of such an addition can tell more than the real-valued mechanism does, a few bits of the
-    fraction at that; coarser codecs hide them, and no claim here covers an adversary that exploits them.
+    Limitation: noise and tensor are added in float32, whose spacing depends on the sum. Mironov (2012) shows that the
+    exact outputs of such an addition can reveal more than the real-valued mechanism does, in the lowest bits of the
+    fraction. Coarser codecs hide these bits; no guarantee here covers an adversary that exploits them.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class SecretNoise:
         return drawn[: rows * width].view(rows, width)
 
     def gamma(self, rows: int, shape: int) -> torch.Tensor:
-        """As the sum of ``shape`` exponential draws."""
+        """Draws of the Gamma distribution with this integer shape and scale 1, ``[T]``: sums of exponential draws."""
         drawn = _uniform(self._bytes(8 * rows * shape), rows * shape)
         return drawn.log_().neg_().view(rows, shape).sum(dim=1).to(torch.float32)
 
@@ -75,7 +75,7 @@ class SecretNoise:
 
 
 class SeededNoise:
-    """Draws of a seeded torch generator, the same each time: for tests and for playing a mechanism, not for release."""
+    """Reproducible draws of a seeded torch generator, for tests and simulations. Never use it for a release."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
@@ -94,11 +94,11 @@ class SeededNoise:
 
 
 def secret_generator(device: torch.device | str = "cpu") -> torch.Generator:
-    """A torch generator seeded by the operating system's entropy, for what need not be secret (random rounding)."""
+    """A torch generator seeded by the operating system, for draws that need not be secret, such as random rounding."""
     return torch.Generator(device).manual_seed(secrets.randbits(63))
 
 
 def _uniform(bits: bytearray, count: int) -> torch.Tensor:
-    """Strictly between 0 and 1, in steps of 2⁻⁵³; float64."""
+    """Uniform draws strictly between 0 and 1 in steps of 2⁻⁵³, float64 ``[count]``."""
     whole = torch.frombuffer(bits, dtype=torch.int64, count=count).bitwise_and(FRACTION)
     return whole.to(torch.float64).add_(0.5).mul_(2.0**-53)

@@ -1,6 +1,6 @@
-"""How sensitive text is, word by word, and what follows from it for the noise and the budget.
+"""Sensitivity classes: the class of each token of a text, with the noise, attention and budget of each class.
 
-Classes are numbers here: 0 for text of which nothing is said, then the recipe's classes, from the least noise up.
+Classes are numbers here: 0 for ordinary text, then the recipe's classes in order of increasing noise.
 """
 
 from __future__ import annotations
@@ -16,32 +16,33 @@ import torch
 from isthmus.errors import DataError, IsthmusError, RecipeError
 from isthmus.privacy import detectors
 from isthmus.recipe import SensitivityClass, SensitivitySection
-from isthmus.recipe.sensitivity import NORMAL
+from isthmus.recipe.sections.sensitivity import NORMAL
 
-Span = tuple[int, int, str]
-"""A stretch of a text, from character to character, and its class."""
+ClassSpan = tuple[int, int, str]
+"""Start and end of a span of text in characters, end exclusive, and the name of its class."""
 Offsets = Sequence[tuple[int, int]]
-"""Of each token, the characters it stands for."""
+"""Start and end of each token in the text, in characters, end exclusive."""
 
 
 class Sensitivity:
-    """What a recipe's section finds sensitive.
+    """The classifier that a recipe's ``[sensitivity]`` section describes.
 
     Raises:
-        RecipeError: the function cannot be found.
-        DataError: the file of names cannot be read.
+        RecipeError: ``sensitivity.function`` cannot be imported.
+        DataError: the file ``sensitivity.names`` cannot be read.
     """
 
     def __init__(self, section: SensitivitySection) -> None:
         self.section = section
         named = sorted(section.classes.items(), key=lambda item: (item[1].noise, -(item[1].epsilon or float("inf"))))
         self.names = (NORMAL, *(name for name, _ in named))
-        """Of the classes, by number. One that the recipe calls normal, too, has two numbers."""
+        """Name of each class, by number. If the recipe defines the class ``normal``, that name has two numbers."""
         settings = [section.classes.get(NORMAL, SensitivityClass()), *(one for _, one in named)]
         self.weights = torch.tensor([one.noise for one in settings])
-        """Noise of each class, up to a common factor."""
+        """Relative noise of each class, float32."""
         self.aversions = torch.where(self.weights > self.weights[0], self.weights, 0.0)
-        """How much less attention each class's tokens get, up to a common factor."""
+        """Relative aversion (reduction of attention logits) of each class, float32; 0 for classes without extra
+        noise."""
         self._epsilons = [one.epsilon or float("inf") for one in settings]
         self._numbers = {name: number for number, name in enumerate(self.names)}
         listed = _listed(section.names)
@@ -51,15 +52,15 @@ class Sensitivity:
         ]
         self._function = None if section.function is None else _import(section.function)
 
-    def classes(self, text: str, offsets: Offsets, spans: Iterable[Span] = ()) -> list[int]:
-        """The class of each token: of the spans that share a character with it, the one with the most noise.
+    def classes(self, text: str, offsets: Offsets, spans: Iterable[ClassSpan] = ()) -> list[int]:
+        """The class of each token: the one with the most noise among the spans that overlap the token.
 
         Args:
-            offsets: a token that stands for no character has class 0.
-            spans: what is known of the text beside what is found in it.
+            offsets: of each token; a token without characters has class 0.
+            spans: spans of known class, in addition to those detected.
 
         Raises:
-            DataError: the silo's own function raised, or returned nonsense.
+            DataError: the silo's own function raised, or returned invalid spans.
         """
         found = [*((start, end, self._numbers[kind]) for start, end, kind in spans), *self._found(text)]
         if not found:
@@ -70,11 +71,11 @@ class Sensitivity:
         return [max(classes[start:end], default=0) for start, end in offsets]
 
     def epsilon(self, classes: Iterable[int]) -> float:
-        """Budget of a record that holds tokens of these classes; infinite if none has one."""
+        """Privacy budget of a record with tokens of these classes: the smallest of theirs; infinite if none has one."""
         return min((self._epsilons[number] for number in set(classes)), default=float("inf"))
 
     def root_mean_square(self, tokens: Iterable[int]) -> float:
-        """Of the classes' weights over tokens of these classes; 1 if there are none."""
+        """Root mean square of the weights of tokens of these classes; 1 if there are no tokens."""
         counts = torch.bincount(torch.tensor(list(tokens), dtype=torch.long), minlength=len(self.names)).double()
         if not counts.sum():
             return 1.0
@@ -82,19 +83,19 @@ class Sensitivity:
 
     def _found(self, text: str) -> list[tuple[int, int, int]]:
         found = [(start, end, self._numbers[kind]) for detect, kind in self._detectors for start, end in detect(text)]
-        return found if self._function is None else [*found, *self._told(self._function, text)]
+        return found if self._function is None else [*found, *self._user_spans(self._function, text)]
 
-    def _told(self, function: Callable[[str], Any], text: str) -> list[tuple[int, int, int]]:
-        """What the silo's own function says, checked."""
+    def _user_spans(self, function: Callable[[str], Any], text: str) -> list[tuple[int, int, int]]:
+        """The spans that the silo's own function returns, checked."""
         name = self.section.function
         try:
             spans = list(function(text))
         except IsthmusError:
             raise
-        except (Exception, SystemExit) as error:  # it is the user's: anything may happen
+        except (Exception, SystemExit) as error:  # user code may raise anything
             raise DataError(
                 f"the sensitivity function {name} failed: {type(error).__name__}: {error}",
-                remedy="correct it, so that it returns (start, end, class) spans for any text",
+                remedy="correct the function: it must return (start, end, class) spans for any text",
             ) from error
         return [self._checked(span, len(text)) for span in spans]
 
@@ -103,7 +104,7 @@ class Sensitivity:
         if fits and 0 <= span[0] <= span[1] <= length and isinstance(span[2], str) and span[2] in self._numbers:
             return span[0], span[1], self._numbers[span[2]]
         raise DataError(
-            f"the sensitivity function {self.section.function} gave {span!r} for a text of {length} characters",
+            f"the sensitivity function {self.section.function} returned {span!r} for a text of {length} characters",
             remedy=f"return (start, end, class) with 0 ≤ start ≤ end ≤ {length} and one of: {', '.join(self.names)}",
         )
 
@@ -115,30 +116,33 @@ def _listed(path: str | None) -> list[str]:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"cannot read the file of names {path}: {error}", remedy="correct sensitivity.names; the file is UTF-8"
+            f"cannot read the file of names {path}: {error}",
+            remedy="set sensitivity.names to a readable text file in UTF-8, one name a line",
         ) from error
 
 
 def _import(target: str) -> Callable[[str], Any]:
-    """The silo's own function."""
+    """The function that ``sensitivity.function`` names."""
     place, _, name = target.rpartition(":")
     try:
         module = _run_file(place) if place.endswith(".py") else importlib.import_module(place)
         function = getattr(module, name)
-    except (Exception, SystemExit) as error:  # importing runs the user's code
+    except (Exception, SystemExit) as error:  # importing runs user code
         raise RecipeError(
             f"sensitivity.function: cannot import {target}: {type(error).__name__}: {error}",
-            remedy="write 'module:name' or 'file.py:name' of a function that this silo has",
+            remedy="set it to 'module:name' or 'file.py:name' of a function that this silo can import",
         ) from error
     if not callable(function):
-        raise RecipeError(f"sensitivity.function: {target} is no function", remedy="name a function of one text")
+        raise RecipeError(
+            f"sensitivity.function: {target} is not a function", remedy="name a function that takes a text"
+        )
     return function  # type: ignore[no-any-return]
 
 
 def _run_file(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
+        raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

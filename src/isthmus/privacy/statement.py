@@ -1,4 +1,4 @@
-"""The statement: what a silo's ledger says was spent."""
+"""The statement: what a silo released and what it cost, computed from its ledger."""
 
 from __future__ import annotations
 
@@ -15,61 +15,67 @@ from isthmus.privacy.events import Release
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import PrivacySection
 
-NOTHING = Epsilon(0.0, "analytic")
+ZERO = Epsilon(0.0, "analytic")
 
 
 @dataclass(frozen=True)
 class PathStatement:
-    """What left on one path."""
+    """The releases of one path: forward, gradient, update or norm."""
 
     releases: int
     bytes: int
     mechanisms: tuple[str, ...]
-    """Each as it was used, with clip and noise."""
+    """A description of each mechanism used, with clip and noise."""
     worst: Epsilon
-    """Of the worst record; of an update, of the silo."""
+    """Epsilon of the worst record; for updates, of the silo."""
     median: float | None
-    """Of the median record; None for updates."""
+    """Epsilon of the median record; None for updates."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What left a silo, and at what cost. Epsilons are upper bounds at ``delta``."""
+    """The releases of one silo and their cost. Epsilons are upper bounds at ``delta``."""
 
     silo: str
     delta: float
     verified: bool
-    """Whether the ledger holds together; if not, nothing else is told but why."""
+    """Whether the ledger's chain of hashes is intact. If not, only ``reason`` is set."""
     reason: str = ""
+    """Why the ledger was not verified; empty if it was."""
     records: int = 0
+    """Number of records of which anything was released."""
     paths: dict[str, PathStatement] = field(default_factory=dict)
-    worst: Epsilon = NOTHING
-    """Of the worst record's own hidden states and gradients: the silo's figure, since records are disjoint."""
+    worst: Epsilon = ZERO
+    """Epsilon of the worst record's own hidden states and gradients. It is the silo's figure: records are disjoint."""
     median: float = 0.0
-    with_updates: Epsilon = NOTHING
-    """Of the worst record if every update is charged to it as well."""
-    whole: Epsilon = NOTHING
-    """Of everything that left, composed as if it were about one record."""
+    """Epsilon of the median record's own hidden states and gradients."""
+    with_updates: Epsilon = ZERO
+    """Epsilon of the worst record with all updates charged to it too."""
+    whole: Epsilon = ZERO
+    """Epsilon of all releases composed as if they concerned one record."""
     record_budget: float | None = None
+    """Largest epsilon that the recipe allows a record; None: no limit."""
     silo_budget: float | None = None
+    """Largest epsilon that the recipe allows the silo; None: no limit."""
 
     @property
     def record_left(self) -> float | None:
-        """Of the budget of the worst record; None without a budget."""
+        """Epsilon left to the worst record; None without a budget."""
         return _left(self.record_budget, self.worst)
 
     @property
     def silo_left(self) -> float | None:
+        """Epsilon left to the silo; None without a budget."""
         return _left(self.silo_budget, self.whole)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: an epsilon without a bound is null."""
-        told = asdict(self) | {"record_left": self.record_left, "silo_left": self.silo_left}
-        return {key: _finite(value) for key, value in told.items()}
+        """The statement for JSON; an infinite epsilon is null."""
+        values = asdict(self) | {"record_left": self.record_left, "silo_left": self.silo_left}
+        return {key: _finite(value) for key, value in values.items()}
 
 
 def read_statement(path: Path, silo: str, section: PrivacySection) -> Statement:
-    """The statement of the ledger at this path; of a silo that has none yet, an empty one."""
+    """The statement of the ledger at this path; an empty one if there is no ledger yet."""
     try:
         releases = list(read_ledger(path).releases())
     except LedgerError as error:
@@ -107,23 +113,24 @@ def _of_path(releases: list[Release], delta: float) -> PathStatement:
 
 
 def _descriptions(releases: list[Release]) -> tuple[str, ...]:
-    """One for each way that they were noised; a clip that moved from round to round is told with its ends."""
+    """A description of each distinct mechanism. ``summed`` ones, whose clip may change every round, are given by their
+    smallest and largest clip."""
     summed: defaultdict[int, list[Release]] = defaultdict(list)
-    told = []
+    found = []
     for release in releases:
         if release.mechanism == "summed":
             summed[release.honest].append(release)
         else:
-            told.append(_described(release))
-    told += [_described(end) for ones in summed.values() for end in (_least(ones), _most(ones))]
-    return tuple(dict.fromkeys(told))
+            found.append(_described(release))
+    found += [_described(one) for group in summed.values() for one in (_smallest_clip(group), _largest_clip(group))]
+    return tuple(dict.fromkeys(found))
 
 
-def _least(releases: list[Release]) -> Release:
+def _smallest_clip(releases: list[Release]) -> Release:
     return min(releases, key=lambda release: release.clip)
 
 
-def _most(releases: list[Release]) -> Release:
+def _largest_clip(releases: list[Release]) -> Release:
     return max(releases, key=lambda release: release.clip)
 
 

@@ -1,1 +1,1 @@
-"""What a run writes on disk: run directories, journals, whole-or-nothing files, bytes by number."""
+"""Storage: run directories, journals, atomically written files, and a bounded store of byte strings."""

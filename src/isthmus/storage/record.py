@@ -30,25 +30,34 @@ ROUND = re.compile(r"round-(\d{4,})\.pt")
 
 
 class RunDirectory:
-    """One run's files.
+    """One run's files. ``isthmus run`` writes all of it; on real machines each party has a folder with its own part.
 
     ::
 
-        recipe.toml
-        lock                         held while a run is under way
-        certificates/PARTY/          made by the local engine
-        trunk/metrics.jsonl          one line an optimizer step
-        trunk/rounds/round-0003.pt   adapter and optimizer of the trunk after round 3
-        trunk/kept/NAME/             examples that a silo released once, as they came
-        root/metrics.jsonl           one line a round
-        root/rounds/round-0003.pt    adapters of the ends after round 3
-        silos/NAME/metrics.jsonl     one line a step and an evaluation
-        silos/NAME/ledger.jsonl      one line a release, in a chain of hashes whose end is in ledger.head
-        silos/NAME/secret            key of the records' names in the ledger
-        silos/NAME/released/         examples released once, as they left, and the secret of their numbers
-        silos/NAME/rounds/...        optimizer state of the silo after a round
-        silos/NAME/draft.safetensors  what the silo drafts with, if it was distilled
-        logs/ROLE.log
+        recipe.toml                       the recipe as it is run, with every key
+        lock                              held while a run is under way
+        certificates/PARTY/               ca.pem, cert.pem and key.pem, made by the local engine
+        logs/ROLE.log                     what each process printed; trunk.log is the trunk's and the root's
+        trunk/metrics.jsonl               one line an optimizer step: round, step, silos
+        trunk/rounds/round-0003.pt        adapter and optimizers of the trunk after round 3; round 0 is the start
+        trunk/kept/SILO/                  examples that a silo released once, as they arrived
+        root/metrics.jsonl                one line a round: weights; staleness, shares and clip where there are any
+        root/rounds/round-0003.pt         shared adapters after round 3; state of strategy, clip and control
+        root/ledger.jsonl, ledger.head    releases of the root, where it adds the noise of sums
+        edges/NAME/metrics.jsonl          one line a round: weights
+        silos/NAME/metrics.jsonl          one line a step, an evaluation, and a round's fairness
+        silos/NAME/ledger.jsonl           one line a release, in a chain of hashes
+        silos/NAME/ledger.head            length of the chain, and its last hash
+        silos/NAME/records/record-key     key of the records' names in the ledger
+        silos/NAME/records/sensitivity.json   scale of the noise, where text is classed
+        silos/NAME/released/              examples released once, as they left; ``secret`` is the key of their numbers
+        silos/NAME/rounds/round-0003.pt   optimizer, guard, error feedback, fairness and control after round 3
+        silos/NAME/draft.safetensors      the distilled draft, after ``isthmus draft``
+        attack.json                       results of ``isthmus attack``
+        demo.json                         results of ``isthmus demo``
+
+    Files appear whole or not at all; a journal's last line is dropped if it was cut short. Rounds are kept, and none is
+    replaced.
     """
 
     def __init__(self, path: Path) -> None:

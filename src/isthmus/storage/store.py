@@ -1,4 +1,4 @@
-"""A store of bytes on disk: one file a number, the longest unused leaves first when there is a bound."""
+"""A store of byte strings on disk, one file each; least recently used ones are evicted if it is bounded."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from isthmus.storage.record import disk_errors, writing
 
-NAME = re.compile(r"[0-9a-f]{16}")
+FILE_NAME = re.compile(r"[0-9a-f]{16}")
 
 
 class Store:
-    """Bytes by 64-bit numbers. A file is there whole or not at all, and what is there outlasts the process.
+    """Byte strings by 64-bit number. Files are written atomically and remain after the process ends.
 
     Args:
-        folder: of the files; made when the first is written. One store at a time may use it.
-        bound: bytes of all values together; None: as the disk bears.
+        folder: the folder of the files, created with the first. Only one store may use it at a time.
+        bound: largest total size of all values in bytes; None: no limit but the disk's.
 
     Raises:
         RunError: the folder cannot be read.
@@ -29,7 +29,7 @@ class Store:
         with disk_errors(folder):
             self._sizes = _sizes(folder)
         self.bytes = sum(self._sizes.values())
-        """Of all values."""
+        """Total size of all values."""
 
     def __contains__(self, number: int) -> bool:
         return number in self._sizes
@@ -38,28 +38,28 @@ class Store:
         return len(self._sizes)
 
     def fits(self, size: int) -> bool:
-        """Whether a value of so many bytes has room in the store when all others leave."""
+        """Whether a value of this many bytes fits into the store if all others are evicted."""
         return self._bound is None or size <= self._bound
 
     def read(self, number: int) -> bytes | None:
-        """The value, now the one last used; None if it is not here (any more)."""
+        """The value, which becomes the most recently used; None if it is not in the store."""
         if number not in self._sizes:
             return None
         path = self._path(number)
         try:
             value = path.read_bytes()
-            os.utime(path)  # the order of use outlasts the process, too
-        except OSError:  # the disk lost it, or someone took it away
+            os.utime(path)  # the order of use remains after the process ends
+        except OSError:  # the file was lost or removed
             self._forget(number)
             return None
         self._sizes.move_to_end(number)
         return value
 
     def write(self, number: int, value: bytes) -> None:
-        """Put a value, in the place of an older one of this number. It must fit (see ``fits``).
+        """Write a value atomically, replacing an older one with this number. It must fit (see ``fits``).
 
         Raises:
-            DiskFullError: there is no room on the disk; nothing is half there.
+            DiskFullError: the disk is full.
             RunError: the folder cannot be written for another reason.
         """
         assert self.fits(len(value))
@@ -86,12 +86,12 @@ class Store:
 
 
 def _sizes(folder: Path) -> OrderedDict[int, int]:
-    """Size of each value, the longest unused first. What a crash left half written is removed."""
+    """Size of each value, least recently used first. Removes incomplete files left by a crash."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        if NAME.fullmatch(path.name):
-            told = path.stat()
-            found.append((told.st_mtime_ns, int(path.name, 16), told.st_size))
-        elif NAME.fullmatch(path.name.removeprefix(".").removesuffix(".part")):
+        if FILE_NAME.fullmatch(path.name):
+            stat = path.stat()
+            found.append((stat.st_mtime_ns, int(path.name, 16), stat.st_size))
+        elif FILE_NAME.fullmatch(path.name.removeprefix(".").removesuffix(".part")):
             path.unlink(missing_ok=True)
     return OrderedDict((number, size) for _, number, size in sorted(found))

@@ -1,1 +1,1 @@
-"""The server side of the model: middle blocks that serve many silos."""
+"""The trunk: the model's middle blocks on a server, which computes for many silos at once."""

@@ -1,4 +1,4 @@
-"""Whose adapter a silo's tokens go through: one that all share, or each silo's own over the one base."""
+"""The trunk's adapters: one shared by all silos, or a replica for each silo over the same base weights."""
 
 from __future__ import annotations
 
@@ -15,46 +15,49 @@ from isthmus.recipe import TrainSection
 from isthmus.trunk.grouped_lora import Adapter
 
 Gradients = list[torch.Tensor]
-"""One tensor a trainable parameter, in the order of their names."""
+"""Gradients of the trainable parameters, one tensor each, in the order of their names."""
 
 
 class TrunkAdapter(Protocol):
-    """The trunk's adapter as training sees it. The part's own parameters are what inference uses."""
+    """The trunk's adapter during training. Inference uses the part's own parameters."""
 
     def leaves(self, silo: str) -> dict[str, torch.Tensor]:
-        """The trainable tensors for one pass of this silo, as autograd leaves of their own, by uncut name."""
+        """The silo's trainable tensors for one pass, as new autograd leaves, by their name in the uncut model."""
         ...
 
     def version(self, silo: str) -> int:
-        """Changes whenever the values of this silo's tensors do."""
+        """A number that changes whenever the silo's tensors change."""
         ...
 
-    def waits(self, step: int) -> bool:
-        """Whether the silos step together at this optimizer step of a round."""
+    def steps_together(self, step: int) -> bool:
+        """Whether all silos take this optimizer step of a round together."""
         ...
 
     def step(self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool) -> None:
-        """One optimizer step.
+        """Take one optimizer step.
 
         Args:
-            gradients: of each silo, its weight (supervised tokens; 0 if it has none) and the mean over its tokens.
-            together: these silos waited for one another at this step.
+            gradients: for each silo, its weight (supervised tokens; 0 without gradients) and its mean gradients over
+                them; None if it has none.
+            together: whether these silos waited for one another at this step.
         """
         ...
 
     def begin(self) -> None:
-        """A round begins: what silos did since they last stepped together is dropped."""
+        """Start a round: discard the silos' steps since they last stepped together."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What a stopped trunk needs to go on."""
+        """The state from which a restarted trunk continues (see ``load``)."""
         ...
 
-    def load(self, state: Mapping[str, Any]) -> None: ...
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Replace the state by one that ``state`` returned."""
+        ...
 
 
 class SharedAdapter:
-    """One adapter and one optimizer; a step takes the silos' weighted mean gradient."""
+    """One adapter and one optimizer; a step uses the mean of the silos' gradients, weighted by supervised tokens."""
 
     def __init__(self, part: Part, train: TrainSection) -> None:
         self._part = part
@@ -68,17 +71,17 @@ class SharedAdapter:
     def version(self, silo: str) -> int:
         return self._version
 
-    def waits(self, step: int) -> bool:
+    def steps_together(self, step: int) -> bool:
         return True
 
     def step(self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool) -> None:
         total = sum(weight for weight, _ in gradients.values())
-        if not total:  # momentum alone is no step
+        if not total:  # without gradients, momentum alone must not move the adapter
             return
-        shares = [(weight / total, held) for _, (weight, held) in sorted(gradients.items()) if held is not None]
+        shares = [(weight / total, own) for _, (weight, own) in sorted(gradients.items()) if own is not None]
         means: Gradients = [torch.zeros_like(parameter) for parameter in self._named.values()]
-        for share, held in shares:  # all tensors in a few kernels, where the device has such
-            means = list(torch._foreach_add(means, list(torch._foreach_mul(held, share))))
+        for share, own in shares:  # foreach operations: few kernel launches for all tensors
+            means = list(torch._foreach_add(means, list(torch._foreach_mul(own, share))))
         for parameter, mean in zip(self._named.values(), means, strict=True):
             parameter.grad = mean
         self._optimizer.step()
@@ -101,22 +104,24 @@ class Replica:
     """One silo's own adapter."""
 
     named: dict[str, torch.nn.Parameter]
+    """Trainable parameters by their name in the uncut model."""
     base: dict[str, torch.Tensor]
-    """The mean that it set out from."""
+    """The mean adapter from which the silo last started."""
     optimizer: torch.optim.Optimizer
     weight: float = 0.0
-    """Supervised tokens since then."""
+    """Supervised tokens since that start."""
     version: int = 0
+    """Number of changes of the parameters."""
 
 
 class ReplicaAdapters:
-    """An adapter and an optimizer for each silo, averaged by supervised tokens every so many steps.
+    """An adapter and an optimizer for each silo, averaged by supervised tokens every ``every`` steps.
 
-    A is frozen and the same for all, so that the mean of the B is exactly the mean of what they do (FFA-LoRA). A silo
-    that is late for an average keeps what it did, and brings it to the next.
+    LoRA's A is frozen and equal for all, so the mean of the B gives exactly the mean of the products BA (FFA-LoRA, Sun
+    et al. 2024). A silo that is late for an average keeps its steps and contributes them to the next.
 
     Args:
-        every: steps from one average to the next; the last of ``train.steps`` always averages.
+        every: steps between averages; the last of ``train.steps`` always averages.
     """
 
     def __init__(self, part: Part, train: TrainSection, every: int) -> None:
@@ -126,24 +131,24 @@ class ReplicaAdapters:
         self._mean = adapters.trainable(part)
         self._replicas: dict[str, Replica] = {}
         self._optimizers: dict[str, Any] = {}
-        """States of optimizers from before the trunk was stopped."""
+        """Optimizer states loaded from disk, by silo."""
         self._loads = 0
 
     def leaves(self, silo: str) -> dict[str, torch.Tensor]:
-        # Copies: a silo may step alone while others still need the graph of a pass that its tokens were in.
+        # Copies: a silo may step alone while other silos still need the graph of a pass that includes its tokens.
         return {name: one.detach().clone().requires_grad_() for name, one in self._replica(silo).named.items()}
 
     def version(self, silo: str) -> int:
         return self._replica(silo).version
 
-    def waits(self, step: int) -> bool:
+    def steps_together(self, step: int) -> bool:
         return step >= self._train.steps or step % self._every == 0
 
     def step(self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool) -> None:
-        for silo, (weight, held) in gradients.items():
+        for silo, (weight, own) in gradients.items():
             replica = self._replica(silo)
-            if held is not None:
-                for parameter, gradient in zip(replica.named.values(), held, strict=True):
+            if own is not None:
+                for parameter, gradient in zip(replica.named.values(), own, strict=True):
                     parameter.grad = gradient
                 replica.optimizer.step()
                 replica.optimizer.zero_grad()
@@ -153,7 +158,7 @@ class ReplicaAdapters:
             self._average([self._replica(silo) for silo in sorted(gradients)])
 
     def begin(self) -> None:
-        self._follow(self._replicas.values())
+        self._reset(self._replicas.values())
 
     def state(self) -> dict[str, Any]:
         optimizers = {silo: replica.optimizer.state_dict() for silo, replica in self._replicas.items()}
@@ -167,17 +172,18 @@ class ReplicaAdapters:
 
     @torch.no_grad()
     def _average(self, contributors: list[Replica]) -> None:
-        """The part's own adapter moves by the weighted mean of how far these did; they and all that rest follow it."""
+        """Move the part's own adapter by the weighted mean of these replicas' changes, then reset them and all replicas
+        without steps to it."""
         total = sum(replica.weight for replica in contributors)
         for name, mean in self._mean.items() if total else ():
-            ways = (one.weight / total * (one.named[name] - one.base[name]) for one in contributors)
-            mean.add_(sum(ways, torch.zeros_like(mean)))
-        resting = [replica for replica in self._replicas.values() if not replica.weight]
-        self._follow([*contributors, *resting])
+            changes = (one.weight / total * (one.named[name] - one.base[name]) for one in contributors)
+            mean.add_(sum(changes, torch.zeros_like(mean)))
+        idle = [replica for replica in self._replicas.values() if not replica.weight]
+        self._reset([*contributors, *idle])
 
     @torch.no_grad()
-    def _follow(self, replicas: Iterable[Replica]) -> None:
-        """These become the mean."""
+    def _reset(self, replicas: Iterable[Replica]) -> None:
+        """Reset these replicas to the mean."""
         base = {name: mean.detach().clone() for name, mean in self._mean.items()}
         for replica in replicas:
             for name, parameter in replica.named.items():
@@ -197,7 +203,8 @@ class ReplicaAdapters:
         return self._replicas[silo]
 
 
-def whole_adapter(part: Part, leaves: Mapping[str, torch.Tensor]) -> Adapter:
-    """These trainable tensors and the part's frozen ones."""
+def full_adapter(part: Part, leaves: Mapping[str, torch.Tensor]) -> Adapter:
+    """All adapter tensors of the part by uncut name: ``leaves`` for the trainable ones, the part's own for the
+    frozen."""
     frozen = {name: one for name, one in adapters.parameters(part).items() if not one.requires_grad}
     return {**frozen, **leaves}

@@ -1,4 +1,4 @@
-"""Optimizer steps of silos that wait for nobody: each steps the trunk's one adapter by itself, at once."""
+"""Asynchronous optimizer steps: each silo steps the trunk's one adapter by itself, without waiting for others."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from isthmus.errors import ProtocolError
 from isthmus.recipe import Recipe
 from isthmus.storage.record import Journal, RoleDirectory
 from isthmus.trunk.scheduler import Scheduler
-from isthmus.trunk.steps import check_next, lost
+from isthmus.trunk.sync_steps import check_next, round_lost
 from isthmus.trunk.training import Training
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
 
 
 @dataclass
-class Place:
-    """Where one silo is."""
+class SiloProgress:
+    """The round that one silo is in, and its last committed step there."""
 
     round: int
     step: int = 0
-    """The last one it has committed."""
 
 
 class AsyncSteps:
-    """In place of ``steps.Steps`` where the root has a buffer: the same requests, and no barrier.
+    """In progress of ``steps.Steps`` where the root has a buffer: the same requests, and no barrier.
 
     The adapter is one for all and goes on whatever version the silos' ends are of (as in SplitFed's second version,
     Thapa et al. 2022). A backward through an adapter that others have stepped since is computed again, as for a late
@@ -42,13 +41,21 @@ class AsyncSteps:
         self._training, self._scheduler, self._recipe = training, scheduler, recipe
         self._store, self._journal = store, journal
         self._lock = threading.Lock()
-        self._places: dict[str, Place] = {}
+        self._progress: dict[str, SiloProgress] = {}
         self._over = False
 
     def begin(self, peer: str, request: pb.Begin) -> Answer:
-        """Answered once the trunk has kept its state. A round after the last begins nothing, and ends all others."""
+        """Start a round of one silo; answered once the trunk has saved its state.
+
+        A round beyond the recipe's last starts nothing and ends the rounds of all silos.
+
+        Raises:
+            ProtocolError: the silo is not among the participants.
+        """
         if peer not in request.participants:
-            raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="wait for the next plan")
+            raise ProtocolError(
+                f"{peer} does not take part in round {request.round}", remedy="ask the root for the next plan"
+            )
         version = request.round - 1
 
         def begin() -> pb.Begun:
@@ -59,15 +66,15 @@ class AsyncSteps:
 
         with self._lock:
             self._over = self._over or version >= self._recipe.train.rounds
-            self._places[peer] = Place(request.round)
+            self._progress[peer] = SiloProgress(request.round)
             return self._scheduler.submit(begin)
 
     def commit(self, peer: str, request: pb.Commit) -> Answer:
-        """Answered once the trunk has stepped with this silo's gradients.
+        """Take one step with this silo's gradients; answered once the adapter has stepped.
 
         Raises:
-            RoundLostError: the silo has not begun this round here, or the last version is out.
-            OutOfOrderError: not its next step.
+            RoundLostError: the silo has not begun this round here, or the last version is published.
+            OutOfOrderError: the step is not the silo's next one.
         """
 
         def step() -> pb.Stepped:
@@ -76,9 +83,9 @@ class AsyncSteps:
             return pb.Stepped(contributors=1)
 
         with self._lock:
-            place = self._places.get(peer)
-            if self._over or place is None or place.round != request.round:
-                raise lost(peer, request.round)
-            check_next(request, place.step, self._recipe.steps(peer))
-            place.step = request.step
+            progress = self._progress.get(peer)
+            if self._over or progress is None or progress.round != request.round:
+                raise round_lost(peer, request.round)
+            check_next(request, progress.step, self._recipe.steps(peer))
+            progress.step = request.step
             return self._scheduler.submit(step)

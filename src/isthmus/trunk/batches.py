@@ -1,6 +1,6 @@
-"""Training frames of many silos computed together: the scheduler's kinds of job for forward, backward, evaluation.
+"""The scheduler's job kinds for training frames: forward, backward and evaluation passes batched over silos.
 
-Requests are ``(silo, message)``; answers are messages.
+A job's request is ``(silo, message)``; its answer is a message.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from isthmus.recipe import TrunkSection
 from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import Job
-from isthmus.trunk.training import Backward, Forward, Training
+from isthmus.trunk.training import BackwardStep, ForwardStep, Training
 from isthmus.wire import isthmus_pb2 as pb
 
 T = TypeVar("T")
 
 
 class Forwards:
-    """Forwards of training steps. One silo's frame waits ``gather`` seconds for those of the others in the round."""
+    """Forward passes of training steps. A frame waits up to ``trunk.gather`` seconds for those of the round's other
+    silos."""
 
     def __init__(self, training: Training, codecs: Codecs, section: TrunkSection) -> None:
         self._training = training
@@ -37,16 +38,17 @@ class Forwards:
         if read:
             outputs = self._training.forward([forward for _, forward in read])
             for (job, _), output_TD in zip(read, outputs, strict=True):
-                job.settle(partial(self._codecs.hidden_out, output_TD))
+                job.settle(partial(self._codecs.encode_hidden, output_TD))
 
-    def _forward(self, silo: str, request: pb.Forward) -> Forward:
+    def _forward(self, silo: str, request: pb.Forward) -> ForwardStep:
         lengths = list(request.lengths)
         self._training.check_forward(silo, request.step, lengths)
-        return Forward(silo, request.step, self._codecs.forward_in(silo, request), lengths)
+        return ForwardStep(silo, request.step, self._codecs.decode_forward(silo, request), lengths)
 
 
 class Backwards:
-    """Backwards of training steps. Those whose forwards were computed together wait for one another."""
+    """Backward passes of training steps. Those whose forwards were computed together wait for one another, up to
+    ``trunk.gather`` seconds."""
 
     def __init__(self, training: Training, codecs: Codecs, section: TrunkSection) -> None:
         self._training = training
@@ -63,12 +65,12 @@ class Backwards:
                 if isinstance(result, Exception):
                     job.done.set_exception(result)
                 else:
-                    job.settle(partial(self._codecs.gradient_out, result))
+                    job.settle(partial(self._codecs.encode_gradient, result))
 
-    def _backward(self, silo: str, request: pb.Backward) -> Backward:
+    def _backward(self, silo: str, request: pb.Backward) -> BackwardStep:
         rows = self._training.open_step(silo, request.step).rows
-        gradient_TD = self._codecs.gradient_in(request.gradient, rows)
-        return Backward(silo, request.step, gradient_TD, request.reply, request.aside)
+        gradient_TD = self._codecs.decode_gradient(request.gradient, rows)
+        return BackwardStep(silo, request.step, gradient_TD, request.reply, request.ascent_pass)
 
     def _partners(self, job: Job) -> int:
         silo, request = job.request
@@ -76,7 +78,8 @@ class Backwards:
 
 
 class Evaluations:
-    """Forwards without a graph, through the adapter that inference uses; whatever waits is computed together."""
+    """Forward passes without a graph, through the adapter that inference uses. All waiting ones are computed
+    together."""
 
     def __init__(self, runner: Runner, codecs: Codecs, section: TrunkSection) -> None:
         self._runner = runner
@@ -91,19 +94,20 @@ class Evaluations:
         read = _read(jobs, self._rows)
         if read:
             lengths = [length for _, (_, own) in read for length in own]
-            h_TD = self._runner.whole(torch.cat([h_TD for _, (h_TD, _) in read]), lengths)
+            h_TD = self._runner.full_pass(torch.cat([h_TD for _, (h_TD, _) in read]), lengths)
             outputs = torch.split(h_TD, [sum(own) for _, (_, own) in read])
             for (job, _), output_TD in zip(read, outputs, strict=True):
-                job.settle(partial(self._codecs.hidden_out, output_TD))
+                job.settle(partial(self._codecs.encode_hidden, output_TD))
 
     def _rows(self, silo: str, request: pb.Forward) -> tuple[torch.Tensor, list[int]]:
         lengths = list(request.lengths)
         self._runner.check_context(lengths)
-        return self._codecs.forward_in(silo, request), lengths
+        return self._codecs.decode_forward(silo, request), lengths
 
 
 def _gathered(jobs: list[Job], expected: int, section: TrunkSection, now: float) -> tuple[list[Job], float]:
-    """As many as may be computed together, once so many are there as are expected or the first has waited enough."""
+    """The jobs to run now, at most ``trunk.together``: once all expected ones have come, or the first has waited
+    ``trunk.gather`` seconds. Otherwise none, and the seconds left to wait."""
     left = min(job.since for job in jobs) + section.gather - now
     if len(jobs) >= min(expected, section.together) or left <= 0:
         return jobs[: section.together], 0.0
@@ -111,7 +115,7 @@ def _gathered(jobs: list[Job], expected: int, section: TrunkSection, now: float)
 
 
 def _read(jobs: list[Job], read: Callable[[str, Any], T]) -> list[tuple[Job, T]]:
-    """The jobs with what was read of them; a job that cannot be read gets its error, and the others go on."""
+    """The jobs whose requests ``read`` accepts, each with its result. Other jobs get the error as their answer."""
     found = []
     for job in jobs:
         try:

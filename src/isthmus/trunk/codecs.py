@@ -1,6 +1,6 @@
-"""The trunk's codecs: between matrices as they cross the wire and tensors as it computes on them.
+"""The trunk's codecs: conversion between matrices on the wire and tensors on the trunk's device.
 
-Shapes: T tokens, D the model's width, W what crosses of it.
+Shapes: T tokens, D the model's width, W width of the hidden states that cross (W < D with a bottleneck).
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import torch
 from isthmus.model.device import CPU
 from isthmus.privacy.noise import secret_generator
 from isthmus.recipe import CodecSection
-from isthmus.trunk.kept import Kept
+from isthmus.trunk.kept_examples import KeptExamples
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 
 
 class Codecs:
-    """Decodes what comes in and encodes what goes out, with the recipe's codec for each direction.
+    """Decodes received matrices and encodes answers, with the recipe's codec for each direction.
 
     Args:
-        crossing_width: of the hidden states that come.
-        width: of what the trunk answers.
-        kept: the examples that forwards may name instead of bringing them.
-        device: where the trunk computes.
+        crossing_width: W.
+        width: D.
+        kept: the kept examples, which a forward may name instead of sending hidden states.
+        device: the trunk's device.
     """
 
     def __init__(
-        self, section: CodecSection, crossing_width: int, width: int, kept: Kept, device: torch.device = CPU
+        self, section: CodecSection, crossing_width: int, width: int, kept: KeptExamples, device: torch.device = CPU
     ) -> None:
         self._codec = section
         self._crossing_width = crossing_width
@@ -35,34 +35,39 @@ class Codecs:
         self._device = device
         self._generator = secret_generator(device)
 
-    def forward_in(self, silo: str, request: pb.Forward) -> torch.Tensor:
-        """A forward's hidden states ``[T, W]``, brought or kept.
+    def decode_forward(self, silo: str, request: pb.Forward) -> torch.Tensor:
+        """The hidden states of a forward, ``[T, W]``: those it sent, or the kept ones that it names.
 
         Raises:
-            FrameError: they are anything else.
+            FrameError: the matrix has another shape or codec, or holds NaN or infinity.
             UnknownExampleError: one of the examples is not kept here.
         """
         if request.examples:
             return self._kept.read(silo, request.examples, request.lengths)
-        return self.hidden_in(request.hidden, sum(request.lengths))
+        return self.decode_hidden(request.hidden, sum(request.lengths))
 
-    def hidden_in(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
-        """Hidden states ``[T, W]``.
+    def decode_hidden(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
+        """Received hidden states, ``[T, W]``.
 
         Raises:
-            FrameError: they are anything else.
+            FrameError: the matrix has another shape or codec, or holds NaN or infinity.
         """
         return self._decoded(matrix, rows, self._crossing_width, self._codec.forward_up)
 
-    def gradient_in(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
-        """A loss gradient ``[T, D]``; errors as above."""
+    def decode_gradient(self, matrix: pb.Matrix, rows: int) -> torch.Tensor:
+        """A received loss gradient, ``[T, D]``.
+
+        Raises:
+            FrameError: the matrix has another shape or codec, or holds NaN or infinity.
+        """
         return self._decoded(matrix, rows, self._width, self._codec.gradient_up)
 
-    def hidden_out(self, h_TD: torch.Tensor) -> pb.Hidden:
+    def encode_hidden(self, h_TD: torch.Tensor) -> pb.Hidden:
+        """The answer to a forward or decoding step."""
         return pb.Hidden(hidden=codec.encode(h_TD, self._codec.forward_down))
 
-    def gradient_out(self, gradient_TD: torch.Tensor | None) -> pb.Gradient:
-        """None: the silo's bottom does not train."""
+    def encode_gradient(self, gradient_TD: torch.Tensor | None) -> pb.Gradient:
+        """The answer to a backward; empty where ``gradient_TD`` is None, since the silo's bottom does not train."""
         if gradient_TD is None:
             return pb.Gradient()
         return pb.Gradient(gradient=codec.encode(gradient_TD, self._codec.gradient_down, self._generator))

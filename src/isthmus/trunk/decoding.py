@@ -1,4 +1,5 @@
-"""Continuous batching: the steps of all sessions that wait, and pieces of long prompts, in one pass.
+"""Continuous batching with chunked prefill: one pass computes the waiting steps of all sessions and chunks of long
+prompts.
 
 Shapes: T tokens, D width.
 """
@@ -18,52 +19,58 @@ from isthmus.trunk.scheduler import Job
 from isthmus.trunk.sessions import Session, Sessions
 from isthmus.wire import isthmus_pb2 as pb
 
-FEW = 16
-"""New tokens up to which a row is never cut: a decoded token, a few drafts."""
-PAUSE = 0.05
-"""Seconds until a step that found no memory is looked at again."""
-SHARE = 0.2
-"""Of the last pass's time, how long the next one waits for the sessions that were in it to come back."""
+SHORT_ROW = 16
+"""Largest number of new tokens of a row that is never split: a decoded token and a few draft tokens."""
+RETRY_SECONDS = 0.05
+"""Seconds until a step that found no memory is tried again."""
+WAIT_SHARE = 0.2
+"""Share of the last pass's duration that the next pass waits for the sessions of the last one to send their next
+step."""
 
 
 @dataclass(eq=False)
-class Step:
-    """A session's step on its way: what of each row has been computed."""
+class SessionStep:
+    """A session's step and the progress of its rows."""
 
     silo: str
     request: pb.Decode
     session: Session | None = None
-    ahead: list[torch.Tensor] = field(default_factory=list)
-    """Of each row, the tokens still to come."""
-    behind: list[list[torch.Tensor]] = field(default_factory=list)
-    """Of each row, the results so far."""
+    pending: list[torch.Tensor] = field(default_factory=list)
+    """Hidden states of each row's tokens that are not computed yet, ``[tokens, D]``."""
+    results: list[list[torch.Tensor]] = field(default_factory=list)
+    """Results of each row's computed chunks."""
 
     def begin(self, sessions: Sessions, codecs: Codecs) -> None:
-        h_TD = codecs.hidden_in(self.request.hidden, sum(self.request.lengths))
+        """Decode the request and find or create its session.
+
+        Raises:
+            FrameError, OutOfOrderError, UnknownSessionError: see ``Codecs.decode_hidden`` and ``Sessions.start``.
+        """
+        h_TD = codecs.decode_hidden(self.request.hidden, sum(self.request.lengths))
         self.session = sessions.start(self.silo, self.request)
-        self.ahead = list(torch.split(h_TD, list(self.request.lengths)))
-        self.behind = [[] for _ in self.ahead]
+        self.pending = list(torch.split(h_TD, list(self.request.lengths)))
+        self.results = [[] for _ in self.pending]
 
     @property
     def result(self) -> torch.Tensor:
-        """What the trunk makes of it, ``[T, D]``."""
-        return torch.cat([piece for pieces in self.behind for piece in pieces])
+        """The results of all rows, ``[T, D]``."""
+        return torch.cat([chunk for chunks in self.results for chunk in chunks])
 
 
 @dataclass
-class Piece:
-    """The next tokens of one row."""
+class Chunk:
+    """The next ``size`` tokens of one row."""
 
-    step: Step
+    step: SessionStep
     row: int
     size: int
 
 
 class Decoding:
-    """The kind of job that continues a session. Requests are ``Step``; answers are messages.
+    """The job kind of inference steps. A job's request is a ``SessionStep``; its answer is a message.
 
     Args:
-        chunk: tokens of long prompts that one pass takes, so that the others' next tokens need not wait.
+        chunk: number of tokens of one pass above which long prompts are split, so that other sessions need not wait.
     """
 
     def __init__(self, runner: Runner, sessions: Sessions, codecs: Codecs, chunk: int) -> None:
@@ -72,37 +79,37 @@ class Decoding:
         self._codecs = codecs
         self._chunk = chunk
         self._answered: set[tuple[Hashable, ...]] = set()
-        """Lanes of the last pass's finished steps."""
+        """Lanes of the steps that the last pass finished."""
         self._until = 0.0
-        """The next pass waits for those up to here."""
+        """Time until which the next pass waits for these lanes."""
 
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
         missing = self._answered - {job.lane for job in jobs}
         if missing and now < self._until:
             return [], self._until - now
-        return [job for job in jobs if self._ready(job)], PAUSE
+        return [job for job in jobs if self._ready(job)], RETRY_SECONDS
 
     @torch.inference_mode()
     def run(self, jobs: list[Job]) -> None:
-        steps: list[Step] = [job.request for job in jobs]
+        steps: list[SessionStep] = [job.request for job in jobs]
         started = time.monotonic()
         try:
-            self._advance(self._pieces(steps))
+            self._advance(self._chunks(steps))
         except Exception:
-            for step in steps:  # what their caches hold is unknown
+            for step in steps:  # their caches may be half written
                 self._sessions.close(step.silo, step.request.session)
             raise
         for job, step in zip(jobs, steps, strict=True):
-            if not any(len(rest) for rest in step.ahead):
+            if not any(map(len, step.pending)):
                 assert step.session is not None
                 self._sessions.finish(step.session, list(step.request.lengths))
-                job.settle(partial(self._codecs.hidden_out, step.result))
+                job.settle(partial(self._codecs.encode_hidden, step.result))
         self._answered = {job.lane for job in jobs if job.done.done()}
-        self._until = (1 + SHARE) * time.monotonic() - SHARE * started
+        self._until = (1 + WAIT_SHARE) * time.monotonic() - WAIT_SHARE * started
 
     def _ready(self, job: Job) -> bool:
-        """Whether the step can be computed now; an error is its own and nobody else's."""
-        step: Step = job.request
+        """Whether the step can be computed now. An error is its job's answer and does not affect other jobs."""
+        step: SessionStep = job.request
         try:
             if step.session is None:
                 step.begin(self._sessions, self._codecs)
@@ -112,22 +119,23 @@ class Decoding:
             job.done.set_exception(error)
             return False
 
-    def _pieces(self, steps: list[Step]) -> list[Piece]:
-        """All short rows whole, and of long ones what the chunk has room for; at least half of it is theirs."""
-        rest = [(step, row, len(tokens)) for step in steps for row, tokens in enumerate(step.ahead) if len(tokens)]
-        pieces = [Piece(*one) for one in rest if one[2] <= FEW]
-        room = max(self._chunk - sum(piece.size for piece in pieces), self._chunk // 2, FEW)
+    def _chunks(self, steps: list[SessionStep]) -> list[Chunk]:
+        """The chunks of the next pass: all short rows whole, and long rows in the room that is left, at least half of
+        ``chunk`` tokens."""
+        rest = [(step, row, len(tokens)) for step in steps for row, tokens in enumerate(step.pending) if len(tokens)]
+        chunks = [Chunk(*one) for one in rest if one[2] <= SHORT_ROW]
+        room = max(self._chunk - sum(chunk.size for chunk in chunks), self._chunk // 2, SHORT_ROW)
         for step, row, tokens in rest:
-            if tokens > FEW and room > 0:
-                pieces.append(Piece(step, row, min(tokens, room)))
+            if tokens > SHORT_ROW and room > 0:
+                chunks.append(Chunk(step, row, min(tokens, room)))
                 room -= tokens
-        return pieces
+        return chunks
 
-    def _advance(self, pieces: list[Piece]) -> None:
-        sizes = [piece.size for piece in pieces]
-        taken = [piece.step.ahead[piece.row][: piece.size] for piece in pieces]
-        caches = [piece.step.session.rows[piece.row] for piece in pieces if piece.step.session is not None]
-        results = torch.split(self._runner.continued(torch.cat(taken), sizes, caches), sizes)
-        for piece, result_TD in zip(pieces, results, strict=True):
-            piece.step.behind[piece.row].append(result_TD)
-            piece.step.ahead[piece.row] = piece.step.ahead[piece.row][piece.size :]
+    def _advance(self, chunks: list[Chunk]) -> None:
+        sizes = [chunk.size for chunk in chunks]
+        taken = [chunk.step.pending[chunk.row][: chunk.size] for chunk in chunks]
+        caches = [chunk.step.session.rows[chunk.row] for chunk in chunks if chunk.step.session is not None]
+        results = torch.split(self._runner.cached_pass(torch.cat(taken), sizes, caches), sizes)
+        for chunk, result_TD in zip(chunks, results, strict=True):
+            chunk.step.results[chunk.row].append(result_TD)
+            chunk.step.pending[chunk.row] = chunk.step.pending[chunk.row][chunk.size :]

@@ -1,6 +1,6 @@
-"""Grouped LoRA: in one packed pass, each stretch of tokens goes through an adapter of its own over one base weight.
+"""Grouped LoRA: one packed pass whose segments of tokens go through different adapters over the same base weights.
 
-Shapes: T tokens of all stretches, D width, S stretches, N tokens of the longest, R rank.
+Shapes: T tokens of all segments, D width, S segments, N tokens of the longest segment, R rank.
 """
 
 from __future__ import annotations
@@ -17,56 +17,56 @@ from isthmus.model.cut import Part
 from isthmus.model.packing import Padding
 
 Adapter = Mapping[str, torch.Tensor]
-"""LoRA tensors by uncut name."""
+"""LoRA tensors by their name in the uncut model."""
 
 
-class Groups:
-    """Which adapter each stretch of the pass under way goes through; all layers of a part look here.
+class AdapterGroups:
+    """The segments of the current pass and the adapter of each; all LoRA layers of a part read it.
 
     Args:
-        at_once: compute all stretches of a layer in one batched product, as accelerators want it.
+        at_once: compute all segments of a layer in one batched product, which is faster on accelerators.
     """
 
     def __init__(self, *, at_once: bool) -> None:
         self._at_once = at_once
-        self.stretches: list[tuple[int, Adapter]] | None = None
-        """Tokens and adapter, in the order of the tokens; None: the part's own adapter for all."""
+        self.segments: list[tuple[int, Adapter]] | None = None
+        """Number of tokens and adapter of each segment, in order; None: the part's own adapter for all tokens."""
         self.padding: Padding | None = None
-        """The stretches as a batch; None: they are computed one by one."""
+        """Padding of the segments to a batch; None: they are computed one by one."""
 
     @contextmanager
-    def through(self, stretches: list[tuple[int, Adapter]] | None, device: torch.device) -> Iterator[None]:
-        """Send the passes of this block through these adapters."""
-        self.stretches = stretches
-        if self._at_once and stretches is not None and len(stretches) > 1:
-            self.padding = Padding([tokens for tokens, _ in stretches], device)
+    def through(self, segments: list[tuple[int, Adapter]] | None, device: torch.device) -> Iterator[None]:
+        """Use these segments for the passes within the ``with`` block."""
+        self.segments = segments
+        if self._at_once and segments is not None and len(segments) > 1:
+            self.padding = Padding([tokens for tokens, _ in segments], device)
         try:
             yield
         finally:
-            self.stretches = self.padding = None
+            self.segments = self.padding = None
 
 
-def group_adapters(part: Part, *, at_once: bool = False) -> Groups:
-    """Have the part's LoRA layers heed what ``through`` says at each pass."""
-    groups = Groups(at_once=at_once)
+def group_adapters(part: Part, *, at_once: bool = False) -> AdapterGroups:
+    """Replace the forward of the part's LoRA layers by one that reads the returned groups at each pass."""
+    groups = AdapterGroups(at_once=at_once)
     for name, layer in part.model.named_modules():
         if isinstance(layer, Linear):
             layer.forward = partial(_forward, layer, part.whole_name(name), groups)
     return groups
 
 
-def _forward(layer: Linear, name: str, groups: Groups, x_1TD: torch.Tensor) -> torch.Tensor:
-    """The layer's base result and each stretch's own change, in peft's order of operations."""
+def _forward(layer: Linear, name: str, groups: AdapterGroups, x_1TD: torch.Tensor) -> torch.Tensor:
+    """The layer's base result plus each segment's LoRA change, in peft's order of operations."""
     base: torch.Tensor = layer.base_layer(x_1TD)
-    if groups.stretches is None:
+    if groups.segments is None:
         change = _change(layer, x_1TD, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     else:
         keys = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
-        pairs = [(adapter[keys[0]], adapter[keys[1]]) for _, adapter in groups.stretches]
+        pairs = [(adapter[keys[0]], adapter[keys[1]]) for _, adapter in groups.segments]
         if groups.padding is not None:
             change = _changes_at_once(layer, x_1TD, pairs, groups.padding)
         else:
-            pieces = torch.split(x_1TD, [tokens for tokens, _ in groups.stretches], dim=1)
+            pieces = torch.split(x_1TD, [tokens for tokens, _ in groups.segments], dim=1)
             changes = [_change(layer, piece, a, b) for piece, (a, b) in zip(pieces, pairs, strict=True)]
             change = torch.cat(changes, dim=1)
     return (base + change).to(base.dtype)

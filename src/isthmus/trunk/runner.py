@@ -1,6 +1,6 @@
-"""The runner: the trunk's blocks applied to packed sequences.
+"""The runner: applies the trunk's blocks to packed sequences.
 
-Shapes: T tokens of all sequences one after another, D the model's width, W what crosses of it.
+Shapes: T tokens of all sequences, concatenated; D the model's width; W width of the hidden states that cross.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import torch
 from isthmus.errors import FrameError
 from isthmus.model.bottleneck import UP, project, tensor_of
 from isthmus.model.cut import Part
-from isthmus.trunk.attention import SequenceCache, Sequences, pack_attention
+from isthmus.trunk.attention_kernels import kernel_for
 from isthmus.trunk.grouped_lora import Adapter, group_adapters
-from isthmus.trunk.kernels import kernel_for
+from isthmus.trunk.packed_attention import PackedSequences, SequenceCache, pack_attention
 
 
 class Runner:
-    """Runs the trunk part on the sequences of many silos at once. Nothing is padded.
+    """Runs the trunk part on the sequences of many silos in one pass, without padding.
 
     Args:
-        residual: results are what the blocks added to what went in.
+        residual: whether results are the difference between the blocks' output and input.
     """
 
     def __init__(self, part: Part, *, residual: bool = False) -> None:
@@ -35,38 +35,46 @@ class Runner:
         self._kernel = kernel_for(self._attention, self.device, self.dtype, self.new_cache().head)
         self._groups = group_adapters(part, at_once=self.device.type != "cpu")
 
-    def whole(
-        self, h_TD: torch.Tensor, lengths: list[int], stretches: list[tuple[int, Adapter]] | None = None
+    def full_pass(
+        self, h_TD: torch.Tensor, lengths: list[int], segments: list[tuple[int, Adapter]] | None = None
     ) -> torch.Tensor:
-        """Sequences from their first token on, ``[T, D]``.
+        """The blocks' results for whole sequences, from their first token on, ``[T, D]``.
 
         Args:
-            stretches: tokens and the adapter they go through, one a silo; None: the part's own for all.
+            h_TD: hidden states ``[T, W]``.
+            lengths: number of tokens of each sequence.
+            segments: number of tokens and adapter of each silo; None: the part's own adapter for all.
         """
-        with self._groups.through(stretches, self.device):
-            return self._run(h_TD, Sequences(self._attention, lengths, kernel=self._kernel))
+        with self._groups.through(segments, self.device):
+            return self._run(h_TD, PackedSequences(self._attention, lengths, kernel=self._kernel))
 
-    def continued(self, h_TD: torch.Tensor, lengths: list[int], caches: list[SequenceCache]) -> torch.Tensor:
-        """Sequences continued from their caches, which are extended in place, ``[T, D]``."""
+    def cached_pass(self, h_TD: torch.Tensor, lengths: list[int], caches: list[SequenceCache]) -> torch.Tensor:
+        """The blocks' results for new tokens of cached sequences, ``[T, D]``. The caches are extended in place.
+
+        Args:
+            h_TD: hidden states of the new tokens, ``[T, W]``.
+            lengths: number of new tokens of each sequence.
+        """
         for cache, new in zip(caches, lengths, strict=True):
             cache.reserve(cache.length + new)
-        sequences = Sequences(self._attention, lengths, caches, self._kernel)
+        sequences = PackedSequences(self._attention, lengths, caches, self._kernel)
         h_TD = self._run(h_TD, sequences)
         sequences.finish()
         return h_TD
 
     def new_cache(self) -> SequenceCache:
+        """An empty cache for one sequence."""
         return SequenceCache(self.part.config, self.dtype, self.device)
 
     def check_context(self, lengths: list[int]) -> None:
         """Raise ``FrameError`` if one of these sequences is longer than the model's context."""
         if max(lengths) > self.context:
             raise FrameError(
-                f"a sequence of {max(lengths)} tokens, the model's context is {self.context}",
+                f"received a sequence of {max(lengths)} tokens; the model's context is {self.context}",
                 remedy="shorten the prompt or lower train.max_tokens",
             )
 
-    def _run(self, h_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    def _run(self, h_TD: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
         h_TD = self._widened(h_TD.to(self.device, self.dtype))
         h_1TD = self.part.hidden(
             inputs_embeds=h_TD.unsqueeze(0),
@@ -77,9 +85,9 @@ class Runner:
         return h_1TD.squeeze(0) - h_TD if self._residual else h_1TD.squeeze(0)
 
     def _widened(self, h_TW: torch.Tensor) -> torch.Tensor:
-        """What came through a bottleneck, each stretch by its own adapter's ``up``."""
-        if self._up is None or self._groups.stretches is None:
+        """Hidden states at the model's width, ``[T, D]``: through the bottleneck's ``up`` of each segment's adapter."""
+        if self._up is None or self._groups.segments is None:
             return project(h_TW, self._up)
-        pieces = torch.split(h_TW, [tokens for tokens, _ in self._groups.stretches])
-        ups = [adapter[f"{UP}.weight"] for _, adapter in self._groups.stretches]
+        pieces = torch.split(h_TW, [tokens for tokens, _ in self._groups.segments])
+        ups = [adapter[f"{UP}.weight"] for _, adapter in self._groups.segments]
         return torch.cat([project(piece, up) for piece, up in zip(pieces, ups, strict=True)])

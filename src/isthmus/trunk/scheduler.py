@@ -1,4 +1,4 @@
-"""The scheduler: one thread that owns the trunk's compute and runs the requests of many silos together."""
+"""The scheduler: the one thread that computes on the trunk, and batches the requests of many silos."""
 
 from __future__ import annotations
 
@@ -10,47 +10,47 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-Done = Future[Any]
-
 
 @dataclass(eq=False)
 class Job:
     """One request that waits for the compute thread.
 
     Args:
-        lane: the silo and a name; jobs of one lane keep their order, one at most is under way. Empty: of all silos.
+        lane: the silo and a name. Jobs of one lane run in order, one at a time. An empty lane is a barrier: the job
+        runs
+            after all earlier jobs and before all later ones.
     """
 
-    kind: Kind
+    kind: JobKind
     lane: tuple[Hashable, ...]
     request: Any
-    done: Done = field(default_factory=Future)
+    done: Future[Any] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
-    """When it came, or last had a turn."""
+    """Time of its arrival, or of its last turn."""
 
     def settle(self, answer: Callable[[], Any]) -> None:
-        """Its answer is what this gives; or raises, which is then nobody else's error."""
+        """Set the future to the result of ``answer``, or to the error it raises."""
         try:
             self.done.set_result(answer())
         except Exception as error:
             self.done.set_exception(error)
 
 
-class Kind(Protocol):
-    """One kind of job and how its jobs are computed together."""
+class JobKind(Protocol):
+    """A kind of job: how its jobs are chosen and computed together."""
 
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
-        """Choose from the first job of each lane those to run now; or none, and the seconds until it should be asked
-        again."""
+        """The jobs to run now, chosen among the first ones of each lane. If there are none, also the seconds after
+        which to ask again."""
         ...
 
     def run(self, jobs: list[Job]) -> None:
-        """Compute. A job whose future is not settled by then has another turn."""
+        """Compute these jobs. A job whose future is not settled when this returns gets another turn."""
         ...
 
 
-class Alone:
-    """Jobs that are run by themselves."""
+class SingleJobs:
+    """Jobs that run one at a time; a job's request is the function to call."""
 
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
         return jobs[:1], 0.0
@@ -60,14 +60,14 @@ class Alone:
             job.settle(job.request)
 
 
-ALONE = Alone()
+SINGLE = SingleJobs()
 
 
 class Scheduler:
-    """Everything that touches the trunk's tensors runs here, so that nothing there needs a lock.
+    """Runs all work on the trunk's tensors in one thread, so that none of it needs a lock.
 
-    Loading the model too: OpenMP keeps a pool of threads for each thread that ever computed, and with more of them
-    than cores it no longer waits actively between kernels. Compute then takes a fifth longer.
+    This includes loading the model: OpenMP keeps a pool of threads for each thread that ever computed, and with more
+    threads than cores it stops spinning between kernels, which makes compute a fifth slower.
     """
 
     def __init__(self) -> None:
@@ -76,18 +76,19 @@ class Scheduler:
         self._stopped = False
         threading.Thread(target=self._work, name="trunk compute", daemon=True).start()
 
-    def submit(self, work: Callable[[], Any]) -> Done:
-        """Run this later, by itself and before anything that comes after it; gives its result or its exception."""
-        return self.enqueue(ALONE, (), work)
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        """Call ``work`` alone, after all earlier jobs and before all later ones. The future gives its result or
+        error."""
+        return self.enqueue(SINGLE, (), work)
 
-    def enqueue(self, kind: Kind, lane: tuple[Hashable, ...], request: Any) -> Done:
-        """Have this computed with others of its kind."""
+    def enqueue(self, kind: JobKind, lane: tuple[Hashable, ...], request: Any) -> Future[Any]:
+        """Add a job, to be computed together with others of its kind."""
         job = Job(kind, lane, request)
         self._arriving.put(job)
         return job.done
 
     def drop(self, silo: str, error: Exception) -> None:
-        """Fail what this silo's last process left waiting; to be called by a job of no lane, which came after it."""
+        """Fail the waiting jobs of this silo. Call it in a job without a lane: later jobs are not affected."""
         for job in self._waiting:
             if not job.lane:
                 break
@@ -96,6 +97,7 @@ class Scheduler:
         self._forget_done()
 
     def stop(self) -> None:
+        """End the compute thread after the current turn."""
         self._arriving.put(None)
 
     def _work(self) -> None:
@@ -105,7 +107,11 @@ class Scheduler:
             pause = self._turn()
 
     def _receive(self, pause: float | None) -> None:
-        """Take in what has arrived; if nothing is to be done, wait for it, at most so many seconds."""
+        """Move arrived jobs to the waiting ones.
+
+        Args:
+            pause: seconds to wait for the first one; None: without limit.
+        """
         try:
             job = self._arriving.get(timeout=pause) if pause != 0.0 else self._arriving.get_nowait()
             while job is not None:
@@ -116,13 +122,17 @@ class Scheduler:
             pass
 
     def _turn(self) -> float | None:
-        """Run what is due and has waited longest. Returns the seconds until there is more to do."""
+        """Run the kind whose first job has waited longest and that has jobs to run.
+
+        Returns:
+            Seconds until the next turn; None: when the next job arrives.
+        """
         self._forget_done()
         now, pause = time.monotonic(), None
         for jobs in sorted(self._heads().values(), key=lambda jobs: min(job.since for job in jobs)):
             try:
                 chosen, seconds = jobs[0].kind.gather(jobs, now)
-            except Exception as error:  # only the first job is looked at by itself
+            except Exception as error:  # a kind examines its first job first
                 jobs[0].done.set_exception(error)
                 return 0.0
             if chosen:
@@ -131,9 +141,9 @@ class Scheduler:
             pause = seconds if pause is None else min(pause, seconds)
         return pause
 
-    def _heads(self) -> dict[Kind, list[Job]]:
-        """By kind, the first job of each lane; what came after a job of no lane waits for it."""
-        heads: dict[Kind, list[Job]] = {}
+    def _heads(self) -> dict[JobKind, list[Job]]:
+        """The first job of each lane, by kind, up to the first job without a lane."""
+        heads: dict[JobKind, list[Job]] = {}
         lanes: set[tuple[Hashable, ...]] = set()
         for job in self._waiting:
             if job.lane not in lanes:

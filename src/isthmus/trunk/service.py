@@ -1,4 +1,4 @@
-"""The trunk's service: each request of a silo to the room that answers it."""
+"""The trunk's service: dispatches each request of a silo to the component that answers it."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
 from isthmus.trunk.async_steps import AsyncSteps
 from isthmus.trunk.batches import Backwards, Evaluations, Forwards
 from isthmus.trunk.codecs import Codecs
-from isthmus.trunk.decoding import Decoding, Step
-from isthmus.trunk.kept import Kept
+from isthmus.trunk.decoding import Decoding, SessionStep
+from isthmus.trunk.kept_examples import KeptExamples
 from isthmus.trunk.runner import Runner
-from isthmus.trunk.scheduler import ALONE, Scheduler
+from isthmus.trunk.scheduler import SINGLE, Scheduler
 from isthmus.trunk.sessions import Sessions
-from isthmus.trunk.steps import Steps
+from isthmus.trunk.sync_steps import SyncSteps
 from isthmus.trunk.training import Training
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.channel import Answer
+from isthmus.wire.channel import Answer, answered
 
 
 class TrunkService:
     """Implements ``wire.channel.Service`` with the middle blocks of the recipe's model.
 
     Args:
-        directory: where the trunk writes its rounds and metrics.
+        directory: the directory for the trunk's rounds, metrics and kept examples.
         checkpoint: the base model; the recipe's by default.
 
     Raises:
-        RecipeError: torch has no such device as ``trunk.device`` here.
+        RecipeError: torch has no device ``trunk.device`` on this machine.
     """
 
     def __init__(self, recipe: Recipe, directory: RoleDirectory, *, checkpoint: Checkpoint | None = None) -> None:
@@ -48,7 +48,7 @@ class TrunkService:
         self._scheduler = Scheduler()
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
         runner = self._runner
-        self._kept = Kept(directory.path / "kept", recipe, runner.crossing_width, runner.device)
+        self._kept = KeptExamples(directory.path / "kept", recipe, runner.crossing_width, runner.device)
         self._codecs = Codecs(recipe.boundary.codec, runner.crossing_width, runner.width, self._kept, runner.device)
         self._sessions = Sessions(self._runner, recipe.trunk)
         self._decoding = Decoding(self._runner, self._sessions, self._codecs, recipe.trunk.chunk)
@@ -58,15 +58,15 @@ class TrunkService:
         self._backwards = Backwards(self._training, self._codecs, recipe.trunk)
         self._evaluations = Evaluations(self._runner, self._codecs, recipe.trunk)
         journal = directory.journal("metrics")
-        self._steps: Steps | AsyncSteps
-        if recipe.federation.buffer is None:
-            self._steps = Steps(self._training, self._scheduler, recipe.steps, recipe.trunk.patience, journal)
+        self._steps: SyncSteps | AsyncSteps
+        if recipe.federation.asynchronous.buffer is None:
+            self._steps = SyncSteps(self._training, self._scheduler, recipe.steps, recipe.trunk.patience, journal)
         else:
             self._steps = AsyncSteps(self._training, self._scheduler, recipe, directory, journal)
         self._instances: dict[str, str] = {}
         self._answers: dict[type[Message], Callable[[str, Any], Answer]] = {
             pb.Hello: self._greet,
-            pb.Ping: lambda peer, request: _now(pb.Pong()),
+            pb.Ping: lambda peer, request: answered(pb.Pong()),
             pb.Begin: self._steps.begin,
             pb.Commit: self._steps.commit,
             pb.Keep: self._keep,
@@ -79,23 +79,28 @@ class TrunkService:
     def handle(self, peer: str, request: Message) -> Answer:
         answer = self._answers.get(type(request))
         if answer is None:
-            raise ProtocolError(f"the trunk does not answer {type(request).__name__}", remedy="ask the root")
+            raise ProtocolError(
+                f"the trunk does not answer {type(request).__name__} requests", remedy="send it to the root"
+            )
         if peer not in self._instances and not isinstance(request, pb.Hello | pb.Ping):
-            raise ProtocolError(f"{type(request).__name__} before Hello", remedy="greet first")
+            raise ProtocolError(
+                f"received {type(request).__name__} before Hello", remedy="send Hello first on every stream"
+            )
         return answer(peer, request)
 
     def restore(self, number: int) -> None:
-        """Serve the adapter as it was after this round; before any silo is connected."""
+        """Restore the adapter at the end of this round. Call it before any silo connects."""
         self._scheduler.submit(lambda: self._training.restore(number)).result()
 
     def stop(self) -> None:
+        """End the compute thread."""
         self._scheduler.stop()
 
     def _greet(self, peer: str, hello: pb.Hello) -> Answer:
         if hello.fingerprint != self._hello.fingerprint:
             raise MismatchError(
-                f"{peer} holds another base model than the trunk (config or weights differ)",
-                remedy="give both sides the same model.path contents",
+                f"{peer} and the trunk have different base models (configuration or weights differ)",
+                remedy="give both sides the same files at model.path",
             )
         if (hello.bottom, hello.top) != (self._hello.bottom, self._hello.top):
             raise MismatchError(
@@ -105,10 +110,12 @@ class TrunkService:
         if self._instances.get(peer) != hello.instance:
             self._instances[peer] = hello.instance
             self._scheduler.submit(lambda: self._forget(peer))
-        return _now(pb.Welcome())
+        return answered(pb.Welcome())
 
     def _forget(self, peer: str) -> None:
-        self._scheduler.drop(peer, ProtocolError(f"another process of {peer} has come", remedy="end one of them"))
+        self._scheduler.drop(
+            peer, ProtocolError(f"another process of {peer} has connected", remedy="stop one of the two processes")
+        )
         self._training.forget(peer)
         self._sessions.close_all(peer)
 
@@ -127,14 +134,14 @@ class TrunkService:
         return self._scheduler.enqueue(self._backwards, (peer, "train"), (peer, request))
 
     def _decode(self, peer: str, request: pb.Decode) -> Answer:
-        return self._scheduler.enqueue(self._decoding, (peer, "session", request.session), Step(peer, request))
+        return self._scheduler.enqueue(self._decoding, (peer, "session", request.session), SessionStep(peer, request))
 
     def _close(self, peer: str, request: pb.Close) -> Answer:
         def close() -> Message:
             self._sessions.close(peer, request.session)
             return pb.Closed()
 
-        return self._scheduler.enqueue(ALONE, (peer, "session", request.session), close)
+        return self._scheduler.enqueue(SINGLE, (peer, "session", request.session), close)
 
 
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:
@@ -148,9 +155,3 @@ def _trunk_adapter(part: Part, recipe: Recipe) -> TrunkAdapter:
     if recipe.trunk.adapter == "shared":
         return SharedAdapter(part, recipe.train)
     return ReplicaAdapters(part, recipe.train, recipe.trunk.average_every or recipe.train.steps)
-
-
-def _now(body: Message) -> Answer:
-    answer: Answer = Answer()
-    answer.set_result(body)
-    return answer

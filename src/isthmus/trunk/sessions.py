@@ -1,4 +1,4 @@
-"""Inference sessions: one silo's KV caches on the trunk, leased by time, within a budget of memory."""
+"""Inference sessions: the silos' KV caches on the trunk, leased for a time and bounded in memory."""
 
 from __future__ import annotations
 
@@ -9,40 +9,44 @@ from dataclasses import dataclass
 
 from isthmus.errors import FrameError, OutOfOrderError, UnknownSessionError
 from isthmus.recipe import TrunkSection
-from isthmus.trunk.attention import SequenceCache
+from isthmus.trunk.packed_attention import SequenceCache
 from isthmus.trunk.runner import Runner
 from isthmus.wire import isthmus_pb2 as pb
 
-GRACE = 2.0
-"""Seconds after its last step in which a session does not have to make room: a newer one waits instead."""
-Key = tuple[str, int]
-"""The silo's certified name and the number it gave: no silo can name another's session."""
+EVICTION_GRACE = 2.0
+"""Seconds after its last step during which a session is not evicted; new sessions wait instead."""
+SessionKey = tuple[str, int]
+"""The silo's certified name and the number that the silo chose, so that it cannot name another silo's session."""
 
 
 @dataclass
 class Session:
-    """One session. It takes part in the count and the memory once its first step is admitted."""
+    """One session. It counts towards the limits once its first step is admitted."""
 
-    key: Key
+    key: SessionKey
     rows: list[SequenceCache]
-    """A row may stand here several times until the step that chose it so is admitted: copies take memory."""
-    used: float
+    """Cache of each row. One cache may be listed several times until the step that selected it so is admitted, since
+    copies take memory."""
+    last_used: float
+    """Time of the last step, by the clock of ``Sessions``."""
     step: int = 0
-    even: int = 0
-    """Positions at the end that every row has: as many can be forgotten."""
+    """Number of the next step."""
+    croppable: int = 0
+    """Number of positions that can be dropped from the end of every row."""
     busy: bool = False
-    """A step is being computed; the session is not evicted meanwhile."""
+    """Whether a step is being computed; the session is not evicted meanwhile."""
 
     @property
     def nbytes(self) -> int:
+        """Bytes that the session's caches take."""
         return sum({id(row): row.nbytes for row in self.rows}.values())
 
     def bytes_for(self, lengths: Sequence[int]) -> int:
-        """Bytes of all caches once the rows have so many more tokens."""
+        """Bytes that the caches take with this many more tokens in each row."""
         return sum(row.bytes_for(row.length + new) for row, new in zip(self.rows, lengths, strict=True))
 
     def grow(self, lengths: Sequence[int]) -> None:
-        """Take the memory for so many more tokens, and copy rows that are there several times."""
+        """Allocate memory for this many more tokens in each row, and copy caches that are listed several times."""
         seen: set[int] = set()
         for place, (row, new) in enumerate(zip(self.rows, lengths, strict=True)):
             own = self.rows[place] = row.copy() if id(row) in seen else row
@@ -51,32 +55,34 @@ class Session:
 
 
 class Sessions:
-    """All sessions, the longest unused first.
+    """All sessions, least recently used first.
 
-    ``trunk.sessions`` of them in ``trunk.session_bytes`` are kept, each for ``trunk.lease`` seconds.
+    At most ``trunk.sessions`` are held in ``trunk.session_bytes`` of memory, each for ``trunk.lease`` seconds after its
+    last step.
     """
 
     def __init__(self, runner: Runner, section: TrunkSection, clock: Callable[[], float] = time.monotonic) -> None:
         self._runner = runner
         self._section = section
         self._clock = clock
-        self._sessions: OrderedDict[Key, Session] = OrderedDict()
+        self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all caches take."""
+        """Bytes that the caches of all sessions take."""
         return sum(session.nbytes for session in self._sessions.values())
 
     def start(self, peer: str, request: pb.Decode) -> Session:
-        """The session of this step: a new one if it is step 0, rows and positions as asked.
+        """The session of this step, with the requested positions dropped and rows selected; step 0 creates it.
 
         Raises:
-            UnknownSessionError: it was evicted, has expired or never was; the silo replays its frames.
-            OutOfOrderError: not the session's next step.
-            FrameError: it forgets or keeps what is not there, outgrows the model's context or the trunk's memory.
+            UnknownSessionError: the session was evicted, expired or never existed; the silo must replay its frames.
+            OutOfOrderError: the step is not the session's next one.
+            FrameError: the positions or rows do not exist, or the session would exceed the model's context or the
+                trunk's memory.
         """
         self._expire()
         key = (peer, request.session)
@@ -87,20 +93,23 @@ class Sessions:
         if needed > budget:
             self._sessions.pop(key, None)
             raise FrameError(
-                f"a session of {needed} bytes, trunk.session_bytes keeps {budget}",
+                f"the session needs {needed} bytes; trunk.session_bytes allows {budget}",
                 remedy="ask for fewer or shorter sequences, or raise trunk.session_bytes",
             )
         return session
 
     def admit(self, session: Session, lengths: Sequence[int]) -> bool:
-        """Take the memory for so many more tokens, if it is there; sessions that rest are evicted for it.
+        """Allocate memory for this many more tokens in each row; idle sessions are evicted for it.
+
+        Returns:
+            Whether there is enough memory.
 
         Raises:
-            UnknownSessionError: the session itself had to make room meanwhile.
+            UnknownSessionError: the session itself was evicted meanwhile.
         """
         known = self._sessions.get(session.key) is session
         if session.step and not known:
-            raise UnknownSessionError("the session had to make room", remedy="send its frames again from the first")
+            raise UnknownSessionError("the session was evicted", remedy="send its frames again from the first")
         if not self._make_room(session, session.bytes_for(lengths) - (session.nbytes if known else 0), int(not known)):
             return False
         session.grow(lengths)
@@ -109,28 +118,28 @@ class Sessions:
         return True
 
     def finish(self, session: Session, lengths: list[int]) -> None:
-        """The step is done: so many tokens were appended to the rows."""
+        """Record that a step is done and appended this many tokens to each row."""
         even = len(set(lengths)) == 1
-        session.even = session.even + lengths[0] if even else min(lengths)
+        session.croppable = session.croppable + lengths[0] if even else min(lengths)
         session.step += 1
         session.busy = False
-        session.used = self._clock()
+        session.last_used = self._clock()
 
     def close(self, peer: str, number: int) -> None:
-        """Free a session; nothing happens if it is gone already."""
+        """Free a session, if it still exists."""
         self._sessions.pop((peer, number), None)
 
     def close_all(self, peer: str) -> None:
-        """Free this silo's sessions."""
+        """Free all sessions of this silo."""
         for key in [key for key in self._sessions if key[0] == peer]:
             del self._sessions[key]
 
-    def _new(self, key: Key, request: pb.Decode) -> Session:
+    def _new(self, key: SessionKey, request: pb.Decode) -> Session:
         self._runner.check_context(list(request.lengths))
         self._sessions.pop(key, None)
         return Session(key, [self._runner.new_cache() for _ in request.lengths], self._clock())
 
-    def _find(self, key: Key, request: pb.Decode) -> Session:
+    def _find(self, key: SessionKey, request: pb.Decode) -> Session:
         session = self._sessions.get(key)
         if session is None:
             raise UnknownSessionError(
@@ -138,39 +147,47 @@ class Sessions:
             )
         if request.step != session.step:
             raise OutOfOrderError(
-                f"step {request.step} of session {request.session}, step {session.step} is next",
+                f"received step {request.step} of session {request.session}, expected step {session.step}",
                 remedy="send each step once, in order",
             )
         self._sessions.move_to_end(key)
-        session.used = self._clock()
+        session.last_used = self._clock()
         return session
 
     def _rewind(self, session: Session, request: pb.Decode) -> None:
-        """Forget positions and pick rows, as the silo's own caches did; all checks come before any change."""
+        """Drop positions and select rows as the silo did in its own caches. Checks everything before any change."""
         kept = [row.length - request.forget for row in session.rows]
-        if request.forget > session.even or max(kept) < 1:
-            raise FrameError(f"{request.forget} positions to forget", remedy="forget no more than was sent")
+        if request.forget > session.croppable or max(kept) < 1:
+            raise FrameError(
+                f"cannot drop {request.forget} positions", remedy="drop at most the positions that all rows share"
+            )
         rows = list(request.rows) or list(range(len(kept)))
         if max(rows) >= len(kept) or len(rows) != len(request.lengths):
-            raise FrameError(f"rows {rows[:8]} of {len(kept)}", remedy="keep rows that are there")
+            raise FrameError(
+                f"cannot select rows {rows[:8]} of {len(kept)}", remedy="select existing rows, one length for each"
+            )
         self._runner.check_context([kept[row] + new for row, new in zip(rows, request.lengths, strict=True)])
         for row, length in zip(session.rows, kept, strict=True):
             row.crop(length)
-        session.even -= request.forget
+        session.croppable -= request.forget
         session.rows = [session.rows[row] for row in rows]
 
-    def _make_room(self, session: Session, nbytes: int, places: int) -> bool:
-        """Evict others that rest, the longest unused first, until so much more fits; none if that is not enough."""
+    def _make_room(self, session: Session, nbytes: int, sessions: int) -> bool:
+        """Evict other idle sessions, least recently used first, until this many more bytes and sessions fit.
+
+        Returns:
+            Whether they fit; if not, no session was evicted.
+        """
         nbytes += self.nbytes - self._section.session_bytes
-        places += len(self._sessions) - self._section.sessions
-        resting, chosen = self._clock() - GRACE, []
+        sessions += len(self._sessions) - self._section.sessions
+        idle_since, chosen = self._clock() - EVICTION_GRACE, []
         for key, one in self._sessions.items():
-            if nbytes <= 0 and places <= 0:
+            if nbytes <= 0 and sessions <= 0:
                 break
-            if one is not session and not one.busy and one.used <= resting:
+            if one is not session and not one.busy and one.last_used <= idle_since:
                 chosen.append(key)
-                nbytes, places = nbytes - one.nbytes, places - 1
-        if nbytes > 0 or places > 0:
+                nbytes, sessions = nbytes - one.nbytes, sessions - 1
+        if nbytes > 0 or sessions > 0:
             return False
         for key in chosen:
             del self._sessions[key]
@@ -178,5 +195,5 @@ class Sessions:
 
     def _expire(self) -> None:
         oldest = self._clock() - self._section.lease
-        for key in [key for key, one in self._sessions.items() if one.used < oldest and not one.busy]:
+        for key in [key for key, one in self._sessions.items() if one.last_used < oldest and not one.busy]:
             del self._sessions[key]

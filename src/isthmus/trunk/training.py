@@ -1,6 +1,6 @@
-"""Training state of the trunk: the silos' open steps, computed together, and their gradients.
+"""Training on the trunk: the silos' open steps, batched passes over them, and their gradients.
 
-Shapes: T tokens of all sequences of a silo, S tokens of all silos computed together, D width.
+Shapes: T tokens of all sequences of one silo's step, S tokens of all silos in a pass, D width.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 
 from isthmus.errors import FrameError, OutOfOrderError, ProtocolError, RunError, UnknownStepError
 from isthmus.storage.record import RoleDirectory
-from isthmus.trunk.adapter import TrunkAdapter, whole_adapter
+from isthmus.trunk.adapter import TrunkAdapter, full_adapter
 from isthmus.trunk.runner import Runner
 
 OPEN_STEPS = 64
-"""Forwards a silo may have waiting for their backward."""
+"""Largest number of a silo's forwards without a backward."""
 
 
 @dataclass(frozen=True, eq=False)
-class Forward:
-    """A training step's way up."""
+class ForwardStep:
+    """The forward of a silo's training step."""
 
     silo: str
     step: int
@@ -31,58 +31,63 @@ class Forward:
 
 
 @dataclass(frozen=True, eq=False)
-class Backward:
-    """Its way back. ``reply`` if the gradient of its input is wanted; ``aside`` if it alone is."""
+class BackwardStep:
+    """The backward of a silo's training step."""
 
     silo: str
     step: int
     gradient_TD: torch.Tensor
     reply: bool
-    aside: bool = False
+    """Whether the silo needs the gradient of its input."""
+    ascent_pass: bool = False
+    """Whether the adapter's gradients are left out."""
 
 
 @dataclass(eq=False)
 class Pass:
-    """One forward of several silos' steps, with its graph until the first backward through it."""
+    """One forward pass over several silos' steps."""
 
     inputs: list[torch.Tensor]
-    """Of each step, ``[T, D]``, a leaf."""
+    """Input of each step, ``[T, D]``, an autograd leaf."""
     leaves: list[list[torch.Tensor]]
-    """Of each step, the adapter tensors that it went through."""
+    """Adapter tensors of each step, autograd leaves."""
     outputs: tuple[torch.Tensor, ...] | None
+    """Output of each step, ``[T, D]``, with its graph; None after the first backward."""
 
 
 @dataclass(eq=False)
 class OpenStep:
-    """A forward whose backward has not come."""
+    """A forward whose backward has not come yet."""
 
-    forward: Forward
+    forward: ForwardStep
     computed: Pass
     place: int
-    """Which of the pass's steps it is."""
+    """Index of the step within the pass."""
     version: int
-    """Of the adapter that computed it."""
+    """Version of the adapter that computed it."""
 
     @property
     def rows(self) -> int:
+        """T."""
         return len(self.forward.h_TD)
 
 
 @dataclass
 class SiloState:
-    """What one silo has under way."""
+    """The training state of one silo."""
 
     last_step: int = 0
     open: dict[int, OpenStep] = field(default_factory=dict)
+    """Open steps by number."""
     gradients: list[torch.Tensor] | None = None
-    """Sum over the backwards since the last optimizer step, one tensor a parameter."""
+    """Sum of the gradients since the last optimizer step, one tensor for each parameter; None: no backward yet."""
 
 
 class Training:
-    """Forward and backward for many silos in one pass, and the optimizer step.
+    """Forward and backward passes over many silos' steps, and the optimizer step.
 
     Args:
-        store: where the state after each round is kept; round 0 is the untrained adapter.
+        store: the directory for the state at the end of each round; round 0 is the untrained adapter.
     """
 
     def __init__(self, runner: Runner, adapter: TrunkAdapter, store: RoleDirectory) -> None:
@@ -91,35 +96,37 @@ class Training:
         self._store = store
         self._silos: dict[str, SiloState] = {}
         self.expected = 1
-        """Silos that are in the round under way."""
+        """Number of silos in the running round."""
         self._round: int | None = 0
-        """The round whose end this state is; None within a round."""
+        """The round at whose end the adapter is; None within a round."""
         if store.rounds():
             self._load(store.last_round())
         else:
             self.save(0)
 
     def forget(self, silo: str) -> None:
-        """Drop what a silo has open: its process is a new one."""
+        """Drop a silo's open steps and gradients, since a new process of it has connected."""
         self._silos.pop(silo, None)
 
     def check_forward(self, silo: str, step: int, lengths: list[int]) -> None:
-        """Raise unless this forward can be computed.
+        """Check that a forward can be computed.
 
         Raises:
-            OutOfOrderError: the step's number is not above the silo's last one.
-            ProtocolError: too many steps wait for their backward.
+            OutOfOrderError: the step's number is not above that of the silo's last step.
+            ProtocolError: ``OPEN_STEPS`` steps wait for their backward.
             FrameError: a sequence is longer than the model's context.
         """
         state = self._silos.setdefault(silo, SiloState())
         if step <= state.last_step:
-            raise OutOfOrderError(f"step {step} after step {state.last_step}", remedy="number steps upwards")
+            raise OutOfOrderError(
+                f"received step {step} after step {state.last_step}", remedy="number steps in increasing order"
+            )
         if len(state.open) >= OPEN_STEPS:
-            raise ProtocolError(f"{OPEN_STEPS} steps without a backward", remedy="evaluate without gradients")
+            raise ProtocolError(f"{OPEN_STEPS} steps wait for their backward", remedy="evaluate under torch.no_grad()")
         self._runner.check_context(lengths)
 
-    def forward(self, forwards: list[Forward]) -> list[torch.Tensor]:
-        """Run these checked steps' forwards as one pass and keep its graph; returns each step's ``[T, D]``."""
+    def forward(self, forwards: list[ForwardStep]) -> list[torch.Tensor]:
+        """Run checked forwards as one pass and keep its graph. Returns the output of each step, ``[T, D]``."""
         computed = self._pass(forwards)
         assert computed.outputs is not None
         for place, one in enumerate(forwards):
@@ -129,7 +136,7 @@ class Training:
         return [output_TD.detach() for output_TD in computed.outputs]
 
     def open_step(self, silo: str, step: int) -> OpenStep:
-        """The silo's forward that waits for its backward.
+        """The silo's open step with this number.
 
         Raises:
             UnknownStepError: no such step is open.
@@ -137,59 +144,66 @@ class Training:
         opened = self._silos.get(silo, SiloState()).open.get(step)
         if opened is None:
             raise UnknownStepError(
-                f"no step {step} is open here", remedy="start the round again: 'isthmus run --resume'"
+                f"step {step} is not open on the trunk", remedy="start the round again with 'isthmus run --resume'"
             )
         return opened
 
     def partners(self, silo: str, step: int) -> int:
-        """How many open steps one backward could serve: those of the same pass, while its graph is there."""
+        """Number of open steps that one backward pass can compute: those of the same forward pass, while it has its
+        graph."""
         computed = self.open_step(silo, step).computed
         if computed.outputs is None:
             return 1
         return sum(opened.computed is computed for state in self._silos.values() for opened in state.open.values())
 
-    def backward(self, backwards: list[Backward]) -> list[torch.Tensor | FrameError | None]:
-        """Run the backwards of open steps; those of one pass together. Their gradients join each silo's sum, but for
-        those of passes aside.
+    def backward(self, backwards: list[BackwardStep]) -> list[torch.Tensor | FrameError | None]:
+        """Run the backwards of open steps, those of one forward pass together.
+
+        The adapter's gradients are added to each silo's sum, except for backwards with ``ascent_pass``.
 
         Returns:
-            For each the gradient of its input if asked for, or the error if the parameters' gradients overflow; that
-            step stays open.
+            For each backward the gradient of its input, ``[T, D]``; None if it was not asked for; an error if the
+            adapter's gradients are not finite, in which case the step stays open.
         """
         opened = [self._fresh(self.open_step(one.silo, one.step)) for one in backwards]
         results: list[torch.Tensor | FrameError | None] = [None] * len(backwards)
         for computed in {id(step.computed): step.computed for step in opened}.values():
             members = [number for number, step in enumerate(opened) if step.computed is computed]
             found = _gradients([opened[n] for n in members], [backwards[n] for n in members])
-            computed.outputs = None  # the graph is spent
+            computed.outputs = None  # its graph is freed
             for number, (input_gradient, gradients) in zip(members, found, strict=True):
                 results[number] = self._collect(backwards[number], input_gradient, gradients)
         return results
 
-    def waits(self, step: int) -> bool:
+    def steps_together(self, step: int) -> bool:
         """Whether the silos step together at this optimizer step of a round."""
-        return self._adapter.waits(step)
+        return self._adapter.steps_together(step)
 
     def step(self, weights: Mapping[str, float], *, together: bool = True) -> None:
-        """One optimizer step for these silos; weights are supervised tokens."""
+        """Take an optimizer step with these silos' gradients.
+
+        Args:
+            weights: supervised tokens of each silo.
+            together: whether the silos waited for one another at this step.
+        """
         states = {silo: self._silos.setdefault(silo, SiloState()) for silo in weights}
-        held = {silo: (weight, states[silo].gradients) for silo, weight in weights.items()}
-        self._adapter.step(held, together=together)
+        gradients = {silo: (weight, states[silo].gradients) for silo, weight in weights.items()}
+        self._adapter.step(gradients, together=together)
         self._round = None
         for state in states.values():
             state.gradients = None
             state.open.clear()
 
     def save(self, number: int) -> None:
-        """Keep the state as the end of this round."""
+        """Save the state as the end of this round."""
         self._store.save_round(number, self._adapter.state())
         self._round = number
 
     def restore(self, number: int) -> None:
-        """Go back to the end of this round, unless the state is just that; what silos had under way is dropped.
+        """Return to the end of this round and drop all open steps and gradients.
 
         Raises:
-            ProtocolError: that round never ended here.
+            ProtocolError: there is no saved state of that round.
         """
         for state in self._silos.values():
             state.open.clear()
@@ -201,60 +215,61 @@ class Training:
             self._load(number)
         except RunError as error:
             raise ProtocolError(
-                f"the trunk has no state of round {number}", remedy="give trunk and root the same run directory"
+                f"the trunk has no state of round {number}", remedy="start trunk and root from the same run directory"
             ) from error
 
     def _load(self, number: int) -> None:
         self._adapter.load(self._store.load_round(number))
         self._round = number
 
-    def _pass(self, forwards: list[Forward]) -> Pass:
+    def _pass(self, forwards: list[ForwardStep]) -> Pass:
         inputs = [
             one.h_TD.detach().to(self._runner.device, self._runner.dtype).requires_grad_(True) for one in forwards
         ]
         leaves = [self._adapter.leaves(one.silo) for one in forwards]
         sizes = [len(one.h_TD) for one in forwards]
-        stretches = [(size, whole_adapter(self._runner.part, own)) for size, own in zip(sizes, leaves, strict=True)]
+        segments = [(size, full_adapter(self._runner.part, own)) for size, own in zip(sizes, leaves, strict=True)]
         with torch.enable_grad():
             h_SD = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
             lengths = [length for one in forwards for length in one.lengths]
-            outputs = torch.split(self._runner.whole(h_SD, lengths, stretches), sizes)
+            outputs = torch.split(self._runner.full_pass(h_SD, lengths, segments), sizes)
         return Pass(inputs, [list(own.values()) for own in leaves], outputs)
 
     def _fresh(self, opened: OpenStep) -> OpenStep:
-        """The step with a graph of the adapter as it is now: computed again if the others went on without this silo."""
+        """The step with a graph of the current adapter: computed again if the graph is gone or the adapter changed."""
         if opened.computed.outputs is None or opened.version != self._adapter.version(opened.forward.silo):
             opened.computed, opened.place = self._pass([opened.forward]), 0
             opened.version = self._adapter.version(opened.forward.silo)
         return opened
 
     def _collect(
-        self, one: Backward, input_gradient: torch.Tensor | None, gradients: list[torch.Tensor]
+        self, one: BackwardStep, input_gradient: torch.Tensor | None, gradients: list[torch.Tensor]
     ) -> torch.Tensor | FrameError | None:
         state = self._silos[one.silo]
-        if one.aside:
+        if one.ascent_pass:
             del state.open[one.step]
             return input_gradient
         if state.gradients is not None:
             gradients = list(torch._foreach_add(state.gradients, gradients))
         if not torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all():
-            return FrameError(f"the gradients of step {one.step} overflow", remedy="lower the learning rate")
+            return FrameError(f"the gradients of step {one.step} are not finite", remedy="lower train.learning_rate")
         del state.open[one.step]
         state.gradients = gradients
         return input_gradient
 
 
 def _gradients(
-    opened: list[OpenStep], backwards: list[Backward]
+    opened: list[OpenStep], backwards: list[BackwardStep]
 ) -> list[tuple[torch.Tensor | None, list[torch.Tensor]]]:
-    """Of steps of one pass, the gradient of each step's input, if asked for, and of its adapter tensors."""
+    """The gradients of one pass's steps: for each that of its input (None if not asked for) and of its adapter
+    tensors."""
     computed = opened[0].computed
     assert computed.outputs is not None
     wanted, outputs, given = [], [], []
     for step, one in zip(opened, backwards, strict=True):
         outputs.append(computed.outputs[step.place])
         given.append(one.gradient_TD.to(outputs[-1]))
-        leaves = [] if one.aside else computed.leaves[step.place]
+        leaves = [] if one.ascent_pass else computed.leaves[step.place]
         wanted.append([*([computed.inputs[step.place]] if one.reply else []), *leaves])
     found = iter(torch.autograd.grad(outputs, [tensor for tensors in wanted for tensor in tensors], given))
     results: list[tuple[torch.Tensor | None, list[torch.Tensor]]] = []

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.privacy.accountant import KINDS, LARGEST, Account, Accountant, worst
+from isthmus.privacy.accountant import DISTINCT_PURE, LARGEST_TABULATED, Account, Accountant, worst
 from isthmus.privacy.events import ALL, Charge, Release
 
 DELTA = 1e-5
@@ -94,7 +94,7 @@ def test_pure_epsilons_alone_add_up_or_do_better() -> None:
 
 def test_what_cannot_be_tabulated_falls_back_and_says_so() -> None:
     mixed = account(Charge("a", 400.0), *[Charge("a", 0.0, 0.5)] * 300)
-    assert mixed.bound(DELTA) > LARGEST
+    assert mixed.bound(DELTA) > LARGEST_TABULATED
     found = mixed.epsilon(DELTA)
     assert (found.method, "too large" in found.note) == ("rdp", True)
     assert found.value < mixed.bound(DELTA)
@@ -104,9 +104,9 @@ def test_what_cannot_be_tabulated_falls_back_and_says_so() -> None:
 
 
 def test_many_kinds_of_pure_epsilons_are_rounded_up() -> None:
-    pures = [1.0 + number / 977 for number in range(5 * KINDS)]
+    pures = [1.0 + number / 977 for number in range(5 * DISTINCT_PURE)]
     found = account(*(Charge("a", 0.0, pure) for pure in pures))
-    assert len(found.pures) <= KINDS + 1
+    assert len(found.pures) <= DISTINCT_PURE + 1
     assert sum(count for _, count in found.pures) == len(pures)
     assert sum(pures) <= found.bound(DELTA) <= 1.1 * sum(pures)
 

@@ -69,12 +69,12 @@ def test_a_coin_is_settled_as_its_exact_probability_says() -> None:
     """The 64 bits that a coin begins with lie below exp(-x), above it, or are exp(-x)'s own: then the next ones say."""
     x = Fraction(1, 3)
     word = math.floor(math.exp(-1 / 3) * 2**53) << 11
-    assert discrete._settled(SecretNoise(), word - 2**12, x)
-    assert not discrete._settled(SecretNoise(), word + 2**12, x)
+    assert discrete._exact_coin(SecretNoise(), word - 2**12, x)
+    assert not discrete._exact_coin(SecretNoise(), word + 2**12, x)
 
     exact = 13217669706954385033  # floor(2**64 · exp(-1/3))
     for further, below in ((0, True), (2**64 - 1, False)):
-        assert discrete._settled(Words(further), exact, x) is below
+        assert discrete._exact_coin(Words(further), exact, x) is below
 
 
 @pytest.mark.parametrize("deviation", [1.0, 4.0, 50.0])

@@ -101,14 +101,14 @@ DAMAGE: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
     "end cut in mid-line": (lambda lines: [*lines[:-1], lines[-1][:20]], "was truncated"),
     "emptied": (lambda lines: [], "was truncated"),
     "only the first line left": (lambda lines: lines[:1], "was truncated"),
-    "edited": (edit, "does not hold together"),
+    "edited": (edit, "is broken at entry"),
     "last one edited": (lambda lines: [*lines[:-1], lines[-1].replace(b"896", b"895")], "was edited"),
-    "one taken out": (lambda lines: lines[:2] + lines[3:], "does not hold together"),
-    "two exchanged": (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "does not hold together"),
-    "one repeated": (lambda lines: [*lines[:2], lines[1], *lines[2:]], "does not hold together"),
-    "first line gone": (lambda lines: lines[1:], "does not hold together"),
-    "not JSON": (lambda lines: [*lines[:2], b"what?\n", *lines[3:]], "does not hold together"),
-    "not an entry": (lambda lines: [b"[]\n", *lines[1:]], "does not hold together"),
+    "one taken out": (lambda lines: lines[:2] + lines[3:], "is broken at entry"),
+    "two exchanged": (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "is broken at entry"),
+    "one repeated": (lambda lines: [*lines[:2], lines[1], *lines[2:]], "is broken at entry"),
+    "first line gone": (lambda lines: lines[1:], "is broken at entry"),
+    "not JSON": (lambda lines: [*lines[:2], b"what?\n", *lines[3:]], "is broken at entry"),
+    "not an entry": (lambda lines: [b"[]\n", *lines[1:]], "is broken at entry"),
 }
 
 
@@ -159,7 +159,7 @@ def test_a_head_that_is_gone_or_broken_is_refused(written: Path, damage: str) ->
 
 def test_a_ledger_that_is_gone_is_refused(written: Path) -> None:
     written.unlink()
-    with pytest.raises(LedgerError, match="was truncated: 6 entries were made, 0 are left"):
+    with pytest.raises(LedgerError, match="was truncated: 0 of 6 entries are left"):
         reopened(written)
 
 
@@ -249,7 +249,7 @@ def test_what_is_damaged_while_it_is_written_is_refused_at_the_next_start(writte
     os.truncate(written, 0)
     ledger.record(release(6))
     ledger.close()
-    with pytest.raises(LedgerError, match="does not hold together"):
+    with pytest.raises(LedgerError, match="is broken at entry"):
         reopened(written)
 
 

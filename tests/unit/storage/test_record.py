@@ -59,14 +59,14 @@ def test_a_recipe_that_no_role_worked_with_is_replaced(run: RunDirectory, tmp_pa
 @pytest.mark.parametrize("taken", ROLES)
 def test_a_taken_directory_is_refused_and_left_alone(run: RunDirectory, tmp_path: Path, taken: str) -> None:
     (run.path / taken).mkdir()
-    with pytest.raises(RunError, match="holds a run already") as caught:
+    with pytest.raises(RunError, match="already holds a run") as caught:
         RunDirectory.create(tmp_path / "run", make_recipe(Path("/models/tiny"), seed=5))
     assert f"--resume {tmp_path / 'run'}" in caught.value.remedy
     assert run.recipe().seed == 0
 
 
 def test_a_place_that_is_no_run_or_cannot_be_one(tmp_path: Path, recipe: Recipe) -> None:
-    with pytest.raises(RunError, match="no run directory") as caught:
+    with pytest.raises(RunError, match="not a run directory") as caught:
         RunDirectory.open(tmp_path)
     assert caught.value.remedy
     (tmp_path / "file").write_text("")
@@ -110,7 +110,7 @@ def test_a_failing_save_leaves_the_old_file(role: RoleDirectory) -> None:
 def test_a_save_on_a_full_disk_leaves_the_old_file(role: RoleDirectory) -> None:
     role.save_round(1, {"w": torch.ones(2)})
     full(role.path / "rounds" / ".round-0001.pt.part")
-    with pytest.raises(DiskFullError, match="no room on the disk") as caught:
+    with pytest.raises(DiskFullError, match="the disk is full") as caught:
         role.save_round(1, {"w": torch.zeros(200_000)})
     assert "--resume" in caught.value.remedy
     assert torch.equal(role.load_round(1)["w"], torch.ones(2))
@@ -140,7 +140,7 @@ def test_a_damaged_state_is_named(role: RoleDirectory, damage: str) -> None:
         "pickle": b"\x80\x02cos\nsystem\n.",
     }
     path.unlink() if damage == "absent" else path.write_bytes(contents[damage])
-    with pytest.raises(RunError, match="no state of round 2") as caught:
+    with pytest.raises(RunError, match="no readable state of round 2") as caught:
         role.load_round(2)
     assert caught.value.remedy
 
@@ -191,7 +191,7 @@ def test_a_run_held_by_another_process(run: RunDirectory, monkeypatch: pytest.Mo
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match="another run is under way") as caught, run.locked():
+        with pytest.raises(RunError, match="another run is still going on") as caught, run.locked():
             pass
         other.communicate("\n")
     assert caught.value.remedy

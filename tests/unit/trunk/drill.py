@@ -47,8 +47,8 @@ class Drill:
         self.part = self.service._runner.part
         self.passes: list[list[int]] = []
         """Lengths of the sequences of each pass."""
-        whole = self.service._runner.whole
-        self.service._runner.whole = lambda h_TD, lengths, *more: (  # type: ignore[method-assign]
+        whole = self.service._runner.full_pass
+        self.service._runner.full_pass = lambda h_TD, lengths, *more: (  # type: ignore[method-assign]
             self.passes.append(list(lengths)),
             whole(h_TD, lengths, *more),
         )[1]

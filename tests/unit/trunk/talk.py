@@ -13,7 +13,7 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting
 from isthmus.storage.record import RunDirectory
-from isthmus.trunk.attention import SequenceCache
+from isthmus.trunk.packed_attention import SequenceCache
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -61,8 +61,8 @@ class Trunk:
         self.passes: list[list[int]] = []
         """Lengths of the pieces of each pass."""
         self.most_bytes = 0
-        self._continued = self.service._runner.continued
-        self.service._runner.continued = self._counted  # type: ignore[method-assign]
+        self._continued = self.service._runner.cached_pass
+        self.service._runner.cached_pass = self._counted  # type: ignore[method-assign]
 
     def _counted(self, h_TD: torch.Tensor, lengths: list[int], caches: list[SequenceCache]) -> torch.Tensor:
         result = self._continued(h_TD, lengths, caches)

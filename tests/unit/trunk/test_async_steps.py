@@ -11,7 +11,7 @@ import torch
 from isthmus.errors import OutOfOrderError, ProtocolError, RoundLostError, UnknownStepError
 from isthmus.storage.record import RunDirectory, read_journal
 from tests.conftest import make_recipe
-from tests.unit.trunk.test_steps import RATE, WAIT, WORK_A, WORK_B, WORK_C, Oracle, Silo, Trunk
+from tests.unit.trunk.test_sync_steps import RATE, WAIT, WORK_A, WORK_B, WORK_C, Oracle, Silo, Trunk
 
 Build = Callable[..., Trunk]
 ALONE = {"a": ("a",), "b": ("b",)}
@@ -25,7 +25,7 @@ def build(model: Path, tmp_path: Path) -> Iterator[Build]:
         recipe = make_recipe(
             model,
             silos=("a", "b"),
-            federation={"buffer": 1},
+            federation={"asynchronous": {"buffer": 1}},
             train={"rounds": rounds, "steps": steps, "optimizer": "sgd", "learning_rate": RATE, "evaluate": False},
             trunk={"gather": WAIT},  # who waits for another here waits too long
         )
@@ -143,7 +143,7 @@ def test_out_of_order(build: Build) -> None:
     a = Silo(trunk, "a")
     with pytest.raises(RoundLostError):
         a.commit(1, weight=1).result(WAIT)
-    with pytest.raises(ProtocolError, match="no participant"):
+    with pytest.raises(ProtocolError, match="does not take part"):
         a.begin(1, ("b",)).result(WAIT)
     begin(a, "a")
     for step, error in ((2, OutOfOrderError), (1, None), (1, OutOfOrderError), (2, OutOfOrderError)):

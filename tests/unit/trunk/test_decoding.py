@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from isthmus.errors import FrameError, OutOfOrderError
-from isthmus.trunk.decoding import Step
+from isthmus.trunk.decoding import SessionStep
 from isthmus.trunk.scheduler import Job
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -142,7 +142,11 @@ def test_a_pass_waits_a_moment_for_the_sessions_of_the_last_one(build: Build) ->
     decoding = trunk.service._decoding
     frame = codec.encode(hidden(0, 1, ONE), "fp32")
     jobs = [
-        Job(decoding, ("a", "session", number), Step("a", pb.Decode(session=number, step=1, lengths=[1], hidden=frame)))
+        Job(
+            decoding,
+            ("a", "session", number),
+            SessionStep("a", pb.Decode(session=number, step=1, lengths=[1], hidden=frame)),
+        )
         for number in range(2)
     ]
     assert decoding.gather(jobs[:1], decoding._until - 1e-6) == ([], pytest.approx(1e-6, rel=0.1))

@@ -23,10 +23,10 @@ from isthmus.silo.join import greeting
 from isthmus.silo.remote import RemoteTrunk
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.codecs import Codecs
-from isthmus.trunk.decoding import Decoding, Step
+from isthmus.trunk.decoding import Decoding, SessionStep
 from isthmus.trunk.scheduler import Job
 from isthmus.trunk.service import TrunkService
-from isthmus.trunk.sessions import GRACE, Sessions
+from isthmus.trunk.sessions import EVICTION_GRACE, Sessions
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import LoopbackChannel
@@ -72,7 +72,7 @@ def decode(sessions: Sessions, peer: str, session: int, step: int, lengths: tupl
     kept: Any = None  # nothing is named by number here
     decoding = Decoding(sessions._runner, sessions, Codecs(CodecSection(), WIDTH, WIDTH, kept), chunk=512)
     request = pb.Decode(session=session, step=step, lengths=lengths, hidden=sent, **how)
-    job = Job(decoding, (peer, session), Step(peer, request))
+    job = Job(decoding, (peer, session), SessionStep(peer, request))
     if decoding.gather([job], 0.0)[0]:
         decoding.run([job])
     return codec.decode(job.done.result(0).hidden, rows=sum(lengths), width=WIDTH, codec="fp32")
@@ -107,7 +107,7 @@ def test_longest_unused_makes_room(service: TrunkService) -> None:
     decode(sessions, "a", 1, 0)
     decode(sessions, "b", 1, 0)
     decode(sessions, "a", 1, 1)
-    clock.now = GRACE
+    clock.now = EVICTION_GRACE
     decode(sessions, "a", 2, 0)
     with pytest.raises(UnknownSessionError):
         decode(sessions, "b", 1, 1)
@@ -146,7 +146,7 @@ def test_ragged_rows(service: TrunkService, frames: list[tuple[int, ...]]) -> No
         answer = [list(torch.split(h_TD, lengths))[row] for h_TD, lengths in zip(got, frames, strict=True)]
         whole = torch.cat(own)
         with torch.no_grad():
-            expected = service._runner.whole(whole, [len(whole)])
+            expected = service._runner.full_pass(whole, [len(whole)])
         assert distance(torch.cat(answer), expected) < 1e-5
 
 
@@ -184,7 +184,7 @@ class Evicting(StoppingCriteria):
 
 def releases(split: SplitForCausalLM) -> list[Release]:
     assert isinstance(split.trunk, RemoteTrunk)
-    noted: list[Release] = split.trunk.boundary.ledger.releases
+    noted: list[Release] = split.boundary.ledger.releases
     return [replace(release, charges=()) for release in noted]  # a record's name is another in each process
 
 

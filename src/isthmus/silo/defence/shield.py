@@ -11,7 +11,7 @@ import torch
 
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
-from isthmus.privacy import attention
+from isthmus.privacy.averted_attention import averted_hidden
 from isthmus.silo.records import Records
 
 
@@ -43,7 +43,7 @@ class Shield:
         if classes is None:
             return bottom.hidden(**inputs)
         aversions = self._strength * self._records.sensitivity.aversions
-        return attention.hidden(bottom, _laid_out(classes, aversions, real_BP), **inputs)
+        return averted_hidden(bottom, _laid_out(classes, aversions, real_BP), **inputs)
 
 
 def _real(attention_mask: torch.Tensor | None, past: int, ids_BL: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,279 @@
+"""Packed attention: a pass over many concatenated sequences, each of which attends to itself and its own cache.
+
+All layers but attention treat tokens independently, so sequences of any lengths and silos share a pass without padding.
+Attention is the family's own, called once for each sequence; on an accelerator one kernel computes all sequences.
+
+Shapes: T new tokens of all sequences, S visible positions of all sequences, N new tokens of one sequence, P positions
+in one sequence's cache, H heads, d width of a head, L blocks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from isthmus.model.cut import Part
+from isthmus.trunk.attention_kernels import Kernel, PackedLayout
+
+PACKED_ATTENTION = "isthmus_packed"
+"""The name under which packed attention is registered with transformers."""
+INITIAL_ROOM = 64
+"""Number of positions for which a new cache allocates room; the room doubles when it is full."""
+
+
+class SequenceCache:
+    """The KV cache of one sequence: keys and values of all blocks."""
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self._shape = (config.num_hidden_layers, 2, 1, getattr(config, "num_key_value_heads", None) or heads)
+        self._kv = torch.empty(*self._shape, 0, width, dtype=dtype, device=device)
+        self._limit: int = config.max_position_embeddings
+        self.length = 0
+        """Number of cached positions."""
+
+    @property
+    def head(self) -> int:
+        """Width of a head, d."""
+        return self._kv.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of allocated memory, unused room included."""
+        return self._kv.nbytes
+
+    def bytes_for(self, length: int) -> int:
+        """Bytes that this cache would allocate for this many positions."""
+        layers, two, one, heads = self._shape
+        values: int = layers * two * one * heads * self._room(length) * self._kv.shape[-1]
+        return values * self._kv.element_size()
+
+    def reserve(self, length: int) -> None:
+        """Allocate room for this many positions."""
+        room = self._room(length)
+        if room > self._kv.shape[-2]:
+            grown = self._kv.new_empty(*self._shape, room, self._kv.shape[-1])
+            grown[..., : self.length, :] = self._kv[..., : self.length, :]
+            self._kv = grown
+
+    def extend(self, block: int, key_1HNd: torch.Tensor, value_1HNd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one block's new keys and values after the cached ones, and return all of them, ``[1, H, P + N, d]``
+        each.
+
+        They become part of the cache when ``length`` is raised, after the last block.
+        """
+        end = self.length + key_1HNd.shape[2]
+        keys, values = self._kv[block]
+        keys[:, :, self.length : end] = key_1HNd
+        values[:, :, self.length : end] = value_1HNd
+        return keys[:, :, :end], values[:, :, :end]
+
+    def since(self, start: int) -> tuple[torch.Tensor, ...]:
+        """Each block's keys and values from this position on, ``[2, H, P - start, d]``."""
+        return self._kv[:, :, 0, :, start : self.length].unbind(0)
+
+    def append(self, kv_L2HNd: torch.Tensor) -> None:
+        """Write all blocks' new keys and values after the cached ones. They become part of the cache when ``length`` is
+        raised."""
+        self._kv[:, :, 0, :, self.length : self.length + kv_L2HNd.shape[-2]] = kv_L2HNd
+
+    def crop(self, length: int) -> None:
+        """Drop all positions from this one on."""
+        self.length = min(self.length, length)
+
+    def copy(self) -> SequenceCache:
+        """An independent copy."""
+        twin = object.__new__(SequenceCache)
+        twin.__dict__ |= self.__dict__
+        twin._kv = self._kv.clone()
+        return twin
+
+    def _room(self, length: int) -> int:
+        room = max(self._kv.shape[-2], INITIAL_ROOM)
+        while room < length:
+            room *= 2
+        return max(length, min(room, self._limit))
+
+
+class PackedSequences:
+    """The sequences of one packed pass.
+
+    Args:
+        attention: name of the part's own attention.
+        lengths: number of new tokens of each sequence.
+        caches: cache of each sequence; None: every sequence starts at position 0 and is not cached.
+        kernel: computes the attention of several sequences in one call; None: one call for each sequence.
+    """
+
+    def __init__(
+        self,
+        attention: str,
+        lengths: list[int],
+        caches: list[SequenceCache] | None = None,
+        kernel: Kernel | None = None,
+    ) -> None:
+        self.attention = attention
+        self.lengths = lengths
+        self.caches = caches
+        self.kernel = kernel if len(lengths) > 1 else None
+        self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
+        self._layouts: dict[int | None, tuple[PackedLayout, list[tuple[torch.Tensor, ...]]]] = {}
+        self._fresh: list[torch.Tensor] = []
+        """New keys and values of each block that the kernel has computed, ``[2, H, T, d]``, not yet cached."""
+
+    @property
+    def even(self) -> bool:
+        """Whether the pass is a plain batch: all sequences of one length and without caches."""
+        return self.caches is None and len(set(self.lengths)) == 1
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Position of each token within its sequence, ``[1, T]``."""
+        pieces = [torch.arange(past, past + new) for past, new in zip(self._past, self.lengths, strict=True)]
+        return torch.cat(pieces).unsqueeze(0).to(device)
+
+    def attend(
+        self,
+        kernel: Kernel,
+        block: int,
+        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        window: int | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """The attention of all sequences in one call, ``[1, T, H, d]``. The caches get the new positions in ``finish``.
+
+        Args:
+            states: queries, keys and values of the new tokens, ``[1, H, T, d]``.
+        """
+        query_1HTd, key_1HTd, value_1HTd = states
+        layout, past = self._layout(window, query_1HTd.device)
+        if not past:
+            return kernel(query_1HTd, key_1HTd, value_1HTd, layout, scale)
+        fresh_2HTd = torch.cat((key_1HTd, value_1HTd))
+        self._fresh.append(fresh_2HTd)
+        new = torch.split(fresh_2HTd, self.lengths, dim=-2)
+        pieces = [piece for cached, own in zip(past, new, strict=True) for piece in (cached[block], own)]
+        key_1HSd, value_1HSd = torch.cat(pieces, dim=-2).chunk(2)
+        return kernel(query_1HTd, key_1HSd, value_1HSd, layout, scale)
+
+    def finish(self) -> None:
+        """Add the new positions to the caches, after the last block."""
+        if self.caches is None:
+            return
+        pieces = torch.split(torch.stack(self._fresh), self.lengths, dim=-2) if self._fresh else ()
+        for cache, kv_L2HNd in zip(self.caches, pieces, strict=False):
+            cache.append(kv_L2HNd)
+        for cache, new in zip(self.caches, self.lengths, strict=True):
+            cache.length += new
+
+    def mask(self, new: int, past: int, window: int | None, config: PreTrainedConfig, like: torch.Tensor) -> Any:
+        """The mask of ``new`` tokens after ``past`` cached positions, in the format of the part's own attention; None
+        where that needs none. Computed once for each pass."""
+        key = (new, past, window)
+        if key not in self._masks:
+            inside = window is None or past + new <= window
+            causal = past == 0 and inside and self.attention == "sdpa"
+            self._masks[key] = None if new == 1 or causal else self._make_mask(new, past, window, config, like)
+        return self._masks[key]
+
+    @property
+    def _past(self) -> list[int]:
+        return [cache.length for cache in self.caches] if self.caches else [0] * len(self.lengths)
+
+    def _layout(self, window: int | None, device: torch.device) -> tuple[PackedLayout, list[tuple[torch.Tensor, ...]]]:
+        """The layout of the pass, and each sequence's cached keys and values that a new token can attend to. Computed
+        once for each pass."""
+        if window not in self._layouts:
+            starts = [0 if window is None else max(0, past - window + 1) for past in self._past]
+            seen = [past - start + new for past, start, new in zip(self._past, starts, self.lengths, strict=True)]
+            cached = [cache.since(start) for cache, start in zip(self.caches or (), starts, strict=False)]
+            self._layouts[window] = PackedLayout(self.lengths, seen, window, device), cached
+        return self._layouts[window]
+
+    def _make_mask(self, new: int, past: int, window: int | None, config: PreTrainedConfig, like: torch.Tensor) -> Any:
+        allowed = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.attention](
+            batch_size=1,
+            q_length=new,
+            kv_length=past + new,
+            q_offset=past,
+            kv_offset=0,
+            mask_function=allowed,
+            allow_is_causal_skip=False,
+            dtype=like.dtype,
+            device=like.device,
+            config=config,
+        )
+
+
+def pack_attention(part: Part) -> str:
+    """Switch the part to packed attention: from then on it takes ``hidden(inputs_embeds=h_1TD, sequences=...)`` only.
+
+    Returns:
+        The name of the part's own attention, for ``PackedSequences``.
+    """
+    AttentionInterface.register(PACKED_ATTENTION, _attend)
+    own: str = part.config._attn_implementation
+    part.config._attn_implementation = PACKED_ATTENTION  # transformers builds no masks for this name
+    return own
+
+
+def _attend(
+    module: Any,
+    query_1HTd: torch.Tensor,
+    key_1HTd: torch.Tensor,
+    value_1HTd: torch.Tensor,
+    attention_mask: None,
+    *,
+    sequences: PackedSequences,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention of all sequences of a pass, ``[1, T, H, d]``; registered as ``PACKED_ATTENTION``."""
+    attention = _attention_of(module, sequences.attention)
+    window: int | None = settings.get("sliding_window")
+    if sequences.even:
+        rows, length = len(sequences.lengths), sequences.lengths[0]
+        batch = [_rows(states, rows, length) for states in (query_1HTd, key_1HTd, value_1HTd)]
+        mask = sequences.mask(length, 0, window, module.config, query_1HTd)
+        output_BNHd = attention(module, *batch, mask, **settings)[0]
+        return output_BNHd.reshape(1, rows * length, *output_BNHd.shape[2:]), None
+    if sequences.kernel is not None:
+        states = query_1HTd, key_1HTd, value_1HTd
+        return sequences.attend(sequences.kernel, module.layer_idx, states, window, settings.get("scaling")), None
+    pieces = []
+    split = (torch.split(states, sequences.lengths, dim=2) for states in (query_1HTd, key_1HTd, value_1HTd))
+    for number, (query, key, value) in enumerate(zip(*split, strict=True)):
+        new, past = query.shape[2], 0
+        if sequences.caches is not None:
+            cache = sequences.caches[number]
+            past = cache.length
+            key, value = cache.extend(module.layer_idx, key, value)
+            if window is not None and past >= window:  # leave out positions outside every new token's window
+                seen = window - 1 + new
+                key, value, past = key[:, :, -seen:], value[:, :, -seen:], window - 1
+        mask = sequences.mask(new, past, window, module.config, query)
+        pieces.append(attention(module, query, key, value, mask, **settings)[0])
+    return torch.cat(pieces, dim=1), None
+
+
+def _attention_of(module: Any, name: str) -> Callable[..., Any]:
+    """The attention function of this name, as the family looks it up: ``eager`` is in its modelling file."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return attention
+
+
+def _rows(states_1HTd: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """Concatenated sequences of equal length as a batch, ``[B, H, N, d]``."""
+    _, heads, _, width = states_1HTd.shape
+    return states_1HTd.view(heads, rows, length, width).transpose(0, 1)
