@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch
 from isthmus.demo import baselines
 from isthmus.demo.baselines import Baselines
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData, Step, evaluate
+from isthmus.silo.trainer import Step, evaluate
 from tests.conftest import make_recipe, save_tiny_model, uncut, write_rows
 
 CHOICES = ("w58", "w59")
