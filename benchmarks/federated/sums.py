@@ -23,7 +23,7 @@ from google.protobuf.message import Message
 
 from benchmarks.common.results import Results
 from isthmus.errors import IsthmusError
-from isthmus.federation.collection import Collected, Done, SumFormat
+from isthmus.federation.collection import Collected, Done
 from isthmus.federation.masked import Masked
 from isthmus.recipe import BoundarySection, FederationSection, SecureSection
 from isthmus.silo.boundary import Boundary
@@ -31,8 +31,8 @@ from isthmus.silo.update import MaskedUpdates
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Advert
-from isthmus.updates.projections import All
 from isthmus.updates.quantize import Ring
+from isthmus.updates.sums import SumFormat
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire import offer
 from isthmus.wire.barrier import Barrier
@@ -138,7 +138,7 @@ class Root:
         """The plan as it crosses the wire, but for the adapters."""
         adverts = {name: Advert(one.sealing, one.masking, one.promise) for name, one in self.keys.items()}
         layout, ring = Layout({"x": (PARAMETERS,)}), Ring(len(adverts), RANGE)
-        sums = SumFormat(layout, ring, All(layout.size))
+        sums = SumFormat(layout, ring)
         self.collection = Masked(adverts, sums, lambda fire: Barrier(600.0, fire), done, fewest=3)
         plan = pb.Plan(round=1, participants=sorted(adverts), sum=self.collection.terms.context)
         for name, keys in self.keys.items():
@@ -177,7 +177,7 @@ def summed(
         data = root.begin(found.append)
         plans = {name: pb.Plan.FromString(data) for name in channels}
         for name in channels:
-            updates[name].begin(plans[name])
+            updates[name].begin(plans[name], Layout.of(changes[name]))
         packed = {name: updates[name].pack(plans[name], changes[name], 1.0, 1.0) for name in channels}
         for done in [threads.submit(updates[name].send, update) for name, update in packed.items()]:
             done.result()  # each waits for the others

@@ -48,9 +48,9 @@ from isthmus.engines.certificates import make_certificates
 from isthmus.federation.aggregator import RootService
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.silo.aggregator_client import AggregatorClient
 from isthmus.silo.join import greeting, join
 from isthmus.silo.remote import RoundsClient
+from isthmus.silo.update import AggregatorClient
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService

@@ -68,5 +68,5 @@ def test_an_edge_that_the_recipe_does_not_know(
     path, run = recipe(tmp_path, "known", edge=EDGES), tmp_path / "run"
     edge = call(capsys, monkeypatch, "edge", path, "middle", "--run-dir", run)
     edge.failed("no edge 'middle'", "left, right")
-    for told, words in (("middle=localhost:1", "no edge 'middle'"), ("left", "no address is named")):
+    for told, words in (("middle=localhost:1", "no edge 'middle'"), ("left", "--edge left has no address")):
         call(capsys, monkeypatch, "silo", path, "a", "--run-dir", run, "--edge", told).failed(words)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from google.protobuf.message import Message
 
-from isthmus.engines.use import whole_adapter
+from isthmus.engines.export import final_adapter
 from isthmus.errors import IsthmusError, PeerGoneError, RoundLostError
 from isthmus.federation.aggregator import RootService, shared_tensors
 from isthmus.model import adapters
@@ -189,7 +189,7 @@ def test_a_buffer_for_all_is_the_federation_that_waits(models: Models, tmp_path:
     for own, other in zip(ends, expected[1], strict=True):
         assert_equal(own, other)
     assert_equal(adapters.adapter_of(federation.trunk._runner.part), expected[0])
-    assert_equal(whole_adapter(federation.run)[1], expected[0] | expected[1][0])
+    assert_equal(final_adapter(federation.run)[1], expected[0] | expected[1][0])
     federation.close()
 
 
@@ -201,7 +201,7 @@ def test_one_silo_is_the_federation_that_waits(models: Models, tmp_path: Path) -
         recipe = recipe_of(models("llama"), tmp_path, silo=list(silo[:1]), federation=buffer)
         federation = Federation(recipe, tmp_path / f"run{len(ends)}")
         ends.append((federation.finish()[0], adapters.adapter_of(federation.trunk._runner.part)))
-        number, whole = whole_adapter(federation.run)
+        number, whole = final_adapter(federation.run)
         assert number == recipe.train.rounds
         assert_equal(whole, ends[-1][0] | ends[-1][1])
         federation.close()
@@ -229,7 +229,7 @@ def test_the_fast_go_on_and_the_slow_still_counts(models: Models, tmp_path: Path
     assert 2 not in own.rounds()
     adam = own.load_round(own.last_round())["optimizer"]["state"][0]
     assert adam["step"] == recipe.train.steps * len(own.rounds())  # it goes on from the last one it had a part in
-    number, whole = whole_adapter(federation.run)
+    number, whole = final_adapter(federation.run)
     assert number == recipe.train.rounds
     for own in ends:  # all end with the last version
         assert_equal({name: whole[name] for name in own}, own)

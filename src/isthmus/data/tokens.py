@@ -174,7 +174,7 @@ def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: in
     room = max_tokens - len(answer)
     if not prompt or not answer or room < 1:
         raise DataError(
-            f"a row has {len(prompt)} prompt tokens and {len(answer)} answer tokens, train.max_tokens is {max_tokens}",
+            f"a row has {len(prompt)} prompt and {len(answer)} answer tokens; train.max_tokens is {max_tokens}",
             remedy="raise train.max_tokens, or remove rows without text",
         )
     return Tokens(prompt[-room:], answer)

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from isthmus.federation.collection import Collected, SumFormat
+from isthmus.federation.collection import Collected
+from isthmus.federation.contribution import Contribution
 from isthmus.privacy.discrete import discrete_gaussian
 from isthmus.privacy.distributed_gaussian import SumNoise, sum_noise
 from isthmus.privacy.ledger import FileLedger
@@ -24,8 +25,8 @@ from isthmus.recipe.tree import ROOT
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
-from isthmus.updates.projections import All
 from isthmus.updates.quantize import Ring, shortened
+from isthmus.updates.sums import SumFormat
 
 
 class CentralNoise:
@@ -65,27 +66,28 @@ class CentralNoise:
         assert collected.sums is not None
         assert collected.total_KS is not None
         sums, total_KS = collected.sums, collected.total_KS.copy()
-        levels, size = sums.ring.levels, sums.projection.size
+        levels, size = sums.ring.levels, sums.count
         share = self._noise.update(levels, size)
         total_KS[:size] += discrete_gaussian(self._draws, share.deviation, size)
         self._ledger.record(share.event("update", round, size, clip, clip / levels))
-        if sums.tells:
+        if sums.indicators:
             share = self._noise.norm(levels)
             total_KS[size] += discrete_gaussian(self._draws, share.deviation, 1)[0]
             self._ledger.record(share.event("norm", round, 1, clip, 0.5 / levels))
-        learned = sums.mean("all", total_KS)
-        return replace(collected, contributions=(learned,) if learned else (), total_KS=total_KS)
+        mean = sums.mean(total_KS)
+        contributions = () if mean is None else (Contribution("all", *mean),)
+        return replace(collected, contributions=contributions, total_KS=total_KS)
 
     def _summed(self, collected: Collected, clip: float) -> Collected:
         """Open updates, clipped and summed as whole numbers; all count alike, whatever weights they claim."""
         learned = collected.contributions
         layout = Layout.of(learned[0].change)
-        sums = SumFormat(layout, Ring(len(learned), clip), All(layout.size), self._compression.tells)
+        sums = SumFormat(layout, Ring(len(learned), clip), indicators=self._compression.indicators)
         bound = self._noise.update(sums.ring.levels, layout.size).bound
         total_KS = np.zeros(sums.size, np.int64)
         for one in learned:
             short_P, within = shortened(layout.row(one.change), clip)
-            whole = [sums.ring.encode_short(short_P, bound), sums.ring.side(within)[: sums.tells]]
+            whole = [sums.ring.encode_short(short_P, bound), sums.ring.side(within)[: sums.indicators]]
             total_KS += np.concatenate([*whole, sums.ring.encode_share(1.0)])
         return replace(collected, total_KS=total_KS, sums=sums)
 

@@ -182,9 +182,8 @@ class EdgePlanner:
             update.tensors.extend(codec.encode_named(layout.tensors(mean_P)))
         else:
             assert collected.total_KS is not None
-            update.weight = sum(collected.weights.values())  # silos in the sum
-            size = self._compression.projection(layout.size, round).size
-            ring = self._compression.ring(self._silos, size)
+            update.silos = int(sum(collected.weights.values()))
+            ring = self._compression.sum_format(layout, round, self._silos).ring
             update.masked = ring.written(ring.pack(collected.total_KS))
         return update
 

@@ -77,13 +77,11 @@ class ModelBoundary(Protocol):
         """Of a silo that releases each example once; None: hidden states leave at every forward."""
         ...
 
-    @property
-    def records(self) -> RecordFinder: ...
+    clips: bool
+    """Whether hidden states are clipped before they leave."""
 
     @property
-    def clips(self) -> bool:
-        """Whether hidden states are clipped before they leave."""
-        ...
+    def records(self) -> RecordFinder: ...
 
     def clipped(self, h_TW: torch.Tensor, path: Any, subjects: Subjects) -> torch.Tensor:
         """The tensor as it will be clipped, with a gradient."""

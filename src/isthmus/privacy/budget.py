@@ -29,11 +29,8 @@ class Budget:
         self.accountant = Accountant(section.delta, history)
         self._record = math.inf if section.record_epsilon is None else section.record_epsilon
         self._silo = math.inf if section.silo_epsilon is None else section.silo_epsilon
-
-    @property
-    def limited(self) -> bool:
-        """Whether this recipe limits what a record or the silo is charged; classes of text may have limits besides."""
-        return self._record < math.inf or self._silo < math.inf
+        self.limited = self._record < math.inf or self._silo < math.inf
+        """Whether the recipe limits what a record or the silo is charged. Classes of text may have limits besides."""
 
     @property
     def epsilon(self) -> float:

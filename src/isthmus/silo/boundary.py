@@ -6,7 +6,7 @@ Shapes: T tokens, D width, P parameters.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,12 +20,11 @@ from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection
 from isthmus.silo.records import Records
 from isthmus.silo.released import Released
-from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 
 WHOLE = Subjects((ALL,), (1,))
-"""An update is one row, about all records."""
+"""The records of an update: one row, about all of them."""
 
 
 class Boundary:
@@ -57,20 +56,21 @@ class Boundary:
             "gradient": mechanism_of(section.gradient),
             "update": mechanism_of(section.update),
         }
+        self._update_event = self._mechanisms["update"].event("update", 0, WHOLE, 0)
+        """The release of any update, but for its step, width and size."""
         self.ledger = ledger or MemoryLedger()
         self.budget = budget or Budget()
         self.records = records or Records()
         self.released = released
         self._noise: Noise = SecretNoise() if generator is None else SeededNoise(generator)
         self._rounding = generator or secret_generator()
+        self.clips = section.forward.clip > 0
+        """Whether hidden states are clipped before they leave."""
+        self.limited = self.budget.limited or self.records.limited
+        """Whether anything limits what a record or the silo is charged."""
         self.released_bytes: Counter[str] = Counter()
         """Payload bytes that left, by path."""
         self.admitted_bytes = 0
-
-    @property
-    def clips(self) -> bool:
-        """Whether hidden states are clipped before they leave."""
-        return self._mechanisms["forward"].clip > 0
 
     def release(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> pb.Matrix:
         """Secure ``h_TD`` and encode it; from here on it may leave, as often as the wire needs.
@@ -120,31 +120,28 @@ class Boundary:
         """What a release would let out, drawn for the silo's own eyes: it must not leave, so nothing is charged."""
         return self._mechanisms[path].secure(h_TD, subjects, self._noise)
 
-    def release_update(
-        self, tensors: Mapping[str, torch.Tensor], step: int, encode: Callable[[Layout, torch.Tensor], pb.Update]
-    ) -> pb.Update:
-        """Secure an adapter update as one long row, in the order of the names, and encode it.
+    def release_update(self, row_P: torch.Tensor, step: int, encode: Callable[[torch.Tensor], pb.Update]) -> pb.Update:
+        """Secure an adapter update, which is one row, and encode it.
 
         Args:
-            encode: puts what was secured into the frame that leaves: the row, fp32, P, on the CPU.
+            encode: makes the frame that leaves of the secured row, fp32, P, on the CPU.
 
         Raises:
             BudgetExhausted: as in ``release``.
         """
-        layout = Layout.of(tensors)
-        row = torch.cat([tensors[name].reshape(-1) for name in layout.shapes]).unsqueeze(0)
-        event, secured = self._secure(row, "update", step, WHOLE)
-        update = encode(layout, secured[0].cpu())
+        event = replace(self._update_event, step=step, width=len(row_P))
+        self.budget.require(event, WHOLE)
+        update = encode(self._mechanisms["update"].secure(row_P.unsqueeze(0), WHOLE, self._noise)[0].cpu())
         size = len(update.masked) + len(update.compressed) + sum(len(tensor.data) for tensor in update.tensors)
         self._note(event, size)
         return update
 
     def release_summed(self, events: Sequence[Release], encode: Callable[[Noise], pb.Update]) -> pb.Update:
-        """Let out an update whose noise and clip are those of a sum.
+        """Release an update whose noise and clip are those of a sum.
 
         Args:
-            events: what leaves by it, the update first.
-            encode: makes the frame that leaves, with noise drawn from what it is given.
+            events: the releases in its frame, the update first.
+            encode: makes the frame that leaves, with noise from the given draws.
 
         Raises:
             BudgetExhausted: as in ``release``.
@@ -172,7 +169,7 @@ class Boundary:
             forwards: times that the hidden states leave. An example that is released once leaves once, or never again.
             gradients: times that loss gradients leave, if the recipe lets any leave.
         """
-        if not (self.budget.limited or self.records.limited):
+        if not self.limited:
             return [True] * len(rows)
         subjects, released = self.records.subjects(rows, lengths), self.released
         costs = []
@@ -188,12 +185,12 @@ class Boundary:
         return self.budget.affordable(costs, subjects)
 
     def update_affordable(self, charge: Charge | None = None) -> bool:
-        """Whether it can be borne that an update leaves.
+        """Whether the silo's privacy budget allows another update to leave.
 
         Args:
-            charge: for it; left out: what the boundary's own clip and noise cost.
+            charge: the update's; by default that of the boundary's own clip and noise.
         """
-        charges = (charge,) if charge else self._mechanisms["update"].event("update", 0, WHOLE, 0).charges
+        charges = (charge,) if charge else self._update_event.charges
         return all(self.budget.affordable([charges], WHOLE))
 
     def admit(self, matrix: pb.Matrix, path: Path, shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,9 @@ class Records:
         self._lengths: list[int] = []
         self._scale = self._kept_scale()
         self._classes = lru_cache(ROWS)(self._classes_of)
+        classes = {} if sensitivity is None else sensitivity.section.classes
+        self.limited = any(one.epsilon is not None for one in classes.values())
+        """Whether a class of sensitive text limits what a record is charged."""
 
     def learn(self, rows: Iterable[Tokens], train: Iterable[Tokens] = (), tail: int | None = None) -> None:
         """Know these rows of the silo's data.
@@ -114,13 +117,6 @@ class Records:
         known = [self._known[record].found if record in self._known else set() for record in subjects.records]
         budgets = [self.sensitivity.epsilon({*row, *more}) for row, more in zip(classes, known, strict=True)]
         return replace(subjects, factors_T=factors_T, budgets=tuple(budgets))
-
-    @property
-    def limited(self) -> bool:
-        """Whether a class of sensitive text limits what a record is charged."""
-        return self.sensitivity is not None and any(
-            one.epsilon is not None for one in self.sensitivity.section.classes.values()
-        )
 
     def records(self, rows: list[Row]) -> tuple[str, ...]:
         """The record of each whole sequence."""

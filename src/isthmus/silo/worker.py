@@ -17,14 +17,15 @@ from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
 from isthmus.silo import fairness
-from isthmus.silo.aggregator_client import AggregatorClient
 from isthmus.silo.control import control_of
 from isthmus.silo.join import join, known_data
 from isthmus.silo.local_steps import LocalSteps
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.secrets import open_ledger
 from isthmus.silo.trainer import Step, evaluate, train_step
+from isthmus.silo.update import AggregatorClient
 from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
@@ -115,7 +116,7 @@ class Worker:
         self._continue_from(plan.completed)
         self._state_of_round = None
         self._begin(plan)
-        self._aggregator.begin(plan)
+        self._aggregator.begin(plan, Layout.of(self._trained()))
         self._silo.rounds.begin(plan.round, list(plan.participants))
         drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
         steps: list[Step] = []
@@ -132,7 +133,7 @@ class Worker:
         try:
             update = self._aggregator.pack(plan, change, weight, share, self._quality() if weight else 0.0)
             if self._control is not None:
-                self._control.end(plan.round, self._aggregator.crossed)
+                self._control.end(plan.round, self._aggregator.received())
         finally:  # the steps were made, even if the round went on without them
             self._directory.save_round(plan.round, self._state())
             self._state_of_round = plan.round
@@ -140,8 +141,7 @@ class Worker:
 
     def _change(self, shared: Mapping[str, torch.Tensor], steps: Sequence[Step]) -> dict[str, torch.Tensor]:
         """New minus old, of what trained; normalized, as if so many steps had been made as silos make on average."""
-        trained = {name: one.detach().cpu() for name, one in self._parameters.items() if one.requires_grad}
-        change = {name: one - shared[name] for name, one in trained.items()}
+        change = {name: one.detach().cpu() - shared[name] for name, one in self._trained().items()}
         made = sum(step.loss is not None for step in steps)
         if not self._recipe.federation.normalized or not made:
             return change
@@ -227,7 +227,11 @@ class Worker:
         self._select_trained(plan.round)
         self._local.begin()
         if self._control is not None:
-            self._control.begin(plan, {name: one for name, one in self._parameters.items() if one.requires_grad})
+            self._control.begin(plan, self._trained())
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that train in this round, by uncut name."""
+        return {name: one for name, one in self._parameters.items() if one.requires_grad}
 
     def _select_trained(self, round: int) -> None:
         """Let what does not train in this round stand still; the optimizer passes it by and keeps its state."""

@@ -43,19 +43,6 @@ class Projection(Protocol):
 
 
 @dataclass(frozen=True)
-class All:
-    """Every number as it is."""
-
-    size: int
-
-    def project(self, row_P: torch.Tensor) -> torch.Tensor:
-        return row_P
-
-    def lift(self, values_K: torch.Tensor) -> torch.Tensor:
-        return values_K
-
-
-@dataclass(frozen=True)
 class RandomK:
     """The numbers at these places (Konečný et al. 2016, random masks)."""
 

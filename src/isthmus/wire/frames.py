@@ -13,6 +13,8 @@ from isthmus.wire import isthmus_pb2 as pb
 
 VERSION = 1
 MAX_SEQUENCES = 4096
+MAX_SILOS = 2**20
+"""Silos in one sum."""
 MAX_POSITIONS = 2**17
 """Sequences times the longest: what a frame's batch takes once it is padded again, however few tokens crossed."""
 KEY_BYTES = 32
@@ -147,6 +149,10 @@ def _update(message: pb.Update) -> None:
     _require(sum(forms) <= 1, "an update in more than one form: by name, masked, compressed")
     _require(0 <= message.quality <= 1, f"the quality {message.quality}")
     _require(not (masked and message.quality), "a quality beside a masked update")
+    _require(not (masked and message.weight), "a weight beside a masked update, which holds its own")
+    _require(masked or not (message.learned or message.silos), "silos, or what one learned, beside no masked update")
+    _require(not (message.learned and message.silos), "an update of one silo and of many")
+    _require(message.silos <= MAX_SILOS, f"a sum of {message.silos} silos, {MAX_SILOS} are allowed")
 
 
 def _secrets(message: Any) -> None:

@@ -275,20 +275,24 @@ class Plan(_message.Message):
     def __init__(self, round: _Optional[int] = ..., completed: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., sum: _Optional[bytes] = ..., keys: _Optional[_Mapping[str, SumKeys]] = ..., control: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., counted: _Optional[_Mapping[str, int]] = ..., clip: _Optional[float] = ...) -> None: ...
 
 class Update(_message.Message):
-    __slots__ = ("round", "weight", "tensors", "masked", "compressed", "quality")
+    __slots__ = ("round", "weight", "tensors", "masked", "compressed", "quality", "learned", "silos")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     MASKED_FIELD_NUMBER: _ClassVar[int]
     COMPRESSED_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    LEARNED_FIELD_NUMBER: _ClassVar[int]
+    SILOS_FIELD_NUMBER: _ClassVar[int]
     round: int
     weight: float
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
     masked: bytes
     compressed: bytes
     quality: float
-    def __init__(self, round: _Optional[int] = ..., weight: _Optional[float] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., masked: _Optional[bytes] = ..., compressed: _Optional[bytes] = ..., quality: _Optional[float] = ...) -> None: ...
+    learned: bool
+    silos: int
+    def __init__(self, round: _Optional[int] = ..., weight: _Optional[float] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., masked: _Optional[bytes] = ..., compressed: _Optional[bytes] = ..., quality: _Optional[float] = ..., learned: _Optional[bool] = ..., silos: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ()

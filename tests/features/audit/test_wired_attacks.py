@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from isthmus.attacks.gradients import update_search
-from isthmus.attacks.gradients.gradient_matching import Effort
-from isthmus.audit.attack import NAME, Order, Result, attack, opened
-from isthmus.audit.capture import Source
+from isthmus.attacks.gradients import update_inversion
+from isthmus.attacks.gradients.gradient_matching import MatcherSettings
+from isthmus.audit.attack import RESULTS_NAME, AttackPlan, AttackResult, open_target, run_attacks
+from isthmus.audit.target import Target
 from isthmus.errors import AttackError
 from isthmus.federation.aggregator import RootService
 from isthmus.model.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ def told(count: int, seed: int, longest: int = 6) -> list[dict[str, Any]]:
     ]
 
 
-def federation(model: Path, folder: Path, make: Any, *, held_out: int = 0, rows: int = 30, **sections: Any) -> Source:
+def federation(model: Path, folder: Path, make: Any, *, held_out: int = 0, rows: int = 30, **sections: Any) -> Target:
     """A recipe of two silos with rows on disk."""
     silos = []
     for seed, name in enumerate("ab"):
@@ -61,10 +61,10 @@ def federation(model: Path, folder: Path, make: Any, *, held_out: int = 0, rows:
         "root": {"minimum": 1, "patience": 0.2},
         **sections,
     }
-    return Source(make_recipe(model, silo=silos, **settings))
+    return Target(make_recipe(model, silo=silos, **settings))
 
 
-def ran(source: Source, folder: Path) -> Path:
+def ran(source: Target, folder: Path) -> Path:
     """The recipe after the rounds of silo ``a`` alone."""
     run = RunDirectory.create(folder / "run", source.recipe)
     trunk, root = TrunkService(run.recipe(), run.role("trunk")), RootService(run.recipe(), run.role("root"))
@@ -79,12 +79,12 @@ def quiet(message: str) -> None:
     assert message
 
 
-def found(source: Source, name: str, adversary: str, **how: Any) -> dict[str, Result]:
-    order = replace(Order(adversaries=(adversary,), attacks=(name,), rows=24, own_rows=30), **how)
-    return {one.tokens: one for one in attack(source, order, quiet)}
+def found(source: Target, name: str, adversary: str, **how: Any) -> dict[str, AttackResult]:
+    order = replace(AttackPlan(adversaries=(adversary,), attacks=(name,), rows=24, own_rows=30), **how)
+    return {one.tokens: one for one in run_attacks(source, order, quiet)}
 
 
-def value(result: Result, figure: str) -> float:
+def value(result: AttackResult, figure: str) -> float:
     one = result.figures[figure]
     assert 0 <= one.low <= one.value <= one.high <= 1
     return one.value
@@ -100,7 +100,7 @@ def test_labels_by_command(
     monkeypatch.setenv("COLUMNS", "200")
     arguments = ["--attack", "labels", "--adversary", "trunk", "--adversary", "trunk+silo", "--rows", "30"]
     call(capsys, monkeypatch, "attack", str(run), *arguments).succeeded()
-    written = {(one["adversary"], one["tokens"]): one for one in json.loads((run / NAME).read_text())}
+    written = {(one["adversary"], one["tokens"]): one for one in json.loads((run / RESULTS_NAME).read_text())}
     assert {of for adversary, of in written if adversary == "trunk"} == {"strongest", "choices", "clusters"}
     assert ("trunk+silo", "classifier") in written
     for adversary in ("trunk", "trunk+silo"):
@@ -153,7 +153,7 @@ def test_a_label_is_read_off_what_the_trunk_returned_as_well_as_the_task_does(
 ) -> None:
     training = {"steps": 40, "rounds": 1, "batch": 8, "learning_rate": 1e-2}
     run = ran(federation(attacked_model, tmp_path, labelled, train=training, rows=16, **CLASSIFY), tmp_path)
-    (inside,) = (one for of, one in found(opened(run), "lens", "trunk+silo").items() if of == "lens")
+    (inside,) = (one for of, one in found(open_target(run), "lens", "trunk+silo").items() if of == "lens")
     assert value(inside, "accuracy") == value(inside, "task_accuracy")  # the same rows, through the same top
     assert value(inside, "accuracy") > value(inside, "majority")
 
@@ -182,7 +182,7 @@ def test_an_update_of_one_step_of_sgd_is_searched_exactly(
     ).recipe
     path = tmp_path / "recipe.toml"
     path.write_text(recipe.toml())
-    (clean,) = found(opened(path), "dager", "aggregator").values()
+    (clean,) = found(open_target(path), "dager", "aggregator").values()
     assert clean.tokens == "update"
     assert clean.notes == ()
     assert value(clean, "rouge1") > 0.8  # but for the label, which leaves no trace in bottom
@@ -208,7 +208,9 @@ def test_a_text_is_found_by_gradient_matching(
     def short(count: int, _: int) -> list[dict[str, Any]]:
         return [{"prompt": "w23 w60 w17", "answer": "w40"}] * count
 
-    monkeypatch.setattr(update_search, "EFFORT", Effort(starts=16, steps=200, every=50, moves=60, tries=4))
+    monkeypatch.setattr(
+        update_inversion, "SETTINGS", MatcherSettings(starts=16, steps=200, every=50, moves=60, tries=4)
+    )
     lora = {"rank": 8, "targets": EVERY}
     source = federation(attacked_model, tmp_path, short, rows=2, lora=lora, **ONE_STEP, **CLASSIFY)
     (result,) = found(source, "gradient-matching", "aggregator").values()
@@ -220,14 +222,14 @@ def test_membership_of_an_overfit_run(attacked_model: Path, tmp_path: Path) -> N
     training = {"steps": 60, "rounds": 1, "batch": 8, "learning_rate": 1e-2}
     targets = {"rank": 8, "targets": EVERY}
     source = federation(attacked_model, tmp_path, told, rows=8, held_out=16, train=training, lora=targets)
-    by = found(opened(ran(source, tmp_path)), "membership", "outsider")
+    by = found(open_target(ran(source, tmp_path)), "membership", "outsider")
     assert set(by) == {"strongest", "loss", "difficulty", "likelihood"}
     assert by["strongest"].notes[0] in by
     assert by["strongest"].rows == 24
     assert value(by["strongest"], "auc") > 0.95
     assert value(by["loss"], "auc") > 0.9
     assert 0 <= value(by["likelihood"], "tpr_at_1_fpr") <= 1
-    few = found(opened(tmp_path / "run"), "membership", "outsider", references=0)
+    few = found(open_target(tmp_path / "run"), "membership", "outsider", references=0)
     assert set(few) == {"strongest", "loss", "difficulty"}
     assert "no likelihood ratio" in few["strongest"].notes[1]
 
@@ -236,13 +238,13 @@ def test_membership_of_an_overfit_run(attacked_model: Path, tmp_path: Path) -> N
     ("name", "adversary", "how", "complaint"),
     [
         ("labels", "outsider", {}, "'outsider' sees no crossings"),
-        ("labels", "trunk", {"inference": True}, "no gradients come up in inference"),
+        ("labels", "trunk", {"inference": True}, "no gradients cross in inference"),
         ("responses", "aggregator", {}, "'aggregator' sees no crossings"),
-        ("dager", "trunk+silo", {}, "'trunk\\+silo' sees no contributions"),
-        ("gradient-matching", "outsider", {}, "'outsider' sees no contributions"),
-        ("membership", "trunk", {}, "'trunk' sees no asked"),
-        ("identify", "trunk", {}, "'trunk' sees no asked"),
-        ("identify", "trunk+silo", {"inference": True}, "candidates are training rows"),
+        ("dager", "trunk+silo", {}, "'trunk\\+silo' sees no updates"),
+        ("gradient-matching", "outsider", {}, "'outsider' sees no updates"),
+        ("membership", "trunk", {}, "'trunk' sees no candidates"),
+        ("identify", "trunk", {}, "'trunk' sees no candidates"),
+        ("identify", "trunk+silo", {"inference": True}, "chooses among training rows"),
         ("membership", "outsider", {}, "nothing was trained"),
         ("membership", "outsider", {"references": -1}, "-1 references"),
     ],
@@ -262,7 +264,7 @@ def test_free_text_has_no_labels_and_a_run_without_held_out_rows_no_others(
     with pytest.raises(AttackError, match="answers are no choices"):
         found(source, "labels", "trunk")
     with pytest.raises(AttackError, match="a has no held-out rows"):
-        found(opened(ran(source, tmp_path)), "membership", "outsider")
+        found(open_target(ran(source, tmp_path)), "membership", "outsider")
 
 
 @pytest.mark.parametrize("name", ["labels", "responses"])
@@ -296,13 +298,13 @@ def test_masks_leave_the_aggregator_no_update_to_attack(attacked_model: Path, tm
         found(source, "dager", "aggregator")
 
 
-def test_rows_are_identified_among_candidates_by_what_little_crosses(two_silos: Source) -> None:
+def test_rows_are_identified_among_candidates_by_what_little_crosses(two_silos: Target) -> None:
     def named(noise: float) -> tuple[float, float]:
         boundary = {"tail": 1, "width": 8, "forward": {"clip": 1.0, "noise": noise}}
         values = two_silos.recipe.model_dump(exclude_none=True)
         values["boundary"] |= boundary
-        order = Order(attacks=("identify",), rows=10, own_rows=30)
-        (one,) = attack(replace(two_silos, recipe=Recipe.of(values)), order, lambda told: None)
+        order = AttackPlan(attacks=("identify",), rows=10, own_rows=30)
+        (one,) = run_attacks(replace(two_silos, recipe=Recipe.of(values)), order, lambda told: None)
         assert (one.tokens, one.notes) == ("candidates", ("among 40",))
         assert one.figures["chance"].value == 1 / 40
         return one.figures["top1"].value, one.figures["top10"].value

@@ -20,6 +20,7 @@ from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import OpenUpdates
 from isthmus.storage.record import RoleDirectory
 from isthmus.updates.compression import Compression
+from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel
@@ -78,6 +79,7 @@ class Party:
         """A round."""
         packed = []
         for name, plan in self.plans().items():
+            self.updates[name].begin(plan, Layout.of(self.changes[name]))
             packed.append(self.updates[name].pack(plan, self.changes[name], weights[name], 1.0))
             self.updates[name].send(packed[-1])
         return packed
@@ -137,7 +139,7 @@ def test_what_waits_is_what_the_boundary_secured(store: RoleDirectory) -> None:
         (pb.Update(round=1, weight=1.0), FrameError),
         (pb.Update(round=1, weight=1.0, compressed=bytes(4 * K + 1)), FrameError),
         (pb.Update(round=1, weight=1.0, compressed=b"\xff" * 4 * K), FrameError),
-        (pb.Update(round=1, weight=1.0, masked=b"m"), ProtocolError),
+        (pb.Update(round=1, learned=True, masked=b"m"), ProtocolError),
         (
             pb.Update(round=1, weight=1.0, tensors=codec.encode_named({k: torch.ones(s) for k, s in SHAPES.items()})),
             FrameError,
@@ -153,6 +155,7 @@ def test_a_malformed_update_is_refused_and_changes_nothing(
         party.channels["b"].call(wrong)
     assert refused.value.remedy
     for name, plan in plans.items():
+        party.updates[name].begin(plan, Layout.of(party.changes[name]))
         party.updates[name].send(party.updates[name].pack(plan, party.changes[name], 1.0, 1.0))
     assert party.plans()["a"].completed == 1
 

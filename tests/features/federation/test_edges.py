@@ -117,7 +117,7 @@ class Tree:
             plans.append(plan)
             if not plan.round or (drops and plan.round == 2):
                 return plans
-            updates.begin(plan)
+            updates.begin(plan, Layout.of(self.changes[name]))
             if drops:
                 return plans
             updates.send(updates.pack(plan, self.changes[name], 3.0, 1.0))
@@ -255,10 +255,13 @@ def test_an_edge_that_starts_again_asks_as_a_silo_would(tmp_path: Path) -> None:
     updates, plans, _ = begun(tree)
     tree.start("left")
     again = {name: tree.updates(name) for name in "abcd"}
+    again["a"][0].begin(plans["a"], Layout.of(tree.changes["a"]))
+    packed = again["a"][0].pack(plans["a"], tree.changes["a"], 3.0, 1.0)
     with pytest.raises(RoundLostError):
-        again["a"][0].send(again["a"][0].pack(plans["a"], tree.changes["a"], 3.0, 1.0))
+        again["a"][0].send(packed)
     asked = [channel.submit(pb.Ready()) for _, channel in again.values()]
     for name in "efgh":
+        updates[name].begin(plans[name], Layout.of(tree.changes[name]))
         updates[name].send(updates[name].pack(plans[name], tree.changes[name], 3.0, 1.0))
     ready = [LoopbackChannel(tree.nodes["right"], name).submit(pb.Ready()) for name in "efgh"]
     for answer in (*asked, *ready):
@@ -299,7 +302,7 @@ def naked(update: pb.Update) -> None:
         (beyond, FrameError),
         (naked, ProtocolError),
         (lambda update: setattr(update, "masked", update.masked[:-1]), FrameError),
-        (lambda update: setattr(update, "weight", 1.0), FrameError),
+        (lambda update: setattr(update, "silos", 1), FrameError),
     ],
     ids=["beyond", "naked", "short", "fewer"],
 )

@@ -88,7 +88,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
     pack = OpenUpdates.pack
 
     def keep(self: OpenUpdates, plan: Any, change: Any, weight: float, share: float, quality: float = 0.0) -> Any:
-        kept.append(Sent(self._root._peer, plan.round, weight, share, quality))  # type: ignore[attr-defined]
+        kept.append(Sent(self._channel._peer, plan.round, weight, share, quality))  # type: ignore[attr-defined]
         return pack(self, plan, change, weight, share, quality)
 
     monkeypatch.setattr(OpenUpdates, "pack", keep)

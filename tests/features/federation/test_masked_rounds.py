@@ -21,6 +21,7 @@ from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.updates.compression import Compression
+from isthmus.updates.flat import Layout
 from isthmus.updates.quantize import Ring
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -117,7 +118,7 @@ class Federation:
     def begin(self, names: Sequence[str] = NAMES) -> dict[str, Any]:
         plans = self.plans()
         for name in names:
-            self.silos[name].updates.begin(plans[name])
+            self.silos[name].updates.begin(plans[name], Layout.of(self.changes[name]))
         return plans
 
     def finish(
@@ -217,7 +218,7 @@ def test_what_the_root_gets_is_masked_and_another_each_time(federation: Federati
     updates = [(peer, request) for peer, request in federation.root.seen if isinstance(request, pb.Update)]
     assert len(updates) == 8
     assert not any(request.tensors for _, request in updates)
-    assert all(request.weight == 1.0 for _, request in updates)
+    assert all(request.learned for _, request in updates)
     payloads = [ring.unpack(ring.read(request.masked, COUNT + 1), COUNT + 1) for _, request in updates]
     for number, payload in enumerate(payloads):
         plain = ring.encode(
@@ -284,7 +285,7 @@ def test_keys_that_another_signed_are_refused_by_every_silo(federation: Federati
     federation.silos["d"] = Silo("d", federation.root, federation.recipe, Authority().issue("d"))
     plans = federation.plans()
     with pytest.raises(IdentityError, match="another authority"):
-        federation.silos["a"].updates.begin(plans["a"])
+        federation.silos["a"].updates.begin(plans["a"], Layout(SHAPES))
 
 
 def test_a_root_that_puts_in_its_own_keys_is_found_out(federation: Federation) -> None:
@@ -292,23 +293,23 @@ def test_a_root_that_puts_in_its_own_keys_is_found_out(federation: Federation) -
     other = Silo("b", federation.root, federation.recipe).updates
     plans["a"].keys["b"].masking = other.offer().masking
     with pytest.raises(IdentityError, match="did not sign"):
-        federation.silos["a"].updates.begin(plans["a"])
+        federation.silos["a"].updates.begin(plans["a"], Layout(SHAPES))
     plans["c"].participants.remove("b")
-    with pytest.raises(ProtocolError, match="keys of silos that have no part"):
-        federation.silos["c"].updates.begin(plans["c"])
+    with pytest.raises(ProtocolError, match="keys of silos that do not take part"):
+        federation.silos["c"].updates.begin(plans["c"], Layout(SHAPES))
 
 
 @pytest.mark.parametrize(
     ("wrong", "error", "told"),
     [
-        (pb.Update(round=1, weight=1.0, masked=b"short"), FrameError, "5 bytes where"),
+        (pb.Update(round=1, learned=True, masked=b"short"), FrameError, "5 bytes where"),
         (pb.Update(round=1, weight=1.0), ProtocolError, "updates are masked"),
         (
             pb.Update(round=1, weight=1.0, tensors=codec.encode_named({k: torch.ones(s) for k, s in SHAPES.items()})),
             ProtocolError,
             "updates are masked",
         ),
-        (pb.Reveal(round=1, shares={"a": bytes(33)}), RoundLostError, "not due"),
+        (pb.Reveal(round=1, shares={"a": bytes(33)}), RoundLostError, "comes too late"),
         (pb.Update(round=2, weight=1.0), RoundLostError, "round 2"),
     ],
 )
@@ -327,7 +328,7 @@ def test_a_malformed_update_is_refused_and_the_rest_goes_on(
 def test_what_is_sent_twice_is_refused(federation: Federation) -> None:
     plans = federation.begin()
     deal = next(request for peer, request in federation.root.seen if isinstance(request, pb.Deal) and peer == "a")
-    with pytest.raises(RoundLostError, match="not due any more"):
+    with pytest.raises(RoundLostError, match="comes too late"):
         federation.silos["a"].channel.call(deal)
     assert federation.finish(plans) == dict.fromkeys(NAMES)
     late = next(request for peer, request in federation.root.seen if isinstance(request, pb.Update) and peer == "a")

@@ -22,12 +22,12 @@ from isthmus.privacy.analytic import concentrated_epsilon
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
-from isthmus.silo import noised
+from isthmus.silo import update
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.noised import NoisedUpdates
-from isthmus.silo.update import Updates
+from isthmus.silo.update import Updates, noised_updates
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.updates.compression import Compression
+from isthmus.updates.flat import Layout
 from isthmus.updates.quantize import Ring
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel
@@ -48,7 +48,7 @@ class NoisedSilo(Silo):
         self.channel = LoopbackChannel(root, name)
         self.boundary = Boundary(recipe.boundary, budget=Budget(recipe.privacy))
         compression = Compression.of(recipe)
-        self.updates = NoisedUpdates(self.boundary, self.channel, identity or IDENTITIES[name], compression, recipe)
+        self.updates = noised_updates(recipe, self.boundary, self.channel, identity or IDENTITIES[name], compression)
 
 
 class Noised(Federation):
@@ -109,7 +109,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> tuple[list[np.ndarray], list[np.nd
     """What silos round their updates to, and what they draw, in the order in which they do."""
     rounded: list[np.ndarray] = []
     drawn: list[np.ndarray] = []
-    encode, draw = Ring.encode_short, noised.discrete_gaussian
+    encode, draw = Ring.encode_short, update.discrete_gaussian
 
     def encoding(self: Ring, values_P: Any, bound: float) -> np.ndarray:
         rounded.append(encode(self, values_P, bound))
@@ -120,7 +120,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> tuple[list[np.ndarray], list[np.nd
         return drawn[-1]
 
     monkeypatch.setattr(Ring, "encode_short", encoding)
-    monkeypatch.setattr(noised, "discrete_gaussian", drawing)
+    monkeypatch.setattr(update, "discrete_gaussian", drawing)
     return rounded, drawn
 
 
@@ -277,7 +277,7 @@ def test_a_plan_with_another_clip_is_refused(store: RoleDirectory, clip: dict[st
     plans = federation.plans()
     plans["a"].clip = told
     with pytest.raises(ProtocolError, match="a plan with the clip"):
-        federation.silos["a"].updates.begin(plans["a"])
+        federation.silos["a"].updates.begin(plans["a"], Layout(SHAPES))
 
 
 def test_noise_that_no_sum_has_room_for_is_refused_at_the_start(store: RoleDirectory) -> None:
@@ -460,7 +460,7 @@ class NoisedTree(Tree):
         boundary = Boundary(self.recipe.boundary)
         self.__dict__.setdefault("boundaries", {})[name] = boundary
         compression = Compression.of(self.recipe)
-        return NoisedUpdates(boundary, channel, EDGED[name], compression, self.recipe), channel
+        return noised_updates(self.recipe, boundary, channel, EDGED[name], compression), channel
 
 
 @pytest.mark.parametrize("quantile", [None, 0.5])

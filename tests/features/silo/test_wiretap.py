@@ -21,7 +21,7 @@ from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.remote import RoundsClient
-from isthmus.silo.update import open_update
+from isthmus.updates.flat import Layout
 from isthmus.wire import codec, frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
@@ -40,7 +40,7 @@ FIELDS: dict[type[Message], set[str]] = {
     pb.Begin: {"round", "participants"},
     pb.Commit: {"round", "step", "weight"},
     pb.Close: {"session"},
-    pb.Update: {"round", "weight", "tensors", "masked", "compressed", "quality"},
+    pb.Update: {"round", "weight", "tensors", "masked", "compressed", "quality", "learned", "silos"},
     pb.Deal: {"round", "sealed"},
     pb.Reveal: {"round", "shares"},
     pb.Tensor: {"name", "shape", "data"},
@@ -207,7 +207,10 @@ def test_greedy_sends_the_states_of_its_own_tokens(noisy: Tapped) -> None:
 
 def test_update_is_noised(noisy: Tapped) -> None:
     new = {name: tensor for part in noisy.model.ends for name, tensor in adapters.adapter_of(part).items()}
-    update = noisy.boundary.release_update(new, 2, open_update)
+    layout = Layout.of(new)
+    update = noisy.boundary.release_update(
+        layout.row(new), 2, lambda row_P: pb.Update(tensors=codec.encode_named(layout.tensors(row_P)))
+    )
     assert [tensor.name for tensor in update.tensors] == sorted(new)
     sent = codec.decode_named(update.tensors, {name: tuple(tensor.shape) for name, tensor in new.items()})
     assert_noised([sent[name] for name in sorted(new)], [new[name] for name in sorted(new)], UPDATE)

@@ -11,7 +11,6 @@ import pytest
 
 from isthmus.recipe import Recipe
 from isthmus.recipe.section import Section
-from isthmus.storage.record import RunDirectory
 
 ROOT = Path(__file__).parents[3]
 SOURCE = ROOT / "src" / "isthmus"
@@ -71,12 +70,6 @@ def test_every_module_is_named() -> None:
 def test_every_key_exists(path: Path) -> None:
     """In backticks: keys of a recipe as ``table.key``."""
     assert not [code for code in CODE.findall(text_of(path)) if is_unknown_key(code)]
-
-
-def test_the_run_directory_is_described_alike() -> None:
-    """In the architecture and in the class that writes it."""
-    docstring = RunDirectory.__doc__ or ""
-    assert run_files(text_of(ROOT / "docs" / "architecture.md")) == run_files(docstring) != []
 
 
 def test_every_feature_is_listed() -> None:
@@ -196,10 +189,3 @@ def tables_in(annotation: Any) -> list[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [table for argument in get_args(annotation) for table in tables_in(argument)]
-
-
-def run_files(text: str) -> list[str]:
-    """The files that a text's listing of a run directory names, in its order."""
-    start = text.index("recipe.toml   ")
-    block = re.split(r"\n```|\n\n", text[start:])[0]
-    return [re.split(r"  +", line.strip())[0] for line in block.splitlines()]

@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[str, Any, type[IsthmusError]]] = {
     "stranger": ("d", update(1), RoundLostError),
     "next-round": ("b", update(2), RoundLostError),
     "round-0": ("b", update(0), RoundLostError),
-    "masked": ("b", pb.Update(round=1, weight=1.0, masked=b"x"), ProtocolError),
+    "masked": ("b", pb.Update(round=1, learned=True, masked=b"x"), ProtocolError),
     "deal": ("b", pb.Deal(round=1), ProtocolError),
     "reveal": ("b", pb.Reveal(round=1), ProtocolError),
 } | {

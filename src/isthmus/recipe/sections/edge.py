@@ -20,8 +20,7 @@ class EdgeSection(Section):
     parent: str | None = Field(default=None, examples=["region"])
     """Name of the edge that gets this one's sums. Left out: the root."""
     sibling: str | None = Field(default=None, examples=["other"])
-    """Name of the edge that takes over this one's silos if it fails. Left out: they are missing from the rest of the
-    round."""
+    """Name of the edge that takes over this one's silos if it fails. Left out: they take no further part."""
     minimum: Count | None = Field(default=None, examples=[2])
     """Fewest silos, or edges, that its part of a round needs. Left out: all of them."""
     patience: Positive | None = Field(default=None, examples=[75.0])

@@ -17,4 +17,4 @@ class ModelSection(Section):
     top: Count = 2
     """Transformer blocks that each silo keeps at the output side."""
     dtype: Dtype = "float32"
-    """Data type of the weights and of all computation."""
+    """Data type of the model's weights and activations; trunk.dtype may set another for the trunk."""

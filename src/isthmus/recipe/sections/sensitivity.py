@@ -24,8 +24,8 @@ class SensitivityClass(Section):
     """How text of one class is treated."""
 
     noise: Positive = 1.0
-    """Standard deviation of the noise on this class, relative to the other classes. The average power stays that of the
-    boundary."""
+    """Standard deviation of the noise on this class, relative to the other classes; text without a class has 1. The
+    average power stays that of the boundary. Experimental: no recorded gain over the same noise on all text."""
     epsilon: Positive | None = Field(default=None, examples=[4.0])
     """Budget of a record that holds any text of this class. Left out: privacy.record_epsilon."""
 
@@ -50,8 +50,8 @@ class SensitivitySection(Section):
     region: Annotated[str, Field(pattern="^[A-Z]{2}$")] = "US"
     """Country, as two capital letters, whose phone numbers are found without a country code."""
     attention: Amount = 0.0
-    """How much bottom's attention turns away from sensitive tokens: this times their class's noise is subtracted from
-    the attention logits. Experimental: not measured on a real model."""
+    """How much bottom's attention turns away from sensitive tokens: for classes with more noise than other text, this
+    times the class's noise is subtracted from the attention logits. Experimental: not measured on a real model."""
     classes: dict[str, SensitivityClass] = Field(default={})
     """The classes, by name."""
 

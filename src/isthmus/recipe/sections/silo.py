@@ -20,7 +20,7 @@ class SiloSection(Section):
     """Where bottom and top compute: "cpu", "cuda", "cuda:1", or "auto" for a CUDA device if there is one."""
     rank: Count | None = Field(default=None, examples=[4])
     """Rank of the adapters in this silo's bottom and top, at most lora.rank; only with federation.lora = "svd". Left
-    out: lora.rank."""
+    out: lora.rank. Experimental: learning with several ranks is not measured on a real model."""
     steps: Count | None = Field(default=None, examples=[5])
     """Optimizer steps of this silo in a round. When they are done the others go on without it. Left out:
     train.steps."""

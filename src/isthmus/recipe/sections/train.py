@@ -25,7 +25,8 @@ class TrainSection(Section):
     learning_rate: Positive = 5e-4
     """Learning rate of that optimizer."""
     momentum: Momentum = 0.0
-    """Momentum of "sgd": the share of the earlier steps that each step keeps."""
+    """Momentum of "sgd": the share of the earlier steps that each step keeps; only with "sgd". Experimental: plain SGD
+    ended far above AdamW on a real model, and with momentum it is not measured."""
     proximal: Amount = 0.0
     """Weight μ of FedProx: μ·(w - w₀) is added to the gradients of bottom's and top's adapters, where w₀ is their state
     at the start of the round (Li et al. 2020). Experimental: not measured on a real model."""

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.attacks.inversion.decoder import Decoder, Writing, write
-from isthmus.attacks.inversion.inverters import Inverter, Training, invert
-from isthmus.attacks.inversion.published import Schedule, decode_as_published
+from isthmus.attacks.inversion.decoder import Decoder, DecoderSettings, invert_by_decoder
+from isthmus.attacks.inversion.published import PublishedSettings, run_published_decoder
+from isthmus.attacks.inversion.transformer import Inverter, InverterSettings, invert_by_transformer
 from isthmus.attacks.knowledge import Knowledge
-from isthmus.attacks.view.view import Crossing, Pair, View
+from isthmus.attacks.view.view import Crossing, KnownPair, View
 from isthmus.errors import AttackError
 from tests.conftest import VOCABULARY
 from tests.unit.attacks.attacked import Attacked, Truth, random_rows
@@ -38,7 +38,7 @@ def ahead(view: View, own: int) -> tuple[View, Truth]:
         return Crossing("x", "train", 1, before_LD + 0.01 * now_LD)
 
     mine, yours = ([(*row.prompt, *row.answer) for row in random_rows(n, s)] for n, s in ((own, 7), (8, 8)))
-    pairs = tuple(Pair(tokens, crossing(tokens)) for tokens in mine)
+    pairs = tuple(KnownPair(tokens, crossing(tokens)) for tokens in mine)
     return replace(view, pairs=pairs, crossings=tuple(map(crossing, yours))), [list(row) for row in yours]
 
 
@@ -47,7 +47,9 @@ def test_neighbours_in_a_batch_and_padding_change_nothing(attacked: Attacked) ->
     view, _ = attacked(own=20)
     knowledge = Knowledge(view)
     rows = [crossing.hidden_LD for crossing in view.crossings]
-    inverter = Inverter(knowledge.linear, torch.cat(rows), knowledge.embedding, Training(width=32, heads=2)).eval()
+    inverter = Inverter(
+        knowledge.linear, torch.cat(rows), knowledge.embedding, InverterSettings(width=32, heads=2)
+    ).eval()
     torch.nn.init.normal_(inverter._out.weight)
     alone = torch.cat([inverter.directions([row]) for row in rows])
     assert torch.allclose(inverter.directions(rows), alone, atol=1e-4)
@@ -57,7 +59,7 @@ def test_neighbours_in_a_batch_and_padding_change_nothing(attacked: Attacked) ->
 def test_the_decoder_sees_what_was_said_and_nothing_that_is_to_come(attacked: Attacked) -> None:
     view, _ = attacked(own=4)
     rows = [crossing.hidden_LD for crossing in view.crossings[:2]]
-    decoder = Decoder(Knowledge(view).language_model, torch.cat(rows), Writing(width=32, heads=2)).eval()
+    decoder = Decoder(Knowledge(view).language_model, torch.cat(rows), DecoderSettings(width=32, heads=2)).eval()
     torch.nn.init.normal_(decoder._out.weight)
     ids_BW = torch.tensor([[1, 5, 6, 7], [1, 9, 8, 7]])
     whole_BWE = decoder.directions(rows, decoder.read(ids_BW))
@@ -74,9 +76,9 @@ def test_the_decoder_sees_what_was_said_and_nothing_that_is_to_come(attacked: At
 def test_writing_with_a_cache_is_reading_everything_anew(attacked: Attacked) -> None:
     view, _ = attacked(own=4)
     rows = [crossing.hidden_LD for crossing in view.crossings[:3]]
-    decoder = Decoder(Knowledge(view).language_model, torch.cat(rows), Writing(width=32, heads=2)).eval()
+    decoder = Decoder(Knowledge(view).language_model, torch.cat(rows), DecoderSettings(width=32, heads=2)).eval()
     torch.nn.init.normal_(decoder._out.weight)
-    for row, found in zip(rows, decoder.written(rows, [6, 7, 8]), strict=True):
+    for row, found in zip(rows, decoder.generate(rows, [6, 7, 8]), strict=True):
         ids = [decoder.begin]
         for _ in range(8):
             said_BWE = decoder.read(torch.tensor([ids]))
@@ -89,7 +91,7 @@ def test_the_transformer_reads_what_stands_beside(attacked: Attacked) -> None:
     view, truth = ahead(attacked()[0], 400)
     knowledge = Knowledge(view)
     linear = [knowledge.linear.best(crossing.hidden_LD, 1)[:, 0].tolist() for crossing in view.crossings]
-    found = invert(knowledge, Training(epochs=25, learning_rate=3e-3, **QUICK | {"width": 64}))
+    found = invert_by_transformer(knowledge, InverterSettings(epochs=25, learning_rate=3e-3, **QUICK | {"width": 64}))
     assert accuracy(found, truth) > accuracy(linear, truth) + 0.2
 
 
@@ -97,7 +99,7 @@ def test_an_untrained_transformer_is_the_linear_inverter(attacked: Attacked) -> 
     view, _ = attacked(noise=0.2)
     knowledge = Knowledge(view)
     linear = [knowledge.linear.best(crossing.hidden_LD, 1)[:, 0].tolist() for crossing in view.crossings]
-    assert invert(knowledge, Training(epochs=0, **QUICK)) == linear
+    assert invert_by_transformer(knowledge, InverterSettings(epochs=0, **QUICK)) == linear
 
 
 def test_the_decoder_writes_rows_of_which_only_the_end_crosses(attacked: Attacked) -> None:
@@ -111,10 +113,10 @@ def test_the_decoder_writes_rows_of_which_only_the_end_crosses(attacked: Attacke
     def crossing(tokens: tuple[int, ...]) -> Crossing:
         return Crossing("x", "train", 1, knowledge.bottom_of(tokens)[-1:])
 
-    pairs = tuple(Pair(row(number), crossing(row(number))) for number in range(80))
+    pairs = tuple(KnownPair(row(number), crossing(row(number))) for number in range(80))
     rows = [row(number) for number in range(14)]
     short = replace(view, pairs=pairs, crossings=tuple(map(crossing, rows)))
-    found = write(Knowledge(short), Writing(epochs=30, learning_rate=3e-3, **QUICK))
+    found = invert_by_decoder(Knowledge(short), DecoderSettings(epochs=30, learning_rate=3e-3, **QUICK))
     assert accuracy(found, [list(one) for one in rows]) > 0.8
 
 
@@ -123,12 +125,12 @@ def test_the_published_attack_learns_what_comes_next_and_mended_what_is_there(at
     recipe = view.recipe
     chain = [tuple(4 + (start + 3 * place) % 90 for place in range(8)) for start in range(90)]
     knowledge = Knowledge(view)
-    pairs = tuple(Pair(row, Crossing("x", "train", 1, knowledge.bottom_of(row))) for row in chain)
+    pairs = tuple(KnownPair(row, Crossing("x", "train", 1, knowledge.bottom_of(row))) for row in chain)
     known = Knowledge(replace(view, recipe=recipe, pairs=pairs, crossings=tuple(pair.crossing for pair in pairs[:8])))
     truth = [list(row) for row in chain[:8]]
-    schedule = Schedule(steps=500, rows=8, learning_rate=3e-3)
-    published = decode_as_published(known, schedule)
-    mended = decode_as_published(known, replace(schedule, mended=True))
+    schedule = PublishedSettings(steps=500, rows=8, learning_rate=3e-3)
+    published = run_published_decoder(known, schedule)
+    mended = run_published_decoder(known, replace(schedule, mended=True))
     assert accuracy(mended, truth) > 0.9
     assert accuracy(published, truth) < 0.3
     assert accuracy([row[:-1] for row in published], [row[1:] for row in truth]) > 0.9
@@ -137,5 +139,5 @@ def test_the_published_attack_learns_what_comes_next_and_mended_what_is_there(at
 def test_the_published_attack_needs_whole_vectors(attacked: Attacked) -> None:
     view, _ = attacked()
     for matrix, last in ((torch.eye(32)[:, :20], None), (torch.eye(32), 1)):
-        with pytest.raises(AttackError, match="every token's whole vector"):
-            decode_as_published(Knowledge(changed(view, matrix, last)))
+        with pytest.raises(AttackError, match="all tokens at the model's width"):
+            run_published_decoder(Knowledge(changed(view, matrix, last)))

@@ -24,7 +24,7 @@ class BoundarySection(Section):
     Top then sees every position, those that never crossed too."""
     denoise: bool = False
     """If true, top gets the noise that its own silo drew as input, and learns to take its effect out of the trunk's
-    answer. Not with release_once."""
+    answer. Not with release_once. Experimental: no recorded gain on a real model."""
     gradients: bool = True
     """If false, no loss gradient leaves: the trunk's adapter does not train, and bottom trains through the residual
     path alone."""

@@ -13,13 +13,14 @@ class DefenceSection(Section):
     """
 
     answer: Amount = 0.0
-    """Cross-entropy of the answer as a small head, which stays in the silo, predicts it from what crosses alone."""
+    """Cross-entropy of the answer as a small head, which stays in the silo, predicts it from what crosses alone.
+    Experimental: by itself it protected nothing in the run recorded."""
     inverter: Amount = 0.0
     """How well a simulated attacker, trained along, recovers the tokens from what crosses; bottom learns to
-    lower it."""
+    lower it. Experimental: it hardly hindered an attack that knows bottom."""
     capacity: Amount = 0.0
     """The most that the noisy channel could carry with the power, before clipping, that bottom's output has. Needs clip
     and noise in boundary.forward."""
     correlation: Amount = 0.0
     """Distance correlation, 0 to 1, between the tokens' embeddings and what crosses (NoPeek). Experimental: for
-    comparison, it protected less than the others."""
+    comparison, its measurement is not complete."""

@@ -20,7 +20,7 @@ class CompressionSection(Section):
     kind: Literal["none", "top-k", "random-k", "sketch"] = "none"
     """Which numbers of an update cross. "none": all. "top-k": the largest, with their places; not with masks.
     "random-k": those at places drawn for all silos alike. "sketch": some numbers of a random rotation of the update,
-    which all have about one size."""
+    which all have about one size. "top-k" is experimental: not measured on a real model."""
     keep: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Share of an update's numbers that cross, with any kind but "none"."""
     bits: Annotated[int, Field(ge=2, le=32)] | None = Field(default=None, examples=[8])

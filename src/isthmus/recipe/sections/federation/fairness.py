@@ -15,7 +15,8 @@ class FairnessSection(Section):
 
     kind: Literal["none", "q-ffl", "tilted", "agnostic"] = "none"
     """How the weight follows from the training loss. "q-ffl": its power, loss^strength (Li et al. 2020). "tilted":
-    exp(strength · loss) (Li et al. 2021). "agnostic": the same of the sum over all rounds (Mohri et al. 2019)."""
+    exp(strength · loss) (Li et al. 2021). "agnostic": the same of the sum over all rounds (Mohri et al. 2019);
+    experimental: no recorded gain."""
     strength: Positive = 1.0
     """The power of "q-ffl", or the factor in the exponent of the others."""
     reference: Positive = 2.0

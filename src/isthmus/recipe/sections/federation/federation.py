@@ -29,7 +29,8 @@ class FederationSection(Section):
     lora: Literal["frozen-a", "alternating", "svd", "plain"] = "frozen-a"
     """How the adapters B·A of bottom and top are averaged. "frozen-a": A never trains, so that the mean of B·A is
     exactly mean(B)·A. "alternating": B trains in odd rounds and A in even ones, exact too. "svd": both train, of ranks
-    that may differ, and the mean of B·A is cut to lora.rank. "plain": both train and are averaged apart, which is not
+    that may differ, and the mean of B·A is cut to lora.rank; experimental: its learning is not
+    measured on a real model. "plain": both train and are averaged apart, which is not
     exactly the mean of B·A."""
     normalized: bool = False
     """If true, a silo's change counts as if it had taken as many steps as the others (FedNova, Wang et al. 2020).

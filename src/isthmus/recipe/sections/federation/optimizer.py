@@ -25,7 +25,8 @@ class OptimizerSection(Section):
 
     kind: Literal["none", "momentum", "adagrad", "adam", "yogi"] = "none"
     """"none": by the change itself (FedAvg). "momentum": with momentum (Hsu et al. 2019). "adagrad", "adam", "yogi":
-    scaled for each parameter (Reddi et al. 2021)."""
+    scaled for each parameter (Reddi et al. 2021). All but "none" are experimental: momentum ended higher in the runs
+    recorded, the others are not measured on a real model."""
     learning_rate: Positive | None = Field(default=None, examples=[1.0])
     """Factor of each step. Left out: 1 for momentum; 0.001 for the three that scale, whose steps are about this large
     for each parameter that the silos agree on."""

@@ -48,14 +48,16 @@ class RobustSection(Section):
 
     rule: RuleName = "mean"
     """How the root makes one change of many. Every rule but "mean" counts each contribution alike, whatever weight it
-    claims. With masks, a rule needs edges: it compares their sums."""
+    claims. With masks, a rule needs edges: it compares their sums. All but "mean", "median" and "multi-krum"
+    are experimental: not measured on a real model."""
     malicious: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
     """Share of a round's contributions that may be malicious, rounded down, and one at least."""
     mix: bool = False
     """If true, each change is replaced by the mean of its nearest neighbours before the rule sees it: for silos whose
     data differ much."""
     trusted: Name | None = Field(default=None, examples=["north"])
-    """The silo or edge whose change the others are measured by; needed by the rule "fltrust", and only there."""
+    """The silo or edge whose change the others are measured by; needed by the rule "fltrust", and only there.
+    Experimental, as that rule is."""
 
     @property
     def active(self) -> bool:

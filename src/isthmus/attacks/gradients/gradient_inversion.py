@@ -1,9 +1,9 @@
-"""Response tokens from what the trunk returns, and from the loss gradients at the answer's positions.
+"""Answer tokens from the trunk's results (logit lens) and by inversion of the loss gradients at the answer's positions.
 
-The gradient that leaves is linear in the one-hot tokens once top and the trunk's result are known (see ``lens``). So
-the tokens are found by least squares, damped as the noise demands, then decoded against the whole vocabulary together
-with what top itself expects to come next (the prior), and mended as long as the fit improves: all positions at once by
-an approximation, then one by one, exactly, among the best few of each.
+With top and the trunk's result known, the released gradient is linear in the one-hot labels (see ``lens``). The labels
+are solved by damped least squares, decoded over the whole vocabulary with top's own prediction as the prior, and then
+improved while the fit improves: first all positions at once by an approximation, then each position exactly among its
+best few tokens.
 
 Shapes: L positions of one sequence, S of them supervised, D width, V vocabulary, K tokens kept.
 """
@@ -20,26 +20,34 @@ from isthmus.errors import DataError
 from isthmus.model.cut import Part
 from isthmus.model.device import CPU
 
-FLOOR = 1e-6
-"""Noise that is assumed at least, as a share of the gradient's root mean square."""
+NOISE_FLOOR = 1e-6
+"""Smallest assumed noise, as a share of the gradient's root mean square."""
 ITERATIONS = 60
+"""Most iterations of conjugate gradients."""
 SWEEPS = 24
+"""Most rounds of changes at all positions."""
 PROBES = 4
+"""Random probes of the Gram matrix."""
 SHORTLIST = 8
-WIDE = 64
-"""Tokens that are tried where the ones found so far leave more than the noise unexplained."""
-SUSPICIOUS = 4.0
-"""What is left at a position, in units of the noise's variance, above which its token must be wrong."""
-HOPELESS = 30.0
-"""Nats behind the best of its position at which a token is not tried exactly."""
+"""Tokens that are tried exactly at a position."""
+LONG_SHORTLIST = 64
+"""Tokens that are tried exactly at a position whose residual exceeds the noise."""
+UNEXPLAINED = 4.0
+"""Mean squared residual at a position, in units of the noise variance, above which its token is taken as wrong."""
+LEAST_SCORE = 30.0
+"""Tokens with a score this many nats below the position's best are not tried exactly."""
 
 
 @torch.no_grad()
-def read_ahead(top: Part, g_LD: torch.Tensor, *, keep: int = 1) -> torch.Tensor:
-    """The likeliest next tokens at every position of one sequence, ``[L, K]``: the logit lens.
+def logit_lens(top: Part, g_LD: torch.Tensor, *, keep: int = 1) -> torch.Tensor:
+    """The K likeliest next tokens at every position of one sequence by top, ``[L, K]``: the logit lens.
 
-    Who has this: the trunk, alone with the base model's public top, or with the shared adapters of a colluding silo. In
-    generation the greedy response is exactly column 0, if ``top`` is the silo's.
+    Adversary: the trunk, with the base model's public top or a colluding silo's shared adapters. With the silo's own
+    top, column 0 is exactly the greedy answer in generation.
+
+    Args:
+        g_LD: the trunk's result for the sequence.
+        keep: K.
     """
     logits_1LV = top.model(inputs_embeds=g_LD.to(torch.float32).unsqueeze(0), use_cache=False).logits
     best_LK: torch.Tensor = logits_1LV[0].topk(keep, dim=1).indices
@@ -47,26 +55,33 @@ def read_ahead(top: Part, g_LD: torch.Tensor, *, keep: int = 1) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Defence:
-    """What the adversary knows of the recipe: how gradients are secured, and the weight that the commit tells."""
+class GradientDefence:
+    """The adversary's knowledge of a released gradient: its batch's weight, and the recipe's noise and clipping."""
 
     weight: float
-    """Supervised tokens of the batch, which the loss is a mean over."""
+    """Number of supervised tokens of the batch, over which the loss is a mean; the commit states it."""
     noise: float = 0.0
+    """Standard deviation of the noise on a coordinate."""
     clip: float = 0.0
+    """Clipping norm of each position's gradient; 0: none."""
 
 
 class GradientInverter:
-    """Recovers one sequence's supervised tokens from its loss gradient.
+    """Recovers one sequence's supervised tokens from its released loss gradient.
 
-    Who has this: the trunk (``g_LD`` its own result, ``e_LD`` what came back), with top's public base weights or the
-    shared ones of a colluding silo.
+    Adversary: the trunk, with top's public base weights or a colluding silo's shared adapters.
 
     Args:
-        top: as the adversary holds it.
-        prior: weight of top's own expectation; 0 trusts the gradient alone.
-        ending: the token that closes every answer, if that is known (the end-of-text token of free text).
-        shortlist: tokens that are tried exactly at each position where the fit could be chance.
+        top: the adversary's top.
+        g_LD: the trunk's result for the sequence.
+        e_LD: the released gradient by that result.
+        defence: the gradient's weight, noise and clipping.
+        prior: weight of top's own prediction; 0: the gradient alone decides.
+        ending: the last token of every answer, if it is known (the end-of-text token of free text).
+        shortlist: number of tokens that are tried exactly at a position.
+
+    Raises:
+        DataError: the shapes of ``g_LD`` and ``e_LD`` differ.
     """
 
     def __init__(
@@ -74,7 +89,7 @@ class GradientInverter:
         top: Part,
         g_LD: torch.Tensor,
         e_LD: torch.Tensor,
-        defence: Defence,
+        defence: GradientDefence,
         *,
         prior: float = 1.0,
         ending: int | None = None,
@@ -89,12 +104,15 @@ class GradientInverter:
         self._e_LD = e_LD.detach().to(torch.float32)
         self._defence, self._prior, self._shortlist = defence, prior, shortlist
         self._ending = ending
-        self._noise = max(defence.noise, FLOOR * float(self._e_LD.square().mean().sqrt()), 1e-30)
+        self._noise = max(defence.noise, NOISE_FLOOR * float(self._e_LD.square().mean().sqrt()), 1e-30)
         self._scale_L1 = torch.ones(len(e_LD), 1)
-        """How much longer each row was before it was clipped, as far as is known."""
+        """Estimated norm of each row before clipping, divided by its norm after clipping."""
 
     def supervised(self) -> torch.Tensor:
-        """The positions that seem to be followed by an answer's token: from some position on, all but the last."""
+        """The estimated supervised positions, ``[S]``: all from some position on, without the last.
+
+        The first one is the change point of the solution's power along the sequence.
+        """
         everywhere = torch.arange(self._lens.length - 1)
         u_LD = self._solve(everywhere)
         power_L = u_LD[everywhere].square().mean(dim=1).double().clamp_min(1e-30)
@@ -107,15 +125,15 @@ class GradientInverter:
         return everywhere[start:]
 
     def recover(self, at_S: torch.Tensor | None = None) -> torch.Tensor:
-        """The tokens that follow these positions, ``[S]``; None: where ``supervised`` says."""
+        """The tokens that follow these positions, ``[S]``; None: the positions of ``supervised``."""
         at_S = self.supervised() if at_S is None else at_S
         for _ in range(3 if self._defence.clip else 1):
-            token_S = self._mended(at_S, self._decoded(at_S, self._solve(at_S)))
+            token_S = self._improved(at_S, self._decoded(at_S, self._solve(at_S)))
             if not self._explained(at_S, token_S):
-                token_S = self._picked(at_S, token_S)
+                token_S = self._refined(at_S, token_S)
             if self._defence.clip:
-                due_LD = self._lens.gradient(at_S, token_S, self._defence.weight)
-                self._scale_L1 = (due_LD.norm(dim=1, keepdim=True) / self._defence.clip).clamp_min(1.0)
+                expected_LD = self._lens.gradient(at_S, token_S, self._defence.weight)
+                self._scale_L1 = (expected_LD.norm(dim=1, keepdim=True) / self._defence.clip).clamp_min(1.0)
         return token_S
 
     def _forward(self, u_LD: torch.Tensor) -> torch.Tensor:
@@ -128,12 +146,12 @@ class GradientInverter:
         return only_LD
 
     def _damping(self) -> float:
-        """Noise variance over the variance of a coordinate of what is sought."""
+        """Damping of the least squares: noise variance over the prior variance of a coordinate of the solution."""
         spread = float(self._lens.head_VD.var(dim=0).mean()) / self._defence.weight**2
         return self._noise**2 / spread
 
     def _solve(self, at_S: torch.Tensor) -> torch.Tensor:
-        """Damped least squares for the gradient by the head's input, ``[L, D]``, by conjugate gradients."""
+        """The gradient by the head's input, ``[L, D]``, by damped least squares with conjugate gradients."""
         damping = self._damping()
         u_LD = torch.zeros_like(self._e_LD)
         r_LD = self._transposed(self._e_LD, at_S)
@@ -162,7 +180,7 @@ class GradientInverter:
 
     @torch.no_grad()
     def _nearest(self, at_S: torch.Tensor, aim_SD: torch.Tensor, precision_S1: torch.Tensor) -> torch.Tensor:
-        """For every token: log-probability by top, less the misfit of its cotangent to the aim; ``[S, V]``."""
+        """Score of every token, ``[S, V]``: log-probability by top minus the misfit of its cotangent to ``aim_SD``."""
         lens, weight = self._lens, self._defence.weight
         logits_SV = lens.logits(at_S)
         prior_SV, slope = logits_SV.log_softmax(dim=1), lens.slope(logits_SV)
@@ -178,24 +196,25 @@ class GradientInverter:
     def _decoded(self, at_S: torch.Tensor, u_LD: torch.Tensor) -> torch.Tensor:
         gain_S1 = self._gain(at_S)
         shrunk_S1 = gain_S1 / (gain_S1 + self._damping())
-        doubt = self._doubt(self._e_LD - self._forward(u_LD))
-        return self._nearest(at_S, u_LD[at_S] / shrunk_S1, gain_S1 * shrunk_S1 / doubt**2).argmax(dim=1)
+        deviation = self._deviation(self._e_LD - self._forward(u_LD))
+        return self._nearest(at_S, u_LD[at_S] / shrunk_S1, gain_S1 * shrunk_S1 / deviation**2).argmax(dim=1)
 
-    def _doubt(self, residual_LD: torch.Tensor) -> float:
-        """The noise, or what is unexplained so far if that is more: approximate scores must not claim more."""
+    def _deviation(self, residual_LD: torch.Tensor) -> float:
+        """The noise, or the residual's root mean square if it is larger, so that scores are not overconfident."""
         return max(self._noise, float(residual_LD.square().mean().sqrt()))
 
-    def _mended(self, at_S: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
-        """Tokens changed to what the residual asks for: as many at once as still improve the fit, most urgent first."""
+    def _improved(self, at_S: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
+        """Tokens after changes to those with the best score given the residual: as many changes at once as improve the
+        fit, the largest gains first."""
         gain_S1 = self._gain(at_S)
         cost, residual_LD = self._cost(at_S, token_S)
         share = 1.0
         for _ in range(SWEEPS):
-            score_SV = self._wished(at_S, token_S, residual_LD, gain_S1)
+            score_SV = self._scores(at_S, token_S, residual_LD, gain_S1)
             best_S = score_SV.argmax(dim=1)
             every = torch.arange(len(at_S))
-            urgency_S = score_SV[every, best_S] - score_SV[every, token_S]
-            chosen = urgency_S.argsort(descending=True)[: max(1, int(share * int((urgency_S > 0).sum())))]
+            advantage_S = score_SV[every, best_S] - score_SV[every, token_S]
+            chosen = advantage_S.argsort(descending=True)[: max(1, int(share * int((advantage_S > 0).sum())))]
             better_S = token_S.clone()
             better_S[chosen] = best_S[chosen]
             new_cost, new_residual_LD = self._cost(at_S, better_S)
@@ -208,42 +227,42 @@ class GradientInverter:
         return token_S
 
     def _explained(self, at_S: torch.Tensor, token_S: torch.Tensor) -> bool:
-        """Whether there is no noise and these tokens leave nothing over."""
-        due_LD = self._forward(self._lens.cotangent(at_S, token_S, self._defence.weight))
-        return not self._defence.noise and float((self._e_LD - due_LD).norm()) < 1e-3 * float(self._e_LD.norm())
+        """Whether there is no noise and these tokens explain the gradient completely."""
+        expected_LD = self._forward(self._lens.cotangent(at_S, token_S, self._defence.weight))
+        return not self._defence.noise and float((self._e_LD - expected_LD).norm()) < 1e-3 * float(self._e_LD.norm())
 
-    def _picked(self, at_S: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
-        """Tokens changed one by one, from the last, to the exactly best of a shortlist.
+    def _refined(self, at_S: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
+        """Tokens after each position, from the last, takes the exactly best token of a shortlist.
 
-        A position's gradient comes of its own loss and of later ones. So once the later tokens are right, a position
-        that is not explained has a wrong token: there the shortlist is long, until one stays unexplained.
+        A position's gradient comes from its own loss and from later losses. So if the later tokens are right, a
+        position with a large residual has a wrong token and gets a long shortlist, until a position stays unexplained.
         """
         gain_S1, token_S = self._gain(at_S), token_S.clone()
         prior_SV = self._lens.logits(at_S).log_softmax(dim=1)
         _, residual_LD = self._cost(at_S, token_S)
-        score_SV = self._wished(at_S, token_S, residual_LD, gain_S1)
-        hopeful = True
+        score_SV = self._scores(at_S, token_S, residual_LD, gain_S1)
+        later_right = True
         for place in reversed(range(len(at_S))):
-            wide = hopeful and self._suspicious(residual_LD[at_S[place]])
-            if wide:
-                score_SV = self._wished(at_S, token_S, residual_LD, gain_S1)
-            best_K, shortlist_K = score_SV[place].topk(min(WIDE, score_SV.shape[1]))
-            shortlist_K = shortlist_K[best_K > (-torch.inf if wide else best_K[0] - HOPELESS)]
-            if not wide:
+            long = later_right and self._unexplained(residual_LD[at_S[place]])
+            if long:
+                score_SV = self._scores(at_S, token_S, residual_LD, gain_S1)
+            best_K, shortlist_K = score_SV[place].topk(min(LONG_SHORTLIST, score_SV.shape[1]))
+            shortlist_K = shortlist_K[best_K > (-torch.inf if long else best_K[0] - LEAST_SCORE)]
+            if not long:
                 shortlist_K = shortlist_K[: self._shortlist]
             token_S[place], residual_LD = self._best(
                 at_S[place], int(token_S[place]), shortlist_K.tolist(), residual_LD, prior_SV[place]
             )
-            hopeful = hopeful and not self._suspicious(residual_LD[at_S[place]])
+            later_right = later_right and not self._unexplained(residual_LD[at_S[place]])
         return token_S
 
-    def _suspicious(self, residual_D: torch.Tensor) -> bool:
-        return float(residual_D.square().mean()) > SUSPICIOUS * self._noise**2
+    def _unexplained(self, residual_D: torch.Tensor) -> bool:
+        return float(residual_D.square().mean()) > UNEXPLAINED * self._noise**2
 
     def _best(
         self, at: torch.Tensor, own: int, others: list[int], residual_LD: torch.Tensor, prior_V: torch.Tensor
     ) -> tuple[int, torch.Tensor]:
-        """The best of these tokens at one position, by their exact gradients, and the residual that it leaves."""
+        """The best of these tokens at one position by their exact gradients, and its residual."""
         at_1, weight = at.unsqueeze(0), self._defence.weight
         base_LD = self._lens.cotangent(at_1, torch.tensor([own]), weight)
         tried = [(0.0, own, residual_LD)]
@@ -256,31 +275,32 @@ class GradientInverter:
         _, token, left_LD = min(tried, key=lambda one: one[0])
         return token, left_LD
 
-    def _wished(
+    def _scores(
         self, at_S: torch.Tensor, token_S: torch.Tensor, residual_LD: torch.Tensor, gain_S1: torch.Tensor
     ) -> torch.Tensor:
-        """Each token's score by what the residual asks of each position, ``[S, V]``."""
+        """Score of every token given the residual of the current tokens, ``[S, V]``."""
         own_LD = self._lens.cotangent(at_S, token_S, self._defence.weight)
-        wish_SD = self._transposed(residual_LD, at_S)[at_S] / gain_S1 + own_LD[at_S]
-        return self._nearest(at_S, wish_SD, gain_S1 / self._doubt(residual_LD) ** 2)
+        aim_SD = self._transposed(residual_LD, at_S)[at_S] / gain_S1 + own_LD[at_S]
+        return self._nearest(at_S, aim_SD, gain_S1 / self._deviation(residual_LD) ** 2)
 
     def _cost(self, at_S: torch.Tensor, token_S: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Negative log-posterior of these tokens, and what they leave unexplained."""
-        due_LD = self._forward(self._lens.cotangent(at_S, token_S, self._defence.weight))
-        residual_LD = self._e_LD - due_LD
+        """Negative log-posterior of these tokens, and their residual, ``[L, D]``."""
+        expected_LD = self._forward(self._lens.cotangent(at_S, token_S, self._defence.weight))
+        residual_LD = self._e_LD - expected_LD
         prior_SV = self._lens.logits(at_S).log_softmax(dim=1)
         prior = float(prior_SV[torch.arange(len(at_S)), token_S].sum())
         return float(residual_LD.square().sum()) / (2 * self._noise**2) - self._prior * prior, residual_LD
 
 
 class TokenProbe:
-    """A linear map from gradients to the tokens' rows of the head, where top's weights cannot be had.
+    """A linear probe from gradients to rows of the head, for an adversary without top's weights.
 
-    Who has this: the trunk with a colluding silo, which knows the tokens behind its own gradients; the head is public.
+    Adversary: the trunk with a colluding silo, which knows the tokens behind its own gradients; the head is public.
 
     Args:
-        e_ND: the colluder's gradients at answer positions, secured as everybody's.
-        tokens: what followed these positions.
+        e_ND: the colluder's released gradients at answer positions.
+        tokens: the tokens that follow these positions.
+        head_VD: the head's weight.
         ridge: penalty, as a share of the gradients' mean square.
     """
 
@@ -292,5 +312,6 @@ class TokenProbe:
         self._map_DD = torch.linalg.solve(gram_DD, x_ND.T @ self._head_VD[torch.as_tensor(tokens)])
 
     def predict(self, e_ND: torch.Tensor) -> list[int]:
+        """The likeliest next token of each gradient."""
         x_ND = torch.nn.functional.normalize(e_ND.double(), dim=1)
         return [int(token) for token in (x_ND @ self._map_DD @ self._head_VD.T).argmax(dim=1)]
