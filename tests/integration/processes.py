@@ -26,7 +26,7 @@ import tomli_w
 import torch
 
 from isthmus.cli.main import main
-from isthmus.engines.certificates import complete, make_certificates
+from isthmus.engines.certificates import is_complete, make_certificates
 from isthmus.engines.local import at_address, create_run
 from isthmus.engines.process import LISTENING
 from isthmus.engines.roles import start_server, work
@@ -228,7 +228,7 @@ def served_here(run: RunDirectory) -> Iterator[Recipe]:
     """Trunk and root of the run in this process while the block runs; gives the recipe with their address."""
     recipe = run.recipe()
     certificates = Path(recipe.wire.certificates)
-    if not complete(recipe, certificates):
+    if not is_complete(recipe, certificates):
         make_certificates(recipe, certificates)
     server, services = start_server(at_address(recipe, "localhost:0"), run, ("trunk", "root"))
     try:
