@@ -1,4 +1,4 @@
-"""The whole adapter of a finished run, and its export as a folder of peft's."""
+"""A finished run's adapter: whole, and as a PEFT folder."""
 
 from __future__ import annotations
 
@@ -7,26 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.engines.export import export_adapter, final_adapter
-from isthmus.engines.local import create_run
+from isthmus.engines import export
 from isthmus.errors import RunError
-from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
-from tests.integration.processes import train_here, write_federation
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """Of one short round."""
-    folder = tmp_path_factory.mktemp("federation")
-    recipe = Recipe.read(write_federation(folder, train={"rounds": 1, "steps": 2, "evaluate": False}))
-    made = create_run(recipe, folder / "run")
-    train_here(made)
-    return made
 
 
 def test_the_whole_adapter_is_that_of_bottom_trunk_and_top(run: RunDirectory) -> None:
-    rounds, tensors = final_adapter(run)
+    rounds, tensors = export.final_adapter(run)
     assert rounds == 1
     blocks = {int(name.split("layers.")[1].split(".")[0]) for name in tensors}
     assert blocks == set(range(5))
@@ -35,17 +22,17 @@ def test_the_whole_adapter_is_that_of_bottom_trunk_and_top(run: RunDirectory) ->
 
 
 def test_an_export_is_a_peft_folder(run: RunDirectory, tmp_path: Path) -> None:
-    assert export_adapter(run, tmp_path / "out") == 1
+    assert export.export_adapter(run, tmp_path / "out") == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_a_run_without_a_finished_round_has_no_adapter(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no finished round"):
-        export_adapter(RunDirectory.create(tmp_path / "new", run.recipe()), tmp_path / "out")
+        export.export_adapter(RunDirectory.create(tmp_path / "new", run.recipe()), tmp_path / "out")
 
 
 def test_a_narrow_boundary_cannot_be_exported(run: RunDirectory, tmp_path: Path) -> None:
     recipe = run.recipe()
     narrow = recipe.model_copy(update={"boundary": recipe.boundary.model_copy(update={"width": 4})})
     with pytest.raises(RunError, match="no adapter of the uncut model"):
-        export_adapter(RunDirectory.create(tmp_path / "new", narrow), tmp_path / "out")
+        export.export_adapter(RunDirectory.create(tmp_path / "new", narrow), tmp_path / "out")

@@ -10,25 +10,14 @@ import pytest
 
 from isthmus.engines import inference
 from isthmus.engines.certificates import make_certificates
-from isthmus.engines.local import at_address, create_run
+from isthmus.engines.local import at_address
 from isthmus.engines.roles import start_server
 from isthmus.errors import ModelError, RecipeError
 from isthmus.privacy.ledger import read_ledger
-from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
-from tests.integration.processes import rows_of, train_here, write_federation
+from tests.integration.processes import rows_of
 
 PROMPT = str(rows_of("north")[0]["text"])
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """Of one short round."""
-    folder = tmp_path_factory.mktemp("federation")
-    recipe = Recipe.read(write_federation(folder, train={"rounds": 1, "steps": 2, "evaluate": False}))
-    made = create_run(recipe, folder / "run")
-    train_here(made)
-    return made
 
 
 @pytest.fixture(autouse=True)
