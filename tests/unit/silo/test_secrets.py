@@ -34,13 +34,14 @@ def test_a_secret_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path: Pat
     assert caught.value.remedy
 
 
-def test_a_ledger_goes_on_with_its_recipe_and_with_no_other(tmp_path: Path) -> None:
-    directory = RoleDirectory(tmp_path)
-    open_ledger(directory, recipe(), "a").close()
-    open_ledger(directory, recipe(), "a").close()
-    with pytest.raises(LedgerError):
-        open_ledger(directory, recipe(noise=0.5), "a")
-    with pytest.raises(LedgerError):
+def test_a_ledger_is_of_one_silo_and_notes_another_recipe(tmp_path: Path) -> None:
+    directory, path = RoleDirectory(tmp_path), tmp_path / "ledger.jsonl"
+    lines = []
+    for noise in (0.0, 0.0, 0.5):
+        open_ledger(directory, recipe(noise), "a").close()
+        lines.append(len(path.read_text().splitlines()))
+    assert lines == [1, 1, 2]
+    with pytest.raises(LedgerError, match="not of 'b'"):
         open_ledger(directory, recipe(), "b")
 
 
