@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.engines.certificates import make_certificates
 from isthmus.errors import BudgetExhausted
 from isthmus.federation.aggregator import RootService
 from isthmus.privacy.accountant import Account
@@ -24,6 +26,7 @@ from isthmus.silo.remote import RoundsClient
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory, read_journal
 from isthmus.trunk.service import TrunkService
+from isthmus.updates.quantize import Ring
 from isthmus.wire.channel import LoopbackChannel
 from tests.conftest import Split, make_recipe, save_tiny_model, write_rows
 from tests.oracle.twins import loopback, prompts, ragged
@@ -112,6 +115,7 @@ def federate(recipe: Recipe, run: RunDirectory) -> dict[str, Worker]:
     trunk, root = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root"))
 
     def work(name: str) -> Worker:
+        threading.current_thread().name = name
         worker = worker_of(recipe, run, name, trunk, root)
         worker.run()
         worker.close()
@@ -181,6 +185,38 @@ def test_when_all_have_run_out_nothing_moves_any_more(folder: Path, tmp_path: Pa
     assert moved == [True, True, False, False]
     shared = [run.role("root").load_round(number)["shared"] for number in (2, 3, 4)]
     assert all(torch.equal(shared[0][name], later[name]) for later in shared[1:] for name in later)
+
+
+def test_rows_that_run_out_take_their_part_of_a_masked_share(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under masks a silo counts by the part of its planned rows that it trained on, round by round."""
+    shares: dict[str, list[float]] = {"a": [], "b": [], "c": []}
+    encode_share = Ring.encode_share
+
+    def kept(self: Ring, share: float) -> Any:
+        shares[threading.current_thread().name].append(share)
+        return encode_share(self, share)
+
+    monkeypatch.setattr(Ring, "encode_share", kept)
+    recipe = federation_of(
+        folder,
+        tmp_path,
+        {"a": 6, "b": 8, "c": 8},
+        federation={"secure": True},
+        wire={"certificates": str(tmp_path / "certificates")},
+    )
+    make_certificates(recipe, tmp_path / "certificates")
+    run = RunDirectory.create(tmp_path / "run", recipe)
+    federate(recipe, run)
+    planned = STEPS_A_ROUND * BATCH
+    for name in shares:
+        skipped = [0] * ROUNDS
+        for line in steps_of(run, name):
+            skipped[line["round"] - 1] += line.get("skipped", 0)
+        assert shares[name] == [(planned - rows) / planned for rows in skipped if rows < planned]
+    assert 0 < min(shares["a"]) < max(shares["a"]) == 1
+    assert shares["b"] == [1.0] * ROUNDS
 
 
 def test_budgets_outlast_the_process(folder: Path, tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RoleDirectory
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire import offer
+from isthmus.wire import sum_keys
 from isthmus.wire.channel import LoopbackChannel
 from isthmus.wire.identity import Authority
 from tests.conftest import make_recipe, save_tiny_model
 
 SILOS = ("a", "b", "c")
-KEYS = {"sealing": bytes(32), "masking": bytes(32), "promise": bytes(32)}
+KEYS = {"sealing": bytes(32), "masking": bytes(32), "commitment": bytes(32)}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_ping_is_answered_and_the_trunks_frames_are_not(folder: Path, tmp_path
 def test_keys_that_a_silo_did_not_sign_are_refused(folder: Path, tmp_path: Path) -> None:
     authority = Authority()
     service = root_of(recipe_of(folder, federation={"secure": True}), tmp_path, identity=authority.issue("root"))
-    own = offer.signed(authority.issue("a"), **KEYS)
+    own = sum_keys.sign_keys(authority.issue("a"), **KEYS)
     service.handle("a", pb.Ready(keys=own))
     with pytest.raises(IdentityError):
         service.handle("b", pb.Ready(keys=own))
