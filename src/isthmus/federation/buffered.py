@@ -19,6 +19,7 @@ from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostEr
 from isthmus.federation.collection import Collected, change_of
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.planner import RootPlanner
+from isthmus.federation.rounds import Aggregator
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.updates.compression import Compression
@@ -37,7 +38,7 @@ class Held:
     """Scaled; None: the silo learned nothing."""
 
 
-class Buffered:
+class Buffered(Aggregator):
     """The root's, in place of ``rounds.Rounds``: the same questions, under one lock, but no barrier.
 
     A silo gets the newest version whenever it asks, unless its update is in the buffer: then it gets the version that

@@ -12,7 +12,7 @@ from isthmus.federation.central import central_noise
 from isthmus.federation.clip import Clip
 from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import changes, proportions
-from isthmus.federation.control import control_of
+from isthmus.federation.control import root_control
 from isthmus.federation.products import sharing_of
 from isthmus.federation.sharing import Sharing
 from isthmus.federation.strategies.rules import Mean
@@ -66,7 +66,7 @@ class RootPlanner:
         self._store = store
         self._journal = store.journal("metrics")
         self._sharing = sharing_of(recipe)
-        self._control = control_of(recipe)
+        self._control = root_control(recipe)
         clip = recipe.federation.clip
         self._clip = Clip(clip, self._sharing) if clip is not None else None
         self._noise = central_noise(recipe, store)
@@ -99,7 +99,7 @@ class RootPlanner:
                 plan.clip = self._clip.norm(plan.round)
             plan.participants.extend(sorted(silos))
             if self._control is not None:
-                self._control.tell(plan, self.layout("", plan.round))
+                self._control.add_to(plan, self.layout("", plan.round))
         self._plans = {}
         return plan
 
@@ -126,7 +126,7 @@ class RootPlanner:
         shared = self._sharing.next(self.shared, round, collected.contributions)
         kept |= {"shared": shared, "sharing": self._sharing.state_dict()}
         if self._control is not None:
-            self._control.note(round, collected, self.layout("", round))
+            self._control.follow(round, collected, self.layout("", round))
             kept["control"] = self._control.state_dict()
         self._store.save_round(round, kept)
         if collected.staleness is not None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import enum
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+
+from google.protobuf.message import Message
 
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.collection import Collected, Collection, Open, Sums
@@ -18,8 +21,10 @@ from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Advert
 from isthmus.updates.sums import SumFormat
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire import offer
 from isthmus.wire.barrier import Barrier
-from isthmus.wire.channel import Answer
+from isthmus.wire.channel import Answer, answered
+from isthmus.wire.identity import Identity
 
 
 class Phase(enum.Enum):
@@ -33,15 +38,39 @@ class Phase(enum.Enum):
     FAILED = "failed"
 
 
-class Rounds:
-    """Every request changes the phase under one lock; a round that ends is on disk before anyone hears of it.
+class Aggregator(ABC):
+    """A node that plans rounds and takes updates: the root, or an edge. Implements ``wire.channel.Service``."""
+
+    def handle(self, peer: str, request: Message) -> Answer:
+        if isinstance(request, (pb.Update, pb.Deal, pb.Reveal)):
+            return self.contribute(peer, request)
+        if isinstance(request, pb.Ready):
+            return self.ready(peer, request)
+        if isinstance(request, pb.Ping):
+            return answered(pb.Pong())
+        raise ProtocolError(f"no aggregator answers {type(request).__name__}", remedy="ask the trunk")
+
+    @abstractmethod
+    def ready(self, peer: str, request: pb.Ready) -> Answer:
+        """Answer a child that asks for work with its plan, once there is one."""
+
+    @abstractmethod
+    def contribute(self, peer: str, request: pb.Update | pb.Deal | pb.Reveal) -> Answer:
+        """Take a child's message to the round that it trains in."""
+
+
+class Rounds(Aggregator):
+    """Synchronous rounds. Every request changes the phase under one lock; a round is on disk before it is answered.
 
     Args:
-        planner: who says what to train, and takes what was learned.
-        name: of the node whose rounds these are.
+        planner: plans rounds, and takes what was collected in them.
+        name: the node's.
+        identity: the process's, to verify the keys that silos sign; None: they are passed on without that, and the
+            silos alone verify them.
     """
 
-    def __init__(self, recipe: Recipe, planner: Planner, name: str = ROOT) -> None:
+    def __init__(self, recipe: Recipe, planner: Planner, name: str = ROOT, identity: Identity | None = None) -> None:
+        self._identity = identity
         self.phase = Phase.GATHERING
         self._error: IsthmusError | None = None
         """Why the phase is ``FAILED``; every child that asks is told."""
@@ -73,11 +102,14 @@ class Rounds:
 
         Raises:
             ProtocolError: it is no child of this node's; or updates are to be masked, and it offers no keys.
+            IdentityError: it has not signed its keys. The other silos would refuse them, and the round with them.
         """
         if peer not in (*self._node.children, *self._node.wards):
             raise ProtocolError(f"{peer} is no child of {self._node.name}", remedy="give all parties one recipe")
         if self._offers_keys and not request.HasField("keys"):
             raise ProtocolError(f"{peer} offers no keys", remedy="give all parties one recipe")
+        if self._identity is not None and request.HasField("keys"):
+            offer.verify(self._identity, peer, request.keys)
         answer: Answer = Answer()
         with self._lock:
             self._asked[peer] = request
