@@ -1,5 +1,5 @@
-"""Who leads a node's rounds: says what a round trains, and takes what it brought. The root by itself, an edge for its
-parent."""
+"""Planners of a node's rounds: they give the plan of a round and take what was collected in it. The root's steps the
+shared tensors; an edge's asks its parent for plans and sends it one sum a round."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from isthmus.wire.channel import Answer, Channel, answered
 
 
 class Planner(Protocol):
-    """What the state machine of the rounds asks for."""
+    """Plans rounds for the state machine of ``rounds``."""
 
     @property
     def over(self) -> bool:
-        """Whether it is known that no round is left."""
+        """Whether no round is left, as far as this node knows."""
         ...
 
     def plan(self, silos: Iterable[str]) -> Answer:
@@ -44,17 +44,17 @@ class Planner(Protocol):
         ...
 
     def layout(self, peer: str, round: int) -> Layout:
-        """Of this child's update in this round; under masks all children's are alike."""
+        """The layout of this child's update in this round; under masks all children have one."""
         ...
 
     def conclude(self, round: int, collected: Collected) -> Answer:
-        """Take what this round brought. Its result is ignored; its error is why the rounds go on without it, if that
-        is ``RoundLostError``, or do not go on."""
+        """Take what was collected in this round. The answer's result is ignored. After ``RoundLostError`` the round
+        begins again, after another error the rounds end."""
         ...
 
 
 class RootPlanner:
-    """The root's: the shared tensors from round to round, on disk before anyone hears of them.
+    """The root's planner: the shared tensors from round to round, on disk before any child gets them.
 
     Args:
         initial: the shared adapter tensors, by uncut name, as every silo starts with them.
@@ -91,7 +91,7 @@ class RootPlanner:
         return answered(self.next(silos))
 
     def next(self, silos: Iterable[str]) -> pb.Plan:
-        """The plan for these silos, which is there at once."""
+        """The next plan for these silos."""
         plan = pb.Plan(completed=self.completed)
         if not self.over:
             plan.round = self.completed + 1
@@ -104,7 +104,7 @@ class RootPlanner:
         return plan
 
     def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
-        """With the adapters that this child begins with."""
+        """The plan with the adapters that this child begins with."""
         begun = self._sharing.begun(self.shared, peer)
         if id(begun) not in self._plans:  # most children begin with the very same tensors
             self._plans[id(begun)] = own = pb.Plan(adapters=codec.encode_named(begun))
@@ -139,7 +139,7 @@ class RootPlanner:
 
 
 class EdgePlanner:
-    """An edge's: plans come from its parent, and one sum goes there.
+    """An edge's planner: plans come from its parent, and one sum goes there.
 
     Args:
         initial: as of ``RootPlanner``; their shapes count.

@@ -1,5 +1,5 @@
-"""Rounds as a state machine: gather children, ask what to train, let them train, pass on what they learned; again,
-until finished. The same for the root, whose children are silos or edges, and for every edge."""
+"""Rounds as a state machine: gather children, ask for a plan, let them train, pass on what was collected; again, until
+finished. The same for the root, whose children are silos or edges, and for every edge."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Rounds(Aggregator):
         self._identity = identity
         self.phase = Phase.GATHERING
         self._error: IsthmusError | None = None
-        """Why the phase is ``FAILED``; every child that asks is told."""
+        """The error that every child gets once the phase is ``FAILED``."""
         self._planner = planner
         self._node = recipe.tree.node(name)
         self._masks, self._compression = recipe.federation.secure.masks, Compression.of(recipe)
@@ -82,7 +82,7 @@ class Rounds(Aggregator):
         self._lock = threading.RLock()
         self._waiting: dict[str, Answer] = {}
         self._asked: dict[str, pb.Ready] = {}
-        """What the children that wait asked with."""
+        """By child, its last ``Ready``."""
         self._round = 0
         """The number of the round under way; 0 before the first."""
         self._last = pb.Plan()
@@ -133,7 +133,7 @@ class Rounds(Aggregator):
             return self._collection.handle(peer, request)
 
     def _advance(self) -> None:
-        """Hand out what the phase has for the children that wait."""
+        """Answer the children that wait, as far as the phase allows."""
         with self._lock:
             if self.phase is Phase.GATHERING and self._planner.over:
                 self._when_there(lambda: self._planner.plan(()), lambda plan: self._begin([], plan))
@@ -148,7 +148,7 @@ class Rounds(Aggregator):
                     self._gathering.arrive(peer, None)
 
     def _gather(self, peers: Iterable[str]) -> None:
-        """Wait for these, and for whoever else asks, to begin the next round."""
+        """Gather these children, and any other that asks, for the next round."""
         self.phase, self._collection = Phase.GATHERING, None
         self._gathering = self._barrier(lambda arrived: self._ask(sorted(arrived)))
         self._gathering.expect(peers)
@@ -213,25 +213,27 @@ class Rounds(Aggregator):
         return {peer: compressor for peer, compressor in found.items() if compressor is not None}
 
     def _lose(self, collection: Collection, peer: str) -> None:
-        """A participant asks instead of contributing: its process is a new one, what it trained is gone."""
+        """A participant asks instead of contributing: its process is new, and what it trained is gone."""
         if collection.lose(peer):
             self._gather(self._waiting)
 
     def _end(self, collected: Collected | IsthmusError) -> None:
-        if isinstance(collected, IsthmusError):  # nothing is known of the sum: the same round again, with whoever comes
+        if isinstance(
+            collected, IsthmusError
+        ):  # the sum is not known: the same round again, with the children that ask
             self._gather(self._node.children)
             return
         if len(collected.weights) < self._node.minimum:
             self._fail(len(collected.weights))
             return
         self.phase, self._collection = Phase.CONCLUDING, None
-        # who was silent had its time: the next round does not wait for it again
+        # the next round does not wait again for a child that sent nothing in this one
         self._when_there(
             lambda: self._planner.conclude(self._round, collected), lambda _: self._gather(collected.weights)
         )
 
     def _when_there(self, ask: Callable[[], Answer], go_on: Callable[[pb.Plan], None]) -> None:
-        """Go on with the lead's answer, unless the phase has ended by then. A round that is lost begins again."""
+        """Go on with the planner's answer, unless the phase has ended by then. A round that is lost begins again."""
         self._turn += 1
         turn = self._turn
 
@@ -255,7 +257,7 @@ class Rounds(Aggregator):
             answer.add_done_callback(receive)
 
     def _barrier(self, fire: Callable[[dict[str, None]], None]) -> Barrier[None]:
-        """A barrier for the phase that begins; when its patience ends just as the phase does, nothing happens."""
+        """A barrier for the phase that begins; after the end of the phase it fires in vain."""
         self._turn += 1
         turn = self._turn
 
