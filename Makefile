@@ -3,12 +3,12 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-SPEED := boundary draft foundation generation latency release replay sessions silos together
+SPEED := boundary draft foundation generation latency release replay sessions silos together walks
 PRIVACY := defences frontier privacy updates
 FEDERATED := demo federation
 BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED)
 
-.PHONY: demo test check proto bench $(BENCHMARKS:%=bench-%) bench-cuda clean
+.PHONY: demo test check proto recipe bench $(BENCHMARKS:%=bench-%) bench-cuda clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,8 +24,8 @@ BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED)
 demo: .venv/demo  ## Four silos train one model on this machine; QUICK=1 leaves out the baselines
 	$(BIN)/isthmus demo $(if $(QUICK),--quick)
 
-test: .venv/demo  ## All tests, a file a process and core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+test: .venv/demo  ## All tests, file by file on one process more than cores, the longest first
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 5 --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready  ## What CI checks before the tests
 	$(BIN)/ruff check .
@@ -33,10 +33,14 @@ check: .venv/ready  ## What CI checks before the tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) --no-print-directory proto
-	git diff --exit-code -- src/isthmus/wire/isthmus_pb2.py src/isthmus/wire/isthmus_pb2.pyi
+	$(MAKE) --no-print-directory recipe
+	git diff --exit-code -- src/isthmus/wire/isthmus_pb2.py src/isthmus/wire/isthmus_pb2.pyi recipes/federation.toml
 
 proto: .venv/ready  ## The Python side of isthmus.proto
 	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. isthmus/wire/isthmus.proto
+
+recipe: .venv/ready  ## recipes/federation.toml, from the docstrings of the recipe's keys
+	$(BIN)/python -m isthmus.recipe.template recipes/federation.toml
 
 bench: $(BENCHMARKS:%=bench-%)  ## All benchmarks; each, as bench-boundary, writes benchmarks/results/boundary.json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.utils import logging as transformers_logging
 
 from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.crossing import Outbound
 from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.join import greeting, load_ends
-from isthmus.silo.remote import RemoteTrunk
+from isthmus.silo.join import assemble, greeting, load_ends
+from isthmus.silo.session import RemoteSession
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
@@ -26,6 +28,24 @@ VOCABULARY = 97
 BLOCKS = 5
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+FIRST = ("integration", "oracle", "conformance", "features")
+"""Folders whose files take longest, in the order in which they are begun; small ones then fill the gaps."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker more than cores: tests of processes and of patience wait most of their time."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with files that start processes, then those that compute longest; within a file the order stays."""
+    process = {item.path for item in items if item.get_closest_marker("process")}
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return item.path not in process, FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+    items.sort(key=place)
 
 
 def tiny_config(family: str, blocks: int = BLOCKS) -> Any:
@@ -102,6 +122,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def outbound(session: RemoteSession, h_TW: torch.Tensor) -> Outbound:
+    """One sequence's made-up hidden states, for a step of this session."""
+    return Outbound([len(h_TW)], h_TW, session.subjects(None, [len(h_TW)]))
+
+
 Split = Callable[..., tuple[SplitForCausalLM, TrunkService]]
 
 
@@ -117,10 +142,7 @@ def split(tmp_path: Path) -> Split:
         service = services[key]
         checkpoint = Checkpoint(recipe.model.path)
         channel = LoopbackChannel(service, name, greeting=greeting(checkpoint, recipe))
-        bottom, top = load_ends(checkpoint, recipe)
-        asked, ends = recipe.boundary, (bottom, top)
-        remote = RemoteTrunk(channel, Boundary(asked, **boundary), ends=ends, gradients=asked.gradients)
-        model = SplitForCausalLM(checkpoint.config, bottom, remote, top, tail=asked.tail, residual=asked.residual)
-        return model.eval(), service
+        exit = Boundary(recipe.boundary, **boundary)
+        return assemble(recipe, checkpoint, load_ends(checkpoint, recipe), channel, exit), service
 
     return build

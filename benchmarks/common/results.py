@@ -7,6 +7,8 @@ import json
 import math
 import os
 import platform
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,6 +63,21 @@ class Results:
         rows = [row for row in earlier if row["measure"] not in measured] + [asdict(row) for row in self.rows]
         path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         return path
+
+
+def note(
+    results: Results,
+    measure: str,
+    values: Sequence[float],
+    unit: str,
+    *,
+    at_most: float | None = None,
+    at_least: float | None = None,
+) -> None:
+    """The mean over seeds, and the distance of the highest from the lowest, as two rows; a goal is the mean's."""
+    results.add(measure, statistics.fmean(values), unit, at_most=at_most, at_least=at_least)
+    if len(values) > 1:
+        results.add(f"{measure}, range of {len(values)} seeds", max(values) - min(values), unit)
 
 
 def hardware(device: torch.device | None = None) -> str:

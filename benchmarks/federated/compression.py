@@ -7,6 +7,7 @@ Shapes: N silos, R rows, F features, P parameters, K numbers that cross.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from benchmarks.common.results import Results
 from isthmus.recipe import FederationSection
 from isthmus.updates.compression import Compression, ErrorFeedback
+from isthmus.updates.flat import Layout
 
 PARAMETERS = 460_800
 """Of a rank-8 adapter on all projections of SmolLM2-135M's two ends, about."""
@@ -33,7 +35,7 @@ class Way:
     at_least: float | None = 20.0
 
     def of(self, *, masks: bool) -> Compression:
-        values = {"compression": self.name, "bits": self.bits, "keep": self.keep, "masks": masks}
+        values = {"compression": {"kind": self.name, "bits": self.bits, "keep": self.keep}, "secure": masks}
         return Compression(FederationSection.model_validate(values), seed=0)
 
     def __str__(self) -> str:
@@ -81,7 +83,7 @@ def size(compression: Compression, row_P: torch.Tensor, *, masks: bool) -> int:
     """Payload bytes of one update of this row."""
     if masks:
         ring = compression.ring(SILOS)
-        return ring.width * ring.words(compression.projection(len(row_P), 1).size + ring.digits)
+        return ring.width * ring.words(compression.sum_format(Layout({"w": tuple(row_P.shape)}), 1, SILOS).size)
     compressor = compression.compressor(len(row_P), 1)
     return 4 * len(row_P) if compressor is None else len(compressor.encode(row_P))
 
@@ -100,10 +102,11 @@ def regression(way: Way | None, *, masks: bool) -> float:
     silos = [rows(ROWS, 0.3 * torch.randn(FEATURES, generator=draw)) for _ in range(SILOS)]
     x_RF, told_R = rows(HELD_OUT, torch.zeros(FEATURES))
     compression = way.of(masks=masks) if way else Compression()
-    rests = [ErrorFeedback(compression.feedback) for _ in silos]
+    rests = [compression.feedback() for _ in silos]
     shared_P = torch.zeros(FEATURES * CLASSES)
     for round in range(1, ROUNDS + 1):
-        due = [rest.added("w", learned(shared_P, *silo)) for rest, silo in zip(rests, silos, strict=True)]
+        changes = [learned(shared_P, *silo) for silo in silos]
+        due = [rest.added("w", one) if rest else one for rest, one in zip(rests, changes, strict=True)]
         shared_P = shared_P + (summed if masks else opened)(compression, round, due, rests) / SILOS
     return 100 * float(((x_RF @ shared_P.view(FEATURES, CLASSES)).argmax(1) == told_R).float().mean())
 
@@ -118,24 +121,28 @@ def learned(shared_P: torch.Tensor, x_RF: torch.Tensor, told_R: torch.Tensor) ->
     return own_P.detach() - shared_P
 
 
-def opened(compression: Compression, round: int, due: list[torch.Tensor], rests: list[ErrorFeedback]) -> torch.Tensor:
+def opened(
+    compression: Compression, round: int, due: list[torch.Tensor], rests: Sequence[ErrorFeedback | None]
+) -> torch.Tensor:
     """The sum of what crosses of what is due, each by itself."""
     compressor = compression.compressor(len(due[0]), round)
     if compressor is None:
         return torch.stack(due).sum(0)
     crossed = [compressor.decode(compressor.encode(due_P)) for due_P in due]
     for rest, due_P, crossed_P in zip(rests, due, crossed, strict=True):
-        if rest.kept:
-            rest.leave("w", due_P - crossed_P)
+        if rest is not None:
+            rest.keep("w", due_P - crossed_P)
     return torch.stack(crossed).sum(0)
 
 
-def summed(compression: Compression, round: int, due: list[torch.Tensor], rests: list[ErrorFeedback]) -> torch.Tensor:
+def summed(
+    compression: Compression, round: int, due: list[torch.Tensor], rests: Sequence[ErrorFeedback | None]
+) -> torch.Tensor:
     """The same, summed in the ring; the masks, which cancel, are left out."""
-    ring, projection = compression.ring(SILOS), compression.projection(len(due[0]), round)
-    whole = [ring.encode(projection.project(due_P).numpy()) for due_P in due]
+    sums = compression.sum_format(Layout({"w": tuple(due[0].shape)}), round, SILOS)
+    whole = [sums.encode(due_P, 1.0) for due_P in due]
     for rest, due_P, whole_K in zip(rests, due, whole, strict=True):
-        if rest.kept:
-            rest.leave("w", due_P - projection.lift(torch.from_numpy(ring.decode(whole_K)).float()))
+        if rest is not None:
+            rest.keep("w", due_P - sums.decode(whole_K, 1.0))
     total_K = np.add.reduce(np.stack(whole), dtype=np.int64)
-    return projection.lift(torch.from_numpy(ring.decode(total_K)).float())
+    return sums.lift(torch.from_numpy(sums.ring.decode(total_K[: sums.count])).float())

@@ -10,7 +10,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ SPEAKERS = (0, 1, 2, 4, 8, 14, 22, 40, 60, 90)
 """Places, by how much they say, of the silos among all speakers."""
 CHARACTERS, LEAST = 90, 30
 """Of a row of a speaker's lines."""
+VALIDATION = 6
+"""Each so manieth training row of a silo is a validation row, where settings are chosen."""
 
 Files = Mapping[str, Mapping[str, Path]]
 
@@ -124,6 +126,41 @@ def opinions(folder: Path, silos: int) -> Files:
     """Hutto's four kinds of text, of which there are as many silos."""
     found = hutto(Path("build/demo"), rows=250, held_out=40, seed=0)
     return {name: {"train": one.train.resolve(), "held_out": one.held_out.resolve()} for name, one in found.items()}
+
+
+def with_validation(corpus: Corpus) -> tuple[Corpus, Corpus]:
+    """The corpus to choose settings on, and the one to report: their silos train on the same rows.
+
+    Every sixth of a silo's training rows is taken out of training. The first corpus holds these rows out, the second
+    the rows that the corpus held out before.
+    """
+
+    def choosing(folder: Path, silos: int) -> Files:
+        return {
+            name: {"train": train, "held_out": validation}
+            for name, (train, validation, _) in three_ways(corpus, folder, silos).items()
+        }
+
+    def reporting(folder: Path, silos: int) -> Files:
+        return {
+            name: {"train": train, "held_out": held_out}
+            for name, (train, _, held_out) in three_ways(corpus, folder, silos).items()
+        }
+
+    return replace(corpus, files=choosing), replace(corpus, files=reporting)
+
+
+def three_ways(corpus: Corpus, folder: Path, silos: int) -> dict[str, tuple[Path, Path, Path]]:
+    """Files of training, validation and held-out rows of each silo."""
+    found = {}
+    for name, files in corpus.files(folder, silos).items():
+        rows = read(files["train"])
+        train, validation = (
+            rows_file(folder / f"{name}-{kind}.jsonl", every(rows, VALIDATION, chosen))
+            for kind, chosen in (("less-validation", False), ("validation", True))
+        )
+        found[name] = train, validation, files["held_out"]
+    return found
 
 
 def written(folder: Path, rows: Mapping[str, tuple[Rows, ...]]) -> Files:

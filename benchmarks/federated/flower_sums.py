@@ -1,7 +1,11 @@
 """Flower's SecAgg+ on this machine: its own client and server code, messages passed from hand to hand in one process.
 
 Runs in an environment of its own, without isthmus. ``python benchmarks/federated/flower_sums.py SILOS PARAMETERS
-DROPPED`` prints one JSON object. Each message takes the bytes it has on Flower's wire and is parsed from them again.
+DROPPED SHARES THRESHOLD`` prints one JSON object. Each message takes the bytes it has on Flower's wire and is parsed
+from them again.
+
+SHARES is the number of shares of each silo's key, one for itself and one for each neighbour it masks with: as many as
+silos make the complete graph, fewer a sparse one. THRESHOLD is the number of shares that rebuild a key.
 """
 
 from __future__ import annotations
@@ -92,7 +96,7 @@ class Strategy(FedAvg):
         return results[0][1].parameters, {}
 
 
-def main(silos: int, parameters: int, dropped: int) -> None:
+def main(silos: int, parameters: int, dropped: int, shares: int, threshold: int) -> None:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 0  # what its own launcher would set
     draw = np.random.default_rng(0)
@@ -104,7 +108,7 @@ def main(silos: int, parameters: int, dropped: int) -> None:
     state.array_records[MAIN_PARAMS_RECORD] = ArrayRecord([np.zeros(1, np.float32)])
     context = LegacyContext(Context(1, 0, {}, state, {}), strategy=strategy, client_manager=Everyone(updates))
     workflow = SecAggPlusWorkflow(
-        1.0, 0.67, max_weight=1.0, clipping_range=RANGE, quantization_range=2**16, modulus_range=2**32
+        shares, threshold, max_weight=1.0, clipping_range=RANGE, quantization_range=2**16, modulus_range=2**32
     )
     started, processor = time.perf_counter(), time.process_time()
     workflow(grid, context)

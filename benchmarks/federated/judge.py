@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import IGNORED, Tokens, collate
 from isthmus.model import adapters
 from isthmus.model.cut import Part
 from isthmus.model.families import family_of
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData
 
 SIZE = 32
 """Rows a batch."""

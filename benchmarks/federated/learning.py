@@ -27,8 +27,8 @@ from isthmus.federation.aggregator import EdgeService, RootService
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
-from isthmus.silo.aggregator_client import AggregatorClient
 from isthmus.silo.join import greeting
+from isthmus.silo.update import AggregatorClient
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
@@ -103,7 +103,7 @@ def federate(recipe: Recipe, folder: Path, *, malicious: Collection[str] = (), c
     Args:
         malicious: silos that send what ``craft`` makes of the others' changes in place of their own.
     """
-    if recipe.federation.masks:
+    if recipe.federation.secure.masks:
         certificates = folder / "certificates"
         make_certificates(recipe, certificates)
         recipe = recipe.model_copy(update={"wire": recipe.wire.model_copy(update={"certificates": str(certificates)})})
@@ -123,7 +123,7 @@ def federate(recipe: Recipe, folder: Path, *, malicious: Collection[str] = (), c
         }
         worker = Worker(recipe, name, run.role(name), **ways)
         if plot:
-            worker._aggregator_client = Overheard(worker._aggregator_client, plot, name)  # type: ignore[assignment]
+            worker._aggregator = Overheard(worker._aggregator, plot, name)  # type: ignore[assignment]
         worker.run()
         worker.close()
         return worker._silo.boundary.released_bytes["update"] / recipe.train.rounds
@@ -230,15 +230,15 @@ class Plot:
 class Overheard:
     """A silo's way up, by way of a plot."""
 
-    def __init__(self, upstream: AggregatorClient, plot: Plot, name: str) -> None:
-        self._aggregator_client, self._plot, self._name = upstream, plot, name
+    def __init__(self, client: AggregatorClient, plot: Plot, name: str) -> None:
+        self._client, self._plot, self._name = client, plot, name
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._aggregator_client, name)
+        return getattr(self._client, name)
 
     def pack(
         self, plan: pb.Plan, change: Mapping[str, torch.Tensor], weight: float, share: float, quality: float
     ) -> pb.Update:
         layout = Layout.of(change)
         sent_P = self._plot.sent(self._name, plan.round, layout.row(change))
-        return self._aggregator_client.pack(plan, layout.tensors(sent_P), weight, share, quality)
+        return self._client.pack(plan, layout.tensors(sent_P), weight, share, quality)

@@ -3,19 +3,21 @@
 A part of ``make bench-federation``.
 
 Fifteen silos route CLINC150's requests by topic, stories260k. The three malicious ones know every honest change before
-they send; under the robust recipe they are one of five cohorts, whose sums are all that the root sees.
+they send. Under the robust recipe the root sees the sums of five cohorts of three silos. All three malicious silos sit
+in one cohort, the best case for the rule, which can leave that cohort out; one attack is run from two and from three
+cohorts, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.common.results import Results
+from benchmarks.common.results import Results, note
 from benchmarks.common.tasks import Rows, Values, read
 from benchmarks.federated.corpora import ROUTING, rows_file, topics
 from benchmarks.federated.judge import Judge, pooled
@@ -25,9 +27,15 @@ from benchmarks.federated.trials import Poison, Trial, shipped, tried
 from isthmus.attacks import poisoning
 from isthmus.recipe import Recipe
 
-SILOS, COHORT = 15, 3
+SILOS, COHORT, SEEDS = 15, 3, (0, 1, 2)
 NAMES = [f"silo-{number:03d}" for number in range(SILOS)]
-MALICIOUS = NAMES[:COHORT]
+PLACES = {
+    "in one cohort of five": (0, 1, 2),
+    "in two cohorts of five": (0, 1, 3),
+    "in three cohorts of five": (0, 3, 6),
+}
+"""Numbers of the malicious silos. Cohorts are three neighbours each."""
+TOGETHER = "in one cohort of five"
 TRAIN: Values = {"rounds": 6, "steps": 5, "learning_rate": 5e-3}
 ALIKE = replace(ROUTING, files=partial(topics, concentration=3.0))
 """Silos that differ a little: where each has one topic, no rule can tell it from a malicious one."""
@@ -69,25 +77,31 @@ ATTACKS = (
 
 
 def measure(results: Results) -> None:
-    """Each attack against both recipes, and both without an attack."""
+    """Each attack against both recipes, both without an attack, and one attack from other cohorts."""
     sections = {"mean": plain(), "robust": robust()}
-    calm = {name: run(one, None) for name, one in sections.items()}
-    start = pooled(calm["mean"].scores[0].values())
+    calm = {name: [run(one, None, seed) for seed in SEEDS] for name, one in sections.items()}
+    start = pooled(calm["mean"][0].scores[0].values())
     results.add("malicious silos: accuracy before training", 100 * start.accuracy, "%")
-    for name, trial in calm.items():
-        results.add(f"malicious silos, none, {name}: accuracy", 100 * trial.final.accuracy, "%")
-        results.add(f"malicious silos, none, {name}: triggered", 100 * trial.probed, "%")
+    for name, trials in calm.items():
+        note(results, f"malicious silos, none, {name}: accuracy", [100 * one.final.accuracy for one in trials], "%")
+        note(results, f"malicious silos, none, {name}: triggered", [100 * one.probed for one in trials], "%")
     for attack in ATTACKS:
-        for name, one in sections.items():
-            report(results, f"malicious silos, {attack.name}, {name}", run(one, attack), calm["mean"], name == "robust")
+        for place in PLACES if attack is ATTACKS[0] else (TOGETHER,):
+            for name, one in sections.items():
+                if name == "mean" and place != TOGETHER:
+                    continue  # which cohort a silo is in is nothing to a mean
+                trials = [run(one, attack, seed, place) for seed in SEEDS]
+                report(results, f"malicious silos {place}, {attack.name}, {name}", trials, calm["mean"])
 
 
-def report(results: Results, name: str, trial: Trial, calm: Trial, bound: bool) -> None:
-    """Beside the plain mean without an attack."""
-    lost = 100 * (calm.final.accuracy - trial.final.accuracy)
-    results.add(f"{name}: accuracy lost", lost, "points", at_most=LOST if bound else None)
+def report(results: Results, name: str, trials: Sequence[Trial], calm: Sequence[Trial]) -> None:
+    """Beside the plain mean without an attack, seed by seed. The robust recipe has goals."""
+    bound = name.endswith(", robust")
+    lost = [100 * (before.final.accuracy - one.final.accuracy) for one, before in zip(trials, calm, strict=True)]
+    note(results, f"{name}: accuracy lost", lost, "points", at_most=LOST if bound else None)
     if "backdoor" in name:
-        results.add(f"{name}: triggered", 100 * trial.probed, "%", at_most=TRIGGERED if bound else None)
+        triggered = [100 * one.probed for one in trials]
+        note(results, f"{name}: triggered", triggered, "%", at_most=TRIGGERED if bound else None)
 
 
 def robust() -> Values:
@@ -106,16 +120,18 @@ def plain() -> Values:
     return {key: value for key, value in values.items() if key != "edge"} | {"federation": federation}
 
 
-def run(sections: Values, attack: Attack | None) -> Trial:
+def run(sections: Values, attack: Attack | None, seed: int = 0, place: str = TOGETHER) -> Trial:
     changes: dict[str, object] = {}
     if attack is not None:
-        changes = {"malicious": MALICIOUS, "craft": attack.craft, "poison": attack.poison and poisoned(attack.poison)}
-    return tried(ALIKE, sections, silos=SILOS, every=TRAIN["rounds"], probe=triggered, **changes)  # type: ignore[arg-type]
+        malicious = [NAMES[number] for number in PLACES[place]]
+        poison = attack.poison and poisoned(attack.poison, malicious)
+        changes = {"malicious": malicious, "craft": attack.craft, "poison": poison}
+    return tried(ALIKE, sections, silos=SILOS, seed=seed, every=TRAIN["rounds"], probe=triggered, **changes)  # type: ignore[arg-type]
 
 
-def poisoned(change: Callable[[Rows], Rows]) -> Poison:
+def poisoned(change: Callable[[Rows], Rows], malicious: Sequence[str]) -> Poison:
     def rewrite(recipe: Recipe) -> None:
-        for name in MALICIOUS:
+        for name in malicious:
             path = Path(recipe.party(name).train)
             rows_file(path, change(read(path)))
 

@@ -16,6 +16,7 @@ from dp_accounting import pld
 from benchmarks.common.results import Results
 from benchmarks.common.tasks import Values
 from benchmarks.federated.corpora import SPEAKING
+from benchmarks.federated.judge import pooled
 from benchmarks.federated.learning import merged
 from benchmarks.federated.trials import shipped, tried
 from isthmus.privacy.accountant import Accountant
@@ -31,11 +32,16 @@ SLACK = 1e-3
 def measure(results: Results) -> None:
     what = f"silo-level privacy, {SILOS} silos"
     for name, sections in ways().items():
-        trials = [tried(SPEAKING, sections, silos=SILOS, seed=seed) for seed in SEEDS]
+        trials = [
+            tried(SPEAKING, sections, silos=SILOS, seed=seed, every=sections["train"]["rounds"]) for seed in SEEDS
+        ]
         found = [100 * one.final.accuracy for one in trials]
         results.add(f"{what}, {name}: accuracy of the next token", sum(found) / len(found), "%")
         results.add(f"{what}, {name}: loss", sum(one.final.loss for one in trials) / len(trials), "nats")
         results.add(f"{what}, {name}: accuracy, range of {len(SEEDS)} seeds", max(found) - min(found), "points")
+    untrained = pooled(trials[-1].scores[0].values())
+    results.add(f"{what}: accuracy of the next token before training", 100 * untrained.accuracy, "%")
+    results.add(f"{what}: loss before training", untrained.loss, "nats")
     updates = trials[-1].updates
     accountant = Accountant(DELTA, updates)
     results.add(f"{what}: epsilon by the ledger", accountant.updates.epsilon(DELTA).value, "", at_most=EPSILON + SLACK)

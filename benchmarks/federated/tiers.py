@@ -31,6 +31,7 @@ from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates
 from isthmus.storage.record import RoleDirectory
 from isthmus.updates.compression import Compression
+from isthmus.updates.flat import Layout
 from isthmus.updates.quantize import Integers, Ring, Whole
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel
@@ -108,7 +109,7 @@ class Tree:
             self._ask(name).add_done_callback(lambda done, name=name: plans.update({name: shortened(done)}))
         for edge in self.recipe.edge:  # one cohort after another: what all hold at a time would not fit into memory
             for name in edge.silos:
-                self._updates[name].begin(plans[name])
+                self._updates[name].begin(plans[name], Layout({"x": (PARAMETERS,)}))
             with ThreadPoolExecutor(len(edge.silos)) as threads:
                 for sent in [threads.submit(self._send, name, plans[name]) for name in edge.silos]:
                     sent.result()
@@ -133,7 +134,7 @@ def recipe(silos: int) -> Recipe:
         {
             "model": {"path": "none"},
             "boundary": {path: {"noise": 0.0} for path in ("forward", "gradient", "update")},
-            "federation": {"masks": True, "range": RANGE},
+            "federation": {"secure": {"masks": True, "range": RANGE}},
             "train": {"rounds": 1, "evaluate": False},
             "edge": [
                 {"name": f"edge-{number}", "address": "none:1", "silos": cohort, "minimum": 3, "patience": 3600.0}

@@ -17,9 +17,9 @@ BASE: Values = {"train": {"rounds": 24, "steps": 5, "learning_rate": 1e-2}, "fed
 SMALLER, LOST = 20.0, 0.5
 """Times, at least; points of accuracy, at most."""
 WAYS: dict[str, Values] = {
-    "open, sketch 20 %, 4 bits": {"compression": "sketch", "keep": 0.2, "bits": 4},
-    "open, sketch 36 %, 4 bits": {"compression": "sketch", "keep": 0.36, "bits": 4},
-    "masked, sketch 19 %, 4 bits": {"masks": True, "compression": "sketch", "keep": 0.19, "bits": 4},
+    "open, sketch 20 %, 4 bits": {"compression": {"kind": "sketch", "keep": 0.2, "bits": 4}},
+    "open, sketch 36 %, 4 bits": {"compression": {"kind": "sketch", "keep": 0.36, "bits": 4}},
+    "masked, sketch 19 %, 4 bits": {"secure": True, "compression": {"kind": "sketch", "keep": 0.19, "bits": 4}},
 }
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from benchmarks.common.results import DEVICE, Results
 from isthmus.attacks.score import share
-from isthmus.audit.attack import Order, attack
-from isthmus.audit.capture import Source
-from isthmus.audit.judge import Result
+from isthmus.audit.attack import AttackPlan, run_attacks
+from isthmus.audit.judge import AttackResult
+from isthmus.audit.target import Target
 from isthmus.privacy.detokenizer import Detokenizer
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SensitivitySection
-from isthmus.recipe.sensitivity import DETECTED, DETECTORS
+from isthmus.recipe.sections.sensitivity import DETECTED, DETECTORS
 from isthmus.silo.join import load_tokenizer
 
 Values = dict[str, Any]
@@ -63,13 +63,13 @@ RUNGS = (
 )
 
 
-def climb(results: Results, source: Source, size: Size, rungs: Sequence[Rung] = RUNGS, task: str = "") -> None:
+def climb(results: Results, source: Target, size: Size, rungs: Sequence[Rung] = RUNGS, task: str = "") -> None:
     """Attack each rung and note attack by attack, the best, and identification; ``task`` begins each measure's name."""
     for rung in rungs:
         name = f"{task}{rung.name}"
         # Where another width crosses, what was trained has another shape: there the parts are as they start.
         run = None if "width" in rung.changed else source.run
-        changed = Source(changed_boundary(source.recipe, rung.changed), run)
+        changed = Target(changed_boundary(source.recipe, rung.changed), run)
         detected = Detected(source.recipe)
         found = tried(changed, rung, size, detected)
         bound = None if rung.changed else TEXT_BOUND
@@ -109,20 +109,20 @@ def changed_boundary(recipe: Recipe, changed: Values) -> Recipe:
     return Recipe.of(values)
 
 
-def tried(source: Source, rung: Rung, size: Size, detected: Detected) -> list[Result]:
+def tried(source: Target, rung: Rung, size: Size, detected: Detected) -> list[AttackResult]:
     """By the trunk with a colluding silo, which has the public rows, too."""
 
-    def made(attacks: tuple[str, ...], victims: int) -> list[Result]:
+    def made(attacks: tuple[str, ...], victims: int) -> list[AttackResult]:
         settings = ("east", "west", victims, size.own, size.public)
-        order = Order(("trunk+silo",), attacks, *settings, candidates=size.candidates, device=DEVICE)
-        return attack(source, order, lambda told: print(f"  {told}", flush=True), detected)
+        order = AttackPlan(("trunk+silo",), attacks, *settings, candidates=size.candidates, device=DEVICE)
+        return run_attacks(source, order, lambda told: print(f"  {told}", flush=True), detected)
 
     if not rung.few:
         return made((*rung.attacks, "identify"), size.victims)
     return made(rung.attacks, size.few) + made(("identify",), size.victims)
 
 
-def note_text(results: Results, name: str, found: Sequence[Result], bound: float | None) -> None:
+def note_text(results: Results, name: str, found: Sequence[AttackResult], bound: float | None) -> None:
     """Tokens of the text, not of the template."""
     for one in found:
         figure = one.figures["token_accuracy"]
@@ -133,13 +133,13 @@ def note_text(results: Results, name: str, found: Sequence[Result], bound: float
     results.add(f"{name}: text tokens recovered, best attack, upper", best.high, "share")
 
 
-def note_identified(results: Results, name: str, one: Result) -> None:
+def note_identified(results: Results, name: str, one: AttackResult) -> None:
     for rank, figure in (("first", one.figures["top1"]), ("among the first ten", one.figures["top10"])):
         results.add(f"{name}: rows named {rank} ({one.notes[0]})", figure.value, "share")
         results.add(f"{name}: rows named {rank}, upper", figure.high, "share")
 
 
-def note_sensitive(results: Results, name: str, found: Sequence[Result], detected: Detected) -> None:
+def note_sensitive(results: Results, name: str, found: Sequence[AttackResult], detected: Detected) -> None:
     """Identifiers, names and dates apart; where there are too few of them, only how many."""
     results.add(f"{name}: sensitive tokens in the rows attacked", detected.count, "tokens")
     if detected.count >= FEW:

@@ -16,8 +16,8 @@ from benchmarks.privacy.frontier import Size, best_attack
 from benchmarks.privacy.learned import TEACHER, learned
 from benchmarks.privacy.points import Point
 from benchmarks.privacy.privacy import labels_recovered
-from isthmus.audit.capture import Source
-from isthmus.audit.scenario import Order, Scenario
+from isthmus.audit.scenario import AttackPlan, Scenario
+from isthmus.audit.target import Target
 from isthmus.demo.assets import smollm2
 from isthmus.model.device import find_device
 from isthmus.storage.record import read_journal
@@ -49,11 +49,11 @@ def channel(weights: dict[str, float]) -> Point:
     return Point((8, 4), "clipped", 0.01, shape, learned=STEPS)
 
 
-def measure(results: Results, name: str, point: Point, source: Source) -> None:
+def measure(results: Results, name: str, point: Point, source: Target) -> None:
     """What the trunk with a colluding silo makes of what crosses."""
     labels, guessed = labels_recovered(source)
     results.add(f"{name}: labels read off what crosses (majority {guessed:.3f})", labels, "share")
-    order = Order(("trunk+silo",), ("linear",), "east", TEACHER, SIZE.victims, SIZE.own)
+    order = AttackPlan(("trunk+silo",), ("linear",), "east", TEACHER, SIZE.victims, SIZE.own)
     attack, recovered, _ = best_attack(Scenario(source, order, lambda told: None), TASK, point, SIZE)
     results.add(f"{name}: text tokens recovered, best attack ({attack})", recovered["text"], "share")
     assert source.run is not None

@@ -16,9 +16,9 @@ from benchmarks.common.runs import Values
 from benchmarks.common.tasks import SHARED, TASKS, Rows, labelled, shuffled
 from benchmarks.privacy.channels import RUNGS, Size, climb
 from isthmus.audit import capture
-from isthmus.audit.capture import Source
+from isthmus.audit.target import Target
+from isthmus.data.silo_data import SiloData
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData
 from isthmus.storage.record import RunDirectory
 from isthmus.tasks import metrics
 
@@ -51,13 +51,13 @@ def accuracy(run: RunDirectory) -> float:
     silos = (recipe.silo[0].model_copy(update={"held_out": str(path)}), *recipe.silo[1:])
     recipe = recipe.model_copy(update={"silo": silos})
     rows = SiloData(silos[0], recipe, load_tokenizer(Path(recipe.model.path))).held_out
-    return capture.measure(Source(recipe, run), silos[0].name, rows)
+    return capture.measure_accuracy(Target(recipe, run), silos[0].name, rows)
 
 
 def attacked(results: Results, run: RunDirectory) -> None:
     """The private recipe's rung; what the search is worth where more crosses, the first task's ladder tells."""
     rung = next(rung for rung in RUNGS if not rung.changed)
-    climb(results, Source(run.recipe(), run), SIZE, [replace(rung, few=True)], "RTE, ")
+    climb(results, Target(run.recipe(), run), SIZE, [replace(rung, few=True)], "RTE, ")
 
 
 def entailment(values: Values) -> None:

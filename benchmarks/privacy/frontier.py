@@ -31,27 +31,28 @@ from benchmarks.privacy.learned import learned
 from benchmarks.privacy.points import EPOCHS, Point, classification, epsilon, generation, norms
 from benchmarks.privacy.tuned import tuned
 from isthmus.attacks.catalogue import ATTACKS
-from isthmus.attacks.found import Tokens as Found
-from isthmus.attacks.inversion.inverters import Training, invert
-from isthmus.attacks.inversion.matching import Search, match
+from isthmus.attacks.inversion.matching import MatchingSettings, match_vocabulary
+from isthmus.attacks.inversion.transformer import InverterSettings, invert_by_transformer
 from isthmus.attacks.knowledge import Knowledge
+from isthmus.attacks.recovered import RecoveredTokens
 from isthmus.attacks.score import score
-from isthmus.audit.capture import Source, measure
-from isthmus.audit.scenario import Order, Scenario
+from isthmus.audit.capture import measure_accuracy
+from isthmus.audit.scenario import AttackPlan, Scenario
+from isthmus.audit.target import Target
+from isthmus.data.silo_data import SiloData
 from isthmus.demo.assets import smollm2
 from isthmus.model.device import find_device
 from isthmus.privacy.detokenizer import Detokenizer
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SensitivitySection
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData
 from isthmus.storage.record import writing
 
 SCALED = 32
 """Rows that tell how large what crosses is."""
 SURE = 0.9
 """Share recovered above which no costlier attack is made."""
-SEARCH = Search(proposals=32, wider=(128,), beam=2, whole=0)
+SEARCH = MatchingSettings(proposals=32, wider=(128,), beam=2, whole=0)
 """Of vocabulary matching: a search through the whole vocabulary behind a deep bottom takes minutes a token."""
 SENSITIVE = SensitivitySection(
     detectors=["name", "date", "phone", "email", "record-number", "national-id"],  # type: ignore[arg-type]
@@ -129,9 +130,9 @@ def measured(task: Task, base: Path, points: Sequence[Point], size: Size) -> Ite
 
 def outcome_of(task: Task, base: Path, point: Point, size: Size) -> Outcome:
     started = time.perf_counter()
-    source = learned(task, base, point) if point.learned else Source(recipe_of(task, tuned(task, base), point))
+    source = learned(task, base, point) if point.learned else Target(recipe_of(task, tuned(task, base), point))
     recipe = source.recipe
-    order = Order(("trunk+silo",), ("linear",), "east", "west", size.victims, size.own, inference=task.generates)
+    order = AttackPlan(("trunk+silo",), ("linear",), "east", "west", size.victims, size.own, inference=task.generates)
     bench = Scenario(source, order, lambda told: None)
     attack, recovered, tried = best_attack(bench, task, point, size)
     vectors = int(median(row.crossing(recipe.boundary.tail) for row in bench.rows))
@@ -158,10 +159,10 @@ def recipe_of(task: Task, model: Path, point: Point) -> Recipe:
     return task.recipe(model, point.cut, point.boundary(*norms(plain, rows)))
 
 
-def accuracy(source: Source, count: int) -> float:
+def accuracy(source: Target, count: int) -> float:
     """On so many held-out rows, through the boundary."""
     rows = SiloData(source.recipe.party("east"), source.recipe, load_tokenizer(Path(source.recipe.model.path)))
-    return measure(source, "east", rows.held_out[:count])
+    return measure_accuracy(source, "east", rows.held_out[:count])
 
 
 def written(bench: Scenario) -> dict[str, float]:
@@ -201,7 +202,7 @@ def best_attack(bench: Scenario, task: Task, point: Point, size: Size) -> tuple[
 
 def attacks(
     bench: Scenario, task: Task, point: Point, size: Size, reached: Callable[[], float]
-) -> Iterator[tuple[str, Found]]:
+) -> Iterator[tuple[str, RecoveredTokens]]:
     """The cheap ones first; costlier ones where those do not recover nearly all."""
     view, device = bench.view("trunk+silo"), find_device(DEVICE)
     knowledge = Knowledge(view, device=device)
@@ -215,14 +216,17 @@ def attacks(
         yield "lens", made(lambda: ATTACKS["lens"](knowledge))
     if reached() >= SURE:
         return
-    yield "transformer", made(lambda: Found(invert(knowledge, Training(epochs=size.epochs))))
+    yield (
+        "transformer",
+        made(lambda: RecoveredTokens(invert_by_transformer(knowledge, InverterSettings(epochs=size.epochs)))),
+    )
     if reached() >= SURE:
         return
     if "tail" in point.shape:
         yield "decoder", made(lambda: ATTACKS["decoder"](knowledge))
     elif size.matched:
         some = replace(view, crossings=view.crossings[: size.matched])
-        yield "matching", made(lambda: Found(match(Knowledge(some, device=device), SEARCH)))
+        yield "matching", made(lambda: RecoveredTokens(match_vocabulary(Knowledge(some, device=device), SEARCH)))
 
 
 def masks_of(bench: Scenario, task: Task) -> dict[str, list[list[bool]]]:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from benchmarks.common.tasks import CACHE, LORA, Task
 from benchmarks.privacy.points import Point
-from isthmus.audit.capture import Source
+from isthmus.audit.target import Target
 from isthmus.engines.local import create_run, run_federation
 from isthmus.storage.record import RunDirectory
 
 TEACHER = "west"
 
 
-def learned(task: Task, base: Path, point: Point, name: str | None = None) -> Source:
+def learned(task: Task, base: Path, point: Point, name: str | None = None) -> Target:
     """Both silos' recipe with what the one has learned.
 
     Args:
@@ -31,4 +31,4 @@ def learned(task: Task, base: Path, point: Point, name: str | None = None) -> So
     run = RunDirectory.open(path) if path.exists() else create_run(alone, path)
     if run.completed() < alone.train.rounds:
         run_federation(run)
-    return Source(recipe, run)
+    return Target(recipe, run)

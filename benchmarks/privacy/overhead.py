@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from benchmarks.common.results import Results
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, batches, collate
 from isthmus.engines.local import at_address, serving
 from isthmus.engines.process import RoleProcess
 from isthmus.silo.join import Silo, join, known_data
 from isthmus.silo.secrets import open_ledger
-from isthmus.silo.trainer import SiloData, train_step
+from isthmus.silo.trainer import train_step
 from isthmus.storage.record import RunDirectory
 
 STEPS, ANSWERS, PROMPT, ANSWER = 10, 7, 128, 32
@@ -79,14 +80,14 @@ def measure_steps(
     results: Results, silo: Silo, data: SiloData, batch: int, trunk: RoleProcess, boundary: Stopwatch
 ) -> None:
     optimizer = torch.optim.AdamW([p for p in silo.model.parameters() if p.requires_grad], lr=1e-4)
-    silo.trunk.begin(1, [data.name])
+    silo.rounds.begin(1, [data.name])
     drawn = batches(data.train, batch, "overhead")
     before = processor_seconds(trunk) + time.process_time()
     shares, spans = [], list[Span]()
     for number in range(1, STEPS + 1):
         rows = next(drawn)
         started = time.perf_counter()
-        silo.trunk.affordable([row.input for row in rows], [len(row.input) for row in rows])
+        silo.boundary.affordable([row.input for row in rows], [len(row.input) for row in rows])
         take_step(silo, optimizer, collate(rows, data.pad), number)
         seconds = time.perf_counter() - started
         taken = boundary.take()
@@ -102,7 +103,7 @@ def measure_steps(
 
 def take_step(silo: Silo, optimizer: torch.optim.Optimizer, batch: Batch, number: int) -> None:
     step = train_step(silo.model, optimizer, batch)
-    silo.trunk.commit(1, number, step.weight)
+    silo.rounds.commit(1, number, step.weight)
 
 
 def measure_tokens(results: Results, silo: Silo, data: SiloData, boundary: Stopwatch, ledger: Stopwatch) -> None:

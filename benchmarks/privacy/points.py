@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from isthmus.audit.capture import Source, capture_pairs
+from isthmus.audit.capture import capture_pairs
+from isthmus.audit.target import Target
 from isthmus.data.tokens import Tokens
 from isthmus.privacy.accountant import Accountant
 from isthmus.privacy.mechanisms import mechanism_of
@@ -84,7 +85,7 @@ class Point:
 
 def norms(recipe: Recipe, rows: Sequence[Tokens]) -> tuple[torch.Tensor, int]:
     """Of each vector that crosses of the colluder's rows, ``[T]``, and how wide one is."""
-    crossed = torch.cat([pair.crossing.hidden_LD.float() for pair in capture_pairs(Source(recipe), "west", rows)])
+    crossed = torch.cat([pair.crossing.hidden_LD.float() for pair in capture_pairs(Target(recipe), "west", rows)])
     return crossed.norm(dim=1), crossed.shape[1]
 
 

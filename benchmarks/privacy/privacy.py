@@ -27,12 +27,14 @@ from benchmarks.privacy import entailment, overhead
 from benchmarks.privacy.channels import Detected, Size, changed_boundary, climb, note_sensitive
 from benchmarks.privacy.overhead import STEPS
 from isthmus.attacks.gradients.labels import LabelClassifier
-from isthmus.audit.attack import Order, Result, attack
-from isthmus.audit.capture import Silence, Source, capture_pairs, opened_trunk, tapped
+from isthmus.audit.attack import AttackPlan, AttackResult, run_attacks
+from isthmus.audit.capture import ZeroTrunk, capture_pairs, restored_trunk, tapped_silo
+from isthmus.audit.target import Target
+from isthmus.data.silo_data import SiloData
 from isthmus.engines.local import create_run
 from isthmus.model.device import find_device
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData, evaluate
+from isthmus.silo.trainer import evaluate
 from isthmus.tasks import metrics
 
 VICTIMS, OWN = 60, 1000
@@ -64,7 +66,7 @@ def measure_inversion(results: Results) -> None:
     """Cut (1, 1), nothing trained: what the trunk and a colluding silo read out of the hidden states."""
     for noise in (0.0, *PUBLISHED, 1.0):
         recipe = recipe_of(lambda values, noise=noise: undefended(values, noise, cut=(1, 1)))
-        for found in attacked(Source(recipe), ("linear", "matching")):
+        for found in attacked(Target(recipe), ("linear", "matching")):
             bound = 0.99 if noise == 0 and found.attack == "matching" else None
             name = f"cut (1, 1), noise {noise:g}: text tokens recovered, {found.attack}"
             results.add(name, found.figures["token_accuracy"].value, "share", at_least=bound)
@@ -83,15 +85,15 @@ def measure_published_noise(results: Results) -> None:
     """The undefended run used with noise that it was not trained with."""
     run = undefended_run()
     for noise in PUBLISHED:
-        noised = Source(changed_boundary(run.recipe(), {"forward": {"noise": noise}}), run)
+        noised = Target(changed_boundary(run.recipe(), {"forward": {"noise": noise}}), run)
         results.add(f"accuracy, noise {noise:g} in use only", held_out_accuracy(noised, "east"), "share")
 
 
 def measure_private(results: Results) -> None:
     """Inversion of what crosses in a training step; beside it the same attacks where nothing or far more crosses."""
     run = private_run()
-    climb(results, Source(run.recipe(), run), Size(public=CACHE / "public.txt"))
-    learned, guessed = labels_recovered(Source(run.recipe(), run))
+    climb(results, Target(run.recipe(), run), Size(public=CACHE / "public.txt"))
+    learned, guessed = labels_recovered(Target(run.recipe(), run))
     results.add("private recipe: labels read off what crosses, by a colluder's classifier", learned, "share")
     results.add("private recipe: labels, always the most frequent", guessed, "share")
 
@@ -108,12 +110,12 @@ def measure_sensitive(results: Results) -> None:
     path = CACHE.resolve() / "east" / "sensitive.jsonl"
     write_lines(path, [lines[number] for number in most])
     silos = tuple(silo.model_copy(update={"train": str(path)}) if silo.name == "east" else silo for silo in recipe.silo)
-    source = Source(recipe.model_copy(update={"silo": silos}), run)
+    source = Target(recipe.model_copy(update={"silo": silos}), run)
     detected = Detected(recipe)
-    order = Order(
+    order = AttackPlan(
         ("trunk+silo",), ("search",), "east", "west", FEW_ROWS, Size().own, CACHE / "public.txt", device=DEVICE
     )
-    found = attack(source, order, lambda told: print(f"  {told}", flush=True), detected)
+    found = run_attacks(source, order, lambda told: print(f"  {told}", flush=True), detected)
     name = "private recipe, rows with most identifiers"
     note_sensitive(results, name, [one for one in found if one.tokens == "sensitive"], detected)
 
@@ -121,16 +123,16 @@ def measure_sensitive(results: Results) -> None:
 def measure_trunk(results: Results) -> None:
     """What the trunk does for the private recipe's accuracy: the same silo, and a trunk that answers with zeros."""
     run = private_run()
-    source = Source(run.recipe(), run)
-    with opened_trunk(source) as service:
-        for name, answering in (("its trunk", service), ("a trunk that answers nothing", Silence(source.recipe))):
-            with tapped(source, "east", answering) as (silo, _):
+    source = Target(run.recipe(), run)
+    with restored_trunk(source) as service:
+        for name, answering in (("its trunk", service), ("a trunk that answers nothing", ZeroTrunk(source.recipe))):
+            with tapped_silo(source, "east", answering) as (silo, _):
                 rows = SiloData(source.recipe.party("east"), source.recipe, silo.tokenizer)
                 found = evaluate(silo.model, rows)["accuracy"]
             results.add(f"private recipe's accuracy, one silo, with {name}", found, "share")
 
 
-def labels_recovered(source: Source) -> tuple[float, float]:
+def labels_recovered(source: Target) -> tuple[float, float]:
     """Share of the victim's labels that the trunk reads off its hidden states after learning from the colluder's."""
     tokenizer = load_tokenizer(Path(source.recipe.model.path))
     crossed: dict[str, tuple[torch.Tensor, list[int]]] = {}
@@ -156,16 +158,16 @@ def calibrated(values: Values) -> None:
     values["train"] |= {"rounds": 1, "steps": STEPS, "evaluate": False}
 
 
-def attacked(source: Source, attacks: tuple[str, ...]) -> list[Result]:
+def attacked(source: Target, attacks: tuple[str, ...]) -> list[AttackResult]:
     """By the trunk with a colluding silo, which has the public rows, too; figures of the text, not of the template."""
-    order = Order(("trunk+silo",), attacks, "east", "west", VICTIMS, OWN, CACHE / "public.txt", device=DEVICE)
-    found = attack(source, order, lambda told: print(f"  {told}", flush=True))
+    order = AttackPlan(("trunk+silo",), attacks, "east", "west", VICTIMS, OWN, CACHE / "public.txt", device=DEVICE)
+    found = run_attacks(source, order, lambda told: print(f"  {told}", flush=True))
     return [one for one in found if one.tokens == "text"]
 
 
-def held_out_accuracy(source: Source, name: str) -> float:
+def held_out_accuracy(source: Target, name: str) -> float:
     """Of one silo, with its trunk in this process."""
-    with opened_trunk(source) as service, tapped(source, name, service) as (silo, _):
+    with restored_trunk(source) as service, tapped_silo(source, name, service) as (silo, _):
         rows = SiloData(source.recipe.party(name), source.recipe, silo.tokenizer)
         return evaluate(silo.model, rows)["accuracy"]
 

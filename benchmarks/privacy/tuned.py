@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common.results import DEVICE
 from benchmarks.common.tasks import CACHE, LORA, TASKS, Task
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import batches, collate
 from isthmus.demo.assets import smollm2
 from isthmus.model import adapters
@@ -25,7 +26,7 @@ from isthmus.model.families import family_of
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData, train_step
+from isthmus.silo.trainer import train_step
 
 
 def main() -> None:

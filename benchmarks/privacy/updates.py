@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from benchmarks.common.results import DEVICE, Results
 from benchmarks.common.runs import Values, private_run, recipe_of, undefended
-from isthmus.audit.attack import Order, Result, attack
-from isthmus.audit.capture import Source
+from isthmus.audit.attack import AttackPlan, AttackResult, run_attacks
+from isthmus.audit.target import Target
 from isthmus.model.device import find_device
 
 RANK = 64
@@ -19,7 +19,7 @@ ASKED, OWN, REFERENCES = 100, 400, 0
 
 def main() -> None:
     results, run = Results("updates", "make bench-updates", find_device(DEVICE)), private_run()
-    ways = {"one row, one step, not noised": Source(recipe_of(one_step)), "private recipe": Source(run.recipe(), run)}
+    ways = {"one row, one step, not noised": Target(recipe_of(one_step)), "private recipe": Target(run.recipe(), run)}
     for name, source in ways.items():
         for found in by(source, "aggregator", "dager"):
             bound = 0.1 if name == "private recipe" else None
@@ -57,9 +57,9 @@ def one_step(values: Values) -> None:
     }
 
 
-def by(source: Source, adversary: str, *attacks: str) -> list[Result]:
-    order = Order((adversary,), attacks, "east", "west", ASKED, OWN, references=REFERENCES, device=DEVICE)
-    return attack(source, order, lambda told: print(f"  {told}", flush=True))
+def by(source: Target, adversary: str, *attacks: str) -> list[AttackResult]:
+    order = AttackPlan((adversary,), attacks, "east", "west", ASKED, OWN, references=REFERENCES, device=DEVICE)
+    return run_attacks(source, order, lambda told: print(f"  {told}", flush=True))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ import torch
 
 from benchmarks.common.results import Results
 from benchmarks.speed import published
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import batches, collate
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting, join
-from isthmus.silo.trainer import SiloData, evaluate, train_step
+from isthmus.silo.trainer import evaluate, train_step
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec, frames
@@ -134,10 +135,10 @@ def trained_loss(name: str) -> dict[str, float]:
         before = evaluate(silo.model, data)["loss"]
         parameters = [p for p in silo.model.parameters() if p.requires_grad]
         optimizer, drawn = build_optimizer(parameters, recipe.train), batches(data.train, recipe.train.batch, "0")
-        silo.trunk.begin(1, ["movies"])
+        silo.rounds.begin(1, ["movies"])
         for number in range(1, STEPS + 1):
             step = train_step(silo.model, optimizer, collate(next(drawn), data.pad))
-            silo.trunk.commit(1, number, step.weight)
+            silo.rounds.commit(1, number, step.weight)
         after = evaluate(silo.model, data)["loss"]
         service.stop()
     return {"before": before, "after": after}

@@ -11,7 +11,6 @@ many in one would wait for one another; the one that generates has its ends on t
 from __future__ import annotations
 
 import argparse
-import copy
 import multiprocessing
 import statistics
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.bare import BareSilo
 from benchmarks.common.results import Results
 from benchmarks.speed import boundary, generation, sessions, together
 from benchmarks.speed.random_weights import RandomCheckpoint
@@ -33,11 +33,9 @@ from isthmus.engines.certificates import make_certificates
 from isthmus.engines.local import at_address
 from isthmus.errors import RecipeError
 from isthmus.model.device import find_device
-from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.join import connect, greeting, load_ends
-from isthmus.silo.remote import RemoteTrunk
+from isthmus.silo.join import assemble, connect, greeting, load_ends
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.identity import Identity
@@ -168,17 +166,17 @@ def measure_sessions(results: Results, shape: Shape, device: str) -> None:
 def decode(pipe: Connection, recipe: Recipe, shape: Shape, name: str) -> None:
     """Be a silo: open as many sessions as the pipe says, decode when it says so, and tell when both is done."""
     torch.set_num_threads(1)
-    trunk, width = connected(recipe, shape, name), shape.model["hidden_size"]
+    silo, width = connected(recipe, shape, name), shape.model["hidden_size"]
     with suppress(EOFError):
         while True:
-            opened = sessions.prompted(trunk, pipe.recv(), shape.prompt, width)
+            opened = sessions.prompted(silo.trunk, pipe.recv(), shape.prompt, width)
             pipe.send(None)
             pipe.recv()
             sessions.decode(opened, shape.answer, width)
             pipe.send(None)
             for session in opened:
                 session.close()
-    trunk.channel.close()
+    silo.close()
 
 
 def measure_together(results: Results, shape: Shape, device: str) -> None:
@@ -186,11 +184,11 @@ def measure_together(results: Results, shape: Shape, device: str) -> None:
     seconds: dict[str, list[float]] = {}
     for name, section in together.WAYS.items():
         with serving(recipe_of(shape, device, "bf16", {**section, "gather": 0.5}), shape) as recipe:
-            trunks = {silo.name: connected(recipe, shape, silo.name) for silo in recipe.silo}
-            federation = together.Federation(trunks, shape.model["hidden_size"])
+            silos = {silo.name: connected(recipe, shape, silo.name) for silo in recipe.silo}
+            federation = together.Federation(silos, shape.model["hidden_size"])
             seconds[name] = [federation.step(list(shape.lengths)) for _ in range(shape.steps + 1)][1:]
-            for trunk in trunks.values():
-                trunk.channel.close()
+            for silo in silos.values():
+                silo.close()
     what = f"{shape.silos} silos of {' + '.join(map(str, shape.lengths))} tokens"
     for name, values in seconds.items():
         results.add(f"{what}, {name}: step", statistics.median(values), "s")
@@ -203,13 +201,13 @@ def measure_generation(results: Results, shape: Shape, device: str) -> None:
     ids = torch.randint(3, shape.model["vocab_size"], (1, shape.prompt)).to(find_device(device))
     with serving(recipe_of(shape, device, "fp16"), shape) as recipe:
         checkpoint = checkpoint_of(shape, device)
-        bottom, top = load_ends(checkpoint, recipe, find_device(device))
-        trunk = connected(recipe, shape, "silo-0")
-        model = SplitForCausalLM(copy.deepcopy(checkpoint.config), bottom, trunk, top).eval()
+        ends = load_ends(checkpoint, recipe, find_device(device))
+        channel = connect(recipe, "silo-0", "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
+        model = assemble(recipe, checkpoint, ends, channel, Boundary(recipe.boundary))
         modes = generation.modes_of(model, ids)
         modes.pop(generation.LOOKUP)  # what random weights say is nowhere to be looked up
         generation.measure_seconds(results, modes, answer=shape.answer, repeats=shape.repeats)
-        trunk.channel.close()
+        channel.close()
 
 
 def recipe_of(shape: Shape, device: str, codec: str, trunk: dict[str, Any] | None = None) -> Recipe:
@@ -230,10 +228,11 @@ def checkpoint_of(shape: Shape, device: str) -> RandomCheckpoint:
     return RandomCheckpoint(shape.model, getattr(torch, shape.dtype), find_device(device))
 
 
-def connected(recipe: Recipe, shape: Shape, name: str) -> RemoteTrunk:
-    """The trunk as this silo sees it."""
+def connected(recipe: Recipe, shape: Shape, name: str) -> BareSilo:
+    """This silo without its ends."""
     hello = greeting(checkpoint_of(shape, "cpu"), recipe)
-    return RemoteTrunk(connect(recipe, name, "Trunk", recipe.trunk.address, hello), Boundary(recipe.boundary))
+    channel = connect(recipe, name, "Trunk", recipe.trunk.address, hello)
+    return BareSilo(channel, recipe.boundary, shape.model["hidden_size"])
 
 
 @contextmanager

@@ -23,16 +23,16 @@ import torch
 
 from benchmarks.common.proxy import CountingProxy
 from benchmarks.common.results import Results
+from isthmus.data.silo_data import SiloData
 from isthmus.demo.assets import smollm2
+from isthmus.engines.inference import load_draft, make_draft, open_silo
 from isthmus.engines.local import at_address, create_run, run_federation, serving
-from isthmus.engines.use import draft_of, make_draft, open_silo
 from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
 from isthmus.silo.drafting.draft import HOPE, Draft
 from isthmus.silo.drafting.draft_file import NAME
 from isthmus.silo.drafting.draft_length import Share
 from isthmus.silo.join import Silo, load_tokenizer
-from isthmus.silo.trainer import SiloData
 from isthmus.storage.record import RunDirectory
 
 DATA = Path(os.environ.get("ISTHMUS_DATA", "../shared/data")) / "mts_dialog"
@@ -78,7 +78,7 @@ def prepared(results: Results) -> RunDirectory:
         results.add("fine-tuning", time.perf_counter() - started, "s")
     if not (run.role("clinic").path / NAME).exists():
         started = time.perf_counter()
-        make_draft(run, None, prompts=10_000, max_new_tokens=64, tell=lambda told: print(told, flush=True))
+        make_draft(run, None, prompts=10_000, max_new_tokens=64, notify=lambda message: print(message, flush=True))
         results.add("distilling", time.perf_counter() - started, "s")
     return run
 
@@ -134,7 +134,7 @@ def ways(run: RunDirectory, silo: Silo) -> dict[str, Ask]:
     settings = {"max_new_tokens": LONGEST, "do_sample": False, "pad_token_id": silo.tokenizer.pad_token_id}
     drafts: list[Draft] = []
     for _ in range(2):
-        draft = draft_of(run.role("clinic"), silo)
+        draft = load_draft(run.role("clinic"), silo)
         assert draft is not None
         drafts.append(draft)
     for name in drafts[1].sources.shares:

@@ -1,7 +1,11 @@
-"""Split against uncut on SmolLM2-135M: training step, decoding, the wire, and memory. ``make bench-foundation``."""
+"""Split against uncut on SmolLM2-135M: training step, decoding, the wire, and memory.
+
+``make bench-foundation``, or ``python -m benchmarks.speed.foundation PART ...`` for some of its parts.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
@@ -13,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.common import memory
 from benchmarks.common.proxy import CountingProxy
 from benchmarks.common.results import Results
 from isthmus.demo.assets import smollm2
@@ -32,22 +37,19 @@ PAIRS = 12
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["memory"]:
-        print(memory_of(sys.argv[2], Path(sys.argv[3]), sys.argv[4]))
+    """All of it, or the parts that are named: ``wire``, ``models`` (step and decoding), ``memory``."""
+    if sys.argv[1:2] == ["process"]:
+        print(json.dumps(memory_of(sys.argv[2], Path(sys.argv[3]), sys.argv[4])))
         return
+    parts = {"wire": measure_wire, "models": measure_models, "memory": measure_memory}
     results = Results("foundation", "make bench-foundation")
-    folder = smollm2(CACHE)
     with tempfile.TemporaryDirectory() as temporary:
-        run = RunDirectory.create(Path(temporary) / "run", local_recipe(bench_recipe(folder), Path(temporary) / "run"))
+        path = Path(temporary) / "run"
+        run = RunDirectory.create(path, local_recipe(bench_recipe(smollm2(CACHE)), path))
         with serving(run) as (_, address):
-            measure_wire(results, run, address)
-            silo = join(at_address(run.recipe(), address), "bench")
-            whole = uncut(folder, run.recipe())
-            measure_step(results, silo, whole)
-            measure_decode(results, silo, whole)
-            silo.close()
-            measure_memory(results, run, address)
-    print(f"written: {results.write()}")
+            for part in sys.argv[1:] or parts:
+                parts[part](results, run, address)
+    print(f"written: {results.write(keep=len(sys.argv) > 1)}")
 
 
 def bench_recipe(folder: Path) -> Recipe:
@@ -73,19 +75,28 @@ def uncut(folder: Path, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
+def measure_models(results: Results, run: RunDirectory, address: str) -> None:
+    """Training steps and decoding of the split model and the uncut one."""
+    silo = join(at_address(run.recipe(), address), "bench")
+    whole = uncut(Path(run.recipe().model.path), run.recipe())
+    measure_step(results, silo, whole)
+    measure_decode(results, silo, whole)
+    silo.close()
+
+
 def measure_step(results: Results, silo: Silo, whole: PreTrainedModel) -> None:
     """Optimizer steps of the split and the uncut model in turn; the ratio pair by pair."""
     ids = torch.randint(100, 40_000, (BATCH, LENGTH))
     split_adam = torch.optim.AdamW([p for p in silo.model.parameters() if p.requires_grad], lr=5e-4)
     whole_adam = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=5e-4)
-    silo.trunk.begin(1, ["bench"])
+    silo.rounds.begin(1, ["bench"])
     number = 0
 
     def split_step() -> None:
         nonlocal number
         number += 1
         step(silo.model, split_adam, ids)
-        silo.trunk.commit(1, number, float(BATCH * (LENGTH - 1)))
+        silo.rounds.commit(1, number, float(BATCH * (LENGTH - 1)))
 
     pairs = in_turn(split_step, lambda: step(whole, whole_adam, ids), PAIRS)
     report_pairs(results, f"training step {BATCH} × {LENGTH}", pairs, "time, split / uncut", at_most=1.10)
@@ -135,38 +146,40 @@ def measure_wire(results: Results, run: RunDirectory, address: str) -> None:
 
 
 def measure_memory(results: Results, run: RunDirectory, address: str) -> None:
-    """Resident memory of a process of each kind, above one that has only imported the libraries."""
-    sizes = {}
-    for kind in ("empty", "silo", "uncut"):
-        command = [sys.executable, "-m", "benchmarks.speed.foundation", "memory", kind, str(run.path), address]
-        sizes[kind] = int(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1])
-    silo, whole = sizes["silo"] - sizes["empty"], sizes["uncut"] - sizes["empty"]
-    results.add("memory above an empty torch process: silo", silo / 1e6, "MB")
-    results.add("memory above an empty torch process: uncut", whole / 1e6, "MB")
-    results.add("memory: silo / uncut", silo / whole, "ratio", at_most=0.45)
+    """Memory of a silo's process and of the uncut model's, above that of one that has only imported the libraries."""
+    kinds = ("empty", "silo", "uncut")
+    measured = {kind: memory_in_a_process(kind, run, address) for kind in kinds}
+    for what, bound in (("peak", 0.45), ("resident after a step", None)):
+        empty, silo, whole = (measured[kind][what] for kind in kinds)
+        results.add(f"memory above an empty torch process, {what}: silo", (silo - empty) / 1e6, "MB")
+        results.add(f"memory above an empty torch process, {what}: uncut", (whole - empty) / 1e6, "MB")
+        results.add(f"memory, {what}: silo / uncut", (silo - empty) / (whole - empty), "ratio", at_most=bound)
 
 
-def memory_of(kind: str, path: Path, address: str) -> int:
-    """Most resident bytes during three training steps, in this process; it maps weights only as they are used."""
+def memory_in_a_process(kind: str, run: RunDirectory, address: str) -> dict[str, int]:
+    command = [sys.executable, "-m", "benchmarks.speed.foundation", "process", kind, str(run.path), address]
+    told = subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1]
+    found: dict[str, int] = json.loads(told)
+    return found
+
+
+def memory_of(kind: str, path: Path, address: str) -> dict[str, int]:
+    """Bytes of this process: the peak of loading and of three training steps, and the most that a step left behind.
+
+    Args:
+        kind: ``silo``; ``uncut``, the whole model in one process; or ``empty``, which has only imported the libraries.
+    """
     if kind == "empty":
-        return resident()
+        return {"peak": memory.peak(), "resident after a step": memory.resident()}
     recipe = at_address(RunDirectory.open(path).recipe(), address)
     model = join(recipe, "bench").model if kind == "silo" else uncut(Path(recipe.model.path), recipe)
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     ids = torch.randint(100, 40_000, (BATCH, LENGTH))
-    highest = 0
+    after = []
     for _ in range(3):
         step(model, adam, ids)
-        highest = max(highest, resident())
-    return highest
-
-
-def resident() -> int:
-    """Resident bytes of this process (``/proc/self/status``)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("no VmRSS")
+        after.append(memory.resident())
+    return {"peak": memory.peak(), "resident after a step": max(after)}
 
 
 def in_turn(one: Callable[[], None], other: Callable[[], None], count: int) -> list[tuple[float, float]]:

@@ -72,7 +72,7 @@ class Steps:
         self._optimizer = torch.optim.AdamW([p for p in silo.model.parameters() if p.requires_grad], lr=1e-5)
         ids, mask = torch.randint(100, 40_000, (ROWS, LENGTH)), torch.ones(ROWS, LENGTH, dtype=torch.long)
         self._batch = Batch(ids, mask, positions(mask), ids)
-        silo.trunk.begin(1, ["bench"])
+        silo.rounds.begin(1, ["bench"])
 
     def take(self, micro_batches: int) -> float:
         """Seconds of one step, the trunk's included."""
@@ -84,7 +84,7 @@ class Steps:
         else:
             step = pipelined_step(self._silo.model, self._optimizer, self._batch, micro_batches)
         self._number += 1
-        self._silo.trunk.commit(1, self._number, step.weight)
+        self._silo.rounds.commit(1, self._number, step.weight)
 
 
 if __name__ == "__main__":

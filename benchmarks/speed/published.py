@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from isthmus.model.cache import TrunkSession
+from isthmus.model.crossing import Outbound
+from isthmus.model.split import Reply
 from isthmus.silo.remote import RemoteTrunk
 from isthmus.wire import isthmus_pb2 as pb
 
@@ -49,17 +51,11 @@ class WholeSequences(nn.Module):
         self._remote = remote
         self._masked = masked
 
-    def forward(
-        self,
-        h_TD: torch.Tensor,
-        lengths: list[int],
-        session: TrunkSession | None,
-        rows: list[list[int]] | None = None,
-    ) -> torch.Tensor:
+    def forward(self, outbound: Outbound) -> Reply:
         if self._masked:
-            self._remote.channel.submit(ballast(mask_bytes(max(lengths))))
-        crossed: torch.Tensor = self._remote(h_TD, lengths, None, rows)
-        return crossed
+            self._remote.channel.submit(ballast(mask_bytes(max(outbound.lengths))))
+        reply: Reply = self._remote(outbound)
+        return reply
 
     def open_session(self) -> TrunkSession:
         raise NotImplementedError("there is no cache in this mode")

@@ -98,7 +98,7 @@ class Training:
         self._batches = made_up_batches()
         self._number = 0
         self.steps: list[float] = []
-        self.silo.trunk.begin(1, ["bench"])
+        self.silo.rounds.begin(1, ["bench"])
 
     def take_epoch(self) -> None:
         self.channel.reset()
@@ -114,7 +114,7 @@ class Training:
     def _step(self, batch: Batch) -> None:
         step = train_step(self.silo.model, self._optimizer, batch)
         self._number += 1
-        self.silo.trunk.commit(1, self._number, step.weight)
+        self.silo.rounds.commit(1, self._number, step.weight)
 
 
 @contextmanager

@@ -19,14 +19,13 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common.bare import BareSilo
 from benchmarks.common.proxy import CountingProxy
 from benchmarks.common.results import Results
 from isthmus.engines.local import local_recipe, serving
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import connect, greeting
-from isthmus.silo.remote import RemoteTrunk
 from isthmus.storage.record import RunDirectory
 
 SILOS, WIDTH, LENGTHS = 8, 32, [16, 16]
@@ -93,22 +92,19 @@ class FarSilo:
         self.proxy = CountingProxy(address)
         hello = greeting(Checkpoint(recipe.model.path), recipe)
         channel = connect(recipe, name, "Trunk", self.proxy.address, hello)
-        self.trunk = RemoteTrunk(channel, Boundary(recipe.boundary))
+        self._silo = BareSilo(channel, recipe.boundary, WIDTH)
         self._h_TD = torch.randn(sum(LENGTHS), WIDTH)
 
     def begin(self, round: int, participants: list[str]) -> None:
-        self.trunk.begin(round, participants)
+        self._silo.rounds.begin(round, participants)
 
     def step(self, round: int, number: int) -> None:
         """Three round trips: hidden states, gradients, and the optimizer step that waits for all."""
-        forward = self.trunk.start_forward(self._h_TD, LENGTHS)
-        h_TD = self.trunk.land(forward)
-        assert h_TD is not None
-        self.trunk.land(self.trunk.start_backward(forward, h_TD, reply=True))
-        self.trunk.commit(round, number, float(sum(LENGTHS)))
+        self._silo.step(self._h_TD, LENGTHS)
+        self._silo.rounds.commit(round, number, float(sum(LENGTHS)))
 
     def close(self) -> None:
-        self.trunk.channel.close()
+        self._silo.close()
         self.proxy.close()
 
 

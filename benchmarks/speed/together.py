@@ -9,19 +9,20 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common.bare import BareSilo
 from benchmarks.common.results import Results
 from benchmarks.speed.foundation import bench_recipe
 from benchmarks.speed.sessions import at_once, silos_recipe
 from isthmus.demo.assets import smollm2
 from isthmus.engines.local import at_address, local_recipe, serving
-from isthmus.silo.join import join
-from isthmus.silo.remote import RemoteTrunk
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.silo.join import connect, greeting
 from isthmus.storage.record import RunDirectory
 
 CACHE = Path("build/demo")
@@ -60,24 +61,21 @@ def report(results: Results, shape: str, times: list[dict[str, float]]) -> None:
 class Federation:
     """Silos that take optimizer steps at once."""
 
-    def __init__(self, trunks: dict[str, RemoteTrunk], width: int) -> None:
-        self._trunks = list(trunks.values())
+    def __init__(self, silos: dict[str, BareSilo], width: int) -> None:
+        self._silos = list(silos.values())
         self._width = width
         self._number = 0
-        at_once(lambda number: self._trunks[number].begin(1, list(trunks)), len(trunks))
+        at_once(lambda number: self._silos[number].rounds.begin(1, list(silos)), len(silos))
 
     def step(self, lengths: list[int]) -> float:
         """Seconds until all have taken one step with sequences of these lengths."""
         self._number += 1
-        h_TD = torch.randn(len(self._trunks), sum(lengths), self._width)
-        return at_once(lambda number: self._take(number, h_TD[number], lengths), len(self._trunks))
+        h_TD = torch.randn(len(self._silos), sum(lengths), self._width)
+        return at_once(lambda number: self._take(number, h_TD[number], lengths), len(self._silos))
 
     def _take(self, number: int, h_TD: torch.Tensor, lengths: list[int]) -> None:
-        trunk = self._trunks[number]
-        flight = trunk.start_forward(h_TD, lengths)
-        trunk.land(flight)
-        trunk.land(trunk.start_backward(flight, 1e-3 * h_TD, reply=True))
-        trunk.commit(1, self._number, float(sum(lengths)))
+        self._silos[number].step(h_TD, lengths)
+        self._silos[number].rounds.commit(1, self._number, float(sum(lengths)))
 
 
 @contextmanager
@@ -89,10 +87,13 @@ def federation(section: dict[str, Any]) -> Iterator[Federation]:
         recipe = recipe.model_copy(update={"trunk": recipe.trunk.model_copy(update=section)})
         run = RunDirectory.create(path, local_recipe(recipe, path))
         _, address = stack.enter_context(serving(run))
-        silos = [join(at_address(run.recipe(), address), name) for name in SILOS]
-        for silo in silos:
-            stack.callback(silo.close)
-        yield Federation({name: silo.trunk for name, silo in zip(SILOS, silos, strict=True)}, WIDTH)
+        moved = at_address(run.recipe(), address)
+        hello = greeting(Checkpoint(recipe.model.path), recipe)
+        silos = {}
+        for name in SILOS:
+            channel = connect(moved, name, "Trunk", address, hello)
+            silos[name] = stack.enter_context(closing(BareSilo(channel, recipe.boundary, WIDTH)))
+        yield Federation(silos, WIDTH)
 
 
 if __name__ == "__main__":

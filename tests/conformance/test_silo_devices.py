@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.audit.attack import Order, Result, attack
-from isthmus.audit.capture import Source
+from isthmus.audit.attack import AttackPlan, AttackResult, run_attacks
+from isthmus.audit.target import Target
 from isthmus.federation.aggregator import RootService
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
@@ -124,13 +124,13 @@ def test_measuring_and_answering_on_a_device(choices: list[str], tmp_path: Path)
 )
 def test_an_attack_on_a_device_finds_what_it_finds_on_the_cpu(adversary: str, name: str, tmp_path: Path) -> None:
     boundary = {"tail": 2, "residual": True} if name in ("search", "decoder") else {}
-    found: list[list[Result]] = []
+    found: list[list[AttackResult]] = []
     for device in DEVICES:
         recipe = recipe_on(device, tmp_path, boundary, task={"choices": CLASSES})
         run = finished(recipe, tmp_path / f"run-{len(found)}") if adversary == "outsider" else None
-        source = Source(recipe, run)
-        order = Order((adversary,), (name,), "a", "b", rows=6, own_rows=30, references=2, device=device)
-        found.append(attack(source, order, lambda told: None))
+        source = Target(recipe, run)
+        order = AttackPlan((adversary,), (name,), "a", "b", rows=6, own_rows=30, references=2, device=device)
+        found.append(run_attacks(source, order, lambda told: None))
     for here, there in zip(*found, strict=True):
         assert set(here.figures) == set(there.figures)
         if name in ("linear", "matching", "identify", "lens"):

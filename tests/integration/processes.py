@@ -13,8 +13,9 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,11 @@ import tomli_w
 import torch
 
 from isthmus.cli.main import main
+from isthmus.engines.certificates import complete, make_certificates
+from isthmus.engines.local import at_address, create_run
+from isthmus.engines.process import LISTENING
+from isthmus.engines.roles import start_server, work
+from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory, read_journal
 from tests.conftest import VOCABULARY, save_tiny_model, write_rows
 
@@ -142,6 +148,12 @@ class Command:
         return self._out.read_text()
 
     @property
+    def address(self) -> str:
+        """Where the server that was started listens, once it does."""
+        until(lambda: self.stdout.startswith(LISTENING), "the server to listen", command=self)
+        return self.stdout.removeprefix(LISTENING).split()[0]
+
+    @property
     def stderr(self) -> str:
         return self._err.read_text()
 
@@ -194,6 +206,47 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
         code = int(end.code or 0)
     out, err = capsys.readouterr()
     return Ended(code, out, err)
+
+
+def run_here(recipe: Path, run: Path) -> None:
+    """What ``isthmus run`` does and leaves, but in this process, each silo in a thread of it.
+
+    For tests of what a federation learns and notes. The roles still talk over gRPC, with certificates; that they can
+    be killed, and what their logs say, takes processes.
+    """
+    train_here(create_run(Recipe.read(recipe), run))
+
+
+def train_here(run: RunDirectory) -> None:
+    """All roles of a run directory's recipe in this process, until the silos are done."""
+    with served_here(run) as there, silos_here(there, run):
+        pass
+
+
+@contextmanager
+def served_here(run: RunDirectory) -> Iterator[Recipe]:
+    """Trunk and root of the run in this process while the block runs; gives the recipe with their address."""
+    recipe = run.recipe()
+    certificates = Path(recipe.wire.certificates)
+    if not complete(recipe, certificates):
+        make_certificates(recipe, certificates)
+    server, services = start_server(at_address(recipe, "localhost:0"), run, ("trunk", "root"))
+    try:
+        yield at_address(recipe, f"localhost:{server.port}")
+    finally:
+        server.stop()
+        services["Trunk"].stop()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def silos_here(recipe: Recipe, run: RunDirectory, *names: str) -> Iterator[None]:
+    """These silos (all by default), a thread each, from the block's start; once it is over they are waited for."""
+    names = names or tuple(silo.name for silo in recipe.silo)
+    with ThreadPoolExecutor(len(names)) as threads:
+        working = [threads.submit(work, recipe, run, name) for name in names]
+        yield
+        for done in working:
+            done.result(PATIENCE)
 
 
 def until(condition: Callable[[], object], what: str, *, command: Command | None = None) -> None:

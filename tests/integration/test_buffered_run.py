@@ -11,10 +11,11 @@ from isthmus.storage.record import RunDirectory, read_journal
 from tests.integration.processes import (
     Commands,
     assert_no_traceback,
+    call,
     processes_of,
     steps_of,
+    train_here,
     until,
-    until_step,
     write_federation,
 )
 
@@ -22,10 +23,12 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
 ROUNDS = 40
 
 
-def test_the_fast_silo_goes_on_and_the_run_may_be_cut_off(commands: Commands, tmp_path: Path) -> None:
+def test_the_fast_silo_goes_on_and_the_run_may_be_cut_off(
+    commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = write_federation(
         tmp_path / "federation",
-        federation={"buffer": 1, "staleness": ROUNDS},
+        federation={"asynchronous": {"buffer": 1, "staleness": ROUNDS}},
         train={"rounds": ROUNDS, "steps": 10, "evaluate": False},
     )
     run = tmp_path / "run"
@@ -46,12 +49,10 @@ def test_the_fast_silo_goes_on_and_the_run_may_be_cut_off(commands: Commands, tm
     assert root.last_round() < ROUNDS
     assert not processes_of(run)
 
-    resumed = commands.start("run", "--resume", run)
-    until_step(run, root.last_round() + 1, 1, resumed, silo="north")
-    resumed.wait().succeeded()
+    train_here(directory)
     assert [line["round"] for line in _lines(run)] == list(range(1, ROUNDS + 1))
     assert directory.completed() == ROUNDS
-    commands.run("export", run, tmp_path / "adapter").succeeded()
+    call(capsys, monkeypatch, "export", run, tmp_path / "adapter").succeeded()
     assert_no_traceback(run)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from isthmus.demo import play as demo
 from isthmus.recipe import Recipe
 from tests.conftest import save_tiny_model, write_rows
-from tests.integration.processes import Ended, call, processes_of
+from tests.integration.processes import Ended, call, processes_of, train_here
 
 pytestmark = pytest.mark.process
 SILOS = ("movies", "editorials", "tweets", "products")
@@ -47,6 +47,8 @@ def played(
 ) -> Ended:
     monkeypatch.setattr(demo, "demo_recipe", tiny_recipe)
     monkeypatch.setenv("COLUMNS", "160")
+    if "--quick" not in request.param:  # one demo of real processes is enough
+        monkeypatch.setattr(demo, "run_with_progress", lambda run, console: train_here(run))
     ended = call(capsys, monkeypatch, "demo", "--run-dir", tmp_path / "run", "--cache", tmp_path, *request.param)
     ended.succeeded()
     assert not processes_of(tmp_path / "run")

@@ -79,7 +79,7 @@ def test_training_and_generation_over_processes(pair: Pair) -> None:
 def _train(pair: Pair) -> None:
     models = pair.silo.model, pair.whole
     optimizers = [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE) for model in models]
-    pair.silo.trunk.begin(1, ["a"])
+    pair.silo.rounds.begin(1, ["a"])
     for step in range(1, STEPS + 1):
         losses = []
         for model, optimizer in zip(models, optimizers, strict=True):
@@ -88,4 +88,4 @@ def _train(pair: Pair) -> None:
             losses[-1].backward()
             optimizer.step()
         assert torch.equal(*losses)
-        pair.silo.trunk.commit(1, step, 1.0)
+        pair.silo.rounds.commit(1, step, 1.0)

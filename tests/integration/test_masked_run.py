@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from isthmus.engines.local import create_run
+from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory, read_journal
 from isthmus.updates.quantize import Ring
 from tests.conftest import write_rows
 from tests.integration.processes import (
-    Command,
     Commands,
-    assert_no_traceback,
     rows_of,
+    run_here,
+    served_here,
+    silos_here,
     steps_of,
     until,
     write_federation,
@@ -51,14 +54,9 @@ def shared(run: Path, round: int) -> dict[str, torch.Tensor]:
 def test_a_masked_round_learns_what_an_open_one_does(folder: Path) -> None:
     """All silos train on equally many rows, so both weigh alike; each silo's numbers are rounded, that is all."""
     runs = {}
-    for name, federation in (("open", {}), ("masked", {"masks": True, "range": RANGE})):
+    for name, federation in (("open", {}), ("masked", {"secure": {"masks": True, "range": RANGE}})):
         runs[name] = folder / name
-        command = Command(folder, "run", recipe(folder, name, federation=federation), "--run-dir", runs[name])
-        try:
-            command.wait().succeeded()
-        finally:
-            command.end()
-        assert_no_traceback(runs[name])
+        run_here(recipe(folder, name, federation=federation), runs[name])
     for name in SILOS:
         weights = [line["weights"] for line in read_journal(runs["open"] / "root/metrics.jsonl")]
         assert len({line[name] for line in weights}) == 1
@@ -72,12 +70,14 @@ def test_a_masked_round_learns_what_an_open_one_does(folder: Path) -> None:
 
 
 def test_the_rest_goes_on_when_a_silo_is_killed(folder: Path, tmp_path: Path, commands: Commands) -> None:
-    sections = {"root": {"minimum": 3, "patience": 8.0}, "trunk": {"patience": 2.0}, "federation": {"masks": True}}
-    run = tmp_path / "run"
-    command = commands.start("run", recipe(folder, "killed", **sections), "--run-dir", run)
-    until(lambda: all(steps_of(run, name) for name in SILOS), "all silos' first steps", command=command)
-    command.role("west").kill()
-    command.wait().succeeded()
+    sections = {"root": {"minimum": 3, "patience": 8.0}, "trunk": {"patience": 2.0}, "federation": {"secure": True}}
+    made = create_run(Recipe.read(recipe(folder, "killed", **sections)), tmp_path / "run")
+    run = made.path
+    with served_here(made) as there, silos_here(there, made, "east", "north", "south"):
+        address = there.trunk.address
+        west = commands.start("silo", made.recipe_path, "west", "--run-dir", run, "--trunk", address, "--root", address)
+        until(lambda: all(steps_of(run, name) for name in SILOS), "all silos' first steps", command=west)
+        west.process.kill()
     rounds = read_journal(run / "root/metrics.jsonl")
     assert [line["round"] for line in rounds] == [1, 2]
     assert list(rounds[-1]["weights"]) == ["east", "north", "south"]

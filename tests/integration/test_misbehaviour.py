@@ -175,14 +175,14 @@ def work(
         pad_token_id=0,
         logits_processor=LogitsProcessorList([Midway(in_session)]),
     )
-    silo.trunk.begin(1, list(participants))
+    silo.rounds.begin(1, list(participants))
     batch = ragged("left", 1)
     loss = silo.model(**batch, use_cache=False).loss
     in_step()
     loss.backward()
     in_step()
     gradients = {name: one.grad for part in silo.parts for name, one in adapters.trainable(part).items()}
-    contributors = silo.trunk.commit(1, 1, 60.0)
+    contributors = silo.rounds.commit(1, 1, 60.0)
     with torch.no_grad():
         learned = silo.model(**batch, use_cache=False).logits
     return Work(tokens, gradients, learned, contributors)
@@ -293,6 +293,6 @@ def test_a_step_that_is_never_committed(fresh: Connect, alone: Work) -> None:
         bad.call(forward(next(steps), 7, train=True))
 
     assert_as_if_alone(work(silo, ("good", "bad"), in_step=leave_open), alone)
-    silo.trunk.begin(2, ["good"])
+    silo.rounds.begin(2, ["good"])
     refused(bad, errors.UnknownStepError, pb.Backward(step=1, gradient=matrix(7), reply=True))
     refused(bad, errors.RoundLostError, pb.Commit(round=1, step=1, weight=60.0))

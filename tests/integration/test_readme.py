@@ -1,13 +1,17 @@
-"""What the README tells users to type works as it stands there."""
+"""The README's commands, links and example work as they stand there, and each of its figures was measured.
+
+Figures are tied to rows of ``benchmarks/results`` by ``benchmarks/readme.toml``, which explains its format at its top:
+whoever adds a number to the README adds its source there (or lists its phrase among the settings).
+"""
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -19,9 +23,12 @@ from isthmus.engines.roles import start_server
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
 from tests.integration.processes import write_federation, write_recipe
+from tests.integration.readme_figures import faults, measured, read_mapping, slips, swaps
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAPPING = read_mapping(ROOT / "benchmarks" / "readme.toml")
+MEASURED = measured(ROOT / "benchmarks" / "results")
 COMMANDS = re.findall(r"^ {4}isthmus (.+?)(?:  +#.*)?$", README, flags=re.MULTILINE)
 TARGETS = re.findall(r"^ {4}make (\w+)", README, flags=re.MULTILINE)
 LINKS = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README)
@@ -65,16 +72,66 @@ def test_python_example_runs(tmp_path: Path) -> None:
     assert ended.stdout.strip()
 
 
-def test_every_figure_in_a_table_was_measured() -> None:
-    """Each number in the README's tables is the rounding of one in ``benchmarks/results`` (accuracies: in percent)."""
-    rows = [row for path in (ROOT / "benchmarks" / "results").glob("*.json") for row in json.loads(path.read_text())]
-    rows = [row for row in rows if row["value"] is not None]  # an infinite epsilon has none
-    known = [100 * row["value"] if row["unit"] == "accuracy" else row["value"] for row in rows]
-    lines = [line.split("|", 2)[2] for line in README.splitlines() if line.startswith("|")]  # less what it is about
-    figures = [figure for line in lines for figure in re.findall(r"\d+\.\d+|\d{3,}", line)]
-    assert len(figures) > 30
-    goals = {goal.split()[1] for row in rows if (goal := row["goal"])}
-    for figure in figures:
-        decimals = len(figure.partition(".")[2])
-        near = any(abs(value - float(figure)) <= 0.51 * 10**-decimals for value in known)
-        assert near or float(figure) in map(float, goals), figure
+def test_every_figure_was_measured() -> None:
+    assert faults(README, MAPPING, MEASURED) == []
+
+
+def test_a_changed_last_digit_is_found() -> None:
+    changed = list(slips(README))
+    assert len(changed) > 100
+    assert [what for readme, what in changed if not faults(readme, MAPPING, MEASURED)] == []
+
+
+def test_swapped_cells_are_found() -> None:
+    swapped = list(swaps(README))
+    assert len(swapped) > 20
+    assert [what for readme, what in swapped if not faults(readme, MAPPING, MEASURED)] == []
+
+
+ROWS = {
+    ("file", name): {"value": value, "goal": goal, "met": met}
+    for name, value, goal, met in (("a", 0.1251, "≥ 1.5", False), ("b", 2.5, None, None))
+}
+SMALL = """Ours takes 2.5 s (missed: 1.5), on 2 cores.
+
+| measured | ours | goal |
+|---|---|---|
+| share, % | 12.5 (missed) | 1.5 |
+"""
+SMALL_MAPPING: dict[str, Any] = {
+    "table": [{"heading": "measured | ours | goal", "rows": {"share, %": ["100 × file: a", "goal of file: a"]}}],
+    "prose": [{"text": "Ours takes {} s (missed: {})", "figures": ["file: b", "goal of file: a"]}],
+    "settings": ["on 2 cores"],
+}
+
+
+def test_a_right_readme_has_no_faults() -> None:
+    assert faults(SMALL, SMALL_MAPPING, ROWS) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("12.5", "0.1"),
+        ("12.5", "12.52"),
+        ("12.5", "−12.5"),
+        ("12.5 (missed)", "12.5"),
+        ("(missed: 1.5)", "(goal: 1.5)"),
+        ("2.5 s", "2.5 s, 3 at most"),
+        ("on 2 cores", "on 12 cores"),
+        ("on 2 cores", "on two cores"),
+        ("share, %", "share of 7, %"),
+        ("| ours | goal |", "| goal | ours |"),
+        (SMALL, SMALL + "\nOurs takes 2.5 s (missed: 1.5)\n"),
+        (SMALL, SMALL + "| other | 12.5 (missed) | 1.5 |\n"),
+        (SMALL, SMALL + "\n| other | table |\n|---|---|\n| a | 7 |\n"),
+        (SMALL[SMALL.index("|") :], ""),
+    ],
+)
+def test_a_wrong_readme_has_faults(old: str, new: str) -> None:
+    assert SMALL.count(old) == 1
+    assert faults(SMALL.replace(old, new), SMALL_MAPPING, ROWS)
+
+
+def test_a_source_that_was_not_measured_is_a_fault() -> None:
+    assert faults(SMALL, SMALL_MAPPING, {place: row for place, row in ROWS.items() if place != ("file", "b")})

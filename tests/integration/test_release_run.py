@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from isthmus.privacy.ledger import read_ledger
-from isthmus.storage.record import read_journal
+from isthmus.storage.record import RunDirectory, read_journal
 from tests.integration.processes import (
     Commands,
     assert_no_traceback,
+    call,
     rows_of,
     steps_of,
+    train_here,
     until_step,
     write_federation,
 )
@@ -21,7 +23,9 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
 ROUNDS, STEPS = 4, 12
 
 
-def test_each_example_leaves_once_in_a_run_that_is_cut_off_and_resumed(commands: Commands, tmp_path: Path) -> None:
+def test_each_example_leaves_once_in_a_run_that_is_cut_off_and_resumed(
+    commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = write_federation(
         tmp_path / "made",
         train={"rounds": ROUNDS, "steps": STEPS},
@@ -33,7 +37,7 @@ def test_each_example_leaves_once_in_a_run_that_is_cut_off_and_resumed(commands:
     until_step(run, 2, 3, cut_off)  # every row has been seen
     cut_off.role("trunk").kill()
     cut_off.wait().failed("the trunk was killed by SIGKILL", "isthmus run --resume")
-    commands.run("run", "--resume", run).succeeded()
+    train_here(RunDirectory.open(run))
 
     for silo in ("north", "south"):
         events = [one for one in read_ledger(run / "silos" / silo / "ledger.jsonl").releases() if one.path == "forward"]
@@ -49,5 +53,5 @@ def test_each_example_leaves_once_in_a_run_that_is_cut_off_and_resumed(commands:
     measured = [line for line in read_journal(run / "silos/north/metrics.jsonl") if line["event"] == "evaluation"]
     assert measured[-1]["loss"] < measured[0]["loss"]
     assert_no_traceback(run)
-    commands.run("export", run, tmp_path / "adapter").succeeded()
-    commands.run("generate", run, rows_of("north")[0]["text"], "--max-new-tokens", 3).succeeded()
+    call(capsys, monkeypatch, "export", run, tmp_path / "adapter").succeeded()
+    call(capsys, monkeypatch, "generate", run, rows_of("north")[0]["text"], "--max-new-tokens", 3).succeeded()

@@ -44,13 +44,13 @@ class Trunk:
 
     def __init__(self, commands: Commands, recipe: Path) -> None:
         self._commands = commands
-        self._recipe = recipe
+        self.recipe = recipe
         self._command: Command | None = None
         self.address = f"localhost:{free_port()}"
 
     def start(self) -> None:
-        run = self._recipe.parent / "trunk"
-        self._command = self._commands.start("trunk", self._recipe, "--run-dir", run, "--address", self.address)
+        run = self.recipe.parent / "trunk"
+        self._command = self._commands.start("trunk", self.recipe, "--run-dir", run, "--address", self.address)
 
     def kill(self) -> None:
         assert self._command is not None
@@ -59,11 +59,12 @@ class Trunk:
         self._command.wait()
 
 
-@pytest.fixture
-def trunk(tmp_path: Path) -> Iterator[Trunk]:
-    commands = Commands(tmp_path)
-    recipe = write_federation(tmp_path / "made", boundary={"forward": {"noise": NOISE}})
-    make_certificates(Recipe.read(recipe), tmp_path / "made" / "certificates")
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trunk]:
+    folder = tmp_path_factory.mktemp("federation")
+    commands = Commands(folder)
+    recipe = write_federation(folder / "made", boundary={"forward": {"noise": NOISE}})
+    make_certificates(Recipe.read(recipe), folder / "made" / "certificates")
     started = Trunk(commands, recipe)
     started.start()
     yield started
@@ -71,8 +72,8 @@ def trunk(tmp_path: Path) -> Iterator[Trunk]:
 
 
 @pytest.fixture
-def silo(trunk: Trunk, tmp_path: Path) -> Iterator[Silo]:
-    joined = join(at_address(Recipe.read(tmp_path / "made" / "recipe.toml"), trunk.address), "north")
+def silo(trunk: Trunk) -> Iterator[Silo]:
+    joined = join(at_address(Recipe.read(trunk.recipe), trunk.address), "north")
     yield joined
     joined.close()
 

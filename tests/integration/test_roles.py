@@ -21,6 +21,8 @@ from tests.integration.processes import (
     assert_same,
     call,
     free_port,
+    run_here,
+    silos_here,
     states,
     until,
     until_step,
@@ -69,13 +71,15 @@ def test_parties_on_machines_of_their_own(commands: Commands, isthmus: Call, tmp
         shutil.copytree(_run_of(machine), whole, dirs_exist_ok=True)
     shutil.copy(recipe, whole / "recipe.toml")
     local = write_recipe(recipe.parent / "local.toml", train={"rounds": 2, "steps": 5, "evaluate": False})
-    commands.run("run", local, "--run-dir", tmp_path / "local").succeeded()
+    run_here(local, tmp_path / "local")
     assert_same(states(whole, 2), states(tmp_path / "local", 2))
     assert not (_run_of(machines["trunk"]) / "silos").exists()
     assert not (_run_of(machines["root"]) / "silos").exists()
 
 
-def test_servers_killed_in_mid_round_are_waited_for(commands: Commands, isthmus: Call, tmp_path: Path) -> None:
+def test_servers_killed_in_mid_round_are_waited_for(
+    commands: Commands, isthmus: Call, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The silos stay, and begin the round again with the servers that took their place; nothing else differs."""
     train = {"rounds": 2, "steps": 30, "evaluate": False}
     address = {"address": f"localhost:{free_port()}"}
@@ -84,15 +88,13 @@ def test_servers_killed_in_mid_round_are_waited_for(commands: Commands, isthmus:
     isthmus("certificates", recipe).succeeded()
     serve = ("trunk", recipe, "--with-root", "--run-dir", run)
     killed = commands.start(*serve)
-    silos = [commands.start("silo", recipe, name, "--run-dir", run) for name in ("north", "south")]
-    until_step(run, 2, 5, silos[0])
-    killed.process.kill()
-    killed.wait()
-    commands.start(*serve)
-    for silo in silos:
-        silo.wait().succeeded()
-        assert "round 2 is lost" in silo.stderr
-    commands.run("run", recipe, "--run-dir", tmp_path / "undisturbed").succeeded()
+    with silos_here(Recipe.read(recipe), RunDirectory(run)):
+        until_step(run, 2, 5, killed)
+        killed.process.kill()
+        killed.wait()
+        commands.start(*serve)
+    assert caplog.text.count("round 2 is lost") == 2
+    run_here(recipe, tmp_path / "undisturbed")
     shutil.copy(recipe, run / "recipe.toml")
     assert_same(states(run, 2), states(tmp_path / "undisturbed", 2))
 

@@ -159,7 +159,7 @@ def test_release_once_with_a_frozen_bottom(name: str, build: Build) -> None:
     optimizer = torch.optim.SGD([p for p in twins.split.parameters() if p.requires_grad], lr=0.0)
     for _ in range(2):
         assert train_step(twins.split, optimizer, collate(ROWS, 0)).loss == pytest.approx(loss, rel=1e-5)
-    releases = [one for one in twins.remote.boundary.ledger.releases if one.path == "forward"]
+    releases = [one for one in twins.boundary.ledger.releases if one.path == "forward"]
     assert len(releases) == len(ROWS)
     assert {one.width for one in releases} == {WIDTH}
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from google.protobuf.message import Message
 
-from isthmus.engines.use import whole_adapter
+from isthmus.engines.export import final_adapter
 from isthmus.errors import IsthmusError, PeerGoneError, RoundLostError
 from isthmus.federation.aggregator import RootService, shared_tensors
 from isthmus.model import adapters
@@ -180,7 +180,7 @@ def test_a_buffer_for_all_is_the_federation_that_waits(models: Models, tmp_path:
     boundary = {"gradients": False, "residual": True}
     waiting = recipe_of(models("llama"), tmp_path, boundary=boundary, federation={"optimizer": {"kind": "momentum"}})
     expected = federate(waiting, RunDirectory.create(tmp_path / "waiting", waiting))
-    buffer = {"buffer": len(SILOS), "optimizer": {"kind": "momentum"}}
+    buffer = {"asynchronous": {"buffer": len(SILOS)}, "optimizer": {"kind": "momentum"}}
     federation = Federation(
         recipe_of(models("llama"), tmp_path, boundary=boundary, federation=buffer), tmp_path / "run"
     )
@@ -189,7 +189,7 @@ def test_a_buffer_for_all_is_the_federation_that_waits(models: Models, tmp_path:
     for own, other in zip(ends, expected[1], strict=True):
         assert_equal(own, other)
     assert_equal(adapters.adapter_of(federation.trunk._runner.part), expected[0])
-    assert_equal(whole_adapter(federation.run)[1], expected[0] | expected[1][0])
+    assert_equal(final_adapter(federation.run)[1], expected[0] | expected[1][0])
     federation.close()
 
 
@@ -197,11 +197,11 @@ def test_one_silo_is_the_federation_that_waits(models: Models, tmp_path: Path) -
     """To the last bit, with the trunk's training."""
     silo = recipe_of(models("llama"), tmp_path).model_dump(exclude_none=True)["silo"]
     ends = []
-    for buffer in ({}, {"buffer": 1}):
+    for buffer in ({}, {"asynchronous": {"buffer": 1}}):
         recipe = recipe_of(models("llama"), tmp_path, silo=list(silo[:1]), federation=buffer)
         federation = Federation(recipe, tmp_path / f"run{len(ends)}")
         ends.append((federation.finish()[0], adapters.adapter_of(federation.trunk._runner.part)))
-        number, whole = whole_adapter(federation.run)
+        number, whole = final_adapter(federation.run)
         assert number == recipe.train.rounds
         assert_equal(whole, ends[-1][0] | ends[-1][1])
         federation.close()
@@ -210,7 +210,7 @@ def test_one_silo_is_the_federation_that_waits(models: Models, tmp_path: Path) -
 
 
 def test_the_fast_go_on_and_the_slow_still_counts(models: Models, tmp_path: Path) -> None:
-    recipe = recipe_of(models("llama"), tmp_path, federation={"buffer": 3}, train={"rounds": 6})
+    recipe = recipe_of(models("llama"), tmp_path, federation={"asynchronous": {"buffer": 3}}, train={"rounds": 6})
     federation = Federation(recipe, tmp_path / "run")
 
     def until_three(commit: pb.Commit) -> None:
@@ -229,7 +229,7 @@ def test_the_fast_go_on_and_the_slow_still_counts(models: Models, tmp_path: Path
     assert 2 not in own.rounds()
     adam = own.load_round(own.last_round())["optimizer"]["state"][0]
     assert adam["step"] == recipe.train.steps * len(own.rounds())  # it goes on from the last one it had a part in
-    number, whole = whole_adapter(federation.run)
+    number, whole = final_adapter(federation.run)
     assert number == recipe.train.rounds
     for own in ends:  # all end with the last version
         assert_equal({name: whole[name] for name in own}, own)
@@ -239,7 +239,9 @@ def test_the_fast_go_on_and_the_slow_still_counts(models: Models, tmp_path: Path
 
 
 def test_a_silo_that_is_too_slow_is_told_and_goes_on_with_the_newest(models: Models, tmp_path: Path) -> None:
-    recipe = recipe_of(models("llama"), tmp_path, federation={"buffer": 3, "staleness": 1}, train={"rounds": 5})
+    recipe = recipe_of(
+        models("llama"), tmp_path, federation={"asynchronous": {"buffer": 3, "staleness": 1}}, train={"rounds": 5}
+    )
     federation = Federation(recipe, tmp_path / "run")
     begun: list[int] = []
 
@@ -261,7 +263,7 @@ def test_a_silo_that_is_too_slow_is_told_and_goes_on_with_the_newest(models: Mod
 
 def test_a_root_that_dies_with_updates_in_its_buffer(models: Models, tmp_path: Path) -> None:
     """Those silos train again on the version that is on disk; no update is lost in silence, and none counts twice."""
-    recipe = recipe_of(models("llama"), tmp_path, federation={"buffer": 3}, train={"rounds": 8})
+    recipe = recipe_of(models("llama"), tmp_path, federation={"asynchronous": {"buffer": 3}}, train={"rounds": 8})
     federation = Federation(recipe, tmp_path / "run")
     started: list[int] = []
 
@@ -281,7 +283,7 @@ def test_a_root_that_dies_with_updates_in_its_buffer(models: Models, tmp_path: P
 
 
 def test_a_silo_that_dies_is_not_waited_for_and_may_come_back(models: Models, tmp_path: Path) -> None:
-    recipe = recipe_of(models("llama"), tmp_path, federation={"buffer": 2}, train={"rounds": 6})
+    recipe = recipe_of(models("llama"), tmp_path, federation={"asynchronous": {"buffer": 2}}, train={"rounds": 6})
     federation = Federation(recipe, tmp_path / "run")
 
     def die(commit: pb.Commit) -> None:

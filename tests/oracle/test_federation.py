@@ -11,15 +11,15 @@ import pytest
 import torch
 from peft import PeftModel
 
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, collate
-from isthmus.engines.use import whole_adapter
+from isthmus.engines.export import final_adapter
 from isthmus.federation.aggregator import RootService
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory, read_journal
 from isthmus.trunk.service import TrunkService
@@ -147,7 +147,7 @@ def test_federation_is_training_on_all_rows(
     assert_same(trunk | first, whole, 1e-5)
     moved = {name for name, value in whole.items() if not torch.equal(value, start[name])}
     assert moved == whole.keys() - set.intersection(*resting)
-    number, kept = whole_adapter(run)
+    number, kept = final_adapter(run)
     assert number == ROUNDS
     assert_same(kept, trunk | first, 0.0)
 
@@ -181,5 +181,5 @@ def test_rounds_go_on_where_they_were_stopped(lora: str, models: Models, tmp_pat
     sizes = [one.width for one in releases if one.path == "update"]
     both = sum(tensor.numel() for tensor in ends[0].values())
     assert sizes == [both] * 4 if lora == "svd" else (sizes[:2] == sizes[2:] and sum(sizes[:2]) == both)
-    _, whole = whole_adapter(run)
+    _, whole = final_adapter(run)
     assert {tensor.shape[0] for name, tensor in whole.items() if "lora_A" in name} == {recipe.lora.rank}

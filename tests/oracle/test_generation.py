@@ -30,7 +30,7 @@ def generate(model: PreTrainedModel, inputs: Inputs, length: int, **settings: An
 
 def crossed(twins: Twins) -> list[int]:
     """Tokens of each frame that left the silo for the trunk."""
-    releases: list[Release] = twins.remote.boundary.ledger.releases
+    releases: list[Release] = twins.boundary.ledger.releases
     return [release.rows for release in releases]
 
 

@@ -17,9 +17,9 @@ from isthmus.model import adapters
 from isthmus.privacy.accountant import Account
 from isthmus.silo.callback import TrunkStepCallback
 from tests.conftest import VOCABULARY
+from tests.features.silo.test_spent_budgets import CALIBRATED, COST, DELTA
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.twins import Twins, assert_same, distance, lora_of, padded
-from tests.unit.silo.test_spent import CALIBRATED, COST, DELTA
 
 STEPS, ACCUMULATED, BATCH, RATE = 3, 2, 2, 0.05
 Row = tuple[list[int], list[int]]
@@ -71,7 +71,7 @@ def trainer_of(model: PreTrainedModel, folder: Path, *callbacks: TrainerCallback
 
 def test_trainer_gives_the_adapters_it_gives_the_uncut_model(twins: Twins, tmp_path: Path) -> None:
     before = twins.split_adapter()
-    split = trainer_of(twins.split, tmp_path, TrunkStepCallback(twins.remote, ["a"]))
+    split = trainer_of(twins.split, tmp_path, TrunkStepCallback(twins.rounds, ["a"]))
     whole = trainer_of(twins.whole, tmp_path)
     for trainer in (split, whole):
         trainer.train()
@@ -83,7 +83,7 @@ def test_trainer_gives_the_adapters_it_gives_the_uncut_model(twins: Twins, tmp_p
 
 
 def test_trunk_saves_the_round_that_the_trainer_ends(twins: Twins, tmp_path: Path) -> None:
-    trainer_of(twins.split, tmp_path, TrunkStepCallback(twins.remote, ["a"])).train()
+    trainer_of(twins.split, tmp_path, TrunkStepCallback(twins.rounds, ["a"])).train()
     saved = twins.service._training._store.load_round(1)["adapter"]
     assert_same(saved, adapters.adapter_of(twins.parts[1]), 0.0)
 
@@ -104,13 +104,14 @@ def test_a_spent_record_ends_training_within_its_budget_and_can_be_told_before(
     """Each row's budget bears one step, and half of the rows come twice."""
     budget = Account(2 * COST).epsilon(DELTA).value
     sections = {"boundary": {"forward": CALIBRATED, "gradient": CALIBRATED}, "privacy": {"record_epsilon": budget}}
-    remote = (twins := twins_of("llama", (2, 1), sections=sections)).remote
-    trainer = trainer_of(twins.split, tmp_path, TrunkStepCallback(remote, ["a"]))
+    twins = twins_of("llama", (2, 1), sections=sections)
+    boundary = twins.boundary
+    trainer = trainer_of(twins.split, tmp_path, TrunkStepCallback(twins.rounds, ["a"]))
     trainer.train_dataset = rows()[:6] * 2
     with pytest.raises(BudgetExhausted) as caught:
         trainer.train()
     assert "leave these records out" in caught.value.remedy
-    charges = Counter(charge.record for one in remote.boundary.ledger.history() for charge in one.charges)
-    assert 0 < remote.boundary.budget.epsilon <= budget * (1 + 1e-9)
-    left = [row for row, _ in rows() if all(remote.affordable([row], [len(row)]))]
+    charges = Counter(charge.record for one in boundary.ledger.history() for charge in one.charges)
+    assert 0 < boundary.budget.epsilon <= budget * (1 + 1e-9)
+    left = [row for row, _ in rows() if all(boundary.affordable([row], [len(row)]))]
     assert len(left) == len(rows()) - len(charges)

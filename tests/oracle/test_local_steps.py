@@ -14,12 +14,12 @@ import pytest
 import torch
 from peft import PeftModel
 
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import collate
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData
 from isthmus.storage.record import RunDirectory
 from tests.conftest import uncut
 from tests.oracle.conftest import Models

@@ -52,7 +52,7 @@ def count_bottom(twins: Twins) -> list[int]:
 
 def released(twins: Twins) -> list[int]:
     """Tokens of each hidden state that left."""
-    releases: list[Release] = twins.remote.boundary.ledger.releases
+    releases: list[Release] = twins.boundary.ledger.releases
     return [release.rows for release in releases if release.path == "forward"]
 
 
@@ -63,7 +63,7 @@ def train(twins: Twins, lengths: tuple[tuple[int, ...], ...], optimizer: str, mi
         kind([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0) for model in twins.both
     )
     exact = lengths == EVEN and micro_batches == 1
-    twins.remote.begin(1, ["a"])
+    twins.rounds.begin(1, ["a"])
     for number, batch in enumerate(epochs(lengths), 1):
         if micro_batches == 1:
             split = train_step(twins.split, own, batch)
@@ -71,7 +71,7 @@ def train(twins: Twins, lengths: tuple[tuple[int, ...], ...], optimizer: str, mi
             split = pipelined_step(twins.split, own, batch, micro_batches)
         whole = train_step(twins.whole, other, batch)
         assert split.loss == pytest.approx(whole.loss, rel=0 if exact else 1e-5)
-        twins.remote.commit(1, number, split.weight)
+        twins.rounds.commit(1, number, split.weight)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -127,7 +127,7 @@ def test_later_epochs_see_the_same_noise(build_once: Build) -> None:
 
 def test_trainer_of_transformers_releases_once_too(build_once: Build, tmp_path: Path) -> None:
     twins = build_once("llama", {**ONCE, "train": {"optimizer": "sgd", "learning_rate": 0.05, "steps": 3}})
-    split = trainer_of(twins.split, tmp_path, TrunkStepCallback(twins.remote, ["a"]))
+    split = trainer_of(twins.split, tmp_path, TrunkStepCallback(twins.rounds, ["a"]))
     whole = trainer_of(twins.whole, tmp_path)
     for trainer in (split, whole):
         trainer.train()

@@ -111,7 +111,7 @@ def twins(build: BuildTwins) -> Iterator[Twins]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_drafts_do_not_change_the_distribution(way: str, twins: Twins, models: Models) -> None:
-    releases = twins.remote.boundary.ledger.releases
+    releases = twins.boundary.ledger.releases
     before = len(releases)
     found = draw(twins.split, **WAYS[way](models))
     crossings = len(releases) - before

@@ -27,7 +27,7 @@ WIDEST = 120
 
 
 def recipe(noise: dict[str, Any], clip: dict[str, Any] | None = None, **sections: Any) -> Recipe:
-    federation = {"masks": True, "weights": "equal", "noise": noise, "clip": clip or {"norm": 1.0}}
+    federation = {"secure": True, "weights": "equal", "noise": noise, "clip": clip or {"norm": 1.0}}
     return make_recipe(Path("model"), silos=tuple("abcde"), federation=federation, **sections)
 
 

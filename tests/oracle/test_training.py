@@ -27,11 +27,11 @@ def train(twins: Twins, optimizer: str, *, padding: bool) -> None:
         OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
         for model in twins.both
     ]
-    twins.remote.begin(1, ["a"])
+    twins.rounds.begin(1, ["a"])
     for number, batch in enumerate(batches(padding=padding), 1):
         split, whole = (train_step(model, own, batch) for model, own in zip(twins.both, optimizers, strict=True))
         assert split.loss == pytest.approx(whole.loss, rel=1e-5 if padding else 0)
-        assert twins.remote.commit(1, number, split.weight) == 1
+        assert twins.rounds.commit(1, number, split.weight) == 1
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

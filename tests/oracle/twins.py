@@ -21,8 +21,9 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Part
 from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import Recipe
+from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import greeting, join
-from isthmus.silo.remote import RemoteTrunk
+from isthmus.silo.remote import RemoteTrunk, RoundsClient
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import Channel, LoopbackChannel
@@ -67,6 +68,15 @@ class Twins:
     def remote(self) -> RemoteTrunk:
         assert isinstance(self.split.trunk, RemoteTrunk)
         return self.split.trunk
+
+    @property
+    def rounds(self) -> RoundsClient:
+        return RoundsClient(self.remote.channel)
+
+    @property
+    def boundary(self) -> Boundary:
+        assert isinstance(self.split.boundary, Boundary)
+        return self.split.boundary
 
     @property
     def parts(self) -> tuple[Part, Part, Part]:

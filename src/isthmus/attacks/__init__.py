@@ -1,1 +1,1 @@
-"""What an adversary can find out: attacks on a run, each through exactly what one party sees (``view``)."""
+"""Attacks on a federation. Each attack sees a run only through the view of one adversary (``view``)."""

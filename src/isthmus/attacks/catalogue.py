@@ -1,54 +1,54 @@
-"""The attacks by name: each turns what an adversary knows into what it finds."""
+"""The attacks by name. An attack is a function from an adversary's knowledge to what it recovers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from isthmus.attacks.found import Found, Tokens
-from isthmus.attacks.gradients.readings import find_labels, read_returned, recover_responses
-from isthmus.attacks.gradients.update_search import match_gradients, search_exactly
-from isthmus.attacks.inversion.decoder import write
-from isthmus.attacks.inversion.identification import identify
-from isthmus.attacks.inversion.inverters import invert
-from isthmus.attacks.inversion.matching import match
-from isthmus.attacks.inversion.published import Schedule, decode_as_published
-from isthmus.attacks.inversion.sampler import sample
+from isthmus.attacks.gradients.boundary_gradients import infer_labels, read_logit_lens, recover_responses
+from isthmus.attacks.gradients.update_inversion import match_gradients, run_dager
+from isthmus.attacks.inversion.decoder import invert_by_decoder
+from isthmus.attacks.inversion.identification import identify_rows
+from isthmus.attacks.inversion.matching import match_vocabulary
+from isthmus.attacks.inversion.published import PublishedSettings, run_published_decoder
+from isthmus.attacks.inversion.sampler import invert_by_sampling
+from isthmus.attacks.inversion.transformer import invert_by_transformer
 from isthmus.attacks.knowledge import Knowledge
 from isthmus.attacks.membership.losses import infer_membership
+from isthmus.attacks.recovered import Recovered, RecoveredTokens
 
 Inversion = Callable[[Knowledge], list[list[int]]]
-Attack = Callable[[Knowledge], Found]
+Attack = Callable[[Knowledge], Recovered]
 
 
 def invert_linearly(knowledge: Knowledge) -> list[list[int]]:
-    """The linear inverter's best token at every vector of every sequence."""
+    """The linear inverter's likeliest token at every vector of every sequence in the view, in the view's order."""
     crossings = knowledge.view.needs("crossings", "pairs").crossings
     return [knowledge.linear.best(crossing.hidden_LD.float(), 1)[:, 0].tolist() for crossing in crossings]
 
 
-def _as_found(inversion: Inversion) -> Attack:
-    return lambda knowledge: Tokens(inversion(knowledge))
+def _as_attack(inversion: Inversion) -> Attack:
+    return lambda knowledge: RecoveredTokens(inversion(knowledge))
 
 
 INVERSIONS: dict[str, Inversion] = {
     "linear": invert_linearly,
-    "matching": match,
-    "transformer": invert,
-    "decoder": write,
-    "search": sample,
-    "published": decode_as_published,
-    "published-mended": lambda knowledge: decode_as_published(knowledge, Schedule(mended=True)),
+    "matching": match_vocabulary,
+    "transformer": invert_by_transformer,
+    "decoder": invert_by_decoder,
+    "search": invert_by_sampling,
+    "published": run_published_decoder,
+    "published-mended": lambda knowledge: run_published_decoder(knowledge, PublishedSettings(mended=True)),
 }
-"""By hidden states: they learn from the adversary's own rows."""
+"""Embedding inversion: attacks on released hidden states that learn from the adversary's own rows."""
 ATTACKS: dict[str, Attack] = {
-    **{name: _as_found(inversion) for name, inversion in INVERSIONS.items()},
-    "identify": identify,
-    "labels": find_labels,
-    "lens": read_returned,
+    **{name: _as_attack(inversion) for name, inversion in INVERSIONS.items()},
+    "identify": identify_rows,
+    "labels": infer_labels,
+    "lens": read_logit_lens,
     "responses": recover_responses,
-    "dager": search_exactly,
+    "dager": run_dager,
     "gradient-matching": match_gradients,
     "membership": infer_membership,
 }
-USUAL = ("linear", "matching", "transformer")
-"""Those made unless others are asked for: the others take long, or see something else, or are there for comparison."""
+DEFAULT_ATTACKS = ("linear", "matching", "transformer")
+"""The default of ``isthmus attack``. The other attacks take longer, need another view, or serve comparison."""

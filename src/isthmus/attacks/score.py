@@ -1,7 +1,7 @@
-"""How much an attack recovered, with bootstrap intervals over rows.
+"""Scores of recovered tokens, with bootstrap confidence intervals over rows.
 
-A guess may be shorter or longer than the truth (the adversary need not know the length). It is laid against the truth
-at whichever end agrees more, which favours the attack.
+A guess may be shorter or longer than the row, since an adversary may not know the length. It is aligned with the row at
+the end where more tokens agree, which favours the attack.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from scipy.stats import binomtest
 
 from isthmus.errors import AttackError
 
-ROUGES = ("rouge1", "rouge2", "rougeL")
 ABSENT = -1
-"""Stands where a guess says nothing."""
-Rows = TypeVar("Rows")
-Decode = Callable[[list[int]], str]
+"""Token id in a guess where the attack gives no token."""
+_Rows = TypeVar("_Rows")
+Detokenize = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A measure with its interval, all 0 to 1."""
+    """A measure with its confidence interval."""
 
     value: float
     low: float
@@ -36,10 +35,11 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row's measures."""
+class RowScore:
+    """The measures of one row, from which the figures are aggregated."""
 
     hits: int
+    """Number of right tokens."""
     tokens: int
     exact: float
     rouge1: float
@@ -51,83 +51,93 @@ class Row:
 def score(
     truth: Sequence[Sequence[int]],
     guess: Sequence[Sequence[int]],
-    decode: Decode,
+    decode: Detokenize,
     *,
     only: Sequence[Sequence[bool]] | None = None,
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Figure]:
-    """Token accuracy, exact match, ROUGE-1/2/L (F1) and BLEU-4 (smoothed, a row's mean).
+    """Token accuracy, exact match, ROUGE-1, ROUGE-2, ROUGE-L (F1) and BLEU-4 (smoothed), each 0 to 1.
+
+    ROUGE and BLEU are means over rows.
 
     Args:
-        decode: tokens to text.
-        only: of each row, which tokens count; rows without one are left out. None: all.
-        resamples: of the rows, for the interval (percentile bootstrap).
+        truth: the true tokens of each row.
+        guess: the recovered tokens of each row, of any length.
+        decode: converts tokens to text.
+        only: mask of the scored tokens of each row; rows without a scored token are left out. None: all tokens.
+        resamples: bootstrap samples of the rows for the percentile interval.
+        confidence: of the interval.
 
     Raises:
-        AttackError: rows of truth, guess and mask differ in number or length, or no token counts.
+        AttackError: truth, guess and masks differ in number of rows, a mask differs from its row in length, or no
+            token is scored.
     """
     masks = [[True] * len(row) for row in truth] if only is None else only
     if not len(truth) == len(guess) == len(masks):
         raise AttackError(
             f"{len(guess)} guesses and {len(masks)} masks for {len(truth)} rows", remedy="give one for each row"
         )
-    scorer = RougeScorer(list(ROUGES))
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     rows = [
-        _row(right, laid(right, said), mask, decode, scorer)
-        for right, said, mask in zip(truth, guess, masks, strict=True)
-        if any(_fitting(right, mask))
+        _row(right, aligned_guess(right, guessed), mask, decode, scorer)
+        for right, guessed, mask in zip(truth, guess, masks, strict=True)
+        if any(_checked(right, mask))
     ]
     if not rows:
-        raise AttackError("no token to score", remedy="attack rows that hold some")
+        raise AttackError("no token to score", remedy="attack rows with at least one scored token")
     return _figures(rows, resamples, confidence, random.Random(seed))
 
 
 def share(right: Sequence[bool], *, confidence: float = 0.95) -> Figure:
-    """The share of rows that are right, with its exact interval (Clopper and Pearson 1934).
+    """The share of right rows, 0 to 1, with its exact confidence interval (Clopper and Pearson 1934).
 
-    A bootstrap would say of none in twenty that there can be none at all.
+    Unlike a bootstrap interval, the exact one is not empty if no row is right.
 
     Raises:
-        AttackError: there are none.
+        AttackError: there are no rows.
     """
     if not right:
-        raise AttackError("no row to score", remedy="attack some")
+        raise AttackError("no row to score", remedy="attack at least one row")
     interval = binomtest(sum(right), len(right)).proportion_ci(confidence, method="exact")
     return Figure(fmean(right), float(interval.low), float(interval.high))
 
 
-def laid(truth: Sequence[int], guess: Sequence[int]) -> list[int]:
-    """The guess with as many tokens as the truth, laid at the end that agrees more (the beginning, if both do)."""
+def aligned_guess(truth: Sequence[int], guess: Sequence[int]) -> list[int]:
+    """The guess cut or padded with ``ABSENT`` to the row's length, at the end where more tokens agree.
+
+    The beginning is taken if both ends agree equally.
+    """
     length, missing = len(truth), max(len(truth) - len(guess), 0)
     left = [*guess[:length], *[ABSENT] * missing]
     right = [*[ABSENT] * missing, *guess[max(len(guess) - length, 0) :]]
-    return max(left, right, key=lambda laid: hits(truth, laid))
+    return max(left, right, key=lambda aligned: hits(truth, aligned))
 
 
 def hits(truth: Sequence[int], guess: Sequence[int]) -> int:
-    """Places that agree, of two rows of one length."""
-    return sum(right == said for right, said in zip(truth, guess, strict=True))
+    """Number of positions with equal tokens, of two rows of one length."""
+    return sum(right == guessed for right, guessed in zip(truth, guess, strict=True))
 
 
-def _fitting(truth: Sequence[int], mask: Sequence[bool]) -> Sequence[bool]:
+def _checked(truth: Sequence[int], mask: Sequence[bool]) -> Sequence[bool]:
     if len(mask) != len(truth):
-        raise AttackError(f"a mask of {len(mask)} for a row of {len(truth)} tokens", remedy="give one value a token")
+        raise AttackError(f"a mask of {len(mask)} for a row of {len(truth)} tokens", remedy="give one value per token")
     return mask
 
 
-def _row(truth: Sequence[int], guess: Sequence[int], mask: Sequence[bool], decode: Decode, scorer: RougeScorer) -> Row:
+def _row(
+    truth: Sequence[int], guess: Sequence[int], mask: Sequence[bool], decode: Detokenize, scorer: RougeScorer
+) -> RowScore:
     right = [token for token, counts in zip(truth, mask, strict=True) if counts]
-    said = [token for token, counts in zip(guess, mask, strict=True) if counts]
-    found = hits(right, said)
-    reference, text = decode(right), decode([token for token in said if token != ABSENT])
+    guessed = [token for token, counts in zip(guess, mask, strict=True) if counts]
+    reference, text = decode(right), decode([token for token in guessed if token != ABSENT])
     rouge = scorer.score(reference, text)
     bleu = sentence_bleu(text, [reference]).score / 100
-    return Row(
-        found,
+    return RowScore(
+        hits(right, guessed),
         len(right),
-        float(right == said),
+        float(right == guessed),
         rouge["rouge1"].fmeasure,
         rouge["rouge2"].fmeasure,
         rouge["rougeL"].fmeasure,
@@ -135,7 +145,7 @@ def _row(truth: Sequence[int], guess: Sequence[int], mask: Sequence[bool], decod
     )
 
 
-MEASURES: Mapping[str, Callable[[Sequence[Row]], float]] = {
+MEASURES: Mapping[str, Callable[[Sequence[RowScore]], float]] = {
     "token_accuracy": lambda rows: sum(row.hits for row in rows) / sum(row.tokens for row in rows),
     "exact_match": lambda rows: fmean(row.exact for row in rows),
     "rouge1": lambda rows: fmean(row.rouge1 for row in rows),
@@ -145,13 +155,18 @@ MEASURES: Mapping[str, Callable[[Sequence[Row]], float]] = {
 }
 
 
-def _figures(rows: list[Row], resamples: int, confidence: float, draw: random.Random) -> dict[str, Figure]:
+def _figures(rows: list[RowScore], resamples: int, confidence: float, draw: random.Random) -> dict[str, Figure]:
     samples = [draw.choices(rows, k=len(rows)) for _ in range(resamples)]
     return {name: bootstrap(measure, rows, samples, confidence) for name, measure in MEASURES.items()}
 
 
-def bootstrap(measure: Callable[[Rows], float], rows: Rows, samples: Iterable[Rows], confidence: float) -> Figure:
-    """A measure of these rows, with the percentile bootstrap's interval from samples of them."""
+def bootstrap(measure: Callable[[_Rows], float], rows: _Rows, samples: Iterable[_Rows], confidence: float) -> Figure:
+    """A measure of these rows, with the percentile bootstrap interval.
+
+    Args:
+        samples: bootstrap samples of the rows.
+        confidence: of the interval.
+    """
     drawn = np.array([measure(sample) for sample in samples])
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Figure(measure(rows), float(low), float(high))

@@ -1,4 +1,4 @@
-"""The recipe's prompt template in tokens: what stands before and after the text of every prompt, known to everybody."""
+"""The recipe's prompt template in tokens: the beginning and end of every prompt, which every party knows."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from transformers import PreTrainedTokenizerBase
 from isthmus.recipe import TaskSection
 
 Text = tuple[int, ...]
+"""A text in tokens."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """Tokens around a text."""
+    """Tokens before and after a text."""
 
     before: Text = ()
     after: Text = ()
 
     def filled(self, text: Sequence[int]) -> Text:
+        """The template with this text."""
         return (*self.before, *text, *self.after)
 
     def text_of(self, tokens: Sequence[int]) -> Text:
-        """What stands within; a row that was cut at its beginning has lost ``before``."""
+        """A filled template without the template. ``before`` may be missing: long rows lose their beginning."""
         text, first, last = tuple(tokens), len(self.before), len(self.after)
         if first and text[:first] == self.before:
             text = text[first:]
@@ -32,9 +34,10 @@ class Template:
 
 
 def template_of(task: TaskSection, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """What the recipe tells of every row that bottom reads.
+    """The template of a training row's input.
 
-    Where an answer has more than one token, the row goes on behind the prompt, so that nothing is known of its end.
+    ``after`` is empty unless every answer is one token: the first tokens of a longer answer follow the prompt. Without
+    a field in the prompt the template is empty.
     """
     pieces = list(Formatter().parse(task.prompt))
     fields = [number for number, (_, name, _, _) in enumerate(pieces) if name is not None]
@@ -43,6 +46,6 @@ def template_of(task: TaskSection, tokenizer: PreTrainedTokenizerBase) -> Templa
     before = "".join(literal for literal, *_ in pieces[: fields[0] + 1])
     after = "".join(literal for literal, *_ in pieces[fields[-1] + 1 :])
     first: list[int] = tokenizer(before)["input_ids"]
-    short = all(len(tokenizer(one, add_special_tokens=False)["input_ids"]) == 1 for one in task.choices)
-    last: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"] if task.choices and short else []
+    one_token = all(len(tokenizer(one, add_special_tokens=False)["input_ids"]) == 1 for one in task.choices)
+    last: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"] if task.choices and one_token else []
     return Template(tuple(first), tuple(last))

@@ -1,1 +1,1 @@
-"""Runs attacks over a run and scores what they find."""
+"""Attacks on a run or a recipe: each adversary's view is captured, attacked, and scored against the truth."""

@@ -1,12 +1,12 @@
-"""Capturing: a silo's rows pushed through its own boundary in this process, behind a tap, to fill an adversary's view.
+"""Capture of an adversary's view: a silo trains or generates in this process while a tap records its frames.
 
-What is captured is what the silo's own code sends in training and inference; the truth stays apart from the view.
+The frames come from the silo's own code. The true tokens are kept apart from the view.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from google.protobuf.message import Message
 
-from isthmus.attacks.view.frames import contributions_of, crossings_of
+from isthmus.attacks.view.frames import crossings_of, updates_of
 from isthmus.attacks.view.tap import Tap
-from isthmus.attacks.view.view import Contribution, Crossing, Pair
+from isthmus.attacks.view.view import Crossing, KnownPair, ObservedUpdate
+from isthmus.audit.target import Target
 from isthmus.data.tokens import Tokens, collate
 from isthmus.errors import AttackError, ProtocolError
 from isthmus.federation.aggregator import RootService
@@ -26,58 +27,36 @@ from isthmus.recipe import Recipe
 from isthmus.silo.join import Silo, greeting, join, known_data
 from isthmus.silo.trainer import evaluate
 from isthmus.silo.worker import Worker
-from isthmus.storage.record import RoleDirectory, RunDirectory
+from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel, Service
 
 BATCH = 8
+"""Rows per forward pass."""
 MAX_TOKENS = 32
-Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Source:
-    """The federation whose boundary is attacked: a recipe and, if it has run, what its rounds have learned."""
-
-    recipe: Recipe
-    run: RunDirectory | None = None
-
-    @property
-    def completed(self) -> int:
-        """Rounds behind the adapters."""
-        return self.run.completed() if self.run is not None else 0
-
-    def shared(self) -> Tensors:
-        """The ends' adapters as root and silos have them; empty before the first round."""
-        return self._round("root")["shared"]
-
-    def trunk_adapter(self) -> Tensors:
-        return self._round("trunk")["adapter"]
-
-    def _round(self, role: str) -> dict[str, Tensors]:
-        if self.run is None or not self.completed:
-            return {"shared": {}, "adapter": {}}
-        return self.run.role(role).load_round(self.completed)
+"""Tokens of an attacked answer."""
 
 
 @dataclass(frozen=True)
 class Captured:
-    """What the trunk sees of some rows, and what they really were: the latter is for scores only."""
+    """The trunk's view of some rows, and their tokens."""
 
     crossings: tuple[Crossing, ...]
     truth: tuple[tuple[int, ...], ...]
+    """Input tokens of each crossing, for scoring only."""
 
 
-class Silence:
-    """A service in a trunk's place that answers with zeros: for rows of which only the way up counts."""
+class ZeroTrunk:
+    """A stand-in for the trunk that answers every forward pass with zeros, where only the silo's frames matter."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._codec = recipe.boundary.codec.forward_down
         self._width: int = Checkpoint(recipe.model.path).config.hidden_size
 
     def handle(self, peer: str, request: Message) -> Answer:
+        """Answer a request of ``wire.channel.Service``."""
         answer: Answer = Answer()
         answer.set_result(self._answer(request))
         return answer
@@ -89,16 +68,19 @@ class Silence:
             return pb.Kept()
         if isinstance(request, pb.Forward):
             return pb.Hidden(hidden=codec.encode(torch.zeros(sum(request.lengths), self._width), self._codec))
-        raise ProtocolError(f"silence does not answer {type(request).__name__}", remedy="use a trunk")
+        raise ProtocolError(f"ZeroTrunk does not answer {type(request).__name__}", remedy="use TrunkService")
 
 
-def capture_rows(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
-    """One training step each of these rows of a silo (forward and backward, no optimizer step).
+def capture_rows(target: Target, name: str, rows: Sequence[Tokens]) -> Captured:
+    """Frames of one forward and backward pass of a silo over each row, without optimizer steps.
 
-    Steps have as many rows as the recipe's, and weights as their commits would tell.
+    Batches have the recipe's size. Each crossing's weight is its batch's number of supervised tokens.
+
+    Args:
+        name: the silo.
     """
-    size, weights = source.recipe.train.batch, list[float]()
-    with torch.enable_grad(), opened_trunk(source) as service, tapped(source, name, service) as (silo, tap):
+    size, weights = target.recipe.train.batch, list[float]()
+    with torch.enable_grad(), restored_trunk(target) as service, tapped_silo(target, name, service) as (silo, tap):
         for start in range(0, len(rows), size):
             silo.model.zero_grad()
             batch = collate(list(rows[start : start + size]), _pad(silo)).to(silo.model.device)
@@ -109,54 +91,58 @@ def capture_rows(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
         return Captured(weighed, tuple(tuple(row.input) for row in rows))
 
 
-def measure(source: Source, name: str, rows: list[Tokens]) -> float:
-    """The task's accuracy on these rows of a silo, where answers are choices."""
-    with opened_trunk(source) as service, tapped(source, name, service) as (silo, _):
-        return evaluate(silo.model, known_data(source.recipe, name, silo), rows)["accuracy"]
+def measure_accuracy(target: Target, name: str, rows: list[Tokens]) -> float:
+    """Accuracy of the target's model on these rows of a silo, 0 to 1, where answers are choices."""
+    with restored_trunk(target) as service, tapped_silo(target, name, service) as (silo, _):
+        return evaluate(silo.model, known_data(target.recipe, name, silo), rows)["accuracy"]
 
 
-def capture_answers(source: Source, name: str, rows: Sequence[Tokens]) -> Captured:
-    """Greedy answers to these rows' prompts, ``MAX_TOKENS`` tokens each."""
-    with opened_trunk(source) as service, tapped(source, name, service) as (silo, tap):
-        truth = [_answered(silo, row) for row in rows]
+def capture_answers(target: Target, name: str, rows: Sequence[Tokens]) -> Captured:
+    """Frames of a silo that generates a greedy answer of ``MAX_TOKENS`` tokens to each row's prompt."""
+    with restored_trunk(target) as service, tapped_silo(target, name, service) as (silo, tap):
+        truth = [_generate(silo, row) for row in rows]
         return Captured(crossings_of(name, tap.exchanges), tuple(truth))
 
 
 @torch.no_grad()
 def capture_pairs(
-    source: Source, name: str, rows: Sequence[Tokens], *, trained: bool = True, draws: int = 1
-) -> tuple[Pair, ...]:
-    """Rows of an adversary's own, pushed through a silo's boundary, with what arrives of them.
+    target: Target, name: str, rows: Sequence[Tokens], *, trained: bool = True, draws: int = 1
+) -> tuple[KnownPair, ...]:
+    """An adversary's own rows, each with its crossing of a silo's boundary, in the rows' order.
 
     Args:
-        trained: with the adapters of the run; else with those that the recipe starts with, which anybody can make.
-        draws: how often, each time with fresh noise.
+        name: the silo whose boundary they cross.
+        trained: use the run's adapters; False: the recipe's initial ones, which anyone can compute.
+        draws: crossings per row, each with fresh noise. The result holds all rows once per draw.
     """
-    own = Source(source.recipe, source.run if trained else None)
-    pairs: list[Pair] = []
+    own = Target(target.recipe, target.run if trained else None)
+    pairs: list[KnownPair] = []
     for _ in range(draws):
-        with tapped(own, name, Silence(source.recipe)) as (silo, tap):
+        with tapped_silo(own, name, ZeroTrunk(target.recipe)) as (silo, tap):
             for start in range(0, len(rows), BATCH):
                 batch = collate(list(rows[start : start + BATCH]), _pad(silo)).to(silo.model.device)
                 silo.model(**batch.inputs(), use_cache=False)
             crossings = crossings_of(name, tap.exchanges)
-        pairs += [Pair(tuple(row.input), crossing) for row, crossing in zip(rows, crossings, strict=True)]
+        pairs += [KnownPair(tuple(row.input), crossing) for row, crossing in zip(rows, crossings, strict=True)]
     return tuple(pairs)
 
 
-def capture_round(source: Source, name: str) -> tuple[Contribution, ...]:
-    """What the root sees of one round in which this silo trains alone, after those that the run has finished.
+def capture_round(target: Target, name: str) -> tuple[ObservedUpdate, ...]:
+    """The updates that the root receives in one more round, in which this silo trains alone.
 
     Raises:
-        AttackError: the silo's adapters are of another rank than the attacks' own.
+        AttackError: the silo's LoRA rank is not the recipe's ``lora.rank``.
     """
-    recipe = _alone(source, name)
+    recipe = _alone(target, name)
     if recipe.of_silo(name).lora.rank != recipe.lora.rank:
-        raise AttackError(f"{name} has adapters of a rank of its own", remedy="attack a silo that has lora.rank")
-    with tempfile.TemporaryDirectory() as temporary, opened_trunk(source, recipe) as service:
+        raise AttackError(
+            f"{name} has its own LoRA rank, {recipe.of_silo(name).lora.rank}",
+            remedy=f"attack a silo of rank lora.rank = {recipe.lora.rank}",
+        )
+    with tempfile.TemporaryDirectory() as temporary, restored_trunk(target, recipe) as service:
         root = RoleDirectory(Path(temporary) / "root")
-        if source.completed:
-            root.save_round(source.completed, {"shared": dict(source.shared())})
+        if target.completed:
+            root.save_round(target.completed, {"shared": dict(target.shared())})
         tap = Tap(LoopbackChannel(RootService(recipe, root), name))
         trunk = Tap(LoopbackChannel(service, name, greeting=greeting(Checkpoint(recipe.model.path), recipe)))
         worker = Worker(recipe, name, RoleDirectory(Path(temporary) / name), trunk=trunk, root=tap)
@@ -165,19 +151,19 @@ def capture_round(source: Source, name: str) -> tuple[Contribution, ...]:
         finally:
             worker.close()
         lengths = tuple(one.length for one in crossings_of(name, trunk.exchanges) if one.kind == "train")
-        return tuple(replace(one, lengths=lengths) for one in contributions_of(name, tap.exchanges))
+        return tuple(replace(one, lengths=lengths) for one in updates_of(name, tap.exchanges))
 
 
 @contextmanager
-def tapped(source: Source, name: str, service: Service) -> Iterator[tuple[Silo, Tap]]:
-    """The silo with the source's adapters, its way to the service behind a tap."""
-    recipe = source.recipe
+def tapped_silo(target: Target, name: str, service: Service) -> Iterator[tuple[Silo, Tap]]:
+    """A silo with the target's adapters, connected to ``service`` through a tap; yields both."""
+    recipe = target.recipe
     hello = greeting(Checkpoint(recipe.model.path), recipe)
     with tempfile.TemporaryDirectory() as temporary:
         tap = Tap(LoopbackChannel(service, name, greeting=hello, limit=recipe.wire.max_frame_bytes))
         silo = join(recipe, name, channel=tap, releases=Path(temporary) / "released")
         for part in silo.parts:
-            adapters.load_adapter(part, source.shared())
+            adapters.load_adapter(part, target.shared())
         try:
             yield silo, tap
         finally:
@@ -185,30 +171,34 @@ def tapped(source: Source, name: str, service: Service) -> Iterator[tuple[Silo, 
 
 
 @contextmanager
-def opened_trunk(source: Source, recipe: Recipe | None = None) -> Iterator[TrunkService]:
-    """A trunk in this process that writes nothing into the run, with its adapter after the last round."""
+def restored_trunk(target: Target, recipe: Recipe | None = None) -> Iterator[TrunkService]:
+    """A trunk in this process with the target's trunk adapter. It writes nothing to the run directory.
+
+    Args:
+        recipe: the trunk's recipe; None: the target's.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         directory = RoleDirectory(Path(temporary))
-        if source.run is not None and source.completed:
-            directory.save_round(source.completed, source.run.role("trunk").load_round(source.completed))
-        service = TrunkService(recipe or source.recipe, directory)
+        if target.run is not None and target.completed:
+            directory.save_round(target.completed, target.run.role("trunk").load_round(target.completed))
+        service = TrunkService(recipe or target.recipe, directory)
         try:
-            service.restore(source.completed)
+            service.restore(target.completed)
             yield service
         finally:
             service.stop()
 
 
-def _alone(source: Source, name: str) -> Recipe:
-    """The recipe with one more round, for this silo alone."""
-    recipe = source.recipe
-    train = recipe.train.model_copy(update={"rounds": source.completed + 1, "evaluate": False})
+def _alone(target: Target, name: str) -> Recipe:
+    """The target's recipe with one more round and this silo only."""
+    recipe = target.recipe
+    train = recipe.train.model_copy(update={"rounds": target.completed + 1, "evaluate": False})
     root = recipe.root.model_copy(update={"minimum": None})
     return recipe.model_copy(update={"train": train, "root": root, "silo": (recipe.party(name),)})
 
 
-def _answered(silo: Silo, row: Tokens) -> tuple[int, ...]:
-    """All tokens that crossed: those of the prompt and, but for the last, of the answer."""
+def _generate(silo: Silo, row: Tokens) -> tuple[int, ...]:
+    """Generate an answer; returns the tokens that crossed: the prompt and the answer without its last token."""
     ids_BL = torch.tensor([row.prompt], device=silo.model.device)
     output_BL = silo.model.generate(
         input_ids=ids_BL,

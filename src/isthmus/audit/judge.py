@@ -1,4 +1,4 @@
-"""What attacks found, scored against the truth, which no adversary sees."""
+"""Scores of attacks: what they recovered against the truth, which no adversary sees."""
 
 from __future__ import annotations
 
@@ -7,89 +7,103 @@ from dataclasses import dataclass, field
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from isthmus.attacks.found import Found, Labels, Ranks, Scores, Texts
-from isthmus.attacks.found import Tokens as FoundTokens
-from isthmus.attacks.gradients.labels import named
+from isthmus.attacks.gradients.labels import relabel_clusters
 from isthmus.attacks.membership.inference import separation
+from isthmus.attacks.recovered import (
+    CandidateRanks,
+    LabelGuesses,
+    MembershipScores,
+    Recovered,
+    RecoveredTexts,
+    RecoveredTokens,
+)
 from isthmus.attacks.score import Figure, score, share
 from isthmus.audit.scenario import Scenario
 from isthmus.data.tokens import Tokens
 from isthmus.tasks.metrics import majority
 
-Sensitive = Callable[[Sequence[int]], list[bool]]
+SensitiveMask = Callable[[Sequence[int]], list[bool]]
+"""From a row's tokens to whether each of them is sensitive."""
 Scored = Iterator[tuple[str, dict[str, Figure], tuple[str, ...]]]
-"""What the figures are of, the figures, notes."""
+"""The scored part (``AttackResult.tokens``), its figures by name, and notes."""
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one attack by one adversary recovered."""
+class AttackResult:
+    """The scores of one attack by one adversary."""
 
     adversary: str
     attack: str
     victim: str
     rows: int
+    """Number of rows that are scored."""
     own_rows: int
+    """Number of rows that the adversary learned from."""
     seconds: float
+    """Duration of the attack, without capturing."""
     tokens: str
-    """What the figures are of. Of tokens: ``all``, ``text`` (not what all rows have in common at their ends: the
-    template), ``sensitive``, ``response``, or an ``update``'s. Of ``candidates``: how often the right one was named.
-    Of labels and membership: by which method, or that of the ``strongest``."""
+    """The scored part. Recovered tokens: ``all``; ``text`` (without the template, the ends that all prompts share);
+    ``sensitive``; ``response``; ``update`` (the rows behind an update). Identification: ``candidates``. Labels and
+    membership: the method's name, or ``strongest`` for the best method."""
     figures: dict[str, Figure]
+    """Scores by name (see ``attack.FIGURE_COLUMNS``)."""
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores what was found on this scenario.
+    """Scores attacks on one scenario.
 
     Args:
-        inference: the victim's answers were attacked, not its training.
-        sensitive: which tokens of a row are; scored apart then.
+        inference: the victim's inference was attacked, not its training.
+        sensitive: marks the sensitive tokens of a row; they are then also scored separately.
     """
 
     scenario: Scenario
     inference: bool
-    sensitive: Sensitive | None = field(default=None)
+    sensitive: SensitiveMask | None = field(default=None)
 
-    def results(self, told: tuple[str, str], found: Found, seconds: float, own_rows: int) -> list[Result]:
-        """One result for each thing that figures are of.
+    def results(
+        self, adversary: str, attack: str, recovered: Recovered, seconds: float, own_rows: int
+    ) -> list[AttackResult]:
+        """One result per scored part.
 
         Args:
-            told: adversary and attack.
-            own_rows: from which the adversary learned.
+            seconds: duration of the attack.
+            own_rows: number of rows that the adversary learned from.
         """
-        rows, scored = self._scored(found)
+        rows, scored = self._scored(recovered)
+        victim, seconds = self.scenario.victim, round(seconds, 1)
         return [
-            Result(*told, self.scenario.victim, rows, own_rows, round(seconds, 1), of, figures, notes)
-            for of, figures, notes in scored
+            AttackResult(adversary, attack, victim, rows, own_rows, seconds, part, figures, notes)
+            for part, figures, notes in scored
         ]
 
-    def _scored(self, found: Found) -> tuple[int, Scored]:
-        """Of how many rows, and the figures."""
+    def _scored(self, recovered: Recovered) -> tuple[int, Scored]:
+        """Number of scored rows, and the scores."""
         scenario = self.scenario
-        if isinstance(found, Labels):
-            return len(scenario.rows), self._labels(found)
-        if isinstance(found, Texts):
-            return len(scenario.trained), self._texts(found)
-        if isinstance(found, Scores):
-            return sum(map(len, scenario.asked)), self._membership(found)
-        if isinstance(found, Ranks):
-            return len(scenario.rows), self._identified(found)
-        return len(scenario.rows), self._response(found) if found.response else self._tokens(found)
+        if isinstance(recovered, LabelGuesses):
+            return len(scenario.rows), self._labels(recovered)
+        if isinstance(recovered, RecoveredTexts):
+            return len(scenario.update_rows), self._texts(recovered)
+        if isinstance(recovered, MembershipScores):
+            return sum(map(len, scenario.membership_rows)), self._membership(recovered)
+        if isinstance(recovered, CandidateRanks):
+            return len(scenario.rows), self._identified(recovered)
+        return len(scenario.rows), self._response(recovered) if recovered.response else self._tokens(recovered)
 
-    def _tokens(self, found: FoundTokens) -> Scored:
-        """On all tokens, on those of the text, and on sensitive ones."""
+    def _tokens(self, recovered: RecoveredTokens) -> Scored:
+        """Scores on all tokens, on those outside the template, and on the sensitive ones."""
         truth = self.scenario.captured.truth
         masks = {"all": None, "text": None if self.inference else _text(self.scenario.rows)}
         if self.sensitive is not None:
             sensitive = [self.sensitive(row) for row in truth]
             masks |= {"sensitive": sensitive} if any(map(any, sensitive)) else {}
-        for of, mask in masks.items():
-            yield of, score(truth, found.ids, self._decode, only=mask), ()
+        for part, mask in masks.items():
+            yield part, score(truth, recovered.ids, self._decode, only=mask), ()
 
-    def _response(self, found: FoundTokens) -> Scored:
-        """On the answer's tokens, without the one that closes every answer."""
+    def _response(self, recovered: RecoveredTokens) -> Scored:
+        """Scores on the answers' tokens, without the end-of-text token."""
         rows = self.scenario.rows
         whole = self.scenario.captured.truth if self.inference else [(*row.prompt, *row.answer) for row in rows]
         end = self.scenario.tokenizer.eos_token_id
@@ -97,32 +111,36 @@ class Judge:
             [place >= len(row.prompt) and token != end for place, token in enumerate(tokens)]
             for row, tokens in zip(rows, whole, strict=True)
         ]
-        yield "response", score(whole, found.ids, self._decode, only=masks), ()
+        yield "response", score(whole, recovered.ids, self._decode, only=masks), ()
 
-    def _labels(self, found: Labels) -> Scored:
-        """Accuracy by each method, beside that of always saying the commonest label, and the task's own."""
+    def _labels(self, recovered: LabelGuesses) -> Scored:
+        """Accuracy of each method, with the accuracy of the most common label and of the model itself."""
         choices = self.scenario.choices
         right = [choices.index(tuple(row.answer)) for row in self.scenario.rows]
         commonest = max(right, key=right.count)
         assert majority(right) == right.count(commonest) / len(right)
-        beside = {"majority": share([label == commonest for label in right]), "task_accuracy": self.scenario.measured}
-        said = {
-            method: named(labels, right) if method in found.unnamed else labels for method, labels in found.by.items()
+        baselines = {
+            "majority": share([label == commonest for label in right]),
+            "task_accuracy": self.scenario.task_accuracy,
+        }
+        guesses = {
+            method: relabel_clusters(labels, right) if method in recovered.clusters else labels
+            for method, labels in recovered.by.items()
         }
         figures = {
-            method: {"accuracy": share([one == two for one, two in zip(labels, right, strict=True)]), **beside}
-            for method, labels in said.items()
+            method: {"accuracy": share([one == two for one, two in zip(labels, right, strict=True)]), **baselines}
+            for method, labels in guesses.items()
         }
         best = max(figures, key=lambda method: figures[method]["accuracy"].value)
-        yield "strongest", figures[best], (best, *found.notes)
+        yield "strongest", figures[best], (best, *recovered.notes)
         for method, one in figures.items():
             yield method, one, ()
 
-    def _texts(self, found: Texts) -> Scored:
-        """Each row behind the update against that of the texts which is most like it: this favours the attack."""
-        truth = [(*row.prompt, *row.answer) for row in self.scenario.trained]
+    def _texts(self, recovered: RecoveredTexts) -> Scored:
+        """Scores of each row behind the update against the recovered text most like it, which favours the attack."""
+        truth = [(*row.prompt, *row.answer) for row in self.scenario.update_rows]
         scorer = RougeScorer(["rouge1", "rougeL"])
-        said = [(text, self._decode(text)) for text in found.ids] or [([], "")]
+        texts = [(text, self._decode(text)) for text in recovered.ids] or [([], "")]
 
         def likeness(reference: str, text: str) -> float:
             return sum(float(one.fmeasure) for one in scorer.score(reference, text).values())
@@ -130,36 +148,32 @@ class Judge:
         guesses = []
         for row in truth:
             reference = self._decode(list(row))
-            guesses.append(max(said, key=lambda pair: likeness(reference, pair[1]))[0])
-        yield "update", score(truth, guesses, self._decode), found.notes
+            guesses.append(max(texts, key=lambda pair: likeness(reference, pair[1]))[0])
+        yield "update", score(truth, guesses, self._decode), recovered.notes
 
-    def _membership(self, found: Scores) -> Scored:
-        """How well each method tells rows that were trained on from others."""
-        members, others = self.scenario.asked
-        told = [True] * len(members) + [False] * len(others)
+    def _membership(self, recovered: MembershipScores) -> Scored:
+        """AUC and true positive rate of each method over training rows and held-out rows."""
+        members, others = self.scenario.membership_rows
+        is_member = [True] * len(members) + [False] * len(others)
         figures = {}
-        for method, scores in found.by.items():
-            apart = separation(scores, told)
-            auc, tpr = apart.auc, apart.tpr
-            figures[method] = {
-                "auc": Figure(auc.value, auc.low, auc.high),
-                "tpr_at_1_fpr": Figure(tpr.value, tpr.low, tpr.high),
-            }
+        for method, scores in recovered.by.items():
+            separated = separation(scores, is_member)
+            figures[method] = {"auc": separated.auc, "tpr_at_1_fpr": separated.tpr}
         best = max(figures, key=lambda method: figures[method]["auc"].value)
-        yield "strongest", figures[best], (best, *found.notes)
+        yield "strongest", figures[best], (best, *recovered.notes)
         for method, one in figures.items():
             yield method, one, ()
 
-    def _identified(self, found: Ranks) -> Scored:
-        """How often the right candidate was named first, or among the first ten; beside it, what a blind guess has."""
+    def _identified(self, recovered: CandidateRanks) -> Scored:
+        """Share of rows whose candidate is ranked first, and among the first ten; chance is a random first rank."""
         candidates = [tuple(row.input) for row in self.scenario.candidates]
-        told = zip(self.scenario.captured.truth, found.by_row, strict=True)
-        ranks = [[candidates[number] == right for number in ranked] for right, ranked in told]
-        blind = 1 / len(candidates)
+        pairs = zip(self.scenario.captured.truth, recovered.by_row, strict=True)
+        hits = [[candidates[number] == right for number in ranked] for right, ranked in pairs]
+        chance = 1 / len(candidates)
         figures = {
-            "top1": share([any(ranked[:1]) for ranked in ranks]),
-            "top10": share([any(ranked[:10]) for ranked in ranks]),
-            "chance": Figure(blind, blind, blind),
+            "top1": share([any(ranked[:1]) for ranked in hits]),
+            "top10": share([any(ranked[:10]) for ranked in hits]),
+            "chance": Figure(chance, chance, chance),
         }
         yield "candidates", figures, (f"among {len(candidates)}",)
 
@@ -169,7 +183,8 @@ class Judge:
 
 
 def _text(rows: Sequence[Tokens]) -> list[list[bool]] | None:
-    """Which tokens are no template: not at an end of the prompt that all rows share. None if no such end is there."""
+    """Masks of the tokens outside the template, that is outside the ends that all prompts share; None if they share
+    no end, or if all prompts are equal."""
     prompts = [row.prompt for row in rows]
     before, after = _shared(prompts), _shared([prompt[::-1] for prompt in prompts])
     if len(set(map(tuple, prompts))) == 1 or not before + after:
@@ -181,6 +196,6 @@ def _text(rows: Sequence[Tokens]) -> list[list[bool]] | None:
 
 
 def _shared(rows: Sequence[Sequence[int]]) -> int:
-    """Tokens that all rows begin with."""
+    """Number of tokens with which all rows begin."""
     columns = zip(*rows, strict=False)
     return next((place for place, column in enumerate(columns) if len(set(column)) > 1), min(map(len, rows)))

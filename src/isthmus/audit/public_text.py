@@ -1,4 +1,4 @@
-"""Public text that an adversary learns from: a file of its own, or drawn from the public model."""
+"""Public text that an adversary learns from: lines of a file, or samples from the public model."""
 
 from __future__ import annotations
 
@@ -9,29 +9,37 @@ import torch
 from isthmus.attacks.knowledge import public_model
 from isthmus.errors import AttackError
 
-SAMPLED = 256
-"""Rows that are drawn from the public model for an adversary without text of its own."""
+PUBLIC_REMEDY = "give --public a UTF-8 text file with one row per line"
+SAMPLED_ROWS = 256
+"""Most rows that are sampled from the public model for an adversary without a file of text."""
 SAMPLED_TOKENS = 48
+"""Tokens of a sampled row, without its random first token."""
 
 
-def lines_of(path: Path) -> list[str]:
-    """The file's rows, one a line.
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that are not blank.
 
     Raises:
-        AttackError: it cannot be read, or holds none.
+        AttackError: the file cannot be read or has no such line.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise AttackError(f"cannot read {path}", remedy="give --public a UTF-8 file, a row a line") from error
+        raise AttackError(f"cannot read {path}", remedy=PUBLIC_REMEDY) from error
     if not lines:
-        raise AttackError(f"{path} holds no text", remedy="give --public a UTF-8 file, a row a line")
+        raise AttackError(f"{path} holds no text", remedy=PUBLIC_REMEDY)
     return lines
 
 
 @torch.no_grad()
-def sampled(folder: Path, seed: int, count: int, length: int = SAMPLED_TOKENS) -> list[list[int]]:
-    """Text drawn from the public model, in tokens; each row begins with a random one."""
+def sample_public_text(folder: Path, seed: int, count: int, length: int = SAMPLED_TOKENS) -> list[list[int]]:
+    """Rows of tokens sampled from the public model. torch's global random state is unchanged.
+
+    Args:
+        folder: the public model's.
+        count: number of rows.
+        length: tokens that follow a row's first token, which is drawn uniformly from the vocabulary.
+    """
     model = public_model(folder)
     rows: list[list[int]] = []
     state = torch.get_rng_state()

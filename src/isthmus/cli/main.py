@@ -14,7 +14,7 @@ from isthmus.engines.threads import share_cores
 from isthmus.errors import IsthmusError
 
 app = typer.Typer(
-    help="Fine-tune one language model together, on text that nobody may share.",
+    help="Fine-tune one language model across silos that cannot share their text.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -22,14 +22,14 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(help="The federation's recipe (TOML).")]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
-RunOption = Annotated[Path, typer.Option("--run-dir", help="Where this role writes.")]
-Address = Annotated[Optional[str], typer.Option(help="host:port in place of the recipe's.")]  # noqa: UP045
+RunOption = Annotated[Path, typer.Option("--run-dir", help="The run directory that this role writes to.")]
+Address = Annotated[Optional[str], typer.Option(help="host:port instead of the recipe's address.")]  # noqa: UP045
 
 
 @app.command()
 def run(
     recipe: Annotated[Optional[Path], typer.Argument(help="The federation's recipe (TOML).")] = None,  # noqa: UP045
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where the run is written.")] = Path("runs/latest"),
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="The run directory to create.")] = Path("runs/latest"),
     resume: Annotated[Optional[Path], typer.Option(help="Continue the run in this directory.")] = None,  # noqa: UP045
 ) -> None:
     """Run a whole federation on this machine."""
@@ -55,27 +55,27 @@ def trunk(
     recipe: RecipePath,
     run_dir: RunOption = Path("runs/trunk"),
     address: Address = None,
-    with_root: Annotated[bool, typer.Option(help="Be the root too, at the same address.")] = False,
+    with_root: Annotated[bool, typer.Option(help="Serve the root too, at the same address.")] = False,
 ) -> None:
-    """Serve the middle of the model."""
+    """Serve the trunk, the middle blocks of the model."""
     from isthmus.engines.local import at_address
-    from isthmus.engines.roles import serve
+    from isthmus.engines.roles import serve_roles
     from isthmus.recipe import Recipe
     from isthmus.storage.record import RunDirectory
 
     roles = ("trunk", "root") if with_root else ("trunk",)
-    serve(at_address(Recipe.read(recipe), address, roles), RunDirectory(run_dir), roles)
+    serve_roles(at_address(Recipe.read(recipe), address, roles), RunDirectory(run_dir), roles)
 
 
 @app.command()
 def root(recipe: RecipePath, run_dir: RunOption = Path("runs/root"), address: Address = None) -> None:
-    """Lead the rounds and combine what the silos learned."""
+    """Serve the root, which leads the rounds and aggregates the silos' updates."""
     from isthmus.engines.local import at_address
-    from isthmus.engines.roles import serve
+    from isthmus.engines.roles import serve_roles
     from isthmus.recipe import Recipe
     from isthmus.storage.record import RunDirectory
 
-    serve(at_address(Recipe.read(recipe), address, ("root",)), RunDirectory(run_dir), ("root",))
+    serve_roles(at_address(Recipe.read(recipe), address, ("root",)), RunDirectory(run_dir), ("root",))
 
 
 @app.command()
@@ -86,7 +86,7 @@ def edge(
     address: Address = None,
     parent: Address = None,
 ) -> None:
-    """Sum what a cohort of silos learned, and pass the sum on."""
+    """Serve an edge, which sums the updates of its silos and sends the sum to its parent."""
     from isthmus.engines.local import at_address
     from isthmus.engines.roles import serve_edge
     from isthmus.recipe import Recipe
@@ -103,41 +103,41 @@ def silo(
     run_dir: RunOption = Path("runs/silo"),
     trunk: Address = None,
     root: Address = None,
-    edge: Annotated[Optional[list[str]], typer.Option(help="NAME=host:port of an edge; may be given again.")] = None,  # noqa: UP045
+    edge: Annotated[Optional[list[str]], typer.Option(help="An edge's address as NAME=host:port; repeatable.")] = None,  # noqa: UP045
 ) -> None:
-    """Take part with this silo's own text."""
+    """Run one silo, which trains on its own text."""
     from isthmus.engines.local import at_address, at_edge
-    from isthmus.engines.roles import work
+    from isthmus.engines.roles import run_silo
     from isthmus.recipe import Recipe
     from isthmus.storage.record import RunDirectory
 
     read = at_address(at_address(Recipe.read(recipe), trunk, ("trunk",)), root, ("root",))
-    for one in edge or ():
-        read = at_edge(read, one)
-    work(read, RunDirectory(run_dir), name)
+    for option in edge or ():
+        read = at_edge(read, option)
+    run_silo(read, RunDirectory(run_dir), name)
 
 
 @app.command()
 def certificates(recipe: RecipePath) -> None:
-    """Make a certificate for every party of a recipe, where the recipe says."""
+    """Make a certificate for every party of a recipe, in the folder that the recipe names."""
     from isthmus.engines.certificates import make_certificates
     from isthmus.recipe import Recipe
 
     read = Recipe.read(recipe)
     make_certificates(read, Path(read.wire.certificates))
-    typer.echo(f"certificates: {read.wire.certificates} (give each party its own folder, and only that)")
+    typer.echo(f"certificates: {read.wire.certificates} (give each party its own folder and no other)")
 
 
 @app.command()
 def generate(
     run_dir: RunPath,
-    prompt: Annotated[str, typer.Argument(help="What to continue.")],
-    silo: Annotated[Optional[str], typer.Option(help="The silo to be; the first by default.")] = None,  # noqa: UP045
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    prompt: Annotated[str, typer.Argument(help="The text to answer or continue.")],
+    silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the recipe's first by default.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
 ) -> None:
-    """Answer a prompt with the model of a run, split between this process and a trunk."""
-    from isthmus.engines.use import generate_text
+    """Answer a prompt with a run's model, split between this process and a trunk process."""
+    from isthmus.engines.inference import generate_text
     from isthmus.storage.record import RunDirectory
 
     generate_text(RunDirectory.open(run_dir), prompt, silo, max_new_tokens=max_new_tokens, chat=chat)
@@ -146,16 +146,16 @@ def generate(
 @app.command()
 def draft(
     run_dir: RunPath,
-    silo: Annotated[Optional[str], typer.Option(help="The silo to be; the first by default.")] = None,  # noqa: UP045
-    prompts: Annotated[int, typer.Option(min=1, help="Training prompts to answer and learn from.")] = 500,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 96,
+    silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the recipe's first by default.")] = None,  # noqa: UP045
+    prompts: Annotated[int, typer.Option(min=1, help="Training prompts whose answers the draft learns.")] = 500,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 96,
 ) -> None:
-    """Distil what 'generate' drafts with, so that a round trip brings several tokens."""
-    from isthmus.engines.use import make_draft
+    """Distil a small draft model for 'generate', so that one round trip yields several tokens."""
+    from isthmus.engines.inference import make_draft
     from isthmus.storage.record import RunDirectory
 
     run = RunDirectory.open(run_dir)
-    path = make_draft(run, silo, prompts=prompts, max_new_tokens=max_new_tokens, tell=typer.echo)
+    path = make_draft(run, silo, prompts=prompts, max_new_tokens=max_new_tokens, notify=typer.echo)
     typer.echo(f"draft: {path}")
 
 
@@ -164,7 +164,7 @@ def privacy(
     run_dir: RunPath,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; an epsilon without a bound is null.")] = False,
 ) -> None:
-    """Show what has left each silo and what it cost in privacy, from the ledgers, which are verified."""
+    """Show what has left each silo and its privacy cost, from the ledgers, after verifying them."""
     from rich.console import Console
 
     from isthmus.report import privacy_table
@@ -179,10 +179,10 @@ def privacy(
         raise typer.Exit(1)
 
 
-@app.command()
-def export(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="Folder to write.")]) -> None:
-    """Write the run's adapter as a standard PEFT folder for the uncut model."""
-    from isthmus.engines.use import export_adapter
+@app.command(name="export")
+def export_run(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="The folder to write.")]) -> None:
+    """Write a run's adapter as a PEFT folder for the uncut model."""
+    from isthmus.engines.export import export_adapter
     from isthmus.storage.record import RunDirectory
 
     rounds = export_adapter(RunDirectory.open(run_dir), out)
@@ -191,31 +191,42 @@ def export(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="Folder to
 
 @app.command()
 def attack(
-    target: Annotated[Path, typer.Argument(help="A run directory, or a recipe to try out.")],
+    target: Annotated[Path, typer.Argument(help="A run directory, or a recipe that has not run.")],
     adversary: Annotated[
-        list[str], typer.Option(help="trunk, trunk+silo, aggregator or outsider; may be given again.")
+        list[str], typer.Option(help="The adversary: trunk, trunk+silo, aggregator or outsider; repeatable.")
     ] = ["trunk+silo"],  # noqa: B006
-    attack: Annotated[Optional[list[str]], typer.Option(help="Which; may be given again.")] = None,  # noqa: UP045
-    rows: Annotated[int, typer.Option(min=1, help="Rows of the victim.")] = 40,
-    own_rows: Annotated[int, typer.Option(min=2, help="Rows that the adversary learns from, at most.")] = 1000,
-    victim: Annotated[Optional[str], typer.Option(help="A silo; the first by default.")] = None,  # noqa: UP045
-    colluder: Annotated[Optional[str], typer.Option(help="A silo; the first other by default.")] = None,  # noqa: UP045
-    public: Annotated[Optional[Path], typer.Option(help="Public text to learn from, a row a line.")] = None,  # noqa: UP045
-    inference: Annotated[bool, typer.Option(help="Attack answers to the prompts, not training.")] = False,
-    references: Annotated[int, typer.Option(min=0, help="Models trained to compare with, for membership.")] = 2,
-    device: Annotated[str, typer.Option(help="Where attacks compute: cpu, cuda, cuda:1 or auto.")] = "cpu",
+    attack: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="linear, matching, transformer (these three by default), decoder, search, published, identify, "
+            "labels, lens, responses, dager, gradient-matching or membership; repeatable."
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Number of the victim's rows to attack.")] = 40,
+    own_rows: Annotated[int, typer.Option(min=2, help="Most rows that the adversary learns from.")] = 1000,
+    victim: Annotated[Optional[str], typer.Option(help="The silo to attack; the recipe's first by default.")] = None,  # noqa: UP045
+    colluder: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The silo that helps the adversary; the first one that is not the victim by default."),
+    ] = None,
+    public: Annotated[Optional[Path], typer.Option(help="Public text to learn from, one row per line.")] = None,  # noqa: UP045
+    inference: Annotated[bool, typer.Option(help="Attack inference instead of training.")] = False,
+    references: Annotated[int, typer.Option(min=0, help="Reference models for membership inference.")] = 2,
+    device: Annotated[str, typer.Option(help="The device of the attacks: cpu, cuda, cuda:1 or auto.")] = "cpu",
 ) -> None:
-    """Try to recover a silo's text from what an adversary sees of it."""
+    """Attack a run or a recipe, to measure what an adversary recovers of a silo's text."""
+    from isthmus.audit.extra import require_extra
+
+    require_extra()
     from rich.console import Console
 
-    from isthmus.attacks.catalogue import USUAL
-    from isthmus.audit.attack import Order, note, opened, table
-    from isthmus.audit.attack import attack as make_attacks
+    from isthmus.attacks.catalogue import DEFAULT_ATTACKS
+    from isthmus.audit.attack import AttackPlan, open_target, results_table, run_attacks, save_results
 
-    source = opened(target)
-    order = Order(
+    attacked = open_target(target)
+    plan = AttackPlan(
         tuple(adversary),
-        tuple(attack or USUAL),
+        tuple(attack or DEFAULT_ATTACKS),
         victim,
         colluder,
         rows,
@@ -225,27 +236,27 @@ def attack(
         references,
         device=device,
     )
-    results = make_attacks(source, order, typer.echo)
-    Console().print(table(results))
-    if source.run is not None:
-        typer.echo(f"written: {note(source.run, results)}")
+    results = run_attacks(attacked, plan, typer.echo)
+    Console().print(results_table(results))
+    if attacked.run is not None:
+        typer.echo(f"results: {save_results(attacked.run, results)}")
 
 
 @app.command()
 def demo(
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where the run is written.")] = Path("runs/demo"),
-    cache: Annotated[Path, typer.Option(help="Where the model and the data are kept.")] = Path("build/demo"),
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="The run directory to create.")] = Path("runs/demo"),
+    cache: Annotated[Path, typer.Option(help="Folder for the model and the data.")] = Path("build/demo"),
     quick: Annotated[bool, typer.Option(help="Fewer rounds and no baselines.")] = False,
-    seed: Annotated[int, typer.Option(help="Another seed draws other rows.")] = 1,
+    seed: Annotated[int, typer.Option(help="The seed for the rows, their order and the initial adapters.")] = 1,
 ) -> None:
-    """Four silos, one small real model, real reviews: the whole of isthmus in a quarter of an hour."""
+    """Run a demonstration: four silos fine-tune a small real model on real reviews, in about 15 minutes."""
     from isthmus.demo.play import play
 
     play(run_dir, cache, quick=quick, seed=seed)
 
 
 def main() -> None:
-    """Run the command; errors of ours are told without a traceback."""
+    """Run the command. Errors of isthmus are printed without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     share_cores()
     end_with_engine()

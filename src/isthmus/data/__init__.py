@@ -1,1 +1,4 @@
-"""From a silo's files to batches of tokens. Everything here stays in the silo."""
+"""A silo's text on its way to the model: files (``sources``), prompts and answers (``templates``), ``tokens``.
+
+Nothing in this room leaves the silo.
+"""

@@ -1,6 +1,6 @@
-"""Examples as token batches. Everything here stays in the silo.
+"""Examples as tokens and as batches.
 
-Shapes: B rows, L positions (padded on the left, so that every row ends at the same position).
+Shapes: B rows, L positions (padded on the left, so that every row ends at the same position), K supervised positions.
 """
 
 from __future__ import annotations
@@ -21,48 +21,56 @@ from isthmus.privacy.sensitivity import Sensitivity
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One example in tokens."""
+    """One example as token ids."""
 
     prompt: list[int]
     answer: list[int]
     classes: tuple[int, ...] | None = None
-    """Of the tokens of prompt and answer, where they are asked for (see ``privacy.sensitivity``)."""
+    """Sensitivity class of each token of prompt + answer (see ``privacy.sensitivity``); None: not classified."""
 
     @property
     def input(self) -> list[int]:
-        """What the model reads: all but the answer's last token, which nothing follows."""
+        """The tokens that the model reads: prompt and answer without the answer's last token, which is only a label."""
         return self.prompt + self.answer[:-1]
 
     def crossing(self, tail: int | None) -> int:
-        """How many of the input's last tokens cross where a prompt's tail does; None: all."""
+        """Number of the input's last tokens whose hidden states cross to the trunk.
+
+        Args:
+            tail: ``boundary.tail``, the number of a prompt's last tokens that cross; None: all.
+        """
         prompt = len(self.prompt)
         return len(self.input) - prompt + (prompt if tail is None else min(tail, prompt))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model's forward takes. Only the last positions are supervised, those that ``targets`` covers.
+    """Rows padded to one length, as int64 tensors.
 
-    An answer's last token is a target and no input: nothing follows it, and where answers are choices it is the label.
+    An answer's last token is a target but not an input: no token follows it.
     """
 
     input_ids: torch.Tensor
+    """``[B, L]``."""
     attention_mask: torch.Tensor
+    """``[B, L]``, 1 at real tokens, 0 at padding."""
     position_ids: torch.Tensor
+    """``[B, L]``."""
     targets: torch.Tensor
-    """The token that each of these positions should predict, or ``IGNORED``."""
+    """``[B, K]``: the next token at each of the last K positions, or ``IGNORED``."""
 
     @property
     def supervised(self) -> int:
-        """Tokens with a loss: the weight of this batch."""
+        """Number of tokens with a loss: the weight of this batch."""
         return int((self.targets != IGNORED).sum())
 
     @property
     def tokens(self) -> int:
+        """Number of input tokens, without padding."""
         return int(self.attention_mask.sum())
 
     def parts(self, count: int) -> list[Batch]:
-        """This batch's rows in at most ``count`` batches of near equal size."""
+        """This batch split by rows into at most ``count`` batches of nearly equal size."""
         tensors = (self.input_ids, self.attention_mask, self.position_ids, self.targets)
         return [
             Batch(*piece)
@@ -70,16 +78,20 @@ class Batch:
         ]
 
     def to(self, device: torch.device) -> Batch:
-        """The same on this device."""
+        """This batch with its tensors on ``device``."""
         tensors = (self.input_ids, self.attention_mask, self.position_ids, self.targets)
         return Batch(*(tensor.to(device) for tensor in tensors))
 
     def inputs(self) -> dict[str, Any]:
-        """Arguments of a causal model's forward that gives a loss."""
+        """Keyword arguments for a causal model's forward with a loss."""
         return {**self.unsupervised(), **self.supervision()}
 
+    def places(self) -> dict[str, Any]:
+        """Mask and positions, for a forward without cache."""
+        return {"attention_mask": self.attention_mask, "position_ids": self.position_ids, "use_cache": False}
+
     def unsupervised(self) -> dict[str, Any]:
-        """The same without a loss."""
+        """Keyword arguments for a causal model's forward without a loss."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -88,7 +100,7 @@ class Batch:
         }
 
     def supervision(self) -> dict[str, Any]:
-        """What a forward needs for the loss."""
+        """The keyword arguments that a causal model's forward needs for the loss alone."""
         return {"labels": self.targets, "shift_labels": self.targets, "logits_to_keep": self.targets.shape[1]}
 
 
@@ -100,16 +112,16 @@ def tokenize(
     free_text: bool,
     sensitivity: Sensitivity | None = None,
 ) -> list[Tokens]:
-    """Examples in tokens.
+    """Examples as token ids, in their order.
 
     Args:
         max_tokens: longest prompt and answer together; a longer prompt loses its beginning.
-        free_text: close answers with the end-of-text token.
-        sensitivity: says how sensitive text is, if that is wanted.
+        free_text: append the end-of-text token to answers.
+        sensitivity: classifies each token; None: ``Tokens.classes`` stays None.
 
     Raises:
-        DataError: an answer alone is too long, or prompt or answer have no token; or the silo's own sensitivity
-            function failed.
+        DataError: an answer leaves no room for a prompt, a prompt or an answer has no token, or the silo's own
+            sensitivity function failed.
     """
     rows = [_tokens(example, tokenizer, max_tokens, free_text) for example in examples]
     if sensitivity is None:
@@ -119,7 +131,11 @@ def tokenize(
 
 
 def collate(rows: list[Tokens], pad: int) -> Batch:
-    """Rows as one batch, padded on the left. A row without an answer is a prompt to go on from."""
+    """Rows as one batch, padded on the left. A row without an answer is a prompt for the model to continue.
+
+    Args:
+        pad: token id for padding.
+    """
     inputs = [row.input for row in rows]
     length = max(map(len, inputs))
     keep = max(1, *(len(row.answer) for row in rows))
@@ -135,12 +151,12 @@ def collate(rows: list[Tokens], pad: int) -> Batch:
 
 
 def positions(mask_BL: torch.Tensor) -> torch.Tensor:
-    """Position of each real token within its row; 0 at padding."""
+    """Position of each real token within its row, ``[B, L]``; 0 at padding."""
     return (mask_BL.cumsum(dim=1) - 1).clamp_min(0)
 
 
 def batches(rows: list[Tokens], size: int, seed: str) -> Iterator[list[Tokens]]:
-    """Endless batches in an order that only the seed fixes: every row once before any comes again."""
+    """Endless batches of ``size`` rows in an order fixed by the seed: every row once before any row comes again."""
     order = random.Random(seed)
     waiting: list[Tokens] = []
     while True:
@@ -158,7 +174,8 @@ def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: in
     room = max_tokens - len(answer)
     if not prompt or not answer or room < 1:
         raise DataError(
-            f"a row of {len(prompt)} prompt and {len(answer)} answer tokens", remedy="raise train.max_tokens"
+            f"a row has {len(prompt)} prompt and {len(answer)} answer tokens; train.max_tokens is {max_tokens}",
+            remedy="raise train.max_tokens, or remove rows without text",
         )
     return Tokens(prompt[-room:], answer)
 
@@ -166,11 +183,11 @@ def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: in
 def _classes(
     row: Tokens, example: Example, tokenizer: PreTrainedTokenizerBase, sensitivity: Sensitivity
 ) -> tuple[int, ...]:
-    """The class of each token of a row; the end-of-text token stands for no text."""
+    """Sensitivity class of each token of prompt + answer. The end-of-text token covers no characters."""
     prompt: list[tuple[int, int]] = tokenizer(example.prompt, return_offsets_mapping=True)["offset_mapping"]
-    told = tokenizer(example.answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    moved = len(example.prompt)
-    answer = [(start + moved, end + moved) for start, end in told]
-    closing = [(0, 0)] * (len(row.answer) - len(answer))
-    offsets = [*prompt[-len(row.prompt) :], *answer, *closing]
+    own = tokenizer(example.answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    shift = len(example.prompt)
+    answer = [(start + shift, end + shift) for start, end in own]
+    end_of_text = [(0, 0)] * (len(row.answer) - len(answer))
+    offsets = [*prompt[-len(row.prompt) :], *answer, *end_of_text]
     return tuple(sensitivity.classes(example.prompt + example.answer, offsets, example.spans))

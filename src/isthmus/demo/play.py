@@ -1,4 +1,4 @@
-"""The demo: assets, a federation of real processes, what it is compared with, and a prompt to the result."""
+"""The command ``isthmus demo``: a federation of real processes, its baselines, and one prompt to the result."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ from rich.table import Table
 
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.demo.baselines import Baselines
+from isthmus.engines.inference import generate_text
 from isthmus.engines.local import local_recipe
-from isthmus.engines.use import generate_text
 from isthmus.recipe import Recipe
 from isthmus.report.formatting import megabytes
 from isthmus.report.live import run_with_progress
 from isthmus.report.progress import read_progress
 from isthmus.storage.record import RunDirectory, writing
 
-ROWS = 8
-"""Labelled rows a silo has to train on: few, which is when joining pays."""
-HELD_OUT = 60
+TRAIN_ROWS = 8
+"""Training rows per silo: few, which is where a federation helps most."""
+HELD_OUT_ROWS = 60
+"""Held-out rows per silo."""
 QUICK_ROUNDS = 2
 PROMPT = "What should a critic write about a film she loved?"
-Scores = dict[str, dict[str, float]]
-"""Accuracy by column and silo."""
+AccuracyTable = dict[str, dict[str, float]]
+"""Held-out accuracy, 0 to 1, by column and silo."""
 
 
 def play(run_dir: Path, cache: Path, *, quick: bool, seed: int) -> RunDirectory:
-    """Run the whole demo and print its table; returns the run directory, which has the table in ``demo.json`` too.
+    """Run the whole demo and print its table.
 
     Args:
-        run_dir: where the run is written; if it is taken, ``-2``, ``-3``, … is added.
-        cache: where model and data are kept.
+        run_dir: the run directory to create; if it holds a run, ``-2``, ``-3``, … is appended to its name.
+        cache: folder for the model and the data.
         quick: fewer rounds, no baselines.
-        seed: which rows are drawn, in which order they come, and how the adapters start.
+        seed: fixes the rows, their order and the initial adapters.
+
+    Returns:
+        The run directory. It also holds the table, as ``demo.json``.
     """
     console = Console()
     console.print("[bold]isthmus demo[/bold]: four silos, one trunk, one language model between them\n")
@@ -56,8 +60,8 @@ def play(run_dir: Path, cache: Path, *, quick: bool, seed: int) -> RunDirectory:
     _record(directory, scores, crossed, seconds)
     _print_table(console, scores)
     console.print(
-        f"federation: {seconds:.0f} s; {megabytes(crossed['up'])} of noised hidden states and gradients went up, "
-        f"{megabytes(crossed['down'])} came down; no text, label, mask or position left a silo",
+        f"federation: {seconds:.0f} s; {megabytes(crossed['up'])} of noised hidden states and gradients sent, "
+        f"{megabytes(crossed['down'])} received; no text, label, mask or position left a silo",
         highlight=False,
     )
     console.print(f"\n[bold]One prompt through the split model[/bold]\n{PROMPT}\n", highlight=False)
@@ -68,21 +72,21 @@ def play(run_dir: Path, cache: Path, *, quick: bool, seed: int) -> RunDirectory:
 
 
 def demo_recipe(cache: Path, *, quick: bool, seed: int) -> Recipe:
-    """The demo's recipe with its model and data in place (obtained on first use)."""
+    """The demo's recipe with the paths of its model and data, which are downloaded on first use."""
     values: dict[str, Any] = tomllib.loads(files("isthmus.demo").joinpath("demo.toml").read_text(encoding="utf-8"))
     values["seed"] = seed
     values["model"]["path"] = str(smollm2(cache).resolve())
-    places = hutto(cache, rows=ROWS, held_out=HELD_OUT, seed=seed)
+    silo_files = hutto(cache, rows=TRAIN_ROWS, held_out=HELD_OUT_ROWS, seed=seed)
     for silo in values["silo"]:
-        silo["train"] = str(places[silo["name"]].train.resolve())
-        silo["held_out"] = str(places[silo["name"]].held_out.resolve())
+        silo["train"] = str(silo_files[silo["name"]].train.resolve())
+        silo["held_out"] = str(silo_files[silo["name"]].held_out.resolve())
     if quick:
         values["train"]["rounds"] = QUICK_ROUNDS
     return Recipe.of(values)
 
 
-def _scores(run: RunDirectory, recipe: Recipe, baselines: Baselines | None) -> Scores:
-    """Every column of the table; zero-shot and federation were measured by the silos themselves."""
+def _scores(run: RunDirectory, recipe: Recipe, baselines: Baselines | None) -> AccuracyTable:
+    """The columns of the table. The silos have measured zero-shot and federation during the run."""
     progress = [read_progress(run, silo.name, recipe.train.steps) for silo in recipe.silo]
     zero_shot = {silo.name: silo.scores[0]["accuracy"] for silo in progress}
     federation = {silo.name: silo.scores[recipe.train.rounds]["accuracy"] for silo in progress}
@@ -98,7 +102,7 @@ def _scores(run: RunDirectory, recipe: Recipe, baselines: Baselines | None) -> S
 
 
 def _crossed(run: RunDirectory, recipe: Recipe) -> dict[str, int]:
-    """Bytes of all silos' frames to and from the trunk."""
+    """Bytes of all silos' frames: ``up`` to the trunk, ``down`` from it."""
     progress = [read_progress(run, silo.name, recipe.train.steps) for silo in recipe.silo]
     return {
         "up": sum(silo.sent_bytes for silo in progress),
@@ -106,13 +110,13 @@ def _crossed(run: RunDirectory, recipe: Recipe) -> dict[str, int]:
     }
 
 
-def _record(run: RunDirectory, scores: Scores, crossed: dict[str, int], seconds: float) -> None:
+def _record(run: RunDirectory, scores: AccuracyTable, crossed: dict[str, int], seconds: float) -> None:
     with writing(run.path / "demo.json") as temporary:
-        told = {"accuracy": scores, "bytes": crossed, "federation_seconds": round(seconds, 1)}
-        temporary.write_text(json.dumps(told, indent=1))
+        results = {"accuracy": scores, "bytes": crossed, "federation_seconds": round(seconds, 1)}
+        temporary.write_text(json.dumps(results, indent=1))
 
 
-def _print_table(console: Console, scores: Scores) -> None:
+def _print_table(console: Console, scores: AccuracyTable) -> None:
     table = Table(title="accuracy on held-out rows")
     table.add_column("silo")
     for column in scores:
@@ -125,5 +129,6 @@ def _print_table(console: Console, scores: Scores) -> None:
 
 
 def _free(run_dir: Path) -> Path:
+    """``run_dir``, or the first of ``run_dir-2``, ``run_dir-3``, … that holds no run."""
     numbered = (run_dir.with_name(f"{run_dir.name}-{number}") for number in itertools.count(2))
     return next(path for path in itertools.chain([run_dir], numbered) if not (path / "recipe.toml").exists())

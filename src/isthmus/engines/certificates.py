@@ -1,4 +1,4 @@
-"""Certificates for a whole federation."""
+"""Certificates for all parties of a federation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from isthmus.wire.identity import Authority, save_identity
 
 
 def make_certificates(recipe: Recipe, folder: Path) -> None:
-    """Certificates for every party of a recipe, by one new authority whose key is then forgotten."""
+    """Write a certificate and key for every party of the recipe to ``folder/<party>``.
+
+    One new authority issues them. Its key is not kept, so it can issue no more.
+
+    Raises:
+        DiskFullError, RunError: the folder cannot be written.
+    """
     authority = Authority()
     shared = recipe.trunk.address == recipe.root.address
     with disk_errors(folder):
@@ -20,6 +26,6 @@ def make_certificates(recipe: Recipe, folder: Path) -> None:
             save_identity(authority.issue(name), folder)
 
 
-def complete(recipe: Recipe, folder: Path) -> bool:
-    """Whether each party of the recipe has a certificate there."""
+def has_certificates(recipe: Recipe, folder: Path) -> bool:
+    """Whether ``folder`` holds a certificate for every party of the recipe."""
     return all((folder / name / "cert.pem").exists() for name in ("trunk", "root", *recipe.tree.parties))

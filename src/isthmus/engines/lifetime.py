@@ -1,4 +1,4 @@
-"""How long a process of ours lives: until a signal, or as long as the engine that started it."""
+"""The end of a process: by a signal, or when the engine that started it is gone."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from contextlib import contextmanager
 from types import FrameType
 
 ENGINE = "ISTHMUS_ENGINE"
-"""Environment variable with the process id of the engine that started a role, which must not outlive it."""
-POLL_SECONDS = 0.5
+"""Environment variable: process id of the engine that started this process."""
+WATCH_SECONDS = 0.5
+"""Time between two checks that the engine still runs."""
 
 
 class Stopped(BaseException):
-    """The process was asked to stop (SIGINT or SIGTERM). No handler of errors, or of typer's, takes it for one."""
+    """SIGINT or SIGTERM arrived. It is a ``BaseException``, so that handlers of errors do not catch it."""
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within the block, SIGTERM and SIGINT raise ``Stopped`` in the main thread, once."""
+    """Within the block, the first SIGTERM or SIGINT raises ``Stopped`` in the main thread; later ones are ignored."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
@@ -37,7 +38,7 @@ def stoppable() -> Iterator[None]:
 
 
 def end_with_engine() -> None:
-    """If an engine started this process, have it stop (as by SIGTERM) soon after the engine is gone."""
+    """If an engine started this process, send SIGTERM to this process as soon as the engine has ended."""
     engine = os.environ.pop(ENGINE, None)
     if engine is not None:
         threading.Thread(target=_follow, args=(int(engine),), name="engine watch", daemon=True).start()
@@ -45,5 +46,5 @@ def end_with_engine() -> None:
 
 def _follow(engine: int) -> None:
     while os.getppid() == engine:
-        time.sleep(POLL_SECONDS)
+        time.sleep(WATCH_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,6 +1,6 @@
-"""The local engine: a whole federation as real processes on this machine.
+"""The local engine: a whole federation as processes on this machine.
 
-Its own process only starts and watches the others; torch and transformers are imported there, not here.
+The engine's own process starts and watches the others. It does not import torch or transformers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from isthmus.data.templates import read_examples
-from isthmus.engines.certificates import complete, make_certificates
+from isthmus.engines.certificates import has_certificates, make_certificates
 from isthmus.engines.lifetime import Stopped
 from isthmus.engines.process import RoleProcess, stop
 from isthmus.errors import RecipeError
@@ -20,13 +20,13 @@ from isthmus.recipe.tree import ROOT
 from isthmus.storage.record import RunDirectory
 
 START_SECONDS = 300.0
+"""Longest time that a server may take to start."""
 POLL_SECONDS = 0.2
-Watch = Callable[[], None]
-Tell = Callable[[str], None]
+"""Time between two checks of the processes."""
 
 
 def create_run(recipe: Recipe, path: Path) -> RunDirectory:
-    """A new run directory for this recipe, once all silos' data has been looked at.
+    """Create a run directory for this recipe, after all silos' data files have been checked.
 
     Raises:
         DataError: a data file is unusable.
@@ -39,16 +39,20 @@ def create_run(recipe: Recipe, path: Path) -> RunDirectory:
     return RunDirectory.create(path, local_recipe(recipe, path))
 
 
-def run_federation(run: RunDirectory, watch: Watch = lambda: None, tell: Tell = lambda message: None) -> None:
-    """Run all roles of the run directory's recipe until the silos are done.
+def run_federation(
+    run: RunDirectory,
+    watch: Callable[[], None] = lambda: None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Run all roles of the run directory's recipe until all silos have finished.
 
     Args:
-        watch: called a few times a second while the federation runs.
-        tell: gets a sentence for each silo that is lost while the recipe's minimum lets the others go on.
+        watch: called several times a second while the federation runs.
+        notify: called with a message for each edge or silo that fails while enough silos are left to continue.
 
     Raises:
-        IsthmusError: a role failed; the message is the first failing role's own, the run can be resumed.
-        Stopped: SIGINT or SIGTERM came; the run can be resumed.
+        IsthmusError: a role failed; the message is that role's. The run can be resumed.
+        Stopped: SIGINT or SIGTERM arrived. The run can be resumed.
     """
     recipe = run.recipe()
     try:
@@ -58,7 +62,7 @@ def run_federation(run: RunDirectory, watch: Watch = lambda: None, tell: Tell = 
             for silo in recipe.silo:
                 arguments = ["silo", str(run.recipe_path), silo.name, "--trunk", address, "--root", address, *moved]
                 others.append(_start(run, f"silo {silo.name}", silo.name, arguments, lock))
-            _wait(recipe.tree.fewest(), server, edges, others[len(edges) :], watch, tell)
+            _wait(recipe.tree.fewest(), server, edges, others[len(edges) :], watch, notify)
     except (Stopped, KeyboardInterrupt):
         raise Stopped(f"stopped; continue with 'isthmus run --resume {run.path}'") from None
 
@@ -67,10 +71,18 @@ def run_federation(run: RunDirectory, watch: Watch = lambda: None, tell: Tell = 
 def serving(
     run: RunDirectory, roles: Collection[str] = ("trunk",), lock: int | None = None
 ) -> Iterator[tuple[RoleProcess, str]]:
-    """A trunk (and root) process on a free port while the block runs; gives the process and its address."""
+    """A server process on a free port while the block runs; yields the process and its address ``host:port``.
+
+    Args:
+        roles: ``trunk``, or ``trunk`` and ``root``.
+        lock: file descriptor of the run directory's lock, for the process to inherit.
+
+    Raises:
+        IsthmusError: the server did not start.
+    """
     recipe = run.recipe()
     certificates = Path(recipe.wire.certificates)
-    if not complete(recipe, certificates):
+    if not has_certificates(recipe, certificates):
         make_certificates(recipe, certificates)
     arguments = ["trunk", str(run.recipe_path), "--address", "localhost:0"]
     arguments += ["--with-root"] if "root" in roles else []
@@ -80,7 +92,7 @@ def serving(
 
 
 def local_recipe(recipe: Recipe, run: Path) -> Recipe:
-    """The recipe as the local engine runs it: one server for trunk and root, certificates in the run directory."""
+    """The recipe for the local engine: trunk and root at one address, certificates in the run directory."""
     address = recipe.trunk.address
     return recipe.model_copy(
         update={
@@ -91,7 +103,12 @@ def local_recipe(recipe: Recipe, run: Path) -> Recipe:
 
 
 def at_address(recipe: Recipe, address: str | None, roles: Collection[str] = ("trunk", "root")) -> Recipe:
-    """The recipe with these servers, ``trunk``, ``root`` or edges, at this address; None leaves it as it is."""
+    """The recipe with other addresses.
+
+    Args:
+        address: ``host:port``; None: the recipe is returned unchanged.
+        roles: the servers at this address: ``trunk``, ``root``, or names of edges.
+    """
     if address is None:
         return recipe
     new = {"address": address}
@@ -100,15 +117,18 @@ def at_address(recipe: Recipe, address: str | None, roles: Collection[str] = ("t
     return recipe.model_copy(update={**moved, "edge": edges})
 
 
-def at_edge(recipe: Recipe, told: str) -> Recipe:
-    """The recipe with an edge at another address, told as ``NAME=host:port``.
+def at_edge(recipe: Recipe, option: str) -> Recipe:
+    """The recipe with one edge at another address.
+
+    Args:
+        option: ``NAME=host:port``, the value of ``--edge``.
 
     Raises:
-        RecipeError: it is told otherwise, or the recipe has no such edge.
+        RecipeError: the option has no address, or the recipe has no such edge.
     """
-    name, _, address = told.partition("=")
+    name, _, address = option.partition("=")
     if not address:
-        raise RecipeError(f"--edge {told}: no address is named", remedy="write --edge NAME=host:port")
+        raise RecipeError(f"--edge {option} has no address", remedy="write --edge NAME=host:port")
     recipe.tree.node(name)
     return at_address(recipe, address, (name,))
 
@@ -116,7 +136,7 @@ def at_edge(recipe: Recipe, told: str) -> Recipe:
 def _start_edges(
     run: RunDirectory, recipe: Recipe, root: str, started: list[RoleProcess], lock: int | None
 ) -> list[str]:
-    """Start the edges on free ports, those above first; the arguments that tell a silo where they are."""
+    """Start the edges on free ports, parents first; returns the ``--edge`` arguments for silos."""
     addresses = {ROOT: root}
     while len(addresses) <= len(recipe.edge):
         for edge in recipe.edge:
@@ -137,7 +157,7 @@ def _start(run: RunDirectory, title: str, role: str, arguments: list[str], lock:
 
 @contextmanager
 def _ending() -> Iterator[list[RoleProcess]]:
-    """A list for processes, all of which are ended with the block."""
+    """A list for processes. All of them are stopped when the block ends."""
     processes: list[RoleProcess] = []
     try:
         yield processes
@@ -150,10 +170,14 @@ def _wait(
     server: RoleProcess,
     edges: list[RoleProcess],
     silos: list[RoleProcess],
-    watch: Watch,
-    tell: Tell,
+    watch: Callable[[], None],
+    notify: Callable[[str], None],
 ) -> None:
-    """Until the silos are done. Lost silos are borne as long as this many are left; lost edges as long as silos are."""
+    """Wait until all silos have finished. Edges may fail, and silos as long as ``minimum`` of them are left.
+
+    Raises:
+        IsthmusError: the server failed, or too many silos.
+    """
     waiting, left = list(silos), len(silos)
     while waiting:
         watch()
@@ -161,7 +185,7 @@ def _wait(
             raise server.failure()
         for edge in [edge for edge in edges if edge.poll() is not None]:
             edges.remove(edge)
-            tell(edge.failure().message)
+            notify(edge.failure().message)
         for silo in [silo for silo in waiting if silo.poll() is not None]:
             waiting.remove(silo)
             if silo.poll() == 0:
@@ -169,6 +193,6 @@ def _wait(
             left -= 1
             if left < minimum:
                 raise silo.failure()
-            tell(f"{silo.failure().message}; going on with {left} of {len(silos)} silos")
+            notify(f"{silo.failure().message}; going on with {left} of {len(silos)} silos")
         time.sleep(POLL_SECONDS)
     watch()

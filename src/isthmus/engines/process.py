@@ -19,22 +19,24 @@ from isthmus.errors import IsthmusError, PeerGoneError, RunError
 from isthmus.storage.record import disk_errors
 
 LISTENING = "listening at "
-"""What a server's announcement begins with; ``host:port`` follows."""
+"""First words of the line that a server prints when it is ready; ``host:port`` follows."""
 LAST_LINES = 40
+"""Lines of output that are kept in memory."""
 STOP_SECONDS = 10.0
+"""Time that a process has to end after SIGTERM."""
 
 
 class RoleProcess:
-    """A role of a run in a process of its own.
+    """A role of a run in a child process.
 
-    What it prints goes to its log; the last lines are kept here too, since a full disk takes no log. It is in a
-    session of its own, so that Ctrl-C reaches it through the engine only, and it ends when the engine does.
+    Its output is appended to a log file. The last lines are also kept in memory, because a full disk holds no log. The
+    process has a session of its own, so that Ctrl-C reaches it only through the engine. It ends when the engine ends.
 
     Args:
-        title: how messages call it, like ``silo clinic``.
-        arguments: of the command ``isthmus``.
-        log: file that its output is appended to.
-        inherited: file descriptors that stay open in it.
+        title: the process's name in messages, such as ``silo clinic``.
+        arguments: command-line arguments of ``isthmus``.
+        log: file for standard output and standard error.
+        inherited: file descriptors that the process inherits.
     """
 
     def __init__(self, title: str, arguments: list[str], log: Path, inherited: tuple[int, ...] = ()) -> None:
@@ -59,17 +61,22 @@ class RoleProcess:
 
     @property
     def pid(self) -> int:
+        """The process id."""
         return self._process.pid
 
     def poll(self) -> int | None:
-        """The exit code; None while the process runs."""
+        """The exit code, negative for a signal; None while the process runs."""
         return self._process.poll()
 
     def wait_listening(self, seconds: float) -> str:
-        """The address that the server in this process announces.
+        """Wait until the server in the process is ready; returns its address as ``host:port``.
+
+        Args:
+            seconds: longest time to wait.
 
         Raises:
-            IsthmusError: it ended instead, or took too long.
+            RunError: the process ended first.
+            PeerGoneError: the time is over.
         """
         try:
             return self._address.result(seconds)
@@ -79,11 +86,11 @@ class RoleProcess:
             ) from None
 
     def terminate(self) -> None:
-        """Ask it to stop."""
+        """Send SIGTERM."""
         self._process.terminate()
 
     def end(self, seconds: float) -> None:
-        """Give it this long to end by itself, then kill it."""
+        """Wait for the process to end, and kill it after this many seconds."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -92,7 +99,7 @@ class RoleProcess:
         self._reader.join()
 
     def failure(self) -> IsthmusError:
-        """Why the process, which has ended, failed: its own last error, or how it ended."""
+        """An error for a process that has ended: the last error that it printed, else its exit code or signal."""
         self._reader.join()
         return self._failure()
 
@@ -101,15 +108,15 @@ class RoleProcess:
         starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
         if starts:
             message = lines[starts[-1]].removeprefix("error: ")
-            told = [line.strip() for line in lines[starts[-1] + 1 :] if line.strip().startswith("remedy: ")]
-            remedy = told[0].removeprefix("remedy: ") if told else f"see {self._log}"
+            remedies = [line.strip() for line in lines[starts[-1] + 1 :] if line.strip().startswith("remedy: ")]
+            remedy = remedies[0].removeprefix("remedy: ") if remedies else f"see {self._log}"
             return RunError(f"{self.title} failed: {message}", remedy=remedy)
         code = self._process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return RunError(f"{self.title} {how}", remedy=f"see {self._log}, then continue with 'isthmus run --resume'")
 
     def _read(self, log: FileIO) -> None:
-        """Copy the output to the log until it ends."""
+        """Copy the process's output to the log, and set the address when the process prints it."""
         assert self._process.stdout is not None
         with log, self._process.stdout as output:
             for raw in output:
@@ -124,7 +131,7 @@ class RoleProcess:
 
 
 def stop(*processes: RoleProcess) -> None:
-    """End these processes: asked first, killed after ``STOP_SECONDS``."""
+    """End these processes: SIGTERM to all, then SIGKILL to those that run after ``STOP_SECONDS``."""
     for process in processes:
         process.terminate()
     end = time.monotonic() + STOP_SECONDS

@@ -23,11 +23,14 @@ from isthmus.wire.identity import Identity
 from isthmus.wire.server import Server
 
 
-def serve(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> None:
-    """Serve ``trunk``, ``root`` or both until ``Stopped``. The first role's address and certificate are used.
+def serve_roles(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> None:
+    """Serve ``trunk``, ``root`` or both until ``Stopped``.
+
+    Args:
+        roles: the first one's address and certificate are used for both.
 
     Raises:
-        RecipeError: both are to be served, but the recipe has them at two addresses.
+        RecipeError: two roles, but the recipe has them at two addresses.
     """
     if len({getattr(recipe, role).address for role in roles}) > 1:
         raise RecipeError(
@@ -46,7 +49,7 @@ def serve(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> None:
 
 
 def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
-    """Be this edge until ``Stopped``."""
+    """Serve the edge ``name`` until ``Stopped``."""
     node = recipe.tree.node(name)
     set_threads(recipe)
     with suppress(Stopped):
@@ -67,7 +70,7 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
 
 
 def _listen(server: Server, address: str) -> None:
-    """Say where the server listens, until ``Stopped``."""
+    """Print the server's address and wait for ``Stopped``; then stop the server."""
     try:
         print(f"{LISTENING}{address.rpartition(':')[0]}:{server.port}", flush=True)
         threading.Event().wait()
@@ -76,14 +79,18 @@ def _listen(server: Server, address: str) -> None:
 
 
 def start_server(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> tuple[Server, dict[str, Service]]:
-    """Build the services and listen."""
+    """Start a server with these roles' services, at the first role's address and with its certificate.
+
+    Returns:
+        The server, and its services by gRPC service name (``Trunk``, ``Root``).
+    """
     identity = Identity.load(Path(recipe.wire.certificates), roles[0])
     services: dict[str, Service] = {}
     peers: dict[str, Collection[str]] = {}
     if "trunk" in roles:
         services["Trunk"] = trunk = TrunkService(recipe, run.role("trunk"))
         peers["Trunk"] = [silo.name for silo in recipe.silo]
-        if run.role("root").path.exists():  # of one run directory: the trunk serves what the root's adapters go with
+        if run.role("root").path.exists():  # one run directory: the trunk's adapter must be of the root's round
             trunk.restore(run.completed())
     if "root" in roles:
         services["Root"] = RootService(recipe, run.role("root"), identity)
@@ -94,8 +101,8 @@ def start_server(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> t
     return server, services
 
 
-def work(recipe: Recipe, run: RunDirectory, name: str) -> None:
-    """Be one silo until the federation is finished."""
+def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
+    """Run the silo ``name`` until the federation has finished."""
     set_threads(recipe)
     worker = Worker(recipe, name, run.role(name))
     try:

@@ -1,4 +1,4 @@
-"""How the processes of one machine share its cores."""
+"""Threads of the processes that share one machine's cores."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import os
 from isthmus.recipe import Recipe
 
 SPINS = "30000"
+"""Busy-wait iterations of an idle OpenMP thread before it sleeps: a tenth of libgomp's default."""
 
 
 def share_cores() -> None:
-    """Have OpenMP's idle threads sleep after a tenth of the default's spins, unless the environment says otherwise.
+    """Set ``GOMP_SPINCOUNT`` to ``SPINS`` unless the environment sets it.
 
-    Silo and trunk take turns: what one's threads spin, the other computes that much slower. Call it before torch is
-    imported; processes started later inherit it.
+    Silo and trunk take turns, so threads that busy-wait in one slow down the other. Call this before torch is
+    imported. Child processes inherit the setting.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def set_threads(recipe: Recipe) -> None:
-    """Give torch the recipe's number of threads."""
+    """Set torch's number of threads to the recipe's ``threads``, if it is given."""
     import torch
 
     if recipe.threads is not None:

@@ -29,11 +29,11 @@ class Aggregator:
 
     def __init__(self, recipe: Recipe, name: str, planner: Planner, identity: Identity | None = None) -> None:
         self.rounds: Rounds | Buffered
-        if recipe.federation.buffer is not None and isinstance(planner, RootPlanner):
+        if recipe.federation.asynchronous.buffer is not None and isinstance(planner, RootPlanner):
             self.rounds = Buffered(recipe, planner)
         else:
             self.rounds = Rounds(recipe, planner, name)
-        if recipe.federation.masks and identity is None:
+        if recipe.federation.secure.masks and identity is None:
             identity = Identity.load(Path(recipe.wire.certificates), name)
         self._identity = identity
 

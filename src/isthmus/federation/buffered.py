@@ -42,15 +42,15 @@ class Buffered:
 
     A silo gets the newest version whenever it asks, unless its update is in the buffer: then it gets the version that
     comes of it. So no silo is in a version twice, nor trains on one twice, however fast it is; and nobody waits for one
-    that is slow as long as ``federation.buffer`` others are there.
+    that is slow as long as ``federation.asynchronous.buffer`` others are there.
 
     The buffer is not on disk. A root that starts again has the last version, and no silo has an update in it: who asks
     trains again, and an update that was begun before is refused by name.
     """
 
     def __init__(self, recipe: Recipe, planner: RootPlanner) -> None:
-        assert recipe.federation.buffer is not None
-        self._size, self._oldest = recipe.federation.buffer, recipe.federation.staleness
+        assert recipe.federation.asynchronous.buffer is not None
+        self._size, self._oldest = recipe.federation.asynchronous.buffer, recipe.federation.asynchronous.staleness
         self._compression = Compression.of(recipe)
         self._node = recipe.tree.node(ROOT)
         self._planner = planner
@@ -108,7 +108,8 @@ class Buffered:
             del self._training[peer]
             raise RoundLostError(
                 f"{peer} began {staleness} versions ago, the recipe allows {self._oldest}",
-                remedy="ask for the next plan; or give this silo fewer steps, or raise federation.staleness",
+                remedy="ask for the next plan; or give this silo fewer steps, "
+                "or raise federation.asynchronous.staleness",
             )
 
     def _staleness(self, round: int) -> int:
@@ -168,7 +169,8 @@ class Buffered:
             self._error = QuorumError(
                 f"{len(self._buffer)} updates came in {self._node.patience:g} seconds, a version takes "
                 f"{self._node.minimum}",
-                remedy="start the missing silos, then continue with 'isthmus run --resume'; or lower federation.buffer",
+                remedy="start the missing silos, then continue with 'isthmus run --resume'; "
+                "or lower federation.asynchronous.buffer",
             )
             self._buffer = {}
             self._answer()

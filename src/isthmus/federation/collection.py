@@ -1,9 +1,9 @@
-"""Collecting a round's updates: from the silos or edges that begin it to what they learned together.
+"""Collecting a round's updates from the silos or edges that take part in it.
 
-All kinds have the same life: children contribute or are lost, and once nobody is waited for any more ``done`` gets what
-there is. All calls come under the rounds' lock.
+Every kind of collection goes the same way: children contribute or are lost, and once no child is waited for any more
+``done`` gets what was collected. All calls come under the rounds' lock.
 
-Shapes: P parameters, K numbers that cross of them, S digits of a share.
+Shapes: K numbers that cross of an update, S digits of a share.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from isthmus.errors import FrameError, IsthmusError, ProtocolError
 from isthmus.federation.contribution import Contribution
 from isthmus.updates.compression import Compressor
 from isthmus.updates.flat import Layout
-from isthmus.updates.projections import Projection
-from isthmus.updates.quantize import Integers, Ring
+from isthmus.updates.quantize import Integers
+from isthmus.updates.sums import SumFormat
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
@@ -31,22 +31,23 @@ MakeBarrier = Callable[[Callable[[dict[str, None]], None]], Barrier[None]]
 
 @dataclass(frozen=True)
 class Collected:
-    """What a round's silos contributed."""
+    """A round's contributions, and who made them."""
 
     weights: dict[str, float]
-    """Of each silo that contributed; under masks 1, or 0 for one that learned nothing: what it weighs is in the sum."""
+    """By child that contributed, its weight. Under masks 1 for a silo that learned something and 0 for another, since
+    its weight is in the sum; and for an edge the number of silos in its sum."""
     contributions: tuple[Contribution, ...]
     """One for each silo or edge that learned something, or one mean of all."""
     total_KS: Integers | None = None
-    """Under masks: the sum of all silos' numbers, at last of their shares; None if nobody learned anything."""
+    """Under masks the sum of all silos' numbers, those of their shares last; None if no silo learned anything."""
     staleness: dict[str, int] | None = None
-    """Out of a buffer: for each silo, the versions that came out since it began."""
+    """By silo, the versions that came out since it began; None: the rounds wait for all."""
     sums: SumFormat | None = None
-    """How that sum is read."""
+    """The format of ``total_KS``."""
 
 
 Done = Callable[[Collected | IsthmusError], None]
-"""Gets an error where the updates came, but nothing can be known of their sum."""
+"""Takes what was collected; or an error, where the updates came but their sum cannot be known."""
 
 
 class Collection(Protocol):
@@ -56,26 +57,26 @@ class Collection(Protocol):
         """A participant's message.
 
         Raises:
-            RoundLostError: it comes when the round has gone on without the silo.
-            ProtocolError, FrameError: it is not due, or not what is due.
+            RoundLostError: the round has gone on without the silo.
+            ProtocolError, FrameError: the message is not expected, or not of the expected kind.
         """
         ...
 
     def awaits(self, peer: str) -> bool:
-        """Whether this silo has still to do with the round."""
+        """Whether this child still takes part in the round."""
         ...
 
     def lose(self, peer: str) -> bool:
-        """This silo's process is a new one: do not wait for it. True if nobody is left and nothing was contributed."""
+        """This child has a new process: do not wait for it. True if no child is left and nothing was contributed."""
         ...
 
 
 class Open:
-    """Each silo's update by itself; the root sees them all.
+    """Updates that the aggregator sees one by one.
 
     Args:
-        layouts: of the participants' updates.
-        compressors: read those of the participants that compress theirs; the others' come in full, by name.
+        layouts: of the participants' updates, by participant.
+        compressors: decode the updates of the participants that compress theirs; the others' come in full, by name.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Open:
             raise ProtocolError(f"{peer} is no participant of round {request.round}", remedy="ask for a plan")
         self._take(peer, request)
         self._awaited.remove(peer)
-        self._weights[peer] = request.weight
+        self._weights[peer] = self._weight(request)
         self._barrier.arrive(peer, None)
         return answered(pb.Accepted())
 
@@ -111,6 +112,9 @@ class Open:
         self._awaited.discard(peer)
         self._barrier.dismiss(peer)
         return not self._awaited and not self._weights
+
+    def _weight(self, request: pb.Update) -> float:
+        return request.weight
 
     def _take(self, peer: str, request: pb.Update) -> None:
         if request.masked:
@@ -127,10 +131,13 @@ class Open:
 
 
 def change_of(update: pb.Update, layout: Layout, compressor: Compressor | None) -> Mapping[str, torch.Tensor]:
-    """What an open update says; None: it comes in full, by name.
+    """An open update's change, by name.
+
+    Args:
+        compressor: decodes it; None: it comes in full, by name.
 
     Raises:
-        FrameError: it is not of this layout, or holds what was never encoded.
+        FrameError: it is not of this layout, or holds bytes that were never encoded.
     """
     if compressor is not None:
         return layout.tensors(compressor.decode(update.compressed))
@@ -138,10 +145,10 @@ def change_of(update: pb.Update, layout: Layout, compressor: Compressor | None) 
 
 
 class Sums(Open):
-    """The sums that edges took the masks off: each cohort's by itself, and the sum of all, exact.
+    """Sums that edges have unmasked: each cohort's, and the exact sum of all.
 
     Args:
-        sums: how what silos sent is read, where every silo of the federation adds its numbers.
+        sums: the format of a sum to which every silo of the federation adds its numbers.
     """
 
     def __init__(self, peers: Iterable[str], sums: SumFormat, barrier: MakeBarrier, done: Done) -> None:
@@ -149,53 +156,21 @@ class Sums(Open):
         self._sums = sums
         self._total_KS: Integers | None = None
 
+    def _weight(self, request: pb.Update) -> float:
+        return float(request.silos)
+
     def _take(self, peer: str, request: pb.Update) -> None:
-        if not request.weight:
-            return
-        if not request.masked:
+        if request.weight or (request.silos and not request.masked):
             raise ProtocolError("this federation's updates are masked", remedy="give all parties one recipe")
+        if not request.silos:
+            return
         ring = self._sums.ring
         whole_KS = ring.unpack(ring.read(request.masked, self._sums.size), self._sums.size)
-        if abs(whole_KS).max() > ring.most(min(request.weight, ring.silos)):
+        if abs(whole_KS).max() > ring.most(min(request.silos, ring.silos)):
             raise FrameError(f"the sum of {peer} is beyond what so many silos can add", remedy="leave that edge out")
-        if (contribution := self._sums.mean(peer, whole_KS)) is not None:
-            self._contributions[peer] = contribution
+        if (mean := self._sums.mean(whole_KS)) is not None:
+            self._contributions[peer] = Contribution(peer, *mean)
             self._total_KS = whole_KS if self._total_KS is None else self._total_KS + whole_KS
 
     def _collected(self, weights: dict[str, float]) -> Collected:
         return replace(super()._collected(weights), total_KS=self._total_KS, sums=self._sums)
-
-
-@dataclass(frozen=True)
-class SumFormat:
-    """How a sum of silos' numbers is read."""
-
-    layout: Layout
-    ring: Ring
-    projection: Projection
-    tells: int = 0
-    """Numbers between the K and the S."""
-
-    @property
-    def size(self) -> int:
-        """K + S, and what lies between."""
-        return self.projection.size + self.tells + self.ring.digits
-
-    def within(self, total_KS: Integers) -> float | None:
-        """Which part of the silos said that the clip left their update as it was, by their sum; noise can take it
-        below 0 and above 1. None if they do not say."""
-        weight = self._weight(total_KS)
-        if not self.tells or weight <= 0:
-            return None
-        return (1 + float(total_KS[self.projection.size]) / (self.ring.levels * weight)) / 2
-
-    def mean(self, name: str, total_KS: Integers) -> Contribution | None:
-        """What the silos learned whose numbers, each times its share, and at last whose shares add up to this."""
-        total_K, weight = total_KS[: self.projection.size], self._weight(total_KS)
-        if weight <= 0:
-            return None
-        mean_K = torch.from_numpy(total_K * (self.ring.range / self.ring.levels / weight))
-        return Contribution(name, weight, self.layout.tensors(self.projection.lift(mean_K)))
-
-    def _weight(self, total_KS: Integers) -> float:
-        return self.ring.decode_share(total_KS[len(total_KS) - self.ring.digits :])

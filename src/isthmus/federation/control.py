@@ -17,7 +17,6 @@ from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import changes, proportions
 from isthmus.federation.strategies.rules import total
 from isthmus.recipe import Recipe
-from isthmus.recipe.local import mean_reach
 from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -28,9 +27,9 @@ class Control:
 
     def __init__(self, recipe: Recipe) -> None:
         self._silos = len(recipe.silo)
-        self._way = recipe.train.learning_rate * mean_reach(recipe)
+        self._way = recipe.train.learning_rate * recipe.mean_reach
         """Kη."""
-        self._most = math.inf if recipe.federation.masks else 1.0
+        self._most = math.inf if recipe.federation.secure.masks else 1.0
         self._mean: dict[str, torch.Tensor] = {}
         self._counted: dict[str, int] = {}
         """Of each silo, the last round whose change c has."""

@@ -1,4 +1,4 @@
-"""Collecting a round's updates under masks.
+"""Collecting the sum of a round's masked updates.
 
 Shapes: K numbers that cross, S digits of a share.
 """
@@ -11,20 +11,24 @@ from collections.abc import Callable, Iterable, Mapping
 from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError, RoundLostError
-from isthmus.federation.collection import Collected, Done, MakeBarrier, SumFormat
+from isthmus.federation.collection import Collected, Done, MakeBarrier
+from isthmus.federation.contribution import Contribution
 from isthmus.updates.masking import Advert, Terms
+from isthmus.updates.sums import SumFormat
 from isthmus.updates.unmasking import Unmasking
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
 
 
 class Masked:
-    """The sum of all updates and nothing else. Three times all silos that are left are waited for: to deal shares of
-    their secrets, to send their masked updates, and to give out the shares that take the masks off the sum.
+    """The sum of all updates, and no single one.
+
+    The round has three steps, each of which waits for all silos that are left: they send shares of their secrets, then
+    their masked updates, then the shares that unmask the sum.
 
     Args:
-        adverts: the participants' keys.
-        sums: how what silos send is read: each one's change times its share, and at last the share.
+        adverts: the participants' public keys, by name.
+        sums: the format of the sum.
         fewest: living silos of whom a sum may be known.
     """
 
@@ -40,20 +44,20 @@ class Masked:
         self.terms = Terms(secrets.token_bytes(16), adverts)
         self._sums, self._new_barrier, self._done, self._fewest = sums, barrier, done, fewest
         self._sealed: dict[str, dict[str, bytes]] = {}
-        self._tally: Unmasking | None = None
+        self._unmasking: Unmasking | None = None
         self._weights: dict[str, float] = {}
         self._waiting: dict[str, Answer] = {}
-        self._due: type[Message] = pb.Deal
+        self._expected: type[Message] = pb.Deal
         self._awaited = set(adverts)
         self._lost: set[str] = set()
         self._barrier = barrier(lambda _: self._pass_on())
         self._barrier.expect(self._awaited)
 
     def handle(self, peer: str, request: Message) -> Answer:
-        if not isinstance(request, self._due):
+        if not isinstance(request, self._expected):
             if isinstance(request, (pb.Deal, pb.Update, pb.Reveal)):
-                raise RoundLostError(f"{type(request).__name__} is not due any more", remedy="ask for the next plan")
-            raise ProtocolError(f"{type(request).__name__} is not due", remedy="ask for a plan")
+                raise RoundLostError(f"{type(request).__name__} comes too late", remedy="ask for the next plan")
+            raise ProtocolError(f"{type(request).__name__} is not expected", remedy="ask for a plan")
         if peer not in self._awaited:
             raise ProtocolError(f"{peer} has no more to send", remedy="ask for the next plan")
         self._take(peer, request)
@@ -80,31 +84,31 @@ class Masked:
                 raise ProtocolError(f"{peer} dealt to others than its neighbours", remedy="ask for the next plan")
             self._sealed[peer] = dict(request.sealed)
         elif isinstance(request, pb.Update):
-            assert self._tally is not None
+            assert self._unmasking is not None
             if not (masked := request.masked):
                 raise ProtocolError("this federation's updates are masked", remedy="give silo and root one recipe")
-            self._tally.add(peer, self._sums.ring.read(masked, self._sums.size))
-            self._weights[peer] = request.weight
+            self._unmasking.add(peer, self._sums.ring.read(masked, self._sums.size))
+            self._weights[peer] = 1.0 if request.learned else 0.0
         elif isinstance(request, pb.Reveal):
-            assert self._tally is not None
-            self._tally.reveal(peer, dict(request.shares))
+            assert self._unmasking is not None
+            self._unmasking.reveal(peer, dict(request.shares))
 
     def _pass_on(self) -> None:
-        """All have dealt who will: each gets what was dealt to it."""
+        """No more silos will send shares: each that did gets the shares that were sealed for it."""
         dealers = self._sealed.keys() - self._lost
         if len(dealers) < max(self._fewest, self.terms.threshold):
             self._fail(f"{len(dealers)} silos dealt their shares")
             return
-        self._tally = Unmasking(self.terms, dealers, self._sums.ring.words(self._sums.size))
+        self._unmasking = Unmasking(self.terms, dealers, self._sums.ring.words(self._sums.size))
         waiting = self._next(pb.Update, dealers, self._name_living)
         for peer, answer in waiting.items():
             sealed = {dealer: self._sealed[dealer][peer] for dealer in dealers if peer in self._sealed[dealer]}
             answer.set_result(pb.Dealt(sealed=sealed))
 
     def _name_living(self) -> None:
-        """All masked updates are there that will be: the living are asked for their shares."""
-        assert self._tally is not None
-        alive = self._tally.alive
+        """No more masked updates will come: the silos that sent theirs are asked for their shares."""
+        assert self._unmasking is not None
+        alive = self._unmasking.alive
         learned = {peer: weight for peer, weight in sorted(self._weights.items()) if weight}
         if len(alive) < self._fewest:
             self._fail(f"{len(alive)} silos sent their updates")
@@ -112,25 +116,27 @@ class Masked:
         if len(learned) < self._fewest:  # of so few no sum may be known
             self._end(Collected(learned or dict.fromkeys(sorted(alive), 0.0), ()))
             return
-        living = pb.Survivors(alive=sorted(alive), dropped=sorted(self._tally.dead))
+        living = pb.Survivors(alive=sorted(alive), dropped=sorted(self._unmasking.dead))
         for answer in self._next(pb.Reveal, alive - self._lost, self._finish).values():
             answer.set_result(living)
 
     def _finish(self) -> None:
-        assert self._tally is not None
+        assert self._unmasking is not None
         try:
-            total_KS = self._sums.ring.unpack(self._tally.total(), self._sums.size)
+            total_KS = self._sums.ring.unpack(self._unmasking.total(), self._sums.size)
         except ProtocolError as error:
             self._fail(error.message)
             return
-        learned = self._sums.mean("all", total_KS)
-        weights = dict(sorted(self._weights.items()))
-        self._end(Collected(weights, (learned,), total_KS, sums=self._sums) if learned else Collected(weights, ()))
+        weights, mean = dict(sorted(self._weights.items())), self._sums.mean(total_KS)
+        if mean is None:
+            self._end(Collected(weights, ()))
+        else:
+            self._end(Collected(weights, (Contribution("all", *mean),), total_KS, sums=self._sums))
 
-    def _next(self, due: type[Message], peers: Iterable[str], fire: Callable[[], None]) -> dict[str, Answer]:
-        """Wait for this of these from now on; the answers that are due to whoever has come so far."""
+    def _next(self, expected: type[Message], peers: Iterable[str], fire: Callable[[], None]) -> dict[str, Answer]:
+        """Wait for messages of this type from these silos; returns the unanswered requests of the step before."""
         waiting, self._waiting = self._waiting, {}
-        self._due, self._awaited = due, set(peers)
+        self._expected, self._awaited = expected, set(peers)
         self._barrier = self._new_barrier(lambda _: fire())
         self._barrier.expect(self._awaited)
         return waiting

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from isthmus.federation.central import CentralNoise
+from isthmus.federation.central import central_noise
 from isthmus.federation.clip import Clip
 from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import changes, proportions
@@ -67,9 +67,10 @@ class RootPlanner:
         self._journal = store.journal("metrics")
         self._sharing = sharing_of(recipe)
         self._control = control_of(recipe)
-        self._clip = Clip(recipe.federation)
-        self._noise = CentralNoise(recipe, store)
-        self._tells_shares = recipe.federation.weights.kind != "examples"
+        clip = recipe.federation.clip
+        self._clip = Clip(clip, self._sharing) if clip is not None else None
+        self._noise = central_noise(recipe, store)
+        self._journals_shares = recipe.federation.weights.kind != "examples"
         self._plans: dict[int, pb.Plan] = {}
         self.completed = store.last_round()
         self.shared: dict[str, torch.Tensor] = dict(initial)
@@ -79,7 +80,8 @@ class RootPlanner:
             self._sharing.load_state_dict(state.get("sharing", {}))
             if self._control is not None:
                 self._control.load_state_dict(state["control"])
-            self._clip.load_state_dict(state.get("clip", {}))
+            if self._clip is not None:
+                self._clip.load_state_dict(state.get("clip", {}))
 
     @property
     def over(self) -> bool:
@@ -93,7 +95,8 @@ class RootPlanner:
         plan = pb.Plan(completed=self.completed)
         if not self.over:
             plan.round = self.completed + 1
-            plan.clip = self._clip.norm(plan.round)
+            if self._clip is not None:
+                plan.clip = self._clip.norm(plan.round)
             plan.participants.extend(sorted(silos))
             if self._control is not None:
                 self._control.tell(plan, self.layout("", plan.round))
@@ -112,19 +115,25 @@ class RootPlanner:
         return self._sharing.layout(self._sharing.begun(self.shared, peer), round)
 
     def conclude(self, round: int, collected: Collected) -> Answer:
-        clip = self._clip.norm(round)
-        collected = self._noise.added(round, collected, clip)
-        self._clip.follow(round, collected)
+        line: dict[str, Any] = {"round": round, "weights": collected.weights}
+        kept: dict[str, Any] = {}
+        if self._clip is not None:
+            line["clip"] = clip = self._clip.norm(round)
+            if self._noise is not None:
+                collected = self._noise.added(round, collected, clip)
+            self._clip.follow(round, collected)
+            kept["clip"] = self._clip.state_dict()
         shared = self._sharing.next(self.shared, round, collected.contributions)
-        kept = {"shared": shared, "sharing": self._sharing.state_dict(), "clip": self._clip.state_dict()}
+        kept |= {"shared": shared, "sharing": self._sharing.state_dict()}
         if self._control is not None:
             self._control.note(round, collected, self.layout("", round))
             kept["control"] = self._control.state_dict()
         self._store.save_round(round, kept)
-        line: dict[str, Any] = {"round": round, "weights": collected.weights}
-        line |= {"staleness": collected.staleness} if collected.staleness is not None else {}
-        shares, clips = {"shares": self._sharing.shares}, {"clip": clip}
-        self._journal.append(line | (shares if self._tells_shares else {}) | (clips if clip else {}))
+        if collected.staleness is not None:
+            line["staleness"] = collected.staleness
+        if self._journals_shares:
+            line["shares"] = self._sharing.shares
+        self._journal.append(line)
         self.shared, self.completed = shared, round
         return answered(pb.Accepted())
 
@@ -144,7 +153,7 @@ class EdgePlanner:
     ) -> None:
         self._initial, self._parent = initial, parent
         self._sharing = Sharing(recipe.federation)
-        self._masks, self._compression = recipe.federation.masks, Compression.of(recipe)
+        self._masks, self._compression = recipe.federation.secure.masks, Compression.of(recipe)
         self._silos = len(recipe.silo)
         self._journal = store.journal("metrics")
         self._completed = 0
@@ -173,9 +182,8 @@ class EdgePlanner:
             update.tensors.extend(codec.encode_named(layout.tensors(mean_P)))
         else:
             assert collected.total_KS is not None
-            update.weight = sum(collected.weights.values())  # silos in the sum
-            size = self._compression.projection(layout.size, round).size
-            ring = self._compression.ring(self._silos, size)
+            update.silos = int(sum(collected.weights.values()))
+            ring = self._compression.sum_format(layout, round, self._silos).ring
             update.masked = ring.written(ring.pack(collected.total_KS))
         return update
 

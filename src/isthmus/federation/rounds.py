@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
-from isthmus.federation.collection import Collected, Collection, Open, SumFormat, Sums
+from isthmus.federation.collection import Collected, Collection, Open, Sums
 from isthmus.federation.masked import Masked
 from isthmus.federation.planner import Planner
 from isthmus.recipe import Recipe
@@ -16,6 +16,7 @@ from isthmus.recipe.tree import ROOT
 from isthmus.updates.compression import Compression, Compressor
 from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Advert
+from isthmus.updates.sums import SumFormat
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer
@@ -46,7 +47,7 @@ class Rounds:
         """Why the phase is ``FAILED``; every child that asks is told."""
         self._planner = planner
         self._node = recipe.tree.node(name)
-        self._masks, self._compression = recipe.federation.masks, Compression.of(recipe)
+        self._masks, self._compression = recipe.federation.secure.masks, Compression.of(recipe)
         self._offers_keys = self._masks and recipe.tree.leaf(name)
         self._silos = frozenset(silo.name for silo in recipe.silo)
         self._lock = threading.RLock()
@@ -54,13 +55,15 @@ class Rounds:
         self._asked: dict[str, pb.Ready] = {}
         """What the children that wait asked with."""
         self._round = 0
-        self._clip = 0.0
-        """Of the round's updates, where their sum is noised."""
+        """The number of the round under way; 0 before the first."""
         self._last = pb.Plan()
-        """What every child is told once it is over."""
+        """The plan that every child gets once the federation is finished."""
         self._collection: Collection | None = None
-        """Of the round under way."""
+        """The updates of the round under way."""
         self._turn = 0
+        """Counts phases: an answer or a barrier of an earlier phase is ignored."""
+        self._gathering: Barrier[None] = self._barrier(lambda _: None)
+        """The children that the next round waits for."""
         if self._masks:
             self._check_room()
         self._gather(self._node.children)
@@ -132,51 +135,48 @@ class Rounds:
             self.phase, self._last = Phase.FINISHED, plan
             self._advance()
             return
-        self.phase, self._round, self._clip = Phase.TRAINING, plan.round, plan.clip
+        self.phase, self._round = Phase.TRAINING, plan.round
         if self._offers_keys:
             keys = {peer: self._asked[peer].keys for peer in participants}
-            self._collection = masked = self._masked(keys)
+            self._collection = masked = self._masked(keys, plan)
             plan.sum = masked.terms.context
             for peer, offered in keys.items():
                 plan.keys[peer].CopyFrom(offered)
         elif self._masks:
-            sums = self._format(participants[0], len(self._silos))
+            sums = self._format(participants[0], plan.round, len(self._silos), plan.clip)
             self._collection = Sums(participants, sums, self._barrier, self._end)
         else:
             layouts = {peer: self._planner.layout(peer, plan.round) for peer in participants}
-            self._collection = Open(layouts, self._barrier, self._end, compressors=self._compressors(layouts))
+            compressors = self._compressors(layouts, plan.round)
+            self._collection = Open(layouts, self._barrier, self._end, compressors=compressors)
         self._answer(participants, plan)
 
     def _answer(self, peers: Iterable[str], plan: pb.Plan) -> None:
         for peer in peers:
             self._waiting.pop(peer).set_result(self._planner.own(plan, peer))
 
-    def _masked(self, keys: Mapping[str, pb.SumKeys]) -> Masked:
+    def _masked(self, keys: Mapping[str, pb.SumKeys], plan: pb.Plan) -> Masked:
         adverts = {peer: Advert(one.sealing, one.masking, one.commitment) for peer, one in keys.items()}
-        sums = self._format(next(iter(keys)), len(keys))
+        sums = self._format(next(iter(keys)), plan.round, len(keys), plan.clip)
         return Masked(adverts, sums, self._barrier, self._end, fewest=self._node.minimum)
 
-    def _format(self, peer: str, silos: int) -> SumFormat:
-        """Of the sum of so many silos' numbers, this child's among them."""
-        layout = self._planner.layout(peer, self._round)
-        projection = self._compression.projection(layout.size, self._round)
-        ring = self._compression.ring(silos, projection.size, self._clip)
-        return SumFormat(layout, ring, projection, self._compression.tells)
+    def _format(self, peer: str, round: int, silos: int, clip: float = 0.0) -> SumFormat:
+        """The format of a sum of so many silos' numbers, this child's among them."""
+        return self._compression.sum_format(self._planner.layout(peer, round), round, silos, clip)
 
     def _check_room(self) -> None:
-        """Rather at the start than in a round.
+        """Raise at the start what would otherwise be raised in a round.
 
         Raises:
             RecipeError: the sum of all silos' numbers and noise does not fit into the ring.
         """
-        for self._round in (1, 2):  # factors may take turns
-            self._format(self._node.children[0], len(self._silos))
-        self._round = 0
+        for round in (1, 2):  # LoRA's factors may take turns
+            self._format(self._node.children[0], round, len(self._silos))
 
-    def _compressors(self, layouts: Mapping[str, Layout]) -> dict[str, Compressor]:
-        """What reads the silos' updates, if they are compressed; edges' are not."""
+    def _compressors(self, layouts: Mapping[str, Layout], round: int) -> dict[str, Compressor]:
+        """The compressors of the silos' updates in this round; edges' are not compressed."""
         sizes = {layout.size for layout in layouts.values()}
-        known = {size: self._compression.compressor(size, self._round) for size in sizes}
+        known = {size: self._compression.compressor(size, round) for size in sizes}
         found = {peer: known[layouts[peer].size] for peer in layouts.keys() & self._silos}
         return {peer: compressor for peer, compressor in found.items() if compressor is not None}
 

@@ -1,4 +1,4 @@
-"""What silos and root share from round to round: which tensors an update changes, and what becomes of the updates."""
+"""The tensors that silos and root share: which of them a round trains, and how its updates change them."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ class Sharing:
     """
 
     def __init__(self, section: FederationSection) -> None:
-        self._section = section
+        self._turns = (adapters.factors(section.lora, 2), adapters.factors(section.lora, 1))
+        """LoRA's factors that train in even rounds, and in odd ones."""
         self._strategies: dict[str, Strategy] = defaultdict(lambda: Strategy(section))
-        """By the factors that train: what one round learned of B is no momentum for A."""
+        """One strategy for each set of factors that train together: a change of B is no momentum for A."""
         self.shares: dict[str, float] = {}
-        """What each contribution counted for in the last round."""
+        """Each contribution's part of the last round's change, by name, with the sum 1."""
 
     def begun(self, shared: Tensors, silo: str) -> Tensors:
-        """What this silo begins the next round with."""
+        """The tensors that this silo begins the next round with."""
         return shared
 
     def layout(self, begun: Tensors, round: int) -> Layout:
-        """Of an update in this round by a silo that began with these."""
-        trained = adapters.trained(begun, self._factors(round))
-        return Layout.of(trained)
+        """The layout of an update in this round, by a silo that began with these tensors."""
+        return Layout.of(adapters.trained(begun, self.factors(round)))
 
     def next(self, shared: Tensors, round: int, contributions: Sequence[Contribution]) -> dict[str, torch.Tensor]:
         """The shared tensors after this round.
 
         Args:
             shared: before it.
-            contributions: of those who learned something.
+            contributions: the changes of those who learned something, all of the same tensors.
         """
-        factors = self._factors(round)
-        strategy = self._strategies[factors]
-        after = strategy.next(adapters.trained(shared, factors), contributions)
+        strategy = self._strategies[self.factors(round)]
+        trained = contributions[0].change if contributions else {}
+        after = strategy.next({name: shared[name] for name in trained if name in shared}, contributions)
         self.shares = strategy.shares
         return {**shared, **after}
 
@@ -61,5 +61,6 @@ class Sharing:
         for factors, kept in state.items():
             self._strategies[factors].load_state_dict(kept)
 
-    def _factors(self, round: int) -> str:
-        return adapters.factors(self._section.lora, round)
+    def factors(self, round: int) -> str:
+        """LoRA's factors that train in this round: A, B or both."""
+        return self._turns[round % 2]

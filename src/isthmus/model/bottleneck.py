@@ -1,4 +1,4 @@
-"""What the recipe may add where the parts meet: a narrow crossing, and a residual path that stays in the silo.
+"""The layers that a recipe may add where the parts meet: a narrow crossing, and a residual path that stays in the silo.
 
 *Bottleneck*: ``down`` in the silo maps a hidden state to fewer numbers, ``up`` in the trunk maps them back. Fewer bytes
 cross, and the same noise hides more. Both are trained with the adapters; they start as one random projection.
@@ -6,10 +6,10 @@ cross, and the same noise hides more. Both are trained with the adapters; they s
 *Residual*: the trunk answers with what its blocks added, and the silo adds that to its own state, which no noise ever
 touched; ``gate`` weighs it, channel by channel.
 
-*Denoising*: top, in the silo, is told what noise the boundary drew, and ``denoise`` takes a learned linear part of it
+*Denoising*: top, in the silo, knows the noise that the boundary drew, and ``denoise`` takes a learned linear part of it
 out of the trunk's answer. The trunk never learns it.
 
-Shapes: T tokens, D the model's width, W what crosses.
+Shapes: T tokens, D the model's width, W numbers that cross.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAMES = tuple(f"{name}.weight" for name in (DOWN, UP, GATE, DENOISE))
 
 
 def add_crossing(part: Part, section: BoundarySection, *, frozen: bool) -> None:
-    """Add to a part what this section wants of it, without values yet.
+    """Add the layers of this section to a part, without values yet.
 
     Args:
         frozen: it does not train.
@@ -66,6 +66,49 @@ def initial(name: str, shape: torch.Size, generator: torch.Generator, *, narrow:
     basis, triangle = torch.linalg.qr(torch.randn(long, short, generator=generator))
     basis = torch.mul(basis, triangle.diagonal().sign())
     return basis.T.contiguous() if shape[0] == short else basis
+
+
+class Bottleneck:
+    """The layers in a silo's ends that meet the trunk: ``down`` in bottom, ``gate`` and ``denoise`` in top.
+
+    Args:
+        bottom, top: the ends; ``of`` gives None where the recipe adds no layer to them.
+    """
+
+    def __init__(self, bottom: Part, top: Part) -> None:
+        self._down_WD = tensor_of(bottom, DOWN)
+        self._gate_D = tensor_of(top, GATE)
+        self._denoise_DW = tensor_of(top, DENOISE)
+
+    @classmethod
+    def of(cls, bottom: Part, top: Part) -> Bottleneck | None:
+        layers = cls(bottom, top)
+        present = (layers._down_WD, layers._gate_D, layers._denoise_DW)
+        return None if all(tensor is None for tensor in present) else layers
+
+    @property
+    def denoises(self) -> bool:
+        """Whether ``join`` wants to know the noise that the boundary added."""
+        return self._denoise_DW is not None
+
+    def narrow(self, h_TD: torch.Tensor) -> torch.Tensor:
+        """The numbers that cross of bottom's result, ``[T, W]``."""
+        return project(h_TD, self._down_WD)
+
+    def join(self, h_TD: torch.Tensor | None, g_TD: torch.Tensor, noise_TW: torch.Tensor | None) -> torch.Tensor:
+        """Top's input at the positions that crossed, ``[T, D]``.
+
+        Args:
+            h_TD: bottom's result at these positions; needed with a residual path alone.
+            g_TD: the trunk's answer.
+            noise_TW: what boundary and codec added before the trunk answered; a learned linear part of it is taken out.
+        """
+        if self._denoise_DW is not None and noise_TW is not None:
+            g_TD = g_TD - project(noise_TW.to(g_TD.dtype), self._denoise_DW)
+        if self._gate_D is None:
+            return g_TD
+        assert h_TD is not None
+        return h_TD + self._gate_D.to(g_TD.dtype) * g_TD
 
 
 def tensor_of(part: Part, name: str) -> torch.Tensor | None:

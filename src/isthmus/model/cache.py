@@ -10,10 +10,19 @@ from transformers.cache_utils import Cache
 
 from isthmus.model.cut import Part
 from isthmus.model.transcript import Transcript
+from isthmus.privacy.subjects import Subjects
 
 
 class TrunkSession(Protocol):
     """The silo's handle of its KV cache on the trunk."""
+
+    def subjects(self, rows: list[list[int]] | None, lengths: list[int]) -> Subjects | None:
+        """The records of the generation's sequences; None where nothing leaves the silo.
+
+        Args:
+            rows: the new token ids of each sequence; None for embeddings.
+            lengths: how many of them cross.
+        """
 
     def forget(self, positions: int) -> None:
         """Drop this many positions from the end of every row, before the next step."""

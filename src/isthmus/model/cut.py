@@ -73,7 +73,7 @@ class Part(nn.Module):
 
     def hidden(self, **inputs: object) -> torch.Tensor:
         """Run the blocks; keyword arguments as for the family's backbone. Returns ``h [batch, length, width]``."""
-        backbone = self.family.backbone_of(self.model)
+        backbone = getattr(self.model, self.family.backbone)
         return backbone(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
 

@@ -27,6 +27,9 @@ class Family:
     def backbone_of(self, model: nn.Module) -> nn.Module:
         return model.get_submodule(self.backbone)
 
+    def embedding_of(self, model: nn.Module) -> nn.Module:
+        return self.backbone_of(model).get_submodule(self.embedding)
+
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),

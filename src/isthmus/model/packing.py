@@ -27,6 +27,8 @@ class Packing:
 
     def rows(self, ids_BL: torch.Tensor) -> list[list[int]]:
         """The real tokens' ids, row by row."""
+        if self.full:
+            return ids_BL.tolist()
         return [ids_L[real_L].tolist() for ids_L, real_L in zip(ids_BL, self.real_BL, strict=True)]
 
     def pack(self, h_BLD: torch.Tensor) -> torch.Tensor:
@@ -34,7 +36,7 @@ class Packing:
         return h_BLD.flatten(0, 1) if self.full else h_BLD[self.real_BL]
 
     def unpack(self, h_TD: torch.Tensor, others_BLD: torch.Tensor | None = None) -> torch.Tensor:
-        """The padded batch, ``[B, L, D]``; elsewhere zero, or what ``others_BLD`` has there."""
+        """The padded batch, ``[B, L, D]``; at other positions zero, or the values of ``others_BLD``."""
         rows, length = self.real_BL.shape
         if self.full:
             return h_TD.view(rows, length, -1)
@@ -45,7 +47,7 @@ class Packing:
 class Padding:
     """Packed sequences as rows of one length. Unlike ``Packing`` it asks a device nothing: lengths are known here.
 
-    What fills a row up is its own last token again, so that whatever one sequence holds stays among its own.
+    A row is filled up with its own last token, so that a NaN of one sequence stays in that sequence.
     """
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:

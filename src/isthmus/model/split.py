@@ -1,84 +1,114 @@
 """The split model: bottom and top here, the trunk wherever its module says; to transformers an ordinary causal LM.
 
-Shapes: B rows, L new positions, T real tokens among them, D width, V vocabulary.
+A forward is ``inbound(outbound(batch), trunk(outbound))``: ``outbound`` decides all that crosses, ``inbound`` makes
+logits of the answer. Whoever wants to compute something else while the trunk does (``silo.pipeline``) calls them apart.
+
+Shapes: B rows, L new positions, T positions that cross, D width, W numbers that cross of it, V vocabulary.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from isthmus.errors import DataError
+from isthmus.errors import DataError, ModelError
 from isthmus.model import adapters
+from isthmus.model.bottleneck import Bottleneck
 from isthmus.model.cache import SplitCache, TrunkSession
-from isthmus.model.crossing import before_last, crossing, wanted
+from isthmus.model.crossing import FreshExample, Outbound, before_last, crossing, wanted
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
+from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import LoraSection
+
+Rows = list[list[int]]
+"""Token ids of sequences, without padding. They never cross; the boundary finds the records behind them."""
+
+
+class Reply(NamedTuple):
+    """The trunk's answer to an ``Outbound``."""
+
+    g_TD: torch.Tensor
+    """Differentiable when gradients are enabled and there is no cache."""
+    noise_TW: torch.Tensor | None = None
+    """What boundary and codec added to the hidden states, where the bottleneck denoises."""
 
 
 class TrunkModule(Protocol):
-    """The middle of the model as its ends see it. Real tokens only: no padding, mask or positions cross."""
+    """The middle of the model as its ends see it."""
 
-    def __call__(
-        self,
-        h_TD: torch.Tensor,
-        lengths: list[int],
-        session: TrunkSession | None,
-        rows: list[list[int]] | None = None,
-    ) -> torch.Tensor:
-        """Run the trunk's blocks.
-
-        Args:
-            h_TD: the sequences' tokens one after another.
-            lengths: how many tokens each sequence has.
-            session: the cache to continue; without one, each sequence starts at position 0.
-            rows: new token ids of each sequence, if there are any; the last of them are behind ``h_TD``. They stay in
-                the silo, whose boundary wants to know whom a tensor is about.
-
-        Returns:
-            ``[T, D]``; differentiable when gradients are enabled and there is no session.
-        """
+    def __call__(self, outbound: Outbound) -> Reply:
+        """Run the trunk's blocks, and wait for the answer."""
         ...
 
-    def open_session(self) -> TrunkSession: ...
+    def open_session(self) -> TrunkSession:
+        """An empty KV cache on the trunk."""
+        ...
 
 
-@runtime_checkable
-class ReleasingTrunk(TrunkModule, Protocol):
-    """A trunk that may know sequences from before."""
+class ReleasedExamples(Protocol):
+    """The examples whose hidden states a silo has released, each of them once."""
+
+    def number(self, row: list[int], length: int) -> int:
+        """The number of the example that is the last ``length`` tokens of this row."""
+        ...
+
+    def __contains__(self, number: int) -> bool: ...
+
+
+class RecordFinder(Protocol):
+    """Finds the records that sequences belong to (``silo.records``)."""
+
+    def subjects(self, rows: Rows | None, lengths: list[int]) -> Subjects:
+        """The records of sequences of which the last ``lengths`` tokens cross; ``rows`` is None for embeddings."""
+        ...
+
+
+class ModelBoundary(Protocol):
+    """The silo's exit for tensors, as far as the model asks it (see ``silo.boundary``)."""
 
     @property
-    def releases_once(self) -> bool:
-        """Whether it takes rows of tokens (``from_rows``) and runs bottom itself, for those it has not released yet."""
+    def released(self) -> ReleasedExamples | None:
+        """Of a silo that releases each example once; None: hidden states leave at every forward."""
         ...
 
-    def from_rows(self, rows: list[list[int]], lengths: list[int]) -> torch.Tensor:
-        """As ``__call__`` without a session, for the last ``lengths`` tokens of these sequences; bottom gets no
-        gradient."""
+    clips: bool
+    """Whether hidden states are clipped before they leave."""
+
+    @property
+    def records(self) -> RecordFinder: ...
+
+    def clipped(self, h_TW: torch.Tensor, path: Any, subjects: Subjects) -> torch.Tensor:
+        """The tensor as it will be clipped, with a gradient."""
         ...
 
 
-class Shield(Protocol):
-    """Runs bottom so that some tokens spread less into what leaves."""
+class BottomShield(Protocol):
+    """Runs bottom so that sensitive tokens spread less into the hidden states that leave (``silo.defence.shield``)."""
 
-    def hidden(self, bottom: Part, session: TrunkSession | None = None, **inputs: Any) -> torch.Tensor:
+    def hidden(self, bottom: Part, session: Any = None, **inputs: Any) -> torch.Tensor:
         """As ``bottom.hidden(**inputs)``; ``session`` goes with the cache among the inputs."""
         ...
 
 
-class Guard(Protocol):
-    """Teaches bottom what may cross."""
+class BottomGuard(Protocol):
+    """Teaches bottom to let the answer cross and little else (``silo.defence.guard``)."""
 
     def __call__(
-        self, h_BLD: torch.Tensor, packing: Packing, rows: list[list[int]], targets_T: torch.Tensor, share: float = 1.0
+        self,
+        h_BLD: torch.Tensor,
+        packing: Packing,
+        rows: Rows,
+        targets_T: torch.Tensor,
+        subjects: Subjects,
+        share: float,
     ) -> torch.Tensor:
-        """``h_BLD`` as it is, with a gradient of its own on top of the one it gets (see ``silo.defence.guard``)."""
+        """``h_BLD`` itself, with a gradient of the guard's own, times ``share``, on top of the one it gets."""
         ...
 
 
@@ -98,9 +128,13 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     uncut model. Positions follow from the attention mask; 4-D masks and custom ``position_ids`` do not cross.
 
     Args:
+        boundary: of the silo; None: nothing leaves it (a draft), so no records are looked up and nothing is clipped.
         tail: how many of a prompt's last positions cross; None: all. Of the others, trunk and top know nothing but what
             bottom made of them.
         residual: top sees bottom's result where nothing crossed (and its trunk adds to it where something did).
+        bottleneck: layers where the ends meet the trunk; None: there are none.
+        shield: runs bottom in its stead.
+        guard: adds to bottom's gradient in training.
     """
 
     config_class = PreTrainedConfig
@@ -118,26 +152,30 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         trunk: TrunkModule,
         top: Part,
         *,
+        boundary: ModelBoundary | None = None,
         tail: int | None = None,
         residual: bool = False,
+        bottleneck: Bottleneck | None = None,
+        shield: BottomShield | None = None,
+        guard: BottomGuard | None = None,
     ) -> None:
         super().__init__(config)
+        self.bottom = bottom
+        self.trunk = trunk
+        self.top = top
         self.tail = tail
         self.residual = residual
-        self.bottom = bottom
-        self.top = top
-        self.trunk = trunk
-        self.shield: Shield | None = None
-        """Runs bottom in its stead."""
-        self.guard: Guard | None = None
-        """Adds to bottom's gradient in training."""
+        self.boundary = boundary
+        self._bottleneck = bottleneck
+        self.shield = shield
+        self.guard = guard
 
     @property
     def ends(self) -> tuple[Part, Part]:
         return self.bottom, self.top
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.bottom.family.backbone_of(self.bottom.model).get_submodule(self.bottom.family.embedding)
+        return self.bottom.family.embedding_of(self.bottom.model)
 
     def new_cache(self) -> SplitCache:
         """An empty KV cache, with a session on the trunk that the first forward opens."""
@@ -169,61 +207,85 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and labels is None and not torch.is_grad_enabled()
         cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
-        past = 0 if cache is None else cache.get_seq_length()
-        shared = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
-        new = input_ids if inputs_embeds is None else inputs_embeds
-        assert new is not None
-        real_BL = _real(attention_mask, new)
-        asked = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else 1
-        tail = None if past else self.tail
-        crosses_BL = crossing(real_BL, tail, labels, kwargs.get("shift_labels"), asked=asked)
-        targets_BL = wanted(real_BL, labels, kwargs.get("shift_labels")) if torch.is_grad_enabled() else None
-        h_BLD = self._through_trunk(input_ids, inputs_embeds, cache, (real_BL, crosses_BL), targets_BL, shared)
-        h_BLD, shared = self.for_top(h_BLD, crosses_BL, cache, logits_to_keep, shared)
-        output = self.top.model(
-            inputs_embeds=h_BLD,
-            past_key_values=cache and cache.top,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            **shared,
-            **kwargs,
-        )
-        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=cache)
+        head = {"labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        outbound = self.outbound(input_ids, inputs, head, inputs_embeds=inputs_embeds, cache=cache)
+        return self.inbound(outbound, self.trunk(outbound), head)
 
-    def through_bottom(self, cache: SplitCache | None, **inputs: Any) -> torch.Tensor:
-        """Bottom's result, ``[B, L, D]``; arguments as for its backbone, less the cache."""
-        if cache is not None:
-            inputs["past_key_values"] = cache.bottom
-        if self.shield is None:
-            return self.bottom.hidden(**inputs)
-        return self.shield.hidden(self.bottom, None if cache is None else cache.session, **inputs)
-
-    def for_top(
+    def outbound(
         self,
-        g_BLD: torch.Tensor,
-        crosses_BL: torch.Tensor,
-        cache: SplitCache | None,
-        logits_to_keep: int | torch.Tensor,
-        shared: dict[str, Any],
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """What top gets of the trunk's answers; where it knows only those to a tail, it attends to these, from place 0.
+        input_ids: torch.Tensor | None,
+        inputs: dict[str, Any],
+        head: dict[str, Any],
+        *,
+        inputs_embeds: torch.Tensor | None = None,
+        cache: SplitCache | None = None,
+        share: float = 1.0,
+    ) -> Outbound:
+        """All that crosses of a batch, decided here: its positions and records, and bottom's result at these.
 
         Args:
-            g_BLD: zero where nothing crossed.
-            shared: arguments of top's forward; they come back, changed if need be.
+            input_ids: ``[B, L]``; None where ``inputs_embeds`` ``[B, L, D]`` are given.
+            inputs: ``attention_mask``, ``position_ids`` and ``use_cache`` as in ``forward``.
+            head: ``labels``, ``shift_labels`` and ``logits_to_keep`` as in ``forward``.
+            share: of a step's supervised tokens that are this batch's; weighs the guard's gradient.
+
+        Raises:
+            DataError: a mask that does not fit, or a row without a token.
         """
-        if self.tail is None or self.residual:
-            return g_BLD, shared
-        start = 0
-        if isinstance(logits_to_keep, int) and logits_to_keep:
-            first = int(crosses_BL.any(dim=0).int().argmax())
-            start = min(first, crosses_BL.shape[1] - logits_to_keep)
-        crossed_BL = crosses_BL[:, start:]
+        new = input_ids if inputs_embeds is None else inputs_embeds
+        assert new is not None
+        crosses_BL = real_BL = _real(inputs.get("attention_mask"), new)
+        labels, targets, keep = head.get("labels"), head.get("shift_labels"), head.get("logits_to_keep", 0)
+        if self.tail is not None and not (cache is not None and cache.get_seq_length()):
+            asked = keep if isinstance(keep, int) and keep else 1
+            crosses_BL = crossing(real_BL, self.tail, labels, targets, asked=asked)
+        packing = Packing(crosses_BL)
+        if 0 in packing.lengths:
+            raise DataError("a row of padding only", remedy="drop rows without a token")
+        rows = None
+        if input_ids is not None:
+            read = packing if crosses_BL is real_BL else Packing(before_last(real_BL, crosses_BL))
+            rows = read.rows(input_ids)
+        if cache is None and rows is not None and self.boundary is not None and self.boundary.released is not None:
+            return self._released_once(rows, packing, input_ids, inputs)
+        h_BLD = self._through_bottom(cache, input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
+        subjects = None
         if cache is not None:
-            crossed_BL = cache.cross(crossed_BL)
-        g_BLD = g_BLD[:, start:]
-        places_BL = (crossed_BL.cumsum(dim=1) - 1).clamp_min(0)[:, -g_BLD.shape[1] :]
-        return g_BLD, {**shared, "attention_mask": crossed_BL.long(), "position_ids": places_BL}
+            subjects = cache.session.subjects(rows, packing.lengths)
+        elif self.boundary is not None:
+            subjects = self.boundary.records.subjects(rows, packing.lengths)
+        if self.guard is not None and rows is not None and torch.is_grad_enabled():
+            targets_BL = wanted(real_BL, labels, targets)
+            if targets_BL is not None:
+                assert subjects is not None
+                h_BLD = self.guard(h_BLD, packing, rows, targets_BL[crosses_BL], subjects, share)
+        h_TW = self._narrowed(packing.pack(h_BLD), subjects)
+        return Outbound(packing.lengths, h_TW, subjects, cache=cache, packing=packing, h_BLD=h_BLD, inputs=inputs)
+
+    def inbound(self, outbound: Outbound, reply: Reply, head: dict[str, Any]) -> CausalLMOutputWithPast:
+        """Logits, and the loss if there are labels, from the trunk's answer.
+
+        Args:
+            head: as in ``outbound``, and whatever else top's own forward takes.
+        """
+        packing, cache, h_BLD = outbound.packing, outbound.cache, outbound.h_BLD
+        assert packing is not None
+        g_TD = reply.g_TD
+        if self._bottleneck is not None:
+            h_TD = None if h_BLD is None else packing.pack(h_BLD)
+            g_TD = self._bottleneck.join(h_TD, g_TD, reply.noise_TW)
+        g_BLD = packing.unpack(g_TD, h_BLD if self.residual else None)
+        if cache is not None and cache.transcript is not None:
+            assert h_BLD is not None
+            cache.transcript.add(h_BLD, g_BLD, packing.real_BL)
+        inputs = outbound.inputs
+        if self.tail is not None and not self.residual:
+            g_BLD, inputs = self._tail_alone(g_BLD, packing.real_BL, cache, head.get("logits_to_keep", 0), inputs)
+        output = self.top.model(
+            inputs_embeds=g_BLD, past_key_values=None if cache is None else cache.top, **inputs, **head
+        )
+        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=cache)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the adapters of the silo's own parts (the base model stays where it is)."""
@@ -233,39 +295,95 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
             lora = LoraSection(rank=peft.r, alpha=peft.lora_alpha, targets=tuple(peft.target_modules))
             adapters.export(Path(save_directory), tensors, lora, self.config._name_or_path)
 
-    def _through_trunk(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        cache: SplitCache | None,
-        places: tuple[torch.Tensor, torch.Tensor],
-        targets_BL: torch.Tensor | None,
-        shared: dict[str, Any],
-    ) -> torch.Tensor:
-        """Bottom and trunk, ``[B, L, D]``; where nothing crosses, zero or the residual.
+    def _through_bottom(self, cache: SplitCache | None, **inputs: Any) -> torch.Tensor:
+        """Bottom's result, ``[B, L, D]``; arguments as for its backbone, less the cache."""
+        if cache is not None:
+            inputs["past_key_values"] = cache.bottom
+        if self.shield is None:
+            return self.bottom.hidden(**inputs)
+        return self.shield.hidden(self.bottom, None if cache is None else cache.session, **inputs)
 
-        What left before, bottom does not even run.
+    def _narrowed(self, h_TD: torch.Tensor, subjects: Subjects | None) -> torch.Tensor:
+        """The numbers that cross of bottom's result, ``[T, W]``.
+
+        Where they have a gradient they are clipped here already, so that the gradient knows; the boundary clips all.
+        """
+        h_TW = h_TD if self._bottleneck is None else self._bottleneck.narrow(h_TD)
+        if self.boundary is not None and self.boundary.clips and h_TW.requires_grad and torch.is_grad_enabled():
+            assert subjects is not None
+            return self.boundary.clipped(h_TW, "forward", subjects)
+        return h_TW
+
+    def _released_once(
+        self, rows: Rows, packing: Packing, input_ids: torch.Tensor | None, inputs: dict[str, Any]
+    ) -> Outbound:
+        """Examples by number. Bottom runs for those never released before, and for all if top wants its result."""
+        assert self.boundary is not None
+        released = self.boundary.released
+        assert released is not None
+        if any(parameter.requires_grad for parameter in self.bottom.parameters()):
+            raise ModelError(
+                "bottom trains, but its hidden states are released once",
+                remedy="freeze bottom, or set boundary.release_once = false",
+            )
+        lengths, subjects = packing.lengths, self.boundary.records.subjects(rows, packing.lengths)
+        numbers = [released.number(row, length) for row, length in zip(rows, lengths, strict=True)]
+        new = {number: place for place, number in enumerate(numbers) if number not in released}
+        fresh = self._fresh(new, rows, lengths, subjects)
+        h_BLD = h_TW = None
+        if self.residual:
+            h_BLD = self._through_bottom(None, input_ids=input_ids, **inputs)
+            h_TW = self._narrowed(packing.pack(h_BLD), subjects)
+        like = next(self.bottom.parameters())
+        return Outbound(lengths, h_TW, subjects, numbers, fresh, packing=packing, h_BLD=h_BLD, like=like, inputs=inputs)
+
+    @torch.no_grad()
+    def _fresh(self, new: dict[int, int], rows: Rows, lengths: list[int], subjects: Subjects) -> list[FreshExample]:
+        """The hidden states of rows at these places, by the examples' numbers.
+
+        Each row's result must not depend on the others': padded on the right, causal attention needs no mask.
+        """
+        if not new:
+            return []
+        device, chosen = next(self.bottom.parameters()).device, [rows[place] for place in new.values()]
+        packing = Packing.of_lengths(list(map(len, chosen)), device, pad_left=False)
+        ids_BL = torch.zeros(packing.real_BL.shape, dtype=torch.long, device=device)
+        ids_BL[packing.real_BL] = torch.tensor([token for row in chosen for token in row], device=device)
+        inputs: dict[str, Any] = {"input_ids": ids_BL, "use_cache": False}
+        if self.shield is not None:
+            inputs["attention_mask"] = packing.real_BL.long()
+        self.bottom.eval()
+        h_BLD = self._through_bottom(None, **inputs)
+        h_BLW = h_BLD if self._bottleneck is None else self._bottleneck.narrow(h_BLD)
+        return [
+            FreshExample(number, h_LW[len(rows[place]) - lengths[place] : len(rows[place])], subjects.of(place))
+            for (number, place), h_LW in zip(new.items(), h_BLW, strict=True)
+        ]
+
+    def _tail_alone(
+        self,
+        g_BLD: torch.Tensor,
+        crosses_BL: torch.Tensor,
+        cache: SplitCache | None,
+        logits_to_keep: int | torch.Tensor,
+        inputs: dict[str, Any],
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Top's input where it knows the answers to a tail alone: it attends to these, from position 0.
 
         Args:
-            places: which positions are real, and which of them cross.
-            targets_BL: of a step that trains: what each should predict.
+            g_BLD: zero where nothing crossed.
+            inputs: arguments of top's forward; they come back with mask and positions of the tail.
         """
-        real_BL, crosses_BL = places
-        packing = Packing(crosses_BL)
-        if 0 in packing.lengths:
-            raise DataError("a row of padding only", remedy="drop rows without a token")
-        rows = None if input_ids is None else Packing(before_last(real_BL, crosses_BL)).rows(input_ids)
-        if cache is None and rows is not None and not self.residual and _releases_once(self.trunk):
-            return packing.unpack(self.trunk.from_rows(rows, packing.lengths))
-        h_BLD = self.through_bottom(cache, input_ids=input_ids, inputs_embeds=inputs_embeds, **shared)
-        if self.guard is not None and rows is not None and targets_BL is not None:
-            h_BLD = self.guard(h_BLD, packing, rows, targets_BL[crosses_BL])
-        session = None if cache is None else cache.session
-        g_TD = self.trunk(packing.pack(h_BLD), packing.lengths, session, rows)
-        g_BLD = packing.unpack(g_TD, h_BLD if self.residual else None)
-        if cache is not None and cache.transcript is not None:
-            cache.transcript.add(h_BLD, g_BLD, packing.real_BL)
-        return g_BLD
+        start = 0
+        if isinstance(logits_to_keep, int) and logits_to_keep:
+            first = int(crosses_BL.any(dim=0).int().argmax())
+            start = min(first, crosses_BL.shape[1] - logits_to_keep)
+        crossed_BL = crosses_BL[:, start:]
+        if cache is not None:
+            crossed_BL = cache.cross(crossed_BL)
+        g_BLD = g_BLD[:, start:]
+        places_BL = (crossed_BL.cumsum(dim=1) - 1).clamp_min(0)[:, -g_BLD.shape[1] :]
+        return g_BLD, {**inputs, "attention_mask": crossed_BL.long(), "position_ids": places_BL}
 
     def _get_candidate_generator(self, **settings: Any) -> Any:
         assistant = settings.get("assistant_model")
@@ -280,10 +398,6 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-
-def _releases_once(trunk: TrunkModule) -> TypeGuard[ReleasingTrunk]:
-    return isinstance(trunk, ReleasingTrunk) and trunk.releases_once
 
 
 def _real(attention_mask: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:

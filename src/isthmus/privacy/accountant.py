@@ -23,9 +23,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-import dp_accounting
-from dp_accounting.pld import common, privacy_loss_distribution
-
 from isthmus.privacy.analytic import concentrated_epsilon, gaussian_epsilon, gaussian_noise
 from isthmus.privacy.events import ALL, Charge, Release
 
@@ -212,6 +209,8 @@ def _mixtures(account: Account, delta: float) -> tuple[Epsilon, ...]:
 def _losses(account: Account, delta: float) -> Epsilon:
     """An epsilon by privacy loss distributions, rounded up (Koskela et al. 2020; Doroshenko et al. 2022). A pure
     epsilon counts as randomized response, which dominates every mechanism of that epsilon."""
+    from dp_accounting.pld import common, privacy_loss_distribution  # with scipy: see isthmus.privacy.analytic
+
     composed = privacy_loss_distribution.identity(LOSS_INTERVAL)
     if account.gaussian:
         composed = composed.compose(
@@ -228,6 +227,8 @@ def _losses(account: Account, delta: float) -> Epsilon:
 
 def _renyi(account: Account, delta: float, why: str) -> Epsilon:
     """An epsilon by Rényi divergences (Mironov 2017)."""
+    import dp_accounting
+
     accountant = dp_accounting.rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
     if gaussian := account.gaussian + 2 * account.concentrated:  # ρ bounds the same divergences as μ² = 2ρ
         accountant.compose(dp_accounting.GaussianDpEvent(gaussian**-0.5))

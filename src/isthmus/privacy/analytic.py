@@ -2,32 +2,36 @@
 zero-concentrated privacy (Bun and Steinke 2016).
 
 dp-accounting takes the logarithm of values that underflow to zero where epsilon is large. Its results are right;
-numpy's warnings are silenced.
+numpy's warnings are silenced. It imports scipy, which takes a second, and so is imported at the first call.
 """
 
 from __future__ import annotations
 
 import math
 
-import dp_accounting
 import numpy
-from dp_accounting.rdp import rdp_privacy_accountant as renyi
 
 
 def gaussian_epsilon(charge: float, delta: float) -> float:
     """The exact epsilon of Gaussian noise with standard deviation sensitivity/√``charge``."""
+    import dp_accounting
+
     with numpy.errstate(all="ignore"):
         return float(dp_accounting.get_epsilon_gaussian(charge**-0.5, delta))
 
 
 def gaussian_noise(epsilon: float, delta: float) -> float:
     """The smallest standard deviation, as a multiple of the sensitivity, with this epsilon."""
+    import dp_accounting
+
     with numpy.errstate(all="ignore"):
         return float(dp_accounting.get_sigma_gaussian(epsilon, delta))
 
 
 def concentrated_epsilon(rho: float, delta: float) -> float:
     """An epsilon of ρ-zero-concentrated privacy: the least over Rényi divergences of orders around the best one."""
+    from dp_accounting.rdp import rdp_privacy_accountant as renyi
+
     best = math.sqrt(math.log(1 / delta) / rho)
     orders = 1 + best * numpy.geomspace(0.05, 20, 400)
     return float(renyi.compute_epsilon(orders, rho * orders, delta)[0])

@@ -29,6 +29,8 @@ class Budget:
         self.accountant = Accountant(section.delta, history)
         self._record = math.inf if section.record_epsilon is None else section.record_epsilon
         self._silo = math.inf if section.silo_epsilon is None else section.silo_epsilon
+        self.limited = self._record < math.inf or self._silo < math.inf
+        """Whether the recipe limits what a record or the silo is charged. Classes of text may have limits besides."""
 
     @property
     def epsilon(self) -> float:
@@ -66,7 +68,7 @@ class Budget:
         Args:
             costs: of each sequence, its charges for all it is to send.
         """
-        if self._record == self._silo == math.inf and subjects.budgets is None:
+        if not self.limited and subjects.budgets is None:
             return [True] * len(costs)
         limits, told = self._limits(subjects), []
         records: dict[str, Account] = {}

@@ -18,9 +18,9 @@ Shapes: T rows of all sequences one after another, D width; nothing here knows w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 
@@ -33,7 +33,12 @@ from isthmus.recipe import ReleaseSection
 
 
 class Mechanism(Protocol):
-    """Clips and noises a tensor, and describes what it did as an event."""
+    """Clips and noises a tensor, and describes the release as an event."""
+
+    @property
+    def clip(self) -> float:
+        """Largest L2 norm of a unit, in the tensor's units; 0: it is not clipped."""
+        ...
 
     def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
         """The tensor within the bound, float32 ``[T, D]``, with a gradient. Clipped again, only last bits change."""
@@ -43,18 +48,48 @@ class Mechanism(Protocol):
         """The secured tensor, float32 ``[T, D]`` on the device of ``h_TD``, detached.
 
         Args:
-            subjects: whom the rows are about; its factors multiply each row's noise.
-            noise: where the draws come from.
+            subjects: the records of the rows; its factors multiply each row's noise.
+            noise: the source of the draws.
         """
         ...
 
     def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
-        """What securing such a tensor means, before or after it happens; without a size yet."""
+        """The release of such a tensor, before or after it happens; without a size yet."""
         ...
 
 
+class _Charging:
+    """Describes releases by what the mechanism charges one sequence's record."""
+
+    name: events.MechanismName
+    unit: events.Unit
+    clip: float
+
+    @property
+    def scale(self) -> float:
+        """The noise that the event states (see ``Release.noise``)."""
+        raise NotImplementedError
+
+    def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
+        """The charge for one sequence's rows.
+
+        Args:
+            factors_T: of the rows' noise, float64 (sums must not depend on the number of rows); None: 1 for all.
+        """
+        raise NotImplementedError
+
+    def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
+        lengths, factors = subjects.lengths, subjects.factors_T
+        pieces: Sequence[torch.Tensor | None] = [None] * len(lengths)
+        if factors is not None:
+            pieces = torch.split(factors.detach().cpu().double(), list(lengths))
+        sequences = zip(subjects.records, lengths, pieces, strict=True)
+        charges = merged(self.charge(*sequence) for sequence in sequences)
+        return Release(path, step, sum(lengths), width, self.clip, self.scale, 0, self.name, self.unit, charges)
+
+
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(_Charging):
     """Clip each row to an L2 norm, then add N(0, noise²) to every coordinate. Zero switches either off.
 
     ``noise`` is the published convention's fixed deviation, or ``dp_gaussian``'s, calibrated for unit token. A row's
@@ -64,7 +99,11 @@ class Gaussian:
     clip: float
     noise: float
     name: events.MechanismName = "gaussian"
-    unit: ClassVar[events.Unit] = "token"
+    unit: events.Unit = "token"
+
+    @property
+    def scale(self) -> float:
+        return self.noise
 
     def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
         return _clip_rows(h_TD.to(torch.float32), self.clip)
@@ -72,19 +111,15 @@ class Gaussian:
     def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
         return _add_normal(self.clipped(h_TD.detach(), subjects), self.noise, subjects, noise)
 
-    def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
-        def cost(factors_T: torch.Tensor) -> float:
-            return (2 * self.clip / self.noise) ** 2 * float(factors_T.pow(-2).sum())
-
-        bounded = self.clip > 0 and self.noise > 0
-        charges = _charges(subjects, lambda record, f_T: Charge(record, cost(f_T) if bounded else math.inf))
-        return Release(
-            path, step, subjects.rows, width, self.clip, self.noise, 0, self.name, self.unit, merged(charges)
-        )
+    def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
+        if not (self.clip and self.noise):
+            return Charge(record, math.inf)
+        weight = rows if factors_T is None else float(factors_T.pow(-2).sum())
+        return Charge(record, (2 * self.clip / self.noise) ** 2 * weight)
 
 
 @dataclass(frozen=True)
-class SequenceGaussian:
+class SequenceGaussian(_Charging):
     """Clip each sequence's whole matrix to a Frobenius norm, then add N(0, noise²) to every coordinate.
 
     With factors f, rows are weighed by 1/f in the norm: rows that get more noise may be that much longer. In these
@@ -93,8 +128,12 @@ class SequenceGaussian:
 
     clip: float
     noise: float
-    name: ClassVar[events.MechanismName] = "dp_gaussian"
-    unit: ClassVar[events.Unit] = "sequence"
+    name: events.MechanismName = "dp_gaussian"
+    unit: events.Unit = "sequence"
+
+    @property
+    def scale(self) -> float:
+        return self.noise
 
     def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
         h_TD = h_TD.to(torch.float32)
@@ -110,15 +149,12 @@ class SequenceGaussian:
     def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
         return _add_normal(self.clipped(h_TD.detach(), subjects), self.noise, subjects, noise)
 
-    def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
-        charges = _charges(subjects, lambda record, _: Charge(record, (2 * self.clip / self.noise) ** 2))
-        return Release(
-            path, step, subjects.rows, width, self.clip, self.noise, 0, self.name, self.unit, merged(charges)
-        )
+    def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
+        return Charge(record, (2 * self.clip / self.noise) ** 2)
 
 
 @dataclass(frozen=True)
-class Metric:
+class Metric(_Charging):
     """Clip each row, then add noise with density proportional to exp(-epsilon·‖z‖): dχ-privacy (Feyisetan et al. 2020).
 
     Two rows at distance d are told apart with a loss of at most epsilon·d, whatever lies between them; with a clip any
@@ -128,8 +164,12 @@ class Metric:
 
     clip: float
     epsilon: float
-    name: ClassVar[events.MechanismName] = "metric"
-    unit: ClassVar[events.Unit] = "token"
+    name: events.MechanismName = "metric"
+    unit: events.Unit = "token"
+
+    @property
+    def scale(self) -> float:
+        return 1 / self.epsilon
 
     def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
         return _clip_rows(h_TD.to(torch.float32), self.clip)
@@ -144,14 +184,11 @@ class Metric:
         length_T /= direction_TD.norm(dim=1).clamp_min(1e-30)
         return h_TD + (direction_TD * length_T.unsqueeze(1)).to(h_TD.device)
 
-    def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
-        def cost(factors_T: torch.Tensor) -> float:
-            return 2 * self.clip * self.epsilon * float(factors_T.reciprocal().sum())
-
-        charges = _charges(subjects, lambda record, f_T: Charge(record, 0.0, cost(f_T) if self.clip else math.inf))
-        return Release(
-            path, step, subjects.rows, width, self.clip, 1 / self.epsilon, 0, self.name, self.unit, merged(charges)
-        )
+    def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
+        if not self.clip:
+            return Charge(record, 0.0, math.inf)
+        weight = rows if factors_T is None else float(factors_T.reciprocal().sum())
+        return Charge(record, 0.0, 2 * self.clip * self.epsilon * weight)
 
 
 def mechanism_of(section: ReleaseSection) -> Mechanism:
@@ -162,7 +199,7 @@ def mechanism_of(section: ReleaseSection) -> Mechanism:
     """
     if section.mechanism == "gaussian":
         return Gaussian(section.clip, section.noise)
-    assert section.epsilon is not None  # the recipe has seen to it
+    assert section.epsilon is not None  # the recipe's checks require it
     if section.mechanism == "metric":
         return Metric(section.clip, section.epsilon)
     assert section.delta is not None
@@ -187,10 +224,3 @@ def _add_normal(h_TD: torch.Tensor, deviation: float, subjects: Subjects, noise:
     if subjects.factors_T is not None:
         drawn_TD = drawn_TD * subjects.factors_T.to(drawn_TD).unsqueeze(1)
     return h_TD + deviation * drawn_TD.to(h_TD.device)
-
-
-def _charges(subjects: Subjects, charge: Callable[[str, torch.Tensor], Charge]) -> list[Charge]:
-    """Each sequence's charge, from its record and its rows' factors (float64, as sums must not depend on length)."""
-    factors_T = torch.ones(subjects.rows) if subjects.factors_T is None else subjects.factors_T
-    pieces = torch.split(factors_T.detach().cpu().double(), list(subjects.lengths))
-    return [charge(record, f_T) for record, f_T in zip(subjects.records, pieces, strict=True)]

@@ -16,7 +16,7 @@ import torch
 from isthmus.errors import DataError, IsthmusError, RecipeError
 from isthmus.privacy import detectors
 from isthmus.recipe import SensitivityClass, SensitivitySection
-from isthmus.recipe.sensitivity import NORMAL
+from isthmus.recipe.sections.sensitivity import NORMAL
 
 ClassSpan = tuple[int, int, str]
 """Start and end of a span of text in characters, end exclusive, and the name of its class."""

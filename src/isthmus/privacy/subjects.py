@@ -1,4 +1,4 @@
-"""Whom a tensor is about: which record each of its sequences belongs to, and how sensitive each row is.
+"""The records that a tensor's sequences belong to, and how sensitive each of its rows is.
 
 Shapes: T rows (tokens) of all sequences one after another.
 """
@@ -12,17 +12,29 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Subjects:
-    """What the boundary must know of a tensor's rows beside their values."""
+    """The records behind a tensor that leaves, and what the noise and the budgets of its rows follow from."""
 
     records: tuple[str, ...]
     """The record of each sequence, under a name that means nothing outside the silo."""
     lengths: tuple[int, ...]
     """Rows of each sequence."""
     factors_T: torch.Tensor | None = None
-    """By what each row's noise is multiplied; None: 1 for all."""
+    """Factor of each row's noise; None: 1 for all."""
     budgets: tuple[float, ...] | None = None
     """The largest epsilon of each sequence's record, where it is below the recipe's; None: the recipe's for all."""
 
     @property
     def rows(self) -> int:
         return sum(self.lengths)
+
+    def of(self, place: int) -> Subjects:
+        """Of the sequence at this place alone."""
+        factors_T, budgets = self.factors_T, self.budgets
+        if factors_T is not None:
+            factors_T = torch.split(factors_T, list(self.lengths))[place]
+        return Subjects(
+            (self.records[place],),
+            (self.lengths[place],),
+            factors_T,
+            None if budgets is None else (budgets[place],),
+        )

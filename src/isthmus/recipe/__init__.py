@@ -1,36 +1,49 @@
 """The recipe: one TOML file that fixes a whole federation.
 
 ``Recipe.read`` refuses, at start, every unknown key (naming the nearest known one), wrong type and impossible
-combination. A recipe is frozen: what a run did can be read off the copy in its run directory.
+combination. A recipe is frozen: the copy in its run directory says what a run did.
 """
 
-from isthmus.recipe.noise import ClipSection, NoiseSection
-from isthmus.recipe.privacy import PrivacySection, ReleaseSection
 from isthmus.recipe.recipe import Recipe
 from isthmus.recipe.sections import (
+    AsynchronousSection,
     BoundarySection,
+    ClipSection,
     Codec,
     CodecSection,
+    CompressionSection,
     DefenceSection,
+    EdgeSection,
+    FairnessSection,
     FederationSection,
     LoraSection,
     ModelSection,
+    NoiseSection,
+    OptimizerSection,
+    PrivacySection,
+    ReleaseSection,
+    RobustSection,
     RootSection,
+    SecureSection,
+    SensitivityClass,
+    SensitivitySection,
     SiloSection,
     TaskSection,
+    TrainSection,
     TrunkSection,
+    WeightsSection,
     WireSection,
 )
-from isthmus.recipe.sensitivity import SensitivityClass, SensitivitySection
-from isthmus.recipe.strategy import FairnessSection, OptimizerSection, WeightsSection
-from isthmus.recipe.train import TrainSection
 
 __all__ = [
+    "AsynchronousSection",
     "BoundarySection",
     "ClipSection",
     "Codec",
     "CodecSection",
+    "CompressionSection",
     "DefenceSection",
+    "EdgeSection",
     "FairnessSection",
     "FederationSection",
     "LoraSection",
@@ -40,7 +53,9 @@ __all__ = [
     "PrivacySection",
     "Recipe",
     "ReleaseSection",
+    "RobustSection",
     "RootSection",
+    "SecureSection",
     "SensitivityClass",
     "SensitivitySection",
     "SiloSection",

@@ -5,17 +5,23 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Self, get_args, get_origin
+from typing import Any, Self, cast, get_args, get_origin
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from isthmus.errors import RecipeError
-from isthmus.recipe.aggregation import check_aggregation
-from isthmus.recipe.buffer import check_buffer
-from isthmus.recipe.local import check_local
-from isthmus.recipe.noise import check_noise
-from isthmus.recipe.privacy import PrivacySection
+from isthmus.recipe.checks.aggregation import check_influence, check_products, check_ranks, check_weights
+from isthmus.recipe.checks.asynchrony import check_asynchrony
+from isthmus.recipe.checks.boundary import check_defence, check_release_once
+from isthmus.recipe.checks.budgets import check_budgets
+from isthmus.recipe.checks.evaluation import check_evaluation
+from isthmus.recipe.checks.local_steps import check_control, check_sharpness, check_steps
+from isthmus.recipe.checks.masks import check_cohorts, check_compression
+from isthmus.recipe.checks.noise import check_noise
+from isthmus.recipe.checks.robustness import check_robustness
+from isthmus.recipe.checks.sensitivity import check_fields
+from isthmus.recipe.checks.tree import check_names, check_tree
 from isthmus.recipe.section import Count, Section
 from isthmus.recipe.sections import (
     BoundarySection,
@@ -23,14 +29,15 @@ from isthmus.recipe.sections import (
     FederationSection,
     LoraSection,
     ModelSection,
+    PrivacySection,
     RootSection,
+    SensitivitySection,
     SiloSection,
     TaskSection,
+    TrainSection,
     TrunkSection,
     WireSection,
 )
-from isthmus.recipe.sensitivity import SensitivitySection
-from isthmus.recipe.train import TrainSection
 from isthmus.recipe.tree import Tree
 
 
@@ -38,8 +45,9 @@ class Recipe(Section):
     """A whole federation. Paths are relative to the folder of the recipe's file."""
 
     seed: int = 0
-    threads: Count | None = None
-    """Torch threads of each process; left out: torch's own choice."""
+    """Seed of the adapters' first values and the order of the data. Noise never follows from it."""
+    threads: Count | None = Field(default=None, examples=[2])
+    """Threads that PyTorch uses in each process. Left out: PyTorch's own choice."""
     model: ModelSection
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
@@ -56,67 +64,27 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        names = [*(edge.name for edge in self.edge), *(silo.name for silo in self.silo)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"the name {twice[0]!r} is given twice; rename one")
-        if {"trunk", "root", "ca"} & set(names):
-            raise ValueError("the names 'trunk', 'root' and 'ca' are taken; rename the silo")
-        check_buffer(self)
-        assert self.tree
-        if self.trunk.average_every is not None and self.trunk.adapter == "shared":
-            raise ValueError("trunk.average_every: a shared adapter is not averaged; set trunk.adapter = 'replica'")
-        if self.train.evaluate and not any(silo.held_out for silo in self.silo):
-            raise ValueError("train.evaluate: no silo has held_out rows; set evaluate = false or name held_out files")
-        if self.boundary.release_once and not self.lora.freeze_bottom:
-            raise ValueError(
-                "boundary.release_once: a bottom that trains gives new states each time; set lora.freeze_bottom = true"
-            )
-        if self.boundary.release_once and self.boundary.denoise:
-            raise ValueError(
-                "boundary.denoise: noise that was drawn once is not kept; leave out denoise or boundary.release_once"
-            )
-        self._defensible()
-        check_aggregation(self)
-        check_local(self)
-        check_noise(self)
-        for field in self.sensitivity.fields if self.sensitivity else ():
-            if field not in self.task.fields:
-                used = ", ".join(sorted(self.task.fields)) or "none"
-                raise ValueError(f"sensitivity.fields: no template has {field!r}; use one of: {used}")
-        self._affordable()
+        edges, silos, federation, boundary, tree = self.edge, self.silo, self.federation, self.boundary, self.tree
+        check_names(silos, edges)
+        check_compression(federation)
+        check_asynchrony(federation, self.root, self.trunk, silos, edges)
+        check_tree(tree, edges)
+        check_cohorts(federation, tree)
+        check_evaluation(self.train, silos)
+        check_release_once(boundary, self.lora)
+        check_defence(boundary, self.lora)
+        check_ranks(self.lora, federation, silos)
+        check_products(federation, edges)
+        check_weights(federation, silos, edges)
+        check_influence(federation, boundary.update)
+        check_robustness(federation, tree)
+        check_steps(self.train, silos, federation, self.trunk)
+        check_sharpness(self.train, boundary, self.lora, self.trunk)
+        check_control(self.train, silos, edges, federation, self.privacy, self.sensitivity)
+        check_noise(federation, boundary.update, edges, tree)
+        check_fields(self.sensitivity, self.task)
+        check_budgets(self.privacy, self.sensitivity, boundary, federation.noise)
         return self
-
-    def _defensible(self) -> None:
-        """A defence that could teach nobody anything, or measures what is not there, is refused."""
-        defence, boundary = self.boundary.defence, self.boundary
-        if defence is None:
-            return
-        if self.lora.freeze_bottom:
-            raise ValueError("boundary.defence: a frozen bottom learns nothing; set lora.freeze_bottom = false")
-        if not (boundary.residual or boundary.gradients):
-            raise ValueError("boundary.defence: no loss reaches bottom; set boundary.residual = true")
-        if defence.capacity and not boundary.forward.bounded:
-            raise ValueError("boundary.defence.capacity: without noise or clip a channel carries anything; add both")
-
-    def _affordable(self) -> None:
-        """A budget that no release could keep to is refused here rather than at the first frame."""
-        of_records = ("forward", "gradient") if self.boundary.gradients else ("forward",)
-        noise = self.federation.noise
-        of_silo = of_records if noise is not None and noise.where == "silos" else (*of_records, "update")
-        classes = self.sensitivity.classes if self.sensitivity else {}
-        budgets = {
-            "privacy.record_epsilon": (self.privacy.record_epsilon, of_records),
-            "privacy.silo_epsilon": (self.privacy.silo_epsilon, of_silo),
-            **{f"sensitivity.classes.{name}.epsilon": (one.epsilon, of_records) for name, one in classes.items()},
-        }
-        for key, (budget, paths) in budgets.items():
-            for path in paths if budget is not None else ():
-                if not getattr(self.boundary, path).bounded:
-                    raise ValueError(
-                        f"{key}: what leaves by boundary.{path} has no clip or no noise, so no finite epsilon; "
-                        f"give boundary.{path} both, or leave the budget out"
-                    )
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -173,16 +141,25 @@ class Recipe(Section):
 
     @property
     def tree(self) -> Tree:
-        """Who sends whom what it learned."""
-        return Tree(self)
+        """The tree of aggregation: which party sends its update to which."""
+        return Tree(self.silo, self.edge, self.root, self.federation.asynchronous.buffer)
 
     def steps(self, name: str) -> int:
-        """How many optimizer steps this silo takes in a round."""
+        """Optimizer steps of this silo in a round."""
         own = {silo.name: silo.steps for silo in self.silo}.get(name)
         return own or self.train.steps
 
+    @property
+    def mean_reach(self) -> float:
+        """τ of FedNova, by which the mean of normalized changes is multiplied: the mean over all silos of the recipe.
+
+        The paper weighs it by the round's silos. It only sets the size of the step, and one that is known beforehand
+        lets each silo multiply by it: no silo has to reveal how many steps it made.
+        """
+        return sum(self.train.reach(self.steps(silo.name)) for silo in self.silo) / len(self.silo)
+
     def of_silo(self, name: str) -> Recipe:
-        """The same recipe with the rank that this silo's ends have; alpha / rank, the scale of what they do, stays."""
+        """The same recipe with the adapter rank of this silo's bottom and top; their scale, alpha / rank, stays."""
         rank = self.party(name).rank
         if rank is None:
             return self
@@ -202,20 +179,25 @@ def _explained(error: ValidationError) -> RecipeError:
     """One complaint of pydantic as key, reason and remedy: an unknown key first, it may be why one is missing."""
     complaints = error.errors()
     first = next((one for one in complaints if one["type"] == "extra_forbidden"), complaints[0])
+    table = ".".join(str(part) for part in first["loc"][:-1])
     key = ".".join(str(part) for part in first["loc"]) or "recipe"
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
+        section = _section(first["loc"][:-1])
+        if now := section.moved.get(str(first["loc"][-1])):
+            return RecipeError(f"the key {key!r} has moved", remedy=f"write {table}.{now} in its place")
+        known = sorted(section.model_fields)
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
         return RecipeError(f"unknown key {key!r}", remedy=f"did you mean {near[0]!r}? known: {', '.join(known)}")
     if first["type"] == "missing":
         return RecipeError(f"the key {key!r} is missing", remedy=f"add {key} to the recipe")
     if first["type"] == "value_error":
         reason, _, remedy = str(first["ctx"]["error"]).partition("; ")
-        return RecipeError(reason, remedy=remedy)
+        return RecipeError(f"{key}.{reason}" if first["loc"] else reason, remedy=remedy)
     return RecipeError(f"{key} = {first['input']!r}: {first['msg']}", remedy=f"correct the value of {key}")
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _section(location: tuple[int | str, ...]) -> type[Section]:
+    """The class of the table at this place of a recipe."""
     section: Any = Recipe
     for part in location:
         if isinstance(part, int):
@@ -226,4 +208,4 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         section = section.model_fields[part].annotation
         if get_origin(section) is not dict:
             section = getattr(section, "__args__", (section,))[0]
-    return sorted(section.model_fields)
+    return cast("type[Section]", section)

@@ -1,1 +1,1 @@
-"""What people read of a run: the live table, privacy tables, progress."""
+"""The parts of a run that people read: the live table, the privacy table, progress and the spread over silos."""

@@ -1,4 +1,4 @@
-"""How figures are written in a table's cells."""
+"""Numbers as text for the cells of a table."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import math
 
 
 def epsilon_text(value: float | None) -> str:
-    """As a cell shows it; empty where there is none."""
+    """An epsilon with three significant digits, ``∞`` without a bound, empty for None."""
     if value is None:
         return ""
     return "∞" if math.isinf(value) else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def megabytes(size: int) -> str:
+    """A number of bytes in megabytes (10⁶ bytes)."""
     return f"{size / 1e6:.1f} MB"
 
 
 def score_text(scores: dict[str, float]) -> str:
+    """The ``accuracy`` in per cent if there is one, else the ``loss``."""
     return f"{scores['accuracy']:.1%}" if "accuracy" in scores else f"{scores['loss']:.3f}"

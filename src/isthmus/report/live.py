@@ -1,4 +1,4 @@
-"""A local run on the terminal: a live table of how each silo is doing, and word of silos that were lost."""
+"""A local run on the terminal: a live table of each silo's progress, messages about failed silos, the privacy table."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from isthmus.report.spread import Spread, spread_of
 from isthmus.storage.record import RunDirectory
 
 REFRESH_SECONDS = 0.5
+"""Time between two updates of the table."""
 
 
 def run_with_progress(run: RunDirectory, console: Console | None = None) -> None:
-    """Run the federation of a run directory and show how each silo is doing.
+    """Run the federation of a run directory and show each silo's progress, then the privacy table.
+
+    Args:
+        console: where to print; None: standard output.
 
     Raises:
-        IsthmusError, Stopped: as ``run_federation``.
+        IsthmusError: a role failed. The run can be resumed.
+        Stopped: SIGINT or SIGTERM arrived. The run can be resumed.
     """
     recipe = run.recipe()
     console = console or Console()
@@ -37,22 +42,19 @@ def run_with_progress(run: RunDirectory, console: Console | None = None) -> None
                 live.update(_table(run, recipe))
                 shown = time.monotonic()
 
-        def tell(message: str) -> None:
+        def notify(message: str) -> None:
             live.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
-        run_federation(run, watch, tell)
+        run_federation(run, watch, notify)
         live.update(_table(run, recipe))
-    from isthmus.report.privacy_table import (  # the watching process loads no accountant while it watches
-        read_statements,
-        show,
-    )
+    from isthmus.report.privacy_table import read_statements, show  # imports the accountant: only after the run
 
     show(read_statements(run), console)
 
 
 @contextmanager
 def _whole_lines(console: Console) -> Iterator[None]:
-    """Rich ends the last line of a live display on terminals only; do so elsewhere too."""
+    """End the last line of a live display where the output is not a terminal, which rich does not do."""
     try:
         yield
     finally:
@@ -77,7 +79,7 @@ def _table(run: RunDirectory, recipe: Recipe) -> Table:
 
 
 def _gain(spread: Spread, name: str) -> str:
-    """What a silo has better than before the first round."""
+    """A silo's gain over its score before the first round: points of accuracy, or decrease of loss."""
     gain = spread.gains.get(name)
     if gain is None:
         return ""

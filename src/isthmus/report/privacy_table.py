@@ -1,4 +1,4 @@
-"""What a run's silos have spent of their privacy, as a table or as JSON."""
+"""The privacy that a run's silos have spent, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isthmus.storage.record import RunDirectory
 
 
 def read_statements(run: RunDirectory) -> list[Statement]:
-    """One a silo, and the root's where it noises what it publishes, from the ledgers in the run directory."""
+    """One statement per silo, and the root's if it adds noise to the published adapters, from the run's ledgers."""
     recipe = run.recipe()
     noise = recipe.federation.noise
     names = [*(silo.name for silo in recipe.silo), *([ROOT] if noise is not None and noise.where == "root" else [])]
@@ -23,11 +23,12 @@ def read_statements(run: RunDirectory) -> list[Statement]:
 
 
 def as_json(statements: list[Statement]) -> str:
+    """The statements as a JSON list; an epsilon without a bound is null."""
     return json.dumps([statement.to_dict() for statement in statements], indent=2, allow_nan=False)
 
 
 def show(statements: list[Statement], console: Console) -> None:
-    """A table, and below it what its figures mean."""
+    """Print the table, and below it an explanation of its rows."""
     delta = statements[0].delta
     table = Table(title=f"privacy spent, epsilon at delta {delta:g}")
     for heading in ("silo", "path"):
@@ -44,11 +45,11 @@ def show(statements: list[Statement], console: Console) -> None:
         table.add_section()
     console.print(table)
     console.print(
-        "record: the epsilon of one record's hidden states and gradients, composed over all releases; of updates, the "
-        "silo's\nwith updates: the same if each update is charged to every record\n"
-        "silo: all that left, composed as if it were about one record\n"
-        "summed: seen in no sum with the noise of fewer honest silos than the named, and in none without; at the root: "
-        "what it published tells of any one silo",
+        "record: one record's hidden states and gradients, composed over all releases (row 'update': the silo's)\n"
+        "with updates: the same, with every update charged to every record\n"
+        "silo: all releases, composed as if they were of one record\n"
+        "summed: valid if at least the stated number of honest silos add noise to each sum; at the root: for any one "
+        "silo, from all published adapters",
         highlight=False,
         style="dim",
     )
@@ -57,7 +58,7 @@ def show(statements: list[Statement], console: Console) -> None:
 def _rows(statement: Statement) -> list[tuple[str, ...]]:
     if not statement.verified:
         return [(statement.silo, "", "", "", "", "", "", "", f"no: {statement.reason}")]
-    rows = [_path_row(statement.silo, path, told) for path, told in statement.paths.items()]
+    rows = [_path_row(statement.silo, path, spent) for path, spent in statement.paths.items()]
     records = "1 record" if statement.records == 1 else f"{statement.records} records"
     left = epsilon_text(statement.record_left)
     rows.append(
@@ -70,9 +71,9 @@ def _rows(statement: Statement) -> list[tuple[str, ...]]:
     return rows
 
 
-def _path_row(silo: str, path: str, told: PathStatement) -> tuple[str, ...]:
-    mechanisms = "\n".join(told.mechanisms)
-    return (silo, path, f"{told.releases}", f"{told.bytes:,}", mechanisms, *_pair(told.worst, told.median), "", "")
+def _path_row(silo: str, path: str, spent: PathStatement) -> tuple[str, ...]:
+    mechanisms = "\n".join(spent.mechanisms)
+    return (silo, path, f"{spent.releases}", f"{spent.bytes:,}", mechanisms, *_pair(spent.worst, spent.median), "", "")
 
 
 def _pair(worst: Epsilon, median: float | None) -> tuple[str, str]:

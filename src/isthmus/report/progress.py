@@ -1,4 +1,4 @@
-"""Progress of a run, read from the journals that its roles write. Watching takes nothing out of a silo."""
+"""Progress of a run, read from the journals (``metrics.jsonl``) that its silos write in the run directory."""
 
 from __future__ import annotations
 
@@ -10,28 +10,33 @@ from isthmus.storage.record import RunDirectory, read_journal
 
 @dataclass
 class SiloProgress:
-    """What one silo's journal says so far."""
+    """One silo's progress so far."""
 
     name: str
     steps: int = 0
-    """Optimizer steps done in all rounds."""
+    """Number of finished optimizer steps, over all rounds."""
     loss: float | None = None
-    """Of the last step; None if no row could take part in it."""
+    """Mean loss of the last step; None before the first step, or if the last step had no row."""
     tokens_per_second: float | None = None
-    """Over the last ten steps."""
+    """Mean over the last ten steps; None before the first step."""
     sent_bytes: int = 0
+    """Bytes sent to the trunk in this run, by all processes that this silo has had."""
     received_bytes: int = 0
-    """Over all processes this silo has had in this run."""
+    """Bytes received from the trunk, likewise."""
     epsilon: float | None = None
-    """Of the worst record so far, ∞ where no bound holds; None before the first step."""
+    """Largest epsilon of a record so far, ∞ where no bound holds; None before the first step."""
     skipped: int = 0
-    """Rows left out of steps because their record's privacy budget was spent."""
+    """Number of rows left out of steps because their record's privacy budget was spent."""
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
-    """Held-out scores by the number of completed rounds."""
+    """Held-out ``accuracy``, or ``loss`` and ``perplexity``, by number of finished rounds."""
 
 
 def read_progress(run: RunDirectory, name: str, steps_a_round: int) -> SiloProgress:
-    """What one silo has done so far."""
+    """One silo's progress so far.
+
+    Args:
+        steps_a_round: optimizer steps of this silo in one round.
+    """
     progress = SiloProgress(name)
     lines = read_journal(run.role(name).path / "metrics.jsonl")
     steps = [line for line in lines if line["event"] == "step"]
@@ -53,7 +58,7 @@ def read_progress(run: RunDirectory, name: str, steps_a_round: int) -> SiloProgr
 
 
 def _total(lines: list[dict[str, float]], key: str) -> int:
-    """Sum of a counter that starts at zero with every process."""
+    """Total of a counter that each process of the silo starts at 0: the sum of its last values."""
     total = last = 0.0
     for line in lines:
         value = line.get(key, last)

@@ -1,4 +1,4 @@
-"""How evenly a federation serves its silos: the worst of them, how far they lie apart, and what each has gained."""
+"""Fairness over silos: the worst held-out score, the standard deviation, and each silo's gain."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ Measure = Literal["accuracy", "loss"]
 
 @dataclass(frozen=True)
 class Spread:
-    """Held-out scores after the last round that all silos have measured."""
+    """Held-out scores of all silos after one round."""
 
     round: int
+    """Number of finished rounds: the last after which all silos have a score."""
     measure: Measure
     silo: str
-    """The worst one."""
+    """The silo with the worst score."""
     worst: float
-    """Its score."""
+    """The worst score."""
     mean: float
     deviation: float
-    """The standard deviation over the silos."""
+    """Standard deviation over the silos."""
     gains: Mapping[str, float]
-    """How much better each silo is served than before the first round, where it measured then; below 0: worse."""
+    """Improvement over the score before the first round by silo, negative if the score is worse; silos without a score
+    before the first round are absent."""
 
 
 def spread_of(silos: Sequence[SiloProgress]) -> Spread | None:
-    """None if there is no round that all of them have measured alike."""
+    """The spread after the last round for which all silos have a score of one measure; None if there is none."""
     rounds = set.intersection(*(set(silo.scores) for silo in silos))
     if not rounds:
         return None
@@ -50,5 +52,5 @@ def spread_of(silos: Sequence[SiloProgress]) -> Spread | None:
 
 
 def _better(measure: Measure, value: float) -> float:
-    """The value with the sign that makes more of it better."""
+    """The value, negated for a loss, so that more is better."""
     return value if measure == "accuracy" else -value

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from isthmus.silo.remote import RemoteTrunk
+from isthmus.silo.remote import RoundsClient
 
 
 class TrunkStepCallback(TrainerCallback):
@@ -19,18 +19,18 @@ class TrunkStepCallback(TrainerCallback):
 
     Rows are the trainer's: none is left out in silence. Where a record's privacy budget does not bear a step,
     ``train()`` ends with ``BudgetExhausted``, and the tensor that would cost too much does not leave.
-    ``trunk.affordable`` tells which rows bear a whole step, so that a data set can be filtered before; ``isthmus silo``
-    leaves spent rows out itself.
+    ``boundary.affordable`` tells which rows can take a whole step, so that a data set can be filtered before;
+    ``isthmus silo`` leaves spent rows out itself.
 
     Args:
-        trunk: of the split model, ``model.trunk``.
+        rounds: the silo's, ``silo.rounds``.
         participants: the silos that train together, this one among them; each step waits for all.
         round: number of this round, from 1; the trunk goes on from the end of the round before.
         weight: this silo's share in each step, in any unit that all participants use.
     """
 
-    def __init__(self, trunk: RemoteTrunk, participants: list[str], *, round: int = 1, weight: float = 1.0) -> None:
-        self._trunk = trunk
+    def __init__(self, rounds: RoundsClient, participants: list[str], *, round: int = 1, weight: float = 1.0) -> None:
+        self._rounds = rounds
         self._participants = participants
         self._round = round
         self._weight = weight
@@ -38,10 +38,10 @@ class TrunkStepCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step = 0
-        self._trunk.begin(self._round, self._participants)
+        self._rounds.begin(self._round, self._participants)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._step += 1
-        self._trunk.commit(self._round, self._step, self._weight)
+        self._rounds.commit(self._round, self._step, self._weight)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from isthmus.recipe import Recipe
-from isthmus.recipe.local import mean_reach
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 
@@ -33,7 +32,7 @@ class Control:
 
     def __init__(self, recipe: Recipe, name: str) -> None:
         self._name = name
-        self._way = recipe.train.learning_rate * mean_reach(recipe)
+        self._way = recipe.train.learning_rate * recipe.mean_reach
         """Kη."""
         self._mean: dict[str, torch.Tensor] = {}
         self._own: dict[str, torch.Tensor] = {}

@@ -7,14 +7,17 @@ import secrets
 import shutil
 import tempfile
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from isthmus.data.silo_data import SiloData
 from isthmus.errors import ModelError
 from isthmus.model import adapters
+from isthmus.model.bottleneck import Bottleneck
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import CPU, find_device
@@ -28,8 +31,7 @@ from isthmus.silo.defence.guard import Guard
 from isthmus.silo.defence.shield import Shield
 from isthmus.silo.records import Records
 from isthmus.silo.released import Released
-from isthmus.silo.remote import RemoteTrunk
-from isthmus.silo.trainer import SiloData
+from isthmus.silo.remote import RemoteTrunk, RoundsClient
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
@@ -44,13 +46,20 @@ class Silo:
     model: SplitForCausalLM
     tokenizer: PreTrainedTokenizerBase
     trunk: RemoteTrunk
+    rounds: RoundsClient
+    """Begins the trunk's rounds and steps its adapter."""
     boundary: Boundary
-    guard: Guard | None = None
-    """Teaches bottom what may cross, if the recipe wants that."""
 
     @property
     def parts(self) -> tuple[Part, Part]:
         return self.model.ends
+
+    @property
+    def guard(self) -> Guard | None:
+        """Teaches bottom what may cross, if the recipe has a defence."""
+        guard = self.model.guard
+        assert guard is None or isinstance(guard, Guard)
+        return guard
 
     def close(self) -> None:
         self.trunk.channel.close()
@@ -86,20 +95,49 @@ def join(
     if channel is None:
         channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
     ledger = ledger or MemoryLedger()
-    boundary = Boundary(recipe.boundary, ledger, budget=Budget(recipe.privacy, ledger.history()))
     known = open_records(recipe, tokenizer, records)
-    trunk = RemoteTrunk(channel, boundary, known, ends=(bottom, top), gradients=recipe.boundary.gradients)
+    boundary = Boundary(
+        recipe.boundary,
+        ledger,
+        budget=Budget(recipe.privacy, ledger.history()),
+        records=known,
+        released=_open_released(recipe, bottom, checkpoint, releases),
+    )
+    model = assemble(recipe, checkpoint, (bottom, top), channel, boundary)
+    assert isinstance(model.trunk, RemoteTrunk)
+    return Silo(model, tokenizer, model.trunk, RoundsClient(channel), boundary)
+
+
+def assemble(
+    recipe: Recipe, checkpoint: Checkpoint, ends: tuple[Part, Part], channel: Channel, boundary: Boundary
+) -> SplitForCausalLM:
+    """The split model of a silo, of its ends and the trunk behind this channel."""
+    bottom, top = ends
+    section, bottleneck = recipe.boundary, Bottleneck.of(bottom, top)
+    denoise = bottleneck is not None and bottleneck.denoises
+    width: int = checkpoint.config.hidden_size
+    trunk = RemoteTrunk(channel, boundary, width, gradients=section.gradients, denoise=denoise)
     strength = recipe.sensitivity.attention if recipe.sensitivity else 0.0
-    shield = Shield(known, strength) if strength else None
-    if recipe.boundary.release_once:
-        folder = releases or _passing_folder(trunk)
-        trunk.released = Released(folder, bottom, boundary, recipe, checkpoint.fingerprint, shield)
-    config = copy.deepcopy(checkpoint.config)
-    model = SplitForCausalLM(config, bottom, trunk, top, tail=recipe.boundary.tail, residual=recipe.boundary.residual)
-    model.shield = shield
-    model.guard = guard = _guard(recipe, model, trunk)
-    model.generation_config = copy.deepcopy(_generation_config(checkpoint, model))
-    return Silo(model.eval(), tokenizer, trunk, boundary, guard)
+    table_VE = bottom.family.embedding_of(bottom.model).get_parameter("weight")
+    guard = None
+    if section.defence is not None:
+        guard = Guard(section.defence, boundary, bottleneck, table_VE, recipe.seed)
+    model = SplitForCausalLM(
+        copy.deepcopy(checkpoint.config),
+        bottom,
+        trunk,
+        top,
+        boundary=boundary,
+        tail=section.tail,
+        residual=section.residual,
+        bottleneck=bottleneck,
+        shield=Shield(boundary.records, strength) if strength else None,
+        guard=guard,
+    )
+    with suppress(OSError):  # a model folder may lack one
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    model.eval()
+    return model
 
 
 def open_records(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> Records:
@@ -130,7 +168,7 @@ def known_data(recipe: Recipe, name: str, silo: Silo) -> SiloData:
     Raises:
         DataError: a file is unusable, or the silo's own sensitivity function failed.
     """
-    records = silo.trunk.records
+    records = silo.boundary.records
     data = SiloData(recipe.party(name), recipe, silo.tokenizer, records.sensitivity)
     records.learn([*data.train, *data.held_out], data.train, recipe.boundary.tail)
     return data
@@ -190,23 +228,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _guard(recipe: Recipe, model: SplitForCausalLM, trunk: RemoteTrunk) -> Guard | None:
-    if recipe.boundary.defence is None:
+def _open_released(recipe: Recipe, bottom: Part, checkpoint: Checkpoint, folder: Path | None) -> Released | None:
+    """The silo's released examples, in this folder or in one that goes with the process."""
+    if not recipe.boundary.release_once:
         return None
-    return Guard(recipe.boundary.defence, trunk, model.get_input_embeddings().get_parameter("weight"), recipe.seed)
-
-
-def _passing_folder(owner: object) -> Path:
-    """A folder that goes when its owner does."""
-    folder = tempfile.mkdtemp(prefix="isthmus-released-")
-    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-def _generation_config(checkpoint: Checkpoint, model: SplitForCausalLM):  # type: ignore[no-untyped-def]
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(checkpoint.folder)
-    except OSError:
-        return model.generation_config
+    if folder is not None:
+        return Released(folder, bottom, recipe, checkpoint.fingerprint)
+    passing = tempfile.mkdtemp(prefix="isthmus-released-")
+    released = Released(Path(passing), bottom, recipe, checkpoint.fingerprint)
+    weakref.finalize(released, shutil.rmtree, passing, ignore_errors=True)
+    return released

@@ -73,7 +73,7 @@ class LocalSteps:
             return take(optimizer)
         self._climb = climb = Climb(self._parameters.values(), self._train.sharpness)
         try:
-            with trunk.aside():
+            with trunk.ascent_pass():
                 first = take(climb)
             return replace(second := take(optimizer), loss=first.loss, seconds=first.seconds + second.seconds)
         finally:

@@ -7,6 +7,7 @@ import itertools
 import json
 import secrets
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -66,6 +67,9 @@ class Records:
         self._lengths: list[int] = []
         self._scale = self._kept_scale()
         self._classes = lru_cache(ROWS)(self._classes_of)
+        classes = {} if sensitivity is None else sensitivity.section.classes
+        self.limited = any(one.epsilon is not None for one in classes.values())
+        """Whether a class of sensitive text limits what a record is charged."""
 
     def learn(self, rows: Iterable[Tokens], train: Iterable[Tokens] = (), tail: int | None = None) -> None:
         """Know these rows of the silo's data.
@@ -98,9 +102,10 @@ class Records:
             DataError: the silo's own sensitivity function failed.
         """
         if rows is None:
-            records = tuple(f"unknown-{next(self._unknown)}" for _ in lengths)
-            return self.weighed(Subjects(records, tuple(lengths)), [[0] * length for length in lengths])
-        return self.weighed(Subjects(self.records(rows), tuple(lengths)), self.classes(rows))
+            unknown = tuple(f"unknown-{next(self._unknown)}" for _ in lengths)
+            return self.weighed(Subjects(unknown, tuple(lengths)), [[0] * length for length in lengths])
+        subjects = Subjects(self.records(rows), tuple(lengths))
+        return subjects if self.sensitivity is None else self.weighed(subjects, self.classes(rows))
 
     def weighed(self, subjects: Subjects, classes: list[list[int]] | None) -> Subjects:
         """The same with factors and budgets, by the classes of each whole sequence; they cross with their last."""
@@ -115,7 +120,7 @@ class Records:
 
     def records(self, rows: list[Row]) -> tuple[str, ...]:
         """The record of each whole sequence."""
-        return tuple(name or self._name(row) for name, row in ((self._prompt_of(row), row) for row in rows))
+        return tuple(self._prompt_of(row) or self._name(row) for row in rows)
 
     def classes(self, rows: list[Row]) -> list[list[int]] | None:
         """The classes of each whole sequence's tokens; None where nobody asks for them."""
@@ -156,7 +161,7 @@ class Records:
         found, done = None, 0
         digest = hashlib.blake2b(key=self._key, digest_size=8)
         tokens = array("q", row)
-        for length in takewhile(lambda length: length <= len(row), self._lengths):
+        for length in self._lengths[: bisect_right(self._lengths, len(row))]:
             digest.update(tokens[done:length].tobytes())
             done, name = length, digest.copy().hexdigest()
             found = name if name in self._known else found

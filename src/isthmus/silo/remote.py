@@ -1,6 +1,6 @@
-"""The trunk as the silo's model sees it: a module whose forward and backward cross the wire.
+"""The trunk as a silo sees it: a module whose forward and backward cross the wire, and a client of its rounds.
 
-Shapes: T tokens of all sequences one after another, D the model's width, W what crosses of it.
+Shapes: T tokens of all sequences one after another, D the model's width, W numbers that cross of it.
 """
 
 from __future__ import annotations
@@ -8,22 +8,20 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from isthmus.errors import UnknownExampleError
-from isthmus.model.bottleneck import DENOISE, DOWN, GATE, project, tensor_of
-from isthmus.model.cut import Part
+from isthmus.model.crossing import FreshExample, Outbound
+from isthmus.model.split import Reply
+from isthmus.privacy.events import Path
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.flight import Flight
-from isthmus.silo.records import Records
-from isthmus.silo.released import Ending, Released
 from isthmus.silo.session import RemoteSession
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
@@ -32,232 +30,158 @@ KEEPS = 64
 """Examples that may be on their way to the trunk at a time."""
 
 
-class RemoteTrunk(nn.Module):
-    """Implements ``model.split.TrunkModule`` over a channel.
+@dataclass
+class PendingStep:
+    """A forward or backward that was sent, until its answer is there."""
 
-    A training step is: forwards and backwards (as many as gradients are accumulated), then ``commit``.
+    step: int
+    path: Path
+    answer: Answer
+    shape: tuple[int, int]
+    """Rows and width of the matrix in the answer."""
+    like: torch.Tensor
+    """Any tensor on the device and of the dtype that the answer is wanted in."""
+    subjects: Subjects
+    width: int
+    """Of the hidden states that were sent: W."""
+    reply: bool = True
+    """Whether the answer holds a matrix."""
+    noise_TW: torch.Tensor | None = None
+    """What boundary and codec added to the hidden states, where the bottleneck denoises."""
+    request: pb.Forward | None = None
+    """A forward by numbers: it is sent again if the trunk has forgotten one of them."""
+    keeps: list[Answer] = field(default_factory=list)
+    """Of the examples that were sent for it."""
+
+
+class RemoteTrunk(nn.Module):
+    """Implements ``model.split.TrunkModule`` over a channel: forwards, backwards, and sessions for generation.
 
     Args:
-        records: says whom tensors are about.
-        ends: bottom and top, for the layers that the recipe may add where they meet the trunk.
-        released: of a silo that releases each example once; None: hidden states leave at every forward.
+        width: of the model: D.
         gradients: whether loss gradients leave. Without them the trunk learns nothing, and hidden states get none.
+        denoise: whether replies tell the noise that the boundary added.
     """
 
     def __init__(
-        self,
-        channel: Channel,
-        boundary: Boundary,
-        records: Records | None = None,
-        *,
-        ends: tuple[Part, Part] | None = None,
-        released: Released | None = None,
-        gradients: bool = True,
+        self, channel: Channel, boundary: Boundary, width: int, *, gradients: bool = True, denoise: bool = False
     ) -> None:
         super().__init__()
-        self.gradients = gradients
-        self._ends = ends or ()
         self.channel = channel
-        self.boundary = boundary
-        self.records = records or Records()
-        self.released = released
+        self.gradients = gradients
+        self._boundary = boundary
+        self._width = width
+        self._denoise = denoise
         self._steps = itertools.count(1)
         self._sessions = itertools.count(1)
         self._abandoned: deque[int] = deque()
-        self._aside = False
+        self._ascent_pass = False
         # Autograd calls our backward only if an input requires grad; a frozen bottom gives none, this one always does.
         self._anchor = torch.zeros((), requires_grad=True)
 
-    def forward(
-        self,
-        h_TD: torch.Tensor,
-        lengths: list[int],
-        session: RemoteSession | None,
-        rows: list[list[int]] | None = None,
-    ) -> torch.Tensor:
-        h_TW = self.narrow(h_TD, lengths, rows)
-        if session is not None:
-            g_TD, noise_TW = session.step(h_TW, lengths, rows)
-            return self.join(h_TD, g_TD, noise_TW)
-        train, flights = torch.is_grad_enabled() and self.returns(h_TW), list[Flight]()
-
-        def start() -> Flight:
-            if self.released is not None and rows is not None:
-                flights.append(self.start_rows(rows, lengths, train=train))
-            else:
-                flights.append(self.start_forward(h_TW, lengths, rows, train=train))
-            return flights[-1]
-
-        g_TD = _cross(h_TW, self, start) if train else self._landed(start())
-        return self.join(h_TD, g_TD, flights[-1].noise_TW)
-
-    def narrow(self, h_TD: torch.Tensor, lengths: list[int], rows: list[list[int]] | None = None) -> torch.Tensor:
-        """What of bottom's result crosses, ``[T, W]``: all of it, or its projection to the recipe's width.
-
-        Where it has a gradient it is clipped here already, so that the gradient knows; the boundary clips everything.
-        """
-        h_TW = self.projected(h_TD)
-        if not (torch.is_grad_enabled() and h_TW.requires_grad):
-            return h_TW
-        return self.boundary.clipped(h_TW, "forward", self.records.subjects(rows, lengths))
-
-    def projected(self, h_TD: torch.Tensor) -> torch.Tensor:
-        """The same, not clipped yet."""
-        return project(h_TD, self._layer(0, DOWN))
-
-    def join(self, h_TD: torch.Tensor, g_TD: torch.Tensor, noise_TW: torch.Tensor | None = None) -> torch.Tensor:
-        """What top gets for the trunk's answer to ``h_TD``: the answer, or with a residual path their weighted sum.
-
-        Args:
-            noise_TW: what the boundary added before the trunk answered: what is known of its effect is taken out.
-        """
-        gate_D, denoise_DW = self._layer(1, GATE), self._layer(1, DENOISE)
-        if denoise_DW is not None and noise_TW is not None:
-            g_TD = g_TD - project(noise_TW.to(g_TD.dtype), denoise_DW)
-        return g_TD if gate_D is None else h_TD + gate_D.to(g_TD.dtype) * g_TD
-
-    def noise_in(self, matrix: pb.Matrix, h_TW: torch.Tensor, subjects: Subjects) -> torch.Tensor | None:
-        """What boundary and codec added to ``h_TW`` after clipping, if top wants to know."""
-        if self._layer(1, DENOISE) is None:
-            return None
-        return self.boundary.reread(matrix, h_TW) - self.boundary.clipped(h_TW.detach(), "forward", subjects)
-
-    def _layer(self, end: int, name: str) -> torch.Tensor | None:
-        return tensor_of(self._ends[end], name) if self._ends else None
-
-    @property
-    def releases_once(self) -> bool:
-        return self.released is not None
-
-    def from_rows(self, rows: list[list[int]], lengths: list[int]) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.returns(None):
-            return _cross(None, self, lambda: self.start_rows(rows, lengths))
-        return self._landed(self.start_rows(rows, lengths, train=False))
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Passes within teach the trunk's adapter nothing: of their gradients it answers with bottom's alone."""
-        self._aside = True
-        try:
-            yield
-        finally:
-            self._aside = False
-
-    def returns(self, h_TW: torch.Tensor | None) -> bool:
-        """Whether a loss gradient crosses for these hidden states, None for such as were released before."""
-        return self.gradients and (not self._aside or (h_TW is not None and h_TW.requires_grad))
-
-    def affordable(
-        self, rows: list[list[int]], lengths: list[int], *, train: bool = True, twice: bool = False
-    ) -> list[bool]:
-        """For each sequence of token ids, whether the privacy budgets bear that its last ``lengths`` tokens cross.
-
-        Args:
-            train: in a whole training step, forward and backward, rather than in a forward alone.
-            twice: with a pass aside before it.
-        """
-        subjects = self.records.subjects(rows, lengths)
-        examples = [Ending(tuple(row), length) for row, length in zip(rows, lengths, strict=True)]
-        if self.released is None:
-            forward = [1 + twice] * len(rows)
-        else:
-            forward = [int(not self.released.holds(example)) for example in examples]
-        bottom = any(one.requires_grad for part in self._ends[:1] for one in part.parameters())
-        return self.boundary.affordable(subjects, forward, gradient=train * self.gradients * (1 + (twice and bottom)))
-
-    def begin(self, round: int, participants: list[str]) -> None:
-        """Wait until all participants are ready for this round's first step."""
-        self.channel.call(pb.Begin(round=round, participants=participants))
-
-    def commit(self, round: int, step: int, weight: float) -> int:
-        """Hand in the gradients of this optimizer step and wait until the trunk has stepped.
-
-        Args:
-            round, step: which step, both from 1.
-            weight: supervised tokens behind the gradients.
-
-        Returns:
-            How many silos' gradients the trunk's step was made of.
-        """
-        stepped: pb.Stepped = self.channel.call(pb.Commit(round=round, step=step, weight=weight))
-        return stepped.contributors
+    def forward(self, outbound: Outbound) -> Reply:
+        if outbound.cache is not None:
+            session = outbound.cache.session
+            assert isinstance(session, RemoteSession)
+            return session.step(outbound)
+        train = torch.is_grad_enabled() and self.wants_gradient(outbound)
+        pending = self.send(outbound, train=train)
+        if not train:
+            return Reply(self._matrix(pending), pending.noise_TW)
+        g_TD = _Crossing.apply(outbound.h_TW, self._anchor, self, pending)  # type: ignore[no-untyped-call]
+        return Reply(g_TD, pending.noise_TW)
 
     def open_session(self) -> RemoteSession:
         while self._abandoned:
             self.channel.submit(pb.Close(session=self._abandoned.popleft()))
-        session = RemoteSession(self, next(self._sessions))
+        number = next(self._sessions)
+        session = RemoteSession(self.channel, self._boundary, number, self._width, denoise=self._denoise)
         weakref.finalize(session, self._abandoned.append, session.id)
         return session
 
-    def start_forward(
-        self, h_TW: torch.Tensor, lengths: list[int], rows: list[list[int]] | None = None, *, train: bool = True
-    ) -> Flight:
-        """Send a training step's hidden states, and do not wait for the answer."""
-        step = next(self._steps)
-        subjects = self.records.subjects(rows, lengths)
-        hidden = self.boundary.release(h_TW, "forward", step, subjects)
-        request, like_TD = pb.Forward(step=step, lengths=lengths, hidden=hidden, train=train), self.answer_to(h_TW)
-        flight = Flight(step, like_TD, "forward", True, self.channel.submit(request), subjects, h_TW.shape[1])
-        return replace(flight, noise_TW=self.noise_in(hidden, h_TW, subjects))
+    @contextmanager
+    def ascent_pass(self) -> Iterator[None]:
+        """Passes within teach the trunk's adapter nothing: it answers their gradients with bottom's alone."""
+        self._ascent_pass = True
+        try:
+            yield
+        finally:
+            self._ascent_pass = False
 
-    def start_rows(self, rows: list[list[int]], lengths: list[int], *, train: bool = True) -> Flight:
-        """As ``start_forward``, for the last ``lengths`` tokens of these rows of token ids.
+    def wants_gradient(self, outbound: Outbound) -> bool:
+        """Whether a loss gradient crosses for this batch."""
+        wanted = outbound.h_TW is not None and outbound.h_TW.requires_grad
+        return self.gradients and (wanted or not self._ascent_pass)
 
-        Those never released before run through bottom first.
+    def send(self, outbound: Outbound, *, train: bool = True) -> PendingStep:
+        """Send a batch's hidden states, or the numbers of its examples, and do not wait for the answer.
+
+        Args:
+            train: a gradient will follow.
+
+        Raises:
+            BudgetExhausted: a record's budget, or the silo's, does not allow the release. Nothing leaves.
         """
-        assert self.released is not None
-        step = next(self._steps)
-        subjects = self.records.subjects(rows, lengths)
-        examples = [Ending(tuple(row), length) for row, length in zip(rows, lengths, strict=True)]
-        keeps = self._keep(self.released.release(examples, step, self.records))
-        numbers = [self.released.number(example) for example in examples]
-        request = pb.Forward(step=step, lengths=lengths, examples=numbers, train=train)
-        like_TW = self.released.like(sum(lengths))
+        step, subjects, h_TW = next(self._steps), outbound.subjects, outbound.h_TW
+        assert subjects is not None
+        shape, like = (sum(outbound.lengths), self._width), h_TW if outbound.like is None else outbound.like
+        assert like is not None
+        width = self._width if h_TW is None else h_TW.shape[1]
+        if outbound.examples is not None:
+            keeps = self._keep(self._released(one, step) for one in outbound.fresh)
+            request = pb.Forward(step=step, lengths=outbound.lengths, examples=outbound.examples, train=train)
+            answer = self.channel.submit(request)
+            return PendingStep(step, "forward", answer, shape, like, subjects, width, request=request, keeps=keeps)
+        assert h_TW is not None
+        hidden = self._boundary.release(h_TW, "forward", step, subjects)
+        request = pb.Forward(step=step, lengths=outbound.lengths, hidden=hidden, train=train)
         answer = self.channel.submit(request)
-        return Flight(
-            step, self.answer_to(like_TW), "forward", True, answer, subjects, like_TW.shape[1], request, keeps
-        )
+        noise_TW = self._boundary.noise_in(hidden, h_TW, subjects) if self._denoise else None
+        return PendingStep(step, "forward", answer, shape, like, subjects, width, noise_TW=noise_TW)
 
-    def start_backward(self, forward: Flight, gradient_TD: torch.Tensor, *, reply: bool) -> Flight:
-        """Send the gradient of what a forward gave; ``reply`` if the gradient of what it took is wanted."""
-        gradient = self.boundary.release(gradient_TD, "gradient", forward.step, forward.subjects)
-        request = pb.Backward(step=forward.step, gradient=gradient, reply=reply, aside=self._aside)
-        like_TW = gradient_TD[:1, :1].expand(len(gradient_TD), forward.width)
-        return Flight(
-            forward.step, like_TW, "gradient", reply, self.channel.submit(request), forward.subjects, forward.width
-        )
+    def send_gradient(self, forward: PendingStep, gradient_TD: torch.Tensor, *, reply: bool) -> PendingStep:
+        """Send the loss gradient of a forward's answer, and do not wait.
 
-    def land(self, flight: Flight) -> torch.Tensor | None:
+        Args:
+            reply: the gradient of the hidden states that were sent is wanted.
+        """
+        gradient = self._boundary.release(gradient_TD, "gradient", forward.step, forward.subjects)
+        request = pb.Backward(step=forward.step, gradient=gradient, reply=reply, ascent_pass=self._ascent_pass)
+        shape = (len(gradient_TD), forward.width)
+        answer = self.channel.submit(request)
+        return PendingStep(forward.step, "gradient", answer, shape, gradient_TD, forward.subjects, forward.width, reply)
+
+    def receive(self, pending: PendingStep) -> torch.Tensor | None:
         """Wait for the answer; None for a backward without reply."""
-        if flight.reply:
-            return self._landed(flight)
-        flight.answer.result()
+        if pending.reply:
+            return self._matrix(pending)
+        pending.answer.result()
         return None
 
-    def answer_to(self, h_TW: torch.Tensor) -> torch.Tensor:
-        """A tensor in the shape of the trunk's answer, without memory."""
-        width = self._ends[0].config.hidden_size if self._ends else h_TW.shape[1]
-        return h_TW.detach()[:1, :1].expand(len(h_TW), width)
+    def _matrix(self, pending: PendingStep) -> torch.Tensor:
+        body = self._answered(pending)
+        matrix = body.hidden if pending.path == "forward" else body.gradient
+        return self._boundary.admit(matrix, pending.path, pending.shape, pending.like)
 
-    def _landed(self, flight: Flight) -> torch.Tensor:
-        body: Any = self._answered(flight)
-        matrix = body.hidden if flight.path == "forward" else body.gradient
-        return self.boundary.admit(matrix, flight.path, flight.like_TD)
-
-    def _answered(self, flight: Flight) -> Any:
-        """The answer; examples that the trunk has forgotten go again first, once, as they went before."""
+    def _answered(self, pending: PendingStep) -> Any:
+        """The answer. Examples that the trunk has forgotten are sent again first, once, as they were before."""
+        request = pending.request
+        if request is None:
+            return pending.answer.result()
         try:
-            _wait(flight.keeps)
-            return flight.answer.result()
+            _wait(pending.keeps)
+            return pending.answer.result()
         except UnknownExampleError:
-            if flight.request is None or self.released is None:
-                raise
-        request = flight.request
-        request.step = flight.step = next(self._steps)  # a later step may be open already
-        keeps = self._keep(self.released.again(request.examples))
+            pass
+        request.step = pending.step = next(self._steps)  # a later step may be open already
+        keeps = self._keep(self._boundary.again(request.examples))
         answer = self.channel.submit(request)
         _wait(keeps)
         return answer.result()
+
+    def _released(self, example: FreshExample, step: int) -> pb.Keep:
+        hidden = self._boundary.release_example(example.number, example.h_LW, step, example.subjects)
+        return pb.Keep(example=example.number, hidden=hidden)
 
     def _keep(self, requests: Iterable[pb.Keep]) -> list[Answer]:
         """Send examples, without waiting as long as few are on their way."""
@@ -269,10 +193,32 @@ class RemoteTrunk(nn.Module):
         return answers
 
 
-def _cross(h_TD: torch.Tensor | None, remote: RemoteTrunk, start: Callable[[], Flight]) -> torch.Tensor:
-    """The result of the forward that ``start`` sends, differentiable; ``h_TD`` gets the gradient of what was sent."""
-    crossed: torch.Tensor = _Crossing.apply(h_TD, remote._anchor, remote, start)  # type: ignore[no-untyped-call]
-    return crossed
+class RoundsClient:
+    """Rounds and optimizer steps on the trunk.
+
+    A training step is: forwards and backwards through the split model (as many as gradients are accumulated), then
+    ``commit``.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def begin(self, round: int, participants: list[str]) -> None:
+        """Wait until all participants are ready for this round's first step."""
+        self._channel.call(pb.Begin(round=round, participants=participants))
+
+    def commit(self, round: int, step: int, weight: float) -> int:
+        """Hand in the gradients of this optimizer step and wait until the trunk has stepped.
+
+        Args:
+            round, step: both from 1.
+            weight: supervised tokens behind the gradients.
+
+        Returns:
+            The number of silos whose gradients the trunk's step was made of.
+        """
+        stepped: pb.Stepped = self._channel.call(pb.Commit(round=round, step=step, weight=weight))
+        return stepped.contributors
 
 
 def _wait(answers: Iterable[Answer]) -> None:
@@ -282,17 +228,16 @@ def _wait(answers: Iterable[Answer]) -> None:
 
 
 class _Crossing(torch.autograd.Function):
-    """One training step's way through the trunk and back."""
+    """Gives the answer to a forward that was sent, and sends the gradient back when autograd has it."""
 
     @staticmethod
     def forward(
-        ctx: Any, h_TD: torch.Tensor | None, anchor: torch.Tensor, remote: RemoteTrunk, start: Callable[[], Flight]
+        ctx: Any, h_TW: torch.Tensor | None, anchor: torch.Tensor, trunk: RemoteTrunk, pending: PendingStep
     ) -> torch.Tensor:
-        ctx.remote = remote
-        ctx.flight = start()
-        return remote.land(ctx.flight)  # type: ignore[return-value]
+        ctx.trunk, ctx.pending = trunk, pending
+        return trunk._matrix(pending)
 
     @staticmethod
     def backward(ctx: Any, gradient_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        flight = ctx.remote.start_backward(ctx.flight, gradient_TD, reply=ctx.needs_input_grad[0])
-        return ctx.remote.land(flight), None, None, None
+        returned = ctx.trunk.send_gradient(ctx.pending, gradient_TD, reply=ctx.needs_input_grad[0])
+        return ctx.trunk.receive(returned), None, None, None

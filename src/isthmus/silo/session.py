@@ -1,18 +1,18 @@
 """A session: the silo's handle of one KV cache on the trunk.
 
-Shapes: T tokens of all sequences one after another, W what crosses of each.
+Shapes: T tokens of all sequences one after another, D the model's width, W numbers that cross of it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from isthmus.errors import UnknownSessionError
+from isthmus.model.crossing import Outbound
+from isthmus.model.split import Reply
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.records import History, Records
+from isthmus.silo.records import History
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
 
@@ -20,57 +20,59 @@ REPLAYS = 16
 """Times that a lost session's frames are sent again for one step."""
 
 
-class Way(Protocol):
-    """What a session needs of its trunk (a ``silo.remote.RemoteTrunk``)."""
-
-    channel: Channel
-    boundary: Boundary
-    records: Records
-
-    def answer_to(self, h_TW: torch.Tensor) -> torch.Tensor: ...
-
-    def noise_in(self, matrix: pb.Matrix, h_TW: torch.Tensor, subjects: Subjects) -> torch.Tensor | None: ...
-
-
 class RemoteSession:
     """One KV cache on the trunk. Implements ``model.cache.TrunkSession``.
 
     Sent frames are kept: a trunk that lost the session gets them again, as they were, with their noise.
+
+    Args:
+        id: of the session, among the silo's.
+        width: of the model: that of the trunk's answers.
+        denoise: whether replies tell the noise that the boundary added.
     """
 
-    def __init__(self, trunk: Way, id: int) -> None:
+    def __init__(self, channel: Channel, boundary: Boundary, id: int, width: int, *, denoise: bool = False) -> None:
         self.id = id
-        self._trunk = trunk
-        self._channel = trunk.channel
+        self._channel = channel
+        self._boundary = boundary
+        self._width = width
+        self._denoise = denoise
         self._history: History | None = None
         self._sent: list[pb.Decode] = []
         self._forget = 0
         self._rows: list[int] = []
 
-    def step(
-        self, h_TW: torch.Tensor, lengths: list[int], rows: list[list[int]] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Append these tokens to the cache and run them; gives the answer, and the noise in it if top asks."""
-        number = len(self._sent)
-        self._history = self._history or self._trunk.records.history(len(lengths))
-        subjects = self._history.subjects(rows, lengths)
+    def subjects(self, rows: list[list[int]] | None, lengths: list[int]) -> Subjects:
+        """The records of the sequences; their new tokens are read, if ``hear`` has not read them."""
+        if self._history is None:
+            self._history = self._boundary.records.history(len(lengths))
+        return self._history.subjects(rows, lengths)
+
+    def step(self, outbound: Outbound) -> Reply:
+        """Append the batch's tokens to the cache and run them."""
+        h_TW, subjects, number = outbound.h_TW, outbound.subjects, len(self._sent)
+        assert h_TW is not None
+        assert subjects is not None
+        hidden = self._boundary.release(h_TW, "forward", number, subjects)
         request = pb.Decode(
             session=self.id,
             step=number,
-            lengths=lengths,
-            hidden=self._trunk.boundary.release(h_TW, "forward", number, subjects),
+            lengths=outbound.lengths,
+            hidden=hidden,
             forget=self._forget,
             rows=self._rows,
         )
         self._forget, self._rows = 0, []
         self._sent.append(request)
-        answered_TD = self._trunk.boundary.admit(self._ask(request).hidden, "forward", self._trunk.answer_to(h_TW))
-        return answered_TD, self._trunk.noise_in(request.hidden, h_TW, subjects)
+        shape = (len(h_TW), self._width)
+        g_TD = self._boundary.admit(self._ask(request).hidden, "forward", shape, h_TW)
+        return Reply(g_TD, self._boundary.noise_in(hidden, h_TW, subjects) if self._denoise else None)
 
     def hear(self, rows: list[list[int]]) -> list[list[int]] | None:
-        """The next step's new tokens, before bottom runs; returns the classes of all rows' tokens, if anyone asks for
-        classes."""
-        self._history = self._history or self._trunk.records.history(len(rows))
+        """Read the next step's new tokens, before bottom runs; returns the classes of all rows' tokens, or None if the
+        recipe has no classes."""
+        if self._history is None:
+            self._history = self._boundary.records.history(len(rows))
         return self._history.hear(rows)
 
     def forget(self, positions: int) -> None:

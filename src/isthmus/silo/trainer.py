@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from isthmus.data.templates import read_examples
-from isthmus.data.tokens import Batch, Tokens, collate, tokenize
-from isthmus.privacy.sensitivity import Sensitivity
-from isthmus.recipe import Recipe, SiloSection
+from isthmus.data.silo_data import SiloData
+from isthmus.data.tokens import Batch, Tokens, collate
 from isthmus.tasks import metrics
 
 
@@ -29,39 +26,6 @@ class Step:
     seconds: float
     skipped: int = 0
     """Rows left out because their record's privacy budget is spent."""
-
-
-class SiloData:
-    """One silo's rows in tokens.
-
-    Args:
-        sensitivity: says how sensitive their text is, if that is wanted.
-
-    Raises:
-        DataError: a file is unusable, or the silo's own sensitivity function failed.
-    """
-
-    def __init__(
-        self,
-        section: SiloSection,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerBase,
-        sensitivity: Sensitivity | None = None,
-    ) -> None:
-        longest, free = recipe.train.max_tokens, not recipe.task.choices
-        fields = recipe.sensitivity.fields if recipe.sensitivity and sensitivity else {}
-
-        def tokens_of(path: str) -> list[Tokens]:
-            examples = read_examples(Path(path), recipe.task, fields)
-            return tokenize(examples, tokenizer, longest, free_text=free, sensitivity=sensitivity)
-
-        self.name = section.name
-        self.train = tokens_of(section.train)
-        self.held_out = tokens_of(section.held_out) if section.held_out else []
-        self.choices = [
-            tuple(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in recipe.task.choices
-        ]
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
 def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch) -> Step:
@@ -89,15 +53,6 @@ def evaluate(
     )  # little padding in a batch
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
     return _accuracy(model, data, chunks) if data.choices else _loss(model, data, chunks)
-
-
-def scored(data: SiloData, row: Tokens) -> list[Tokens]:
-    """What measuring on this row runs through the model."""
-    if not data.choices:
-        return [row]
-    if all(len(choice) == 1 for choice in data.choices):
-        return [Tokens(row.prompt, [])]
-    return [Tokens(row.prompt, list(choice)) for choice in data.choices]
 
 
 def _accuracy(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]]) -> dict[str, float]:

@@ -1,23 +1,36 @@
-"""A silo's adapter update: what it learned in a round, new minus old, sent open or under masks.
+"""A silo's adapter updates on their way to the aggregator: its edge or the root. Open, masked, or noised as a sum.
 
-Shapes: P parameters, K numbers that cross.
+An update is new minus old of the tensors that trained in a round. It leaves through the boundary, and the channel to
+the aggregator takes it on.
+
+Shapes: P parameters, K numbers that cross, S digits of a share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from isthmus.errors import ProtocolError
+from isthmus.errors import IsthmusError, PeerGoneError, ProtocolError, QuorumError, RoundLostError
+from isthmus.privacy.discrete import discrete_gaussian
+from isthmus.privacy.distributed_gaussian import SumNoise, without_noise
+from isthmus.privacy.events import ALL, Charge, Release
+from isthmus.privacy.noise import Noise, SecretNoise
+from isthmus.recipe import ClipSection, Recipe
+from isthmus.recipe.sections.federation.clip import LONGEST, SHORTEST
 from isthmus.silo.boundary import Boundary
-from isthmus.updates.compression import Compression, ErrorFeedback
+from isthmus.silo.join import connect
+from isthmus.updates.compression import Compression, Compressor
 from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Advert, Member, Terms
-from isthmus.updates.projections import Projection
-from isthmus.updates.quantize import Ring, Whole
+from isthmus.updates.quantize import Whole, shortened
+from isthmus.updates.sums import SumFormat
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
@@ -25,36 +38,44 @@ from isthmus.wire.identity import Identity
 from isthmus.wire.sum_keys import sign_keys, verify_keys
 
 Tensors = Mapping[str, torch.Tensor]
+log = logging.getLogger(__name__)
 
 
 class Updates(Protocol):
-    """How a silo's updates get to the root, round by round."""
+    """One silo's updates to one aggregator. The order of calls in a round: ``offer``, ``begin``, ``pack``, ``send``."""
+
+    received: Callable[[], Tensors] | None
+    """The last packed change as the aggregator receives it; None: nothing of it left, or compression made it smaller.
+    """
 
     def offer(self) -> pb.SumKeys | None:
-        """What goes with the question for the next plan."""
+        """The silo's keys for the next masked sum, signed; None where updates are open."""
         ...
 
-    def begin(self, plan: pb.Plan) -> None:
+    def begin(self, plan: pb.Plan, layout: Layout) -> None:
         """The round of this plan begins.
 
+        Args:
+            layout: of the tensors that train in it.
+
         Raises:
-            IdentityError: another silo did not sign the keys that are said to be its.
+            IdentityError: another silo did not sign its keys in the plan.
             ProtocolError: the plan is not for this silo.
         """
         ...
 
     def affordable(self) -> bool:
-        """Whether the privacy budget bears that an update leaves."""
+        """Whether the privacy budget allows another update to leave."""
         ...
 
     def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
-        """What was learned, through the boundary; compressed, if it is to be. What that leaves out is kept for later.
+        """Release a change through the boundary, compressed if the recipe says so. Its compression error is kept.
 
         Args:
             change: new minus old, by uncut name.
-            weight: what it counts for where updates are open. 0: nothing of the change leaves.
-            share: the same under masks, at most 1.
-            quality: what the root may be told of how well it does on held-out rows, 0 to 1; under masks it is not.
+            weight: its weight in the mean of open updates. 0: nothing of the change leaves.
+            share: its weight in a masked sum, above 0 and at most 1.
+            quality: of the trained model on held-out rows, 0 to 1, for the root's weights; not sent under masks.
 
         Raises:
             RoundLostError: the round went on without this silo.
@@ -62,7 +83,7 @@ class Updates(Protocol):
         ...
 
     def send(self, update: pb.Update) -> None:
-        """What was packed.
+        """Send what ``pack`` gave, and wait until the aggregator has taken it.
 
         Raises:
             RoundLostError: the round went on without this silo, or its sum failed.
@@ -70,75 +91,75 @@ class Updates(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept for later, as if what was packed had arrived."""
-        ...
-
-    @property
-    def crossed(self) -> Tensors | None:
-        """What was packed last, as whoever reads it gets it; None: nothing. Of an update that compression made smaller
-        it is not told."""
+        """The compression errors, as if what was packed last had arrived."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class OpenUpdates:
-    """The root sees each update and what it says it weighs."""
+    """Updates that the aggregator sees one by one, each with its weight."""
 
-    def __init__(self, boundary: Boundary, root: Channel, compression: Compression) -> None:
-        self._boundary, self._root, self._compression = boundary, root, compression
-        self._feedback = ErrorFeedback(compression.feedback)
-        self.crossed: Tensors | None = None
+    def __init__(self, boundary: Boundary, channel: Channel, compression: Compression) -> None:
+        self._boundary, self._channel, self._compression = boundary, channel, compression
+        self._feedback = compression.feedback()
+        self._layout = Layout({})
+        self._compressor: Compressor | None = None
+        self.received: Callable[[], Tensors] | None = None
 
     def offer(self) -> None:
         return None
 
-    def begin(self, plan: pb.Plan) -> None: ...
+    def begin(self, plan: pb.Plan, layout: Layout) -> None:
+        self._layout, self._compressor = layout, self._compression.compressor(layout.size, plan.round)
 
     def affordable(self) -> bool:
         return self._boundary.update_affordable()
 
     def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
-        update, self.crossed = pb.Update(), None
-        if weight:
-            update = self._boundary.release_update(
-                change, plan.round, lambda layout, row_P: self._written(layout, row_P, plan.round)
-            )
-            update.quality = quality
-        update.round, update.weight = plan.round, weight
+        self.received = None
+        if not weight:
+            return pb.Update(round=plan.round)
+        update = self._boundary.release_update(self._layout.row(change), plan.round, self._written)
+        update.round, update.weight, update.quality = plan.round, weight, quality
         return update
 
     def send(self, update: pb.Update) -> None:
-        self._root.call(update)
+        self._channel.call(update)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._feedback.state_dict()
+        return {} if self._feedback is None else self._feedback.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._feedback.load_state_dict(state)
+        if self._feedback is not None:
+            self._feedback.load_state_dict(state)
 
-    def _written(self, layout: Layout, row_P: torch.Tensor, round: int) -> pb.Update:
-        due_P = self._feedback.added(layout.shapes, row_P)
-        compressor = self._compression.compressor(len(due_P), round)
-        if compressor is None:
-            self.crossed = layout.tensors(row_P)
-            return open_update(layout, row_P)
-        data = compressor.encode(due_P)
-        if self._feedback.kept:
-            self._feedback.leave(layout.shapes, due_P - compressor.decode(data))
+    def _written(self, row_P: torch.Tensor) -> pb.Update:
+        if self._compressor is None:
+            tensors = self._layout.tensors(row_P)
+            self.received = lambda: tensors
+            return pb.Update(tensors=codec.encode_named(tensors))
+        if self._feedback is not None:
+            row_P = self._feedback.added(self._layout.shapes, row_P)
+        data = self._compressor.encode(row_P)
+        if self._feedback is not None:
+            self._feedback.keep(self._layout.shapes, row_P - self._compressor.decode(data))
         return pb.Update(compressed=data)
 
 
 class MaskedUpdates:
-    """The root sees the sum of all updates. Each round has fresh keys; what this silo keeps of others' secrets it
-    forgets with the round."""
+    """Updates of which the aggregator sees the sum alone, by masks that cancel in it (see ``updates.masking``).
 
-    def __init__(self, boundary: Boundary, root: Channel, identity: Identity, compression: Compression) -> None:
-        self._boundary, self._root, self._identity, self._compression = boundary, root, identity, compression
-        self._feedback = ErrorFeedback(compression.feedback)
+    Each round has fresh keys. The shares of other silos' secrets that this silo holds are forgotten with the round.
+    """
+
+    def __init__(self, boundary: Boundary, channel: Channel, identity: Identity, compression: Compression) -> None:
+        self._boundary, self._channel, self._identity, self._compression = boundary, channel, identity, compression
+        self._feedback, self._exact = compression.feedback(), compression.exact
         self._member = Member(identity.name)
+        self._format: SumFormat | None = None
         self._dealt: Answer | None = None
-        self._crossed: Callable[[], Tensors] | None = None
+        self.received: Callable[[], Tensors] | None = None
 
     def offer(self) -> pb.SumKeys:
         self._member = Member(self._identity.name)
@@ -148,82 +169,269 @@ class MaskedUpdates:
     def affordable(self) -> bool:
         return self._boundary.update_affordable()
 
-    def begin(self, plan: pb.Plan) -> None:
-        """The other silos' shares arrive while this one trains."""
+    def begin(self, plan: pb.Plan, layout: Layout) -> None:
+        """Send shares of this silo's secrets; the other silos' shares arrive while this one trains."""
         if not set(plan.keys) <= set(plan.participants):
-            raise ProtocolError("a plan with keys of silos that have no part", remedy="give all parties one recipe")
+            raise ProtocolError("a plan with keys of silos that do not take part", remedy="give all parties one recipe")
         for name, keys in plan.keys.items():
-            if name != self._identity.name:  # to its own this silo deals only if they are what it offered
+            if name != self._identity.name:  # ``deal`` compares its own with what it offered
                 verify_keys(self._identity, name, keys)
         adverts = {name: Advert(keys.sealing, keys.masking, keys.commitment) for name, keys in plan.keys.items()}
         sealed = self._member.deal(Terms(plan.sum, adverts))
-        self._dealt = self._root.submit(pb.Deal(round=plan.round, sealed=sealed))
+        self._format = self._compression.sum_format(layout, plan.round, len(plan.keys), plan.clip)
+        self._dealt = self._channel.submit(pb.Deal(round=plan.round, sealed=sealed))
 
     def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
         assert self._dealt is not None
+        assert self._format is not None
         self._member.accept(dict(self._dealt.result().sealed))  # type: ignore[attr-defined]
-        projection = self._compression.projection(Layout.of(change).size, plan.round)
-        self._crossed = None
-        ring = self._compression.ring(len(plan.keys), projection.size, plan.clip)
+        self.received = None
         if weight:
-            update = self._released(plan.round, change, share, ring, projection)
-        else:  # nothing of what was learned leaves; but without this silo's zeros the others' sum might be lost
-            update = self._masked(self._nothing(ring, projection), ring)
-        update.round, update.weight = plan.round, float(bool(weight))
+            update = self._released(plan.round, self._format, self._format.layout.row(change), share)
+        else:  # nothing of the change leaves; but without this silo's zeros the others' sum might be lost
+            update = self._masked(self._format, self._zeros(self._format))
+        update.round, update.learned = plan.round, weight > 0
         return update
 
-    @property
-    def crossed(self) -> Tensors | None:
-        return self._crossed() if self._crossed else None
-
     def send(self, update: pb.Update) -> None:
-        living = self._root.call(update)
+        living = self._channel.call(update)
         if isinstance(living, pb.Survivors):
             self._reveal(update, living)
 
-    def _reveal(self, update: pb.Update, living: pb.Survivors) -> None:
-        shares = self._member.reveal(living.alive, living.dropped)
-        self._root.call(pb.Reveal(round=update.round, shares=shares))
-
     def state_dict(self) -> dict[str, Any]:
-        return self._feedback.state_dict()
+        return {} if self._feedback is None else self._feedback.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._feedback.load_state_dict(state)
+        if self._feedback is not None:
+            self._feedback.load_state_dict(state)
 
-    def _released(self, round: int, change: Tensors, share: float, ring: Ring, projection: Projection) -> pb.Update:
-        return self._boundary.release_update(
-            change, round, lambda layout, row_P: self._weighed(layout, row_P, share, ring, projection)
-        )
+    def _reveal(self, update: pb.Update, living: pb.Survivors) -> None:
+        shares = self._member.reveal(living.alive, living.dropped)
+        self._channel.call(pb.Reveal(round=update.round, shares=shares))
 
-    def _nothing(self, ring: Ring, projection: Projection) -> Whole:
-        """What a silo sends that learned nothing."""
-        return np.zeros(projection.size + ring.digits, np.int32)
+    def _released(self, round: int, sums: SumFormat, row_P: torch.Tensor, share: float) -> pb.Update:
+        return self._boundary.release_update(row_P, round, lambda secured_P: self._written(sums, secured_P, share))
 
-    def _weighed(
-        self, layout: Layout, row_P: torch.Tensor, share: float, ring: Ring, projection: Projection
-    ) -> pb.Update:
-        """The numbers that cross of the change, times the share. What the ring clips and rounds off waits, too."""
-        due_P = self._feedback.added(layout.shapes, row_P)
-        whole_KS = np.empty(projection.size + ring.digits, np.int32)
-        whole_K = ring.encode(projection.project(due_P).numpy(), times=share, out=whole_KS[: projection.size])
-        whole_KS[projection.size :] = ring.encode_share(share)
+    def _zeros(self, sums: SumFormat) -> Whole:
+        """The numbers of a silo without a change."""
+        return np.zeros(sums.size, np.int32)
 
-        def crossed() -> torch.Tensor:
-            return projection.lift(torch.from_numpy(ring.decode(whole_K) / share).float())
+    def _written(self, sums: SumFormat, row_P: torch.Tensor, share: float) -> pb.Update:
+        """The row's numbers under masks. What the ring clips and rounds off is a compression error, too."""
+        if self._feedback is not None:
+            row_P = self._feedback.added(sums.layout.shapes, row_P)
+        whole_KS = sums.encode(row_P, share)
+        if self._feedback is not None:
+            self._feedback.keep(sums.layout.shapes, row_P - sums.decode(whole_KS, share))
+        elif self._exact:
+            self.received = lambda: sums.layout.tensors(sums.decode(whole_KS, share))
+        return self._masked(sums, whole_KS)
 
-        if self._feedback.kept:
-            self._feedback.leave(layout.shapes, due_P - crossed())
-        if self._compression.exact:
-            self._crossed = lambda: layout.tensors(crossed())
-        return self._masked(whole_KS, ring)
-
-    def _masked(self, whole_KS: Whole, ring: Ring) -> pb.Update:
-        words = ring.pack(whole_KS)
-        self._member.mask(words)
-        return pb.Update(masked=ring.written(words))
+    def _masked(self, sums: SumFormat, whole_KS: Whole) -> pb.Update:
+        words_W = sums.ring.pack(whole_KS)
+        self._member.mask(words_W)
+        return pb.Update(masked=sums.ring.written(words_W))
 
 
-def open_update(layout: Layout, row_P: torch.Tensor) -> pb.Update:
-    """In full, as fp32."""
-    return pb.Update(tensors=codec.encode_named(layout.tensors(row_P)))
+class NoisedUpdates(MaskedUpdates):
+    """Masked updates that are clipped as whole numbers, with the silo's share of the sum's noise in each number.
+
+    A silo that learned nothing adds its share all the same: it hides the others' updates, too.
+    """
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        channel: Channel,
+        identity: Identity,
+        compression: Compression,
+        *,
+        noise: SumNoise,
+        clip: ClipSection,
+        fewest: int,
+    ) -> None:
+        super().__init__(boundary, channel, identity, compression)
+        self._noise, self._clip, self._fewest = noise, clip, fewest
+
+    def affordable(self) -> bool:
+        return self._noise.central or self._boundary.update_affordable(Charge(ALL, concentrated=self._noise.loss))
+
+    def begin(self, plan: pb.Plan, layout: Layout) -> None:
+        """Send shares of this silo's secrets; the other silos' shares arrive while this one trains.
+
+        Raises:
+            ProtocolError: the plan's clip is out of range, or is not the recipe's constant one.
+        """
+        follows = self._clip.quantile is not None
+        if not (SHORTEST <= plan.clip <= LONGEST if follows else plan.clip == self._clip.norm):
+            raise ProtocolError(f"a plan with the clip {plan.clip}", remedy="give all parties one recipe")
+        super().begin(plan, layout)
+
+    def send(self, update: pb.Update) -> None:
+        living = self._channel.call(update)
+        if isinstance(living, pb.Survivors):
+            if (count := self._member.summed(living.alive)) < self._fewest:
+                raise ProtocolError(
+                    f"a sum of {count} silos has less noise than that of the {self._fewest} that it needs",
+                    remedy="leave this aggregator: it should have begun the round again",
+                )
+            self._reveal(update, living)
+
+    def _released(self, round: int, sums: SumFormat, row_P: torch.Tensor, share: float) -> pb.Update:
+        short_K, within = shortened(sums.project(row_P.nan_to_num(0.0, 0.0, 0.0)), sums.ring.range)
+        bound = self._noise.update(sums.ring.levels, sums.count).bound
+
+        def encode(draws: Noise) -> pb.Update:
+            whole_K = sums.ring.encode_short(short_K, bound)
+            indicator = sums.ring.side(within)[: sums.indicators]
+            noised = self._noised(sums, np.concatenate([whole_K, indicator]), draws)
+            return self._masked(sums, np.concatenate([noised, sums.ring.encode_share(share)]))
+
+        return self._boundary.release_summed(self._events(round, sums), encode)
+
+    def _zeros(self, sums: SumFormat) -> Whole:
+        zeros = np.zeros(sums.count + sums.indicators, np.int32)
+        return np.concatenate([self._noised(sums, zeros, SecretNoise()), sums.ring.encode_share(0.0)])
+
+    def _noised(self, sums: SumFormat, whole: Whole, draws: Noise) -> Whole:
+        """The update's numbers and its indicator, each with this silo's share of the noise."""
+        if self._noise.central:
+            return whole
+        ring = sums.ring
+        drawn = discrete_gaussian(draws, self._noise.update(ring.levels, sums.count).deviation, sums.count)
+        if sums.indicators:
+            drawn = np.append(drawn, discrete_gaussian(draws, self._noise.norm(ring.levels).deviation, 1))
+        noised: Whole = whole + drawn.astype(np.int32)
+        return noised
+
+    def _events(self, round: int, sums: SumFormat) -> list[Release]:
+        ring, count = sums.ring, sums.count
+        events = [self._noise.update(ring.levels, count).event("update", round, count, ring.range, ring.step)]
+        if sums.indicators:
+            events.append(self._noise.norm(ring.levels).event("norm", round, 1, ring.range, 0.5 / ring.levels))
+        return [without_noise(event) for event in events] if self._noise.central else events
+
+
+class AggregatorClient:
+    """A silo's connection to its aggregator: asks for plans, sends updates; goes to the edge's sibling if that is gone.
+
+    Args:
+        channel: a channel there, in place of the recipe's address.
+
+    Raises:
+        IdentityError: updates are to be masked, and the silo's certificate is unusable.
+    """
+
+    def __init__(self, recipe: Recipe, name: str, boundary: Boundary, channel: Channel | None = None) -> None:
+        self._recipe, self._name, self._boundary = recipe, name, boundary
+        self._aggregator = recipe.tree.parent(name)
+        self._channel = channel or self._connect()
+        self._updates = updates_of(recipe, name, boundary, self._channel)
+
+    def ask(self, completed: int) -> pb.Plan:
+        """The next plan; the sibling's if the edge is gone or has too few silos left.
+
+        Args:
+            completed: rounds that this silo has finished.
+        """
+        try:
+            plan: pb.Plan = self._channel.call(pb.Ready(completed=completed, keys=self._updates.offer()))
+            return plan
+        except (PeerGoneError, QuorumError) as error:
+            self._move(error)
+            return self.ask(completed)
+
+    def begin(self, plan: pb.Plan, layout: Layout) -> None:
+        """The round of this plan begins, for tensors of this layout (see ``Updates``)."""
+        with self._round():
+            self._updates.begin(plan, layout)
+
+    def affordable(self) -> bool:
+        """Whether the privacy budget allows another update to leave."""
+        return self._updates.affordable()
+
+    def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float) -> pb.Update:
+        """Release a change through the boundary (see ``Updates``)."""
+        with self._round():
+            return self._updates.pack(plan, change, weight, share, quality)
+
+    def send(self, update: pb.Update) -> None:
+        """Send what ``pack`` gave, and wait until the aggregator has taken it (see ``Updates``)."""
+        with self._round():
+            self._updates.send(update)
+
+    def received(self) -> Tensors | None:
+        """The last packed change as the aggregator receives it (see ``Updates``)."""
+        return None if self._updates.received is None else self._updates.received()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._updates.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._updates.load_state_dict(state)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _connect(self) -> Channel:
+        address = self._recipe.tree.node(self._aggregator).address
+        return connect(self._recipe, self._name, "Root", address, server=self._aggregator)
+
+    def _move(self, error: IsthmusError) -> None:
+        """Belong to the cohort of the edge's sibling from now on.
+
+        Raises:
+            PeerGoneError, QuorumError: this very error, as there is no sibling, or it has failed, too.
+        """
+        if (sibling := self._sibling()) is None:
+            raise error
+        log.warning("%s: %s; going on with %s", self._aggregator, error.message, sibling)
+        self._channel.close()
+        self._aggregator, state = sibling, self._updates.state_dict()
+        self._channel = self._connect()
+        self._updates = updates_of(self._recipe, self._name, self._boundary, self._channel)
+        self._updates.load_state_dict(state)
+
+    def _sibling(self) -> str | None:
+        """The edge to turn to if this silo's own is gone; it is turned to once."""
+        own = self._recipe.tree.parent(self._name)
+        return self._recipe.tree.sibling(own) if self._aggregator == own else None
+
+    @contextmanager
+    def _round(self) -> Iterator[None]:
+        """An edge that is gone loses the round, if there is another to turn to.
+
+        Raises:
+            RoundLostError: the edge is gone, and its sibling can be asked.
+        """
+        try:
+            yield
+        except PeerGoneError as gone:
+            if self._sibling() is None:
+                raise
+            raise RoundLostError(gone.message, remedy="ask its sibling for the next plan") from gone
+
+
+def updates_of(recipe: Recipe, name: str, boundary: Boundary, channel: Channel) -> Updates:
+    """The silo's updates as the recipe wants them: open, masked, or noised as a sum.
+
+    Raises:
+        IdentityError: they are to be masked, and the silo's certificate is unusable.
+    """
+    compression = Compression.of(recipe)
+    if not recipe.federation.secure.masks:
+        return OpenUpdates(boundary, channel, compression)
+    identity = Identity.load(Path(recipe.wire.certificates), name)
+    if compression.noise is None:
+        return MaskedUpdates(boundary, channel, identity, compression)
+    return noised_updates(recipe, boundary, channel, identity, compression)
+
+
+def noised_updates(
+    recipe: Recipe, boundary: Boundary, channel: Channel, identity: Identity, compression: Compression
+) -> NoisedUpdates:
+    """Updates of a recipe whose masked sums have noise of their own."""
+    assert compression.noise is not None
+    assert recipe.federation.clip is not None
+    noise, clip, fewest = compression.noise, recipe.federation.clip, recipe.tree.smallest()
+    return NoisedUpdates(boundary, channel, identity, compression, noise=noise, clip=clip, fewest=fewest)

@@ -16,16 +16,16 @@ from isthmus.data.tokens import Tokens, batches, collate
 from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
-from isthmus.recipe.local import mean_reach, reach
 from isthmus.silo import fairness
-from isthmus.silo.aggregator_client import AggregatorClient
 from isthmus.silo.control import control_of
 from isthmus.silo.join import join, known_data
 from isthmus.silo.local_steps import LocalSteps
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.secrets import open_ledger
-from isthmus.silo.trainer import Step, evaluate, scored, train_step
+from isthmus.silo.trainer import Step, evaluate, train_step
+from isthmus.silo.update import AggregatorClient
 from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
@@ -52,7 +52,7 @@ class Worker:
         trunk: Channel | None = None,
         root: Channel | None = None,
     ) -> None:
-        self._steps, self._reach = recipe.steps(name), mean_reach(recipe)
+        self._steps, self._reach = recipe.steps(name), recipe.mean_reach
         self._recipe = recipe = recipe.of_silo(name)
         self._name = name
         self._directory = directory
@@ -90,9 +90,9 @@ class Worker:
             plan = self._aggregator.ask(completed)
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
-            if self._recipe.federation.buffer is not None and not plan.round:
+            if self._recipe.federation.asynchronous.buffer is not None and not plan.round:
                 # nobody trains on the last version: its name is all that the trunk still has to hear
-                self._silo.trunk.begin(plan.completed + 1, [self._name])
+                self._silo.rounds.begin(plan.completed + 1, [self._name])
             self._measure(plan.completed)
             if not plan.round:
                 break
@@ -116,13 +116,13 @@ class Worker:
         self._continue_from(plan.completed)
         self._state_of_round = None
         self._begin(plan)
-        self._aggregator.begin(plan)
-        self._silo.trunk.begin(plan.round, list(plan.participants))
+        self._aggregator.begin(plan, Layout.of(self._trained()))
+        self._silo.rounds.begin(plan.round, list(plan.participants))
         drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
         steps: list[Step] = []
         for number in range(1, self._steps + 1):
             steps.append(step := self._step(next(drawn)))
-            self._silo.trunk.commit(plan.round, number, step.weight)
+            self._silo.rounds.commit(plan.round, number, step.weight)
             self._note_step(plan.round, number, step)
         self._yield(plan.round, steps)
         weight, share = self._weights(steps)
@@ -133,7 +133,7 @@ class Worker:
         try:
             update = self._aggregator.pack(plan, change, weight, share, self._quality() if weight else 0.0)
             if self._control is not None:
-                self._control.end(plan.round, self._aggregator.crossed)
+                self._control.end(plan.round, self._aggregator.received())
         finally:  # the steps were made, even if the round went on without them
             self._directory.save_round(plan.round, self._state())
             self._state_of_round = plan.round
@@ -141,12 +141,11 @@ class Worker:
 
     def _change(self, shared: Mapping[str, torch.Tensor], steps: Sequence[Step]) -> dict[str, torch.Tensor]:
         """New minus old, of what trained; normalized, as if so many steps had been made as silos make on average."""
-        trained = {name: one.detach().cpu() for name, one in self._parameters.items() if one.requires_grad}
-        change = {name: one - shared[name] for name, one in trained.items()}
+        change = {name: one.detach().cpu() - shared[name] for name, one in self._trained().items()}
         made = sum(step.loss is not None for step in steps)
         if not self._recipe.federation.normalized or not made:
             return change
-        scale = self._reach / reach(self._recipe.train, made)
+        scale = self._reach / self._recipe.train.reach(made)
         return {name: scale * one for name, one in change.items()}
 
     def _yield(self, round: int, steps: Sequence[Step]) -> None:
@@ -178,7 +177,7 @@ class Worker:
 
     def _step(self, drawn: list[Tokens]) -> Step:
         """One step on those of the drawn rows whose privacy budgets bear it whole; on none of them, an empty one."""
-        borne = self._affordable(drawn, twice=self._recipe.train.sharpness > 0)
+        borne = self._affordable(drawn)
         rows = [row for row, bears in zip(drawn, borne, strict=True) if bears]
         skipped = len(drawn) - len(rows)
         if not rows:
@@ -194,9 +193,15 @@ class Worker:
         step = self._local.take(take, self._optimizer, self._silo.trunk)
         return replace(step, skipped=skipped)
 
-    def _affordable(self, rows: list[Tokens], *, train: bool = True, twice: bool = False) -> list[bool]:
-        lengths = [row.crossing(self._recipe.boundary.tail) for row in rows]
-        return self._silo.trunk.affordable([row.input for row in rows], lengths, train=train, twice=twice)
+    def _affordable(self, rows: list[Tokens], *, train: bool = True) -> list[bool]:
+        """For each row, whether the privacy budgets allow a training step with it, or one forward alone."""
+        recipe = self._recipe
+        forwards, gradients = 1, 1 if train else 0
+        if train and recipe.train.sharpness:  # a pass uphill comes before; of a frozen bottom it sends no gradient
+            forwards, gradients = 2, 1 if recipe.lora.freeze_bottom else 2
+        lengths = [row.crossing(recipe.boundary.tail) for row in rows]
+        inputs = [row.input for row in rows]
+        return self._silo.boundary.affordable(inputs, lengths, forwards=forwards, gradients=gradients)
 
     def _continue_from(self, completed: int) -> None:
         """Bring optimizer, guard and updates to their state after this round, or the last one before it that this silo
@@ -222,7 +227,11 @@ class Worker:
         self._select_trained(plan.round)
         self._local.begin()
         if self._control is not None:
-            self._control.begin(plan, {name: one for name, one in self._parameters.items() if one.requires_grad})
+            self._control.begin(plan, self._trained())
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that train in this round, by uncut name."""
+        return {name: one for name, one in self._parameters.items() if one.requires_grad}
 
     def _select_trained(self, round: int) -> None:
         """Let what does not train in this round stand still; the optimizer passes it by and keeps its state."""
@@ -263,7 +272,7 @@ class Worker:
 
     def _measurable(self) -> list[Tokens]:
         """The held-out rows whose privacy budgets bear measuring on them."""
-        owners = [(row, tokens) for row in self._data.held_out for tokens in scored(self._data, row)]
+        owners = [(row, tokens) for row in self._data.held_out for tokens in self._data.evaluation_inputs(row)]
         borne = self._affordable([tokens for _, tokens in owners], train=False)
         spent = {id(row) for (row, _), bears in zip(owners, borne, strict=True) if not bears}
         return [row for row in self._data.held_out if id(row) not in spent]

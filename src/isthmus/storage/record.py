@@ -33,30 +33,33 @@ ROUND_FILE = re.compile(r"round-(\d{4,})\.pt")
 
 
 class RunDirectory:
-    """The files of one run.
+    """One run's files. ``isthmus run`` writes all of them; on separate machines each party has its own part.
 
     ::
 
-        recipe.toml
-        lock                                 locked while a run is going on
-        certificates/PARTY/                  certificates that the local engine issued
-        logs/ROLE.log                        output of each process
-        attack.json                          result of 'isthmus attack'
-        demo.json                            result of 'isthmus demo'
-        trunk/metrics.jsonl                  a line for each optimizer step
-        trunk/rounds/round-0003.pt           adapter and optimizer state after round 3
-        trunk/kept/NAME/                     examples that the silo released once, as received
-        root/metrics.jsonl                   a line for each round
-        root/rounds/round-0003.pt            adapters of bottom and top and the strategy's state after round 3
-        root/ledger.jsonl, ledger.head       releases that the root noised, where it draws the noise
-        edges/NAME/metrics.jsonl             a line for each round
-        silos/NAME/metrics.jsonl             a line for each step, evaluation and round
-        silos/NAME/ledger.jsonl, ledger.head  a line for each release, in a chain of hashes; the head holds its end
-        silos/NAME/records/record-key        secret key of the records' names in the ledger
-        silos/NAME/records/sensitivity.json  scale of the sensitivity classes' noise
-        silos/NAME/released/                 examples released once, as sent, and the secret key of their numbers
-        silos/NAME/rounds/round-0003.pt      optimizer and other local state after round 3
-        silos/NAME/draft.safetensors         the distilled draft model, if there is one
+        recipe.toml                       the recipe as it is run, with every key
+        lock                              locked while a run is going on
+        certificates/PARTY/               ca.pem, cert.pem and key.pem, made by the local engine
+        logs/ROLE.log                     output of each process; trunk.log is the trunk's and the root's
+        trunk/metrics.jsonl               one line for each optimizer step: round, step, silos
+        trunk/rounds/round-0003.pt        adapter and optimizers of the trunk after round 3; round 0 is the start
+        trunk/kept/SILO/                  examples that a silo released once, as received
+        root/metrics.jsonl                one line for each round: weights; staleness, shares and clip where there are any
+        root/rounds/round-0003.pt         shared adapters after round 3; state of strategy, clip and control
+        root/ledger.jsonl, ledger.head    releases of the root, where it adds the noise of sums
+        edges/NAME/metrics.jsonl          one line for each round: weights
+        silos/NAME/metrics.jsonl          one line for each step, evaluation and fairness measurement
+        silos/NAME/ledger.jsonl           one line for each release, in a chain of hashes
+        silos/NAME/ledger.head            length of the chain, and its last hash
+        silos/NAME/records/record-key     key of the records' names in the ledger
+        silos/NAME/records/sensitivity.json   scale of the classes' noise
+        silos/NAME/released/              examples released once, as sent; ``secret`` is the key of their numbers
+        silos/NAME/rounds/round-0003.pt   optimizer, guard, error feedback, fairness and control after round 3
+        silos/NAME/draft.safetensors      the distilled draft, after ``isthmus draft``
+        attack.json                       results of ``isthmus attack``
+        demo.json                         results of ``isthmus demo``
+
+    Files are written atomically; a journal's incomplete last line is dropped. Rounds are kept and never replaced.
     """
 
     def __init__(self, path: Path) -> None:

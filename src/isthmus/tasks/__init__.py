@@ -1,1 +1,1 @@
-"""From data rows to prompts, from answers to scores."""
+"""Measures of a model's answers."""

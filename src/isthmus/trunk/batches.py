@@ -70,7 +70,7 @@ class Backwards:
     def _backward(self, silo: str, request: pb.Backward) -> BackwardStep:
         rows = self._training.open_step(silo, request.step).rows
         gradient_TD = self._codecs.decode_gradient(request.gradient, rows)
-        return BackwardStep(silo, request.step, gradient_TD, request.reply, request.aside)
+        return BackwardStep(silo, request.step, gradient_TD, request.reply, request.ascent_pass)
 
     def _partners(self, job: Job) -> int:
         silo, request = job.request

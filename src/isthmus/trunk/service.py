@@ -59,7 +59,7 @@ class TrunkService:
         self._evaluations = Evaluations(self._runner, self._codecs, recipe.trunk)
         journal = directory.journal("metrics")
         self._steps: SyncSteps | AsyncSteps
-        if recipe.federation.buffer is None:
+        if recipe.federation.asynchronous.buffer is None:
             self._steps = SyncSteps(self._training, self._scheduler, recipe.steps, recipe.trunk.patience, journal)
         else:
             self._steps = AsyncSteps(self._training, self._scheduler, recipe, directory, journal)

@@ -39,7 +39,7 @@ class BackwardStep:
     gradient_TD: torch.Tensor
     reply: bool
     """Whether the silo needs the gradient of its input."""
-    aside: bool = False
+    ascent_pass: bool = False
     """Whether the adapter's gradients are left out."""
 
 
@@ -159,7 +159,7 @@ class TrunkTraining:
     def backward(self, backwards: list[BackwardStep]) -> list[torch.Tensor | FrameError | None]:
         """Run the backwards of open steps, those of one forward pass together.
 
-        The adapter's gradients are added to each silo's sum, except for backwards with ``aside``.
+        The adapter's gradients are added to each silo's sum, except for backwards with ``ascent_pass``.
 
         Returns:
             For each backward the gradient of its input, ``[T, D]``; None if it was not asked for; an error if the
@@ -246,7 +246,7 @@ class TrunkTraining:
         self, one: BackwardStep, input_gradient: torch.Tensor | None, gradients: list[torch.Tensor]
     ) -> torch.Tensor | FrameError | None:
         state = self._silos[one.silo]
-        if one.aside:
+        if one.ascent_pass:
             del state.open[one.step]
             return input_gradient
         if state.gradients is not None:
@@ -269,7 +269,7 @@ def _gradients(
     for step, one in zip(opened, backwards, strict=True):
         outputs.append(computed.outputs[step.place])
         given.append(one.gradient_TD.to(outputs[-1]))
-        leaves = [] if one.aside else computed.leaves[step.place]
+        leaves = [] if one.ascent_pass else computed.leaves[step.place]
         wanted.append([*([computed.inputs[step.place]] if one.reply else []), *leaves])
     found = iter(torch.autograd.grad(outputs, [tensor for tensors in wanted for tensor in tensors], given))
     results: list[tuple[torch.Tensor | None, list[torch.Tensor]]] = []

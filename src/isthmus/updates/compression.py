@@ -31,8 +31,10 @@ from isthmus.errors import FrameError, RecipeError
 from isthmus.privacy.distributed_gaussian import SumNoise, sum_noise
 from isthmus.privacy.noise import secret_generator
 from isthmus.recipe import FederationSection, Recipe
-from isthmus.updates.projections import All, Projection, random_k, sketch
+from isthmus.updates.flat import Layout
+from isthmus.updates.projections import Projection, random_k, sketch
 from isthmus.updates.quantize import BITS, Ring
+from isthmus.updates.sums import SumFormat
 from isthmus.wire import codec
 
 CODECS = {4: "int4", 8: "int8", 16: "fp16", 32: "fp32"}
@@ -45,8 +47,10 @@ _REMEDY = "give silo and root one recipe and one version of isthmus"
 class Compressor(Protocol):
     """An open update's row as bytes, and back."""
 
-    most_bytes: int
-    """The most that a row takes."""
+    @property
+    def most_bytes(self) -> int:
+        """The most bytes that a row takes."""
+        ...
 
     def encode(self, row_P: torch.Tensor) -> bytes: ...
 
@@ -78,7 +82,7 @@ class Numbers:
 
 
 class Linear:
-    """A projection's numbers."""
+    """A projection's numbers, by a codec of matrices."""
 
     def __init__(self, projection: Projection, codec: str) -> None:
         self._projection = projection
@@ -158,83 +162,98 @@ class Compression:
     def of(cls, recipe: Recipe) -> Compression:
         return cls(recipe.federation, recipe.seed, sum_noise(recipe))
 
-    def projection(self, size: int, round: int) -> Projection:
-        """Of rows of so many numbers, in this round."""
-        unbiased = not self.section.feedback
-        match self.section.compression:
+    def projection(self, size: int, round: int) -> Projection | None:
+        """The projection of rows of so many numbers in this round; None: all numbers cross, or each silo's largest."""
+        unbiased = not self.section.compression.feedback
+        match self.section.compression.kind:
             case "random-k":
                 return random_k(size, self._kept(size), self.seed, round, unbiased=unbiased)
             case "sketch":
                 return sketch(size, self._kept(size), self.seed, round, unbiased=unbiased)
-        return All(size)
+        return None
 
     def compressor(self, size: int, round: int) -> Compressor | None:
-        """Of open updates; None: they cross in full, by name."""
+        """The compressor of open updates of so many numbers in this round; None: they cross in full, by name."""
         if self.exact:
             return None
-        name = CODECS[self.section.bits or 32]
-        if self.section.compression == "top-k":
+        name = CODECS[self.section.compression.bits or 32]
+        if self.section.compression.kind == "top-k":
             return TopK(size, self._kept(size), name)
-        return Linear(self.projection(size, round), name)
+        projection = self.projection(size, round)
+        return Numbers(size, name) if projection is None else Linear(projection, name)
+
+    def sum_format(self, layout: Layout, round: int, silos: int, clip: float = 0.0) -> SumFormat:
+        """The format of a masked sum in this round.
+
+        Args:
+            layout: of each silo's change.
+            silos: most silos whose numbers are added.
+            clip: largest L2 norm of the numbers that cross, where sums are noised.
+
+        Raises:
+            RecipeError: the sum of so many silos' numbers and noise does not fit into the ring.
+        """
+        projection = self.projection(layout.size, round)
+        count = layout.size if projection is None else projection.size
+        return SumFormat(layout, self.ring(silos, count, clip), projection, self.indicators)
 
     def ring(self, silos: int, size: int = 0, clip: float = 0.0) -> Ring:
-        """Of numbers under masks.
+        """The ring of the numbers under masks.
 
         Args:
             size, clip: where sums are noised: how many numbers cross, and their largest norm in this round.
         """
-        plain = Ring(silos, self.section.range, self.section.bits or BITS)
+        plain = Ring(silos, self.section.secure.range, self.section.compression.bits or BITS)
         if self.noise is None:
             return plain
         return replace(plain, range=clip or 1.0, spare=self.noise.reach(plain.levels, size, silos))
 
     @property
-    def tells(self) -> int:
-        """Numbers between those of the change and the share: 1 where silos say whether the clip left it as it was."""
-        return int(self.noise is not None and self.noise.norms > 0)
+    def indicators(self) -> int:
+        """Numbers between those of the change and the share: 1 where silos say whether it was within the clip."""
+        return 1 if self.noise is not None and self.noise.norms > 0 else 0
 
     @property
     def exact(self) -> bool:
-        """Nothing is made smaller."""
-        return self.section.compression == "none" and self.section.bits is None
+        """Whether updates cross in full, unchanged."""
+        return self.section.compression.exact
 
-    @property
-    def feedback(self) -> bool:
-        return self.section.feedback and not self.exact
+    def feedback(self) -> ErrorFeedback | None:
+        """A silo's error feedback, empty; None: what compression leaves out is not sent later."""
+        return ErrorFeedback() if self.section.compression.feedback and not self.exact else None
 
     def _kept(self, size: int) -> int:
-        return max(1, round(self.section.keep * size))
+        return max(1, round(self.section.compression.keep * size))
 
 
 class ErrorFeedback:
-    """What has not crossed of a silo's updates so far and is to be sent later, if anything is ``kept``.
+    """The compression errors of a silo's updates so far, added to its next updates.
 
-    Rounds that train other tensors have rests of their own: each waits for its next turn.
+    Rounds that train other tensors have errors of their own: each waits for its next turn.
     """
 
-    def __init__(self, kept: bool) -> None:
-        self.kept = kept
-        self._rests: dict[str, torch.Tensor] = {}
+    def __init__(self) -> None:
+        self._errors: dict[str, torch.Tensor] = {}
 
     def added(self, names: Iterable[str], row_P: torch.Tensor) -> torch.Tensor:
-        """What is due of these tensors: this row and what is left of earlier ones.
+        """This row of these tensors plus the error of their last update.
 
         Raises:
             RecipeError: they were of another length.
         """
-        rest_P = self._rests.get(" ".join(sorted(names)))
-        if rest_P is None:
+        error_P = self._errors.get(" ".join(sorted(names)))
+        if error_P is None:
             return row_P
-        if rest_P.shape != row_P.shape:
+        if error_P.shape != row_P.shape:
             raise RecipeError("the silo's state is of another model", remedy="continue a run with its own recipe")
-        return row_P + rest_P
+        return row_P + error_P
 
-    def leave(self, names: Iterable[str], rest_P: torch.Tensor) -> None:
-        """Keep what was due of these tensors and did not cross."""
-        self._rests[" ".join(sorted(names))] = rest_P
+    def keep(self, names: Iterable[str], error_P: torch.Tensor) -> None:
+        """Keep the error of these tensors' update: what it should have been less what crossed."""
+        self._errors[" ".join(sorted(names))] = error_P
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._rests)
+        return dict(self._errors)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rests = dict(state)
+        self._errors = dict(state)

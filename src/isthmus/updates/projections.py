@@ -20,7 +20,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from scipy.linalg import hadamard
 
 BLOCK = 256
 """Numbers that a sketch mixes with one another."""
@@ -41,19 +40,6 @@ class Projection(Protocol):
     def lift(self, values_K: torch.Tensor) -> torch.Tensor:
         """The row, P, for which these numbers, or sums of them, stand; linear, in their dtype."""
         ...
-
-
-@dataclass(frozen=True)
-class All:
-    """Every number as it is."""
-
-    size: int
-
-    def project(self, row_P: torch.Tensor) -> torch.Tensor:
-        return row_P
-
-    def lift(self, values_K: torch.Tensor) -> torch.Tensor:
-        return values_K
 
 
 @dataclass(frozen=True)
@@ -139,4 +125,8 @@ def _mixed(row_C: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _hadamard() -> torch.Tensor:
-    return torch.from_numpy(hadamard(BLOCK, dtype=float)) / math.sqrt(BLOCK)
+    """Sylvester's Hadamard matrix, ``BLOCK`` × ``BLOCK``, scaled to be orthogonal; fp64."""
+    signs = torch.ones(1, 1, dtype=torch.float64)
+    while len(signs) < BLOCK:
+        signs = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), signs)
+    return signs / math.sqrt(BLOCK)

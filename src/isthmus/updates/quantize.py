@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -58,12 +59,12 @@ class Ring:
                 remedy="put edges between the silos and the root, or use fewer bits",
             )
 
-    @property
+    @cached_property
     def levels(self) -> int:
         """Whole numbers on each side of zero."""
         return int(2 ** (self.bits - 1)) - 1
 
-    @property
+    @cached_property
     def step(self) -> float:
         """What one whole number stands for."""
         return self.range / self.levels
@@ -72,17 +73,17 @@ class Ring:
         """The largest size of an element of the sum of so many silos' numbers."""
         return silos * self.levels + self.spare
 
-    @property
+    @cached_property
     def digit(self) -> int:
         """Bits that a number takes in a word: the fewest in which no sum of all silos overflows."""
         return int(self.most(self.silos)).bit_length() + 1
 
-    @property
+    @cached_property
     def numbers(self) -> int:
         """That a word holds."""
         return WORD // self.digit
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Bytes of a word that cross."""
         return math.ceil(self.numbers * self.digit / 8)
@@ -144,7 +145,7 @@ class Ring:
         """The sum of the values whose whole numbers add up to these."""
         return total_P.astype(np.float64) * (self.range / self.levels)
 
-    @property
+    @cached_property
     def digits(self) -> int:
         """Numbers that a share takes, S."""
         return math.ceil(SHARE_BITS / (self.bits - 1))

@@ -14,6 +14,8 @@ from isthmus.wire import isthmus_pb2 as pb
 VERSION = 1
 """Version of the protocol."""
 MAX_SEQUENCES = 4096
+MAX_SILOS = 2**20
+"""Silos in one sum."""
 MAX_POSITIONS = 2**17
 """Largest padded size of a frame's batch: number of sequences times the longest length."""
 KEY_BYTES = 32
@@ -109,7 +111,7 @@ def _keep(message: pb.Keep) -> None:
 
 
 def _backward(message: pb.Backward) -> None:
-    _require(message.reply or not message.aside, "a backward that is neither learned from nor answered")
+    _require(message.reply or not message.ascent_pass, "a backward that is neither learned from nor answered")
 
 
 def _weight(message: Any) -> None:
@@ -154,6 +156,10 @@ def _update(message: pb.Update) -> None:
     _require(sum(forms) <= 1, "an update in more than one form (tensors, masked, compressed)")
     _require(0 <= message.quality <= 1, f"the quality {message.quality}")
     _require(not (masked and message.quality), "a quality beside a masked update")
+    _require(not (masked and message.weight), "a weight beside a masked update, which holds its own")
+    _require(masked or not (message.learned or message.silos), "silos, or what one learned, beside no masked update")
+    _require(not (message.learned and message.silos), "an update of one silo and of many")
+    _require(message.silos <= MAX_SILOS, f"a sum of {message.silos} silos, {MAX_SILOS} are allowed")
 
 
 def _secrets(message: Any) -> None:

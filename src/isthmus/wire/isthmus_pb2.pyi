@@ -169,16 +169,16 @@ class Hidden(_message.Message):
     def __init__(self, hidden: _Optional[_Union[Matrix, _Mapping]] = ...) -> None: ...
 
 class Backward(_message.Message):
-    __slots__ = ("step", "gradient", "reply", "aside")
+    __slots__ = ("step", "gradient", "reply", "ascent_pass")
     STEP_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
-    ASIDE_FIELD_NUMBER: _ClassVar[int]
+    ASCENT_PASS_FIELD_NUMBER: _ClassVar[int]
     step: int
     gradient: Matrix
     reply: bool
-    aside: bool
-    def __init__(self, step: _Optional[int] = ..., gradient: _Optional[_Union[Matrix, _Mapping]] = ..., reply: _Optional[bool] = ..., aside: _Optional[bool] = ...) -> None: ...
+    ascent_pass: bool
+    def __init__(self, step: _Optional[int] = ..., gradient: _Optional[_Union[Matrix, _Mapping]] = ..., reply: _Optional[bool] = ..., ascent_pass: _Optional[bool] = ...) -> None: ...
 
 class Gradient(_message.Message):
     __slots__ = ("gradient",)
@@ -275,20 +275,24 @@ class Plan(_message.Message):
     def __init__(self, round: _Optional[int] = ..., completed: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., sum: _Optional[bytes] = ..., keys: _Optional[_Mapping[str, SumKeys]] = ..., control: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., counted: _Optional[_Mapping[str, int]] = ..., clip: _Optional[float] = ...) -> None: ...
 
 class Update(_message.Message):
-    __slots__ = ("round", "weight", "tensors", "masked", "compressed", "quality")
+    __slots__ = ("round", "weight", "tensors", "masked", "compressed", "quality", "learned", "silos")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     MASKED_FIELD_NUMBER: _ClassVar[int]
     COMPRESSED_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    LEARNED_FIELD_NUMBER: _ClassVar[int]
+    SILOS_FIELD_NUMBER: _ClassVar[int]
     round: int
     weight: float
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
     masked: bytes
     compressed: bytes
     quality: float
-    def __init__(self, round: _Optional[int] = ..., weight: _Optional[float] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., masked: _Optional[bytes] = ..., compressed: _Optional[bytes] = ..., quality: _Optional[float] = ...) -> None: ...
+    learned: bool
+    silos: int
+    def __init__(self, round: _Optional[int] = ..., weight: _Optional[float] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., masked: _Optional[bytes] = ..., compressed: _Optional[bytes] = ..., quality: _Optional[float] = ..., learned: _Optional[bool] = ..., silos: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ()

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from isthmus.attacks.view.view import View, colluding_view, trunk_view
-from isthmus.audit.capture import Source, capture_pairs, capture_rows
+from isthmus.audit.capture import capture_pairs, capture_rows
+from isthmus.audit.target import Target
 from tests.conftest import make_recipe, save_tiny_model, write_rows
 from tests.oracle.twins import save_vivid_model
 from tests.unit.attacks.attacked import Attacked, Truth, random_rows, say
@@ -48,7 +49,7 @@ def attacked(attacked_model: Path) -> Attacked:
 
     def build(*, noise: float = 0.0, own: int = 60, draws: int = 1, **boundary: Any) -> tuple[View, Truth]:
         recipe = make_recipe(attacked_model, silos=("a", "b"), boundary={"forward": {"noise": noise}, **boundary})
-        source, rows = Source(recipe), random_rows(8, 1)
+        source, rows = Target(recipe), random_rows(8, 1)
         captured = capture_rows(source, "a", rows)
         alone = trunk_view(recipe, attacked_model, captured.crossings, (), {})
         view = colluding_view(alone, capture_pairs(source, "b", random_rows(own, 2), draws=draws), {})
@@ -58,7 +59,7 @@ def attacked(attacked_model: Path) -> Attacked:
 
 
 @pytest.fixture
-def two_silos(attacked_model: Path, tmp_path: Path) -> Source:
+def two_silos(attacked_model: Path, tmp_path: Path) -> Target:
     """A recipe with rows on disk."""
     rows = {
         name: write_rows(
@@ -74,4 +75,4 @@ def two_silos(attacked_model: Path, tmp_path: Path) -> Source:
         root={"minimum": 1, "patience": 0.2},
         boundary={"forward": {"noise": 0.01}},
     )
-    return Source(recipe)
+    return Target(recipe)

@@ -89,7 +89,7 @@ def test_where_honest_changes_agree_on_little_krum_is_evaded_at_length() -> None
 
 
 def test_too_few_honest_changes_to_evade_krum() -> None:
-    with pytest.raises(AttackError, match="3 honest changes for 2 malicious ones") as caught:
+    with pytest.raises(AttackError, match="3 honest updates for 2 malicious ones") as caught:
         poisoning.evade_krum(torch.ones(3, 2), 2, lambda changes_NP: changes_NP[0])
     assert caught.value.remedy
 
@@ -124,7 +124,7 @@ def test_labels_are_swapped() -> None:
 def test_a_label_that_is_none(field: str) -> None:
     with pytest.raises(DataError, match=f"a row's '{field}' is") as caught:
         poisoning.swap_labels(ROWS, field, ["yes", "maybe"])
-    assert caught.value.remedy == "name all labels: yes, maybe"
+    assert caught.value.remedy == "use only the labels yes, maybe"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

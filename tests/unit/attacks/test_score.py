@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.attacks.score import MEASURES, laid, score, share
+from isthmus.attacks.score import MEASURES, aligned_guess, score, share
 from isthmus.errors import AttackError
 from tests.unit.attacks.attacked import say
 
@@ -73,7 +73,7 @@ def test_figures_are_the_oracles(pairs: list[tuple[list[int], list[int]]]) -> No
 @given(ROW, ROW)
 @settings(max_examples=100, deadline=None)
 def test_a_guess_is_laid_where_it_agrees_most(truth: list[int], guess: list[int]) -> None:
-    found = laid(truth, guess)
+    found = aligned_guess(truth, guess)
     left = sum(one == two for one, two in zip(truth, guess, strict=False))
     right = sum(one == two for one, two in zip(truth[::-1], guess[::-1], strict=False))
     assert len(found) == len(truth)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from isthmus.audit.attack import NAME, Order, attack, note, opened, table
-from isthmus.audit.capture import Source
-from isthmus.audit.scenario import sampled
+from isthmus.audit.attack import RESULTS_NAME, AttackPlan, open_target, results_table, run_attacks, save_results
+from isthmus.audit.public_text import sample_public_text
+from isthmus.audit.target import Target
 from isthmus.errors import AttackError, RunError
 from isthmus.federation.aggregator import RootService
 from isthmus.model.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
 from tests.integration.processes import call
 
-ORDER = Order(attacks=("linear", "matching"), rows=6, own_rows=60)
+ORDER = AttackPlan(attacks=("linear", "matching"), rows=6, own_rows=60)
 
 
 def quiet(message: str) -> None:
@@ -31,7 +31,7 @@ def quiet(message: str) -> None:
 
 
 @pytest.fixture
-def ran(two_silos: Source, tmp_path: Path) -> Source:
+def ran(two_silos: Target, tmp_path: Path) -> Target:
     """The recipe after one round of silo ``a``."""
     run = RunDirectory.create(tmp_path / "run", two_silos.recipe)
     trunk, root = TrunkService(run.recipe(), run.role("trunk")), RootService(run.recipe(), run.role("root"))
@@ -39,24 +39,24 @@ def ran(two_silos: Source, tmp_path: Path) -> Source:
     channels = LoopbackChannel(trunk, "a", greeting=hello), LoopbackChannel(root, "a")
     Worker(run.recipe(), "a", run.role("a"), trunk=channels[0], root=channels[1]).run()
     trunk.stop()
-    return opened(run.path)
+    return open_target(run.path)
 
 
-def accuracies(source: Source, order: Order) -> dict[tuple[str, str, str], float]:
-    results = attack(source, order, quiet)
+def accuracies(source: Target, order: AttackPlan) -> dict[tuple[str, str, str], float]:
+    results = run_attacks(source, order, quiet)
     return {(one.adversary, one.attack, one.tokens): one.figures["token_accuracy"].value for one in results}
 
 
-def test_a_recipe_is_attacked_as_it_stands(two_silos: Source, tmp_path: Path) -> None:
+def test_a_recipe_is_attacked_as_it_stands(two_silos: Target, tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(two_silos.recipe.toml())
-    found = accuracies(opened(path), ORDER)
+    found = accuracies(open_target(path), ORDER)
     assert found["trunk+silo", "matching", "all"] == 1.0
     assert found["trunk+silo", "matching", "text"] == 1.0
     assert found["trunk+silo", "linear", "text"] < found["trunk+silo", "linear", "all"]
 
 
-def test_a_colluding_silo_knows_the_runs_adapters_and_the_trunk_alone_does_not(ran: Source) -> None:
+def test_a_colluding_silo_knows_the_runs_adapters_and_the_trunk_alone_does_not(ran: Target) -> None:
     assert ran.completed == 1
     assert max(float(tensor.abs().max()) for tensor in ran.shared().values()) > 0
     assert ran.run is not None
@@ -67,48 +67,50 @@ def test_a_colluding_silo_knows_the_runs_adapters_and_the_trunk_alone_does_not(r
     assert sorted(ran.run.path.rglob("*")) == files
 
 
-def test_results_are_written_in_place_of_earlier_ones(ran: Source) -> None:
+def test_results_are_written_in_place_of_earlier_ones(ran: Target) -> None:
     assert ran.run is not None
-    results = attack(ran, replace(ORDER, attacks=("linear",)), quiet)
-    note(ran.run, results)
-    path = note(ran.run, results)
+    results = run_attacks(ran, replace(ORDER, attacks=("linear",)), quiet)
+    save_results(ran.run, results)
+    path = save_results(ran.run, results)
     written = json.loads(path.read_text())
     assert [(one["attack"], one["tokens"]) for one in written] == [("linear", "all"), ("linear", "text")]
     assert set(written[0]["figures"]["rougeL"]) == {"value", "low", "high"}
     path.write_text("[1, 2")
-    with pytest.raises(RunError, match="no record of attacks"):
-        note(ran.run, results)
-    assert path.name == NAME
+    with pytest.raises(RunError, match="does not hold results of attacks"):
+        save_results(ran.run, results)
+    assert path.name == RESULTS_NAME
 
 
-def test_the_table_shows_every_result(two_silos: Source) -> None:
-    results = attack(two_silos, replace(ORDER, attacks=("linear",)), quiet, sensitive=lambda row: [True] * len(row))
+def test_the_table_shows_every_result(two_silos: Target) -> None:
+    results = run_attacks(
+        two_silos, replace(ORDER, attacks=("linear",)), quiet, sensitive=lambda row: [True] * len(row)
+    )
     console = Console(width=200, record=True)
-    console.print(table(results))
+    console.print(results_table(results))
     text = console.export_text()
     assert all(word in text for word in ("linear", "trunk+silo", "all", "text", "sensitive"))
 
 
 def test_the_command_prints_and_writes(
-    ran: Source, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ran: Target, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ran.run is not None
     monkeypatch.setenv("COLUMNS", "160")
     shown = call(capsys, monkeypatch, "attack", str(ran.run.path), "--attack", "linear", "--rows", "3")
     shown.succeeded()
     assert "trunk+silo" in shown.out
-    assert (ran.run.path / NAME).exists()
+    assert (ran.run.path / RESULTS_NAME).exists()
     refused = call(capsys, monkeypatch, "attack", str(ran.run.path), "--attack", "magic")
     assert refused.code == 1
-    assert "there is no 'magic'" in refused.err
+    assert "there is no attack 'magic'" in refused.err
 
 
-def test_answers_can_be_attacked(two_silos: Source) -> None:
+def test_answers_can_be_attacked(two_silos: Target) -> None:
     found = accuracies(two_silos, replace(ORDER, attacks=("matching",), inference=True, rows=2))
     assert found == {("trunk+silo", "matching", "all"): 1.0, ("trunk+silo", "matching", "text"): 1.0}
 
 
-def test_public_text_is_read_from_a_file(two_silos: Source, tmp_path: Path) -> None:
+def test_public_text_is_read_from_a_file(two_silos: Target, tmp_path: Path) -> None:
     public = tmp_path / "public.txt"
     public.write_text("\n".join(f"w{4 + n % 90} w{9 + n % 80} w{5 + n % 70}" for n in range(200)))
     found = accuracies(two_silos, replace(ORDER, adversaries=("trunk",), public=public, own_rows=200))
@@ -117,9 +119,9 @@ def test_public_text_is_read_from_a_file(two_silos: Source, tmp_path: Path) -> N
 
 def test_text_drawn_from_the_public_model_leaves_torchs_own_draw_alone(attacked_model: Path) -> None:
     before = torch.get_rng_state()
-    one, two = sampled(attacked_model, 1, 70, 5), sampled(attacked_model, 1, 70, 5)
+    one, two = sample_public_text(attacked_model, 1, 70, 5), sample_public_text(attacked_model, 1, 70, 5)
     assert one == two
-    assert sampled(attacked_model, 2, 70, 5) != one
+    assert sample_public_text(attacked_model, 2, 70, 5) != one
     assert {len(row) for row in one} == {6}
     assert torch.equal(before, torch.get_rng_state())
 
@@ -127,8 +129,8 @@ def test_text_drawn_from_the_public_model_leaves_torchs_own_draw_alone(attacked_
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        ({"attacks": ("guessing",)}, "there is no 'guessing'"),
-        ({"adversaries": ("everyone",)}, "there is no 'everyone'"),
+        ({"attacks": ("guessing",)}, "there is no attack 'guessing'"),
+        ({"adversaries": ("everyone",)}, "there is no adversary 'everyone'"),
         ({"adversaries": ("outsider",)}, "'outsider' sees no crossings"),
         ({"adversaries": ("aggregator",)}, "'aggregator' sees no crossings"),
         ({"rows": 0}, "0 rows"),
@@ -136,6 +138,6 @@ def test_text_drawn_from_the_public_model_leaves_torchs_own_draw_alone(attacked_
         ({"public": Path("absent.txt"), "adversaries": ("trunk",)}, "cannot read absent.txt"),
     ],
 )
-def test_impossible_orders_are_named(two_silos: Source, wrong: dict[str, object], complaint: str) -> None:
+def test_impossible_orders_are_named(two_silos: Target, wrong: dict[str, object], complaint: str) -> None:
     with pytest.raises(AttackError, match=complaint):
-        attack(two_silos, replace(ORDER, **wrong), quiet)
+        run_attacks(two_silos, replace(ORDER, **wrong), quiet)

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from isthmus.data.silo_data import SiloData
 from isthmus.data.templates import Example
 from isthmus.data.tokens import IGNORED, Tokens, batches, collate, positions, tokenize
 from isthmus.errors import DataError
 from isthmus.recipe import Recipe
 from isthmus.silo import trainer
 from isthmus.silo.join import load_tokenizer
-from isthmus.silo.trainer import SiloData, evaluate, train_step
+from isthmus.silo.trainer import evaluate, train_step
 from tests.conftest import make_recipe, save_tiny_model, uncut, write_rows
 
 IDS = st.lists(st.integers(3, 96), min_size=1, max_size=6)

@@ -35,14 +35,20 @@ def store(tmp_path: Path) -> RoleDirectory:
 @pytest.fixture
 def build(store: RoleDirectory) -> Build:
     def buffered(
-        *silos: str, buffer: int, rounds: int = 9, minimum: int | None = None, patience: float = LONG, **federation: Any
+        *silos: str,
+        buffer: int,
+        staleness: int = 10,
+        rounds: int = 9,
+        minimum: int | None = None,
+        patience: float = LONG,
+        **federation: Any,
     ) -> Buffered:
         recipe = make_recipe(
             Path("none"),
             silos=silos,
             root={"patience": patience} | ({"minimum": minimum} if minimum else {}),
             train={"rounds": rounds, "evaluate": False},
-            federation={"buffer": buffer, **federation},
+            federation={"asynchronous": {"buffer": buffer, "staleness": staleness}, **federation},
         )
         return Buffered(recipe, RootPlanner(recipe, constant(0.0), store))
 
@@ -136,7 +142,7 @@ def test_an_update_that_began_too_long_ago_is_refused(build: Build, store: RoleD
         buffered.contribute("a", update(number))
     with pytest.raises(RoundLostError, match="slow began 2 versions ago, the recipe allows 1") as caught:
         buffered.contribute("slow", update(1))
-    assert "federation.staleness" in caught.value.remedy
+    assert "federation.asynchronous.staleness" in caught.value.remedy
     with pytest.raises(RoundLostError):  # nor does it come in as a newer one
         buffered.contribute("slow", update(3))
     assert_plan(plan(buffered, "slow"), 3, 2, ["slow"], 2.0)
@@ -159,7 +165,7 @@ REFUSED: dict[str, tuple[str, Any, type[IsthmusError]]] = {
     "stranger": ("d", update(1), RoundLostError),
     "next-round": ("b", update(2), RoundLostError),
     "round-0": ("b", update(0), RoundLostError),
-    "masked": ("b", pb.Update(round=1, weight=1.0, masked=b"x"), ProtocolError),
+    "masked": ("b", pb.Update(round=1, learned=True, masked=b"x"), ProtocolError),
     "deal": ("b", pb.Deal(round=1), ProtocolError),
     "reveal": ("b", pb.Reveal(round=1), ProtocolError),
 } | {
@@ -312,14 +318,14 @@ def test_full_disk(build: Build, store: RoleDirectory, monkeypatch: pytest.Monke
     assert_plan(plan(build("a", "b", buffer=2), "a"), 1, 0, ["a"], 0.0)
 
 
-@pytest.mark.parametrize("federation", [{"compression": "top-k", "keep": 0.4}, {"bits": 16}], ids=str)
-def test_smaller_updates(build: Build, federation: dict[str, Any]) -> None:
+@pytest.mark.parametrize("compression", [{"kind": "top-k", "keep": 0.4}, {"bits": 16}], ids=str)
+def test_smaller_updates(build: Build, compression: dict[str, Any]) -> None:
     size = sum(math.prod(shape) for shape in SHAPES.values())
-    compressor = Compression(FederationSection.model_validate(federation)).compressor(size, 1)
+    compressor = Compression(FederationSection.model_validate({"compression": compression})).compressor(size, 1)
     assert compressor is not None
     row_P = torch.zeros(size)
     row_P[0] = 2.0
-    buffered = build("a", "b", buffer=1, **federation)
+    buffered = build("a", "b", buffer=1, compression=compression)
     plan(buffered, "a"), plan(buffered, "b")
     buffered.contribute("b", pb.Update(round=1, weight=1.0, compressed=compressor.encode(torch.zeros(size))))
     for wrong in (b"", b"x" * 40):

@@ -315,8 +315,8 @@ def far_after_two_rounds(rounds: Rounds) -> float:
 
 @pytest.mark.parametrize(
     "federation",
-    [{"rule": rule} for rule in ("median", "trimmed-mean", "krum", "geometric-median", "centered-clipping")]
-    + [{"mix": True, "rule": "trimmed-mean"}, {"rule": "fltrust", "trusted": "b"}],
+    [{"robust": rule} for rule in ("median", "trimmed-mean", "krum", "geometric-median", "centered-clipping")]
+    + [{"robust": {"mix": True, "rule": "trimmed-mean"}}, {"robust": {"rule": "fltrust", "trusted": "b"}}],
     ids=str,
 )
 def test_a_wild_silo_is_not_followed(build: Build, federation: dict[str, Any]) -> None:
@@ -329,7 +329,7 @@ def test_the_mean_follows_a_wild_silo(build: Build) -> None:
 
 def test_a_round_that_has_too_few_for_its_rule_ends_the_federation(build: Build, store: RoleDirectory) -> None:
     """Silos that learned nothing are there, but not to compare the others to; what was learned before is kept."""
-    rounds = build(*"abc", rule="median")
+    rounds = build(*"abc", robust="median")
     plans(rounds, *"abc")
     for silo in "abc":
         rounds.contribute(silo, update(1))
@@ -342,17 +342,17 @@ def test_a_round_that_has_too_few_for_its_rule_ends_the_federation(build: Build,
         with pytest.raises(QuorumError, match="1 silos learned something, the rule 'median' needs 3"):
             answer.result(WAIT)
     assert store.last_round() == 1
-    assert_plan(plans(build(*"abc", rule="median"), *"abc")[0], 2, 1, ["a", "b", "c"], 1.0)
+    assert_plan(plans(build(*"abc", robust="median"), *"abc")[0], 2, 1, ["a", "b", "c"], 1.0)
 
 
 def test_centered_clipping_goes_on_from_what_it_remembers(build: Build, store: RoleDirectory) -> None:
-    rounds = build(*"abc", rule="centered-clipping")
+    rounds = build(*"abc", robust="centered-clipping")
     plans(rounds, *"abc")
     for silo, value in zip("abc", (1.0, 2.0, 9.0), strict=True):
         rounds.contribute(silo, update(1, value))
     reference_P = store.load_round(1)["sharing"]["B"]["rule"]["reference"]
     expected = {name: tensor.flatten()[0] for name, tensor in shared(plans(rounds, *"abc")[0]).items()}
     assert float(reference_P[0]) == pytest.approx(float(expected["x"]))
-    resumed = build(*"abc", rule="centered-clipping")._planner
+    resumed = build(*"abc", robust="centered-clipping")._planner
     assert isinstance(resumed, RootPlanner)
     assert torch.equal(resumed._sharing.state_dict()["B"]["rule"]["reference"], reference_P)

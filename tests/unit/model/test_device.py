@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.audit.attack import Order, attack
-from isthmus.audit.capture import Source
+from isthmus.audit.attack import AttackPlan, run_attacks
+from isthmus.audit.target import Target
 from isthmus.errors import RecipeError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
@@ -61,7 +61,7 @@ def test_a_silo_does_not_start_on_a_device_that_is_not_there(tmp_path: Path) -> 
 def test_no_attack_is_made_on_a_device_that_is_not_there(tmp_path: Path) -> None:
     recipe = make_recipe(save_tiny_model("llama", tmp_path / "model"), silos=("a", "b"))
     with pytest.raises(RecipeError, match="there is no device 'cuda:99' here"):
-        attack(Source(recipe), Order(device="cuda:99"), lambda told: None)
+        run_attacks(Target(recipe), AttackPlan(device="cuda:99"), lambda told: None)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:one", "cpu:0", ""])

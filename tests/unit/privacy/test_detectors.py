@@ -12,7 +12,7 @@ from stdnum.gb import nhs
 from stdnum.iso7064 import mod_97_10
 
 from isthmus.privacy import detectors
-from isthmus.recipe.sensitivity import DETECTORS
+from isthmus.recipe.sections.sensitivity import DETECTORS
 
 AROUND = st.sampled_from(["", "see ", "Ref. ", "(", "paid to: ", "né ", "患者 "])
 AFTER = st.sampled_from(["", ".", ", thanks", ")", " and 3 more", "\n"])

@@ -13,18 +13,18 @@ from isthmus.recipe.tree import ROOT
 from tests.conftest import make_recipe
 
 
-def recipe(buffer: Any = 2, *, silos: str = "abcd", **sections: Any) -> Recipe:
-    federation = {"buffer": buffer, **sections.pop("federation", {})}
+def recipe(buffer: Any = 2, *, silos: str = "abcd", staleness: int = 10, **sections: Any) -> Recipe:
+    federation = {"asynchronous": {"buffer": buffer, "staleness": staleness}, **sections.pop("federation", {})}
     return make_recipe(Path("model"), silos=tuple(silos), federation=federation, **sections)
 
 
 def test_by_default_a_round_is_of_all_silos() -> None:
-    assert (FederationSection().buffer, FederationSection().staleness) == (None, 10)
+    assert (FederationSection().asynchronous.buffer, FederationSection().asynchronous.staleness) == (None, 10)
     assert make_recipe(Path("model"), silos=tuple("abc")).tree.node(ROOT).minimum == 3
 
 
 def test_a_recipe_with_a_buffer_is_read_again_as_it_was(tmp_path: Path) -> None:
-    first = recipe(3, federation={"staleness": 0})
+    first = recipe(3, staleness=0)
     (tmp_path / "recipe.toml").write_text(first.toml())
     assert Recipe.read(tmp_path / "recipe.toml").federation == first.federation
 
@@ -39,7 +39,7 @@ def test_as_many_silos_are_needed_as_fill_the_buffer() -> None:
     [
         {"lora": "plain"},
         {"compression": "top-k"},
-        {"bits": 8},
+        {"compression": {"bits": 8}},
         {"weights": "equal"},
         {"fairness": "tilted"},
         {"optimizer": "adam"},
@@ -47,14 +47,14 @@ def test_as_many_silos_are_needed_as_fill_the_buffer() -> None:
     ids=str,
 )
 def test_what_goes_together(sections: dict[str, Any]) -> None:
-    assert recipe(4, federation=sections).federation.buffer == 4
+    assert recipe(4, federation=sections).federation.asynchronous.buffer == 4
 
 
 EDGES = [{"name": "ward", "address": "localhost:1", "silos": ["a", "b"]}]
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"buffer": 5}, "one of each silo at most, and there are 4 silos", "lower it"),
-    ({"root": {"minimum": 3}}, "made of 2 updates and never has 3", "raise federation.buffer"),
-    ({"federation": {"masks": True}}, "masks cancel within one cohort", "federation.masks"),
+    ({"root": {"minimum": 3}}, "made of 2 updates and never has 3", "raise federation.asynchronous.buffer"),
+    ({"federation": {"secure": True}}, "masks cancel within one cohort", "federation.secure.masks"),
     ({"edge": EDGES}, "an edge passes on the sum of a round", "[[edge]]"),
     (
         {"federation": {"control": "scaffold", "weights": "equal"}, "train": {"optimizer": "sgd"}},
@@ -65,8 +65,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"federation": {"lora": "svd"}}, "factors an update changes", "federation.lora = 'svd'"),
     ({"federation": {"compression": "random-k"}}, "numbers take turns", "federation.compression = 'random-k'"),
     ({"federation": {"compression": "sketch"}}, "numbers take turns", "federation.compression = 'sketch'"),
-    ({"federation": {"rule": "median"}}, "they may be the most", "federation.rule = 'median'"),
-    ({"federation": {"rule": "trimmed-mean", "mix": True}}, "they may be the most", "federation.mix"),
+    ({"federation": {"robust": "median"}}, "they may be most", "federation.robust.rule = 'median'"),
+    ({"federation": {"robust": {"rule": "trimmed-mean", "mix": True}}}, "they may be most", "federation.robust.mix"),
     ({"trunk": {"adapter": "replica"}}, "replicas are averaged when all silos are there", "trunk.adapter"),
     ({"federation": {"weights": "agreement"}}, "'agreement' compares updates of one round", "'examples'"),
     ({"federation": {"weights": "inverse-variance"}}, "compares updates of one round", "'examples'"),
@@ -85,5 +85,5 @@ def test_what_does_not(sections: dict[str, Any], reason: str, remedy: str) -> No
     ("key", "value"), [("buffer", 0), ("buffer", -1), ("buffer", 1.5), ("staleness", -1), ("staleness", 0.5)]
 )
 def test_wrong_values(key: str, value: Any) -> None:
-    with pytest.raises(RecipeError, match=f"federation.{key}"):
-        make_recipe(Path("model"), silos=("a", "b"), federation={key: value})
+    with pytest.raises(RecipeError, match=f"federation.asynchronous.{key}"):
+        make_recipe(Path("model"), silos=("a", "b"), federation={"asynchronous": {key: value}})

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from isthmus.errors import RecipeError
 from isthmus.recipe import Recipe, TrainSection
-from isthmus.recipe.local import mean_reach, reach
 from tests.conftest import make_recipe
 
 SGD = {"optimizer": "sgd"}
@@ -60,8 +59,12 @@ def test_a_wrong_number_of_steps_names_its_silo(steps: Any) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"train": {"momentum": 0.9}}, "train.momentum: 'adamw' has means of its own", "set optimizer = 'sgd'"),
-    ({"train": {**SGD, "learning_rate": 0.1, "proximal": 10.0}}, "train.proximal: a step of", "make it less than 10"),
+    ({"train": {"momentum": 0.9}}, "train.momentum: 'adamw' has its own averages", "set train.optimizer = 'sgd'"),
+    (
+        {"train": {**SGD, "learning_rate": 0.1, "proximal": 10.0}},
+        "train.proximal: with a learning rate of 0.1",
+        "less than 10",
+    ),
     (
         {"train": {"sharpness": 0.1}, "boundary": {"defence": {"answer": 1.0}}},
         "train.sharpness: a defence learns at every pass",
@@ -90,16 +93,16 @@ REFUSED_CONTROL: list[tuple[dict[str, Any], str, str]] = [
     ({"federation": {"weights": "examples"}}, "where all count alike", "set federation.weights = 'equal'"),
     ({"federation": {"weights": "agreement"}}, "where all count alike", "set federation.weights = 'equal'"),
     ({"federation": {"fairness": "tilted"}}, "where all count alike", "leave fairness out"),
-    ({"federation": {"rule": "median"}}, "disbelieve its control", "set federation.rule = 'mean'"),
-    ({"federation": {"mix": True}}, "disbelieve its control", "mix = false"),
-    ({"federation": {"compression": "random-k"}}, "pass for a gradient of zero", "leave federation.compression"),
-    ({"federation": {"compression": "top-k"}}, "pass for a gradient of zero", "leave federation.compression"),
-    ({"federation": {"bits": 8}}, "pass for a gradient of zero", "and bits out"),
-    ({"edge": EDGES, "federation": {"masks": True}}, "an edge does not know", "leave [[edge]] out"),
+    ({"federation": {"robust": "median"}}, "reject its control", "set federation.robust.rule = 'mean'"),
+    ({"federation": {"robust": {"mix": True}}}, "reject its control", "mix = false"),
+    ({"federation": {"compression": "random-k"}}, "count as a gradient of zero", "leave federation.compression"),
+    ({"federation": {"compression": "top-k"}}, "count as a gradient of zero", "leave federation.compression"),
+    ({"federation": {"compression": {"bits": 8}}}, "count as a gradient of zero", "leave federation.compression out"),
+    ({"edge": EDGES, "federation": {"secure": True}}, "an edge does not know", "leave [[edge]] out"),
     ({"steps": (2, None, None)}, "silos with other numbers of steps", "set federation.normalized = true"),
     (
         {"privacy": {"record_epsilon": 9.0}, "boundary": {"forward": BOUNDED, "gradient": BOUNDED}},
-        "rows that a budget leaves out",
+        "rows that a budget skips",
         "set federation.normalized = true",
     ),
 ]
@@ -135,12 +138,12 @@ def test_a_controls_factors_must_last() -> None:
 @pytest.mark.parametrize(
     "sections",
     [
-        {"train": {**SGD, "sharpness": 0.1}, "federation": {**SCAFFOLD, "masks": True, "optimizer": "momentum"}},
+        {"train": {**SGD, "sharpness": 0.1}, "federation": {**SCAFFOLD, "secure": True, "optimizer": "momentum"}},
         {"train": SGD, "steps": (2, 5, None), "federation": {**SCAFFOLD, "normalized": True, "lora": "alternating"}},
         {"train": SGD, "federation": SCAFFOLD, "boundary": {"update": BOUNDED}},
-        {"train": {"proximal": 0.1, "sharpness": 0.1}, "federation": {"rule": "median", "compression": "top-k"}},
+        {"train": {"proximal": 0.1, "sharpness": 0.1}, "federation": {"robust": "median", "compression": "top-k"}},
         {"train": {"proximal": 1e9}},  # AdamW's steps are of one size
-        {"steps": (1, 2, 3), "federation": {"normalized": True, "masks": True, "compression": "sketch"}},
+        {"steps": (1, 2, 3), "federation": {"normalized": True, "secure": True, "compression": "sketch"}},
         {"train": {"sharpness": 0.1}, "trunk": {"adapter": "replica"}},
         {"train": {"sharpness": 0.1}, "lora": {"freeze_bottom": True}, "boundary": {"release_once": True}},
     ],
@@ -156,7 +159,7 @@ def test_what_goes_together_is_read_again_as_it_was(sections: dict[str, Any], tm
 def test_a_silo_has_its_own_steps_or_the_recipes() -> None:
     asked = recipe(steps=(2, None, 30), train={"steps": 7})
     assert [asked.steps(name) for name in ("a", "b", "c", "unheard-of")] == [2, 7, 30, 7]
-    assert mean_reach(asked) == 13.0
+    assert asked.mean_reach == 13.0
 
 
 @given(st.integers(1, 60), st.floats(1e-4, 0.5), st.floats(1e-3, 0.99))
@@ -166,7 +169,7 @@ def test_steps_reach_as_far_as_fednova_says(steps: int, rate: float, shrinks: fl
     w = 0.0
     for _ in range(steps):
         w -= rate * (1.0 + pulled.proximal * w)
-    assert reach(pulled, steps) == pytest.approx(-w / rate, rel=1e-6)
+    assert pulled.reach(steps) == pytest.approx(-w / rate, rel=1e-6)
     for other in (TrainSection(proximal=5.0), TrainSection(optimizer="sgd", momentum=0.9, proximal=5.0)):
-        assert reach(other, steps) == steps
-    assert reach(TrainSection(optimizer="sgd"), steps) == steps
+        assert other.reach(steps) == steps
+    assert TrainSection(optimizer="sgd").reach(steps) == steps

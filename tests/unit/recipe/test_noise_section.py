@@ -21,7 +21,7 @@ EDGES = [
 
 
 def recipe(federation: dict[str, Any] | None = None, **sections: Any) -> Recipe:
-    asked = {"masks": True, "weights": "equal", "noise": NOISE, "clip": CLIP} | (federation or {})
+    asked = {"secure": True, "weights": "equal", "noise": NOISE, "clip": CLIP} | (federation or {})
     present = {key: value for key, value in asked.items() if value is not None}
     return make_recipe(Path("model"), silos=tuple("abcdefgh"), federation=present, **sections)
 
@@ -44,20 +44,20 @@ def test_without_them_sums_have_no_noise() -> None:
     ("federation", "sections"),
     [
         ({"lora": "alternating"}, {}),
-        ({"compression": "sketch", "feedback": False}, {}),
-        ({"compression": "random-k", "feedback": False, "bits": 8}, {}),
+        ({"compression": {"kind": "sketch", "feedback": False}}, {}),
+        ({"compression": {"kind": "random-k", "feedback": False, "bits": 8}}, {}),
         ({"optimizer": "adam"}, {}),
         ({}, {"edge": EDGES, "root": {"minimum": 2}}),
-        ({"rule": "median"}, {"edge": [*EDGES, EDGES[0] | {"name": "third", "silos": ["i", "j", "k", "l"]}]}),
+        ({"robust": "median"}, {"edge": [*EDGES, EDGES[0] | {"name": "third", "silos": ["i", "j", "k", "l"]}]}),
         (AT_ROOT, {}),
-        (AT_ROOT | {"masks": False}, {}),
-        (AT_ROOT | {"masks": False, "compression": "top-k"}, {"boundary": {"update": {"clip": 1.0, "noise": 0.1}}}),
+        (AT_ROOT | {"secure": False}, {}),
+        (AT_ROOT | {"secure": False, "compression": "top-k"}, {"boundary": {"update": {"clip": 1.0, "noise": 0.1}}}),
         ({}, {"boundary": {"update": {"noise": 1e-4}}}),
     ],
 )
 def test_what_composes(federation: dict[str, Any], sections: dict[str, Any]) -> None:
     silos = tuple("abcdefghijkl") if len(sections.get("edge", [])) == 3 else tuple("abcdefgh")
-    asked = {"masks": True, "weights": "equal", "noise": NOISE, "clip": CLIP, **federation}
+    asked = {"secure": True, "weights": "equal", "noise": NOISE, "clip": CLIP, **federation}
     assert make_recipe(Path("model"), silos=silos, federation=asked, **sections).federation.noise is not None
 
 
@@ -66,14 +66,14 @@ def test_what_composes(federation: dict[str, Any], sections: dict[str, Any]) -> 
     [
         ({"clip": None}, {}, "federation.clip: noise is measured by a clip", "add federation.clip"),
         ({"noise": None}, {}, "federation.noise: noise is measured by a clip", "add federation.noise"),
-        ({"masks": False}, {}, "without masks the root sees each update", "set masks = true"),
+        ({"secure": False}, {}, "without masks the root sees each update", "set federation.secure.masks = true"),
         ({"weights": "examples"}, {}, "a silo's influence follows from its rows", "weights = 'equal'"),
         ({"fairness": "tilted"}, {}, "follows from a silo's loss", "leave fairness out"),
         ({"control": "scaffold"}, {"train": {"optimizer": "sgd"}}, "no longer their mean", "control = 'none'"),
-        (AT_ROOT | {"masks": False, "buffer": 2}, {}, "all silos count alike", "leave buffer out"),
-        ({"compression": "random-k"}, {}, "pushed out by the clip again", "feedback = false"),
-        ({"bits": 8}, {}, "pushed out by the clip again", "feedback = false"),
-        ({"range": 0.5}, {}, "no number is larger than the clip", "leave range out"),
+        (AT_ROOT | {"secure": False, "asynchronous": {"buffer": 2}}, {}, "all silos count alike", "leave buffer out"),
+        ({"compression": "random-k"}, {}, "cut off by the clip again", "feedback = false"),
+        ({"compression": {"bits": 8}}, {}, "cut off by the clip again", "feedback = false"),
+        ({"secure": {"masks": True, "range": 0.5}}, {}, "no number is larger than federation.clip", "leave range out"),
         ({}, {"boundary": {"update": {"clip": 1.0, "noise": 0.1}}}, "the sum is noised", "leave boundary.update out"),
         ({}, {"boundary": {"update": {"noise": 0.1}}}, "the sum is noised", "leave boundary.update out"),
         (
@@ -82,18 +82,33 @@ def test_what_composes(federation: dict[str, Any], sections: dict[str, Any]) -> 
             "the sum is noised",
             "leave boundary.update out",
         ),
-        (AT_ROOT, {"edge": EDGES}, "with edge it forms no such mean", "leave edge out"),
-        (AT_ROOT | {"masks": False, "rule": "median"}, {}, "with federation.rule it forms no", "leave federation.rule"),
-        (AT_ROOT | {"masks": False, "lora": "svd"}, {}, "products of factors are averaged by tokens", "leave weights"),
-        (AT_ROOT | {"masks": False, "weights": "examples"}, {}, "follows from its rows", "weights = 'equal'"),
-        (AT_ROOT | {"masks": False, "weights": "examples", "lora": "svd"}, {}, "follows from its rows", "'equal'"),
+        (AT_ROOT, {"edge": EDGES}, "with [[edge]] it forms no such mean", "leave [[edge]] out"),
+        (
+            AT_ROOT | {"secure": False, "robust": "median"},
+            {},
+            "with federation.robust it forms no",
+            "leave",
+        ),
+        (
+            AT_ROOT | {"secure": False, "lora": "svd"},
+            {},
+            "products of factors",
+            "leave federation.weights",
+        ),
+        (AT_ROOT | {"secure": False, "weights": "examples"}, {}, "follows from its rows", "weights = 'equal'"),
+        (AT_ROOT | {"secure": False, "weights": "examples", "lora": "svd"}, {}, "follows from its rows", "'equal'"),
         ({"noise": NOISE | {"colluding": 8}}, {}, "8 of 8 silos leave nobody", "lower it"),
         ({"noise": NOISE | {"colluding": 3}}, {"edge": EDGES}, "3 of 3 silos leave nobody", "raise the minimum"),
-        ({"noise": {"multiplier": 1.0, "epsilon": 3.0}}, {}, "its size is given once", "either multiplier or epsilon"),
-        ({"noise": {}}, {}, "its size is given once", "either multiplier or epsilon"),
-        ({"noise": NOISE | {"where": "root", "colluding": 1}}, {}, "the root draws alone", "leave colluding out"),
-        ({"clip": CLIP | {"rate": 0.5}}, {}, "a clip that stays has none", "add quantile"),
-        ({"clip": CLIP | {"norms": 0.5}}, {}, "a clip that stays has none", "add quantile"),
+        (
+            {"noise": {"multiplier": 1.0, "epsilon": 3.0}},
+            {},
+            "the size of the noise is given once",
+            "either multiplier or epsilon",
+        ),
+        ({"noise": {}}, {}, "given once", "either multiplier or epsilon"),
+        ({"noise": NOISE | {"where": "root", "colluding": 1}}, {}, "the root alone draws", "leave colluding out"),
+        ({"clip": CLIP | {"rate": 0.5}}, {}, "only a clip that adapts takes it", "add quantile"),
+        ({"clip": CLIP | {"norms": 0.5}}, {}, "only a clip that adapts takes it", "add quantile"),
         (
             {"noise": NOISE | {"where": "root"}},
             {

@@ -68,9 +68,14 @@ def test_the_shipped_recipe_names_every_key() -> None:
     }
     assert keys(Recipe, tomllib.loads(SHIPPED.read_text())) == calibrated | {
         *("threads", "root.minimum", "trunk.average_every", "trunk.dtype"),
-        *("boundary.tail", "boundary.width", "boundary.defence", "sensitivity", "edge", "federation.trusted"),
-        *("privacy.record_epsilon", "privacy.silo_epsilon", "federation.optimizer.learning_rate", "federation.bits"),
-        "federation.buffer",
+        *("boundary.tail", "boundary.width", "boundary.defence", "sensitivity", "edge", "federation.robust.trusted"),
+        *(
+            "privacy.record_epsilon",
+            "privacy.silo_epsilon",
+            "federation.optimizer.learning_rate",
+            "federation.compression.bits",
+        ),
+        "federation.asynchronous.buffer",
         *("federation.noise", "federation.clip"),
     }
 
@@ -164,16 +169,16 @@ def test_an_unknown_key_names_the_nearest_known(key: str, near: str) -> None:
         ("root.minimum", 0),
         ("federation.lora", "average"),
         ("federation.lora", "frozen-b"),
-        ("federation.compression", "zip"),
-        ("federation.keep", 0.0),
-        ("federation.keep", 1.5),
-        ("federation.bits", 1),
-        ("federation.bits", 33),
-        ("federation.rule", "krumm"),
-        ("federation.malicious", 0.0),
-        ("federation.malicious", 0.5),
-        ("federation.malicious", math.nan),
-        ("federation.mix", 1),
+        ("federation.compression.kind", "zip"),
+        ("federation.compression.keep", 0.0),
+        ("federation.compression.keep", 1.5),
+        ("federation.compression.bits", 1),
+        ("federation.compression.bits", 33),
+        ("federation.robust.rule", "krumm"),
+        ("federation.robust.malicious", 0.0),
+        ("federation.robust.malicious", 0.5),
+        ("federation.robust.malicious", math.nan),
+        ("federation.robust.mix", 1),
         ("silo", []),
         ("silo", {"name": "a"}),
         ("silo.0.name", ""),
@@ -242,14 +247,14 @@ def test_a_rank_of_its_own_needs_a_root_that_multiplies() -> None:
     assert (own.lora.rank, own.lora.alpha, other) == (4, 6.0, recipe)
     assert refused(values | {"lora": {"rank": 3}}).remedy == "raise lora.rank"
     values["silo"] = [{"name": name, "train": "x.jsonl"} for name in "abc"]
-    error = refused(values | {"federation": {"lora": "svd", "masks": True}})
+    error = refused(values | {"federation": {"lora": "svd", "secure": True}})
     assert error.message.startswith("federation.lora: the root multiplies each silo's factors, and of a masked sum")
 
 
 def test_noise_that_is_not_kept_cannot_be_taken_out() -> None:
     values = values_with("boundary", {"release_once": True, "denoise": True})
     values["lora"] = {"freeze_bottom": True}
-    assert "boundary.denoise: noise that was drawn once is not kept" in refused(values).message
+    assert "boundary.denoise: the noise of examples released once is not kept" in refused(values).message
 
 
 def test_budgets_where_everything_is_bounded() -> None:
@@ -264,9 +269,9 @@ def test_budgets_where_everything_is_bounded() -> None:
     ("key", "value", "complaint", "remedy"),
     [
         ("silo.1.name", "a", "the name 'a' is given twice", "rename one"),
-        ("silo.1.name", "trunk", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
-        ("silo.0.name", "root", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
-        ("silo.0.name", "ca", "'trunk', 'root' and 'ca' are taken", "rename the silo"),
+        ("silo.1.name", "trunk", "'trunk', 'root' and 'ca' are roles", "another name"),
+        ("silo.0.name", "root", "'trunk', 'root' and 'ca' are roles", "another name"),
+        ("silo.0.name", "ca", "'trunk', 'root' and 'ca' are roles", "another name"),
         ("edge", [EDGE | {"silos": ["z"]}], "edge 'e': no silo is called 'z'", "name silos of the recipe"),
         ("edge", [EDGE | {"parent": "f"}], "edge 'e': parent = 'f' is no other edge", "name one"),
         ("edge", [EDGE | {"sibling": "e"}], "edge 'e': sibling = 'e' is no other edge", "name one"),
@@ -279,9 +284,14 @@ def test_budgets_where_everything_is_bounded() -> None:
         ("trunk.average_every", 2, "trunk.average_every: a shared adapter", "trunk.adapter = 'replica'"),
         ("trunk", {"adapter": "shared", "average_every": 1}, "a shared adapter is not averaged", "'replica'"),
         ("root.minimum", 3, "root.minimum: 3 silos needed but 2 listed", "lower it"),
-        ("train.evaluate", True, "train.evaluate: no silo has held_out rows", "set evaluate = false"),
+        ("train.evaluate", True, "train.evaluate: no silo has held_out rows", "set train.evaluate = false"),
         ("boundary.release_once", True, "boundary.release_once: a bottom that trains", "lora.freeze_bottom = true"),
-        ("boundary.defence", {"answer": 1.0, "capacity": 0.1}, "boundary.defence.capacity: without noise", "add both"),
+        (
+            "boundary.defence",
+            {"answer": 1.0, "capacity": 0.1},
+            "boundary.defence.capacity: without noise",
+            "give boundary.forward both",
+        ),
         ("boundary", {"release_once": True, "denoise": True}, "boundary.release_once: a bottom", "freeze_bottom"),
         ("silo.0.rank", 4, "silo.rank: factors of different ranks have no mean", "set federation.lora = 'svd'"),
         ("boundary", {"gradients": False, "defence": {}}, "boundary.defence: no loss", "boundary.residual = true"),
@@ -292,10 +302,25 @@ def test_budgets_where_everything_is_bounded() -> None:
         ("boundary.gradient", METRIC | {"delta": 0.1}, "delta: the mechanism 'metric' does not", "leave delta out"),
         ("privacy", {"record_epsilon": 5.0}, "privacy.record_epsilon: what leaves by boundary.forward", "give"),
         ("privacy", {"silo_epsilon": 5.0}, "privacy.silo_epsilon: what leaves by boundary.forward", "leave the budget"),
-        ("federation", {"masks": True, "compression": "top-k"}, "the same places of all", "none, random-k, sketch"),
-        ("federation", {"compression": "top-k", "feedback": False}, "never among the largest", "feedback = true"),
-        ("federation", {"bits": 5}, "federation.bits: no number crosses with 5 bits", "4, 8, 16 or 32"),
-        ("federation", {"masks": True, "bits": 32}, "federation.bits: no number crosses with 32", "2 to 16"),
+        ("federation", {"secure": True, "compression": "top-k"}, "the same places of all", "none, random-k, sketch"),
+        (
+            "federation",
+            {"compression": {"kind": "top-k", "feedback": False}},
+            "never among the largest",
+            "feedback = true",
+        ),
+        (
+            "federation",
+            {"compression": {"bits": 5}},
+            "federation.compression.bits: 5",
+            "4, 8, 16 or 32",
+        ),
+        (
+            "federation",
+            {"secure": True, "compression": {"bits": 32}},
+            "compression.bits: 32 bits",
+            "2 to 16",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(key: str, value: object, complaint: str, remedy: str) -> None:
@@ -304,32 +329,44 @@ def test_what_cannot_be_is_refused(key: str, value: object, complaint: str, reme
     assert remedy in error.remedy
 
 
-def federated(silos: int, minimum: int | None = None, **federation: Any) -> dict[str, Any]:
+def federated(silos: int, minimum: int | None = None, masks: bool = False, **robust: Any) -> dict[str, Any]:
     named = [{"name": f"s{number}", "train": "rows.jsonl"} for number in range(silos)]
     root = {} if minimum is None else {"minimum": minimum}
-    return {**LEAST, "silo": named, "root": root, "federation": federation}
+    return {**LEAST, "silo": named, "root": root, "federation": {"secure": masks, "robust": robust}}
 
 
 @pytest.mark.parametrize(
     ("values", "complaint", "remedy"),
     [
-        (federated(3, masks=True, rule="median"), "federation.rule: under masks the root sees one sum", "'mean'"),
-        (federated(3, masks=True, mix=True), "federation.rule: under masks the root sees one sum", "mix = false"),
-        (federated(2, rule="median"), "of 2 silos 1 may be malicious, and to bear that 'median' takes 3", "more silos"),
-        (federated(4, rule="krum"), "of 4 silos 1 may be malicious, and to bear that 'krum' takes 5", "change rule"),
+        (federated(3, masks=True, rule="median"), "federation.robust: under masks the root sees one sum", "'mean'"),
+        (federated(3, masks=True, mix=True), "federation.robust: under masks the root sees one sum", "mix = false"),
+        (federated(2, rule="median"), "of 2 silos 1 may be malicious, and against that 'median' needs 3", "more silos"),
+        (
+            federated(4, rule="krum"),
+            "of 4 silos 1 may be malicious, and against that 'krum' needs 5",
+            "change federation.robust.rule",
+        ),
         (federated(9, 4, rule="krum"), "of 4 silos 1 may be malicious", "raise root.minimum"),
-        (federated(6, rule="bulyan"), "'bulyan' takes 7", "change rule"),
-        (federated(10, rule="bulyan"), "of 10 silos 2 may be malicious, and to bear that 'bulyan' takes 11", "change"),
+        (federated(6, rule="bulyan"), "'bulyan' needs 7", "change federation.robust.rule"),
+        (federated(10, rule="bulyan"), "of 10 silos 2 may be malicious, and against that 'bulyan' needs 11", "change"),
         (federated(5, rule="median", malicious=0.499), "", ""),
-        (federated(2, mix=True), "'mean' takes 3", "more silos"),
-        (federated(5, rule="fltrust"), "federation.trusted: the rule 'fltrust' needs it", "name a silo"),
-        (federated(5, trusted="s1"), "federation.trusted: the rule 'fltrust' needs it, and no other", "leave it out"),
+        (federated(2, mix=True), "'mean' needs 3", "more silos"),
+        (federated(5, rule="fltrust"), "federation.robust.trusted: the rule 'fltrust' needs it", "name a silo"),
+        (
+            federated(5, trusted="s1"),
+            "the rule 'fltrust' needs it, and no other",
+            "leave it out",
+        ),
         (
             federated(2, rule="fltrust", trusted="x"),
-            "federation.trusted: 'x' sends the root nothing",
+            "federation.robust.trusted: 'x' sends nothing to the root",
             "use one of: s0, s1",
         ),
-        (federated(5, rule="fltrust", trusted="s1", mix=True), "federation.mix: the trusted change", "mix = false"),
+        (
+            federated(5, rule="fltrust", trusted="s1", mix=True),
+            "robust.mix: the trusted change",
+            "mix = false",
+        ),
         (federated(5, 5, rule="krum"), "", ""),
         (federated(9, 7, rule="bulyan"), "", ""),
         (federated(1, rule="fltrust", trusted="s0"), "", ""),
@@ -339,7 +376,7 @@ def federated(silos: int, minimum: int | None = None, **federation: Any) -> dict
 )
 def test_a_rule_that_could_not_bear_what_it_is_for(values: dict[str, Any], complaint: str, remedy: str) -> None:
     if not complaint:
-        assert Recipe.of(values).federation.rule == values["federation"]["rule"]
+        assert Recipe.of(values).federation.robust.rule == values["federation"]["robust"]["rule"]
         return
     error = refused(values)
     assert complaint in error.message
@@ -448,11 +485,11 @@ def test_a_misspelt_section_is_named_before_the_one_that_is_missing() -> None:
     [
         ([], "of a sum of two silos' updates each knows the other's"),
         ([{**EDGE, "silos": list("abcd"), "minimum": 2}], "of a sum of two silos"),
-        ([{**EDGE, "silos": list("abc")}], "a silo beside edges would be seen by itself at 'root'"),
+        ([{**EDGE, "silos": list("abc")}], "'root' would see the update of a silo beside edges by itself"),
     ],
 )
 def test_masks_want_cohorts_of_three(edges: list[dict[str, Any]], complaint: str) -> None:
-    values = LEAST | {"edge": edges, "federation": {"masks": True}}
+    values = LEAST | {"edge": edges, "federation": {"secure": True}}
     silos = [{"name": name, "train": f"{name}.jsonl"} for name in ("abcd" if edges else "ab")]
     assert complaint in refused(values | {"silo": silos}).message
 

@@ -41,7 +41,7 @@ def test_a_kind_alone_stands_for_its_section() -> None:
 def test_a_recipe_with_them_is_read_again_as_it_was(tmp_path: Path) -> None:
     optimizer = {"kind": "adam", "learning_rate": 0.01, "momentum": 0.5, "second_momentum": 0.9, "adaptivity": 1e-4}
     first = recipe(
-        {"masks": True, "weights": "equal", "fairness": {"kind": "q-ffl", "bound": 8}, "optimizer": optimizer}
+        {"secure": True, "weights": "equal", "fairness": {"kind": "q-ffl", "bound": 8}, "optimizer": optimizer}
     )
     (tmp_path / "recipe.toml").write_text(first.toml())
     assert Recipe.read(tmp_path / "recipe.toml").federation == first.federation
@@ -80,11 +80,31 @@ def test_a_wrong_value_names_its_key(federation: dict[str, Any], key: str) -> No
         ({"optimizer": {"learning_rate": 0.5}}, {}, "the optimizer 'none' does not take it", "leave learning_rate out"),
         ({"optimizer": {"kind": "momentum", "adaptivity": 0.1}}, {}, "'momentum' does not", "leave adaptivity out"),
         ({"optimizer": {"kind": "adagrad", "momentum": 0.5}}, {}, "'adagrad' does not", "leave momentum out"),
-        ({"weights": "agreement", "masks": True}, {}, "under masks the root sees none", "federation.masks = false"),
-        ({"weights": "inverse-variance", "masks": True}, {}, "under masks the root sees none", "'examples' or 'equal'"),
-        ({"weights": "quality", "masks": True}, {}, "under masks the root sees none", "'examples' or 'equal'"),
-        ({"weights": "agreement", "fairness": "q-ffl"}, {}, "overlooks what a silo says", "'examples' or 'equal'"),
-        ({"weights": "quality", "fairness": "agnostic"}, {}, "overlooks what a silo says", "'examples' or 'equal'"),
+        (
+            {"weights": "agreement", "secure": True},
+            {},
+            "the root sees none",
+            "federation.secure.masks = false",
+        ),
+        (
+            {"weights": "inverse-variance", "secure": True},
+            {},
+            "the root sees none",
+            "'examples' or 'equal'",
+        ),
+        ({"weights": "quality", "secure": True}, {}, "the root sees none", "'examples' or 'equal'"),
+        (
+            {"weights": "agreement", "fairness": "q-ffl"},
+            {},
+            "ignores the weight",
+            "'examples' or 'equal'",
+        ),
+        (
+            {"weights": "quality", "fairness": "agnostic"},
+            {},
+            "ignores the weight",
+            "'examples' or 'equal'",
+        ),
         ({"weights": "quality"}, {"held_out": False}, "measured on held_out rows", "give them to every silo"),
         ({"weights": "agreement"}, {"boundary": CALIBRATED}, "no longer bounds its influence", "'examples' or 'equal'"),
         ({"weights": "inverse-variance"}, {"boundary": CALIBRATED}, "no longer bounds its influence", "'examples'"),
@@ -96,7 +116,7 @@ def test_a_wrong_value_names_its_key(federation: dict[str, Any], key: str) -> No
         ),
         ({"fairness": "tilted"}, {"boundary": CALIBRATED}, "leaves without noise", "federation.fairness out"),
         (
-            {"fairness": "q-ffl", "masks": True},
+            {"fairness": "q-ffl", "secure": True},
             {"boundary": NOISED},
             "leaves without noise",
             "fairness out, or the clip",
@@ -118,9 +138,9 @@ def test_what_cannot_be_is_refused(
         ({"weights": "agreement"}, CLIPPED),
         ({"weights": "agreement"}, NOISED),
         ({"weights": "quality"}, CLIPPED),
-        ({"weights": "equal", "optimizer": "yogi", "masks": True}, CALIBRATED),
-        ({"weights": "equal", "fairness": "tilted", "masks": True}, CLIPPED),
-        ({"fairness": "agnostic", "masks": True, "optimizer": "adam"}, {}),
+        ({"weights": "equal", "optimizer": "yogi", "secure": True}, CALIBRATED),
+        ({"weights": "equal", "fairness": "tilted", "secure": True}, CLIPPED),
+        ({"fairness": "agnostic", "secure": True, "optimizer": "adam"}, {}),
     ],
 )
 def test_what_can_be_together_is_not_refused(federation: dict[str, Any], boundary: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.events import Release
 from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
+from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import Silo, greeting, join
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.remote import RemoteTrunk
@@ -74,6 +75,10 @@ class Party:
     @property
     def trunk(self) -> RemoteTrunk:
         return self.silo.trunk
+
+    @property
+    def boundary(self) -> Boundary:
+        return self.silo.boundary
 
     def forget(self) -> None:
         """Count from here on."""

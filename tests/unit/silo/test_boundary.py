@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,8 @@ from isthmus.privacy.ledger import FileLedger, MemoryLedger
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection, ReleaseSection
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.remote import Flight, RemoteTrunk
-from isthmus.silo.update import open_update
+from isthmus.silo.remote import PendingStep, RemoteTrunk
+from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
@@ -68,13 +68,21 @@ def test_clip_bounds_every_row(rows: int, width: int, clip: float, scale: float,
     assert torch.all(norms <= clip * (1 + (1e-5 if name == "fp32" else 2**-8)))
 
 
+def updated(boundary: Boundary, tensors: Mapping[str, torch.Tensor], step: int) -> pb.Update:
+    """An open update of these tensors, in full, through the boundary."""
+    layout = Layout.of(tensors)
+    return boundary.release_update(
+        layout.row(tensors), step, lambda row_P: pb.Update(tensors=codec.encode_named(layout.tensors(row_P)))
+    )
+
+
 def test_each_path_has_its_own_mechanism() -> None:
     ledger = MemoryLedger()
     boundary = boundary_of(forward=(1.0, 0.0), gradient=(0.5, 0.0), update=(0.0, 0.1), ledger=ledger)
     h_TD = rows_of(50, 8, 10.0)
     for path, clip in (("forward", 1.0), ("gradient", 0.5)):
         assert torch.allclose(sent(boundary.release(h_TD, path, 4, about(50))).norm(dim=1), torch.tensor(clip))
-    update = boundary.release_update({"w": h_TD}, 2, open_update).tensors[0]
+    update = updated(boundary, {"w": h_TD}, 2).tensors[0]
     drawn = torch.frombuffer(bytearray(update.data), dtype=torch.float32).view(50, 8) - h_TD
     assert drawn.std() == pytest.approx(0.1, rel=0.2)
     assert ledger.releases == [
@@ -90,7 +98,7 @@ def test_an_update_is_clipped_as_a_whole(sizes: list[int], clip: float, scale: f
     old = {f"layer{n}": rows_of(size, 3, 1.0, n) for n, size in enumerate(sizes)}
     new = {name: tensor + rows_of(*tensor.shape, scale, 9) for name, tensor in old.items()}
     learned = {name: new[name] - tensor for name, tensor in old.items()}
-    frame = boundary_of(update=(clip, 0.0)).release_update(learned, 1, open_update)
+    frame = updated(boundary_of(update=(clip, 0.0)), learned, 1)
     found = codec.decode_named(frame.tensors, {name: tuple(tensor.shape) for name, tensor in old.items()})
     change = torch.cat([(new[name] - old[name]).flatten() for name in sorted(old)])
     expected = change * min(1.0, clip / float(change.norm()))
@@ -100,8 +108,8 @@ def test_an_update_is_clipped_as_a_whole(sizes: list[int], clip: float, scale: f
 def test_bytes_are_counted_by_path_and_direction() -> None:
     boundary = boundary_of(codec="bf16")
     matrices = [boundary.release(torch.ones(3, 8), path, 1, about(3)) for path in ("forward", "forward", "gradient")]
-    boundary.release_update({"a": torch.ones(2, 2), "b": torch.ones(5)}, 1, open_update)
-    boundary.admit(matrices[0], "forward", torch.ones(3, 8))
+    updated(boundary, {"a": torch.ones(2, 2), "b": torch.ones(5)}, 1)
+    boundary.admit(matrices[0], "forward", (3, 8), torch.ones(1))
     assert boundary.released_bytes == {"forward": 2 * 48, "gradient": 48, "update": 36}
     assert boundary.admitted_bytes == 48
 
@@ -111,7 +119,7 @@ def test_a_refusing_ledger_stops_every_release() -> None:
     for release in (
         lambda: boundary.release(torch.ones(1, 2), "forward", 1, about(1)),
         lambda: boundary.release(torch.ones(1, 2), "gradient", 1, about(1)),
-        lambda: boundary.release_update({"w": torch.ones(2)}, 1, open_update),
+        lambda: updated(boundary, {"w": torch.ones(2)}, 1),
     ):
         with pytest.raises(DiskFullError):
             release()
@@ -126,16 +134,16 @@ def test_nothing_is_sent_that_the_ledger_did_not_take(split: Split, tmp_path: Pa
     model, _ = split(make_recipe(save_tiny_model("llama", tmp_path / "model")), ledger=taker)
     trunk: RemoteTrunk = model.trunk
     before = trunk.channel.sent_bytes
-    flight = Flight(1, torch.ones(1, 32), "forward", True, Answer(), about(1), 32)
+    pending = PendingStep(1, "forward", Answer(), (1, 32), torch.ones(1), about(1), 32)
     for ask in (
         lambda: model(**ragged("left")),
         lambda: model.generate(**prompts(), max_new_tokens=2),
-        lambda: trunk.start_backward(flight, torch.ones(1, 32), reply=False),
+        lambda: trunk.send_gradient(pending, torch.ones(1, 32), reply=False),
     ):
         with pytest.raises(DiskFullError):
             ask()
     assert trunk.channel.sent_bytes == before
-    assert not trunk.boundary.released_bytes
+    assert not model.boundary.released_bytes
 
 
 @pytest.mark.parametrize(
@@ -143,17 +151,17 @@ def test_nothing_is_sent_that_the_ledger_did_not_take(split: Split, tmp_path: Pa
 )
 def test_admit_refuses_another_shape_or_codec(shape: tuple[int, int], name: str) -> None:
     with pytest.raises(FrameError):
-        boundary_of().admit(codec.encode(torch.ones(shape), name), "forward", torch.ones(3, 8))
+        boundary_of().admit(codec.encode(torch.ones(shape), name), "forward", (3, 8), torch.ones(1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_admit_refuses_values_that_are_no_numbers(value: float) -> None:
     with pytest.raises(FrameError):
-        boundary_of().admit(codec.encode(torch.full((3, 8), value), "fp32"), "forward", torch.ones(3, 8))
+        boundary_of().admit(codec.encode(torch.full((3, 8), value), "fp32"), "forward", (3, 8), torch.ones(1))
 
 
 def test_admit_gives_the_dtype_of_what_was_sent() -> None:
     like = torch.ones(3, 8, dtype=torch.bfloat16)
-    admitted = boundary_of().admit(codec.encode(torch.full((3, 8), 0.5), "fp32"), "forward", like)
+    admitted = boundary_of().admit(codec.encode(torch.full((3, 8), 0.5), "fp32"), "forward", (3, 8), like)
     assert admitted.dtype is torch.bfloat16
     assert torch.equal(admitted, like / 2)

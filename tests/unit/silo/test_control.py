@@ -136,8 +136,8 @@ HOW: dict[str, dict[str, Any]] = {
     "alternating": {"federation": {"lora": "alternating"}},
     "momentum at the root": {"federation": {"optimizer": "momentum"}},
     "normalized": {"federation": {"normalized": True}},
-    "masked": {"federation": {"masks": True}},
-    "masked, noised": {"federation": {"masks": True}, "boundary": NOISED},
+    "masked": {"federation": {"secure": True}},
+    "masked, noised": {"federation": {"secure": True}, "boundary": NOISED},
 }
 
 
@@ -145,7 +145,7 @@ HOW: dict[str, dict[str, Any]] = {
 def test_c_is_the_mean_of_the_silos_own(build: Build, tmp_path: Path, how: str) -> None:
     sections = {**HOW[how], "federation": {**SCAFFOLD, **HOW[how].get("federation", {})}}
     recipe = build(**sections)
-    if recipe.federation.masks:
+    if recipe.federation.secure.masks:
         make_certificates(recipe, tmp_path / "certificates")
     run = run_of(recipe, tmp_path / "run")
     for number in range(1, ROUNDS + 1):
@@ -263,10 +263,10 @@ def test_keys_that_ask_for_nothing_change_no_bit(build: Build, tmp_path: Path, o
     named = {name: one for part in silo.parts for name, one in adapters.trainable(part).items()}
     before = {name: one.detach().clone() for name, one in named.items()}
     steps, drawn = build_optimizer(named.values(), recipe.train), batches(data.train, BATCH, f"{recipe.seed}/a/1")
-    silo.trunk.begin(1, ["a"])
+    silo.rounds.begin(1, ["a"])
     for number in range(1, STEPS + 1):
         step = train_step(silo.model, steps, collate(next(drawn), data.pad))
-        silo.trunk.commit(1, number, step.weight)
+        silo.rounds.commit(1, number, step.weight)
     moved = {name: before[name] + (one.detach() - before[name]) for name, one in named.items()}
     assert_same(shared_of(run, 1), moved, 0.0)
     assert_same(run.role("trunk").load_round(1)["adapter"], adapters.adapter_of(trunk._runner.part), 0.0)

@@ -12,7 +12,6 @@ from isthmus import errors
 from isthmus.data.tokens import Tokens, collate
 from isthmus.silo.join import join
 from isthmus.silo.pipeline import pipelined_step
-from isthmus.silo.released import Ending
 from isthmus.wire import codec, frames
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import save_tiny_model
@@ -43,9 +42,10 @@ def test_the_backward_gets_no_bytes_back(start: Start) -> None:
     party = start()
     party.epoch()
     before = party.tap.received_bytes
-    forward = party.trunk.start_rows([[5, 6, 7]], [3])
-    party.trunk.land(forward)
-    party.trunk.land(party.trunk.start_backward(forward, torch.ones(3, WIDTH), reply=False))
+    outbound = party.silo.model.outbound(torch.tensor([[5, 6, 7]]), {"use_cache": False}, {})
+    forward = party.trunk.send(outbound)
+    party.trunk.receive(forward)
+    party.trunk.receive(party.trunk.send_gradient(forward, torch.ones(3, WIDTH), reply=False))
     assert party.tap.received_bytes - before <= 3 * MATRIX + 100  # the forward's answer alone
 
 
@@ -115,9 +115,9 @@ def test_all_micro_batches_are_sent_before_the_first_answer_is_needed(start: Sta
 
 def test_numbers_tell_secret_text_model_and_mechanism_apart(start: Start, tmp_path: Path) -> None:
     party = start()
-    row = Ending((4, 5, 6), 3)
-    assert party.trunk.released.number(row) != party.trunk.released.number(Ending((4, 5, 6), 2))
-    again = [party.trunk.released.number(row) for _ in range(2)]
+    row = [4, 5, 6], 3
+    assert party.boundary.released.number(*row) != party.boundary.released.number([4, 5, 6], 2)
+    again = [party.boundary.released.number(*row) for _ in range(2)]
     assert again[0] == again[1]
     secret = party.folder / "silo" / "released" / "secret"
     assert secret.stat().st_mode & 0o077 == 0
@@ -135,13 +135,13 @@ def test_numbers_tell_secret_text_model_and_mechanism_apart(start: Start, tmp_pa
         shutil.copy(secret, one.folder / "silo" / "released" / "secret")
         one.start_silo()
     same_but_secret = start()
-    numbers = [one.trunk.released.number(row) for one in (party, *changed, same_but_secret)]
-    numbers += [party.trunk.released.number(Ending(text, 1)) for text in ((4, 5), (5, 4, 6), (4, 5, 6, 0))]
+    numbers = [one.boundary.released.number(*row) for one in (party, *changed, same_but_secret)]
+    numbers += [party.boundary.released.number(text, 1) for text in ([4, 5], [5, 4, 6], [4, 5, 6, 0])]
     assert len(set(numbers)) == len(numbers)
     same = start()
     shutil.copy(secret, same.folder / "silo" / "released" / "secret")
     same.start_silo()
-    assert same.trunk.released.number(row) == again[0]
+    assert same.boundary.released.number(*row) == again[0]
 
 
 def test_a_bottom_that_trains_is_refused(start: Start) -> None:
@@ -158,7 +158,7 @@ def test_a_bottom_that_trains_is_refused(start: Start) -> None:
 def test_without_a_folder_releases_last_as_long_as_the_silo(start: Start) -> None:
     party = start()
     silo = join(party.recipe, "a", channel=party.tap)
-    folder = silo.trunk.released._folder
+    folder = silo.boundary.released._folder
     with torch.no_grad():
         silo.model(**collate(ROWS, 0).inputs(), use_cache=False)
     assert len(list(folder.iterdir())) == len(ROWS) + 1

@@ -25,7 +25,7 @@ def build(model: Path, tmp_path: Path) -> Iterator[Build]:
         recipe = make_recipe(
             model,
             silos=("a", "b"),
-            federation={"buffer": 1},
+            federation={"asynchronous": {"buffer": 1}},
             train={"rounds": rounds, "steps": steps, "optimizer": "sgd", "learning_rate": RATE, "evaluate": False},
             trunk={"gather": WAIT},  # who waits for another here waits too long
         )

@@ -184,7 +184,7 @@ class Evicting(StoppingCriteria):
 
 def releases(split: SplitForCausalLM) -> list[Release]:
     assert isinstance(split.trunk, RemoteTrunk)
-    noted: list[Release] = split.trunk.boundary.ledger.releases
+    noted: list[Release] = split.boundary.ledger.releases
     return [replace(release, charges=()) for release in noted]  # a record's name is another in each process
 
 

@@ -1,1 +1,1 @@
-"""Attacks that read labels, responses and text from gradients and updates."""
+"""Attacks on gradients: labels, answers and texts from loss gradients at the boundary and from adapter updates."""

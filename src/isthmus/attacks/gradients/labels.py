@@ -1,10 +1,10 @@
-"""Labels from the loss gradients that a silo's top sends to the trunk, where answers are choices.
+"""Label leakage from the loss gradients that a silo sends to the trunk, where answers are choices.
 
-Three adversaries, from weakest to strongest: one who only groups gradients by direction (Li et al. 2022, "Label leakage
-and protection in two-party split learning"), one with a colluding silo's labelled gradients, and one who holds top's
-weights and works out the gradient of every choice.
+Three adversaries, from weak to strong: one that clusters gradients by direction (Li et al. 2022, "Label leakage and
+protection in two-party split learning"), one with a colluding silo's labelled gradients, and one with top's weights,
+who computes the gradient of each choice.
 
-Shapes: N rows, L positions of one row, D width.
+Shapes: N rows, T vectors of all rows, L positions of one row, D width.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ from isthmus.errors import DataError
 from isthmus.model.cut import Part
 
 FOLDS = 5
+"""Folds of the cross-validation."""
 
 
 def answer_gradients(e_TD: torch.Tensor, lengths: Sequence[int], answer: int = 1) -> torch.Tensor:
-    """Each row's gradient where its answer's first token is predicted, ``[N, D]``.
+    """Each row's gradient at the position that predicts its answer's first token, ``[N, D]``.
 
-    Who has this: the trunk (frames ``Forward`` and ``Backward`` of a step).
+    Adversary: the trunk (frames ``Forward`` and ``Backward`` of a step).
 
     Args:
-        e_TD: the rows' gradients one after another, as they arrived.
-        answer: tokens of an answer; the row ends with it.
+        e_TD: the received gradients of all rows, concatenated.
+        lengths: number of positions of each row.
+        answer: number of tokens of an answer, with which the row ends.
 
     Raises:
         DataError: a row is too short to hold prompt and answer.
@@ -45,17 +47,17 @@ def answer_gradients(e_TD: torch.Tensor, lengths: Sequence[int], answer: int = 1
     if min(lengths) <= answer or sum(lengths) != len(e_TD):
         raise DataError(
             f"{len(e_TD)} gradients for rows of {list(lengths)} tokens with answers of {answer}",
-            remedy="give one gradient a token, and rows longer than their answer",
+            remedy="give one gradient per token, and rows longer than their answer",
         )
     ends = torch.tensor(lengths).cumsum(0)
     return e_TD[ends - 1 - answer]
 
 
 def cluster_labels(e_ND: torch.Tensor, classes: int, *, seed: int = 0) -> list[int]:
-    """Rows grouped by the direction of their gradients; which group is which label stays open.
+    """Cluster of each row by the direction of its gradient; which cluster is which label remains unknown.
 
-    Who has this: the trunk alone (gradients), without any weights. Opposite labels pull in opposite directions: for two
-    classes this is the sign along the main axis, for more it is k-means on the sphere.
+    Adversary: the trunk alone (gradients), without any weights. Two classes have opposite directions: the sign along
+    the main axis separates them. More classes are clustered by k-means on the sphere.
     """
     directions_ND = torch.nn.functional.normalize(e_ND.double(), dim=1)
     if classes == 2:
@@ -69,15 +71,16 @@ def cluster_labels(e_ND: torch.Tensor, classes: int, *, seed: int = 0) -> list[i
     return [int(group) for group in fitted.labels_]
 
 
-def agreement(groups: Sequence[int], labels: Sequence[int]) -> float:
-    """Share of rows whose group stands for their label, under the best naming of the groups."""
+def clustering_accuracy(groups: Sequence[int], labels: Sequence[int]) -> float:
+    """Share of rows whose cluster has their label, under the best assignment of labels to clusters, 0 to 1."""
     counts = confusion_matrix(labels, groups)
     rows, columns = linear_sum_assignment(counts, maximize=True)
     return float(counts[rows, columns].sum() / len(labels))
 
 
-def named(groups: Sequence[int], labels: Sequence[int]) -> list[int]:
-    """Each row's label, by the naming of the groups that ``agreement`` takes: it favours the attack."""
+def relabel_clusters(groups: Sequence[int], labels: Sequence[int]) -> list[int]:
+    """Each row's label under the best assignment of labels to clusters, which uses the truth and so favours the
+    attack."""
     kinds = sorted({*groups, *labels})
     counts = confusion_matrix(labels, groups, labels=kinds)
     rows, columns = linear_sum_assignment(counts, maximize=True)
@@ -86,13 +89,17 @@ def named(groups: Sequence[int], labels: Sequence[int]) -> list[int]:
 
 
 class LabelClassifier:
-    """Learns labels from gradients whose labels are known.
+    """A linear classifier of labels, trained on gradients with known labels.
 
-    Who has this: the trunk with one colluding silo, whose labelled gradients it noises as the others do (so the attack
-    knows the defence). Of several linear classifiers the one that does best in cross-validation is kept.
+    Adversary: the trunk with a colluding silo, whose gradients are clipped and noised like the victim's. The best of
+    several classifiers in cross-validation is used.
 
     Args:
-        e_ND, labels: the colluder's.
+        e_ND: the colluder's gradients.
+        labels: their labels.
+
+    Raises:
+        DataError: fewer than two labels, or a label with one row.
     """
 
     def __init__(self, e_ND: torch.Tensor, labels: Sequence[int]) -> None:
@@ -100,13 +107,15 @@ class LabelClassifier:
         folds = min(FOLDS, int(np.bincount(known)[np.unique(known)].min()))
         if len(np.unique(known)) < 2 or folds < 2:
             raise DataError(
-                "the colluder's rows have one label, or a label with one row", remedy="give two rows of each label"
+                "the colluder's rows have one label, or a label with one row",
+                remedy="give at least two rows of each label",
             )
         candidates = _classifiers()
         scores = [cross_val_score(one, features, known, cv=folds).mean() for one in candidates]
         self._classifier = candidates[int(np.argmax(scores))].fit(features, known)
 
     def predict(self, e_ND: torch.Tensor) -> list[int]:
+        """The label of each gradient."""
         return [int(label) for label in self._classifier.predict(_features(e_ND))]
 
 
@@ -119,38 +128,38 @@ def match_choices(
     weight: float | None = None,
     clip: float = 0.0,
 ) -> int:
-    """The choice whose gradient, worked out with top and passed through the defence, is nearest to the one that came.
+    """The index of the choice whose gradient, computed with top and clipped, is nearest to the received one.
 
-    Who has this: the trunk (``g_LD`` is its own result, ``e_LD`` what came back for the same row), with top's public
-    base weights, or the shared ones of a colluding silo.
+    With Gaussian noise this is the maximum-likelihood choice. Adversary: the trunk, with top's public base weights or a
+    colluding silo's shared adapters.
 
     Args:
-        choices: the tokens of each possible answer; the row ends with one of them.
-        weight: supervised tokens of the batch, which the commit tells; None: unknown, directions are compared.
-        clip: the recipe's, for gradients.
-
-    Returns:
-        The number of the choice. Under Gaussian noise this is the likeliest one.
+        top: the adversary's top.
+        g_LD: the trunk's result for the row.
+        e_LD: the received gradient for the row.
+        choices: the tokens of each possible answer, with one of which the row ends.
+        weight: number of supervised tokens of the batch, from the commit; None: unknown, only directions are compared.
+        clip: the recipe's clipping norm of gradients; 0: none.
     """
     lens = Lens(top, g_LD)
     distances = []
     for choice in choices:
         at_S = torch.arange(lens.length - 1 - len(choice), lens.length - 1)
-        due_LD = clipped(lens.gradient(at_S, torch.tensor(choice), weight or 1.0), clip if weight else 0.0)
+        expected_LD = clipped(lens.gradient(at_S, torch.tensor(choice), weight or 1.0), clip if weight else 0.0)
         if weight is None:
-            distances.append(-float((due_LD * e_LD).sum() / due_LD.norm().clamp_min(1e-30)))
+            distances.append(-float((expected_LD * e_LD).sum() / expected_LD.norm().clamp_min(1e-30)))
         else:
-            distances.append(float((due_LD - e_LD).square().sum()))
+            distances.append(float((expected_LD - e_LD).square().sum()))
     return int(np.argmin(distances))
 
 
 def _sharpness(directions_ND: torch.Tensor, groups_N: torch.Tensor) -> float:
-    """How far the directions lie within their groups: the sum of the groups' resultant lengths."""
+    """Concentration of the directions within their clusters: the sum of the clusters' resultant lengths."""
     return sum(float(directions_ND[groups_N == group].sum(dim=0).norm()) for group in (0, 1))
 
 
 def _features(e_ND: torch.Tensor) -> Any:
-    """Directions, and the logarithm of the length."""
+    """Features of gradients: direction and log norm, ``[N, D + 1]``."""
     norms_N1 = e_ND.norm(dim=1, keepdim=True).clamp_min(1e-30)
     return torch.cat([e_ND / norms_N1, norms_N1.log()], dim=1).double().cpu().numpy()
 

@@ -1,9 +1,8 @@
-"""Top as an adversary holds it: what it says of a hidden state, and how a loss gradient passes back through it.
+"""Top as an adversary holds it: its next-token distribution (logit lens) and the loss gradient that it would send.
 
-Base weights are public, and every silo has the shared adapters of a round's beginning; so whoever knows the trunk's
-result for a sequence can run top on it (the *logit lens*) and also knows top's Jacobian there. The loss gradient that
-a silo sends is that Jacobian's transpose, applied to (predicted distribution − one-hot token) · head: linear in what
-is secret.
+Base weights are public, and every silo has the shared adapters at the beginning of a round. So whoever has the trunk's
+result for a sequence can run top on it, and can compute top's Jacobian there. A silo's loss gradient is the transposed
+Jacobian applied to (predicted distribution − one-hot label) · head, which is linear in the secret labels.
 
 Shapes: L positions of one sequence, S of them supervised, D width, V vocabulary.
 """
@@ -17,14 +16,14 @@ from isthmus.model.cut import Part
 
 
 class Lens:
-    """One sequence seen through top.
+    """Top and its Jacobian at the trunk's result for one sequence.
 
-    Who has this: the trunk has ``g_LD``, its own result, exactly; ``top`` is the public base model's, or has the shared
-    adapters too if a silo or the root tells.
+    Adversary: the trunk, which has the result exactly, with the public model's top; pooled with a silo or the root,
+    with the shared adapters too.
 
     Args:
-        top: the part as the adversary holds it.
-        g_LD: the trunk's result for the sequence, from its first token on.
+        top: the adversary's top.
+        g_LD: the trunk's result for the whole sequence.
     """
 
     def __init__(self, top: Part, g_LD: torch.Tensor) -> None:
@@ -38,6 +37,7 @@ class Lens:
 
     @property
     def length(self) -> int:
+        """Number of positions."""
         return len(self.g_LD)
 
     @torch.no_grad()
@@ -47,26 +47,26 @@ class Lens:
         return raw_SV if self._cap is None else self._cap * (raw_SV / self._cap).tanh()
 
     def slope(self, logits_SV: torch.Tensor) -> torch.Tensor | float:
-        """Derivative of the logits by the head's raw output: 1 but where the family caps them."""
+        """Derivative of the logits by the head's output: 1, or that of the family's soft-capping, ``[S, V]``."""
         return 1.0 if self._cap is None else 1 - (logits_SV / self._cap).square()
 
     def pull(self, u_LD: torch.Tensor) -> torch.Tensor:
-        """The gradient by the trunk's result, given that by the head's input: transpose of the Jacobian, ``[L, D]``."""
+        """The gradient by the trunk's result for a gradient by the head's input (transposed Jacobian), ``[L, D]``."""
         (e_LD,) = torch.autograd.grad(self.z_LD, self.g_LD, u_LD, retain_graph=True)
         return e_LD
 
     def push(self, r_LD: torch.Tensor) -> torch.Tensor:
-        """How the head's input moves as the trunk's result moves along ``r_LD``: the Jacobian, ``[L, D]``."""
+        """The head input's directional derivative along ``r_LD`` of the trunk's result (Jacobian), ``[L, D]``."""
         moved_LD: torch.Tensor
         (moved_LD,) = torch.autograd.grad(self._pulled_LD, self._probe_LD, r_LD, retain_graph=True)
         return moved_LD
 
     @torch.no_grad()
     def cotangent(self, at_S: torch.Tensor, token_S: torch.Tensor, weight: float) -> torch.Tensor:
-        """The loss gradient by the head's input, ``[L, D]``, were these the tokens after these positions.
+        """The loss gradient by the head's input, ``[L, D]``, if ``token_S`` follow the positions ``at_S``.
 
         Args:
-            weight: supervised tokens that the loss is a mean over.
+            weight: number of supervised tokens over which the loss is a mean.
         """
         logits_SV = self.logits(at_S)
         error_SV = logits_SV.softmax(dim=1)
@@ -76,12 +76,16 @@ class Lens:
         return u_LD
 
     def gradient(self, at_S: torch.Tensor, token_S: torch.Tensor, weight: float) -> torch.Tensor:
-        """The loss gradient by the trunk's result, ``[L, D]``, were these the tokens after these positions."""
+        """The loss gradient by the trunk's result, ``[L, D]``, if ``token_S`` follow the positions ``at_S``.
+
+        Args:
+            weight: number of supervised tokens over which the loss is a mean.
+        """
         return self.pull(self.cotangent(at_S, token_S, weight))
 
 
 def clipped(e_LD: torch.Tensor, clip: float) -> torch.Tensor:
-    """Each row at most this long, as the boundary clips; 0: as it is."""
+    """The rows, each scaled down to at most the norm ``clip``, as the boundary clips; 0: unchanged."""
     if not clip:
         return e_LD
     shrink_L1: torch.Tensor = (clip / e_LD.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)

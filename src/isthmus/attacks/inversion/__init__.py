@@ -1,1 +1,1 @@
-"""Attacks that read text from the hidden states that cross."""
+"""Embedding inversion: attacks that recover text from the hidden states that cross the boundary."""

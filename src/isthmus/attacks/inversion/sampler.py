@@ -1,18 +1,19 @@
-"""Bayesian inversion: which texts, with what probability, given what crossed; for boundaries that let only ends cross.
+"""Bayesian inversion: a posterior over texts given what crossed, for boundaries with ``boundary.tail``.
 
-The adversary starts from texts that it has (a *pool*: its own rows and public ones, put into the recipe's template)
-and weighs them by how likely each makes what arrived (``channel``). If many weigh about the same, the channel said no
-more than that, and they are the answer. If few do, some of them are annealed, each by itself: the noise is first taken
-to be so large that many weigh something, and lowered step by step to what it is, while a token at a time is replaced,
-added, dropped or swapped with the next where the public language model and the slope of the likelihood propose it (the
-slope as in gradient-guided coordinate search, Zou et al. 2023; a token's prior is the language model's by what stands
-before it, so moves are Gibbs steps up to what stands behind). No text grows longer than the longest of the pool.
+The adversary starts from a *pool* of texts (its own rows and public ones, in the recipe's template) and weights them by
+likelihood (``likelihood``). If many texts have about the same weight, the boundary reveals no more, and they are the
+posterior. Otherwise some texts are annealed, each on its own. The noise is first taken as so large that many texts have
+weight, and lowered stepwise to its real value. At each step one token is replaced, inserted, deleted or swapped with
+the next, as the public language model and the likelihood's gradient propose (as in greedy coordinate gradient search,
+Zou et al. 2023). A token's prior is the language model's given the preceding tokens, so moves are Gibbs steps up to the
+following tokens. No text grows longer than the longest of the pool.
 
-The answer is not the likeliest text but the one of which most tokens are expected to be right: at each place, counted
-from the end that agrees more, the token with the most weight. Where nothing is told this is the best guess by the
-pool; where all is told it is the text.
+The result is not the likeliest text but the one with the most expected right tokens: at each position, counted from the
+end with more agreement, the token with the most weight. If the boundary reveals nothing, this is the best guess from
+the pool; if it reveals everything, it is the text.
 
-Shapes: N texts, L tokens, K last positions that crossed, D width of what crosses, E width of the model, V vocabulary.
+Shapes: N texts, L tokens, K last positions that crossed, D width of a crossing vector, E width of the model, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -25,170 +26,181 @@ from dataclasses import dataclass
 
 import torch
 
-from isthmus.attacks.inversion.channel import Channel
+from isthmus.attacks.inversion.likelihood import BoundaryLikelihood
 from isthmus.attacks.knowledge import Knowledge
 from isthmus.attacks.template import Template, Text
 from isthmus.errors import AttackError
 
-TOLD = 0.05
-"""Weight of texts so long below which the answer is no longer."""
+LEAST_VOTES = 0.05
+"""Total weight of texts with a token at a position, below which the result ends there."""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How hard to look."""
+class SamplerSettings:
+    """Settings of the search."""
 
     particles: int = 4
     """Texts annealed for each row."""
     steps: int = 12
-    """Of each; half of them lower the noise."""
+    """Moves of each annealed text; the first half lowers the noise."""
     proposals: int = 24
-    """Moves weighed at a step of a text."""
+    """Moves that are compared at a step."""
     enough: float = 8.0
-    """Texts of the pool that weigh something (1 / Σ w²), from which on they are the answer."""
+    """Effective number of texts of the pool (1 / Σ w²) from which on no text is annealed."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Weighted:
-    """A text, and its share of belief."""
+class WeightedText:
+    """A text and its posterior weight."""
 
     text: Text
     weight: float
 
 
-def sample(knowledge: Knowledge, sampling: Sampling = Sampling()) -> list[list[int]]:
-    """The tokens of every sequence in the view, in its order.
+def invert_by_sampling(knowledge: Knowledge, settings: SamplerSettings = SamplerSettings()) -> list[list[int]]:
+    """The recovered tokens of every sequence in the view, in the view's order.
 
     Raises:
-        AttackError: all tokens cross: ``matching`` goes from one to the next, which is stronger.
+        AttackError: the view has no crossings or no own rows, or all tokens cross (then ``matching`` is stronger).
     """
     view = knowledge.view.needs("crossings", "pairs")
     if all(len(pair.tokens) == pair.crossing.length for pair in view.pairs):
         raise AttackError(
-            "the search is for boundaries that let only ends of rows cross, but all tokens do",
+            "the attack search is for recipes with boundary.tail, but all tokens cross",
             remedy="use --attack matching",
         )
-    channel, template = Channel(knowledge), knowledge.template
+    likelihood, template = BoundaryLikelihood(knowledge), knowledge.template
     pool = list(dict.fromkeys(template.text_of(pair.tokens) for pair in view.pairs))
-    sampler = _Sampler(knowledge, channel, sampling)
+    sampler = _Sampler(knowledge, likelihood, settings)
     pools: dict[int, tuple[list[Text], torch.Tensor]] = {}
-    found = []
+    recovered = []
     for crossing in view.crossings:
         count = crossing.length
         if count not in pools:
             fitting = [text for text in pool if len(template.filled(text)) >= count]
-            pools[count] = fitting, channel.expected([template.filled(text) for text in fitting], count)
+            pools[count] = fitting, likelihood.expected([template.filled(text) for text in fitting], count)
         texts, mean_NKD = pools[count]
         z_KD = crossing.hidden_LD.float()
-        belief = sampler.believed(texts, channel.log_likelihood(mean_NKD, z_KD), z_KD)
-        found.append(list(template.filled(answered(belief, from_end=bool(template.after)))))
-    return found
+        belief = sampler.posterior(texts, likelihood.log_likelihood(mean_NKD, z_KD), z_KD)
+        recovered.append(list(template.filled(consensus(belief, from_end=bool(template.after)))))
+    return recovered
 
 
-def answered(belief: Sequence[Weighted], *, from_end: bool = False) -> Text:
-    """At each place the token with the most weight; places are counted from the end at which more weight agrees.
+def consensus(belief: Sequence[WeightedText], *, from_end: bool = False) -> Text:
+    """The text with the token of most weight at each position.
+
+    Positions are counted from the end of the texts with more agreement.
 
     Args:
-        from_end: the template tells where texts end, so count from there.
+        from_end: count positions from the last token, because the template fixes where texts end.
     """
-    right, agreed = _voted([Weighted(one.text[::-1], one.weight) for one in belief])
+    right, right_agreement = _vote([WeightedText(one.text[::-1], one.weight) for one in belief])
     if from_end:
         return right[::-1]
-    left, agrees = _voted(belief)
-    return left if agrees >= agreed else right[::-1]
+    left, left_agreement = _vote(belief)
+    return left if left_agreement >= right_agreement else right[::-1]
 
 
-def _voted(belief: Sequence[Weighted]) -> tuple[Text, float]:
+def _vote(belief: Sequence[WeightedText]) -> tuple[Text, float]:
+    """The token with the most weight at each position from the beginning, and the sum of these weights."""
     voted: list[int] = []
-    agreed = 0.0
+    agreement = 0.0
     for place in range(max(len(one.text) for one in belief)):
         votes: Counter[int] = Counter()
         for one in belief:
             if place < len(one.text):
                 votes[one.text[place]] += one.weight  # type: ignore[assignment]
-        if votes.total() < TOLD:
+        if votes.total() < LEAST_VOTES:
             break
         token, weight = votes.most_common(1)[0]
         voted.append(token)
-        agreed += weight
-    return tuple(voted), agreed
+        agreement += weight
+    return tuple(voted), agreement
 
 
 class _Sampler:
-    """Draws texts of one row after another."""
+    """Computes posteriors over texts, row by row."""
 
-    def __init__(self, knowledge: Knowledge, channel: Channel, sampling: Sampling) -> None:
-        self._channel, self._sampling = channel, sampling
-        self._mover = _Mover(knowledge, channel, sampling)
+    def __init__(self, knowledge: Knowledge, likelihood: BoundaryLikelihood, settings: SamplerSettings) -> None:
+        self._likelihood, self._settings = likelihood, settings
+        self._mover = _Mover(knowledge, likelihood, settings)
         self._template: Template = knowledge.template
 
-    def believed(self, pool: Sequence[Text], likelihood_N: torch.Tensor, z_KD: torch.Tensor) -> list[Weighted]:
-        """What to believe of a row; weights sum to 1."""
+    def posterior(self, pool: Sequence[Text], likelihood_N: torch.Tensor, z_KD: torch.Tensor) -> list[WeightedText]:
+        """The posterior over texts of one row; weights sum to 1.
+
+        Args:
+            likelihood_N: log-likelihoods of the pool's texts, in nats.
+        """
         weight_N = likelihood_N.softmax(dim=0)
         effective = _effective(weight_N)
-        told = [Weighted(text, float(weight)) for text, weight in zip(pool, weight_N, strict=True)]
-        if effective >= self._sampling.enough:
-            return told
-        drawn, likelihood_M = self._drawn(list(pool), likelihood_N, z_KD)
+        weighted = [WeightedText(text, float(weight)) for text, weight in zip(pool, weight_N, strict=True)]
+        if effective >= self._settings.enough:
+            return weighted
+        drawn, likelihood_M = self._anneal(list(pool), likelihood_N, z_KD)
         both = torch.cat([likelihood_N.max().unsqueeze(0), likelihood_M])
-        trust = effective * float(_settled(both, z_KD.numel())[0].exp())  # none, if texts were found that fit better
+        trust = effective * float(_plausible(both, z_KD.numel())[0].exp())  # near 0 if annealed texts fit better
         share = trust / (trust + len(drawn))
-        weight_M = _settled(likelihood_M, z_KD.numel()).softmax(dim=0) * (1 - share)
-        moved = [Weighted(text, float(weight)) for text, weight in zip(drawn, weight_M, strict=True)]
-        return [*(Weighted(one.text, one.weight * share) for one in told), *moved]
+        weight_M = _plausible(likelihood_M, z_KD.numel()).softmax(dim=0) * (1 - share)
+        moved = [WeightedText(text, float(weight)) for text, weight in zip(drawn, weight_M, strict=True)]
+        return [*(WeightedText(one.text, one.weight * share) for one in weighted), *moved]
 
-    def _drawn(
+    def _anneal(
         self, texts: list[Text], likelihood_N: torch.Tensor, z_KD: torch.Tensor
     ) -> tuple[list[Text], torch.Tensor]:
-        """Texts that moved until the noise had come down to what it is, and their log-likelihoods."""
-        size, draw, steps = self._sampling.particles, random.Random(self._sampling.seed), self._sampling.steps
-        first = _heat(likelihood_N, min(4 * size, len(texts)) / 2)
+        """Annealed texts and their log-likelihoods, in nats."""
+        size, draw, steps = self._settings.particles, random.Random(self._settings.seed), self._settings.steps
+        first = _annealing_power(likelihood_N, min(4 * size, len(texts)) / 2)
         longest = max(map(len, texts))
         best = texts[int(likelihood_N.argmax())]
         texts = [texts[number] for number in _resampled((likelihood_N * first).softmax(dim=0), size - 1, draw)]
         texts = [best, *texts]
         for step in range(steps):
-            heat = first ** max(0.0, 1 - 2 * step / steps)
-            texts = self._mover.moved(texts, z_KD, heat, draw, longest)
+            power = first ** max(0.0, 1 - 2 * step / steps)
+            texts = self._mover.moved(texts, z_KD, power, draw, longest)
         texts = list(dict.fromkeys([best, *texts]))
-        mean_NKD = self._channel.expected([self._template.filled(text) for text in texts], len(z_KD))
-        return texts, self._channel.log_likelihood(mean_NKD, z_KD)
+        mean_NKD = self._likelihood.expected([self._template.filled(text) for text in texts], len(z_KD))
+        return texts, self._likelihood.log_likelihood(mean_NKD, z_KD)
 
 
 class _Mover:
-    """Changes one token of a text at a time."""
+    """Proposes and draws moves that change one token of a text."""
 
-    def __init__(self, knowledge: Knowledge, channel: Channel, sampling: Sampling) -> None:
-        self._knowledge, self._channel, self._sampling = knowledge, channel, sampling
+    def __init__(self, knowledge: Knowledge, likelihood: BoundaryLikelihood, settings: SamplerSettings) -> None:
+        self._knowledge, self._likelihood, self._settings = knowledge, likelihood, settings
         self._template: Template = knowledge.template
 
     def moved(
-        self, texts: Sequence[Text], z_KD: torch.Tensor, heat: float, draw: random.Random, longest: int
+        self, texts: Sequence[Text], z_KD: torch.Tensor, power: float, draw: random.Random, longest: int
     ) -> list[Text]:
-        """Of each text, itself or a neighbour, drawn among those proposed: by the prior and this share of the
-        log-likelihood."""
-        choices = [self._choices(text, z_KD, heat, draw, longest) for text in texts]
+        """Each text after one move, drawn among itself and its proposed neighbours by the prior and the likelihood to
+        the power ``power``.
+
+        Args:
+            longest: most tokens of a text.
+        """
+        choices = [self._choices(text, z_KD, power, draw, longest) for text in texts]
         tried = [self._template.filled(one) for part in choices for one, _ in part]
-        likelihood_N = self._channel.log_likelihood(self._channel.expected(tried, len(z_KD)), z_KD)
-        found = []
+        likelihood_N = self._likelihood.log_likelihood(self._likelihood.expected(tried, len(z_KD)), z_KD)
+        moved = []
         for part, likelihood in zip(choices, torch.split(likelihood_N, list(map(len, choices))), strict=True):
-            score = heat * likelihood + torch.tensor([gain for _, gain in part])
+            score = power * likelihood + torch.tensor([gain for _, gain in part])
             (number,) = _resampled(score.softmax(dim=0), 1, draw)
-            found.append(part[number][0])
-        return found
+            moved.append(part[number][0])
+        return moved
 
     def _choices(
-        self, text: Text, z_KD: torch.Tensor, heat: float, draw: random.Random, longest: int
+        self, text: Text, z_KD: torch.Tensor, power: float, draw: random.Random, longest: int
     ) -> list[tuple[Text, float]]:
-        """The text itself, and neighbours as long as texts may be."""
-        choices = [(text, 0.0), *self._neighbours(text, self._prior(text), z_KD, heat, draw)]
+        """The text and its neighbours of permitted length, each with its gain of log-prior."""
+        choices = [(text, 0.0), *self._neighbours(text, self._prior(text), z_KD, power, draw)]
         shortest = len(z_KD) - len(self._template.filled(()))
         return [(one, gain) for one, gain in choices if shortest <= len(one) <= longest]
 
     @torch.no_grad()
     def _prior(self, text: Text) -> torch.Tensor:
-        """Log-probability of each token at each place given what stands before it, ``[L + 1, V]``."""
+        """Log-probability of each token at each position given the preceding tokens, ``[L + 1, V]``."""
         model, before = self._knowledge.language_model, self._template.before
         begin = model.config.bos_token_id
         first = before or ((model.config.eos_token_id if begin is None else begin) or 0,)
@@ -197,64 +209,65 @@ class _Mover:
         return logits_LV.log_softmax(dim=1)
 
     def _neighbours(
-        self, text: Text, prior_LV: torch.Tensor, z_KD: torch.Tensor, heat: float, draw: random.Random
+        self, text: Text, prior_LV: torch.Tensor, z_KD: torch.Tensor, power: float, draw: random.Random
     ) -> list[tuple[Text, float]]:
-        """Texts one token away, each with its gain of log-probability by the language model.
+        """Texts that differ in one token, each with its gain of log-probability by the language model.
 
-        Longer and shorter texts are compared at the text's mean of a token, for the pool's lengths are the prior of
-        lengths, not the language model's.
+        For insertions and deletions the text's mean log-probability of a token is subtracted or added, because the
+        prior of lengths is the pool's, not the language model's.
         """
-        count = self._sampling.proposals
-        said = [float(prior_LV[place, token]) for place, token in enumerate(text)]
-        mean = sum(said) / len(said) if said else float(prior_LV.max())
-        found = []
-        for place, token in self._replacements(text, prior_LV, z_KD, heat, count - 3 * (count // 8), draw):
-            gain = float(prior_LV[place, token]) - said[place]
-            found.append(((*text[:place], token, *text[place + 1 :]), gain))
+        count = self._settings.proposals
+        own = [float(prior_LV[place, token]) for place, token in enumerate(text)]
+        mean = sum(own) / len(own) if own else float(prior_LV.max())
+        proposed = []
+        for place, token in self._replacements(text, prior_LV, z_KD, power, count - 3 * (count // 8), draw):
+            gain = float(prior_LV[place, token]) - own[place]
+            proposed.append(((*text[:place], token, *text[place + 1 :]), gain))
         for _ in range(count // 8):
             place = draw.randrange(len(text) + 1)
             (token,) = _resampled(prior_LV[place].softmax(dim=0), 1, draw)
-            found.append(((*text[:place], token, *text[place:]), float(prior_LV[place, token]) - mean))
+            proposed.append(((*text[:place], token, *text[place:]), float(prior_LV[place, token]) - mean))
             if len(text) > 1 and place < len(text):
-                found.append(((*text[:place], *text[place + 1 :]), mean - said[place]))
+                proposed.append(((*text[:place], *text[place + 1 :]), mean - own[place]))
             if place + 1 < len(text):
-                found.append(((*text[:place], text[place + 1], text[place], *text[place + 2 :]), 0.0))
-        return found
+                proposed.append(((*text[:place], text[place + 1], text[place], *text[place + 2 :]), 0.0))
+        return proposed
 
     def _replacements(
-        self, text: Text, prior_LV: torch.Tensor, z_KD: torch.Tensor, heat: float, count: int, draw: random.Random
+        self, text: Text, prior_LV: torch.Tensor, z_KD: torch.Tensor, power: float, count: int, draw: random.Random
     ) -> list[tuple[int, int]]:
-        """Places and tokens: those that language model and slope together find best, and some by each one alone."""
+        """Positions and replacement tokens: the best by language model and gradient together, and by each alone."""
         if not text:
             return []
         first = len(self._template.before)
-        slope_LE = self._channel.slope(self._template.filled(text), z_KD)[first : first + len(text)]
+        slope_LE = self._likelihood.slope(self._template.filled(text), z_KD)[first : first + len(text)]
         embedding_VE, now_L = self._knowledge.embedding, torch.tensor(text)
-        gain_LV = heat * (slope_LE @ embedding_VE.T - (slope_LE * embedding_VE[now_L]).sum(dim=1, keepdim=True))
-        gain_LV = gain_LV / gain_LV.abs().amax().clamp_min(10.0) * 10.0  # far from here the slope tells no size
+        gain_LV = power * (slope_LE @ embedding_VE.T - (slope_LE * embedding_VE[now_L]).sum(dim=1, keepdim=True))
+        # The first-order gain is valid only nearby, so its size is limited.
+        gain_LV = gain_LV / gain_LV.abs().amax().clamp_min(10.0) * 10.0
         prior_LV = prior_LV[: len(text)]
-        found = dict.fromkeys(_best(gain_LV + prior_LV, count // 3) + _best(gain_LV, count // 3))
+        proposed = dict.fromkeys(_best(gain_LV + prior_LV, count // 3) + _best(gain_LV, count // 3))
         for _ in range(count - 2 * (count // 3)):
             place = draw.randrange(len(text))
             (token,) = _resampled(prior_LV[place].softmax(dim=0), 1, draw)
-            found[place, token] = None
-        return [(place, token) for place, token in found if text[place] != token]
+            proposed[place, token] = None
+        return [(place, token) for place, token in proposed if text[place] != token]
 
 
 def _best(score_LV: torch.Tensor, count: int) -> list[tuple[int, int]]:
-    """Places and tokens of the highest scores."""
+    """Positions and tokens of the highest scores."""
     width = score_LV.shape[1]
     return [divmod(number, width) for number in score_LV.flatten().topk(min(count, score_LV.numel())).indices.tolist()]
 
 
 def _effective(weight_N: torch.Tensor) -> float:
-    """As how many texts of one weight these are."""
+    """Effective number of texts, 1 / Σ w²."""
     return float(1.0 / weight_N.double().square().sum())
 
 
-def _heat(likelihood_N: torch.Tensor, wanted: float) -> float:
-    """The largest share of the log-likelihood by which still so many texts weigh something."""
-    low, high = -40.0, 0.0  # its logarithm
+def _annealing_power(likelihood_N: torch.Tensor, wanted: float) -> float:
+    """The largest power of the likelihood at which the effective number of texts is at least ``wanted``."""
+    low, high = -40.0, 0.0  # log of the power
     for _ in range(40):
         middle = (low + high) / 2
         many = _effective((likelihood_N * math.exp(middle)).softmax(dim=0)) >= wanted
@@ -262,15 +275,15 @@ def _heat(likelihood_N: torch.Tensor, wanted: float) -> float:
     return math.exp(low)
 
 
-def _settled(likelihood_N: torch.Tensor, numbers: int) -> torch.Tensor:
-    """Log-weight of texts that have moved: less where one is further from what arrived than noise on so many numbers
-    makes likely (half of them on average, in nats), for it has not come to rest."""
+def _plausible(likelihood_N: torch.Tensor, numbers: int) -> torch.Tensor:
+    """Log-weights of annealed texts: 0, but lower for a text with a larger error than noise on this many coordinates
+    makes plausible (half as many nats on average), because its annealing has not converged."""
     slack = 0.5 * numbers + 3 * math.sqrt(0.5 * numbers)
     return (likelihood_N - likelihood_N.max() + slack).clamp_max(0.0)
 
 
 def _resampled(weight_N: torch.Tensor, count: int, draw: random.Random) -> list[int]:
-    """Numbers drawn by weight."""
+    """Indices drawn in proportion to the weights, with replacement."""
     sums_N = weight_N.double().cumsum(dim=0)
     spots = torch.tensor([draw.random() for _ in range(count)], dtype=torch.double) * sums_N[-1]
     return torch.searchsorted(sums_N, spots).clamp_max(len(weight_N) - 1).tolist()

@@ -1,1 +1,1 @@
-"""Attacks that tell whether a row was trained on."""
+"""Membership inference: attacks that decide whether a row was trained on."""

@@ -1,11 +1,11 @@
-"""Canaries: random secrets put among a silo's rows, and how much the trained model gives them away.
+"""Canaries: random secrets among a silo's training rows, and their exposure by the trained model.
 
-Exposure, after Carlini et al., "The Secret Sharer" (USENIX Security 2019): log2 of the number of secrets that there
-could have been, less log2 of the rank that the true one has among them by loss. About 1: no better than guessing;
-log2(secrets): the model prefers it to every other.
+Exposure (Carlini et al., "The Secret Sharer", USENIX Security 2019) is log2 of the number of possible secrets minus
+log2 of the true secret's rank among them by loss. About 1 means no memorization. The largest value, log2 of the number
+of possible secrets, means that the true secret has the lowest loss.
 
-Who has this: whoever has the final adapters and the public base model (an outsider, any silo, the root) can compute
-losses; the auditor, who planted the canaries, knows the true ones.
+Adversary: anyone with the final adapters and the public base model (an outsider, a silo, the root) can compute losses.
+The auditor, who has inserted the canaries, knows the true secrets.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from scipy.stats import skewnorm
 
 from isthmus.errors import DataError
 
-Row = TypeVar("Row")
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True)
 class Canary:
-    """A text with gaps, the alphabet that fills them, and one secret filling.
+    """A text with a random secret.
 
     Args:
-        text: with ``{secret}`` where the secret goes.
-        alphabet: what each of its symbols is drawn from.
-        length: symbols of the secret.
-        separator: between symbols.
+        text: the text, with ``{secret}`` in the secret's place.
+        alphabet: the possible symbols.
+        length: number of symbols of a secret.
+        secret: the true secret's symbols.
+        separator: text between two symbols.
     """
 
     text: str
@@ -43,16 +44,17 @@ class Canary:
 
     @property
     def space(self) -> int:
-        """How many secrets there could have been."""
+        """Number of possible secrets."""
         secrets: int = len(self.alphabet) ** self.length
         return secrets
 
     def filled(self, secret: Sequence[str] | None = None) -> str:
-        """The text with this secret; None: the true one."""
+        """The text with a secret; None: the true secret."""
         return self.text.replace("{secret}", self.separator.join(self.secret if secret is None else secret))
 
     def others(self, count: int, seed: int = 0) -> list[tuple[str, ...]]:
-        """Secrets that it could have been: all but the true one if ``count`` allows, else distinct random ones."""
+        """Possible secrets except the true one: all of them if there are at most ``count``, else ``count`` distinct
+        random ones."""
         if count >= self.space - 1:
             every = [self._numbered(number) for number in range(self.space)]
             return [secret for secret in every if secret != self.secret]
@@ -75,40 +77,41 @@ def draw_canary(text: str, alphabet: Sequence[str], length: int, *, seed: int, s
     """A canary with a random secret.
 
     Raises:
-        DataError: the text has no gap, or there is no choice of secrets.
+        DataError: the text lacks ``{secret}``, the alphabet has fewer than two symbols, or ``length`` is below 1.
     """
     if "{secret}" not in text or len(set(alphabet)) < 2 or length < 1:
-        raise DataError("a canary without a secret", remedy="put {secret} into its text and give two symbols or more")
+        raise DataError("a canary without a secret", remedy="put {secret} into its text and give at least two symbols")
     symbols = tuple(dict.fromkeys(alphabet))
     secret = tuple(random.Random(f"secret/{seed}").choices(symbols, k=length))
     return Canary(text, symbols, length, secret, separator)
 
 
-def planted(rows: Sequence[Row], canary: Row, times: int, *, seed: int = 0) -> list[Row]:
-    """The rows with the canary's among them, so many times, in random places."""
+def insert_canary(rows: Sequence[_Row], canary: _Row, times: int, *, seed: int = 0) -> list[_Row]:
+    """The rows and ``times`` copies of the canary's row, shuffled."""
     mixed = [*rows, *[canary] * times]
     random.Random(f"places/{seed}").shuffle(mixed)
     return mixed
 
 
 def exposure(true_loss: float, other_losses: Sequence[float], space: int) -> float:
-    """Bits of the secret that the losses give away.
+    """Exposure of a secret in bits, 0 to log2(``space``).
 
-    With losses of all other secrets the rank is exact. With a sample, ranks beyond it are read off a skew-normal
-    distribution fitted to the losses, as the paper does; at most log2(space).
+    With the losses of all other secrets the rank is exact. With a sample of them, a rank below the whole sample is
+    extrapolated by a skew-normal distribution fitted to the losses, as in the paper.
 
     Args:
-        true_loss: of the text with the true secret, by the trained model.
-        other_losses: with other secrets.
-        space: how many secrets there could have been.
+        true_loss: the trained model's loss of the text with the true secret.
+        other_losses: its losses of the text with other secrets.
+        space: number of possible secrets.
 
     Raises:
-        DataError: no other loss, more than there are other secrets, or a loss that is not finite.
+        DataError: no other loss, more of them than other secrets, or a loss that is not finite.
     """
     others = np.asarray(other_losses, dtype=np.float64)
     if not 0 < len(others) < space or not np.isfinite([true_loss, *others]).all():
         raise DataError(
-            f"{len(others)} other losses for {space} secrets", remedy="give finite losses of at most all other secrets"
+            f"{len(others)} other losses for {space} secrets",
+            remedy="give finite losses of at least one and at most all other secrets",
         )
     rank = 1 + int((others < true_loss).sum())
     if len(others) == space - 1:

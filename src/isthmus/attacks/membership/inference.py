@@ -1,10 +1,10 @@
-"""Was this row trained on? Membership inference on the final adapters, from losses.
+"""Membership inference from losses: whether the final model was trained on a row.
 
-The loss threshold (Yeom et al. 2018), calibration by difficulty (Watson et al. 2022) and the likelihood ratio with
-reference models (LiRA, Carlini et al. 2022), online where references saw the rows and offline where none did.
+The loss threshold (Yeom et al. 2018), difficulty calibration (Watson et al. 2022), and the likelihood-ratio attack LiRA
+(Carlini et al. 2022): online if reference models were trained on the rows, offline if not.
 
-Who has this: whoever has the final adapters and the public base model and holds rows to ask about: an outsider, any
-silo, the root. Reference models are adapters trained likewise on rows of the same kind; the base model is one, too.
+Adversary: anyone with the final adapters, the public base model and candidate rows (an outsider, a silo, the root).
+Reference models are adapters trained in the same way on rows of the same kind, or the base model.
 
 Shapes: N rows, K reference models, L label positions, V vocabulary.
 """
@@ -22,51 +22,56 @@ from torch.nn.functional import cross_entropy
 
 from isthmus.attacks.score import Figure, bootstrap
 from isthmus.errors import DataError
+from isthmus.model.crossing import IGNORED
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-IGNORED = -100
-FEW = 16
-"""With fewer reference models, one variance is estimated for all rows together, as LiRA's authors advise."""
+FEW_REFERENCES = 16
+"""With fewer reference models one variance is estimated for all rows, as the authors of LiRA advise."""
 
 
 @dataclass(frozen=True)
 class Separation:
-    """How well scores tell members from others."""
+    """The separation of members from non-members by scores."""
 
     auc: Figure
+    """Area under the ROC curve, 0 to 1."""
     tpr: Figure
-    """Share of members found at the false positive rate."""
+    """True positive rate at the false positive rate ``fpr``, 0 to 1."""
     fpr: float
 
 
 @torch.no_grad()
 def row_losses(logits_NLV: torch.Tensor, labels_NL: torch.Tensor) -> torch.Tensor:
-    """Each row's mean loss over its supervised tokens, ``[N]``.
+    """Each row's mean loss over its supervised tokens, ``[N]``, fp32.
 
     Args:
-        logits_NLV: as a model gives them for these positions.
-        labels_NL: as for training: the token at a position, -100 where there is no loss. Position 0 has no prediction.
+        logits_NLV: a causal model's logits for the rows.
+        labels_NL: the token at each position, ``IGNORED`` where there is no loss; position 0 is never predicted.
 
     Raises:
         DataError: a row has no supervised token.
     """
-    due_NL = labels_NL[:, 1:]
-    counts_N = (due_NL != IGNORED).sum(dim=1)
+    targets_NL = labels_NL[:, 1:]
+    counts_N = (targets_NL != IGNORED).sum(dim=1)
     if bool((counts_N == 0).any()):
         raise DataError("a row without a supervised token", remedy="give each row at least one label after the first")
     losses_NVL = cross_entropy(
-        logits_NLV[:, :-1].float().transpose(1, 2), due_NL, ignore_index=IGNORED, reduction="none"
+        logits_NLV[:, :-1].float().transpose(1, 2), targets_NL, ignore_index=IGNORED, reduction="none"
     )
     return losses_NVL.sum(dim=1) / counts_N
 
 
 def by_loss(loss_N: Sequence[float]) -> Array:
-    """Scores, the higher the likelier a member: the loss alone."""
+    """Scores of the loss threshold attack, ``[N]``: the negative loss. A higher score means more likely a member."""
     return -_array(loss_N)
 
 
 def by_difficulty(loss_N: Sequence[float], reference_KN: Sequence[Sequence[float]]) -> Array:
-    """Scores: how much lower the loss is than reference models have it."""
+    """Scores with difficulty calibration, ``[N]``: the reference models' mean loss minus the loss.
+
+    Raises:
+        DataError: shapes do not fit.
+    """
     reference = _references(loss_N, reference_KN)
     scores: Array = reference.mean(axis=0) - _array(loss_N)
     return scores
@@ -77,23 +82,23 @@ def by_likelihood(
     reference_KN: Sequence[Sequence[float]],
     trained_KN: Sequence[Sequence[bool]] | None = None,
 ) -> Array:
-    """Scores: the likelihood ratio of LiRA over the confidences log(p / (1 − p)), where p = exp(−loss).
+    """Scores of LiRA, ``[N]``: log-likelihood ratios of the confidence log(p / (1 − p)), where p = exp(−loss).
 
     Args:
         reference_KN: the reference models' losses on the same rows.
-        trained_KN: which rows each of them was trained on; None: none, which is the offline attack. For a row that
-            models of only one kind are known of, the offline ratio stands in.
+        trained_KN: whether each reference model was trained on each row; None: none was, the offline attack. The
+            offline ratio is used for all rows unless each row has reference models of both kinds.
 
     Raises:
-        DataError: fewer than two reference models, or shapes that do not fit.
+        DataError: fewer than two reference models, or shapes do not fit.
     """
     reference = _confidence(_references(loss_N, reference_KN))
     if len(reference) < 2:
-        raise DataError("one reference model gives no variance", remedy="train two at least, or score by difficulty")
+        raise DataError("one reference model gives no variance", remedy="train at least two, or use by_difficulty")
     target = _confidence(_array(loss_N))
     inside = np.zeros(reference.shape, dtype=bool) if trained_KN is None else np.asarray(trained_KN, dtype=bool)
     if inside.shape != reference.shape:
-        raise DataError(f"{inside.shape} marks for {reference.shape} losses", remedy="mark each loss of each model")
+        raise DataError(f"{inside.shape} marks for {reference.shape} losses", remedy="give one mark per reference loss")
     out_mean, out_sd = _fitted(reference, ~inside)
     in_mean, in_sd = _fitted(reference, inside)
     offline = norm.logcdf(target, out_mean, out_sd) - norm.logsf(target, out_mean, out_sd)
@@ -112,19 +117,23 @@ def separation(
     seed: int = 0,
     level: float = 0.95,
 ) -> Separation:
-    """AUC and true positive rate, with percentile bootstrap intervals over rows (members and others drawn apart).
+    """AUC and true positive rate, with percentile bootstrap intervals; members and non-members are resampled apart.
 
     Args:
-        fpr: the false positive rate at which the true positive rate is read off; with fewer others than 1 / fpr it
-            means that no other scores as high.
+        scores: a higher score means more likely a member.
+        members: whether each row is a member.
+        fpr: the false positive rate of the true positive rate. With fewer than 1 / ``fpr`` non-members the threshold is
+            the highest score of a non-member.
+        draws: bootstrap samples.
+        level: confidence level of the intervals.
 
     Raises:
-        DataError: members or others are missing.
+        DataError: there are no members or no non-members.
     """
-    values, told = _array(scores), np.asarray(members, dtype=bool)
-    ins, outs = values[told], values[~told]
+    values, is_member = _array(scores), np.asarray(members, dtype=bool)
+    ins, outs = values[is_member], values[~is_member]
     if not len(ins) or not len(outs):
-        raise DataError("rows of one kind only", remedy="give members and rows that were not trained on")
+        raise DataError("only members, or only non-members", remedy="give rows of both kinds")
     draw = np.random.default_rng(seed)
     again = [(draw.choice(ins, len(ins)), draw.choice(outs, len(outs))) for _ in range(draws)]
     auc = bootstrap(lambda rows: _auc(*rows), (ins, outs), again, level)
@@ -132,26 +141,27 @@ def separation(
 
 
 def _auc(ins: Array, outs: Array) -> float:
-    """The share of pairs of a member and another in which the member scores higher; ties count half."""
+    """The share of pairs of a member and a non-member in which the member scores higher; ties count half."""
     ordered = np.sort(outs)
     below = np.searchsorted(ordered, ins, side="left") + np.searchsorted(ordered, ins, side="right")
     return float(below.mean() / (2 * len(outs)))
 
 
 def _tpr(ins: Array, outs: Array, fpr: float) -> float:
-    """The share of members above the highest score that more than ``fpr`` of the others reach."""
+    """The share of members above the lowest threshold that at most a share ``fpr`` of non-members exceed."""
     allowed = int(fpr * len(outs) + 1e-9)
     return 1.0 if allowed == len(outs) else float((ins > np.sort(outs)[::-1][allowed]).mean())
 
 
 def _fitted(values_KN: Array, chosen_KN: Any) -> tuple[Array, Array]:
-    """Mean and standard deviation of the chosen of each column; one deviation for all where models are few."""
+    """Mean and standard deviation of the chosen values of each column; with few models one deviation for all
+    columns."""
     counts = chosen_KN.sum(axis=0)
     mean = np.where(chosen_KN, values_KN, 0).sum(axis=0) / np.maximum(counts, 1)
     square = np.where(chosen_KN, (values_KN - mean) ** 2, 0).sum(axis=0)
     freedom = np.maximum(counts - 1, 0)
     pooled = square.sum() / max(freedom.sum(), 1)
-    variance = square / np.maximum(freedom, 1) if counts.min() >= FEW else np.full(len(mean), pooled)
+    variance = square / np.maximum(freedom, 1) if counts.min() >= FEW_REFERENCES else np.full(len(mean), pooled)
     return mean, np.sqrt(np.maximum(variance, 1e-12))
 
 
@@ -167,7 +177,7 @@ def _references(loss_N: Sequence[float], reference_KN: Sequence[Sequence[float]]
     if reference.ndim != 2 or reference.shape[1] != len(loss_N):
         raise DataError(
             f"reference losses of shape {reference.shape} for {len(loss_N)} rows",
-            remedy="give one loss a reference model and row",
+            remedy="give one loss per reference model and row",
         )
     return reference
 

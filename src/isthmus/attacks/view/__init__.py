@@ -1,1 +1,1 @@
-"""Exactly what an adversary sees, filled from captured frames."""
+"""The view of an adversary: the data that it can see, decoded from captured frames."""

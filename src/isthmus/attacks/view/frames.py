@@ -1,6 +1,6 @@
-"""From captured frames to what a view holds.
+"""Captured frames decoded into the crossings and updates of a view.
 
-Shapes: T vectors of all sequences of a frame one after another, L of one sequence, D width.
+Shapes: T vectors of all sequences of a frame, concatenated; L vectors of one sequence; D width.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from isthmus.attacks.view.tap import Exchange
-from isthmus.attacks.view.view import Contribution, Crossing
+from isthmus.attacks.view.view import Crossing, ObservedUpdate
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 
 
 def crossings_of(sender: str, exchanges: Iterable[Exchange]) -> tuple[Crossing, ...]:
-    """All sequences that this silo sent to the trunk, in the order in which they were first sent.
+    """All sequences that one silo sent to the trunk, in the order in which they were first sent.
+
+    Args:
+        sender: the silo's name.
 
     Raises:
-        FrameError: bytes that no codec wrote.
+        FrameError: a tensor's bytes do not fit its codec.
     """
     reading = _Reading(sender)
     for exchange in exchanges:
@@ -28,30 +31,40 @@ def crossings_of(sender: str, exchanges: Iterable[Exchange]) -> tuple[Crossing, 
     return reading.crossings()
 
 
-def contributions_of(sender: str, exchanges: Iterable[Exchange]) -> tuple[Contribution, ...]:
-    """The updates that this silo sent to the root."""
+def updates_of(sender: str, exchanges: Iterable[Exchange]) -> tuple[ObservedUpdate, ...]:
+    """The updates that one silo sent to the root, in order.
+
+    Args:
+        sender: the silo's name.
+    """
     updates = [exchange.request for exchange in exchanges if exchange.kind is pb.Update]
-    return tuple(_contribution(sender, update) for update in updates)
+    return tuple(_observed(sender, update) for update in updates)
 
 
 def matrix_of(matrix: pb.Matrix) -> torch.Tensor:
-    """A received matrix, whatever its codec and width."""
+    """A matrix from a frame, decoded, ``[T, D]`` in fp32."""
     return codec.decode(matrix, rows=matrix.rows, width=matrix.width, codec=matrix.codec)
 
 
 @dataclass
 class _Session:
-    """The rows of one inference session so far: what stands in the cache and what was taken back."""
+    """The rows of one inference session so far.
+
+    Attributes:
+        rows: hidden states in the trunk's cache, ``[L, D]`` each.
+        answers: the trunk's results for them, ``[L, D]`` each.
+        forgotten: hidden states that were removed from the cache, in order.
+    """
 
     rows: list[torch.Tensor]
     answers: list[torch.Tensor]
     forgotten: list[list[torch.Tensor]]
 
     def rewind(self, forget: int, rows: Sequence[int]) -> None:
-        """Take positions back from the end of every row, then keep these rows (none named: all)."""
+        """Remove the last ``forget`` positions of every row, then keep these rows in this order; empty: all."""
         if forget:
-            for row, gone in zip(self.rows, self.forgotten, strict=True):
-                gone.append(row[-forget:])
+            for row, removed in zip(self.rows, self.forgotten, strict=True):
+                removed.append(row[-forget:])
             self.rows = [row[:-forget] for row in self.rows]
             self.answers = [answer[:-forget] for answer in self.answers]
         if rows:
@@ -65,7 +78,7 @@ class _Session:
 
 @dataclass
 class _Reading:
-    """Frames of one silo, in order."""
+    """A reader of one silo's frames, in their order."""
 
     sender: str
     round: int = 0
@@ -81,13 +94,13 @@ class _Reading:
         elif isinstance(request, pb.Keep):
             self.kept[request.example] = matrix_of(request.hidden)
         elif isinstance(request, pb.Forward):
-            self._forward(request, exchange.answered)
+            self._forward(request, exchange.response)
         elif isinstance(request, pb.Backward):
-            self._backward(request, exchange.answered)
+            self._backward(request, exchange.response)
         elif isinstance(request, pb.Commit):
             self._commit(request)
         elif isinstance(request, pb.Decode):
-            self._decode(request, exchange.answered)
+            self._decode(request, exchange.response)
 
     def crossings(self) -> tuple[Crossing, ...]:
         trained = [crossing for step in self.steps.values() for crossing in step]
@@ -98,10 +111,10 @@ class _Reading:
             rows = [self.kept[example] for example in request.examples]
         else:
             rows = _sequences(request.hidden, request.lengths)
-        answered = _split(answer.hidden if answer else None, request.lengths)
+        answers = _split(answer.hidden if answer else None, request.lengths)
         self.steps[request.step] = [
             Crossing(self.sender, "train" if request.train else "evaluate", request.step, row, back, round=self.round)
-            for row, back in zip(rows, answered, strict=True)
+            for row, back in zip(rows, answers, strict=True)
         ]
         if request.train:
             self.uncommitted.append(request.step)
@@ -123,7 +136,7 @@ class _Reading:
 
     def _decode(self, request: pb.Decode, answer: pb.Hidden | None) -> None:
         if answer is None:
-            return  # a session that the trunk lost: the same frames come again
+            return  # the trunk has lost the session: the silo sends the same frames again
         new = _sequences(request.hidden, request.lengths)
         back = _sequences(answer.hidden, request.lengths)
         if request.step == 0:
@@ -143,14 +156,14 @@ class _Reading:
                 row,
                 answer,
                 round=self.round,
-                forgotten_LD=torch.cat(gone) if gone else None,
+                forgotten_LD=torch.cat(removed) if removed else None,
             )
-            for row, answer, gone in zip(session.rows, session.answers, session.forgotten, strict=True)
+            for row, answer, removed in zip(session.rows, session.answers, session.forgotten, strict=True)
         ]
 
 
 def _split(matrix: pb.Matrix | None, lengths: Sequence[int]) -> list[torch.Tensor] | list[None]:
-    """A matrix by sequences; Nones for one that never came."""
+    """A matrix split into sequences, ``[L, D]`` each; a None per sequence without a matrix."""
     return [None] * len(lengths) if matrix is None else _sequences(matrix, lengths)
 
 
@@ -158,6 +171,6 @@ def _sequences(matrix: pb.Matrix, lengths: Sequence[int]) -> list[torch.Tensor]:
     return list(torch.split(matrix_of(matrix), list(lengths)))
 
 
-def _contribution(sender: str, update: pb.Update) -> Contribution:
+def _observed(sender: str, update: pb.Update) -> ObservedUpdate:
     shapes = {tensor.name: tuple(tensor.shape) for tensor in update.tensors}
-    return Contribution(sender, update.round, update.weight, codec.decode_named(update.tensors, shapes))
+    return ObservedUpdate(sender, update.round, update.weight, codec.decode_named(update.tensors, shapes))

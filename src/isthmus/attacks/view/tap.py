@@ -1,4 +1,4 @@
-"""The tap: a channel that keeps every frame that passes, so that a view can be filled from what really crossed."""
+"""A channel that records every frame, so that a view holds the real frames of a run."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from isthmus.wire.channel import Answer, Channel
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request as it left, and what answers it."""
+    """One request and its answer."""
 
     kind: type[Message]
     data: bytes
-    """The request's own bytes: a sender that changes its message afterwards changes nothing here."""
+    """The request, serialized when it was sent: later changes to the message do not matter."""
     answer: Answer
+    """The pending answer."""
 
     @property
     def request(self) -> Any:
+        """The request as a message of type ``kind``."""
         return self.kind.FromString(self.data)
 
     @property
-    def answered(self) -> Any:
-        """The answer's body; None for an answer that was an error."""
+    def response(self) -> Any:
+        """The answer's message; None if the answer was an error. Waits until the answer is there."""
         return None if self.answer.exception() is not None else self.answer.result()
 
 
 class Tap:
-    """Implements ``wire.channel.Channel`` around another channel."""
+    """A ``wire.channel.Channel`` that forwards to another channel and records each exchange in ``exchanges``."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -38,6 +40,7 @@ class Tap:
 
     @property
     def sent_bytes(self) -> int:
+        """Bytes sent over the other channel."""
         return self._channel.sent_bytes
 
     @sent_bytes.setter
@@ -46,6 +49,7 @@ class Tap:
 
     @property
     def received_bytes(self) -> int:
+        """Bytes received over the other channel."""
         return self._channel.received_bytes
 
     @received_bytes.setter
@@ -53,13 +57,16 @@ class Tap:
         self._channel.received_bytes = value
 
     def submit(self, request: Message) -> Answer:
+        """Send a request and record it with its pending answer."""
         data = request.SerializeToString()
         answer = self._channel.submit(request)
         self.exchanges.append(Exchange(type(request), data, answer))
         return answer
 
     def call(self, request: Message) -> Any:
+        """Send a request, record it, and wait for its answer."""
         return self.submit(request).result()
 
     def close(self) -> None:
+        """Close the other channel."""
         self._channel.close()

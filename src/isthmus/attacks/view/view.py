@@ -1,18 +1,18 @@
-"""Exactly what an adversary sees. An attack gets a view and nothing else; it is filled from captured frames.
+"""The view of an adversary: everything that it sees, and nothing else. Attacks get their data from a view alone.
 
 ==============  ==================================================================================================
-``trunk``       each sequence's length, its secured hidden states and loss gradients, its own answers
-``trunk+silo``  the same; and, of one colluding silo, the adapters of both ends and as many rows of its own text as
-                it cares to push through its own boundary, with what arrived of each, and of its own training steps; to
-                identify rows, candidates among which they are
-``aggregator``  each silo's update with its round, weight and, pooled with the trunk, lengths; the shared adapters
-``outsider``    the final adapters; rows to ask about; of a silo that tells, rows of the same kind
+``trunk``       each sequence's length, released hidden states, released loss gradients, and the trunk's own results
+``trunk+silo``  the same; from one colluding silo: the adapters of bottom and top, its own rows with their crossings
+                (as many as it sends through its boundary), and its own training steps; to identify rows, a list of
+                candidates
+``aggregator``  each silo's update with round and weight; the shared adapters; pooled with the trunk: sequence lengths
+``outsider``    the final adapters; candidates for membership; rows of the same kind from a colluding silo
 ==============  ==================================================================================================
 
-All know the public base model, its tokenizer and the recipe (but for where the silos' files are).
+Every adversary knows the public base model, its tokenizer, and the recipe without the paths of the silos' files.
 
-Shapes: L vectors of one sequence that crossed (they may be fewer than its tokens), D their width (it may be less than
-the model's).
+Shapes: L vectors of one sequence that crossed (with ``boundary.tail`` fewer than its tokens); D their width (with
+``boundary.width`` less than the model's).
 """
 
 from __future__ import annotations
@@ -29,95 +29,105 @@ from isthmus.recipe import Recipe
 
 Adversary = Literal["trunk", "trunk+silo", "aggregator", "outsider"]
 ADVERSARIES: tuple[Adversary, ...] = get_args(Adversary)
-Kind = Literal["train", "evaluate", "inference"]
+CrossingKind = Literal["train", "evaluate", "inference"]
 Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Crossing:
-    """One sequence that crossed, decoded from the frames."""
+    """One sequence that crossed the boundary, decoded from the frames. Tensors are fp32."""
 
     sender: str
-    kind: Kind
+    """The silo's name."""
+    kind: CrossingKind
     step: int
-    """Of training; the session's number of inference."""
+    """Step number in training, session number in inference."""
     hidden_LD: torch.Tensor
-    """As it arrived: clipped, noised, rounded by its codec."""
+    """The released hidden states: clipped, with noise, rounded by the codec."""
     answered_LD: torch.Tensor | None = None
-    """What the trunk returned for it."""
+    """The trunk's result."""
     gradient_LD: torch.Tensor | None = None
-    """The loss gradient that came up."""
+    """The released gradient of the loss by the trunk's result."""
     returned_LD: torch.Tensor | None = None
     """The gradient that the trunk returned for bottom."""
     round: int = 0
-    """Of the last ``Begin`` before it; 0: none."""
+    """Number of the round; 0: outside a round."""
     weight: float | None = None
-    """Supervised tokens that the sender claimed for this step and all others of the same commit."""
+    """Number of supervised tokens that the silo's commit states, over all steps of the commit."""
     forgotten_LD: torch.Tensor | None = None
-    """Inference: vectors that crossed and were then taken back (rejected drafts, beams given up), in order."""
+    """Inference: released hidden states that were removed from the cache again (rejected drafts, dropped beams)."""
 
     @property
     def length(self) -> int:
+        """Number of vectors that crossed."""
         return len(self.hidden_LD)
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
-    """A row of the adversary's own, and what arrived of it."""
+class KnownPair:
+    """A row whose tokens the adversary knows, and its crossing: known plaintext."""
 
     tokens: tuple[int, ...]
+    """The row's input tokens."""
     crossing: Crossing
     answer: tuple[int, ...] = ()
-    """Where it trained: its answer, which ``tokens`` hold but for the last."""
+    """Training rows: the answer. All its tokens but the last are in ``tokens`` too."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row in the clear, in tokens, that an adversary has."""
+class TokenRow:
+    """A row whose tokens the adversary knows, without a crossing."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Contribution:
-    """One silo's adapter update."""
+class ObservedUpdate:
+    """One silo's adapter update, decoded from its frame."""
 
     sender: str
+    """The silo's name."""
     round: int
     weight: float
+    """Number of supervised tokens behind the update, as the silo states it."""
     tensors: Tensors
+    """New adapter minus shared adapter, by uncut name."""
     lengths: tuple[int, ...] = ()
-    """Of the sequences behind it that crossed, which the trunk knows, if it pools with the root."""
+    """Lengths of the sequences behind the update, if the root pools with the trunk."""
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What one adversary sees. Fields that it does not see are empty."""
+    """The data that one adversary sees. Fields that it does not see are empty."""
 
     adversary: Adversary
     recipe: Recipe
-    """As all parties know it: without the places of the silos' files."""
+    """The recipe without the paths of the silos' files."""
     folder: Path
-    """The public base model and its tokenizer."""
+    """Folder of the public base model and its tokenizer."""
     crossings: tuple[Crossing, ...] = ()
-    pairs: tuple[Pair, ...] = ()
-    taught: tuple[Pair, ...] = ()
-    """Of the colluding silo's training steps, whose gradients came up like everybody's."""
-    contributions: tuple[Contribution, ...] = ()
-    asked: tuple[Row, ...] = ()
-    """Of which it wants to know whether they were trained on, or which of them crossed."""
-    own: tuple[Row, ...] = ()
-    """To train models of its own on; none of ``asked`` is among them."""
+    """The victim's sequences, which are attacked."""
+    pairs: tuple[KnownPair, ...] = ()
+    """The adversary's own rows with their crossings, to learn the boundary from."""
+    training_pairs: tuple[KnownPair, ...] = ()
+    """The colluding silo's training rows with their crossings, gradients included."""
+    updates: tuple[ObservedUpdate, ...] = ()
+    """The victim's adapter updates."""
+    candidates: tuple[TokenRow, ...] = ()
+    """Membership inference: rows that may be training rows. Identification: rows among which the crossings' are."""
+    reference_rows: tuple[TokenRow, ...] = ()
+    """Rows for training reference models; no candidate is among them."""
     adapters: Tensors = field(default_factory=dict)
-    """The ends' adapters, by uncut name, as far as this adversary knows them."""
+    """The adapters of bottom and top by uncut name, as far as the adversary knows them."""
     trunk_adapter: Tensors = field(default_factory=dict)
+    """The trunk's adapter by uncut name, if the adversary knows it."""
 
     def needs(self, *fields: str) -> View:
-        """This view, if it holds something of each of these.
+        """This view, after a check that none of these fields is empty.
 
         Raises:
-            AttackError: it does not.
+            AttackError: a field is empty.
         """
         for name in fields:
             if not getattr(self, name):
@@ -128,31 +138,58 @@ class View:
         return self
 
     def to(self, device: torch.device) -> View:
-        """The same, its tensors on this device."""
+        """This view with its tensors on ``device``."""
         moved = {one.name: _moved(getattr(self, one.name), device) for one in fields(self) if one.name != "recipe"}
         return replace(self, **moved)
 
 
 def trunk_view(
-    recipe: Recipe, folder: Path, crossings: tuple[Crossing, ...], pairs: tuple[Pair, ...], trunk_adapter: Tensors
+    recipe: Recipe, folder: Path, crossings: tuple[Crossing, ...], pairs: tuple[KnownPair, ...], trunk_adapter: Tensors
 ) -> View:
-    """Of the trunk alone. Its pairs are public text through a bottom that it made of the public model."""
-    return View("trunk", known(recipe), folder, crossings, pairs, trunk_adapter=trunk_adapter)
+    """The view of the trunk alone.
+
+    Args:
+        folder: the public base model.
+        pairs: public text, crossed by a bottom that the trunk has made from the public model.
+    """
+    return View("trunk", _without_paths(recipe), folder, crossings, pairs, trunk_adapter=trunk_adapter)
 
 
 def colluding_view(
     alone: View,
-    pairs: tuple[Pair, ...],
+    pairs: tuple[KnownPair, ...],
     adapters: Tensors,
-    taught: tuple[Pair, ...] = (),
-    asked: tuple[Row, ...] = (),
+    training_pairs: tuple[KnownPair, ...] = (),
+    candidates: tuple[TokenRow, ...] = (),
 ) -> View:
-    """Of the trunk with a silo that joined it: that silo's pairs and adapters added, and candidates if it has some."""
-    return replace(alone, adversary="trunk+silo", pairs=pairs, adapters=adapters, taught=taught, asked=asked)
+    """The view of the trunk with a colluding silo.
+
+    Args:
+        alone: the view of the trunk alone.
+        pairs: rows that the silo has sent through its boundary; they replace those of ``alone``.
+        adapters: the adapters of bottom and top.
+        training_pairs: the silo's own training rows.
+        candidates: rows among which the victim's are, for identification.
+    """
+    return replace(
+        alone,
+        adversary="trunk+silo",
+        pairs=pairs,
+        adapters=adapters,
+        training_pairs=training_pairs,
+        candidates=candidates,
+    )
 
 
-def aggregator_view(recipe: Recipe, folder: Path, contributions: tuple[Contribution, ...], shared: Tensors) -> View:
-    return View("aggregator", known(recipe), folder, contributions=contributions, adapters=shared)
+def aggregator_view(recipe: Recipe, folder: Path, updates: tuple[ObservedUpdate, ...], shared: Tensors) -> View:
+    """The view of the root.
+
+    Args:
+        folder: the public base model.
+        updates: the victim's updates.
+        shared: the adapters of bottom and top at the beginning of the round.
+    """
+    return View("aggregator", _without_paths(recipe), folder, updates=updates, adapters=shared)
 
 
 def outsider_view(
@@ -160,26 +197,43 @@ def outsider_view(
     folder: Path,
     adapters: Tensors,
     trunk_adapter: Tensors,
-    asked: tuple[Row, ...] = (),
-    own: tuple[Row, ...] = (),
+    candidates: tuple[TokenRow, ...] = (),
+    reference_rows: tuple[TokenRow, ...] = (),
 ) -> View:
-    return View("outsider", known(recipe), folder, asked=asked, own=own, adapters=adapters, trunk_adapter=trunk_adapter)
+    """The view of an outsider who has the final adapters.
+
+    Args:
+        folder: the public base model.
+        adapters: the final adapters of bottom and top.
+        trunk_adapter: the trunk's final adapter.
+        candidates: rows that may be training rows.
+        reference_rows: rows for training reference models.
+    """
+    return View(
+        "outsider",
+        _without_paths(recipe),
+        folder,
+        candidates=candidates,
+        reference_rows=reference_rows,
+        adapters=adapters,
+        trunk_adapter=trunk_adapter,
+    )
 
 
-def known(recipe: Recipe) -> Recipe:
-    """The recipe without the places of the silos' files."""
+def _without_paths(recipe: Recipe) -> Recipe:
+    """The recipe without the paths of the silos' files."""
     silos = tuple(silo.model_copy(update={"train": "", "held_out": None}) for silo in recipe.silo)
     return recipe.model_copy(update={"silo": silos})
 
 
 def _moved(seen: Any, device: torch.device) -> Any:
-    """What was seen, all tensors in it on this device."""
+    """A field of a view with all its tensors on ``device``."""
     if isinstance(seen, torch.Tensor):
         return seen.to(device)
     if isinstance(seen, tuple):
         return tuple(_moved(one, device) for one in seen)
     if isinstance(seen, Mapping):
         return {name: _moved(one, device) for name, one in seen.items()}
-    if isinstance(seen, (Crossing, Pair, Contribution)):
+    if isinstance(seen, (Crossing, KnownPair, ObservedUpdate)):
         return replace(seen, **{one.name: _moved(getattr(seen, one.name), device) for one in fields(seen)})
     return seen

@@ -33,18 +33,6 @@ class ServerOptimizer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Plain:
-    """The change itself (FedAvg)."""
-
-    def step(self, change_P: torch.Tensor) -> torch.Tensor:
-        return change_P
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class Momentum:
     """Earlier rounds' changes go on in later steps (FedAvgM, Hsu et al. 2019)."""
 
@@ -100,10 +88,10 @@ class Adaptive:
         return before_P - (1 - self._beta2) * square_P * torch.sign(before_P - square_P)
 
 
-def optimizer_of(section: OptimizerSection) -> ServerOptimizer:
-    """The optimizer that a recipe's section asks for."""
+def optimizer_of(section: OptimizerSection) -> ServerOptimizer | None:
+    """The optimizer that a recipe's section asks for; None: the change is the step (FedAvg)."""
     if section.kind == "none":
-        return Plain()
+        return None
     return Momentum(section) if section.kind == "momentum" else Adaptive(section)
 
 

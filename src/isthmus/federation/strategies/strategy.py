@@ -5,13 +5,14 @@ Shapes: N contributions, P parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from isthmus.errors import QuorumError
-from isthmus.federation.contribution import Contribution, changes
+from isthmus.federation.contribution import Contribution, changes, proportions
 from isthmus.federation.strategies.neighbours import Bulyan, Krum, Mixed, MultiKrum
 from isthmus.federation.strategies.optimizers import optimizer_of
 from isthmus.federation.strategies.rules import (
@@ -26,7 +27,7 @@ from isthmus.federation.strategies.rules import (
 )
 from isthmus.federation.strategies.weights import History, shares
 from isthmus.recipe import FederationSection
-from isthmus.recipe.robustness import RuleName
+from isthmus.recipe.sections.federation.robust import RuleName
 from isthmus.updates.flat import Layout
 
 Tensors = Mapping[str, torch.Tensor]
@@ -45,19 +46,25 @@ RULES: dict[RuleName, type[Rule]] = {
 
 
 class Strategy:
-    """What one root does with its rounds.
+    """The root's way from a round's contributions to the next shared tensors.
 
     Where LoRA's A is the same everywhere (FFA-LoRA, Sun et al. 2024), the mean of the changes of B is exact:
     mean(Bᵢ·A) = mean(Bᵢ)·A.
     """
 
     def __init__(self, section: FederationSection) -> None:
-        self._section, self._history = section, History()
-        rule = RULES[section.rule]()
-        self._rule: Rule = Mixed(rule) if section.mix else rule
+        self._section = section
+        self._history = History() if section.weights.kind == "quality" else None
+        """Who took part in earlier rounds, where the weights depend on it."""
+        self._robust, self._claimed = section.robust.active, section.weights.claimed
+        believed = section.weights.kind == "examples" or section.secure.masks
+        self._most = math.inf if believed else 1.0
+        """Largest weight that a silo's claim counts for; under masks a cohort's is the sum of its silos' shares."""
+        rule = RULES[section.robust.rule]()
+        self._rule: Rule = Mixed(rule) if section.robust.mix else rule
         self._optimizer = optimizer_of(section.optimizer)
         self.shares: dict[str, float] = {}
-        """What each contribution counted for in the last round, with the sum 1."""
+        """Each contribution's part of the last round's change, by name, with the sum 1."""
 
     def next(self, base: Tensors, contributions: Sequence[Contribution]) -> dict[str, torch.Tensor]:
         """The new shared tensors.
@@ -72,35 +79,41 @@ class Strategy:
         self.shares = {}
         if not contributions:
             return dict(base)
-        ordered = self._admitted(contributions)
+        ordered = self._admitted(contributions) if self._robust else contributions
+        faults = self._section.robust.faults(len(ordered)) if self._robust else 0
         layout = Layout.of(base)
         changes_NP, names = changes(ordered, layout), [one.name for one in ordered]
         shares_N = self._shares(ordered, changes_NP)
-        self._history.note(names)
+        if self._history is not None:
+            self._history.note(names)
         self.shares = dict(zip(names, shares_N.tolist(), strict=True))
-        change_P = self._rule.combine(changes_NP, shares_N, self._section.faults(len(ordered)))
-        steps = layout.tensors(self._optimizer.step(change_P))
+        change_P = self._rule.combine(changes_NP, shares_N, faults)
+        if self._optimizer is not None:
+            change_P = self._optimizer.step(change_P)
+        steps = layout.tensors(change_P)
         return {name: (tensor.double() + steps[name]).to(tensor.dtype) for name, tensor in base.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "optimizer": self._optimizer.state_dict(),
-            "history": self._history.state_dict(),
-            "rule": self._rule.state_dict(),
-        }
+        parts = {"optimizer": self._optimizer, "history": self._history, "rule": self._rule}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state.get("optimizer", {}))
-        self._history.load_state_dict(state.get("history", {}))
-        self._rule.load_state_dict(state.get("rule", {}))
+        for name, part in {"optimizer": self._optimizer, "history": self._history, "rule": self._rule}.items():
+            if part is not None:
+                part.load_state_dict(state.get(name, {}))
 
     def _admitted(self, contributions: Sequence[Contribution]) -> list[Contribution]:
-        """They all, the trusted one first, if there are enough."""
-        count, trusted = len(contributions), self._section.trusted
-        if count < self._section.fewest(count):
+        """All contributions, the trusted one first.
+
+        Raises:
+            QuorumError: they are too few for the rule, or the trusted one is not among them.
+        """
+        robust, count = self._section.robust, len(contributions)
+        trusted = robust.trusted
+        if count < robust.fewest(count):
             raise QuorumError(
-                f"{count} silos learned something, the rule {self._section.rule!r} needs "
-                f"{self._section.fewest(count)} to bear {self._section.faults(count)} that may be malicious",
+                f"{count} silos learned something, the rule {robust.rule!r} needs "
+                f"{robust.fewest(count)} to bear {robust.faults(count)} that may be malicious",
                 remedy="start the missing silos, then 'isthmus run --resume'; or begin a run with another rule",
             )
         if trusted and all(one.name != trusted for one in contributions):
@@ -111,7 +124,12 @@ class Strategy:
         return sorted(contributions, key=lambda one: one.name != trusted)
 
     def _shares(self, contributions: Sequence[Contribution], changes_NP: torch.Tensor) -> torch.Tensor:
-        """Of the whole. What somebody says it weighs is a claim like its change: believed of all, or of none."""
-        if self._section.robust and self._section.weights.claimed:
+        """Each contribution's part of the whole, fp64, N, with the sum 1.
+
+        The weight that a silo claims is believed as its change is: a robust rule counts all alike.
+        """
+        if not self._claimed:
+            return shares(self._section.weights, contributions, changes_NP, self._history)
+        if self._robust:
             return torch.full((len(contributions),), 1 / len(contributions), dtype=torch.float64)
-        return shares(self._section, contributions, changes_NP, self._history)
+        return proportions(contributions, self._most)

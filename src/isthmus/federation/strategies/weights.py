@@ -1,4 +1,4 @@
-"""What each contribution counts for in a round.
+"""Weights that the root computes itself, from the updates or from their quality: each contribution's part of a round.
 
 A silo's share of the change is what its clip is multiplied by: at most 1 by ``examples``, since a silo claims its own
 tokens; at most bound/N by what the root reads off updates or is told of their quality; and by ``equal`` at most
@@ -9,14 +9,13 @@ Shapes: N contributions, P parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from isthmus.federation.contribution import Contribution, proportions
-from isthmus.recipe import FederationSection
+from isthmus.federation.contribution import Contribution
+from isthmus.recipe import WeightsSection
 
 FLOOR = 0.1
 """Nobody's score is below this part of a full one: who has rare rows weighs little beside the others, not nothing."""
@@ -47,18 +46,22 @@ class History:
 
 
 def shares(
-    section: FederationSection, contributions: Sequence[Contribution], changes_NP: torch.Tensor, history: History
+    section: WeightsSection, contributions: Sequence[Contribution], changes_NP: torch.Tensor, history: History | None
 ) -> torch.Tensor:
-    """Each contribution's share of the round's change, fp64, N, with the sum 1."""
-    kind, bound = section.weights.kind, section.weights.bound
-    if kind == "agreement":
-        return bounded(agreement(changes_NP), bound)
-    if kind == "inverse-variance":
-        return bounded(steadiness(changes_NP), bound)
-    if kind == "quality":
-        return bounded(merit(contributions, history), bound)
-    claimed = kind == "equal" and not section.masks  # what a silo claims beyond its one is not believed
-    return proportions(contributions, 1.0 if claimed else math.inf)
+    """Each contribution's share of the round's change, fp64, N, with the sum 1.
+
+    Args:
+        section: of a kind that the root computes.
+        history: the silos' part in earlier rounds; needed for the kind ``quality``.
+    """
+    if section.kind == "agreement":
+        scores_N = agreement(changes_NP)
+    elif section.kind == "inverse-variance":
+        scores_N = steadiness(changes_NP)
+    else:
+        assert history is not None
+        scores_N = merit(contributions, history)
+    return bounded(scores_N, section.bound)
 
 
 def agreement(changes_NP: torch.Tensor) -> torch.Tensor:

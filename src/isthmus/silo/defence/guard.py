@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from isthmus.model.bottleneck import Bottleneck
 from isthmus.model.crossing import IGNORED
 from isthmus.model.packing import Packing
 from isthmus.privacy.dependence import capacity, distance_correlation
+from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import DefenceSection
+from isthmus.silo.boundary import Boundary
 from isthmus.silo.defence.reader import Question, Reader
-from isthmus.silo.remote import RemoteTrunk
 
 LESSONS = 3
 """Steps of the readers for each of bottom's."""
@@ -53,8 +55,16 @@ class Guard:
         seed: of the readers and of what they are asked.
     """
 
-    def __init__(self, section: DefenceSection, trunk: RemoteTrunk, table_VE: torch.Tensor, seed: int) -> None:
-        self._section, self._trunk, self._seed = section, trunk, seed
+    def __init__(
+        self,
+        section: DefenceSection,
+        boundary: Boundary,
+        bottleneck: Bottleneck | None,
+        table_VE: torch.Tensor,
+        seed: int,
+    ) -> None:
+        self._section, self._seed = section, seed
+        self._boundary, self._bottleneck = boundary, bottleneck
         self._table_VE = table_VE.detach().float()
         self._draw = random.Random(f"{seed}/guard")
         self._readers = nn.ModuleDict()
@@ -62,17 +72,26 @@ class Guard:
         self.told = Told()
 
     def __call__(
-        self, h_BLD: torch.Tensor, packing: Packing, rows: list[list[int]], targets_T: torch.Tensor, share: float = 1.0
+        self,
+        h_BLD: torch.Tensor,
+        packing: Packing,
+        rows: list[list[int]],
+        targets_T: torch.Tensor,
+        subjects: Subjects,
+        share: float = 1.0,
     ) -> torch.Tensor:
         """``h_BLD`` itself; whatever gradient it gets, that of the guard's terms, times ``share``, comes on top.
 
         Args:
             packing: which positions cross.
             rows: the tokens of each row up to the last that crosses.
-            targets_T: what each vector that crosses should predict, or ``IGNORED``.
+            targets_T: the token that each vector that crosses should predict, or ``IGNORED``.
+            subjects: the records of the rows.
+            share: of a step's supervised tokens that are this batch's.
         """
-        z_TW, boundary = self._trunk.projected(packing.pack(h_BLD)), self._trunk.boundary
-        subjects = self._trunk.records.subjects(rows, packing.lengths)
+        boundary, z_TW = self._boundary, packing.pack(h_BLD)
+        if self._bottleneck is not None:
+            z_TW = self._bottleneck.narrow(z_TW)
         seen_TW = boundary.rehearsed(z_TW, "forward", subjects)
         questions = self._questions(rows, packing.lengths, targets_T)
         self._teach(seen_TW, questions)

@@ -16,7 +16,9 @@ from torch.nn import functional
 from transformers import DynamicCache, PreTrainedConfig
 
 from isthmus.errors import DataError
+from isthmus.model.crossing import Outbound
 from isthmus.model.cut import Cut, Part, empty_part, materialize_buffers
+from isthmus.model.split import Reply
 
 Tensors = dict[str, torch.Tensor]
 
@@ -44,16 +46,15 @@ class Bridge(nn.Module):
         with torch.no_grad():
             self.join.weight.copy_(torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1))
 
-    def forward(
-        self,
-        h_TD: torch.Tensor,
-        lengths: list[int],
-        session: BridgeSession | None,
-        rows: list[list[int]] | None = None,
-    ) -> torch.Tensor:
-        if session is not None:
-            return session.step(h_TD, lengths)
-        return torch.cat([self.open_session().step(row_TD, [len(row_TD)]) for row_TD in torch.split(h_TD, lengths)])
+    def forward(self, outbound: Outbound) -> Reply:
+        h_TD = outbound.h_TW
+        assert h_TD is not None
+        if outbound.cache is not None:
+            session = outbound.cache.session
+            assert isinstance(session, BridgeSession)
+            return Reply(session.step(h_TD, outbound.lengths))
+        pieces = torch.split(h_TD, outbound.lengths)
+        return Reply(torch.cat([self.open_session().step(row_TD, [len(row_TD)]) for row_TD in pieces]))
 
     def open_session(self) -> BridgeSession:
         return BridgeSession(self)
@@ -83,6 +84,10 @@ class BridgeSession:
         self._cache.activate_past_recording()
         self._answers_LD = bridge.join.weight.new_zeros(0, bridge.part.config.hidden_size)
         self._heard_LD = self._answers_LD
+
+    def subjects(self, rows: list[list[int]] | None, lengths: list[int]) -> None:
+        """None: nothing leaves the silo."""
+        return
 
     def hear(self, g_LD: torch.Tensor) -> None:
         """The trunk's answers at the positions that the next step begins with."""

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from isthmus.attacks.gradients.dager import ExactSearch, Span
+from isthmus.attacks.gradients.dager import ExactSearch, GradientSpan
 from isthmus.errors import DataError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
@@ -171,6 +171,6 @@ def test_distance_is_that_of_least_squares(rank: int, count: int, seed: int) -> 
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randn(rank, 10, generator=draw, dtype=torch.float64)
     x_ND = torch.randn(count, 10, generator=draw, dtype=torch.float64)
-    span = Span(0, "q", torch.linalg.qr(rows.T).Q, None, 10)
+    span = GradientSpan(0, "q", torch.linalg.qr(rows.T).Q, None, 10)
     left = x_ND.T - rows.T @ torch.linalg.lstsq(rows.T, x_ND.T).solution
     assert torch.allclose(span.distance(x_ND), left.norm(dim=0) / x_ND.norm(dim=1), atol=1e-8)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from isthmus.attacks.gradients.gradient_matching import Effort, GradientMatcher, GradientOf, adapter_gradient
+from isthmus.attacks.gradients.gradient_matching import GradientMatcher, GradientOf, MatcherSettings, adapter_gradient
 from isthmus.errors import DataError
 from tests.conftest import make_recipe, save_tiny_model, uncut
 from tests.oracle.twins import lora_of, with_lora
 
 TEXT, ANSWER = [23, 60, 17, 88], 30
-EFFORT = Effort(starts=16, steps=200, every=50, moves=60, tries=4)
+SETTINGS = MatcherSettings(starts=16, steps=200, every=50, moves=60, tries=4)
 
 
 class Victim:
@@ -34,7 +34,7 @@ class Victim:
         labels_L = torch.tensor([-100] * len(TEXT) + [answer])
         self.gradient_of: GradientOf = adapter_gradient(self.model, self.adapter, labels_L)
 
-    def seen(self, noise: float = 0.0) -> dict[str, torch.Tensor]:
+    def observed(self, noise: float = 0.0) -> dict[str, torch.Tensor]:
         """The gradient of the text, with noise that is a multiple of its size."""
         found = self.gradient_of(self.embedding_VD[[*TEXT, ANSWER]])
         draw = torch.Generator().manual_seed(1)
@@ -43,8 +43,8 @@ class Victim:
             for name, one in found.items()
         }
 
-    def matcher(self, noise: float = 0.0, effort: Effort = EFFORT) -> GradientMatcher:
-        return GradientMatcher(self.gradient_of, self.seen(noise), self.embedding_VD, effort=effort)
+    def matcher(self, noise: float = 0.0, settings: MatcherSettings = SETTINGS) -> GradientMatcher:
+        return GradientMatcher(self.gradient_of, self.observed(noise), self.embedding_VD, settings=settings)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_text_is_found_in_a_clean_gradient(folder: Path) -> None:
 def test_a_drowned_gradient_gives_nothing(folder: Path) -> None:
     match = (
         Victim(folder)
-        .matcher(noise=30.0, effort=Effort(starts=4, steps=100, tries=1, sweeps=1))
+        .matcher(noise=30.0, settings=MatcherSettings(starts=4, steps=100, tries=1, sweeps=1))
         .match(len(TEXT) + 1, {len(TEXT): ANSWER})
     )
     assert right(match.ids) <= 0.2
@@ -73,11 +73,11 @@ def test_a_drowned_gradient_gives_nothing(folder: Path) -> None:
 
 def test_the_right_label_matches_best(folder: Path) -> None:
     """With the text known but for its label, the gradient's distance names it."""
-    seen = Victim(folder).seen()
+    observed = Victim(folder).observed()
     apart = {}
     for answer in (ANSWER, 31, 77):
         victim = Victim(folder, answer)
-        matcher = GradientMatcher(victim.gradient_of, seen, victim.embedding_VD)
+        matcher = GradientMatcher(victim.gradient_of, observed, victim.embedding_VD)
         apart[answer] = float(matcher.distance(victim.embedding_VD[[*TEXT, ANSWER]]).detach())
     assert apart[ANSWER] < 1e-5
     assert min(apart, key=apart.__getitem__) == ANSWER
@@ -85,17 +85,21 @@ def test_the_right_label_matches_best(folder: Path) -> None:
 
 def test_known_tokens_stay(folder: Path) -> None:
     known = {0: TEXT[0], 3: TEXT[3], len(TEXT): ANSWER}
-    quick = Effort(starts=2, steps=10, every=5, moves=5, tries=1, sweeps=1)
-    ids = Victim(folder).matcher(effort=quick).match(len(TEXT) + 1, known).ids
+    quick = MatcherSettings(starts=2, steps=10, every=5, moves=5, tries=1, sweeps=1)
+    ids = Victim(folder).matcher(settings=quick).match(len(TEXT) + 1, known).ids
     assert all(ids[place] == token for place, token in known.items())
 
 
 def test_fluency_weighs_where_gradients_cannot(folder: Path) -> None:
     """A language model that wants token 9 in front gets it, if it is weighed heavily enough."""
     victim = Victim(folder)
-    effort = Effort(starts=1, steps=5, every=5, moves=300, fluency=100.0)
+    settings = MatcherSettings(starts=1, steps=5, every=5, moves=300, fluency=100.0)
     matcher = GradientMatcher(
-        victim.gradient_of, victim.seen(), victim.embedding_VD, unlikely=lambda ids: float(ids[0] != 9), effort=effort
+        victim.gradient_of,
+        victim.observed(),
+        victim.embedding_VD,
+        text_loss=lambda ids: float(ids[0] != 9),
+        settings=settings,
     )
     start_LD = victim.embedding_VD[[40, 50, 9, 60, ANSWER]]
     assert matcher.nearest(start_LD) == [40, 50, 9, 60, ANSWER]
@@ -126,7 +130,7 @@ def test_signs_are_what_adamw_s_first_step_makes(folder: Path) -> None:
 
 def test_unusable_updates_are_named(folder: Path) -> None:
     victim = Victim(folder)
-    with pytest.raises(DataError, match="zeros"):
+    with pytest.raises(DataError, match="the update is zero"):
         GradientMatcher(victim.gradient_of, {"x": torch.zeros(2)}, victim.embedding_VD)
     with pytest.raises(DataError, match="no gradient of y"):
         GradientMatcher(victim.gradient_of, {"y": torch.ones(2)}, victim.embedding_VD).match(len(TEXT) + 1)

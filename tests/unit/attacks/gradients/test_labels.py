@@ -7,7 +7,13 @@ import random
 import pytest
 import torch
 
-from isthmus.attacks.gradients.labels import LabelClassifier, agreement, answer_gradients, cluster_labels, match_choices
+from isthmus.attacks.gradients.labels import (
+    LabelClassifier,
+    answer_gradients,
+    cluster_labels,
+    clustering_accuracy,
+    match_choices,
+)
 from isthmus.errors import DataError
 from tests.unit.attacks.conftest import PartsOf
 from tests.unit.attacks.victims import Seen, step
@@ -59,7 +65,7 @@ def test_clusters_are_the_labels_of_clean_gradients(parts_of: PartsOf) -> None:
     for classes, least in ((2, 0.95), (3, 0.9)):
         told = rows(60, classes, seed=2)
         groups = cluster_labels(at_answers(seen_by_trunk(parts_of, told)), classes)
-        assert agreement(groups, [label for _, label in told]) >= least
+        assert clustering_accuracy(groups, [label for _, label in told]) >= least
 
 
 def test_a_colluder_s_labels_teach_the_others_(parts_of: PartsOf) -> None:
@@ -76,13 +82,13 @@ def test_heavy_noise_leaves_chance(parts_of: PartsOf) -> None:
     top = parts_of("llama").top
     matched = [match_choices(top, one.g_LD, one.e_LD, CHOICES, weight=WEIGHT, clip=0.05) for one in theirs]
     learned = LabelClassifier(at_answers(mine), [label for _, label in own]).predict(at_answers(theirs))
-    grouped = agreement(cluster_labels(at_answers(theirs), 3), [label for _, label in others])
+    grouped = clustering_accuracy(cluster_labels(at_answers(theirs), 3), [label for _, label in others])
     assert max(accuracy(matched, others), accuracy(learned, others), grouped) < 0.52  # chance 1/3, and 3.7 deviations
 
 
 def test_agreement_names_groups_in_the_best_way() -> None:
-    assert agreement([1, 1, 0, 0], [0, 0, 1, 1]) == 1.0
-    assert agreement([0, 0, 0, 1], [0, 1, 0, 1]) == 0.75
+    assert clustering_accuracy([1, 1, 0, 0], [0, 0, 1, 1]) == 1.0
+    assert clustering_accuracy([0, 0, 0, 1], [0, 1, 0, 1]) == 0.75
 
 
 def test_unusable_input_is_named() -> None:

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
+from isthmus.attacks.gradients.gradient_inversion import GradientDefence, GradientInverter, TokenProbe, logit_lens
 from isthmus.attacks.gradients.lens import Lens
-from isthmus.attacks.gradients.responses import Defence, GradientInverter, TokenProbe, read_ahead
 from isthmus.errors import DataError
 from tests.oracle.twins import FAMILIES
 from tests.unit.attacks.conftest import PartsOf
@@ -29,7 +29,7 @@ def share(parts: Parts, **how: float) -> float:
     right = 0
     for number, answer in enumerate(answers(3, seed=0)):
         seen = step(parts, PROMPT, answer, weight=WEIGHT, seed=number, **how)  # type: ignore[arg-type]
-        found = GradientInverter(parts.top, seen.g_LD, seen.e_LD, Defence(WEIGHT, **how)).recover(AT_S)
+        found = GradientInverter(parts.top, seen.g_LD, seen.e_LD, GradientDefence(WEIGHT, **how)).recover(AT_S)
         right += sum(one == two for one, two in zip(found.tolist(), answer, strict=True))
     return right / 30
 
@@ -53,7 +53,7 @@ def test_noise_is_reckoned_with(parts_of: PartsOf) -> None:
 def test_the_answer_s_place_shows_in_clean_gradients(parts_of: PartsOf) -> None:
     for answer in answers(3, seed=7):
         seen = step(parts_of("llama"), PROMPT, answer, weight=WEIGHT)
-        inverter = GradientInverter(parts_of("llama").top, seen.g_LD, seen.e_LD, Defence(WEIGHT))
+        inverter = GradientInverter(parts_of("llama").top, seen.g_LD, seen.e_LD, GradientDefence(WEIGHT))
         assert inverter.supervised().tolist() == AT_S.tolist()
         assert inverter.recover().tolist() == answer
 
@@ -65,7 +65,7 @@ def test_solved_tokens_equal_an_exhaustive_search(parts_of: PartsOf) -> None:
         seen = step(parts, PROMPT, [token], weight=1, noise=0.02, seed=token)
         lens = Lens(parts.top, seen.g_LD)
         fits = [float((lens.gradient(at_S, torch.tensor([v]), 1) - seen.e_LD).norm()) for v in range(97)]
-        defence = Defence(1, noise=0.02)
+        defence = GradientDefence(1, noise=0.02)
         inverter = GradientInverter(parts.top, seen.g_LD, seen.e_LD, defence, prior=0.0, shortlist=30)
         found = inverter.recover(at_S)
         assert int(found) == min(range(97), key=fits.__getitem__)
@@ -77,7 +77,7 @@ def test_greedy_responses_are_read_from_what_the_trunk_returns(parts_of: PartsOf
     for _ in range(8):
         logits = parts.top.model(inputs_embeds=run(parts, ids).g_LD[None], use_cache=False).logits
         ids.append(int(logits[0, -1].argmax()))
-    read = read_ahead(parts.top, run(parts, ids).g_LD, keep=3)
+    read = logit_lens(parts.top, run(parts, ids).g_LD, keep=3)
     assert read.shape == (len(ids), 3)
     assert read[len(PROMPT) - 1 : -1, 0].tolist() == ids[len(PROMPT) :]
 
@@ -106,14 +106,14 @@ def test_a_probe_learns_tokens_without_top_s_weights(parts_of: PartsOf) -> None:
 
 def test_gradients_of_another_sequence_are_refused(parts_of: PartsOf) -> None:
     with pytest.raises(DataError, match="same sequence"):
-        GradientInverter(parts_of("llama").top, torch.ones(3, 32), torch.ones(4, 32), Defence(1))
+        GradientInverter(parts_of("llama").top, torch.ones(3, 32), torch.ones(4, 32), GradientDefence(1))
 
 
 def test_a_known_ending_is_taken_for_granted(parts_of: PartsOf) -> None:
     parts, answer = parts_of("llama"), [*answers(1, seed=3)[0][:9], 2]
     seen = step(parts, PROMPT, answer, weight=WEIGHT)
-    inverter = GradientInverter(parts.top, seen.g_LD, seen.e_LD, Defence(WEIGHT), ending=2)
+    inverter = GradientInverter(parts.top, seen.g_LD, seen.e_LD, GradientDefence(WEIGHT), ending=2)
     assert inverter.recover(AT_S).tolist() == answer
     drowned = torch.randn(seen.e_LD.shape, generator=torch.Generator().manual_seed(0))
-    told = GradientInverter(parts.top, seen.g_LD, drowned, Defence(WEIGHT, noise=1.0), ending=2)
+    told = GradientInverter(parts.top, seen.g_LD, drowned, GradientDefence(WEIGHT, noise=1.0), ending=2)
     assert int(told.recover(AT_S)[-1]) == 2

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from isthmus.attacks.inversion.linear import LinearInverter, ridge
-from isthmus.attacks.inversion.matching import Search, match
+from isthmus.attacks.inversion.matching import MatchingSettings, match_vocabulary
 from isthmus.attacks.knowledge import Knowledge
-from isthmus.attacks.view.view import Crossing, Pair, View
+from isthmus.attacks.view.view import Crossing, KnownPair, View
 from isthmus.errors import AttackError
 from tests.conftest import VOCABULARY
 from tests.unit.attacks.attacked import Attacked
@@ -36,17 +36,19 @@ def changed(view: View, matrix_DX: torch.Tensor, last: int | None = None) -> Vie
         hidden_LD = crossing.hidden_LD if last is None else crossing.hidden_LD[-last:]
         return replace(crossing, hidden_LD=hidden_LD @ matrix_DX)
 
-    pairs = tuple(Pair(pair.tokens, through(pair.crossing)) for pair in view.pairs)
+    pairs = tuple(KnownPair(pair.tokens, through(pair.crossing)) for pair in view.pairs)
     return replace(view, crossings=tuple(map(through, view.crossings)), pairs=pairs)
 
 
 @pytest.mark.parametrize(
-    "search", [Search(), Search(proposals=2, wider=(4,), whole=1000, group=3)], ids=["usual", "narrow"]
+    "search",
+    [MatchingSettings(), MatchingSettings(proposals=2, wider=(4,), whole=1000, group=3)],
+    ids=["usual", "narrow"],
 )
-def test_without_noise_every_token_is_recovered(attacked: Attacked, search: Search) -> None:
+def test_without_noise_every_token_is_recovered(attacked: Attacked, search: MatchingSettings) -> None:
     view, truth = attacked()
     knowledge = Knowledge(view)
-    assert match(knowledge, search) == exhaustively(knowledge) == truth
+    assert match_vocabulary(knowledge, search) == exhaustively(knowledge) == truth
 
 
 @pytest.mark.parametrize(
@@ -54,18 +56,18 @@ def test_without_noise_every_token_is_recovered(attacked: Attacked, search: Sear
 )
 def test_through_codec_noise_and_clipping(attacked: Attacked, settings: dict[str, object]) -> None:
     view, truth = attacked(**settings)
-    assert match(Knowledge(view)) == truth
+    assert match_vocabulary(Knowledge(view)) == truth
 
 
 def test_through_a_narrow_map_that_nobody_told_it(attacked: Attacked) -> None:
     view, truth = attacked(own=200)
     draw = torch.Generator().manual_seed(5)
-    assert match(Knowledge(changed(view, torch.randn(32, 24, generator=draw)))) == truth
+    assert match_vocabulary(Knowledge(changed(view, torch.randn(32, 24, generator=draw)))) == truth
 
 
 def test_with_much_noise_the_language_model_is_asked(attacked: Attacked) -> None:
     view, truth = attacked(noise=3.0)
-    found = match(Knowledge(view))
+    found = match_vocabulary(Knowledge(view))
     assert [len(row) for row in found] == [len(row) for row in truth]
     right = sum(
         one == two for row, other in zip(found, truth, strict=True) for one, two in zip(row, other, strict=True)
@@ -75,7 +77,7 @@ def test_with_much_noise_the_language_model_is_asked(attacked: Attacked) -> None
 
 def test_searches_through_the_whole_vocabulary_are_bounded(attacked: Attacked) -> None:
     view, truth = attacked()
-    found = match(Knowledge(view), Search(proposals=2, wider=(4,), whole=3))
+    found = match_vocabulary(Knowledge(view), MatchingSettings(proposals=2, wider=(4,), whole=3))
     assert found != truth
     assert [len(row) for row in found] == [len(row) for row in truth]
 
@@ -83,7 +85,7 @@ def test_searches_through_the_whole_vocabulary_are_bounded(attacked: Attacked) -
 def test_where_only_the_ends_of_rows_cross_it_says_so(attacked: Attacked) -> None:
     view, _ = attacked()
     with pytest.raises(AttackError, match="not all tokens cross"):
-        match(Knowledge(changed(view, torch.eye(32), last=1)))
+        match_vocabulary(Knowledge(changed(view, torch.eye(32), last=1)))
 
 
 def test_the_linear_inverter_is_as_good_as_bayes_rule_with_the_true_parameters() -> None:
@@ -122,4 +124,4 @@ def test_too_little_to_learn_from_is_named() -> None:
 
 def test_a_few_clean_numbers_of_every_token_are_enough(attacked: Attacked) -> None:
     view, truth = attacked(width=4, forward={"clip": 1.0, "noise": 0.0}, own=100)
-    assert match(Knowledge(view)) == truth
+    assert match_vocabulary(Knowledge(view)) == truth

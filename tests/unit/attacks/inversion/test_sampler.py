@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from isthmus.attacks.inversion.channel import Channel
-from isthmus.attacks.inversion.identification import identify
-from isthmus.attacks.inversion.sampler import Sampling, Weighted, answered, sample
+from isthmus.attacks.inversion.identification import identify_rows
+from isthmus.attacks.inversion.likelihood import BoundaryLikelihood
+from isthmus.attacks.inversion.sampler import SamplerSettings, WeightedText, consensus, invert_by_sampling
 from isthmus.attacks.knowledge import Knowledge
-from isthmus.attacks.view.view import Crossing, Pair, Row, View
+from isthmus.attacks.view.view import Crossing, KnownPair, TokenRow, View
 from isthmus.errors import AttackError
 from tests.conftest import VOCABULARY
 from tests.unit.attacks.attacked import Attacked, random_rows
@@ -31,7 +31,7 @@ def ended(view: View, own: list[Text], yours: list[Text], *, last: int = 1, nois
         h_KE = bottom.bottom_of(text)[-last:]
         return Crossing("x", "train", 1, h_KE + noise * torch.randn(h_KE.shape, generator=draw))
 
-    pairs = tuple(Pair(text, crossing(text)) for text in own)
+    pairs = tuple(KnownPair(text, crossing(text)) for text in own)
     return replace(view, pairs=pairs, crossings=tuple(map(crossing, yours)))
 
 
@@ -46,7 +46,7 @@ def near(text: Text, seed: int) -> Text:
 def test_a_clean_vector_tells_the_text_among_near_ones(attacked: Attacked) -> None:
     yours = texts(4, 5)
     own = [*(near(text, seed) for text in yours for seed in range(9)), *yours, *texts(40, 6)]
-    assert sample(Knowledge(ended(attacked()[0], own, yours))) == [list(text) for text in yours]
+    assert invert_by_sampling(Knowledge(ended(attacked()[0], own, yours))) == [list(text) for text in yours]
 
 
 def test_texts_that_the_pool_does_not_hold_are_found_from_near_ones(attacked: Attacked) -> None:
@@ -54,14 +54,14 @@ def test_texts_that_the_pool_does_not_hold_are_found_from_near_ones(attacked: At
     own = [*({near(text, seed) for text in yours for seed in range(6)} - set(yours)), *texts(30, 16, 5)]
     own.sort()
     view = ended(attacked()[0], own, yours)
-    found = sample(Knowledge(view), Sampling(steps=16, proposals=160))
+    found = invert_by_sampling(Knowledge(view), SamplerSettings(steps=16, proposals=160))
     assert sum(list(text) == one for text, one in zip(yours, found, strict=True)) >= 2
 
 
 def test_where_nothing_is_told_it_says_what_the_pool_does(attacked: Attacked) -> None:
     yours, own = texts(3, 5), texts(40, 6)
-    found = sample(Knowledge(ended(attacked()[0], own, yours, noise=1e4)))
-    guess = list(answered([Weighted(text, 1 / len(own)) for text in own]))
+    found = invert_by_sampling(Knowledge(ended(attacked()[0], own, yours, noise=1e4)))
+    guess = list(consensus([WeightedText(text, 1 / len(own)) for text in own]))
     for one in found:
         same = sum(said == best for said, best in zip(one, guess, strict=False))
         assert same >= len(guess) / 2
@@ -69,18 +69,18 @@ def test_where_nothing_is_told_it_says_what_the_pool_does(attacked: Attacked) ->
 
 
 def test_the_answer_is_the_one_of_which_most_is_expected_to_be_right() -> None:
-    belief = [Weighted((4, 5, 6), 0.4), Weighted((7, 5, 9), 0.35), Weighted((7, 8, 6), 0.25)]
-    assert answered(belief) == (7, 5, 6)
-    assert answered([Weighted((1, 2, 3), 0.5), Weighted((9, 1, 2, 3), 0.5)], from_end=True) == (9, 1, 2, 3)
+    belief = [WeightedText((4, 5, 6), 0.4), WeightedText((7, 5, 9), 0.35), WeightedText((7, 8, 6), 0.25)]
+    assert consensus(belief) == (7, 5, 6)
+    assert consensus([WeightedText((1, 2, 3), 0.5), WeightedText((9, 1, 2, 3), 0.5)], from_end=True) == (9, 1, 2, 3)
 
 
 def test_where_all_tokens_cross_it_points_to_matching(attacked: Attacked) -> None:
     with pytest.raises(AttackError, match="--attack matching"):
-        sample(Knowledge(attacked()[0]))
+        invert_by_sampling(Knowledge(attacked()[0]))
 
 
 def asked_of(view: View, yours: list[Text], others: list[Text]) -> View:
-    return replace(view, asked=tuple(Row(text, (4,)) for text in [*others, *yours]))
+    return replace(view, candidates=tuple(TokenRow(text, (4,)) for text in [*others, *yours]))
 
 
 @pytest.mark.parametrize("last", [1, 2])
@@ -89,29 +89,31 @@ def test_clean_vectors_identify_every_text(attacked: Attacked, last: int) -> Non
     long = [text for text in yours if len(text) >= last]
     own = [text for text in texts(40, 7) if len(text) >= last]
     view = asked_of(ended(attacked()[0], own, long, last=last), long, others)
-    ranked = identify(Knowledge(view)).by_row
-    assert [(*view.asked[one[0]].prompt,) for one in ranked] == long
+    ranked = identify_rows(Knowledge(view)).by_row
+    assert [(*view.candidates[one[0]].prompt,) for one in ranked] == long
 
 
 def test_noise_alone_identifies_no_text(attacked: Attacked) -> None:
     yours, others = texts(40, 5), texts(160, 6)
     view = asked_of(ended(attacked()[0], texts(40, 7), yours, noise=1e4), yours, others)
-    ranked = identify(Knowledge(view)).by_row
-    first = sum(view.asked[one[0]].prompt == text for one, text in zip(ranked, yours, strict=True))
-    ten = sum(text in [view.asked[number].prompt for number in one] for one, text in zip(ranked, yours, strict=True))
+    ranked = identify_rows(Knowledge(view)).by_row
+    first = sum(view.candidates[one[0]].prompt == text for one, text in zip(ranked, yours, strict=True))
+    ten = sum(
+        text in [view.candidates[number].prompt for number in one] for one, text in zip(ranked, yours, strict=True)
+    )
     assert first <= 4
     assert ten <= 9
 
 
 def test_without_candidates_nothing_is_identified(attacked: Attacked) -> None:
-    with pytest.raises(AttackError, match="sees no asked"):
-        identify(Knowledge(attacked()[0]))
+    with pytest.raises(AttackError, match="sees no candidates"):
+        identify_rows(Knowledge(attacked()[0]))
 
 
 def test_the_likelihood_is_the_gaussians_and_its_slope_the_derivative(attacked: Attacked) -> None:
     own = texts(40, 7)
     knowledge = Knowledge(ended(attacked()[0], own, own[:1], noise=0.5))
-    channel = Channel(knowledge)
+    channel = BoundaryLikelihood(knowledge)
     assert channel.variance == pytest.approx(0.25, rel=0.3)
     z_KD, (text, other) = knowledge.view.crossings[0].hidden_LD, own[:2]
     mean_NKD = channel.expected([text, other], 1)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.attacks.membership.canaries import draw_canary, exposure, planted
+from isthmus.attacks.membership.canaries import draw_canary, exposure, insert_canary
 from isthmus.errors import DataError
 from tests.unit.attacks.membership.overfit import losses, trained
 
@@ -26,7 +26,7 @@ def ids(text: str) -> list[int]:
 def test_exposure_follows_how_often_it_was_seen(tiny: Path, times: int, low: float, high: float) -> None:
     draw = random.Random(3)
     rows = [[5, 6, 7, *draw.choices(range(20, 30), k=3), 8] for _ in range(20)]
-    model = trained(tiny, planted(rows, ids(CANARY.filled()), times), steps=40)
+    model = trained(tiny, insert_canary(rows, ids(CANARY.filled()), times), steps=40)
     (own,) = losses(model, [ids(CANARY.filled())])
     others = losses(model, [ids(CANARY.filled(other)) for other in CANARY.others(CANARY.space)])
     assert low <= exposure(own, others, CANARY.space) <= high
@@ -36,7 +36,7 @@ def test_exposure_follows_how_often_it_was_seen(tiny: Path, times: int, low: flo
 
 def test_noise_hides_a_canary(tiny: Path) -> None:
     rows = [ids(CANARY.filled(other)) for other in CANARY.others(20, seed=9)]
-    model = trained(tiny, planted(rows, ids(CANARY.filled()), 20), steps=40, noise=200.0)
+    model = trained(tiny, insert_canary(rows, ids(CANARY.filled()), 20), steps=40, noise=200.0)
     (own,) = losses(model, [ids(CANARY.filled())])
     others = losses(model, [ids(CANARY.filled(other)) for other in CANARY.others(CANARY.space)])
     assert exposure(own, others, CANARY.space) < 4
@@ -55,7 +55,7 @@ def test_others_are_all_other_secrets_or_distinct_ones() -> None:
 
 
 def test_planting_keeps_every_row() -> None:
-    mixed = planted(["a", "b", "c"], "canary", 2)
+    mixed = insert_canary(["a", "b", "c"], "canary", 2)
     assert sorted(mixed) == ["a", "b", "c", "canary", "canary"]
     assert mixed != ["a", "b", "c", "canary", "canary"]
 

@@ -91,7 +91,7 @@ def test_figures_are_those_of_plain_counting(rows: list[tuple[int, bool]], fpr: 
     """Oracle: pairs counted one by one, and every threshold tried."""
     ins, outs = [one for one, member in rows if member], [one for one, member in rows if not member]
     if not ins or not outs:
-        with pytest.raises(DataError, match="one kind"):
+        with pytest.raises(DataError, match="only members"):
             separation([one for one, _ in rows], [member for _, member in rows])
         return
     found = separation([one for one, _ in rows], [member for _, member in rows], fpr=fpr, draws=2)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.attacks.view.frames import contributions_of, crossings_of
+from isthmus.attacks.view.frames import crossings_of, updates_of
 from isthmus.attacks.view.tap import Tap
 from isthmus.attacks.view.view import View, aggregator_view, outsider_view
-from isthmus.audit.capture import Silence, Source, capture_answers, capture_pairs, capture_round, capture_rows, tapped
+from isthmus.audit.capture import ZeroTrunk, capture_answers, capture_pairs, capture_round, capture_rows, tapped_silo
+from isthmus.audit.target import Target
 from isthmus.data.tokens import collate
 from isthmus.errors import AttackError, ProtocolError
 from isthmus.model.checkpoint import Checkpoint
@@ -45,17 +46,17 @@ class Captured:
         self.tap = Tap(LoopbackChannel(service, "a", greeting=hello))
         self.silo = join(recipe, "a", channel=self.tap, releases=folder / "released")
         self.rows = random_rows(6, 3)
-        self.silo.trunk.begin(1, ["a"])
+        self.silo.rounds.begin(1, ["a"])
         for start in (0, 3):
             self.silo.model(**collate(self.rows[start : start + 3], 0).inputs()).loss.backward()
-        self.silo.trunk.commit(1, 1, 7.0)
+        self.silo.rounds.commit(1, 1, 7.0)
         service.stop()
 
     def sent(self, kind: type[Any]) -> list[Any]:
         return [one.request for one in self.tap.exchanges if one.kind is kind]
 
     def answers(self, kind: type[Any]) -> list[Any]:
-        return [one.answered for one in self.tap.exchanges if one.kind is kind]
+        return [one.response for one in self.tap.exchanges if one.kind is kind]
 
 
 def test_training_rows_are_the_frames_bytes(attacked_model: Path, tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_rows_that_were_released_once_are_the_kept_bytes(attacked_model: Path, t
 
 
 def test_a_message_changed_after_it_was_sent_changes_nothing(attacked_model: Path) -> None:
-    tap = Tap(LoopbackChannel(Silence(make_recipe(attacked_model)), "a"))
+    tap = Tap(LoopbackChannel(ZeroTrunk(make_recipe(attacked_model)), "a"))
     request = pb.Hello(version=1)
     tap.call(request)
     request.bottom = 9
@@ -93,7 +94,7 @@ def test_a_message_changed_after_it_was_sent_changes_nothing(attacked_model: Pat
     assert tap.sent_bytes > 0 < tap.received_bytes
     with pytest.raises(ProtocolError, match="does not answer Begin"):
         tap.call(pb.Begin(round=1, participants=["a"]))
-    assert tap.exchanges[1].answered is None
+    assert tap.exchanges[1].response is None
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
@@ -102,7 +103,7 @@ def test_answers_are_followed_through_beams_and_rejected_drafts(
 ) -> None:
     recipe = make_recipe(attacked_model)
     service = TrunkService(recipe, RoleDirectory(tmp_path))
-    with tapped(Source(recipe), "a", service) as (silo, tap):
+    with tapped_silo(Target(recipe), "a", service) as (silo, tap):
         prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
         ids_BL = silo.model.generate(
             prompt,
@@ -124,7 +125,7 @@ def test_answers_are_followed_through_beams_and_rejected_drafts(
 
 
 def test_answers_captured_from_a_recipe(attacked_model: Path) -> None:
-    captured = capture_answers(Source(make_recipe(attacked_model)), "a", random_rows(2, 4))
+    captured = capture_answers(Target(make_recipe(attacked_model)), "a", random_rows(2, 4))
     assert [one.length for one in captured.crossings] == [len(row) for row in captured.truth]
 
 
@@ -138,18 +139,18 @@ def test_pairs_are_drawn_afresh_and_belong_to_their_rows(attacked: Attacked) -> 
     )
 
 
-def test_the_aggregator_sees_the_silos_update(two_silos: Source) -> None:
+def test_the_aggregator_sees_the_silos_update(two_silos: Target) -> None:
     (one,) = capture_round(two_silos, "a")
     assert (one.sender, one.round) == ("a", 1)
     assert one.weight > 0
     assert max(float(tensor.abs().max()) for tensor in one.tensors.values()) > 0
     view = aggregator_view(two_silos.recipe, Path("model"), (one,), {})
     with pytest.raises(AttackError, match="'aggregator' sees no crossings"):
-        view.needs("contributions", "crossings")
-    assert contributions_of("a", []) == ()
+        view.needs("updates", "crossings")
+    assert updates_of("a", []) == ()
 
 
-def test_a_view_knows_no_silos_files(two_silos: Source) -> None:
+def test_a_view_knows_no_silos_files(two_silos: Target) -> None:
     view = outsider_view(two_silos.recipe, Path("model"), {}, {})
     assert [(silo.name, silo.train, silo.held_out) for silo in view.recipe.silo] == [("a", "", None), ("b", "", None)]
     assert {one.name for one in fields(View)} == {
@@ -158,17 +159,17 @@ def test_a_view_knows_no_silos_files(two_silos: Source) -> None:
         "folder",
         "crossings",
         "pairs",
-        "taught",
-        "asked",
-        "own",
-        "contributions",
+        "training_pairs",
+        "candidates",
+        "reference_rows",
+        "updates",
         "adapters",
         "trunk_adapter",
     }
 
 
 def test_capturing_rows_takes_all_of_them_in_order(attacked_model: Path) -> None:
-    source, rows = Source(make_recipe(attacked_model)), random_rows(19, 5)
+    source, rows = Target(make_recipe(attacked_model)), random_rows(19, 5)
     captured = capture_rows(source, "a", rows)
     pairs = capture_pairs(source, "a", rows)
     assert all(

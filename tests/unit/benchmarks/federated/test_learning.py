@@ -44,7 +44,7 @@ def recipe(folder: Path, changes: Values) -> Recipe:
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_the_judge_measures_what_the_silos_do(tmp_path: Path, masks: bool) -> None:
-    asked = recipe(tmp_path, {"train": {"evaluate": True}, "federation": {"masks": masks}})
+    asked = recipe(tmp_path, {"train": {"evaluate": True}, "federation": {"secure": masks}})
     learned = federate(asked, tmp_path)
     judge = Judge(asked)
     for round in (1, 2):

@@ -14,7 +14,8 @@ from benchmarks.privacy import frontier
 from benchmarks.privacy.frontier_plot import draw
 from benchmarks.privacy.points import DELTA, Point, classification, epsilon, generation
 from benchmarks.privacy.tuned import tuned
-from isthmus.audit.capture import Source, capture_pairs
+from isthmus.audit.capture import capture_pairs
+from isthmus.audit.target import Target
 from isthmus.data.tokens import Tokens
 from isthmus.recipe import BoundarySection
 from tests.conftest import save_tiny_model
@@ -92,7 +93,7 @@ def test_noise_is_as_large_as_a_point_says(kind: str, base: Path) -> None:
         noised: torch.cat(
             [
                 pair.crossing.hidden_LD
-                for pair in capture_pairs(Source(one.recipe(base, (1, 1), boundary)), "west", tokens)
+                for pair in capture_pairs(Target(one.recipe(base, (1, 1), boundary)), "west", tokens)
             ]
         )
         for noised, boundary in ((False, {}), (True, point.boundary(norms_T, 32)))

@@ -64,8 +64,8 @@ def train(silo: Silo, steps: int, start: int = 0) -> None:
 def crossed(silo: Silo, rows: list[Tokens]) -> torch.Tensor:
     """What the trunk sees of rows of one length, row after row, ``[T, W]``."""
     h_BLD = silo.model.bottom.hidden(input_ids=torch.tensor([row.input for row in rows]), use_cache=False)
-    z_TW = silo.trunk.narrow(h_BLD.flatten(0, 1), [len(row.input) for row in rows])
-    subjects = silo.trunk.records.subjects(None, [len(row.input) for row in rows])
+    z_TW = silo.model._narrowed(h_BLD.flatten(0, 1), None)
+    subjects = silo.boundary.records.subjects(None, [len(row.input) for row in rows])
     return silo.boundary.rehearsed(z_TW, "forward", subjects)
 
 
@@ -154,7 +154,7 @@ def test_its_state_goes_on_where_it_was(silo: Callable[..., Silo], tmp_path: Pat
     assert one.guard is not None
     torch.save(one.guard.state_dict(), tmp_path / "guard.pt")
     state: dict[str, Any] = torch.load(tmp_path / "guard.pt", weights_only=True)
-    other = Guard(one.guard._section, one.trunk, torch.zeros(VOCABULARY, 32), seed=5)
+    other = Guard(one.guard._section, one.boundary, None, torch.zeros(VOCABULARY, 32), seed=5)
     other.load_state_dict(state)
     assert other._draw.random() == one.guard._draw.random()
     assert other.state_dict()["readers"].keys() == state["readers"].keys()

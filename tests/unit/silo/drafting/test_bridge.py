@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from isthmus.errors import DataError
 from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.crossing import Outbound
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.silo.drafting.bridge import Bridge, narrow
 from tests.conftest import save_tiny_model
@@ -45,7 +46,7 @@ def test_steps_equal_one_piece(bridge: Bridge, data: st.DataObject) -> None:
             sure = data.draw(st.integers(fed + 1, length - 1))
             session.hear(g_LD[fed:sure])
             ahead = data.draw(st.integers(1, length - sure))
-            out_LD = bridge(h_LD[fed : sure + ahead], [sure + ahead - fed], session)
+            out_LD = session.step(h_LD[fed : sure + ahead], [sure + ahead - fed])
             assert torch.equal(out_LD[: sure - fed], g_LD[fed:sure])
             before_LD = torch.cat([torch.zeros(1, WIDTH), g_LD[:sure]])
             whole_LD = bridge.guess(h_LD[None, : sure + 1], before_LD[None])[0]
@@ -57,14 +58,14 @@ def test_steps_equal_one_piece(bridge: Bridge, data: st.DataObject) -> None:
 def test_without_a_session_rows_stand_alone(bridge: Bridge) -> None:
     h_TD = torch.randn(7, WIDTH)
     with torch.no_grad():
-        both = bridge(h_TD, [3, 4], None)
-        assert torch.allclose(both[3:], bridge(h_TD[3:], [4], bridge.open_session()), atol=1e-5)
+        both = bridge(Outbound([3, 4], h_TD)).g_TD
+        assert torch.allclose(both[3:], bridge.open_session().step(h_TD[3:], [4]), atol=1e-5)
 
 
 def test_one_row_only(bridge: Bridge) -> None:
     session = bridge.open_session()
     with pytest.raises(DataError, match="remedy: draft for one row at a time"):
-        bridge(torch.randn(4, WIDTH), [2, 2], session)
+        session.step(torch.randn(4, WIDTH), [2, 2])
     with pytest.raises(DataError, match="one row"):
         session.select([0, 0])
     session.select([0])

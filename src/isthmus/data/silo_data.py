@@ -1,0 +1,61 @@
+"""All rows of one silo in tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from isthmus.data.templates import read_examples
+from isthmus.data.tokens import Tokens, tokenize
+from isthmus.privacy.sensitivity import Sensitivity
+from isthmus.recipe import Recipe, SiloSection
+
+
+class SiloData:
+    """One silo's training and held-out rows in tokens.
+
+    Attributes:
+        name: the silo's.
+        train, held_out: its rows; ``held_out`` is empty without such a file.
+        choices: the tokens of each possible answer; empty if answers are free text.
+        pad: token id for padding.
+
+    Args:
+        section: the silo's table of the recipe, with its files.
+        sensitivity: classifies each token; None: ``Tokens.classes`` stays None.
+
+    Raises:
+        DataError: a file is unusable, or the silo's own sensitivity function failed.
+    """
+
+    def __init__(
+        self,
+        section: SiloSection,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        sensitivity: Sensitivity | None = None,
+    ) -> None:
+        longest, free_text = recipe.train.max_tokens, not recipe.task.choices
+        fields = recipe.sensitivity.fields if recipe.sensitivity and sensitivity else {}
+
+        def read(path: str) -> list[Tokens]:
+            examples = read_examples(Path(path), recipe.task, fields)
+            return tokenize(examples, tokenizer, longest, free_text=free_text, sensitivity=sensitivity)
+
+        self.name = section.name
+        self.train = read(section.train)
+        self.held_out = read(section.held_out) if section.held_out else []
+        self.choices = [
+            tuple(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in recipe.task.choices
+        ]
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+    def evaluation_inputs(self, row: Tokens) -> list[Tokens]:
+        """The rows that the model reads to score one row: the prompt alone where every choice is one token, the prompt
+        with each choice where they are longer, the row itself for free text."""
+        if not self.choices:
+            return [row]
+        if all(len(choice) == 1 for choice in self.choices):
+            return [Tokens(row.prompt, [])]
+        return [Tokens(row.prompt, list(choice)) for choice in self.choices]

@@ -1,0 +1,48 @@
+"""The adapter of a run as a PEFT folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from isthmus.errors import RunError
+from isthmus.model import adapters
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.storage.record import RunDirectory, disk_errors
+
+
+def export_adapter(run: RunDirectory, out: Path) -> int:
+    """Write the adapter of bottom, trunk and top as one PEFT folder for the uncut model.
+
+    Returns:
+        The number of finished rounds behind the adapter.
+
+    Raises:
+        RunError: the run has no finished round, or trained tensors that the uncut model does not have.
+    """
+    recipe = run.recipe()
+    boundary = recipe.boundary
+    if boundary.width is not None or boundary.residual or boundary.denoise or boundary.tail is not None:
+        raise RunError(
+            "with boundary.tail, width, residual or denoise no adapter of the uncut model equals what was trained",
+            remedy="use the run as it is, with 'isthmus generate'",
+        )
+    number, tensors = final_adapter(run)
+    with disk_errors(out):
+        adapters.export(out, tensors, recipe.lora, recipe.model.path)
+    return number
+
+
+def final_adapter(run: RunDirectory) -> tuple[int, dict[str, torch.Tensor]]:
+    """The last round that both trunk and root have saved, and its adapter tensors by uncut name.
+
+    Raises:
+        RunError: the run has no finished round.
+    """
+    trunk, root, number = run.role("trunk"), run.role("root"), run.completed()
+    if number == 0:
+        raise RunError(f"{run.path} holds no finished round", remedy="let the run finish a round first")
+    recipe = run.recipe()
+    frozen = adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe)
+    return number, {**frozen, **trunk.load_round(number)["adapter"], **root.load_round(number)["shared"]}

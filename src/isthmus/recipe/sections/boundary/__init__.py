@@ -1,0 +1,1 @@
+"""``[boundary]`` and its subtables, one file each."""

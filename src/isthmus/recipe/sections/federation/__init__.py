@@ -1,0 +1,1 @@
+"""``[federation]`` and its subtables, one file each."""

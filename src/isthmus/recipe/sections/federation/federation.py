@@ -1,0 +1,50 @@
+"""``[federation]``: how updates become the next shared adapters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from isthmus.recipe.section import Section
+from isthmus.recipe.sections.federation.asynchronous import AsynchronousSection
+from isthmus.recipe.sections.federation.clip import ClipSection
+from isthmus.recipe.sections.federation.compression import CompressionSection
+from isthmus.recipe.sections.federation.fairness import FairnessSection
+from isthmus.recipe.sections.federation.noise import NoiseSection
+from isthmus.recipe.sections.federation.optimizer import OptimizerSection
+from isthmus.recipe.sections.federation.robust import RobustSection
+from isthmus.recipe.sections.federation.secure import SecureSection
+from isthmus.recipe.sections.federation.weights import WeightsSection
+
+
+class FederationSection(Section):
+    """How the silos' updates become the next shared adapters."""
+
+    moved = {  # noqa: RUF012
+        **{key: f"secure.{key}" for key in ("masks", "range")},
+        **{key: f"compression.{key}" for key in ("keep", "bits", "feedback")},
+        **{key: f"robust.{key}" for key in ("rule", "malicious", "mix", "trusted")},
+        **{key: f"asynchronous.{key}" for key in ("buffer", "staleness")},
+    }
+
+    lora: Literal["frozen-a", "alternating", "svd", "plain"] = "frozen-a"
+    """How the adapters B·A of bottom and top are averaged. "frozen-a": A never trains, so that the mean of B·A is
+    exactly mean(B)·A. "alternating": B trains in odd rounds and A in even ones, exact too. "svd": both train, of ranks
+    that may differ, and the mean of B·A is cut to lora.rank; experimental: its learning is not
+    measured on a real model. "plain": both train and are averaged apart, which is not
+    exactly the mean of B·A."""
+    normalized: bool = False
+    """If true, a silo's change counts as if it had taken as many steps as the others (FedNova, Wang et al. 2020).
+    Experimental: not measured on a real model."""
+    control: Literal["none", "scaffold"] = "none"
+    """"scaffold": the difference between a silo's gradients and the mean, as earlier rounds showed it, is taken out of
+    its steps (SCAFFOLD, Karimireddy et al. 2020, option II). Needs sgd and equal weights; not with compression, edges
+    or a robust rule. It doubles the download, not the update. Experimental: not measured on a real model."""
+    weights: WeightsSection = WeightsSection()
+    fairness: FairnessSection = FairnessSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    secure: SecureSection = SecureSection()
+    compression: CompressionSection = CompressionSection()
+    robust: RobustSection = RobustSection()
+    asynchronous: AsynchronousSection = AsynchronousSection()
+    noise: NoiseSection | None = None
+    clip: ClipSection | None = None

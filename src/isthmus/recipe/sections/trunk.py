@@ -1,0 +1,51 @@
+"""``[trunk]``: the server that computes the model's middle blocks."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from isthmus.recipe.section import Amount, Count, Device, Dtype, Positive, Section
+
+
+class TrunkSection(Section):
+    """The server that computes the model's middle blocks for all silos."""
+
+    address: str = "localhost:7001"
+    """Host and port at which it listens."""
+    device: Device = "cpu"
+    """Where the trunk computes: "cpu", "cuda", "cuda:1", or "auto" for a CUDA device if there is one."""
+    dtype: Dtype | None = Field(default=None, examples=["bfloat16"])
+    """Data type of the trunk's blocks: an accelerator may want 16 bits where silos want 32. Left out: model.dtype."""
+    patience: Positive = 60.0
+    """Seconds that the other silos wait for a slow one at a training step, counted from the first that is ready."""
+    lease: Positive = 600.0
+    """Seconds that an inference session is kept without a request."""
+    sessions: Count = 64
+    """Inference sessions kept at a time. The session that was unused longest makes room; if all are in use, a new one
+    waits."""
+    session_bytes: Count = 4 * 2**30
+    """Bytes of the trunk's device for the KV caches of all inference sessions. The session that was unused longest
+    makes room."""
+    chunk: Count = 512
+    """Tokens of a long prompt computed in one pass, so that other sessions' next tokens need not wait for all of it."""
+    adapter: Literal["shared", "replica"] = "shared"
+    """"shared": one adapter that the gradients of all silos step together. "replica": one adapter for each silo, and
+    their average every average_every steps."""
+    average_every: Count | None = Field(default=None, examples=[2])
+    """Optimizer steps between two averages of the replicas; only with adapter = "replica". Left out: one average, at
+    the end of each round."""
+    together: Count = 8
+    """Most silos whose requests are computed in one pass. 1: one after another."""
+    gather: Amount = 0.05
+    """Seconds that a silo's request waits for those of the other silos in the round, to be computed with them."""
+    kept_bytes: Count = 8 * 2**30
+    """Bytes on the trunk's disk for the examples of boundary.release_once, in equal shares for all silos. When a share
+    is full, the example that was unused longest makes room; its silo sends the same bytes again when it needs it."""
+
+    @model_validator(mode="after")
+    def _averaged(self) -> Self:
+        if self.average_every is not None and self.adapter == "shared":
+            raise ValueError("average_every: a shared adapter is not averaged; set trunk.adapter = 'replica'")
+        return self

@@ -1,0 +1,17 @@
+"""``[wire]``: connections between the parties."""
+
+from __future__ import annotations
+
+from isthmus.recipe.section import Count, Positive, Section
+
+
+class WireSection(Section):
+    """Connections between the parties."""
+
+    certificates: str = "certificates"
+    """Folder with one folder for each party, which holds ``ca.pem``, ``cert.pem`` and ``key.pem``. The command
+    ``isthmus certificates`` makes them."""
+    deadline: Positive = 60.0
+    """Seconds to keep trying to reach a peer that does not answer."""
+    max_frame_bytes: Count = 64 * 2**20
+    """Largest message in bytes. Larger ones are refused."""

@@ -1,0 +1,7 @@
+"""What the trunk's features share with its units."""
+
+from __future__ import annotations
+
+from tests.unit.trunk.conftest import build, model
+
+__all__ = ["build", "model"]

@@ -1,0 +1,51 @@
+"""Certificates of a whole federation: one a party, of one authority, the root's name with the trunk's where they share
+an address."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus.engines.certificates import complete, make_certificates
+from isthmus.errors import IdentityError, IsthmusError
+from isthmus.recipe import Recipe
+from isthmus.wire.identity import Identity
+from tests.conftest import make_recipe
+
+EDGES = [
+    {"name": "left", "address": "localhost:1", "silos": ["a"]},
+    {"name": "right", "address": "localhost:2", "silos": ["b"]},
+]
+
+
+def recipe_of(**sections: Any) -> Recipe:
+    return make_recipe(Path("none"), silos=("a", "b"), **sections)
+
+
+def test_every_party_gets_one_of_the_same_authority(tmp_path: Path) -> None:
+    recipe = recipe_of(edge=EDGES)
+    make_certificates(recipe, tmp_path)
+    names = {"trunk", "root", "a", "b", "left", "right"}
+    assert {folder.name for folder in tmp_path.iterdir()} == names
+    assert len({Identity.load(tmp_path, name).authority for name in names}) == 1
+
+
+def test_it_is_complete_once_nobody_lacks_one(tmp_path: Path) -> None:
+    assert not complete(recipe_of(), tmp_path)
+    make_certificates(recipe_of(), tmp_path)
+    assert complete(recipe_of(), tmp_path)
+    assert not complete(recipe_of(edge=EDGES), tmp_path), "the edges have none"
+
+
+def test_a_party_that_the_recipe_lacks_has_none(tmp_path: Path) -> None:
+    make_certificates(recipe_of(), tmp_path)
+    with pytest.raises(IdentityError, match="c"):
+        Identity.load(tmp_path, "c")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(IsthmusError, match="cannot write"):
+        make_certificates(recipe_of(), tmp_path / "file" / "certificates")

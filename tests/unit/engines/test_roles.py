@@ -1,0 +1,105 @@
+"""One role in this process: who serves where, and what is refused before anything listens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from isthmus.engines import roles
+from isthmus.engines.certificates import make_certificates
+from isthmus.engines.lifetime import Stopped
+from isthmus.engines.roles import serve, serve_edge, start_server, work
+from isthmus.errors import IdentityError, RecipeError
+from isthmus.recipe import Recipe
+from isthmus.storage.record import RunDirectory
+from tests.conftest import make_recipe, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(folder: Path, tmp_path: Path) -> Recipe:
+    return recipe_of(folder, tmp_path)
+
+
+def recipe_of(folder: Path, place: Path, **sections: Any) -> Recipe:
+    here = {"address": "localhost:0"}
+    recipe = make_recipe(
+        folder, silos=("a", "b"), wire={"certificates": str(place / "c")}, **{"trunk": here, "root": here, **sections}
+    )
+    make_certificates(recipe, place / "c")
+    return recipe
+
+
+@pytest.mark.parametrize(("asked", "services"), [(("trunk",), {"Trunk"}), (("trunk", "root"), {"Trunk", "Root"})])
+def test_a_server_has_the_services_of_its_roles(
+    recipe: Recipe, tmp_path: Path, asked: tuple[str, ...], services: set[str]
+) -> None:
+    server, found = start_server(recipe, RunDirectory(tmp_path / "run"), asked)
+    server.stop()
+    assert set(found) == services
+    assert server.port > 0
+    found["Trunk"].stop()  # type: ignore[attr-defined]
+
+
+def test_what_is_served_is_announced_until_it_is_stopped(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended:
+        """In an event's place: the process is asked to stop as soon as it waits."""
+
+        def wait(self) -> None:
+            raise Stopped
+
+    monkeypatch.setattr(roles, "threading", SimpleNamespace(Event=Ended))
+    serve(recipe, RunDirectory(tmp_path / "run"), ("root",))
+    assert capsys.readouterr().out.startswith("listening at localhost:")
+
+
+def test_one_process_has_one_address(folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(folder, tmp_path, root={"address": "localhost:1"})
+    with pytest.raises(RecipeError, match="one process has one address"):
+        serve(recipe, RunDirectory(tmp_path / "run"), ("trunk", "root"))
+
+
+def test_nobody_serves_without_a_certificate(folder: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(folder, wire={"certificates": str(tmp_path / "none")})
+    with pytest.raises(IdentityError):
+        start_server(recipe, RunDirectory(tmp_path / "run"), ("trunk",))
+
+
+def test_an_edge_is_one_of_the_recipes(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no edge 'middle'"):
+        serve_edge(recipe, RunDirectory(tmp_path / "run"), "middle")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_worker_is_closed_however_it_ends(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    done: list[str] = []
+
+    class Worker:
+        def __init__(self, recipe: Recipe, name: str, directory: object) -> None:
+            done.append(name)
+
+        def run(self) -> None:
+            if fails:
+                raise RecipeError("no", remedy="none")
+
+        def close(self) -> None:
+            done.append("closed")
+
+    monkeypatch.setattr(roles, "Worker", Worker)
+    if fails:
+        with pytest.raises(RecipeError):
+            work(recipe, RunDirectory(tmp_path / "run"), "a")
+    else:
+        work(recipe, RunDirectory(tmp_path / "run"), "a")
+    assert done == ["a", "closed"]

@@ -1,0 +1,66 @@
+"""The live table: a row a silo, word of those that are lost, and at the end what it cost in privacy."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from isthmus.errors import RunError
+from isthmus.report import live
+from isthmus.report.live import run_with_progress
+from isthmus.storage.record import RunDirectory
+from tests.conftest import make_recipe
+
+STEP = {"event": "step", "step": 2, "loss": 1.5, "tokens": 8, "seconds": 0.5, "sent_bytes": 3_000_000}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    made = RunDirectory.create(
+        tmp_path, make_recipe(Path("none"), silos=("north", "south"), train={"rounds": 2, "steps": 4})
+    )
+    for name, gain in (("north", 0.5), ("south", 0.25)):
+        journal = made.role(name).journal("metrics")
+        for round, loss in ((0, 2.0), (1, 2.0 - gain)):
+            journal.append({"event": "evaluation", "round": round, "loss": loss})
+        journal.append({**STEP, "round": 2, "received_bytes": 1_000_000, "epsilon": 7.0, "skipped": 3})
+    return made
+
+
+def shown(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, federation: Any) -> str:
+    console = Console(file=io.StringIO(), width=180)
+    monkeypatch.setattr(live, "run_federation", federation)
+    try:
+        run_with_progress(run, console)
+    finally:
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_each_silo_has_a_row_and_the_worst_is_named(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.report.privacy_table.read_statements", lambda run: [])
+    monkeypatch.setattr("isthmus.report.privacy_table.show", lambda told, console: console.print("spent"))
+
+    def federation(run: RunDirectory, watch: Any, tell: Any) -> None:
+        watch()
+        tell("silo west fell [1 of 3]")
+
+    text = shown(run, monkeypatch, federation)
+    (north,) = (line for line in text.splitlines() if line.strip("│ ").startswith("north"))
+    for cell in ("6/8", "1.500", "16", "3.0 MB", "1.0 MB", "7 (3 rows spent)", "2.000  1.500", "+0.500"):
+        assert cell in north, cell
+    assert "after round 1: worst south with 1.750, mean 1.625" in text
+    assert "silo west fell [1 of 3]" in text.splitlines()
+    assert text.endswith("spent\n")
+
+
+def test_a_failure_is_passed_on_and_ends_the_line(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def federation(run: RunDirectory, watch: Any, tell: Any) -> None:
+        raise RunError("no", remedy="none")
+
+    with pytest.raises(RunError, match="no"):
+        shown(run, monkeypatch, federation)

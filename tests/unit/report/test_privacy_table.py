@@ -1,0 +1,60 @@
+"""What silos have spent, as a table and as JSON; a ledger that does not hold together shows no figure."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from isthmus.privacy.events import ALL, Charge, Release
+from isthmus.privacy.ledger import FileLedger
+from isthmus.report.privacy_table import as_json, read_statements, show
+from isthmus.storage.record import RunDirectory
+from tests.conftest import make_recipe
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    made = RunDirectory.create(tmp_path, make_recipe(Path("none"), silos=("north", "south")))
+    for name in ("north", "south"):
+        ledger = FileLedger(made.role(name).path / "ledger.jsonl", silo=name)
+        ledger.record(Release("forward", 1, 3, 8, 1.0, 1.0, 96, "gaussian", charges=(Charge("r", gaussian=0.5),)))
+        ledger.record(Release("update", 1, 1, 8, 1.0, 1.0, 32, "gaussian", charges=(Charge(ALL, gaussian=0.5),)))
+        ledger.close()
+    return made
+
+
+def table(run: RunDirectory) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    show(read_statements(run), console)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_each_silo_has_a_row_a_path_and_its_sums(run: RunDirectory) -> None:
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in table(run).splitlines() if "│" in line]
+    paths = ["forward", "update", "record", "with updates", "silo"]
+    assert rows == [[name, path] for name in ("north", "south") for path in paths]
+
+
+def test_json_has_the_same_figures(run: RunDirectory) -> None:
+    north, _ = json.loads(as_json(read_statements(run)))
+    assert north["paths"]["forward"]["bytes"] == 96
+    assert north["worst"]["value"] < north["with_updates"]["value"] == north["whole"]["value"]
+
+
+def test_a_ledger_that_was_edited_shows_no_figure(run: RunDirectory) -> None:
+    path = run.role("south").path / "ledger.jsonl"
+    path.write_text(path.read_text().replace("96", "97", 1))
+    assert [told.verified for told in read_statements(run)] == [True, False]
+    (south,) = (line for line in table(run).splitlines() if line.strip("│ ").startswith("south"))
+    assert "no: " in south
+
+
+def test_the_root_is_among_them_where_it_noises(tmp_path: Path) -> None:
+    noise = {"secure": True, "weights": "equal", "noise": {"epsilon": 8.0, "where": "root"}, "clip": {"norm": 1.0}}
+    made = RunDirectory.create(tmp_path, make_recipe(Path("none"), silos=("a", "b", "c"), federation=noise))
+    assert [told.silo for told in read_statements(made)] == ["a", "b", "c", "root"]

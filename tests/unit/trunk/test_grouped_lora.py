@@ -1,0 +1,86 @@
+"""Grouped LoRA: each segment of a pass goes through its own adapter, one by one or all at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from isthmus.model import adapters
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.cut import Cut, Part, load_part
+from isthmus.recipe import LoraSection
+from isthmus.trunk.grouped_lora import AdapterGroups, group_adapters
+from tests.conftest import save_tiny_model
+
+CPU = torch.device("cpu")
+SIZES = [3, 1, 4]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("model"))
+
+
+def part_of(folder: Path) -> Part:
+    part = load_part(Checkpoint(str(folder)), Cut(1, 1), "trunk")
+    adapters.add_adapter(part, LoraSection(rank=2), 0, freeze_a=False)
+    return part
+
+
+def adapter(part: Part, seed: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(one.shape, generator=draw) for name, one in adapters.adapter_of(part).items()}
+
+
+def layer_of(part: Part) -> torch.nn.Module:
+    return next(one for name, one in part.model.named_modules() if name.endswith("q_proj"))
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@torch.no_grad()
+def test_each_segment_goes_through_its_adapter(folder: Path, at_once: bool) -> None:
+    grouped, plain = part_of(folder), part_of(folder)
+    groups = group_adapters(grouped, at_once=at_once)
+    x_1TD = torch.randn(1, sum(SIZES), 32, generator=torch.Generator().manual_seed(1))
+    own = [adapter(grouped, seed) for seed in range(len(SIZES))]
+    with groups.through(list(zip(SIZES, own, strict=True)), CPU):
+        got = layer_of(grouped)(x_1TD)
+    expected = []
+    for piece, one in zip(torch.split(x_1TD, SIZES, dim=1), own, strict=True):
+        adapters.load_adapter(plain, one)
+        expected.append(layer_of(plain)(piece))
+    torch.testing.assert_close(got, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_without_segments_and_afterwards_the_parts_own_is_used(folder: Path) -> None:
+    part, plain = part_of(folder), part_of(folder)
+    groups = group_adapters(part)
+    x_1TD = torch.ones(1, 2, 32)
+    with groups.through([(2, adapter(part, 5))], CPU):
+        assert not torch.allclose(layer_of(part)(x_1TD), layer_of(plain)(x_1TD))
+    assert groups.segments is None
+    torch.testing.assert_close(layer_of(part)(x_1TD), layer_of(plain)(x_1TD))
+
+
+def test_segments_are_forgotten_even_if_the_pass_fails() -> None:
+    groups = AdapterGroups(at_once=True)
+
+    def failing() -> None:
+        with groups.through([(1, {}), (2, {})], CPU):
+            assert groups.padding is not None
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    assert groups.segments is None
+    assert groups.padding is None
+
+
+def test_segments_that_are_not_all_tokens_are_refused(folder: Path) -> None:
+    part = part_of(folder)
+    groups = group_adapters(part)
+    with groups.through([(1, adapter(part, 0))], CPU), pytest.raises(RuntimeError):
+        layer_of(part)(torch.ones(1, 2, 32))
