@@ -26,10 +26,10 @@ import tomli_w
 import torch
 
 from isthmus.cli.main import main
-from isthmus.engines.certificates import complete, make_certificates
+from isthmus.engines.certificates import has_certificates, make_certificates
 from isthmus.engines.local import at_address, create_run
 from isthmus.engines.process import LISTENING
-from isthmus.engines.roles import start_server, work
+from isthmus.engines.roles import run_silo, start_server
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory, read_journal
 from tests.conftest import VOCABULARY, save_tiny_model, write_rows
@@ -228,7 +228,7 @@ def served_here(run: RunDirectory) -> Iterator[Recipe]:
     """Trunk and root of the run in this process while the block runs; gives the recipe with their address."""
     recipe = run.recipe()
     certificates = Path(recipe.wire.certificates)
-    if not complete(recipe, certificates):
+    if not has_certificates(recipe, certificates):
         make_certificates(recipe, certificates)
     server, services = start_server(at_address(recipe, "localhost:0"), run, ("trunk", "root"))
     try:
@@ -243,7 +243,7 @@ def silos_here(recipe: Recipe, run: RunDirectory, *names: str) -> Iterator[None]
     """These silos (all by default), a thread each, from the block's start; once it is over they are waited for."""
     names = names or tuple(silo.name for silo in recipe.silo)
     with ThreadPoolExecutor(len(names)) as threads:
-        working = [threads.submit(work, recipe, run, name) for name in names]
+        working = [threads.submit(run_silo, recipe, run, name) for name in names]
         yield
         for done in working:
             done.result(PATIENCE)

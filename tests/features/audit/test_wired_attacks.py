@@ -246,7 +246,7 @@ def test_membership_of_an_overfit_run(attacked_model: Path, tmp_path: Path) -> N
         ("identify", "trunk", {}, "'trunk' sees no candidates"),
         ("identify", "trunk+silo", {"inference": True}, "chooses among training rows"),
         ("membership", "outsider", {}, "nothing was trained"),
-        ("membership", "outsider", {"references": -1}, "-1 references"),
+        ("membership", "outsider", {"references": -1}, "-1 reference models"),
     ],
 )
 def test_impossible_attacks_are_named(
@@ -261,7 +261,7 @@ def test_free_text_has_no_labels_and_a_run_without_held_out_rows_no_others(
     attacked_model: Path, tmp_path: Path
 ) -> None:
     source = federation(attacked_model, tmp_path, told)
-    with pytest.raises(AttackError, match="answers are no choices"):
+    with pytest.raises(AttackError, match="answers are free text"):
         found(source, "labels", "trunk")
     with pytest.raises(AttackError, match="a has no held-out rows"):
         found(open_target(ran(source, tmp_path)), "membership", "outsider")

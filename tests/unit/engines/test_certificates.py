@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.engines.certificates import complete, make_certificates
+from isthmus.engines.certificates import has_certificates, make_certificates
 from isthmus.errors import IdentityError, IsthmusError
 from isthmus.recipe import Recipe
 from isthmus.wire.identity import Identity
@@ -33,10 +33,10 @@ def test_every_party_gets_one_of_the_same_authority(tmp_path: Path) -> None:
 
 
 def test_it_is_complete_once_nobody_lacks_one(tmp_path: Path) -> None:
-    assert not complete(recipe_of(), tmp_path)
+    assert not has_certificates(recipe_of(), tmp_path)
     make_certificates(recipe_of(), tmp_path)
-    assert complete(recipe_of(), tmp_path)
-    assert not complete(recipe_of(edge=EDGES), tmp_path), "the edges have none"
+    assert has_certificates(recipe_of(), tmp_path)
+    assert not has_certificates(recipe_of(edge=EDGES), tmp_path), "the edges have none"
 
 
 def test_a_party_that_the_recipe_lacks_has_none(tmp_path: Path) -> None:

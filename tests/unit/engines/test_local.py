@@ -91,7 +91,7 @@ def test_every_role_is_started_and_told_where_the_others_are(run: RunDirectory, 
 def test_lost_silos_and_edges_are_told_while_the_others_go_on(run: RunDirectory, engine: Engine) -> None:
     told: list[str] = []
     engine(silo_a={"code": 1, "looks": 0}, edge_left={"code": 1, "looks": 0}, silo_b={"looks": 9}, silo_c={"looks": 9})
-    run_federation(run, tell=told.append)
+    run_federation(run, notify=told.append)
     assert sorted(told) == ["edge left fell", "silo a fell; going on with 2 of 3 silos"]
 
 

@@ -11,7 +11,7 @@ import pytest
 from isthmus.engines import roles
 from isthmus.engines.certificates import make_certificates
 from isthmus.engines.lifetime import Stopped
-from isthmus.engines.roles import serve, serve_edge, start_server, work
+from isthmus.engines.roles import run_silo, serve_edge, serve_roles, start_server
 from isthmus.errors import IdentityError, RecipeError
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
@@ -58,14 +58,14 @@ def test_what_is_served_is_announced_until_it_is_stopped(
             raise Stopped
 
     monkeypatch.setattr(roles, "threading", SimpleNamespace(Event=Ended))
-    serve(recipe, RunDirectory(tmp_path / "run"), ("root",))
+    serve_roles(recipe, RunDirectory(tmp_path / "run"), ("root",))
     assert capsys.readouterr().out.startswith("listening at localhost:")
 
 
 def test_one_process_has_one_address(folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of(folder, tmp_path, root={"address": "localhost:1"})
     with pytest.raises(RecipeError, match="one process has one address"):
-        serve(recipe, RunDirectory(tmp_path / "run"), ("trunk", "root"))
+        serve_roles(recipe, RunDirectory(tmp_path / "run"), ("trunk", "root"))
 
 
 def test_nobody_serves_without_a_certificate(folder: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_worker_is_closed_however_it_ends(
     monkeypatch.setattr(roles, "Worker", Worker)
     if fails:
         with pytest.raises(RecipeError):
-            work(recipe, RunDirectory(tmp_path / "run"), "a")
+            run_silo(recipe, RunDirectory(tmp_path / "run"), "a")
     else:
-        work(recipe, RunDirectory(tmp_path / "run"), "a")
+        run_silo(recipe, RunDirectory(tmp_path / "run"), "a")
     assert done == ["a", "closed"]

@@ -82,7 +82,13 @@ class GeometricMedian(Rule):
             if least == finest and (point_P - before_P).norm() < finest:
                 break
             least = max(least / 2, finest)
-        return point_P
+        return self._settled(changes_NP, weights_N, point_P)
+
+    def _settled(self, changes_NP: torch.Tensor, weights_N: torch.Tensor, point_P: torch.Tensor) -> torch.Tensor:
+        """The point, or the contribution nearest to it if that has the smaller sum: steps only creep up to one."""
+        away_N = distances(changes_NP, point_P)
+        nearest_P = changes_NP[away_N.argmin()].double()
+        return nearest_P if weights_N @ distances(changes_NP, nearest_P) <= weights_N @ away_N else point_P
 
 
 class NormBound(Rule):
