@@ -34,10 +34,10 @@ from isthmus.updates.masking import Advert
 from isthmus.updates.quantize import Ring
 from isthmus.updates.sums import SumFormat
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire import offer
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer, LoopbackChannel
 from isthmus.wire.identity import Authority, Identity
+from isthmus.wire.sum_keys import verify_keys
 
 PARAMETERS = 460_800
 """Of a rank-8 adapter on all projections of SmolLM2-135M's two ends, about."""
@@ -128,7 +128,7 @@ class Root:
             with self._lock:
                 return self.collection.handle(peer, request)
         assert isinstance(request, pb.Ready)
-        offer.verify(self._identity, peer, request.keys)
+        verify_keys(self._identity, peer, request.keys)
         self.keys[peer] = request.keys
         answer: Answer = Answer()
         answer.set_result(pb.Plan())
@@ -136,7 +136,7 @@ class Root:
 
     def begin(self, done: Done) -> bytes:
         """The plan as it crosses the wire, but for the adapters."""
-        adverts = {name: Advert(one.sealing, one.masking, one.promise) for name, one in self.keys.items()}
+        adverts = {name: Advert(one.sealing, one.masking, one.commitment) for name, one in self.keys.items()}
         layout, ring = Layout({"x": (PARAMETERS,)}), Ring(len(adverts), RANGE)
         sums = SumFormat(layout, ring)
         self.collection = Masked(adverts, sums, lambda fire: Barrier(600.0, fire), done, fewest=3)

@@ -16,7 +16,7 @@ from isthmus import recipe
 from isthmus.errors import FrameError
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.blockwise import BLOCK
+from isthmus.wire.blockwise import BLOCK_WIDTH
 
 ERRORS = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11, "int8": 0.55 / 127, "int4": 0.55 / 7}
 """Largest error of a value, relative to the largest of its block; scales come in steps."""
@@ -35,7 +35,7 @@ def back(h_TD: torch.Tensor, name: str, generator: torch.Generator | None = None
 
 def largest_of_block(h_TD: torch.Tensor) -> torch.Tensor:
     """For each value, the largest of its block."""
-    padded = torch.nn.functional.pad(h_TD.abs(), (0, -h_TD.shape[1] % BLOCK)).view(h_TD.shape[0], -1, BLOCK)
+    padded = torch.nn.functional.pad(h_TD.abs(), (0, -h_TD.shape[1] % BLOCK_WIDTH)).view(h_TD.shape[0], -1, BLOCK_WIDTH)
     return padded.amax(dim=2, keepdim=True).expand_as(padded).flatten(1)[:, : h_TD.shape[1]]
 
 
@@ -49,10 +49,10 @@ def residual_stream(rows: int = 64, width: int = 576) -> torch.Tensor:
 
 
 def test_the_recipe_names_every_codec() -> None:
-    assert set(get_args(recipe.Codec)) == set(codec.NAMES)
+    assert set(get_args(recipe.Codec)) == set(codec.CODEC_NAMES)
 
 
-@pytest.mark.parametrize("name", codec.NAMES)
+@pytest.mark.parametrize("name", codec.CODEC_NAMES)
 @settings(max_examples=60, deadline=None)
 @given(shape=SHAPES, seed=st.integers(0, 2**31), scale=st.sampled_from([1e-8, 1e-3, 1.0, 3e3]))
 def test_a_matrix_comes_back_as_near_as_the_codec_says(
@@ -65,7 +65,7 @@ def test_a_matrix_comes_back_as_near_as_the_codec_says(
     assert (error <= ERRORS[plain] * largest_of_block(h_TD) + smallest).all()
 
 
-@pytest.mark.parametrize("name", codec.NAMES)
+@pytest.mark.parametrize("name", codec.CODEC_NAMES)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_zeros_and_strided_matrices(name: str, rows: int) -> None:
     assert torch.equal(back(torch.zeros(rows, 70), name), torch.zeros(rows, 70))
@@ -73,7 +73,7 @@ def test_zeros_and_strided_matrices(name: str, rows: int) -> None:
     assert torch.equal(back(wide[:, ::2], name), back(wide[:, ::2].contiguous(), name))
 
 
-@pytest.mark.parametrize("name", codec.NAMES)
+@pytest.mark.parametrize("name", codec.CODEC_NAMES)
 @settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=300), keep=st.integers(0, 400))
 def test_other_bytes_are_refused_or_read_as_a_matrix(name: str, data: bytes, keep: int) -> None:
@@ -85,7 +85,7 @@ def test_other_bytes_are_refused_or_read_as_a_matrix(name: str, data: bytes, kee
             assert torch.isfinite(h_TD).all()
 
 
-@pytest.mark.parametrize("name", codec.NAMES)
+@pytest.mark.parametrize("name", codec.CODEC_NAMES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_infinity_are_refused(name: str, value: float) -> None:
     h_TD = drawn(3, 130)
@@ -94,9 +94,9 @@ def test_nan_and_infinity_are_refused(name: str, value: float) -> None:
         back(h_TD, name)
 
 
-@pytest.mark.parametrize("name", codec.NAMES)
+@pytest.mark.parametrize("name", codec.CODEC_NAMES)
 def test_no_encoding_is_larger_than_announced(name: str) -> None:
-    plain = codec.CODECS[name.removesuffix("+zstd")]
+    plain = codec.MATRIX_CODECS[name.removesuffix("+zstd")]
     for h_TD in (drawn(7, 200), residual_stream(), torch.zeros(3, 64), torch.randn(9, 640).pow(9)):
         assert len(plain.encode(h_TD)) <= plain.most_bytes(*h_TD.shape)
 
@@ -137,5 +137,5 @@ def test_an_outlier_outside_the_matrix_is_refused(name: str) -> None:
 def test_a_compressed_bomb_is_refused_before_it_is_unpacked() -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(2**28))
     assert len(bomb) < 10_000
-    with pytest.raises(FrameError, match="compressed bytes of 268435456"):
+    with pytest.raises(FrameError, match="compressed data of 268435456"):
         codec.decode(pb.Matrix(codec="int8+zstd", rows=2, width=64, data=bomb), rows=2, width=64, codec="int8+zstd")

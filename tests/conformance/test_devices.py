@@ -14,11 +14,11 @@ from isthmus.privacy.mechanisms import Gaussian
 from isthmus.privacy.noise import SecretNoise
 from isthmus.privacy.subjects import Subjects
 from isthmus.wire import blockwise, codec
-from isthmus.wire.blockwise import BLOCK, Blockwise, Outliers
+from isthmus.wire.blockwise import BLOCK_WIDTH, Blockwise, Outliers
 
 ELSEWHERE, CUDA = torch.device("meta"), torch.device("cuda")
 ROWS, WIDTH = 80, 96
-MANY = 1 + codec.FEW // WIDTH
+MANY = 1 + codec.SMALL_MATRIX // WIDTH
 """Rows enough to be coded on the device."""
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -40,7 +40,7 @@ def test_quantizing_stays_on_the_device(rows: int, bits: int, at_random: bool) -
     outliers = Outliers(places, values, torch.empty(rows, device=ELSEWHERE))
     channels = blockwise._channels(sums_2C, rows, outliers)
     base = Blockwise(bits)._base(largest_TN, outliers, channels).to(ELSEWHERE)
-    even_TNB = blockwise._even(h_TNB, channels)
+    even_TNB = blockwise._normalized(h_TNB, channels)
     generator = torch.Generator() if at_random else None
     power_TN, levels = Blockwise(bits)._quantized(even_TNB, base, generator)
     assert {tensor.device.type for tensor in (even_TNB, power_TN, levels)} == {"meta"}
@@ -59,11 +59,11 @@ def test_dequantizing_stays_on_the_device(rows: int, bits: int) -> None:
     data = Blockwise(bits).encode(matrix(rows))
     count = int.from_bytes(data[:4], "little")
     whole = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(ELSEWHERE)
-    assert Blockwise(bits)._dequantized(whole, rows, WIDTH // BLOCK, count).device.type == "meta"
+    assert Blockwise(bits)._dequantized(whole, rows, WIDTH // BLOCK_WIDTH, count).device.type == "meta"
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", codec.NAMES)
+@pytest.mark.parametrize("name", codec.CODEC_NAMES)
 @pytest.mark.parametrize("rows", [MANY, 3])
 def test_what_is_decoded_on_the_device_is_what_the_processor_decodes(name: str, rows: int) -> None:
     sent = codec.encode(matrix(rows), name)
@@ -85,7 +85,7 @@ def test_the_device_refuses_what_is_not_finite(name: str) -> None:
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", codec.NAMES)
+@pytest.mark.parametrize("name", codec.CODEC_NAMES)
 @pytest.mark.parametrize("rows", [MANY, ROWS, 3])
 @pytest.mark.parametrize("generator", [None, "cpu", "cuda"])
 def test_a_matrix_on_the_device_comes_back(name: str, rows: int, generator: str | None) -> None:

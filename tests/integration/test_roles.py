@@ -13,7 +13,7 @@ from isthmus.engines.local import at_address
 from isthmus.engines.roles import start_server
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
-from isthmus.wire.identity import Authority, save
+from isthmus.wire.identity import Authority, save_identity
 from tests.conftest import save_tiny_model
 from tests.integration.processes import (
     Commands,
@@ -53,7 +53,7 @@ def test_parties_on_machines_of_their_own(commands: Commands, isthmus: Call, tmp
     machines = {name: _machine(recipe, name, tmp_path) for name in ("trunk", "root", "north", "south")}
 
     early = commands.start("silo", machines["north"], "north", "--run-dir", _run_of(machines["north"]))
-    until(lambda: "no trunk at" in early.stderr, "the silo to miss the trunk", command=early)
+    until(lambda: "no connection to trunk at" in early.stderr, "the silo to miss the trunk", command=early)
     trunk = commands.start("trunk", machines["trunk"], "--run-dir", _run_of(machines["trunk"]))
     root = commands.start("root", machines["root"], "--run-dir", _run_of(machines["root"]))
     late = commands.start("silo", machines["south"], "south", "--run-dir", _run_of(machines["south"]))
@@ -103,7 +103,9 @@ def test_a_silo_whose_trunk_never_comes_says_so(isthmus: Call, tmp_path: Path) -
     recipe = write_federation(tmp_path, wire={"deadline": 1.0}, trunk={"address": f"localhost:{free_port()}"})
     isthmus("certificates", recipe).succeeded()
     ended = isthmus("silo", recipe, "north", "--run-dir", tmp_path / "run")
-    ended.failed(f"error: no trunk at {Recipe.read(recipe).trunk.address} for", "check its address in the recipe")
+    ended.failed(
+        f"error: no connection to trunk at {Recipe.read(recipe).trunk.address} for", "check its address in the recipe"
+    )
 
 
 class Federation:
@@ -116,7 +118,7 @@ class Federation:
         self.authority = Authority()
         for name in ("trunk", "north", "south", "west"):
             also = ("root",) if name == "trunk" else ()
-            save(self.authority.issue(name, also=also), folder / "certificates")
+            save_identity(self.authority.issue(name, also=also), folder / "certificates")
         serving = at_address(Recipe.read(self.recipe), "localhost:0")
         self.server, _ = start_server(serving, RunDirectory(folder / "server"), ("trunk", "root"))
         self._address = f"localhost:{self.server.port}"
@@ -160,7 +162,7 @@ def test_another_cut_is_refused(federation: Federation, isthmus: Call, tmp_path:
 
 def test_a_certificate_of_another_authority_is_refused(federation: Federation, isthmus: Call, tmp_path: Path) -> None:
     recipe = federation.variant(tmp_path / "north")
-    save(Authority().issue("north"), tmp_path / "north" / "certificates")
+    save_identity(Authority().issue("north"), tmp_path / "north" / "certificates")
     isthmus(*federation.silo(recipe, "north", tmp_path / "run")).failed(
         "no trusted connection to trunk", "remedy: both sides need certificates of the same authority"
     )
@@ -182,7 +184,7 @@ def test_a_foreign_certificate_with_the_right_authority_beside_it_is_refused(
 
 def test_an_expired_certificate_is_refused(federation: Federation, isthmus: Call, tmp_path: Path) -> None:
     recipe = federation.variant(tmp_path / "north")
-    save(federation.authority.issue("north", days=-1), tmp_path / "north" / "certificates")
+    save_identity(federation.authority.issue("north", days=-1), tmp_path / "north" / "certificates")
     isthmus(*federation.silo(recipe, "north", tmp_path / "run")).failed(
         "the certificate of north is not valid now", "remedy: make certificates"
     )
@@ -200,7 +202,9 @@ def test_a_silo_that_the_trunk_does_not_know_is_refused(federation: Federation, 
     """West holds a certificate of the federation's authority, but the trunk's recipe does not list it."""
     rows = str(federation.recipe.parent / "north.jsonl")
     recipe = federation.variant(tmp_path / "west", silo=[{"name": "west", "train": rows, "held_out": rows}])
-    isthmus(*federation.silo(recipe, "west", tmp_path / "run")).failed("'west' has no place at this trunk", "remedy: ")
+    isthmus(*federation.silo(recipe, "west", tmp_path / "run")).failed(
+        "'west' may not connect to this trunk", "remedy: "
+    )
 
 
 def test_a_taken_port_is_named(federation: Federation, isthmus: Call, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from isthmus.recipe import Recipe
 from isthmus.storage.record import disk_errors
-from isthmus.wire.identity import Authority, save
+from isthmus.wire.identity import Authority, save_identity
 
 
 def make_certificates(recipe: Recipe, folder: Path) -> None:
@@ -20,10 +20,10 @@ def make_certificates(recipe: Recipe, folder: Path) -> None:
     authority = Authority()
     shared = recipe.trunk.address == recipe.root.address
     with disk_errors(folder):
-        save(authority.issue("trunk", also=("root",) if shared else ()), folder)
-        save(authority.issue("root"), folder)
+        save_identity(authority.issue("trunk", also=("root",) if shared else ()), folder)
+        save_identity(authority.issue("root"), folder)
         for name in recipe.tree.parties:
-            save(authority.issue(name), folder)
+            save_identity(authority.issue(name), folder)
 
 
 def has_certificates(recipe: Recipe, folder: Path) -> bool:

@@ -14,9 +14,9 @@ from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.storage.record import RoleDirectory
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire import offer
 from isthmus.wire.channel import Answer, Channel, answered
 from isthmus.wire.identity import Identity
+from isthmus.wire.sum_keys import verify_keys
 
 
 class Aggregator:
@@ -54,7 +54,7 @@ class Aggregator:
             IdentityError: it has not.
         """
         if self._identity is not None and request.HasField("keys"):
-            offer.verify(self._identity, peer, request.keys)
+            verify_keys(self._identity, peer, request.keys)
 
 
 class RootService(Aggregator):

@@ -116,7 +116,7 @@ class Masked:
         if len(learned) < self._fewest:  # of so few no sum may be known
             self._end(Collected(learned or dict.fromkeys(sorted(alive), 0.0), ()))
             return
-        living = pb.Living(alive=sorted(alive), dead=sorted(self._unmasking.dead))
+        living = pb.Survivors(alive=sorted(alive), dropped=sorted(self._unmasking.dead))
         for answer in self._next(pb.Reveal, alive - self._lost, self._finish).values():
             answer.set_result(living)
 

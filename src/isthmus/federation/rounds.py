@@ -156,7 +156,7 @@ class Rounds:
             self._waiting.pop(peer).set_result(self._planner.own(plan, peer))
 
     def _masked(self, keys: Mapping[str, pb.SumKeys], plan: pb.Plan) -> Masked:
-        adverts = {peer: Advert(one.sealing, one.masking, one.promise) for peer, one in keys.items()}
+        adverts = {peer: Advert(one.sealing, one.masking, one.commitment) for peer, one in keys.items()}
         sums = self._format(next(iter(keys)), plan.round, len(keys), plan.clip)
         return Masked(adverts, sums, self._barrier, self._end, fewest=self._node.minimum)
 

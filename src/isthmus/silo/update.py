@@ -31,10 +31,11 @@ from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Advert, Member, Terms
 from isthmus.updates.quantize import Whole, shortened
 from isthmus.updates.sums import SumFormat
-from isthmus.wire import codec, offer
+from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
 from isthmus.wire.identity import Identity
+from isthmus.wire.sum_keys import sign_keys, verify_keys
 
 Tensors = Mapping[str, torch.Tensor]
 log = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ class MaskedUpdates:
     def offer(self) -> pb.SumKeys:
         self._member = Member(self._identity.name)
         advert = self._member.advert
-        return offer.signed(self._identity, sealing=advert.sealing, masking=advert.masking, promise=advert.promise)
+        return sign_keys(self._identity, sealing=advert.sealing, masking=advert.masking, commitment=advert.promise)
 
     def affordable(self) -> bool:
         return self._boundary.update_affordable()
@@ -174,8 +175,8 @@ class MaskedUpdates:
             raise ProtocolError("a plan with keys of silos that do not take part", remedy="give all parties one recipe")
         for name, keys in plan.keys.items():
             if name != self._identity.name:  # ``deal`` compares its own with what it offered
-                offer.verify(self._identity, name, keys)
-        adverts = {name: Advert(keys.sealing, keys.masking, keys.promise) for name, keys in plan.keys.items()}
+                verify_keys(self._identity, name, keys)
+        adverts = {name: Advert(keys.sealing, keys.masking, keys.commitment) for name, keys in plan.keys.items()}
         sealed = self._member.deal(Terms(plan.sum, adverts))
         self._format = self._compression.sum_format(layout, plan.round, len(plan.keys), plan.clip)
         self._dealt = self._channel.submit(pb.Deal(round=plan.round, sealed=sealed))
@@ -194,7 +195,7 @@ class MaskedUpdates:
 
     def send(self, update: pb.Update) -> None:
         living = self._channel.call(update)
-        if isinstance(living, pb.Living):
+        if isinstance(living, pb.Survivors):
             self._reveal(update, living)
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,8 +205,8 @@ class MaskedUpdates:
         if self._feedback is not None:
             self._feedback.load_state_dict(state)
 
-    def _reveal(self, update: pb.Update, living: pb.Living) -> None:
-        shares = self._member.reveal(living.alive, living.dead)
+    def _reveal(self, update: pb.Update, living: pb.Survivors) -> None:
+        shares = self._member.reveal(living.alive, living.dropped)
         self._channel.call(pb.Reveal(round=update.round, shares=shares))
 
     def _released(self, round: int, sums: SumFormat, row_P: torch.Tensor, share: float) -> pb.Update:
@@ -268,7 +269,7 @@ class NoisedUpdates(MaskedUpdates):
 
     def send(self, update: pb.Update) -> None:
         living = self._channel.call(update)
-        if isinstance(living, pb.Living):
+        if isinstance(living, pb.Survivors):
             if (count := self._member.summed(living.alive)) < self._fewest:
                 raise ProtocolError(
                     f"a sum of {count} silos has less noise than that of the {self._fewest} that it needs",

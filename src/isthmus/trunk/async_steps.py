@@ -10,13 +10,13 @@ from isthmus.recipe import Recipe
 from isthmus.storage.record import Journal, RoleDirectory
 from isthmus.trunk.scheduler import Scheduler
 from isthmus.trunk.sync_steps import check_next, round_lost
-from isthmus.trunk.training import Training
+from isthmus.trunk.training import TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
 
 
 @dataclass
-class SiloProgress:
+class CommitProgress:
     """The round that one silo is in, and its last committed step there."""
 
     round: int
@@ -36,12 +36,12 @@ class AsyncSteps:
     """
 
     def __init__(
-        self, training: Training, scheduler: Scheduler, recipe: Recipe, store: RoleDirectory, journal: Journal
+        self, training: TrunkTraining, scheduler: Scheduler, recipe: Recipe, store: RoleDirectory, journal: Journal
     ) -> None:
         self._training, self._scheduler, self._recipe = training, scheduler, recipe
         self._store, self._journal = store, journal
         self._lock = threading.Lock()
-        self._progress: dict[str, SiloProgress] = {}
+        self._progress: dict[str, CommitProgress] = {}
         self._over = False
 
     def begin(self, peer: str, request: pb.Begin) -> Answer:
@@ -66,7 +66,7 @@ class AsyncSteps:
 
         with self._lock:
             self._over = self._over or version >= self._recipe.train.rounds
-            self._progress[peer] = SiloProgress(request.round)
+            self._progress[peer] = CommitProgress(request.round)
             return self._scheduler.submit(begin)
 
     def commit(self, peer: str, request: pb.Commit) -> Answer:

@@ -15,7 +15,7 @@ from isthmus.recipe import TrunkSection
 from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import Job
-from isthmus.trunk.training import BackwardStep, ForwardStep, Training
+from isthmus.trunk.training import BackwardStep, ForwardStep, TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class Forwards:
     """Forward passes of training steps. A frame waits up to ``trunk.gather`` seconds for those of the round's other
     silos."""
 
-    def __init__(self, training: Training, codecs: Codecs, section: TrunkSection) -> None:
+    def __init__(self, training: TrunkTraining, codecs: Codecs, section: TrunkSection) -> None:
         self._training = training
         self._codecs = codecs
         self._section = section
@@ -50,7 +50,7 @@ class Backwards:
     """Backward passes of training steps. Those whose forwards were computed together wait for one another, up to
     ``trunk.gather`` seconds."""
 
-    def __init__(self, training: Training, codecs: Codecs, section: TrunkSection) -> None:
+    def __init__(self, training: TrunkTraining, codecs: Codecs, section: TrunkSection) -> None:
         self._training = training
         self._codecs = codecs
         self._section = section

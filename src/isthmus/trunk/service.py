@@ -25,7 +25,7 @@ from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import SINGLE, Scheduler
 from isthmus.trunk.sessions import Sessions
 from isthmus.trunk.sync_steps import SyncSteps
-from isthmus.trunk.training import Training
+from isthmus.trunk.training import TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
 
@@ -53,7 +53,7 @@ class TrunkService:
         self._sessions = Sessions(self._runner, recipe.trunk)
         self._decoding = Decoding(self._runner, self._sessions, self._codecs, recipe.trunk.chunk)
         adapter = _trunk_adapter(self._runner.part, recipe)
-        self._training = self._scheduler.submit(lambda: Training(self._runner, adapter, directory)).result()
+        self._training = self._scheduler.submit(lambda: TrunkTraining(self._runner, adapter, directory)).result()
         self._forwards = Forwards(self._training, self._codecs, recipe.trunk)
         self._backwards = Backwards(self._training, self._codecs, recipe.trunk)
         self._evaluations = Evaluations(self._runner, self._codecs, recipe.trunk)

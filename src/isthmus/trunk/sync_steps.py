@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from isthmus.errors import OutOfOrderError, ProtocolError, RoundLostError
 from isthmus.storage.record import Journal
 from isthmus.trunk.scheduler import Scheduler
-from isthmus.trunk.training import Training
+from isthmus.trunk.training import TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer
@@ -38,7 +38,12 @@ class SyncSteps:
     """
 
     def __init__(
-        self, training: Training, scheduler: Scheduler, steps: Callable[[str], int], patience: float, journal: Journal
+        self,
+        training: TrunkTraining,
+        scheduler: Scheduler,
+        steps: Callable[[str], int],
+        patience: float,
+        journal: Journal,
     ) -> None:
         self._training = training
         self._scheduler = scheduler

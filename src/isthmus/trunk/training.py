@@ -83,7 +83,7 @@ class SiloState:
     """Sum of the gradients since the last optimizer step, one tensor for each parameter; None: no backward yet."""
 
 
-class Training:
+class TrunkTraining:
     """Forward and backward passes over many silos' steps, and the optimizer step.
 
     Args:

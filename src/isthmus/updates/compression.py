@@ -72,13 +72,13 @@ class Numbers:
 
     @property
     def most_bytes(self) -> int:
-        return codec.CODECS[self.codec].most_bytes(1, self.size)
+        return codec.MATRIX_CODECS[self.codec].most_bytes(1, self.size)
 
     def encode(self, values_K: torch.Tensor) -> bytes:
-        return codec.CODECS[self.codec].encode(values_K.unsqueeze(0), secret_generator())
+        return codec.MATRIX_CODECS[self.codec].encode(values_K.unsqueeze(0), secret_generator())
 
     def decode(self, data: bytes) -> torch.Tensor:
-        return codec.CODECS[self.codec].decode(data, 1, self.size, codec.CPU)[0].float()
+        return codec.MATRIX_CODECS[self.codec].decode(data, 1, self.size)[0].float()
 
 
 class Linear:

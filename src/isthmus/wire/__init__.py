@@ -1,1 +1,1 @@
-"""The wire: frames, their bytes, and the channels they travel."""
+"""The wire: frames, codecs, and the channels and servers that carry them over gRPC with mTLS."""

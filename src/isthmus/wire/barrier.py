@@ -1,4 +1,4 @@
-"""A barrier over peers: held until every expected one has come, or until patience with the missing ends."""
+"""A barrier over peers: it fires once all expected peers have arrived, or after a timeout."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ T = TypeVar("T")
 
 
 class Barrier(Generic[T]):
-    """Collects one item a peer and hands all to ``fire``, again and again.
+    """Collects one item from each expected peer, passes them to ``fire``, and starts again.
 
-    The clock starts with a group's first arrival. Whoever is missing when ``patience`` ends is no longer
-    expected, until it arrives again.
+    The timeout starts with the first arrival of a group. A peer that is missing when it ends is no longer expected,
+    until it arrives again.
 
     Args:
-        patience: seconds.
-        fire: gets the arrived items by peer; called without the barrier's lock held, from any thread.
+        patience: timeout in seconds.
+        fire: called with the arrived items by peer, without the barrier's lock, from any thread.
     """
 
     def __init__(self, patience: float, fire: Callable[[dict[str, T]], None]) -> None:
@@ -30,24 +30,25 @@ class Barrier(Generic[T]):
         self._clock: threading.Timer | None = None
 
     def expect(self, peers: Iterable[str]) -> None:
-        """From now on exactly these are waited for."""
+        """Replace the set of expected peers."""
         with self._lock:
             self._expected = set(peers)
         self._fire_if(lambda: self._complete())
 
     def dismiss(self, peer: str) -> None:
-        """No longer wait for this one."""
+        """Remove a peer from the expected ones."""
         with self._lock:
             self._expected.discard(peer)
         self._fire_if(lambda: self._complete())
 
     @property
     def expected(self) -> frozenset[str]:
+        """The peers that the barrier waits for."""
         with self._lock:
             return frozenset(self._expected)
 
     def arrive(self, peer: str, item: T) -> None:
-        """A peer's item; one that comes again before the barrier fires takes the place of the first."""
+        """Add a peer's item. A second item before the barrier fires replaces the first."""
         with self._lock:
             self._expected.add(peer)
             if not self._arrived:

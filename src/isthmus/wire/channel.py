@@ -1,4 +1,4 @@
-"""The channel: how a silo asks a service. One interface, two implementations (loopback here, gRPC in ``client``)."""
+"""Channels: the interface by which a silo sends requests to a service. Loopback is here, gRPC in ``client``."""
 
 from __future__ import annotations
 
@@ -14,38 +14,46 @@ from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 
 Answer = Future[Message]
-"""The body that answers a request, once it is there; or the error that the peer answered with."""
+"""The future body of an answer, or the error that the peer reported."""
 
 log = logging.getLogger(__name__)
 
 
 class Service(Protocol):
-    """The answering side. ``peer`` is the silo's certified name."""
+    """The side that answers requests."""
 
     def handle(self, peer: str, request: Message) -> Answer:
-        """Begin to answer; never block. An ``IsthmusError`` raised or set on the future reaches the peer."""
+        """Start to answer a request; must not block. An ``IsthmusError`` raised or set on the future reaches the peer.
+
+        Args:
+            peer: the silo's certified name.
+        """
         ...
 
 
 class Channel(Protocol):
-    """The asking side. Requests reach the service in the order of ``submit``; answers come when they are ready."""
+    """The side that sends requests. They reach the service in the order of ``submit``; answers come in any order."""
 
     sent_bytes: int
+    """Bytes of all frames sent."""
     received_bytes: int
+    """Bytes of all frames received."""
 
     def submit(self, request: Message) -> Answer:
-        """Send; the future gives the answer, or raises the ``IsthmusError`` that the peer or the way gave."""
+        """Send a request. The future gives the answer, or raises the ``IsthmusError`` of the peer or the connection."""
         ...
 
     def call(self, request: Message) -> Any:
-        """Send and wait for the answer."""
+        """Send a request and wait for its answer."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the channel; open requests fail."""
+        ...
 
 
 class LoopbackChannel:
-    """A channel to a service in this process. Frames take the same bytes and checks as over the network."""
+    """A channel to a service in this process, with the frames, checks and byte counts of the network."""
 
     def __init__(
         self, service: Service, peer: str, *, greeting: Message | None = None, limit: int = 64 * 2**20
@@ -64,7 +72,7 @@ class LoopbackChannel:
         check_size(len(data), self._limit)
         self.sent_bytes += len(data)
         answer: Answer = Future()
-        served = serve(self._service, self._peer, frames.decode(data))
+        served = answer_request(self._service, self._peer, frames.parse(data))
         served.add_done_callback(lambda done: self._receive(answer, done.result()))
         return answer
 
@@ -75,27 +83,27 @@ class LoopbackChannel:
 
     def _receive(self, answer: Answer, data: bytes) -> None:
         self.received_bytes += len(data)
-        settle(answer, frames.decode(data))
+        settle(answer, frames.parse(data))
 
 
 def answered(body: Message) -> Answer:
-    """The answer that is there at once."""
+    """A finished answer with this body."""
     answer: Answer = Answer()
     answer.set_result(body)
     return answer
 
 
 def check_size(size: int, limit: int) -> None:
-    """Raise ``FrameSizeError`` if a frame of this many bytes is over the limit."""
+    """Raise ``FrameSizeError`` if a frame of this many bytes exceeds the limit."""
     if size > limit:
         raise FrameSizeError(
-            f"a frame of {size:,} bytes, the limit is {limit:,}",
+            f"a frame has {size:,} bytes; the limit is {limit:,}",
             remedy="use fewer rows or tokens at a time, or raise wire.max_frame_bytes on both sides",
         )
 
 
 def settle(answer: Answer, frame: pb.Frame) -> None:
-    """Give an answer its body, or its error if the peer reported one or the frame is malformed."""
+    """Settle an answer with a received frame: its body, the error it reports, or ``FrameError`` if it is malformed."""
     try:
         frames.check(frame)
     except IsthmusError as error:
@@ -103,13 +111,13 @@ def settle(answer: Answer, frame: pb.Frame) -> None:
         return
     body = frames.body(frame)
     if isinstance(body, pb.Failure):
-        answer.set_exception(frames.raised(body))
+        answer.set_exception(frames.reported_error(body))
     else:
         answer.set_result(body)
 
 
-def serve(service: Service, peer: str, frame: pb.Frame) -> Future[bytes]:
-    """Check one request, let the service answer it, and encode the answer; errors become failure frames."""
+def answer_request(service: Service, peer: str, frame: pb.Frame) -> Future[bytes]:
+    """The encoded answer of a service to one request, which is checked first. Errors become failure frames."""
     encoded: Future[bytes] = Future()
 
     def finish(answer: Answer) -> None:
@@ -131,5 +139,5 @@ def _failure(peer: str, error: BaseException) -> pb.Failure:
     if isinstance(error, IsthmusError):
         return frames.failure(error)
     log.error("answering %s failed", peer, exc_info=error)
-    unknown = IsthmusError(f"the peer failed: {type(error).__name__}", remedy="see the log of the peer")
+    unknown = IsthmusError(f"the peer failed with {type(error).__name__}", remedy="see the peer's log")
     return frames.failure(unknown)

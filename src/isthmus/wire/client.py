@@ -1,4 +1,5 @@
-"""The gRPC channel: one persistent stream to a service, re-made when it breaks, unanswered frames sent again."""
+"""The gRPC channel: one persistent stream to a service, reconnected when it breaks; unanswered frames are sent
+again."""
 
 from __future__ import annotations
 
@@ -19,39 +20,45 @@ from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, check_size, settle
 from isthmus.wire.identity import Identity
-from isthmus.wire.server import INSTANCE, KEEPALIVE, PATH
+from isthmus.wire.server import INSTANCE_KEY, KEEPALIVE, METHOD_PATH
 
 PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
-"""Seconds between tries to reach a server; the last for ever."""
+"""Seconds between attempts to connect; the last one repeats."""
 log = logging.getLogger(__name__)
 _TLS_WORDS = ("handshake", "CERTIFICATE", "SSL", "certificate", "Peer name", "Hostname Verification")
 _FATAL: dict[grpc.StatusCode, tuple[type[IsthmusError], str]] = {
-    grpc.StatusCode.PERMISSION_DENIED: (IdentityError, "use a certificate of a silo that the recipe lists"),
+    grpc.StatusCode.PERMISSION_DENIED: (IdentityError, "use the certificate of a silo in the recipe"),
     grpc.StatusCode.UNAUTHENTICATED: (IdentityError, "use a certificate of this federation"),
-    grpc.StatusCode.RESOURCE_EXHAUSTED: (FrameSizeError, "send less at a time or raise wire.max_frame_bytes"),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (
+        FrameSizeError,
+        "send less at a time, or raise wire.max_frame_bytes on both sides",
+    ),
     grpc.StatusCode.INVALID_ARGUMENT: (FrameError, "both sides must run the same version of isthmus"),
     grpc.StatusCode.FAILED_PRECONDITION: (ProtocolError, "ask for less at a time"),
-    grpc.StatusCode.UNIMPLEMENTED: (PeerGoneError, "this address serves something else; check the recipe"),
+    grpc.StatusCode.UNIMPLEMENTED: (
+        PeerGoneError,
+        "another program listens at this address; correct the address in the recipe",
+    ),
 }
 
 
 class GrpcChannel:
-    """A channel over mTLS.
+    """A channel over gRPC with mTLS.
 
-    Frames not yet answered when the stream breaks are sent again, byte for byte, on the next one; the server
-    answers each id once. After ``deadline`` seconds without a connection everything pending fails.
+    Frames without an answer when the stream breaks are sent again, byte for byte, on the next stream; the server
+    answers each id once. After ``deadline`` seconds without a connection all pending requests fail.
 
     Args:
         address: ``host:port`` of the server.
         service: ``Trunk`` or ``Root``.
-        identity: this party's.
-        server: whose certificate the server must hold; left out, the party's that is called like the service.
-        greeting: first frame on every stream; a failure answering it ends the channel.
-        deadline: seconds to keep trying.
+        identity: this party's identity.
+        server: the name on the server's certificate; None: the service's name in lower case.
+        greeting: the first request on every stream; an error in answer ends the channel.
+        deadline: seconds to keep trying to connect.
         limit: largest frame in bytes.
 
     Raises:
-        IdentityError, MismatchError, PeerGoneError: the first connection did not come about.
+        IdentityError, MismatchError, PeerGoneError: the first connection failed.
     """
 
     def __init__(
@@ -73,7 +80,7 @@ class GrpcChannel:
         self._deadline = deadline
         self._limit = limit
         self._greeting = frames.wrap(greeting or pb.Ping()).SerializeToString()
-        self._metadata = ((INSTANCE, secrets.token_hex(8)),)
+        self._metadata = ((INSTANCE_KEY, secrets.token_hex(8)),)
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[bytes, Answer]] = {}
@@ -102,7 +109,7 @@ class GrpcChannel:
         return self.submit(request).result()
 
     def close(self) -> None:
-        self._end(PeerGoneError(f"the channel to {self._service} was closed here", remedy="open another"))
+        self._end(PeerGoneError(f"the channel to {self._service} was closed on this side", remedy="open a new channel"))
         self._grpc.close()
 
     def _options(self) -> tuple[tuple[str, Any], ...]:
@@ -133,29 +140,31 @@ class GrpcChannel:
             waited = time.monotonic() - last_contact
             if error is None and waited > self._deadline:
                 error = PeerGoneError(
-                    f"no {self._server} at {self._address} for {waited:.0f} s{reason}",
+                    f"no connection to {self._server} at {self._address} for {waited:.0f} s{reason}",
                     remedy="start it again, check its address in the recipe and both certificates, then resume the run",
                 )
             if error is not None:
                 self._end(error)
             elif self._ended is None:
                 if (pause := next(pauses)) == PAUSES[0]:
-                    log.warning("no %s at %s; trying for %.0f s", self._server, self._address, self._deadline)
+                    log.warning(
+                        "no connection to %s at %s; trying for %.0f s", self._server, self._address, self._deadline
+                    )
                 time.sleep(pause)
 
     def _stream(self) -> None:
-        """Greet, send again what was not answered, then hand answers out until the stream ends."""
+        """Open a stream, send the greeting and all unanswered frames, then settle answers until the stream ends."""
         outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         outbox.put(self._greeting)
         with self._lock:
             for data, _ in self._pending.values():
                 outbox.put(data)
             self._outbox = outbox
-        open_stream = self._grpc.stream_stream(PATH.format(self._service), None, None)  # raw bytes both ways
+        open_stream = self._grpc.stream_stream(METHOD_PATH.format(self._service), None, None)  # raw bytes both ways
         try:
             for data in open_stream(_drain(outbox), metadata=self._metadata):
                 self.received_bytes += len(data)
-                self._receive(frames.decode(data))
+                self._receive(frames.parse(data))
         finally:
             outbox.put(None)
 
@@ -178,11 +187,11 @@ class GrpcChannel:
             self._welcome.set_result(verdict.result())
 
     def _fatal(self, broken: grpc.RpcError) -> IsthmusError | None:
-        """The error that makes further tries pointless, if this is one."""
+        """The error that ends the channel; None if reconnecting may help."""
         status, details = broken.code(), broken.details() or ""
         if status in _FATAL:
             kind, remedy = _FATAL[status]
-            return kind(f"{self._server} at {self._address} refused: {details}", remedy=remedy)
+            return kind(f"{self._server} at {self._address} refused the connection: {details}", remedy=remedy)
         if status is grpc.StatusCode.UNAVAILABLE and any(word in details for word in _TLS_WORDS):
             return IdentityError(
                 f"no trusted connection to {self._server} at {self._address}: {details[:200]}",

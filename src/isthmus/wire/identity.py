@@ -1,7 +1,7 @@
-"""Who is who: one certificate a party, all signed by the federation's authority.
+"""Identities: one certificate for each party, all signed by the federation's certificate authority.
 
-The name a party may use is the common name of its certificate, never a field in a message. Silos check that the
-server's certificate was issued to ``trunk`` or ``root``; the server checks that the silo's name is in the recipe.
+A party's name is the common name of its certificate, never a field of a message. Silos check that the server's
+certificate was issued to ``trunk`` or ``root``; the server checks that the silo's name is in the recipe.
 """
 
 from __future__ import annotations
@@ -26,25 +26,29 @@ _REMEDY = "make certificates with 'isthmus certificates RECIPE' and give each pa
 
 @dataclass(frozen=True)
 class Identity:
-    """What one party needs to prove who it is: PEM texts of the authority, its certificate and its key."""
+    """One party's credentials."""
 
     name: str
     authority: bytes
+    """PEM certificate of the federation's authority."""
     certificate: bytes
+    """PEM certificate of the party."""
     key: bytes
+    """PEM private key of the party."""
     _issued: set[x509.Certificate] = field(default_factory=set, init=False, repr=False, compare=False)
-    """Certificates that the authority is known to have signed: they come again every round."""
+    """Cache of certificates whose signature by the authority was verified; the same ones come every round."""
     _read: dict[str, tuple[bytes, x509.Certificate]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """By name, the text of its last good certificate and what was read from it."""
+    """Cache of the last valid certificate of each name, as PEM and parsed."""
 
     @classmethod
     def load(cls, folder: Path, name: str) -> Identity:
         """The identity in ``folder/name``.
 
         Raises:
-            IdentityError: a file is absent or unreadable, or the certificate is expired, foreign or another party's.
+            IdentityError: a file is missing or unreadable, or the certificate is expired, of another authority or of
+                another party.
         """
         place = folder / name
         try:
@@ -62,16 +66,24 @@ class Identity:
             key = serialization.load_pem_private_key(self.key, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise IdentityError(f"the certificate or key of {self.name} is damaged", remedy=_REMEDY) from error
-        self._entitle(certificate, self.name)
+        self._check_certificate(certificate, self.name)
         if key.public_key() != certificate.public_key():
-            raise IdentityError(f"the certificate of {self.name} is for another key", remedy=_REMEDY)
+            raise IdentityError(f"the certificate of {self.name} belongs to another key", remedy=_REMEDY)
 
     def sign(self, data: bytes) -> bytes:
-        """This party's signature, by its certificate's key (ECDSA over SHA-256)."""
+        """This party's signature of the data (ECDSA with SHA-256, by the certificate's key)."""
         return self._key.sign(data, _SIGNATURE)
 
     def verify(self, name: str, certificate: bytes, signature: bytes, data: bytes) -> None:
-        """Raise ``IdentityError`` unless another party of this federation signed the data with this certificate."""
+        """Check another party's signature.
+
+        Args:
+            name: the party's name.
+            certificate: its PEM certificate, as received.
+
+        Raises:
+            IdentityError: the certificate is not valid for this name, or the signature does not match the data.
+        """
         text, loaded = self._read.get(name, (b"", None))
         try:
             if loaded is None or text != certificate:
@@ -79,14 +91,17 @@ class Identity:
             key = loaded.public_key()
         except (ValueError, UnsupportedAlgorithm) as error:
             raise IdentityError(f"the certificate of {name} is damaged", remedy=_REMEDY) from error
-        self._entitle(loaded, name)
+        self._check_certificate(loaded, name)
         self._read[name] = certificate, loaded
         try:
             if not isinstance(key, ec.EllipticCurvePublicKey):
                 raise InvalidSignature
             key.verify(signature, data, _SIGNATURE)
         except InvalidSignature as error:
-            raise IdentityError(f"what {name} should have signed it did not sign", remedy="leave it out") from error
+            raise IdentityError(
+                f"the signature of {name} is not valid for the data received",
+                remedy=f"check the certificate and key of {name}; if they are its own, the data was changed on the way",
+            ) from error
 
     @cached_property
     def _key(self) -> ec.EllipticCurvePrivateKey:
@@ -101,8 +116,8 @@ class Identity:
         except (ValueError, UnsupportedAlgorithm) as error:
             raise IdentityError("the authority's certificate is damaged", remedy=_REMEDY) from error
 
-    def _entitle(self, certificate: x509.Certificate, name: str) -> None:
-        """Raise ``IdentityError`` unless the certificate is of this name, valid now and signed by the authority."""
+    def _check_certificate(self, certificate: x509.Certificate, name: str) -> None:
+        """Raise ``IdentityError`` unless the certificate has this name, is valid now and is signed by the authority."""
         now = datetime.datetime.now(datetime.UTC)
         if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
             end = certificate.not_valid_after_utc.date()
@@ -118,16 +133,22 @@ class Identity:
             raise IdentityError(f"the certificate of {name} is from another authority", remedy=_REMEDY) from error
 
     def client_credentials(self) -> grpc.ChannelCredentials:
+        """Credentials of a channel that this party opens."""
         return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
 
     def server_credentials(self) -> grpc.ServerCredentials:
+        """Credentials of a server that this party runs, which requires client certificates of the same authority."""
         return grpc.ssl_server_credentials(
             [(self.key, self.certificate)], root_certificates=self.authority, require_client_auth=True
         )
 
 
 class Authority:
-    """The federation's certificate authority. Its key lives only as long as this object."""
+    """The federation's certificate authority. Its private key exists in this object only.
+
+    Args:
+        days: validity of its certificate, and by default of those it issues.
+    """
 
     def __init__(self, *, days: float = 365.0) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -141,8 +162,8 @@ class Authority:
 
         Args:
             name: the party's name.
-            also: further names a server of this certificate may answer to.
-            days: validity from now; negative for one that is expired already.
+            also: further host names for which a server may use the certificate.
+            days: validity from now; negative: already expired.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         constraints = x509.BasicConstraints(ca=False, path_length=None)
@@ -183,19 +204,20 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256())
 
 
-def save(identity: Identity, folder: Path) -> None:
-    """Write an identity to ``folder/name``; the key readable by its owner only."""
+def save_identity(identity: Identity, folder: Path) -> None:
+    """Write an identity to ``folder/name``, with the private key readable by its owner only."""
     place = folder / identity.name
     place.mkdir(parents=True, exist_ok=True)
     (place / "ca.pem").write_bytes(identity.authority)
     (place / "cert.pem").write_bytes(identity.certificate)
     key = place / "key.pem"
     key.touch(mode=0o600)
-    key.chmod(0o600)  # one that was there before too
+    key.chmod(0o600)  # also for an existing file
     key.write_bytes(identity.key)
 
 
 def common_name(certificate: x509.Certificate) -> str:
+    """The common name of a certificate's subject; empty if it has none."""
     names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(names[0].value) if names else ""
 

@@ -1,4 +1,5 @@
-"""The gRPC server: streams of frames in, services behind, every request answered once even when it comes twice."""
+"""The gRPC server: receives streams of frames, passes requests to services, and answers each request id exactly
+once."""
 
 from __future__ import annotations
 
@@ -14,13 +15,14 @@ import grpc
 from isthmus.errors import FrameError, IdentityError, IsthmusError, ProtocolError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.channel import Service, serve
+from isthmus.wire.channel import Service, answer_request
 from isthmus.wire.identity import Identity
 
-PATH = "/isthmus.Wire/{}"
-INSTANCE = "isthmus-instance"
-"""Metadata key: a random name of the client object, so that a new one is told from a reconnected one."""
-UNACKED = 1024
+METHOD_PATH = "/isthmus.Wire/{}"
+INSTANCE_KEY = "isthmus-instance"
+"""Metadata key of the client object's random name, which distinguishes a new client from a reconnected one."""
+MAX_UNACKED = 1024
+"""Largest number of answers that a client has not acknowledged."""
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -31,7 +33,7 @@ KEEPALIVE = (
 
 
 class Inbox:
-    """One client's requests to one service. A request that comes again gets the first one's answer again."""
+    """The requests of one client to one service. A request that is received again gets the same answer again."""
 
     def __init__(self, service: Service, peer: str, instance: str) -> None:
         self.instance = instance
@@ -39,20 +41,24 @@ class Inbox:
         self._peer = peer
         self._answers: dict[int, Future[bytes]] = {}
         self._last = 0
-        self._lock = threading.Lock()  # a broken stream may still be read while the next one is
+        self._lock = threading.Lock()  # a broken stream may still be read beside its successor
 
     def receive(self, frame: pb.Frame, outbox: queue.SimpleQueue[bytes | None]) -> None:
-        """Answer this frame into the outbox, now or later. Id 0, the greeting, is answered afresh each time."""
+        """Answer a frame through the outbox, now or later. The greeting, id 0, is processed anew each time.
+
+        Raises:
+            ProtocolError: the client has more than ``MAX_UNACKED`` unacknowledged answers.
+        """
         with self._lock:
             for known in [known for known in self._answers if known <= frame.acked]:
                 del self._answers[known]
-            if len(self._answers) > UNACKED:
-                raise ProtocolError(f"more than {UNACKED} unread answers", remedy="read the answers")
+            if len(self._answers) > MAX_UNACKED:
+                raise ProtocolError(f"more than {MAX_UNACKED} answers are not acknowledged", remedy="read the answers")
             answer = self._answers.get(frame.id)
             if answer is None:
                 if 0 < frame.id <= self._last:
                     return
-                answer = serve(self._service, self._peer, frame)
+                answer = answer_request(self._service, self._peer, frame)
                 if frame.id:
                     self._last = frame.id
                     self._answers[frame.id] = answer
@@ -60,14 +66,17 @@ class Inbox:
 
 
 class Server:
-    """Serves named services (``Trunk``, ``Root``) to the silos whose certificates the authority signed.
+    """Serves named services (``Trunk``, ``Root``) to peers with certificates of the federation's authority.
 
     Args:
-        services: by name.
-        identity: the server's own.
-        peers: the certified names that may connect, by service.
-        address: ``host:port`` to listen at; port 0 takes a free one.
+        services: the services by name.
+        identity: the server's identity.
+        peers: for each service, the names of the parties that may connect.
+        address: ``host:port`` to listen at; port 0 chooses a free port.
         limit: largest frame in bytes.
+
+    Raises:
+        IsthmusError: the host is unknown, or the port is in use.
     """
 
     def __init__(
@@ -96,17 +105,18 @@ class Server:
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("isthmus.Wire", methods),))
         try:
-            self.port = self._server.add_secure_port(_free(address), identity.server_credentials())
+            self.port = self._server.add_secure_port(_checked_address(address), identity.server_credentials())
         except (OSError, RuntimeError) as error:
             raise IsthmusError(
-                f"cannot listen at {address}", remedy="free the port or name another in the recipe"
+                f"cannot listen at {address}", remedy="free the port, or set another address in the recipe"
             ) from error
 
     def start(self) -> None:
+        """Start to accept streams."""
         self._server.start()
 
     def stop(self, grace: float = 1.0) -> None:
-        """Stop listening; streams end after ``grace`` seconds."""
+        """Stop listening. Open streams end after ``grace`` seconds."""
         self._server.stop(grace).wait()
 
     def _stream_of(self, name: str):  # type: ignore[no-untyped-def]
@@ -138,7 +148,7 @@ class Server:
     ) -> None:
         try:
             for data in requests:
-                inbox.receive(frames.decode(data), outbox)
+                inbox.receive(frames.parse(data), outbox)
         except (FrameError, ProtocolError) as error:
             broken.append(error)
         except Exception:
@@ -150,8 +160,10 @@ class Server:
         names: Sequence[bytes] = context.auth_context().get("x509_common_name", [])  # type: ignore[assignment]
         peer = names[0].decode() if names else ""
         if peer not in self._peers[service]:
-            raise IdentityError(f"{peer[:64]!r} has no place at this {service.lower()}", remedy="list it in the recipe")
-        instance = str(dict(context.invocation_metadata()).get(INSTANCE, ""))
+            raise IdentityError(
+                f"{peer[:64]!r} may not connect to this {service.lower()}", remedy="list it in the recipe"
+            )
+        instance = str(dict(context.invocation_metadata()).get(INSTANCE_KEY, ""))
         with self._lock:
             inbox = self._inboxes.get((service, peer))
             if inbox is None or inbox.instance != instance:
@@ -159,11 +171,12 @@ class Server:
             return inbox
 
 
-def _free(address: str) -> str:
-    """What to bind: gRPC is silently content with one address of a host whose port is taken at the others.
+def _checked_address(address: str) -> str:
+    """The address to bind, after a check that the port is free at all addresses of the host. gRPC accepts without an
+    error that it is free at only one of them.
 
     Raises:
-        OSError: the host is unknown, or the port taken at one of its addresses.
+        OSError: the host is unknown, or the port is in use at one of its addresses.
     """
     host, _, port = address.rpartition(":")
     found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)

@@ -292,7 +292,7 @@ def test_a_root_that_puts_in_its_own_keys_is_found_out(federation: Federation) -
     plans = federation.plans()
     other = Silo("b", federation.root, federation.recipe).updates
     plans["a"].keys["b"].masking = other.offer().masking
-    with pytest.raises(IdentityError, match="did not sign"):
+    with pytest.raises(IdentityError, match="is not valid for the data"):
         federation.silos["a"].updates.begin(plans["a"], Layout(SHAPES))
     plans["c"].participants.remove("b")
     with pytest.raises(ProtocolError, match="keys of silos that do not take part"):

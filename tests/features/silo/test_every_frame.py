@@ -45,7 +45,7 @@ ONCE = {"boundary": {"release_once": True}, "lora": {"freeze_bottom": True}}
 SETTINGS: dict[str, dict[str, Any]] = {
     **{f"{name} noise": {"mechanism": name} for name in MECHANISMS},
     **{f"{name} noise by class": {"mechanism": name, "sensitivity": CLASSES} for name in MECHANISMS},
-    **{f"codec {name}": {"boundary": {"codec": name}} for name in codec.NAMES if name != "fp32"},
+    **{f"codec {name}": {"boundary": {"codec": name}} for name in codec.CODEC_NAMES if name != "fp32"},
     "attention averted": {"sensitivity": {**CLASSES, "attention": 3.0}},
     "tail": {"boundary": {"tail": 4}},
     "width": {"boundary": {"width": 8}},

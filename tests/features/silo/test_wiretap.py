@@ -251,7 +251,7 @@ def test_a_replayed_session_sends_the_same_bytes_and_releases_nothing_twice(spli
         session.step(outbound(session, torch.ones(3, 32)))
     silo.tap.call(pb.Close(session=session.id))  # as if the trunk had lost it
     session.step(outbound(session, torch.ones(3, 32)))
-    first = [d for d in silo.tap.sent if frames.decode(d).HasField("decode")]
+    first = [d for d in silo.tap.sent if frames.parse(d).HasField("decode")]
     assert first[3:] == first[:3]
     assert len(silo.ledger.releases) == 3
 

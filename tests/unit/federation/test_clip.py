@@ -11,15 +11,15 @@ import pytest
 
 from isthmus.errors import RecipeError
 from isthmus.federation.clip import Clip
-from isthmus.federation.collection import Collected, SumFormat
-from isthmus.federation.products import sharing_of
+from isthmus.federation.collection import Collected
+from isthmus.federation.sharing import Sharing
 from isthmus.updates.flat import Layout
-from isthmus.updates.projections import All
 from isthmus.updates.quantize import Ring
+from isthmus.updates.sums import SumFormat
 from tests.conftest import make_recipe
 
 SILOS = 4
-FORMAT = SumFormat(Layout({"x": (3,)}), Ring(SILOS, 1.0), All(3), tells=1)
+FORMAT = SumFormat(Layout({"x": (3,)}), Ring(SILOS, 1.0), indicators=1)
 
 
 def clip(**section: Any) -> Clip:
@@ -27,7 +27,7 @@ def clip(**section: Any) -> Clip:
     lora = {"lora": "alternating"} if "quantile" in section else {}
     recipe = make_recipe(Path("none"), silos=("a", "b", "c", "d"), federation={**noised, **lora})
     assert recipe.federation.clip is not None
-    return Clip(recipe.federation.clip, sharing_of(recipe))
+    return Clip(recipe.federation.clip, Sharing(recipe.federation))
 
 
 def collected(within: float) -> Collected:

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from isthmus.errors import FrameError, ProtocolError
-from isthmus.federation.collection import Collected, Open, SumFormat, Sums
+from isthmus.federation.collection import Collected, Open, Sums
 from isthmus.updates.flat import Layout
-from isthmus.updates.projections import All
 from isthmus.updates.quantize import Ring
+from isthmus.updates.sums import SumFormat
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 
 LAYOUT = Layout({"x": (3,)})
 RING = Ring(4, 1.0)
-FORMAT = SumFormat(LAYOUT, RING, All(3))
+FORMAT = SumFormat(LAYOUT, RING)
 
 
 class Collecting:
@@ -35,10 +35,10 @@ def update(value: float = 1.0, weight: float = 2.0) -> pb.Update:
     return pb.Update(round=1, weight=weight, tensors=tensors)
 
 
-def masked(whole: int, silos: float = 2.0) -> pb.Update:
+def masked(whole: int, silos: int = 2) -> pb.Update:
     numbers = np.full(3, whole, np.int64)
-    total = np.concatenate([numbers, int(silos) * RING.encode_share(1.0).astype(np.int64)])
-    return pb.Update(round=1, weight=silos, masked=RING.written(RING.pack(total)))
+    total = np.concatenate([numbers, silos * RING.encode_share(1.0).astype(np.int64)])
+    return pb.Update(round=1, silos=silos, masked=RING.written(RING.pack(total)))
 
 
 def test_it_is_done_when_all_have_contributed() -> None:
@@ -110,5 +110,5 @@ def test_a_sum_beyond_what_its_silos_can_add_is_refused() -> None:
 
 
 def test_a_sum_of_no_share_means_nothing() -> None:
-    assert FORMAT.mean("all", np.zeros(FORMAT.size, np.int64)) is None
+    assert FORMAT.mean(np.zeros(FORMAT.size, np.int64)) is None
     assert FORMAT.within(np.ones(FORMAT.size, np.int64)) is None, "nobody says"

@@ -10,7 +10,7 @@ import torch
 
 from isthmus.errors import FrameError, RecipeError
 from isthmus.updates.compression import Compression, ErrorFeedback
-from isthmus.updates.projections import All, RandomK
+from isthmus.updates.projections import RandomK
 from tests.conftest import make_recipe
 
 SIZE = 600
@@ -27,9 +27,9 @@ def row(seed: int = 0) -> torch.Tensor:
 def test_without_compression_updates_are_exact_and_nothing_waits() -> None:
     plain = compression()
     assert plain.exact
-    assert not plain.feedback
+    assert plain.feedback() is None
     assert plain.compressor(SIZE, 1) is None
-    assert plain.projection(SIZE, 1) == All(SIZE)
+    assert plain.projection(SIZE, 1) is None
 
 
 @pytest.mark.parametrize("kind", ["random-k", "sketch", "top-k"])
@@ -66,15 +66,15 @@ def test_a_projection_under_masks_keeps_as_many_as_are_asked_for() -> None:
 
 
 def test_what_is_left_waits_for_the_same_tensors() -> None:
-    feedback = ErrorFeedback(kept=True)
-    feedback.leave(("y", "x"), torch.ones(3))
+    feedback = ErrorFeedback()
+    feedback.keep(("y", "x"), torch.ones(3))
     assert torch.equal(feedback.added(("x", "y"), torch.full((3,), 2.0)), torch.full((3,), 3.0))
     assert torch.equal(feedback.added(("x",), torch.zeros(3)), torch.zeros(3)), "these have nothing due"
 
 
 def test_what_is_left_is_the_same_after_a_restart_and_of_no_other_model() -> None:
-    feedback, again = ErrorFeedback(kept=True), ErrorFeedback(kept=True)
-    feedback.leave(("x",), row())
+    feedback, again = ErrorFeedback(), ErrorFeedback()
+    feedback.keep(("x",), row())
     again.load_state_dict(feedback.state_dict())
     assert torch.equal(again.added(("x",), torch.zeros(SIZE)), row())
     with pytest.raises(RecipeError, match="another model"):

@@ -175,9 +175,9 @@ def test_named_results_are_writable_and_their_own() -> None:
         (named(a=(3, 2), b=(4,)), "a has shape"),
         (named(a=(6,), b=(4,)), "a has shape"),
         (named(a=(2, 3), b=(4, 1)), "b has shape"),
-        ([*named(a=(2, 3)), pb.Tensor(name="b", shape=[4], data=bytes(15))], "15 bytes where 16"),
-        ([*named(a=(2, 3)), pb.Tensor(name="b", shape=[4], data=bytes(32))], "32 bytes where 16"),
-        ([*named(a=(2, 3)), pb.Tensor(name="b", shape=[4])], "0 bytes where 16"),
+        ([*named(a=(2, 3)), pb.Tensor(name="b", shape=[4], data=bytes(15))], "15 bytes, expected 16"),
+        ([*named(a=(2, 3)), pb.Tensor(name="b", shape=[4], data=bytes(32))], "32 bytes, expected 16"),
+        ([*named(a=(2, 3)), pb.Tensor(name="b", shape=[4])], "0 bytes, expected 16"),
         ([pb.Tensor(name="", shape=[4], data=bytes(16))], "unexpected tensor ''"),
     ],
 )

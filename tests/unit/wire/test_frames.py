@@ -35,7 +35,7 @@ def tensor(name: str = "a") -> pb.Tensor:
 
 
 def keys(**parts: bytes) -> pb.SumKeys:
-    whole = dict.fromkeys(("sealing", "masking", "promise"), bytes(32)) | {"certificate": b"c", "signature": b"s"}
+    whole = dict.fromkeys(("sealing", "masking", "commitment"), bytes(32)) | {"certificate": b"c", "signature": b"s"}
     return pb.SumKeys(**(whole | parts))
 
 
@@ -74,7 +74,7 @@ VALID: dict[str, Message] = {
     "accepted": pb.Accepted(),
     "deal": pb.Deal(round=3, sealed={"b": bytes(82)}),
     "dealt": pb.Dealt(sealed={"a": bytes(82)}),
-    "living": pb.Living(alive=["a"], dead=["b"]),
+    "survivors": pb.Survivors(alive=["a"], dropped=["b"]),
     "reveal": pb.Reveal(round=3, shares={"a": bytes(33)}),
 }
 SERIALIZED = [frames.wrap(body, id=5, acked=3).SerializeToString() for body in VALID.values()]
@@ -99,7 +99,7 @@ def changed(kind: str, **fields: Any) -> Message:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_valid_frame_of_every_kind_passes(kind: str) -> None:
-    frame = frames.decode(frames.wrap(VALID[kind], id=7, acked=6).SerializeToString())
+    frame = frames.parse(frames.wrap(VALID[kind], id=7, acked=6).SerializeToString())
     frames.check(frame)
     assert frames.body(frame) == VALID[kind]
     assert (frame.id, frame.acked) == (7, 6)
@@ -150,7 +150,7 @@ BROKEN += [
 BROKEN += [
     ("ready", {"keys": keys(sealing=bytes(31))}, "a key of 31 bytes"),
     ("ready", {"keys": keys(masking=b"")}, "a key of 0 bytes"),
-    ("ready", {"keys": keys(promise=bytes(33))}, "a key of 33 bytes"),
+    ("ready", {"keys": keys(commitment=bytes(33))}, "a key of 33 bytes"),
     ("ready", {"keys": keys(certificate=b"")}, "of 0 bytes"),
     ("ready", {"keys": keys(signature=bytes(8193))}, "of 8193 bytes"),
     ("update", {"masked": b"m", "tensors": None, "quality": 0.5}, "a quality beside a masked"),
@@ -191,7 +191,7 @@ BROKEN += [
 
 @pytest.mark.parametrize(("kind", "change", "told"), BROKEN)
 def test_a_broken_rule_is_refused(kind: str, change: dict[str, Any], told: str) -> None:
-    frame = frames.decode(frames.wrap(changed(kind, **change)).SerializeToString())
+    frame = frames.parse(frames.wrap(changed(kind, **change)).SerializeToString())
     with pytest.raises(FrameError, match=told) as refused:
         frames.check(frame)
     assert refused.value.remedy
@@ -236,7 +236,7 @@ def test_what_just_keeps_the_rules_passes(body: Message) -> None:
     ],
 )
 def test_a_frame_without_a_known_body_is_refused(data: bytes) -> None:
-    frame = frames.decode(data)
+    frame = frames.parse(data)
     with pytest.raises(FrameError, match="without a body"):
         frames.check(frame)
 
@@ -246,20 +246,20 @@ def test_a_frame_without_a_known_body_is_refused(data: bytes) -> None:
 )
 def test_bytes_that_are_no_frame_are_refused(data: bytes) -> None:
     with pytest.raises(FrameError, match=f"{len(data)} bytes") as refused:
-        frames.decode(data)
+        frames.parse(data)
     assert refused.value.remedy
 
 
 @pytest.mark.parametrize("kind", [IsthmusError, FrameError, MismatchError])
 def test_an_error_comes_back_as_it_was(kind: type[IsthmusError]) -> None:
-    back = frames.raised(frames.failure(kind("what é\n", remedy="do")))
+    back = frames.reported_error(frames.failure(kind("what é\n", remedy="do")))
     assert type(back) is kind
     assert (back.message, back.remedy) == ("what é\n", "do")
 
 
 @pytest.mark.parametrize("code", ["", "of a later version", "__class__"])
 def test_an_unknown_code_becomes_the_base_error(code: str) -> None:
-    back = frames.raised(pb.Failure(code=code, message="what", remedy="do"))
+    back = frames.reported_error(pb.Failure(code=code, message="what", remedy="do"))
     assert type(back) is IsthmusError
     assert (back.message, back.remedy) == ("what", "do")
 
@@ -267,7 +267,7 @@ def test_an_unknown_code_becomes_the_base_error(code: str) -> None:
 def receive(data: bytes) -> None:
     """What any receiver does with bytes: nothing but ``FrameError`` may come of it."""
     with suppress(FrameError):
-        frame = frames.decode(data)
+        frame = frames.parse(data)
         frames.check(frame)
         read(frames.body(frame))
 
@@ -279,7 +279,7 @@ def read(body: Any) -> None:
         sent = getattr(body, name)
         rows = sum(body.lengths) if "lengths" in fields else 5
         claims = [(rows, WIDTH, "fp32")]
-        claims += [(sent.rows, sent.width, sent.codec)] if sent.codec in codec.NAMES else []
+        claims += [(sent.rows, sent.width, sent.codec)] if sent.codec in codec.CODEC_NAMES else []
         for rows, width, agreed in claims:
             with suppress(FrameError):
                 assert codec.decode(sent, rows=rows, width=width, codec=agreed).shape == (rows, width)

@@ -23,8 +23,8 @@ from isthmus.errors import IdentityError, IsthmusError, PeerGoneError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.client import GrpcChannel
-from isthmus.wire.identity import Authority, Identity, save
-from isthmus.wire.server import PATH
+from isthmus.wire.identity import Authority, Identity, save_identity
+from isthmus.wire.server import METHOD_PATH
 from tests.conformance.test_channels import AUTHORITY, HANG, Echo, ask, joined, number, serving
 
 FILES = ("ca.pem", "cert.pem", "key.pem")
@@ -108,7 +108,7 @@ def raw_client(port: int, *messages: bytes, credentials: grpc.ChannelCredentials
     address = f"localhost:{port}"
     opened = grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address)
     with opened as channel:
-        call = channel.stream_stream(PATH.format("Trunk"), None, None)(iter(messages), timeout=HANG)
+        call = channel.stream_stream(METHOD_PATH.format("Trunk"), None, None)(iter(messages), timeout=HANG)
         with suppress(grpc.RpcError):
             list(call)
         status: grpc.StatusCode = call.code()
@@ -138,7 +138,7 @@ def nameless() -> bytes:
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     identity = AUTHORITY.issue("a")
-    save(identity, tmp_path)
+    save_identity(identity, tmp_path)
     assert Identity.load(tmp_path, "a") == identity
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FILES)
 
@@ -150,13 +150,13 @@ def test_only_the_owner_reads_the_key(tmp_path: Path, before: int | None) -> Non
         key.parent.mkdir()
         key.touch()
         key.chmod(before)
-    save(AUTHORITY.issue("a"), tmp_path)
+    save_identity(AUTHORITY.issue("a"), tmp_path)
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_an_absent_file_is_named(tmp_path: Path, file: str) -> None:
-    save(AUTHORITY.issue("a"), tmp_path)
+    save_identity(AUTHORITY.issue("a"), tmp_path)
     (tmp_path / "a" / file).unlink()
     with pytest.raises(IdentityError, match=file) as refused:
         Identity.load(tmp_path, "a")
@@ -171,7 +171,7 @@ def test_a_party_without_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("content", [b"", b"\xff\x00", b"-----BEGIN CERTIFICATE-----\nAAAA\n", "half"])
 def test_a_damaged_file_is_refused(tmp_path: Path, file: str, content: bytes | str) -> None:
-    save(AUTHORITY.issue("a"), tmp_path)
+    save_identity(AUTHORITY.issue("a"), tmp_path)
     path = tmp_path / "a" / file
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
@@ -192,7 +192,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, file: str, content: bytes | s
     ],
 )
 def test_a_certificate_that_does_not_fit_is_refused(tmp_path: Path, identity: Identity, told: str) -> None:
-    save(identity, tmp_path)
+    save_identity(identity, tmp_path)
     with pytest.raises(IdentityError, match=told) as refused:
         Identity.load(tmp_path, "a")
     assert refused.value.remedy
@@ -206,7 +206,7 @@ def test_a_party_knows_what_another_one_signed() -> None:
 @pytest.mark.parametrize(
     ("signer", "name", "data", "told"),
     [
-        (AUTHORITY.issue("north"), "north", b"other keys", "did not sign"),
+        (AUTHORITY.issue("north"), "north", b"other keys", "is not valid for the data"),
         (AUTHORITY.issue("north"), "south", b"keys", "is north's"),
         (FOREIGN.issue("north"), "north", b"keys", "another authority"),
         (AUTHORITY.issue("north", days=-1.0), "north", b"keys", "not valid now"),
@@ -215,7 +215,7 @@ def test_a_party_knows_what_another_one_signed() -> None:
             dataclasses.replace(AUTHORITY.issue("north"), key=AUTHORITY.issue("mallory").key),
             "north",
             b"keys",
-            "did not",
+            "is not valid for the data",
         ),
     ],
 )
@@ -252,7 +252,7 @@ def test_a_certified_name_that_the_recipe_does_not_list(name: str) -> None:
     with serving({"Trunk": service}) as server:
         error = refusal(server.port, certified)
     assert isinstance(error, IdentityError)
-    assert "has no place at this trunk" in error.message
+    assert "may not connect to this trunk" in error.message
     assert not service.requests
 
 

@@ -18,7 +18,7 @@ from isthmus.errors import FrameError, FrameSizeError, IsthmusError, MismatchErr
 from isthmus.wire import client, frames, server
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
-from isthmus.wire.server import UNACKED, Inbox, Server
+from isthmus.wire.server import MAX_UNACKED, Inbox, Server
 from tests.conformance.test_channels import (
     AUTHORITY,
     HANG,
@@ -49,7 +49,7 @@ def cuttable(service: Echo, **options: Any) -> Iterator[tuple[Any, Forwarder]]:
 
 
 def answer_to(data: bytes) -> bytes:
-    return frames.wrap(pb.Pong(), id=frames.decode(data).id).SerializeToString()
+    return frames.wrap(pb.Pong(), id=frames.parse(data).id).SerializeToString()
 
 
 def free_port() -> int:
@@ -207,7 +207,7 @@ def test_a_server_that_was_never_there() -> None:
 def test_another_service_than_wanted() -> None:
     with serving({"Trunk": Echo()}) as server, pytest.raises(PeerGoneError) as gone:
         joined(server.port, service="Root")
-    assert "check the recipe" in gone.value.remedy
+    assert "correct the address in the recipe" in gone.value.remedy
 
 
 def test_frames_are_sent_again_byte_for_byte() -> None:
@@ -276,7 +276,7 @@ def test_a_client_that_starts_anew_is_served_anew() -> None:
 def test_more_unread_answers_than_allowed_end_the_channel() -> None:
     service = Echo(lambda request: echoed(request) if isinstance(request, pb.Ping) else Answer())
     with serving({"Trunk": service}) as server, closing(joined(server.port)) as channel:
-        answers = [channel.submit(number(value)) for value in range(UNACKED + 2)]
+        answers = [channel.submit(number(value)) for value in range(MAX_UNACKED + 2)]
         with pytest.raises(ProtocolError):
             answers[-1].result(HANG)
 
@@ -293,20 +293,20 @@ def test_inbox_answers_an_id_once_and_frees_what_is_acked() -> None:
     inbox = Inbox(service, "a", "i")
     for id, acked in [(1, 0), (1, 0), (2, 0), (3, 2), (1, 0), (2, 0), (3, 0)]:
         inbox.receive(frames.wrap(number(id), id=id, acked=acked), outbox)
-    assert [frames.decode(outbox.get()).id for _ in range(outbox.qsize())] == [1, 1, 2, 3, 3]
+    assert [frames.parse(outbox.get()).id for _ in range(outbox.qsize())] == [1, 1, 2, 3, 3]
     assert service.requests == [number(1), number(2), number(3)]
 
 
 def test_inbox_keeps_no_more_than_so_many_unread_answers() -> None:
     service, outbox = Echo(), queue.SimpleQueue[Any]()
     inbox = Inbox(service, "a", "i")
-    for id in range(1, UNACKED + 2):
+    for id in range(1, MAX_UNACKED + 2):
         inbox.receive(frames.wrap(number(id), id=id), outbox)
     with pytest.raises(ProtocolError) as refused:
-        inbox.receive(frames.wrap(number(0), id=UNACKED + 2), outbox)
+        inbox.receive(frames.wrap(number(0), id=MAX_UNACKED + 2), outbox)
     assert refused.value.remedy
-    inbox.receive(frames.wrap(number(0), id=UNACKED + 2, acked=UNACKED), outbox)
-    assert len(service.requests) == UNACKED + 2
+    inbox.receive(frames.wrap(number(0), id=MAX_UNACKED + 2, acked=MAX_UNACKED), outbox)
+    assert len(service.requests) == MAX_UNACKED + 2
 
 
 def test_inbox_handles_once_what_two_streams_bring_at_once() -> None:
