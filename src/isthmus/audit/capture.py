@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from google.protobuf.message import Message
 
-from isthmus.attacks.view.frames import crossings_of, updates_of
+from isthmus.attacks.view.frames import crossings_of, observed_updates
 from isthmus.attacks.view.tap import Tap
 from isthmus.attacks.view.view import Crossing, KnownPair, ObservedUpdate
 from isthmus.audit.target import Target
@@ -151,7 +151,7 @@ def capture_round(target: Target, name: str) -> tuple[ObservedUpdate, ...]:
         finally:
             worker.close()
         lengths = tuple(one.length for one in crossings_of(name, trunk.exchanges) if one.kind == "train")
-        return tuple(replace(one, lengths=lengths) for one in updates_of(name, tap.exchanges))
+        return tuple(replace(one, lengths=lengths) for one in observed_updates(name, tap.exchanges))
 
 
 @contextmanager
