@@ -20,7 +20,7 @@ from isthmus.attacks.view.view import Crossing, KnownPair, ObservedUpdate
 from isthmus.audit.target import Target
 from isthmus.data.tokens import Tokens, collate
 from isthmus.errors import AttackError, ProtocolError
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
@@ -143,7 +143,7 @@ def capture_round(target: Target, name: str) -> tuple[ObservedUpdate, ...]:
         root = RoleDirectory(Path(temporary) / "root")
         if target.completed:
             root.save_round(target.completed, {"shared": dict(target.shared())})
-        tap = Tap(LoopbackChannel(RootService(recipe, root), name))
+        tap = Tap(LoopbackChannel(root_service(recipe, root), name))
         trunk = Tap(LoopbackChannel(service, name, greeting=greeting(Checkpoint(recipe.model.path), recipe)))
         worker = Worker(recipe, name, RoleDirectory(Path(temporary) / name), trunk=trunk, root=tap)
         try:
