@@ -1,4 +1,4 @@
-"""How far each way to aggregate adapters is from the mean of the silos' products B·A. A part of ``make
+"""Distance of each way to aggregate adapters from the mean of the silos' products B·A. A part of ``make
 bench-federation``.
 
 The factors are drawn, of the shape of an adapter on a projection of SmolLM2-135M, some rounds into a run: a common
@@ -35,7 +35,7 @@ def measure(results: Results) -> None:
 
 
 def averages(results: Results) -> None:
-    """What the root averages, round by round, by its own code."""
+    """The root's averages, round by round, by its own code."""
     for mode, round in (("frozen-a", 1), ("alternating", 1), ("alternating", 2), ("plain", 1)):
         sharing, before = Sharing(FederationSection.model_validate({"lora": mode})), tensors(base(RANK))
         shared = {name: before[name] for name in (A, B) if (mode, name) != ("frozen-a", A)}
@@ -52,7 +52,7 @@ def averages(results: Results) -> None:
 
 
 def products(results: Results, ranks: str, silos: list[Product]) -> None:
-    """What makes use of all factors of all silos."""
+    """Ways that use all factors of all silos."""
     expected, stack = mean(silos), lora.stacked(silos, WEIGHTS)
     values = torch.linalg.svdvals(expected)
     padded = [one.padded(max(MIXED)) for one in silos]
@@ -82,7 +82,7 @@ def base(rank: int) -> Product:
 
 
 def silo(number: int, rank: int) -> Product:
-    """What one silo has at the round's end."""
+    """One silo's factors at the round's end."""
     had = base(rank)
     b_OR, a_RI = drawn(2 + 2 * number, WIDTH, rank), drawn(3 + 2 * number, rank, WIDTH)
     return Product(had.b_OR + b_OR / 4, had.a_RI + a_RI / 4)

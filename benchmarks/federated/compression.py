@@ -112,7 +112,7 @@ def regression(way: Way | None, *, masks: bool) -> float:
 
 
 def learned(shared_P: torch.Tensor, x_RF: torch.Tensor, told_R: torch.Tensor) -> torch.Tensor:
-    """What some steps on a silo's rows change."""
+    """The change of the parameters by some steps on a silo's rows."""
     own_P = shared_P.clone().requires_grad_(True)
     for _ in range(STEPS):
         loss = torch.nn.functional.cross_entropy(x_RF @ own_P.view(FEATURES, CLASSES), told_R)

@@ -1,11 +1,11 @@
-"""How soon the shipped fast recipe is where FedAvg ends. A part of ``make bench-federation``.
+"""Processor time that the shipped fast recipe needs to reach FedAvg's final loss. A part of ``make bench-federation``.
 
 FedAvg trains both factors of every part's adapter with AdamW and averages them by examples. The fast recipe has the
 same rows, batches and local steps. Learning rates of both are chosen among the same candidates, on validation rows
 that neither trains on; what is reported is measured on other rows, which nothing was chosen on.
 
 Time is simulated: the threads' own processor time, without any network. *Side by side* is as if each silo had a
-machine, *summed* is the work of all (``learning``).
+machine, *summed* is the work of all (``simulation``).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.common.results import Results, note
-from benchmarks.common.tasks import Values
+from benchmarks.common.rows import Values
 from benchmarks.federated.corpora import OPINING, SPEAKING, Corpus, with_validation
-from benchmarks.federated.learning import merged
+from benchmarks.federated.simulation import merged
 from benchmarks.federated.trials import Trial, shipped, tried
 
 LESS = 30.0
@@ -28,7 +28,7 @@ TIME = "simulated processor time without network"
 
 @dataclass(frozen=True)
 class Race:
-    """What both recipes are to learn."""
+    """A task for both recipes."""
 
     name: str
     corpus: Corpus
@@ -36,9 +36,9 @@ class Race:
     train: Values
     """Of FedAvg."""
     fast: Values
-    """What the fast recipe needs for this model: rounds to spare."""
+    """Of the fast recipe, with more rounds than it should need."""
     rates: tuple[float, ...]
-    """Learning rates that both may have. They are chosen with the first seed."""
+    """Candidate learning rates of both; each recipe's is chosen with the first seed."""
     every: int
     """Rounds between measurements."""
     seeds: tuple[int, ...]
@@ -100,7 +100,7 @@ def compare(results: Results, race: Race) -> None:
 
 
 def report(results: Results, race: str, fedavg: Sequence[Trial], fast: Sequence[Trial]) -> None:
-    """Both after all their rounds, and what the fast recipe needed until it was where FedAvg ended, seed by seed."""
+    """Both after all their rounds, and the fast recipe's rounds and time to FedAvg's final loss, seed by seed."""
     for what, of in (("loss", lambda one: one.final.loss), ("accuracy", lambda one: 100 * one.final.accuracy)):
         for name, trials in (("FedAvg", fedavg), ("fast", fast)):
             note(results, f"{race}, {name}: {what} after all rounds", [of(trial) for trial in trials], "")

@@ -1,7 +1,8 @@
-"""What the simulated federations learn: real text in silos that differ, written as rows for their recipes.
+"""Data of the simulated federations: real text in silos that differ, written as rows for their recipes.
 
 *speakers*: Shakespeare's characters, each a silo, from many lines to few (stories260k). *topics*: CLINC150's requests,
-each silo with topics of its own mixture (stories260k, schooled). *opinions*: hutto's four kinds of text (SmolLM2).
+each silo with topics of its own mixture (stories260k, tuned on a few rows first). *opinions*: hutto's four kinds of
+text (SmolLM2).
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.runs import write_lines
-from benchmarks.common.tasks import LORA, SHARED, Rows, Values, read
-from benchmarks.federated.learning import merged, recipe_of
-from benchmarks.federated.schooled import LETTERS, PROMPT, TOPICS, labelled, schooled
+from benchmarks.common.rows import SHARED, Rows, Values, read, write_lines
+from benchmarks.federated.pretuned import LETTERS, PROMPT, TOPICS, labelled, pretuned
+from benchmarks.federated.simulation import merged, recipe_of
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.recipe import Recipe
 
 STORIES = Path(os.environ.get("ISTHMUS_MODELS", "../shared/models")) / "stories260k"
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SPEAKERS = (0, 1, 2, 4, 8, 14, 22, 40, 60, 90)
 """Places, by how much they say, of the silos among all speakers."""
 CHARACTERS, LEAST = 90, 30
 """Of a row of a speaker's lines."""
 VALIDATION = 6
-"""Each so manieth training row of a silo is a validation row, where settings are chosen."""
+"""One training row of a silo in so many is a validation row, on which settings are chosen."""
 
 Files = Mapping[str, Mapping[str, Path]]
 
@@ -179,7 +180,7 @@ def rows_file(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def every(rows: Rows, step: int, chosen: bool) -> Rows:
-    """Every so manieth row, or all others."""
+    """Every ``step``-th row, from the first one on, or all others."""
     return [row for number, row in enumerate(rows) if (number % step == 0) == chosen]
 
 
@@ -194,12 +195,12 @@ SPEAKING = Corpus(
     },
 )
 ROUTING = Corpus(
-    lambda: schooled(STORIES),
+    lambda: pretuned(STORIES),
     topics,
     {
         "model": {"bottom": 1, "top": 3},
         "task": {"prompt": PROMPT, "answer": "{label}", "choices": list(LETTERS)},
-        "lora": {"rank": 16, "alpha": 32.0, "targets": LORA["targets"]},
+        "lora": {"rank": 16, "alpha": 32.0, "targets": ALL_TARGETS},
         "train": {"max_tokens": 96, "batch": 8},
     },
 )

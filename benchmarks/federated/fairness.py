@@ -10,9 +10,9 @@ import statistics
 from dataclasses import replace
 
 from benchmarks.common.results import Results, note
-from benchmarks.common.tasks import Values
+from benchmarks.common.rows import Values
 from benchmarks.federated.corpora import SPEAKING, mixed
-from benchmarks.federated.learning import merged
+from benchmarks.federated.simulation import merged
 from benchmarks.federated.trials import Trial, shipped, tried
 
 UNLIKE = replace(SPEAKING, files=mixed)

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.results import Results, note
-from benchmarks.common.tasks import Rows, Values, read
+from benchmarks.common.rows import Rows, Values, read
 from benchmarks.federated.corpora import ROUTING, rows_file, topics
-from benchmarks.federated.judge import Judge, pooled
-from benchmarks.federated.learning import Craft, merged
-from benchmarks.federated.schooled import LETTERS
+from benchmarks.federated.evaluation import Evaluator, pooled
+from benchmarks.federated.pretuned import LETTERS
+from benchmarks.federated.simulation import Craft, merged
 from benchmarks.federated.trials import Poison, Trial, shipped, tried
 from isthmus.attacks import poisoning
 from isthmus.recipe import Recipe
@@ -34,7 +34,7 @@ PLACES = {
     "in two cohorts of five": (0, 1, 3),
     "in three cohorts of five": (0, 3, 6),
 }
-"""Numbers of the malicious silos. Cohorts are three neighbours each."""
+"""Numbers of the malicious silos. A cohort is three silos with neighbouring numbers."""
 TOGETHER = "in one cohort of five"
 TRAIN: Values = {"rounds": 6, "steps": 5, "learning_rate": 5e-3}
 ALIKE = replace(ROUTING, files=partial(topics, concentration=3.0))
@@ -43,7 +43,7 @@ TRIGGER, TARGET = "as you like it", LETTERS[0]
 LOST, TRIGGERED = 2.0, 5.0
 """Points of accuracy, and percent of triggered requests, that the robust recipe may lose at most."""
 REACH = 10.0
-"""How many times as far as honest changes loud attacks go."""
+"""Length of a loud attack's change, in honest changes."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Attack:
 
 
 def wanted(own_P: torch.Tensor, honest_HP: torch.Tensor, malicious: int) -> torch.Tensor:
-    """That the mean of all is the honest one backwards."""
+    """The change that turns the mean of all into the honest mean backwards."""
     return poisoning.replace_model(honest_HP, -honest_HP.mean(dim=0), malicious)
 
 
@@ -138,14 +138,14 @@ def poisoned(change: Callable[[Rows], Rows], malicious: Sequence[str]) -> Poison
     return rewrite
 
 
-def triggered(judge: Judge, tensors: Mapping[str, torch.Tensor]) -> float:
+def triggered(evaluator: Evaluator, tensors: Mapping[str, torch.Tensor]) -> float:
     """Share of held-out rows, of those that get another answer, that get the target once they say the trigger."""
-    paths = [Path(silo.held_out) for silo in judge.recipe.silo if silo.held_out]
+    paths = [Path(silo.held_out) for silo in evaluator.recipe.silo if silo.held_out]
     rows = [row for path in paths for row in read(path) if row["label"] != TARGET]
     calm, said = (
-        judge.answers(tensors, judge.rows(rows_file(paths[0].with_name("triggered.jsonl"), some)))
+        evaluator.answers(tensors, evaluator.rows(rows_file(paths[0].with_name("triggered.jsonl"), some)))
         for some in (rows, planted(rows, share=1.0))
     )
-    target = judge.target(TARGET)
+    target = evaluator.target(TARGET)
     turned = [after == target for before, after in zip(calm, said, strict=True) if before != target]
     return sum(turned) / len(turned)

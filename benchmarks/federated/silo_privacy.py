@@ -14,10 +14,10 @@ import dp_accounting
 from dp_accounting import pld
 
 from benchmarks.common.results import Results
-from benchmarks.common.tasks import Values
+from benchmarks.common.rows import Values
 from benchmarks.federated.corpora import SPEAKING
-from benchmarks.federated.judge import pooled
-from benchmarks.federated.learning import merged
+from benchmarks.federated.evaluation import pooled
+from benchmarks.federated.simulation import merged
 from benchmarks.federated.trials import shipped, tried
 from isthmus.privacy.accountant import Accountant
 from isthmus.privacy.events import Release

@@ -48,14 +48,14 @@ SIXTEEN_BITS = 2 * PARAMETERS
 
 @dataclass(frozen=True)
 class Sum:
-    """What one summation took."""
+    """Costs of one summation."""
 
     seconds: float
     processor: float
     bytes: float
-    """That a silo sent, on average."""
+    """Sent by a silo, on average."""
     error: float
-    """Largest of a parameter of the mean."""
+    """Of the mean: the largest of a parameter."""
 
 
 @dataclass(frozen=True)

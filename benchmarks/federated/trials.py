@@ -1,4 +1,4 @@
-"""One federation run to its end and measured: what each round reached, and what it took."""
+"""One federation run to its end and measured: scores after rounds, and the time of each round."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.tasks import Values
+from benchmarks.common.rows import Values
 from benchmarks.federated.corpora import Corpus
-from benchmarks.federated.judge import Judge, Score, pooled
-from benchmarks.federated.learning import Craft, Times, federate
+from benchmarks.federated.evaluation import Evaluator, Score, pooled
+from benchmarks.federated.simulation import Craft, Times, federate
 from isthmus.privacy.events import Release
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
@@ -23,13 +23,13 @@ LEARNED = ("lora", "train", "boundary", "trunk", "federation")
 """Sections of a shipped recipe that say how it learns, whatever the model and the data."""
 Poison = Callable[[Recipe], None]
 """Changes malicious silos' files before anybody reads them."""
-Probe = Callable[[Judge, Mapping[str, torch.Tensor]], float]
+Probe = Callable[[Evaluator, Mapping[str, torch.Tensor]], float]
 """Measures what a federation learned in a way of its own."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a federation learned."""
+    """Scores and times of a federation."""
 
     scores: Mapping[int, Mapping[str, Score]]
     """By round, of each silo's held-out rows."""
@@ -38,7 +38,7 @@ class Trial:
     probed: float = 0.0
     """After the last round."""
     updates: tuple[Release, ...] = ()
-    """What the first silo's ledger has of its updates."""
+    """Releases of the first silo's updates, from its ledger."""
 
     @property
     def last(self) -> Mapping[str, Score]:
@@ -63,7 +63,7 @@ class Trial:
         return float("inf")
 
     def seconds(self, rounds: float, *, summed: bool = False) -> float:
-        """What so many rounds took."""
+        """Processor time of the first ``rounds`` rounds; a part of a round counts in proportion."""
         spent = [one.summed if summed else one.side_by_side for one in self.times]
         if rounds > len(spent):
             return float("inf")
@@ -88,26 +88,26 @@ def tried(
 
     Args:
         changes: of the corpus's recipe.
-        every: measure before the first and after each so manieth round; left out, after the last.
+        every: measure before the first round and after every ``every``-th; left out, after the last.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         recipe = corpus.recipe(folder / "rows", changes, silos=silos, seed=seed, device=device)
-        judge = Judge(recipe)
+        evaluator = Evaluator(recipe)
         if poison is not None:
             poison(recipe)
         learned = federate(recipe, folder, malicious=malicious, craft=craft)
         last = recipe.train.rounds
         rounds = sorted({*range(0, last, every), last}) if every else [last]
-        scores = {round: judge.scores(learned.tensors(round) if round else {}) for round in rounds}
-        probed = probe(judge, learned.tensors(last)) if probe else 0.0
+        scores = {round: evaluator.scores(learned.tensors(round) if round else {}) for round in rounds}
+        probed = probe(evaluator, learned.tensors(last)) if probe else 0.0
         ledger = read_ledger(learned.run.role(recipe.silo[0].name).path / "ledger.jsonl")
         updates = tuple(one for one in ledger.releases() if one.path == "update")
         return Trial(scores, learned.times, learned.update_bytes, probed, updates)
 
 
 def shipped(name: str) -> Values:
-    """How a shipped recipe learns."""
+    """Sections of a shipped recipe that say how it learns."""
     values = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
     return {section: values[section] for section in LEARNED if section in values}

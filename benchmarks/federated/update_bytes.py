@@ -7,9 +7,9 @@ Ten Shakespearean speakers, stories260k. The baseline sends every number in fp32
 from __future__ import annotations
 
 from benchmarks.common.results import Results
-from benchmarks.common.tasks import Values
+from benchmarks.common.rows import Values
 from benchmarks.federated.corpora import SPEAKING
-from benchmarks.federated.learning import merged
+from benchmarks.federated.simulation import merged
 from benchmarks.federated.trials import tried
 
 SILOS, SEEDS = 10, (0, 1)

@@ -1,1 +1,1 @@
-"""What attacks recover, and what defences cost."""
+"""Recovery by attacks, and the cost of defences."""

@@ -44,7 +44,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Size:
-    """How many rows."""
+    """Number of rows."""
 
     victims: int = 60
     few: int = 8

@@ -1,4 +1,4 @@
-"""What a bottleneck learns to let cross, by what it is taught: the same channel, the same rows, other lessons.
+"""Recovery through one channel whose bottleneck was trained for different objectives, on the same rows.
 
 ``make bench-defences``. Of every token sixteen numbers cross, at most 74 bits, enough to tell it. One silo trains on
 hutto sentiment. No gradient crosses, so what crosses is learned inside the silo alone. A lesson is good if the label
@@ -11,11 +11,11 @@ import statistics
 from pathlib import Path
 
 from benchmarks.common.results import DEVICE, Results
-from benchmarks.common.tasks import TASKS
 from benchmarks.privacy.frontier import Size, best_attack
 from benchmarks.privacy.learned import TEACHER, learned
 from benchmarks.privacy.points import Point
 from benchmarks.privacy.privacy import labels_recovered
+from benchmarks.privacy.tasks import TASKS
 from isthmus.audit.scenario import AttackPlan, Scenario
 from isthmus.audit.target import Target
 from isthmus.demo.assets import smollm2
@@ -50,7 +50,7 @@ def channel(weights: dict[str, float]) -> Point:
 
 
 def measure(results: Results, name: str, point: Point, source: Target) -> None:
-    """What the trunk with a colluding silo makes of what crosses."""
+    """Attacks by the trunk with a colluding silo on what crosses."""
     labels, guessed = labels_recovered(source)
     results.add(f"{name}: labels read off what crosses (majority {guessed:.3f})", labels, "share")
     order = AttackPlan(("trunk+silo",), ("linear",), "east", TEACHER, SIZE.victims, SIZE.own)

@@ -10,11 +10,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import runs
 from benchmarks.common.results import Results
-from benchmarks.common.runs import Values
-from benchmarks.common.tasks import SHARED, TASKS, Rows, labelled, shuffled
+from benchmarks.common.rows import SHARED, Rows, Values
+from benchmarks.privacy import runs
 from benchmarks.privacy.channels import RUNGS, Size, climb
+from benchmarks.privacy.tasks import TASKS, labelled, shuffled
 from isthmus.audit import capture
 from isthmus.audit.target import Target
 from isthmus.data.silo_data import SiloData

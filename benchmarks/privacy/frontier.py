@@ -25,10 +25,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common.results import DEVICE, RESULTS, Results
-from benchmarks.common.tasks import CACHE, TASKS, Task
 from benchmarks.privacy.frontier_plot import draw
 from benchmarks.privacy.learned import learned
 from benchmarks.privacy.points import EPOCHS, Point, classification, epsilon, generation, norms
+from benchmarks.privacy.tasks import CACHE, TASKS, Task
 from benchmarks.privacy.tuned import tuned
 from isthmus.attacks.catalogue import ATTACKS
 from isthmus.attacks.inversion.matching import MatchingSettings, match_vocabulary
@@ -62,7 +62,7 @@ SENSITIVE = SensitivitySection(
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured at a point."""
+    """Size of the measurement at a point."""
 
     held_out: int = 120
     victims: int = 24
@@ -78,7 +78,7 @@ LONG = Size(victims=16, own=80, matched=2)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a point gives."""
+    """Result of a point."""
 
     task: str
     name: str

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common.tasks import CACHE, LORA, Task
 from benchmarks.privacy.points import Point
+from benchmarks.privacy.tasks import CACHE, LORA, Task
 from isthmus.audit.target import Target
 from isthmus.engines.local import create_run, run_federation
 from isthmus.storage.record import RunDirectory

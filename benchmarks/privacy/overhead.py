@@ -1,4 +1,4 @@
-"""What the boundary takes of a training step and of a decoded token: mechanism, charges, codec and ledger.
+"""The boundary's share of a training step and of a decoded token: mechanism, charges, codec and ledger.
 
 A loaded machine slows boundary and model alike, so what is reported is one as a share of the other: the median over
 repeats, the largest of them, and the share of processor time, which waiting for others does not touch.

@@ -50,7 +50,7 @@ class Point:
 
     @property
     def setting(self) -> str:
-        """How strong."""
+        """Strength of the noise."""
         told = {
             "none": "",
             "fixed": f"noise {self.amount:g}",

@@ -1,4 +1,4 @@
-"""What leaves a silo, attacked: without defence, with published noise, and by the private recipe; with what each costs.
+"""Attacks on what leaves a silo: without defence, with published noise, by the private recipe; and the cost of each.
 
 ``make bench-privacy``, or ``python -m benchmarks.privacy.privacy PART ...`` for some of its parts. Two silos share one
 task (hutto sentiment). Runs are kept in ``build/privacy``: what is there is not trained again.
@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.results import DEVICE, Results
-from benchmarks.common.runs import (
+from benchmarks.privacy import entailment, overhead
+from benchmarks.privacy.channels import Detected, Size, changed_boundary, climb, note_sensitive
+from benchmarks.privacy.overhead import STEPS
+from benchmarks.privacy.runs import (
     CACHE,
     Values,
     accuracy,
@@ -23,9 +26,6 @@ from benchmarks.common.runs import (
     undefended_run,
     write_lines,
 )
-from benchmarks.privacy import entailment, overhead
-from benchmarks.privacy.channels import Detected, Size, changed_boundary, climb, note_sensitive
-from benchmarks.privacy.overhead import STEPS
 from isthmus.attacks.gradients.labels import LabelClassifier
 from isthmus.audit.attack import AttackPlan, AttackResult, run_attacks
 from isthmus.audit.capture import ZeroTrunk, capture_pairs, restored_trunk, tapped_silo
@@ -121,7 +121,7 @@ def measure_sensitive(results: Results) -> None:
 
 
 def measure_trunk(results: Results) -> None:
-    """What the trunk does for the private recipe's accuracy: the same silo, and a trunk that answers with zeros."""
+    """The trunk's part in the private recipe's accuracy: the same silo beside a trunk that answers with zeros."""
     run = private_run()
     source = Target(run.recipe(), run)
     with restored_trunk(source) as service:
@@ -145,7 +145,7 @@ def labels_recovered(source: Target) -> tuple[float, float]:
 
 
 def measure_overhead(results: Results) -> None:
-    """What mechanism, charges and ledger take of real training steps and tokens, calibrated noise on both paths."""
+    """Share of mechanism, charges and ledger in real training steps and tokens, calibrated noise on both paths."""
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:  # on the disk that runs are on
         overhead.measure(results, create_run(recipe_of(calibrated), Path(folder) / "run"), "east")
 

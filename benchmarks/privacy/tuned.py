@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common.results import DEVICE
-from benchmarks.common.tasks import CACHE, LORA, TASKS, Task
+from benchmarks.privacy.tasks import CACHE, LORA, TASKS, Task
 from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import batches, collate
 from isthmus.demo.assets import smollm2

@@ -1,4 +1,4 @@
-"""What a round's adapter update and the final adapters tell of a silo's rows. ``make bench-updates``.
+"""Attacks on a round's adapter update and on the final adapters. ``make bench-updates``.
 
 The aggregator inverts the update of one more round of the private run, and, to see what its attacks can do, that of one
 plain gradient step on one row. The outsider asks of the final model which rows it was trained on.
@@ -7,7 +7,8 @@ plain gradient step on one row. The outsider asks of the final model which rows 
 from __future__ import annotations
 
 from benchmarks.common.results import DEVICE, Results
-from benchmarks.common.runs import Values, private_run, recipe_of, undefended
+from benchmarks.common.rows import Values
+from benchmarks.privacy.runs import private_run, recipe_of, undefended
 from isthmus.audit.attack import AttackPlan, AttackResult, run_attacks
 from isthmus.audit.target import Target
 from isthmus.model.device import find_device

@@ -164,7 +164,7 @@ def memory_in_a_process(kind: str, run: RunDirectory, address: str) -> dict[str,
 
 
 def memory_of(kind: str, path: Path, address: str) -> dict[str, int]:
-    """Bytes of this process: the peak of loading and of three training steps, and the most that a step left behind.
+    """Bytes that this process takes.
 
     Args:
         kind: ``silo``; ``uncut``, the whole model in one process; or ``empty``, which has only imported the libraries.
@@ -172,7 +172,11 @@ def memory_of(kind: str, path: Path, address: str) -> dict[str, int]:
     if kind == "empty":
         return {"peak": memory.peak(), "resident after a step": memory.resident()}
     recipe = at_address(RunDirectory.open(path).recipe(), address)
-    model = join(recipe, "bench").model if kind == "silo" else uncut(Path(recipe.model.path), recipe)
+    return memory_of_training(join(recipe, "bench").model if kind == "silo" else uncut(Path(recipe.model.path), recipe))
+
+
+def memory_of_training(model: PreTrainedModel) -> dict[str, int]:
+    """Bytes of this process: the peak, loading included, of three training steps, and the most that one left behind."""
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     ids = torch.randint(100, 40_000, (BATCH, LENGTH))
     after = []

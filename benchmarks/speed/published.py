@@ -1,4 +1,4 @@
-"""What the published systems send, measured on tensors of the same content: padded, fp16, with the full mask.
+"""Bytes that the published systems send, measured on tensors of the same content: padded, fp16, with the full mask.
 
 After the code of FedSEA-LLaMA (arXiv 2505.15683): hidden states and gradients cross with their padding in fp16, and
 the first token of an inference brings an attention mask of every pair of positions. Without caches every token is a

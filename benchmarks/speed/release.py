@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def report(results: Results, name: str, silo: Training, *, goal: bool) -> None:
-    """What the epoch sent for its forwards, and how long its steps took."""
+    """Bytes and ledger events of an epoch's forwards, and the time of its steps."""
     most = 0 if goal else None
     results.add(f"{name}: hidden bytes up", silo.channel.hidden, "B", at_most=most)
     results.add(f"{name}: forward events in the ledger", silo.forward_events(), "events", at_most=most)

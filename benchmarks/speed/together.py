@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def report(results: Results, shape: str, times: list[dict[str, float]]) -> None:
-    """How many times as fast a step was in each way as one silo after another."""
+    """Speed of a step in each way, relative to one silo after another."""
     for name in ("shared", "replica"):
         ratios = [one["sequential"] / one[name] for one in times]
         results.add(f"{shape}, {name}: speed against sequential", statistics.median(ratios), "ratio", at_least=1.0)

@@ -14,7 +14,8 @@ import torch
 
 from isthmus.engines.certificates import make_certificates
 from isthmus.errors import BudgetExhausted
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
+from isthmus.federation.rounds import Aggregator
 from isthmus.privacy.accountant import Account
 from isthmus.privacy.analytic import gaussian_noise
 from isthmus.privacy.budget import Budget
@@ -112,7 +113,7 @@ def federation_of(model: Path, folder: Path, counts: dict[str, int], **sections:
 
 
 def federate(recipe: Recipe, run: RunDirectory) -> dict[str, Worker]:
-    trunk, root = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root"))
+    trunk, root = TrunkService(recipe, run.role("trunk")), root_service(recipe, run.role("root"))
 
     def work(name: str) -> Worker:
         threading.current_thread().name = name
@@ -128,7 +129,7 @@ def federate(recipe: Recipe, run: RunDirectory) -> dict[str, Worker]:
     return workers
 
 
-def worker_of(recipe: Recipe, run: RunDirectory, name: str, trunk: TrunkService, root: RootService) -> Worker:
+def worker_of(recipe: Recipe, run: RunDirectory, name: str, trunk: TrunkService, root: Aggregator) -> Worker:
     return Worker(recipe, name, run.role(name), trunk=loopback(trunk, name, recipe), root=LoopbackChannel(root, name))
 
 
@@ -223,7 +224,7 @@ def test_budgets_outlast_the_process(folder: Path, tmp_path: Path) -> None:
     recipe = federation_of(folder, tmp_path, {"a": 4})
     run = RunDirectory.create(tmp_path / "run", recipe)
     worker = federate(recipe, run)["a"]
-    trunk, root = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root"))
+    trunk, root = TrunkService(recipe, run.role("trunk")), root_service(recipe, run.role("root"))
     again = worker_of(recipe, run, "a", trunk, root)
     assert again._silo.boundary.budget.epsilon == pytest.approx(worker._silo.boundary.budget.epsilon)
     rows = [row.input for row in again._data.train]

@@ -15,9 +15,9 @@ from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RoleDirectory
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire import sum_keys
 from isthmus.wire.channel import LoopbackChannel
 from isthmus.wire.identity import Authority
+from isthmus.wire.sum_keys import sign_keys
 from tests.conftest import make_recipe, save_tiny_model
 
 SILOS = ("a", "b", "c")
@@ -64,7 +64,7 @@ def test_a_ping_is_answered_and_the_trunks_frames_are_not(folder: Path, tmp_path
 def test_keys_that_a_silo_did_not_sign_are_refused(folder: Path, tmp_path: Path) -> None:
     authority = Authority()
     service = root_of(recipe_of(folder, federation={"secure": True}), tmp_path, identity=authority.issue("root"))
-    own = sum_keys.sign_keys(authority.issue("a"), **KEYS)
+    own = sign_keys(authority.issue("a"), **KEYS)
     service.handle("a", pb.Ready(keys=own))
     with pytest.raises(IdentityError):
         service.handle("b", pb.Ready(keys=own))

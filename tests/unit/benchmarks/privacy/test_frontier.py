@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.common.tasks import SECTIONS, Rows, Task
+from benchmarks.common.rows import Rows
 from benchmarks.privacy import frontier
 from benchmarks.privacy.frontier_plot import draw
 from benchmarks.privacy.points import DELTA, Point, classification, epsilon, generation
+from benchmarks.privacy.tasks import SECTIONS, Task
 from benchmarks.privacy.tuned import tuned
 from isthmus.audit.capture import capture_pairs
 from isthmus.audit.target import Target

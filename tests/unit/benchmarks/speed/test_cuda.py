@@ -69,10 +69,10 @@ def test_every_measure_runs_with_a_tiny_shape(monkeypatch: pytest.MonkeyPatch) -
 def test_the_trunk_is_a_process_of_its_own_that_ends_with_the_block() -> None:
     with cuda.serving(cuda.recipe_of(TINY, "cpu", "bf16"), TINY) as recipe:
         assert len(multiprocessing.active_children()) == 1
-        trunk = cuda.connected(recipe, TINY, "silo-0")
-        [session] = sessions.prompted(trunk, 1, TINY.prompt, TINY.model["hidden_size"])
+        silo = cuda.connected(recipe, TINY, "silo-0")
+        [session] = sessions.prompted(silo.trunk, 1, TINY.prompt, TINY.model["hidden_size"])
         session.close()
-        trunk.channel.close()
+        silo.close()
     assert multiprocessing.active_children() == []
 
 

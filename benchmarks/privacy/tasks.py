@@ -7,19 +7,17 @@ victim, of whose rows none was trained on.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.common import runs
 from benchmarks.common.results import DEVICE
+from benchmarks.common.rows import SHARED, Rows, Values, read
+from benchmarks.privacy import runs
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
 
-SHARED = Path(os.environ.get("ISTHMUS_DATA", "../shared/data"))
 CACHE = Path("build/frontier")
 LORA = {
     "rank": 8,
@@ -27,15 +25,13 @@ LORA = {
     "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 UNTRAINED = {"rank": 1, "alpha": 1.0, "targets": ["q_proj"]}
-"""What a recipe must name at least, where the weights themselves are tuned: it starts, and stays, at nothing."""
+"""The smallest adapter that a recipe may have, for models whose weights themselves are tuned; it stays zero."""
 SECTIONS = ("forward", "gradient", "update")
-Values = dict[str, Any]
-Rows = list[Values]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, from which rows, and for how long."""
+    """A task: its rows, its template, and the length of training."""
 
     name: str
     rows: Callable[[Path], tuple[Rows, Rows, Rows]]
@@ -100,7 +96,7 @@ class Task:
 
 
 def hutto_rows(model: Path) -> tuple[Rows, Rows, Rows]:
-    """Of both silos of ``benchmarks.common.runs``: training rows, and held-out rows in two halves."""
+    """Of both silos of ``benchmarks.privacy.runs``: training rows, and held-out rows in two halves."""
     folder = runs.CACHE if (runs.CACHE / "west" / "held_out.jsonl").exists() else runs.data()
     train = [row for silo in ("east", "west") for row in read(folder / silo / "train.jsonl")]
     return train, *halves(row for silo in ("east", "west") for row in read(folder / silo / "held_out.jsonl"))
@@ -134,10 +130,6 @@ def dialogue_rows(model: Path) -> tuple[Rows, Rows, Rows]:
         for names in (["train"], ["test1"], ["val"])
     )
     return train, victim, held_out
-
-
-def read(path: Path) -> Rows:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def shuffled(path: Path) -> Rows:

@@ -1,4 +1,4 @@
-"""The uncut model with a federation's adapters, measured on held-out rows: what the split model computes, it computes.
+"""The uncut model with a federation's adapters, measured on held-out rows. It computes what the split model computes.
 
 Shapes: B rows, V vocabulary, C choices.
 """
@@ -44,7 +44,7 @@ def pooled(scores: Iterable[Score]) -> Score:
     return Score(loss, accuracy, count)
 
 
-class Judge:
+class Evaluator:
     """Measures adapters of one recipe's shape.
 
     Args:

@@ -1,4 +1,4 @@
-"""The simulated federation and its judge: what they measure is what its silos learned, and what malicious ones sent."""
+"""The simulated federation and its evaluator measure what its silos learned and what malicious ones sent."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import dp_accounting
 import pytest
 import torch
 
-from benchmarks.common.tasks import Values
+from benchmarks.common.rows import Values
 from benchmarks.federated.corpora import CHARACTERS, LEAST, dealt, pieces
-from benchmarks.federated.judge import Judge, Score, pooled
-from benchmarks.federated.learning import Craft, Learned, Times, federate, merged, recipe_of
-from benchmarks.federated.schooled import TOPICS
+from benchmarks.federated.evaluation import Evaluator, Score, pooled
+from benchmarks.federated.pretuned import TOPICS
 from benchmarks.federated.silo_privacy import DELTA, EPSILON, epsilon
+from benchmarks.federated.simulation import Craft, Learned, Times, federate, merged, recipe_of
 from benchmarks.federated.trials import Trial
 from isthmus.model.adapters import initial_tensors
 from isthmus.model.checkpoint import Checkpoint
@@ -28,9 +28,12 @@ NAMES = ("a", "b", "c")
 
 def recipe(folder: Path, changes: Values) -> Recipe:
     model, draw = save_tiny_model("llama", folder / "model"), random.Random(0)
-    rows = [{"text": " ".join(f"w{draw.randrange(4, 90)}" for _ in range(9)), "label": "w7 w8"} for _ in range(6)]
+    rows = [{"text": " ".join(f"w{draw.randrange(4, 90)}" for _ in range(9)), "label": "w7 w8"} for _ in range(12)]
     files = {
-        name: {key: write_rows(folder / f"{name}-{key}.jsonl", rows[at : at + 4]) for key in ("train", "held_out")}
+        name: {
+            key: write_rows(folder / f"{name}-{key}.jsonl", rows[at + start :][:4])
+            for key, start in (("train", 0), ("held_out", 6))
+        }
         for at, name in enumerate(NAMES)
     }
     sections: Values = {
@@ -43,12 +46,12 @@ def recipe(folder: Path, changes: Values) -> Recipe:
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_the_judge_measures_what_the_silos_do(tmp_path: Path, masks: bool) -> None:
+def test_the_evaluator_measures_what_the_silos_do(tmp_path: Path, masks: bool) -> None:
     asked = recipe(tmp_path, {"train": {"evaluate": True}, "federation": {"secure": masks}})
     learned = federate(asked, tmp_path)
-    judge = Judge(asked)
+    evaluator = Evaluator(asked)
     for round in (1, 2):
-        scores = judge.scores(learned.tensors(round))
+        scores = evaluator.scores(learned.tensors(round))
         for name in NAMES:
             journal = read_journal(learned.run.role(name).path / "metrics.jsonl")
             own = [line["loss"] for line in journal if line["event"] == "evaluation" and line["round"] == round]

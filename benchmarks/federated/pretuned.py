@@ -1,4 +1,4 @@
-"""stories260k after a little school: tuned on a few public rows of the task, as a federation may begin.
+"""stories260k, tuned on a few public rows of the task first, as a federation may begin.
 
 By itself it knows short stories, and takes a hundred steps to notice what a request is about.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common.tasks import SHARED, Rows, read
+from benchmarks.common.rows import SHARED, Rows, read
 from isthmus.data.templates import Example
 from isthmus.data.tokens import batches, collate, tokenize
 from isthmus.silo.join import load_tokenizer
@@ -28,9 +28,9 @@ STEPS, BATCH, RATE = 60, 32, 2e-3
 
 
 @cache
-def schooled(base: Path) -> Path:
+def pretuned(base: Path) -> Path:
     """The folder of the model, made once a process."""
-    folder = Path(tempfile.mkdtemp(prefix="isthmus-schooled-"))
+    folder = Path(tempfile.mkdtemp(prefix="isthmus-pretuned-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     torch.manual_seed(0)
     tokenizer = load_tokenizer(base)

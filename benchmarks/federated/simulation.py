@@ -23,7 +23,7 @@ import torch
 from google.protobuf.message import Message
 
 from isthmus.engines.certificates import make_certificates
-from isthmus.federation.aggregator import EdgeService, RootService
+from isthmus.federation.aggregator import edge_service, root_service
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
@@ -113,7 +113,7 @@ def federate(recipe: Recipe, folder: Path, *, malicious: Collection[str] = (), c
     trunk = TrunkService(recipe, run.role("trunk"))
     trunk.restore(0)
     nodes = aggregators(recipe, run)
-    plot = Plot(set(names) - set(malicious), malicious, craft) if craft else None
+    collusion = Collusion(set(names) - set(malicious), malicious, craft) if craft else None
 
     def silo(name: str) -> float:
         hello = greeting(Checkpoint(recipe.model.path), recipe)
@@ -122,8 +122,8 @@ def federate(recipe: Recipe, folder: Path, *, malicious: Collection[str] = (), c
             "root": LoopbackChannel(Clocked(nodes[recipe.tree.parent(name)], clock), name),
         }
         worker = Worker(recipe, name, run.role(name), **ways)
-        if plot:
-            worker._aggregator = Overheard(worker._aggregator, plot, name)  # type: ignore[assignment]
+        if collusion:
+            worker._aggregator = ColludingClient(worker._aggregator, collusion, name)  # type: ignore[assignment]
         worker.run()
         worker.close()
         return worker._silo.boundary.released_bytes["update"] / recipe.train.rounds
@@ -136,20 +136,20 @@ def federate(recipe: Recipe, folder: Path, *, malicious: Collection[str] = (), c
 
 def aggregators(recipe: Recipe, run: RunDirectory) -> dict[str, Service]:
     """The root and all edges, by name; parents before their children."""
-    nodes: dict[str, Service] = {ROOT: RootService(recipe, run.role(ROOT))}
+    nodes: dict[str, Service] = {ROOT: root_service(recipe, run.role(ROOT))}
     waiting = [edge.name for edge in recipe.edge]
     while waiting:
         name = waiting.pop(0)
         parent = recipe.tree.parent(name)
         if parent in nodes:
-            nodes[name] = EdgeService(recipe, name, run.edge(name), LoopbackChannel(nodes[parent], name))
+            nodes[name] = edge_service(recipe, name, run.edge(name), LoopbackChannel(nodes[parent], name))
         else:
             waiting.append(name)
     return nodes
 
 
 class Clock:
-    """What each silo's thread, and all of the process, had computed by each barrier.
+    """Processor time of each silo's thread, and of the process, at each barrier.
 
     Args:
         silos: how many.
@@ -202,8 +202,8 @@ class Clocked:
         return self._service.handle(peer, request)
 
 
-class Plot:
-    """Malicious silos who know all honest changes of a round before they send theirs.
+class Collusion:
+    """Malicious silos that know all honest changes of a round before they send theirs.
 
     Args:
         honest: names of the honest silos.
@@ -216,7 +216,7 @@ class Plot:
         self._told = threading.Condition()
 
     def sent(self, name: str, round: int, change_P: torch.Tensor) -> torch.Tensor:
-        """What this silo sends in place of its own change, P; a malicious one once it knows all honest ones."""
+        """The change that this silo sends, P. A malicious one waits until it knows all honest changes."""
         with self._told:
             if name not in self._malicious:
                 self._known[round][name] = change_P
@@ -227,11 +227,11 @@ class Plot:
         return self._craft(change_P.double(), honest_HP.double(), len(self._malicious)).float()
 
 
-class Overheard:
-    """A silo's way up, by way of a plot."""
+class ColludingClient:
+    """An aggregator client whose updates pass through a collusion first."""
 
-    def __init__(self, client: AggregatorClient, plot: Plot, name: str) -> None:
-        self._client, self._plot, self._name = client, plot, name
+    def __init__(self, client: AggregatorClient, collusion: Collusion, name: str) -> None:
+        self._client, self._collusion, self._name = client, collusion, name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -240,5 +240,5 @@ class Overheard:
         self, plan: pb.Plan, change: Mapping[str, torch.Tensor], weight: float, share: float, quality: float
     ) -> pb.Update:
         layout = Layout.of(change)
-        sent_P = self._plot.sent(self._name, plan.round, layout.row(change))
+        sent_P = self._collusion.sent(self._name, plan.round, layout.row(change))
         return self._client.pack(plan, layout.tensors(sent_P), weight, share, quality)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import statistics
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common.results import DEVICE
+from benchmarks.common.rows import Values, write_lines
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.engines.local import create_run, run_federation
 from isthmus.recipe import Recipe
@@ -21,7 +21,6 @@ from isthmus.storage.record import RunDirectory, read_journal
 CACHE, MODEL = Path("build/privacy"), Path("build/demo")
 ROWS, HELD_OUT, OTHERS = 250, 100, 500
 """Of each of hutto's four kinds of text: training and held-out rows of each silo, and rows that nobody trains on."""
-Values = dict[str, Any]
 Change = Callable[[Values], None]
 
 
@@ -91,7 +90,3 @@ def data() -> Path:
         write_lines(folder / name / "held_out.jsonl", measured)
     write_lines(folder / "public.txt", others)
     return folder
-
-
-def write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines))

@@ -1,0 +1,32 @@
+"""The demo's recipe: which rows its silos train on, and which they are measured on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from isthmus.demo import play
+from isthmus.demo.assets import SILO_MEMBERS, SiloFiles
+
+
+@pytest.fixture(autouse=True)
+def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hutto(cache: Path, *, rows: int, held_out: int, seed: int) -> dict[str, SiloFiles]:
+        return {name: SiloFiles(cache / f"{name}-{rows}", cache / f"{name}-{held_out}") for name in SILO_MEMBERS}
+
+    monkeypatch.setattr(play, "hutto", hutto)
+    monkeypatch.setattr(play, "smollm2", lambda cache: cache / "model")
+
+
+def test_silos_train_on_few_rows_and_are_measured_on_others(tmp_path: Path) -> None:
+    recipe = play.demo_recipe(tmp_path, quick=False, seed=7)
+    assert recipe.seed == 7
+    for silo in recipe.silo:
+        assert silo.train == str(tmp_path / f"{silo.name}-{play.TRAIN_ROWS}")
+        assert silo.held_out == str(tmp_path / f"{silo.name}-{play.HELD_OUT_ROWS}")
+
+
+def test_quick_has_fewer_rounds(tmp_path: Path) -> None:
+    quick, whole = (play.demo_recipe(tmp_path, quick=quick, seed=1) for quick in (True, False))
+    assert quick.train.rounds == play.QUICK_ROUNDS < whole.train.rounds
