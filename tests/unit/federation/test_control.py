@@ -34,7 +34,7 @@ def collected(**changes: float) -> Collected:
 
 def told(control: RootControl) -> tuple[torch.Tensor, dict[str, int]]:
     plan = pb.Plan()
-    control.tell(plan, LAYOUT)
+    control.add_to(plan, LAYOUT)
     return codec.decode_named(plan.control, LAYOUT.shapes)["x"], dict(plan.counted)
 
 
@@ -46,7 +46,7 @@ def test_only_scaffold_has_one() -> None:
 def test_it_starts_at_nothing_and_becomes_the_mean_gradient() -> None:
     control = RootControl(recipe_of())
     assert told(control) == (pytest.approx(torch.zeros(3)), {})
-    control.note(1, collected(a=-2.0, b=-2.0, c=-6.0, d=-6.0), LAYOUT)
+    control.follow(1, collected(a=-2.0, b=-2.0, c=-6.0, d=-6.0), LAYOUT)
     mean, counted = told(control)
     assert mean.tolist() == [4.0 / (RATE * STEPS)] * 3, "minus the way that was gone, a step and rate"
     assert counted == dict.fromkeys(SILOS, 1)
@@ -54,24 +54,24 @@ def test_it_starts_at_nothing_and_becomes_the_mean_gradient() -> None:
 
 def test_silos_that_were_not_there_keep_their_part() -> None:
     control = RootControl(recipe_of())
-    control.note(1, collected(a=-4.0, b=-4.0, c=-4.0, d=-4.0), LAYOUT)
-    control.note(2, collected(a=0.0), LAYOUT)
+    control.follow(1, collected(a=-4.0, b=-4.0, c=-4.0, d=-4.0), LAYOUT)
+    control.follow(2, collected(a=0.0), LAYOUT)
     mean, counted = told(control)
     assert mean.tolist() == [2.0 * 3 / 4] * 3
     assert counted == {"a": 2, "b": 1, "c": 1, "d": 1}
-    control.note(3, Collected({}, ()), LAYOUT)
+    control.follow(3, Collected({}, ()), LAYOUT)
     assert told(control)[1] == counted
 
 
 def test_a_restart_forgets_nothing() -> None:
     control, again = RootControl(recipe_of()), RootControl(recipe_of())
-    control.note(1, collected(a=-4.0), LAYOUT)
+    control.follow(1, collected(a=-4.0), LAYOUT)
     again.load_state_dict(control.state_dict())
     assert torch.equal(told(again)[0], told(control)[0])
 
 
 def test_what_was_told_of_other_tensors_is_refused() -> None:
     plan = pb.Plan()
-    RootControl(recipe_of()).tell(plan, LAYOUT)
+    RootControl(recipe_of()).add_to(plan, LAYOUT)
     with pytest.raises(FrameError):
         codec.decode_named(plan.control, {"x": (4,)})
