@@ -57,14 +57,16 @@ class Account:
     concentrated: float = 0.0
     """Sum of the charges of discrete Gaussian noise (ρ)."""
 
-    def plus(self, charge: Charge) -> Account:
-        """The account with one more charge."""
-        pures = self.pures
-        if charge.pure:
-            counted = Counter(dict(self.pures))
-            counted[charge.pure] += 1
-            pures = tuple(sorted((counted if len(counted) <= DISTINCT_PURE else _coarse(counted)).items()))
-        return Account(self.gaussian + charge.gaussian, pures, self.concentrated + charge.concentrated)
+    def plus(self, *charges: Charge) -> Account:
+        """The account with these charges, too."""
+        gaussian, pures, concentrated = self.gaussian, self.pures, self.concentrated
+        for charge in charges:
+            gaussian, concentrated = gaussian + charge.gaussian, concentrated + charge.concentrated
+            if charge.pure:
+                counted = Counter(dict(pures))
+                counted[charge.pure] += 1
+                pures = tuple(sorted((counted if len(counted) <= DISTINCT_PURE else _coarse(counted)).items()))
+        return Account(gaussian, pures, concentrated)
 
     def joined(self, other: Account) -> Account:
         """The composition of both accounts."""
@@ -130,8 +132,8 @@ class Accountant:
 
     def note(self, release: Release) -> None:
         """Charge a release to its records and the silo."""
+        self.silo = self.silo.plus(*release.charges)
         for charge in release.charges:
-            self.silo = self.silo.plus(charge)
             if charge.record == ALL:
                 self.updates = self.updates.plus(charge)
                 continue

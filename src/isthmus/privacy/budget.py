@@ -84,8 +84,7 @@ class Budget:
             told.append(bears)
             if bears:
                 records |= after
-                for charge in charges:
-                    silo = silo.plus(charge)
+                silo = silo.plus(*charges)
         return told
 
     def _limits(self, subjects: Subjects) -> dict[str, float]:
@@ -104,9 +103,7 @@ class Budget:
     def _silo_bears(self, charges: Iterable[Charge], silo: Account) -> bool:
         if self._silo == math.inf:
             return True
-        for charge in charges:
-            silo = silo.plus(charge)
-        return silo.within(self._silo, self.delta)
+        return silo.plus(*charges).within(self._silo, self.delta)
 
     def _account(self, record: str) -> Account:
         return self.accountant.records.get(record, Account())

@@ -63,7 +63,8 @@ class LocalSteps:
     def optimizer(self) -> torch.optim.Optimizer:
         """A new optimizer, as the recipe says, that corrects the gradients before each of its steps."""
         optimizer = build_optimizer(self._parameters.values(), self._train)
-        optimizer.register_step_pre_hook(self._correct)
+        if self._train.proximal or self._train.sharpness or self._control is not None:
+            optimizer.register_step_pre_hook(self._correct)
         return optimizer
 
     def begin(self) -> None:

@@ -199,6 +199,8 @@ class Worker:
     def _affordable(self, rows: list[Tokens], *, train: bool = True) -> list[bool]:
         """For each row, whether the privacy budgets allow a training step with it, or one forward alone."""
         recipe = self._recipe
+        if not self._silo.boundary.limited:
+            return [True] * len(rows)
         forwards, gradients = 1, 1 if train else 0
         if train and recipe.train.sharpness:  # a pass uphill comes before; of a frozen bottom it sends no gradient
             forwards, gradients = 2, 1 if recipe.lora.freeze_bottom else 2

@@ -105,11 +105,10 @@ def check_size(size: int, limit: int) -> None:
 def settle(answer: Answer, frame: pb.Frame) -> None:
     """Settle an answer with a received frame: its body, the error it reports, or ``FrameError`` if it is malformed."""
     try:
-        frames.check(frame)
+        body = frames.checked(frame)
     except IsthmusError as error:
         answer.set_exception(error)
         return
-    body = frames.body(frame)
     if isinstance(body, pb.Failure):
         answer.set_exception(frames.reported_error(body))
     else:
@@ -126,8 +125,7 @@ def answer_request(service: Service, peer: str, frame: pb.Frame) -> Future[bytes
         encoded.set_result(frames.wrap(body, id=frame.id).SerializeToString())
 
     try:
-        frames.check(frame)
-        answer = service.handle(peer, frames.body(frame))
+        answer = service.handle(peer, frames.checked(frame))
     except Exception as error:
         answer = Future()
         answer.set_exception(error)

@@ -81,7 +81,7 @@ def encode(h_TD: torch.Tensor, name: str, generator: torch.Generator | None = No
         generator: for random rounding (see ``MatrixCodec.encode``).
     """
     rows, width = h_TD.shape
-    h_TD = h_TD.detach().to(_coding_device(rows * width, h_TD.device))
+    h_TD = h_TD.detach().to(h_TD.device if rows * width > SMALL_MATRIX else _CPU)
     data = MATRIX_CODECS[name.removesuffix(ZSTD)].encode(h_TD, generator)
     if name.endswith(ZSTD):
         data = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(data)
@@ -102,7 +102,7 @@ def decode(matrix: pb.Matrix, *, rows: int, width: int, codec: str, device: torc
         raise FrameError("received an empty matrix", remedy=_REMEDY)
     base = MATRIX_CODECS[codec.removesuffix(ZSTD)]
     data = decompressed(matrix.data, base.most_bytes(rows, width)) if codec.endswith(ZSTD) else matrix.data
-    return base.decode(data, rows, width, _coding_device(rows * width, device)).to(device)
+    return base.decode(data, rows, width, device if rows * width > SMALL_MATRIX else _CPU).to(device)
 
 
 def encode_named(tensors: Mapping[str, torch.Tensor]) -> list[pb.Tensor]:
@@ -151,11 +151,6 @@ def decompressed(data: bytes, most: int) -> bytes:
 def _bytes(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
     values = tensor.detach().to("cpu", dtype).contiguous()
     return values.view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _coding_device(values: int, device: torch.device) -> torch.device:
-    """The device on which a matrix with this many values is coded."""
-    return device if values > SMALL_MATRIX else _CPU
 
 
 def _tensor(

@@ -52,18 +52,19 @@ def parse(data: bytes) -> pb.Frame:
         raise FrameError(f"received {len(data)} bytes that are not a frame", remedy=_REMEDY) from error
 
 
-def body(frame: pb.Frame) -> Any:
-    """The message in a frame."""
-    return getattr(frame, str(frame.WhichOneof("body")))
+def checked(frame: pb.Frame) -> Message:
+    """The body of a received frame.
 
-
-def check(frame: pb.Frame) -> None:
-    """Raise ``FrameError`` unless the frame has a body that satisfies all checks that do not depend on the model."""
+    Raises:
+        FrameError: there is none, or it fails a check that does not depend on the model.
+    """
     kind = frame.WhichOneof("body")
     if kind is None:
         raise FrameError("received a frame without a body", remedy=_REMEDY)
+    body: Message = getattr(frame, kind)
     if rule := _RULES.get(kind):
-        rule(body(frame))
+        rule(body)
+    return body
 
 
 def failure(error: IsthmusError) -> pb.Failure:
@@ -76,23 +77,26 @@ def reported_error(received: pb.Failure) -> IsthmusError:
     return by_code(received.code)(received.message, remedy=received.remedy)
 
 
-def _require(valid: bool, problem: str) -> None:
-    if not valid:
-        raise FrameError(f"received {problem}", remedy=_REMEDY)
+def _invalid(problem: str) -> FrameError:
+    return FrameError(f"received {problem}", remedy=_REMEDY)
 
 
 def _lengths(message: Any) -> None:
     """The batch is valid and has one hidden state for each token."""
     _batch(message)
     rows = sum(message.lengths)
-    _require(message.hidden.rows == rows, f"{message.hidden.rows} rows for sequences of {rows} tokens")
+    if message.hidden.rows != rows:
+        raise _invalid(f"{message.hidden.rows} rows for sequences of {rows} tokens")
 
 
 def _batch(message: Any) -> None:
-    _require(0 < len(message.lengths) <= MAX_SEQUENCES, f"{len(message.lengths)} sequences in one frame")
-    _require(all(message.lengths), "a sequence without a token")
+    if not 0 < len(message.lengths) <= MAX_SEQUENCES:
+        raise _invalid(f"{len(message.lengths)} sequences in one frame")
+    if not all(message.lengths):
+        raise _invalid("a sequence without a token")
     padded = len(message.lengths) * max(message.lengths)
-    _require(padded <= MAX_POSITIONS, f"a batch of {padded} positions; allowed are {MAX_POSITIONS}")
+    if padded > MAX_POSITIONS:
+        raise _invalid(f"a batch of {padded} positions; allowed are {MAX_POSITIONS}")
 
 
 def _forward(message: pb.Forward) -> None:
@@ -100,75 +104,99 @@ def _forward(message: pb.Forward) -> None:
         _lengths(message)
         return
     _batch(message)
-    _require(not message.HasField("hidden"), "hidden states beside the numbers of kept examples")
-    counts = f"{len(message.examples)} examples for {len(message.lengths)} sequences"
-    _require(len(message.examples) == len(message.lengths), counts)
+    if message.HasField("hidden"):
+        raise _invalid("hidden states beside the numbers of kept examples")
+    if len(message.examples) != len(message.lengths):
+        raise _invalid(f"{len(message.examples)} examples for {len(message.lengths)} sequences")
 
 
 def _keep(message: pb.Keep) -> None:
     rows = message.hidden.rows
-    _require(0 < rows <= MAX_POSITIONS, f"an example of {rows} tokens; allowed are 1 to {MAX_POSITIONS}")
+    if not 0 < rows <= MAX_POSITIONS:
+        raise _invalid(f"an example of {rows} tokens; allowed are 1 to {MAX_POSITIONS}")
 
 
 def _backward(message: pb.Backward) -> None:
-    _require(message.reply or not message.ascent_pass, "a backward that is neither learned from nor answered")
+    if message.ascent_pass and not message.reply:
+        raise _invalid("a backward that is neither learned from nor answered")
 
 
 def _weight(message: Any) -> None:
-    _require(math.isfinite(message.weight) and message.weight >= 0, f"the weight {message.weight}")
-    _require(message.round > 0, "round 0")
+    if not math.isfinite(message.weight) or message.weight < 0:
+        raise _invalid(f"the weight {message.weight}")
+    if message.round <= 0:
+        raise _invalid("round 0")
 
 
 def _decode(message: pb.Decode) -> None:
     _lengths(message)
-    _require(len(message.rows) <= MAX_SEQUENCES, f"{len(message.rows)} rows to keep")
-    _require(message.step > 0 or not (message.forget or message.rows), "a new session with something to forget")
-    _require(not message.rows or len(message.rows) == len(message.lengths), "rows and lengths that differ in number")
+    if len(message.rows) > MAX_SEQUENCES:
+        raise _invalid(f"{len(message.rows)} rows to keep")
+    if message.step == 0 and (message.forget or message.rows):
+        raise _invalid("a new session with something to forget")
+    if message.rows and len(message.rows) != len(message.lengths):
+        raise _invalid("rows and lengths that differ in number")
 
 
 def _commit(message: pb.Commit) -> None:
     _weight(message)
-    _require(message.step > 0, "optimizer step 0")
+    if message.step <= 0:
+        raise _invalid("optimizer step 0")
 
 
 def _begin(message: pb.Begin) -> None:
-    _require(message.round > 0, "round 0")
-    _require(0 < len(message.participants) <= MAX_SEQUENCES, f"{len(message.participants)} participants")
+    if message.round <= 0:
+        raise _invalid("round 0")
+    if not 0 < len(message.participants) <= MAX_SEQUENCES:
+        raise _invalid(f"{len(message.participants)} participants")
 
 
 def _hello(message: pb.Hello) -> None:
-    _require(message.version == VERSION, f"protocol version {message.version}; this side uses {VERSION}")
+    if message.version != VERSION:
+        raise _invalid(f"protocol version {message.version}; this side uses {VERSION}")
 
 
 def _ready(message: pb.Ready) -> None:
     if not message.HasField("keys"):
         return
     for part in (message.keys.sealing, message.keys.masking, message.keys.commitment):
-        _require(len(part) == KEY_BYTES, f"a key of {len(part)} bytes")
+        if len(part) != KEY_BYTES:
+            raise _invalid(f"a key of {len(part)} bytes")
     for part in (message.keys.certificate, message.keys.signature):
-        _require(0 < len(part) <= MAX_CERTIFICATE, f"a certificate or signature of {len(part)} bytes")
+        if not 0 < len(part) <= MAX_CERTIFICATE:
+            raise _invalid(f"a certificate or signature of {len(part)} bytes")
 
 
 def _update(message: pb.Update) -> None:
     _weight(message)
     masked = bool(message.masked)  # each access copies the whole field
     forms = [bool(message.tensors), masked, bool(message.compressed)]
-    _require(sum(forms) <= 1, "an update in more than one form (tensors, masked, compressed)")
-    _require(0 <= message.quality <= 1, f"the quality {message.quality}")
-    _require(not (masked and message.quality), "a quality beside a masked update")
-    _require(not (masked and message.weight), "a weight beside a masked update, which holds its own")
-    _require(masked or not (message.learned or message.silos), "silos, or what one learned, beside no masked update")
-    _require(not (message.learned and message.silos), "an update of one silo and of many")
-    _require(message.silos <= MAX_SILOS, f"a sum of {message.silos} silos, {MAX_SILOS} are allowed")
+    if sum(forms) > 1:
+        raise _invalid("an update in more than one form (tensors, masked, compressed)")
+    if not 0 <= message.quality <= 1:
+        raise _invalid(f"the quality {message.quality}")
+    if masked and message.quality:
+        raise _invalid("a quality beside a masked update")
+    if masked and message.weight:
+        raise _invalid("a weight beside a masked update, which holds its own")
+    if not masked and (message.learned or message.silos):
+        raise _invalid("silos, or what one learned, beside no masked update")
+    if message.learned and message.silos:
+        raise _invalid("an update of one silo and of many")
+    if message.silos > MAX_SILOS:
+        raise _invalid(f"a sum of {message.silos} silos, {MAX_SILOS} are allowed")
 
 
 def _secrets(message: Any) -> None:
     """The shares of ``Deal`` and ``Reveal`` are valid."""
-    _require(message.round > 0, "round 0")
+    if message.round <= 0:
+        raise _invalid("round 0")
     parts = message.sealed if isinstance(message, pb.Deal) else message.shares
-    _require(0 < len(parts) <= MAX_SEQUENCES, f"{len(parts)} shares")
+    if not 0 < len(parts) <= MAX_SEQUENCES:
+        raise _invalid(f"{len(parts)} shares")
     longest = max(map(len, parts.values()))
-    _require(longest <= MAX_SHARE, f"a share of {longest} bytes")
+    if longest > MAX_SHARE:
+        raise _invalid(f"a share of {longest} bytes")
 
 
 _RULES: dict[str, Callable[[Any], None]] = {

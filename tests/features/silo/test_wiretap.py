@@ -69,7 +69,7 @@ class Wiretap:
 
     @property
     def requests(self) -> list[Message]:
-        return [frames.body(pb.Frame.FromString(data)) for data in self.sent]
+        return [frames.checked(pb.Frame.FromString(data)) for data in self.sent]
 
 
 @dataclass

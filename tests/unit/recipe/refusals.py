@@ -12,7 +12,7 @@ from isthmus.recipe import Recipe
 
 Changes = dict[str, Any]
 """Values by dotted key, such as ``silo.0.name`` or ``federation.lora``."""
-OUT = object()
+OUT = "(left out)"
 """In place of a value: the key is left out."""
 Case = tuple[Changes, str, str, Changes]
 """What a recipe says, a part of the reason, a part of the remedy, and the remedy carried out."""

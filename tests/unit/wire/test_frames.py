@@ -100,8 +100,7 @@ def changed(kind: str, **fields: Any) -> Message:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_valid_frame_of_every_kind_passes(kind: str) -> None:
     frame = frames.parse(frames.wrap(VALID[kind], id=7, acked=6).SerializeToString())
-    frames.check(frame)
-    assert frames.body(frame) == VALID[kind]
+    assert frames.checked(frame) == VALID[kind]
     assert (frame.id, frame.acked) == (7, 6)
 
 
@@ -193,7 +192,7 @@ BROKEN += [
 def test_a_broken_rule_is_refused(kind: str, change: dict[str, Any], told: str) -> None:
     frame = frames.parse(frames.wrap(changed(kind, **change)).SerializeToString())
     with pytest.raises(FrameError, match=told) as refused:
-        frames.check(frame)
+        frames.checked(frame)
     assert refused.value.remedy
 
 
@@ -222,7 +221,7 @@ def test_every_rule_is_tested() -> None:
     ],
 )
 def test_what_just_keeps_the_rules_passes(body: Message) -> None:
-    frames.check(frames.wrap(body))
+    frames.checked(frames.wrap(body))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +237,7 @@ def test_what_just_keeps_the_rules_passes(body: Message) -> None:
 def test_a_frame_without_a_known_body_is_refused(data: bytes) -> None:
     frame = frames.parse(data)
     with pytest.raises(FrameError, match="without a body"):
-        frames.check(frame)
+        frames.checked(frame)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +267,7 @@ def receive(data: bytes) -> None:
     """What any receiver does with bytes: nothing but ``FrameError`` may come of it."""
     with suppress(FrameError):
         frame = frames.parse(data)
-        frames.check(frame)
-        read(frames.body(frame))
+        read(frames.checked(frame))
 
 
 def read(body: Any) -> None:
