@@ -10,7 +10,7 @@ import torch
 from isthmus.errors import FrameError
 from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import Contribution
-from isthmus.federation.control import Control, control_of
+from isthmus.federation.control import RootControl, root_control
 from isthmus.recipe import Recipe
 from isthmus.updates.flat import Layout
 from isthmus.wire import codec
@@ -32,46 +32,46 @@ def collected(**changes: float) -> Collected:
     return Collected(dict.fromkeys(changes, 1.0), learned)
 
 
-def told(control: Control) -> tuple[torch.Tensor, dict[str, int]]:
+def told(control: RootControl) -> tuple[torch.Tensor, dict[str, int]]:
     plan = pb.Plan()
-    control.tell(plan, LAYOUT)
+    control.add_to(plan, LAYOUT)
     return codec.decode_named(plan.control, LAYOUT.shapes)["x"], dict(plan.counted)
 
 
 def test_only_scaffold_has_one() -> None:
-    assert control_of(recipe_of("none")) is None
-    assert isinstance(control_of(recipe_of()), Control)
+    assert root_control(recipe_of("none")) is None
+    assert isinstance(root_control(recipe_of()), RootControl)
 
 
 def test_it_starts_at_nothing_and_becomes_the_mean_gradient() -> None:
-    control = Control(recipe_of())
+    control = RootControl(recipe_of())
     assert told(control) == (pytest.approx(torch.zeros(3)), {})
-    control.note(1, collected(a=-2.0, b=-2.0, c=-6.0, d=-6.0), LAYOUT)
+    control.follow(1, collected(a=-2.0, b=-2.0, c=-6.0, d=-6.0), LAYOUT)
     mean, counted = told(control)
     assert mean.tolist() == [4.0 / (RATE * STEPS)] * 3, "minus the way that was gone, a step and rate"
     assert counted == dict.fromkeys(SILOS, 1)
 
 
 def test_silos_that_were_not_there_keep_their_part() -> None:
-    control = Control(recipe_of())
-    control.note(1, collected(a=-4.0, b=-4.0, c=-4.0, d=-4.0), LAYOUT)
-    control.note(2, collected(a=0.0), LAYOUT)
+    control = RootControl(recipe_of())
+    control.follow(1, collected(a=-4.0, b=-4.0, c=-4.0, d=-4.0), LAYOUT)
+    control.follow(2, collected(a=0.0), LAYOUT)
     mean, counted = told(control)
     assert mean.tolist() == [2.0 * 3 / 4] * 3
     assert counted == {"a": 2, "b": 1, "c": 1, "d": 1}
-    control.note(3, Collected({}, ()), LAYOUT)
+    control.follow(3, Collected({}, ()), LAYOUT)
     assert told(control)[1] == counted
 
 
 def test_a_restart_forgets_nothing() -> None:
-    control, again = Control(recipe_of()), Control(recipe_of())
-    control.note(1, collected(a=-4.0), LAYOUT)
+    control, again = RootControl(recipe_of()), RootControl(recipe_of())
+    control.follow(1, collected(a=-4.0), LAYOUT)
     again.load_state_dict(control.state_dict())
     assert torch.equal(told(again)[0], told(control)[0])
 
 
 def test_what_was_told_of_other_tensors_is_refused() -> None:
     plan = pb.Plan()
-    Control(recipe_of()).tell(plan, LAYOUT)
+    RootControl(recipe_of()).add_to(plan, LAYOUT)
     with pytest.raises(FrameError):
         codec.decode_named(plan.control, {"x": (4,)})

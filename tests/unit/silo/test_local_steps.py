@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from isthmus.recipe import TrainSection
-from isthmus.silo.local_steps import Climb, LocalSteps
+from isthmus.silo.local_steps import Ascent, LocalSteps
 from isthmus.silo.trainer import Step
 
 RATE = 0.1
@@ -84,7 +84,7 @@ def test_a_step_that_fails_uphill_leaves_the_parameters_where_they_stood() -> No
     first = by(one, lambda at: at)
 
     def failing(given: torch.optim.Optimizer) -> Step:
-        if isinstance(given, Climb):
+        if isinstance(given, Ascent):
             return first(given)  # type: ignore[no-any-return]
         raise ZeroDivisionError
 
@@ -95,7 +95,7 @@ def test_a_step_that_fails_uphill_leaves_the_parameters_where_they_stood() -> No
 
 def test_without_a_gradient_there_is_no_uphill() -> None:
     one = parameter(3.0)
-    climb = Climb([one], 0.5)
+    climb = Ascent([one], 0.5)
     climb.step()
     one.grad = torch.zeros(1)
     climb.step()
