@@ -8,7 +8,7 @@ import pytest
 import torch
 from google.protobuf.message import Message
 
-from isthmus.attacks.view.frames import crossings_of, matrix_of, updates_of
+from isthmus.attacks.view.frames import crossings_of, matrix_of, observed_updates
 from isthmus.attacks.view.tap import Exchange
 from isthmus.errors import FrameError
 from isthmus.wire import codec
@@ -70,7 +70,7 @@ def test_a_session_is_what_stands_and_what_was_taken_back() -> None:
 
 def test_updates_are_read_by_name() -> None:
     update = pb.Update(round=2, weight=3.0, tensors=codec.encode_named({"x": torch.ones(2)}))
-    (found,) = updates_of("a", [exchange(update), exchange(pb.Ping(), pb.Pong())])
+    (found,) = observed_updates("a", [exchange(update), exchange(pb.Ping(), pb.Pong())])
     assert (found.sender, found.round, found.weight, found.tensors["x"].tolist()) == ("a", 2, 3.0, [1.0, 1.0])
 
 
