@@ -73,11 +73,14 @@ def test_the_rest_goes_on_when_a_silo_is_killed(folder: Path, tmp_path: Path, co
     sections = {"root": {"minimum": 3, "patience": 8.0}, "trunk": {"patience": 2.0}, "federation": {"secure": True}}
     made = create_run(Recipe.read(recipe(folder, "killed", **sections)), tmp_path / "run")
     run = made.path
-    with served_here(made) as there, silos_here(there, made, "east", "north", "south"):
+    with served_here(made) as there:
         address = there.trunk.address
         west = commands.start("silo", made.recipe_path, "west", "--run-dir", run, "--trunk", address, "--root", address)
-        until(lambda: all(steps_of(run, name) for name in SILOS), "all silos' first steps", command=west)
-        west.process.kill()
+        ledger = made.role("west").path / "ledger.jsonl"
+        until(ledger.exists, "west to start", command=west)  # the others wait for it so long, and no longer
+        with silos_here(there, made, "east", "north", "south"):
+            until(lambda: all(steps_of(run, name) for name in SILOS), "all silos' first steps", command=west)
+            west.process.kill()
     rounds = read_journal(run / "root/metrics.jsonl")
     assert [line["round"] for line in rounds] == [1, 2]
     assert list(rounds[-1]["weights"]) == ["east", "north", "south"]

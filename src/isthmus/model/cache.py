@@ -52,7 +52,8 @@ class SplitCache(Cache):
 
     def record(self) -> Transcript:
         """Keep from now on what goes into the trunk and what it answers; returns where."""
-        self.transcript = self.transcript or Transcript()
+        if self.transcript is None:
+            self.transcript = Transcript()
         return self.transcript
 
     def cross(self, crosses_BL: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,85 @@
+"""The split model as transformers sees it: inputs that fit, a trunk that gets real tokens alone, adapters to save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isthmus.errors import DataError
+from isthmus.model.crossing import Outbound
+from isthmus.model.split import Reply
+from tests.conftest import VOCABULARY, Split, make_recipe, save_tiny_model, uncut
+
+IDS = torch.tensor([[0, 5, 6, 7], [8, 9, 10, 11]])
+MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("model"))
+
+
+def model_of(folder: Path, split: Split, **sections: Any) -> Any:
+    return split(make_recipe(folder, **sections))[0]
+
+
+def crossed(model: Any) -> list[Outbound]:
+    """What the trunk is given from now on."""
+    seen: list[Outbound] = []
+    trunk = model.trunk.forward
+
+    def kept(outbound: Outbound) -> Reply:
+        seen.append(outbound)
+        return trunk(outbound)  # type: ignore[no-any-return]
+
+    model.trunk.forward = kept
+    return seen
+
+
+@torch.no_grad()
+def test_it_answers_as_the_uncut_model_and_padding_does_not_cross(folder: Path, split: Split) -> None:
+    model = model_of(folder, split)
+    seen = crossed(model)
+    logits = model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits
+    expected = uncut(folder)(input_ids=IDS, attention_mask=MASK).logits
+    assert (logits - expected)[MASK.bool()].abs().max() < 1e-6
+    (outbound,) = seen
+    assert outbound.lengths == [3, 4]
+    assert outbound.h_TW is not None
+    assert outbound.h_TW.shape == (7, 32)
+
+
+@torch.no_grad()
+def test_with_a_tail_only_the_last_positions_cross(folder: Path, split: Split) -> None:
+    model = model_of(folder, split, boundary={"tail": 1})
+    seen = crossed(model)
+    model(input_ids=IDS, attention_mask=MASK, use_cache=False)
+    assert seen[0].lengths == [1, 1]
+
+
+def test_its_embedding_and_ends_are_the_silos(folder: Path, split: Split) -> None:
+    model = model_of(folder, split)
+    assert model.get_input_embeddings().weight.shape == (VOCABULARY, 32)
+    assert model.ends == (model.bottom, model.top)
+
+
+def test_what_is_saved_is_the_ends_adapters(folder: Path, split: Split, tmp_path: Path) -> None:
+    model_of(folder, split).save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2, 3), torch.ones(1, 4), torch.ones(2, 1, 4, 4)], ids=["short", "few", "4-D"]
+)
+def test_a_mask_that_does_not_fit_is_refused(folder: Path, split: Split, mask: torch.Tensor) -> None:
+    with pytest.raises(DataError, match="attention mask"):
+        model_of(folder, split)(input_ids=IDS, attention_mask=mask)
+
+
+def test_a_row_of_padding_only_is_refused(folder: Path, split: Split) -> None:
+    with pytest.raises(DataError, match="padding"):
+        model_of(folder, split)(input_ids=IDS, attention_mask=torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]))
