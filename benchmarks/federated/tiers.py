@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.common.results import Results
 from benchmarks.federated.sums import PARAMETERS, RANGE
-from isthmus.federation.aggregator import Aggregator
+from isthmus.federation.aggregator import aggregator_of
 from isthmus.federation.collection import Collected
 from isthmus.federation.planner import EdgePlanner, RootPlanner
 from isthmus.recipe import Recipe
@@ -88,12 +88,12 @@ class Tree:
         edges = [edge.name for edge in self.recipe.edge]
         identities = {name: authority.issue(name) for name in ("root", *edges, *self._names)}
         self.planner = Kept(self.recipe, ZEROS, RoleDirectory(folder))
-        root = Aggregator(self.recipe, "root", self.planner, identities["root"])
+        root = aggregator_of(self.recipe, "root", self.planner, identities["root"])
         self.ways = {name: LoopbackChannel(root, name) for name in edges}
         relays = {
             name: EdgePlanner(self.recipe, ZEROS, RoleDirectory(folder / name), way) for name, way in self.ways.items()
         }
-        nodes = {name: Aggregator(self.recipe, name, relay, identities[name]) for name, relay in relays.items()}
+        nodes = {name: aggregator_of(self.recipe, name, relay, identities[name]) for name, relay in relays.items()}
         self._channels = {name: LoopbackChannel(nodes[self.recipe.tree.parent(name)], name) for name in self._names}
         boundary, compression = Boundary(self.recipe.boundary), Compression(self.recipe.federation)
         self._updates = {

@@ -45,7 +45,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import isthmus
 from benchmarks.common.results import Results
 from isthmus.engines.certificates import make_certificates
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting, join
@@ -247,7 +247,7 @@ def federate(
         recipe = tiny_recipe(folder, Path(temporary), silos, masks=masks)
         run = RunDirectory.create(Path(temporary) / "run", recipe)
         trunk, turns = TrunkService(recipe, run.role("trunk")), Turns(turn)
-        root: Service = RootService(recipe, run.role("root"))
+        root: Service = root_service(recipe, run.role("root"))
         if turn == "apart":
             root = Apart(root)
         recorder = Recorder(first, last)

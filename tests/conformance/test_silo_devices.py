@@ -13,7 +13,7 @@ import torch
 
 from isthmus.audit.attack import AttackPlan, AttackResult, run_attacks
 from isthmus.audit.target import Target
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.silo.drafting.distil import distil
@@ -74,7 +74,7 @@ def recipe_on(device: str, folder: Path, boundary: dict[str, Any] | None = None,
 def finished(recipe: Recipe, path: Path) -> RunDirectory:
     """The run in which silo ``a`` alone has trained a round."""
     run = RunDirectory.create(path, recipe)
-    trunk, root = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root"))
+    trunk, root = TrunkService(recipe, run.role("trunk")), root_service(recipe, run.role("root"))
     hello = greeting(Checkpoint(recipe.model.path), recipe)
     channels = LoopbackChannel(trunk, "a", greeting=hello), LoopbackChannel(root, "a")
     Worker(recipe, "a", run.role("a"), trunk=channels[0], root=channels[1]).run()

@@ -78,7 +78,7 @@ def test_recipe_that_is_not_there(isthmus: Call, tmp_path: Path) -> None:
 
 def test_recipe_that_is_not_toml(isthmus: Call, tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[model\n")
-    isthmus("run", tmp_path / "bad.toml").failed("is not TOML", "remedy: mend the line it names")
+    isthmus("run", tmp_path / "bad.toml").failed("is not TOML", "remedy: correct the line it names")
 
 
 def test_neither_recipe_nor_run(isthmus: Call) -> None:

@@ -65,7 +65,7 @@ def test_run_cut_off_in_every_way_resumes_to_the_same_adapters(
         until_step(run, 4, 5, cut_off)
         assert not any(alive(orphan) for orphan in orphans)
         disk.fill(cut_off.process.children())
-        cut_off.wait().failed("no room on the disk for", "remedy: free some space")
+        cut_off.wait().failed("the disk is full", "remedy: free some space")
         disk.free()
         _assert_left(run, completed=3)
 

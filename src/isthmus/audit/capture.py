@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from google.protobuf.message import Message
 
-from isthmus.attacks.view.frames import crossings_of, updates_of
+from isthmus.attacks.view.frames import crossings_of, observed_updates
 from isthmus.attacks.view.tap import Tap
 from isthmus.attacks.view.view import Crossing, KnownPair, ObservedUpdate
 from isthmus.audit.target import Target
 from isthmus.data.tokens import Tokens, collate
 from isthmus.errors import AttackError, ProtocolError
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
@@ -143,7 +143,7 @@ def capture_round(target: Target, name: str) -> tuple[ObservedUpdate, ...]:
         root = RoleDirectory(Path(temporary) / "root")
         if target.completed:
             root.save_round(target.completed, {"shared": dict(target.shared())})
-        tap = Tap(LoopbackChannel(RootService(recipe, root), name))
+        tap = Tap(LoopbackChannel(root_service(recipe, root), name))
         trunk = Tap(LoopbackChannel(service, name, greeting=greeting(Checkpoint(recipe.model.path), recipe)))
         worker = Worker(recipe, name, RoleDirectory(Path(temporary) / name), trunk=trunk, root=tap)
         try:
@@ -151,7 +151,7 @@ def capture_round(target: Target, name: str) -> tuple[ObservedUpdate, ...]:
         finally:
             worker.close()
         lengths = tuple(one.length for one in crossings_of(name, trunk.exchanges) if one.kind == "train")
-        return tuple(replace(one, lengths=lengths) for one in updates_of(name, tap.exchanges))
+        return tuple(replace(one, lengths=lengths) for one in observed_updates(name, tap.exchanges))
 
 
 @contextmanager

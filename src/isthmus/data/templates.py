@@ -13,7 +13,7 @@ from isthmus.data.sources import SourceRow, read_jsonl
 from isthmus.errors import DataError
 from isthmus.recipe import TaskSection
 
-ClassSpan = tuple[int, int, str]
+FieldSpan = tuple[int, int, str]
 """First character, character after the last, and sensitivity class of a part of a text."""
 
 
@@ -23,7 +23,7 @@ class Example:
 
     prompt: str
     answer: str
-    spans: tuple[ClassSpan, ...] = ()
+    spans: tuple[FieldSpan, ...] = ()
     """Places, in prompt + answer, of the fields that have a sensitivity class."""
 
 
@@ -60,7 +60,7 @@ def fill_templates(row: SourceRow, task: TaskSection, classes: Mapping[str, str]
     return Example(prompt, answer, tuple(spans))
 
 
-def _spans(template: str, fields: dict[str, Any], classes: Mapping[str, str]) -> Iterator[ClassSpan]:
+def _spans(template: str, fields: dict[str, Any], classes: Mapping[str, str]) -> Iterator[FieldSpan]:
     """Places, in the filled template, of the fields that have a class. ``_fill`` has accepted the row before."""
     start = 0
     for literal, name, form, conversion in Formatter().parse(template):

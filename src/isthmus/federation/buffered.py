@@ -1,4 +1,4 @@
-"""Rounds that wait for nobody: updates flow into a buffer, and whenever it is full a version comes of it.
+"""Asynchronous rounds: updates go into a buffer, and whenever it is full the root makes a new version of the tensors.
 
 FedBuff (Nguyen et al. 2022), for silos of unlike speed. A round is a version of the shared tensors: the update of a
 silo that began with version v says round v + 1, and may come when the newest is version n. It is n - v versions stale.
@@ -19,6 +19,7 @@ from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostEr
 from isthmus.federation.collection import Collected, change_of
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.planner import RootPlanner
+from isthmus.federation.rounds import Aggregator
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.updates.compression import Compression
@@ -37,8 +38,8 @@ class Held:
     """Scaled; None: the silo learned nothing."""
 
 
-class Buffered:
-    """The root's, in place of ``rounds.Rounds``: the same questions, under one lock, but no barrier.
+class Buffered(Aggregator):
+    """Asynchronous rounds at the root, in place of ``Rounds``: the same requests, under one lock, but no barrier.
 
     A silo gets the newest version whenever it asks, unless its update is in the buffer: then it gets the version that
     comes of it. So no silo is in a version twice, nor trains on one twice, however fast it is; and nobody waits for one
@@ -56,13 +57,13 @@ class Buffered:
         self._planner = planner
         self._lock = threading.RLock()
         self._training: dict[str, int] = {}
-        """By silo that has a plan, its round."""
+        """The round of each silo that has a plan."""
         self._buffer: dict[str, Held] = {}
         self._clock: threading.Timer | None = None
-        """Of the patience with those whose updates the buffer lacks, from its first on."""
+        """Ends the wait for a full buffer; runs from the buffer's first update on."""
         self._waiting: dict[str, Answer] = {}
         self._error: IsthmusError | None = None
-        """Why there will be no further version; every silo that asks is told."""
+        """The error that ended the rounds; every silo that asks gets it."""
 
     def ready(self, peer: str, request: pb.Ready) -> Answer:
         """A silo asks for work. What it had not sent yet is gone: it asks anew, or its process is a new one.

@@ -1,4 +1,4 @@
-"""What a round gets from a silo, or from a cohort of silos of whom the sum alone is known.
+"""A round's contributions: one silo's change, or the mean change of a cohort whose sum alone is known.
 
 Shapes: N contributions, P parameters.
 """
@@ -20,10 +20,10 @@ class Contribution:
 
     name: str
     weight: float
-    """What it counts for beside others: supervised tokens, or under masks the silos' sum of shares. Above 0."""
+    """Its weight in the mean: supervised tokens, or under masks the sum of the silos' shares. Above 0."""
     change: Mapping[str, torch.Tensor]
     quality: float = 0.0
-    """How well what the silo trained does on its held-out rows, 0 to 1, where the recipe weighs by it."""
+    """The quality of the silo's model on its held-out rows, 0 to 1, where the recipe weighs by it."""
 
 
 def changes(contributions: Sequence[Contribution], layout: Layout) -> torch.Tensor:

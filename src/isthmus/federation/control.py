@@ -1,4 +1,4 @@
-"""SCAFFOLD's control at the root (Karimireddy et al. 2020, option II): the mean of the silos' controls.
+"""SCAFFOLD's control variate at the root (Karimireddy et al. 2020, option II): the mean of the silos' own.
 
 A round changes silo i's control by -c - Δᵢ / Kη, with Δᵢ its update and Kη the way that K steps of the rate η go by a
 gradient of one. The mean of these is known from the mean of the updates, so it is under masks, too, and no silo sends
@@ -22,34 +22,34 @@ from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 
 
-class Control:
-    """c, by the tensors' uncut names; zero until a round has trained them."""
+class RootControl:
+    """The mean control variate c, by the tensors' uncut names; zero until a round has trained them."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._silos = len(recipe.silo)
-        self._way = recipe.train.learning_rate * recipe.mean_reach
+        self._reach = recipe.train.learning_rate * recipe.mean_reach
         """Kη."""
         self._most = math.inf if recipe.federation.secure.masks else 1.0
         self._mean: dict[str, torch.Tensor] = {}
         self._counted: dict[str, int] = {}
-        """Of each silo, the last round whose change c has."""
+        """By silo, the last round whose change is in c."""
 
-    def tell(self, plan: pb.Plan, layout: Layout) -> None:
-        """Put into a plan what silos need to know, for a round of these tensors."""
+    def add_to(self, plan: pb.Plan, layout: Layout) -> None:
+        """Add c of these tensors to the plan of a round that trains them."""
         plan.control.extend(codec.encode_named({name: self._of(name, layout) for name in layout.shapes}))
         plan.counted.update(self._counted)
 
-    def note(self, round: int, collected: Collected, layout: Layout) -> None:
-        """A round of these tensors has brought this."""
+    def follow(self, round: int, collected: Collected, layout: Layout) -> None:
+        """Change c by what a round of these tensors has collected."""
         learned = collected.contributions
         if not learned:
             return
         silos = [name for name, weight in collected.weights.items() if weight]
-        shares_N = proportions(learned, self._most)  # as the strategy has them: what a silo claims is not believed
+        shares_N = proportions(learned, self._most)  # as in the strategy: no silo claims more than one
         mean = layout.tensors(total(changes(learned, layout), shares_N))
         for name, change in mean.items():
             before = self._of(name, layout).double()
-            self._mean[name] = (before + len(silos) / self._silos * (-before - change / self._way)).float()
+            self._mean[name] = (before + len(silos) / self._silos * (-before - change / self._reach)).float()
         self._counted |= dict.fromkeys(silos, round)
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,6 +62,6 @@ class Control:
         return self._mean.get(name, torch.zeros(layout.shapes[name]))
 
 
-def control_of(recipe: Recipe) -> Control | None:
-    """As this recipe wants it."""
-    return Control(recipe) if recipe.federation.control == "scaffold" else None
+def root_control(recipe: Recipe) -> RootControl | None:
+    """The control variate of a recipe with SCAFFOLD; None: the recipe has none."""
+    return RootControl(recipe) if recipe.federation.control == "scaffold" else None

@@ -1,5 +1,5 @@
-"""Who leads a node's rounds: says what a round trains, and takes what it brought. The root by itself, an edge for its
-parent."""
+"""Planners of a node's rounds: they give the plan of a round and take what was collected in it. The root's steps the
+shared tensors; an edge's asks its parent for plans and sends it one sum a round."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from isthmus.federation.central import central_noise
 from isthmus.federation.clip import Clip
 from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import changes, proportions
-from isthmus.federation.control import control_of
+from isthmus.federation.control import root_control
 from isthmus.federation.products import sharing_of
 from isthmus.federation.sharing import Sharing
 from isthmus.federation.strategies.rules import Mean
@@ -28,11 +28,11 @@ from isthmus.wire.channel import Answer, Channel, answered
 
 
 class Planner(Protocol):
-    """What the state machine of the rounds asks for."""
+    """Plans rounds for the state machine of ``rounds``."""
 
     @property
     def over(self) -> bool:
-        """Whether it is known that no round is left."""
+        """Whether no round is left, as far as this node knows."""
         ...
 
     def plan(self, silos: Iterable[str]) -> Answer:
@@ -44,17 +44,17 @@ class Planner(Protocol):
         ...
 
     def layout(self, peer: str, round: int) -> Layout:
-        """Of this child's update in this round; under masks all children's are alike."""
+        """The layout of this child's update in this round; under masks all children have one."""
         ...
 
     def conclude(self, round: int, collected: Collected) -> Answer:
-        """Take what this round brought. Its result is ignored; its error is why the rounds go on without it, if that
-        is ``RoundLostError``, or do not go on."""
+        """Take what was collected in this round. The answer's result is ignored. After ``RoundLostError`` the round
+        begins again, after another error the rounds end."""
         ...
 
 
 class RootPlanner:
-    """The root's: the shared tensors from round to round, on disk before anyone hears of them.
+    """The root's planner: the shared tensors from round to round, on disk before any child gets them.
 
     Args:
         initial: the shared adapter tensors, by uncut name, as every silo starts with them.
@@ -66,7 +66,7 @@ class RootPlanner:
         self._store = store
         self._journal = store.journal("metrics")
         self._sharing = sharing_of(recipe)
-        self._control = control_of(recipe)
+        self._control = root_control(recipe)
         clip = recipe.federation.clip
         self._clip = Clip(clip, self._sharing) if clip is not None else None
         self._noise = central_noise(recipe, store)
@@ -91,7 +91,7 @@ class RootPlanner:
         return answered(self.next(silos))
 
     def next(self, silos: Iterable[str]) -> pb.Plan:
-        """The plan for these silos, which is there at once."""
+        """The next plan for these silos."""
         plan = pb.Plan(completed=self.completed)
         if not self.over:
             plan.round = self.completed + 1
@@ -99,12 +99,12 @@ class RootPlanner:
                 plan.clip = self._clip.norm(plan.round)
             plan.participants.extend(sorted(silos))
             if self._control is not None:
-                self._control.tell(plan, self.layout("", plan.round))
+                self._control.add_to(plan, self.layout("", plan.round))
         self._plans = {}
         return plan
 
     def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
-        """With the adapters that this child begins with."""
+        """The plan with the adapters that this child begins with."""
         begun = self._sharing.begun(self.shared, peer)
         if id(begun) not in self._plans:  # most children begin with the very same tensors
             self._plans[id(begun)] = own = pb.Plan(adapters=codec.encode_named(begun))
@@ -126,7 +126,7 @@ class RootPlanner:
         shared = self._sharing.next(self.shared, round, collected.contributions)
         kept |= {"shared": shared, "sharing": self._sharing.state_dict()}
         if self._control is not None:
-            self._control.note(round, collected, self.layout("", round))
+            self._control.follow(round, collected, self.layout("", round))
             kept["control"] = self._control.state_dict()
         self._store.save_round(round, kept)
         if collected.staleness is not None:
@@ -139,7 +139,7 @@ class RootPlanner:
 
 
 class EdgePlanner:
-    """An edge's: plans come from its parent, and one sum goes there.
+    """An edge's planner: plans come from its parent, and one sum goes there.
 
     Args:
         initial: as of ``RootPlanner``; their shapes count.

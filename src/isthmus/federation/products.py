@@ -50,13 +50,13 @@ class Products(Sharing):
         return after
 
     def _trained(self, shared: Tensors, contribution: Contribution) -> Tensors:
-        """What a silo had at the round's end."""
+        """The silo's tensors at the round's end, fp64."""
         begun = self.begun(shared, contribution.name)
         return {name: begun[name].double() + change for name, change in contribution.change.items()}
 
 
 def sharing_of(recipe: Recipe) -> Sharing:
-    """As this recipe wants it."""
+    """The sharing of a recipe: among equal ranks, or among several."""
     return Products(recipe) if recipe.federation.lora == "svd" else Sharing(recipe.federation)
 
 

@@ -1,11 +1,14 @@
-"""Rounds as a state machine: gather children, ask what to train, let them train, pass on what they learned; again,
-until finished. The same for the root, whose children are silos or edges, and for every edge."""
+"""Rounds as a state machine: gather children, ask for a plan, let them train, pass on what was collected; again, until
+finished. The same for the root, whose children are silos or edges, and for every edge."""
 
 from __future__ import annotations
 
 import enum
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+
+from google.protobuf.message import Message
 
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.collection import Collected, Collection, Open, Sums
@@ -19,7 +22,9 @@ from isthmus.updates.masking import Advert
 from isthmus.updates.sums import SumFormat
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
-from isthmus.wire.channel import Answer
+from isthmus.wire.channel import Answer, answered
+from isthmus.wire.identity import Identity
+from isthmus.wire.sum_keys import verify_keys
 
 
 class Phase(enum.Enum):
@@ -33,18 +38,42 @@ class Phase(enum.Enum):
     FAILED = "failed"
 
 
-class Rounds:
-    """Every request changes the phase under one lock; a round that ends is on disk before anyone hears of it.
+class Aggregator(ABC):
+    """A node that plans rounds and takes updates: the root, or an edge. Implements ``wire.channel.Service``."""
+
+    def handle(self, peer: str, request: Message) -> Answer:
+        if isinstance(request, (pb.Update, pb.Deal, pb.Reveal)):
+            return self.contribute(peer, request)
+        if isinstance(request, pb.Ready):
+            return self.ready(peer, request)
+        if isinstance(request, pb.Ping):
+            return answered(pb.Pong())
+        raise ProtocolError(f"no aggregator answers {type(request).__name__}", remedy="ask the trunk")
+
+    @abstractmethod
+    def ready(self, peer: str, request: pb.Ready) -> Answer:
+        """Answer a child that asks for work with its plan, once there is one."""
+
+    @abstractmethod
+    def contribute(self, peer: str, request: pb.Update | pb.Deal | pb.Reveal) -> Answer:
+        """Take a child's message to the round that it trains in."""
+
+
+class Rounds(Aggregator):
+    """Synchronous rounds. Every request changes the phase under one lock; a round is on disk before it is answered.
 
     Args:
-        planner: who says what to train, and takes what was learned.
-        name: of the node whose rounds these are.
+        planner: plans rounds, and takes what was collected in them.
+        name: the node's.
+        identity: the process's, to verify the keys that silos sign; None: they are passed on without that, and the
+            silos alone verify them.
     """
 
-    def __init__(self, recipe: Recipe, planner: Planner, name: str = ROOT) -> None:
+    def __init__(self, recipe: Recipe, planner: Planner, name: str = ROOT, identity: Identity | None = None) -> None:
+        self._identity = identity
         self.phase = Phase.GATHERING
         self._error: IsthmusError | None = None
-        """Why the phase is ``FAILED``; every child that asks is told."""
+        """The error that every child gets once the phase is ``FAILED``."""
         self._planner = planner
         self._node = recipe.tree.node(name)
         self._masks, self._compression = recipe.federation.secure.masks, Compression.of(recipe)
@@ -53,7 +82,7 @@ class Rounds:
         self._lock = threading.RLock()
         self._waiting: dict[str, Answer] = {}
         self._asked: dict[str, pb.Ready] = {}
-        """What the children that wait asked with."""
+        """By child, its last ``Ready``."""
         self._round = 0
         """The number of the round under way; 0 before the first."""
         self._last = pb.Plan()
@@ -73,11 +102,14 @@ class Rounds:
 
         Raises:
             ProtocolError: it is no child of this node's; or updates are to be masked, and it offers no keys.
+            IdentityError: it has not signed its keys. The other silos would refuse them, and the round with them.
         """
         if peer not in (*self._node.children, *self._node.wards):
             raise ProtocolError(f"{peer} is no child of {self._node.name}", remedy="give all parties one recipe")
         if self._offers_keys and not request.HasField("keys"):
             raise ProtocolError(f"{peer} offers no keys", remedy="give all parties one recipe")
+        if self._identity is not None and request.HasField("keys"):
+            verify_keys(self._identity, peer, request.keys)
         answer: Answer = Answer()
         with self._lock:
             self._asked[peer] = request
@@ -101,7 +133,7 @@ class Rounds:
             return self._collection.handle(peer, request)
 
     def _advance(self) -> None:
-        """Hand out what the phase has for the children that wait."""
+        """Answer the children that wait, as far as the phase allows."""
         with self._lock:
             if self.phase is Phase.GATHERING and self._planner.over:
                 self._when_there(lambda: self._planner.plan(()), lambda plan: self._begin([], plan))
@@ -116,7 +148,7 @@ class Rounds:
                     self._gathering.arrive(peer, None)
 
     def _gather(self, peers: Iterable[str]) -> None:
-        """Wait for these, and for whoever else asks, to begin the next round."""
+        """Gather these children, and any other that asks, for the next round."""
         self.phase, self._collection = Phase.GATHERING, None
         self._gathering = self._barrier(lambda arrived: self._ask(sorted(arrived)))
         self._gathering.expect(peers)
@@ -181,25 +213,27 @@ class Rounds:
         return {peer: compressor for peer, compressor in found.items() if compressor is not None}
 
     def _lose(self, collection: Collection, peer: str) -> None:
-        """A participant asks instead of contributing: its process is a new one, what it trained is gone."""
+        """A participant asks instead of contributing: its process is new, and what it trained is gone."""
         if collection.lose(peer):
             self._gather(self._waiting)
 
     def _end(self, collected: Collected | IsthmusError) -> None:
-        if isinstance(collected, IsthmusError):  # nothing is known of the sum: the same round again, with whoever comes
+        if isinstance(
+            collected, IsthmusError
+        ):  # the sum is not known: the same round again, with the children that ask
             self._gather(self._node.children)
             return
         if len(collected.weights) < self._node.minimum:
             self._fail(len(collected.weights))
             return
         self.phase, self._collection = Phase.CONCLUDING, None
-        # who was silent had its time: the next round does not wait for it again
+        # the next round does not wait again for a child that sent nothing in this one
         self._when_there(
             lambda: self._planner.conclude(self._round, collected), lambda _: self._gather(collected.weights)
         )
 
     def _when_there(self, ask: Callable[[], Answer], go_on: Callable[[pb.Plan], None]) -> None:
-        """Go on with the lead's answer, unless the phase has ended by then. A round that is lost begins again."""
+        """Go on with the planner's answer, unless the phase has ended by then. A round that is lost begins again."""
         self._turn += 1
         turn = self._turn
 
@@ -223,7 +257,7 @@ class Rounds:
             answer.add_done_callback(receive)
 
     def _barrier(self, fire: Callable[[dict[str, None]], None]) -> Barrier[None]:
-        """A barrier for the phase that begins; when its patience ends just as the phase does, nothing happens."""
+        """A barrier for the phase that begins; after the end of the phase it fires in vain."""
         self._turn += 1
         turn = self._turn
 

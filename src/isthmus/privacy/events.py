@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
-
-from isthmus.errors import LedgerError
+from dataclasses import dataclass
+from typing import Literal
 
 Path = Literal["forward", "gradient", "update", "norm"]
 """The kind of tensor released: hidden states, a loss gradient with respect to them, an adapter update, or the report
@@ -65,29 +63,6 @@ class Release:
     """For a ``summed`` release, the smallest number of honest silos (silos that keep their noise secret) in any sum
     that contains it; ``noise`` and ``charges`` are those of that sum. 0: they are of the silo's own noise alone."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The release as a ledger's line holds it. A charge is a number if purely Gaussian, null if unbounded, and
-        otherwise the list ``[gaussian, pure]`` or ``[gaussian, pure, concentrated]``."""
-        charges = {charge.record: _charge_to_json(charge) for charge in self.charges}
-        return asdict(self) | {"charges": charges}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Release:
-        """The release that ``to_dict`` wrote.
-
-        Raises:
-            LedgerError: this version does not know such a release, so its cost cannot be composed.
-        """
-        try:
-            charges = tuple(_charge_from_json(record, value) for record, value in values["charges"].items())
-            release = cls(**{**values, "charges": charges})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _unknown(values) from error
-        known = (release.path, Path), (release.mechanism, MechanismName), (release.unit, Unit)
-        if any(value not in get_args(kind) for value, kind in known):
-            raise _unknown(values)
-        return release
-
 
 def merged(charges: Iterable[Charge]) -> tuple[Charge, ...]:
     """One charge for each record, the sum of its charges, ordered by each record's first charge."""
@@ -101,29 +76,3 @@ def merged(charges: Iterable[Charge]) -> tuple[Charge, ...]:
             before.concentrated + one.concentrated,
         )
     return tuple(found.values())
-
-
-def _charge_to_json(charge: Charge) -> Any:
-    if not charge.bounded:
-        return None
-    if charge.concentrated:
-        return [charge.gaussian, charge.pure, charge.concentrated]
-    return [charge.gaussian, charge.pure] if charge.pure else charge.gaussian
-
-
-def _charge_from_json(record: str, value: Any) -> Charge:
-    if value is None:
-        return Charge(record, math.inf)
-    if isinstance(value, list) and len(value) < 2:
-        raise ValueError(record)
-    charge = Charge(record, *map(float, value if isinstance(value, list) else [value]))
-    if not charge.bounded or min(charge.gaussian, charge.pure, charge.concentrated) < 0:
-        raise ValueError(record)
-    return charge
-
-
-def _unknown(values: dict[str, Any]) -> LedgerError:
-    return LedgerError(
-        f"the ledger holds an event that cannot be accounted: {str(values)[:200]}",
-        remedy="read it with the version of isthmus that wrote it, or start a new run",
-    )

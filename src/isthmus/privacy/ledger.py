@@ -24,12 +24,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from isthmus.errors import ClockError, LedgerError, LedgerTakenError
-from isthmus.privacy.events import Release
+from isthmus.privacy import events
+from isthmus.privacy.events import Charge, Release
 from isthmus.storage.record import disk_errors
 
 GENESIS = "0" * 64
@@ -93,7 +94,7 @@ class LedgerContents:
         Raises:
             LedgerError: this version does not know one of them.
         """
-        return (Release.from_dict(line["release"]) for line in self.lines if "release" in line)
+        return (release_from_json(line["release"]) for line in self.lines if "release" in line)
 
 
 class FileLedger:
@@ -150,7 +151,7 @@ class FileLedger:
             )
         if not self._files:
             raise LedgerError(f"{self.path} is closed", remedy="join again before you send")
-        self._append({"release": release.to_dict()})
+        self._append({"release": release_to_json(release)})
 
     def history(self) -> Iterator[Release]:
         return read_ledger(self.path).releases()
@@ -296,3 +297,53 @@ def _hash(line: bytes) -> str:
 def _close(files: list[int]) -> None:
     while files:
         os.close(files.pop())
+
+
+def release_to_json(release: Release) -> dict[str, Any]:
+    """The release as a ledger's line holds it. A charge is a number if purely Gaussian, null if unbounded, and
+    otherwise the list ``[gaussian, pure]`` or ``[gaussian, pure, concentrated]``."""
+    charges = {charge.record: _charge_to_json(charge) for charge in release.charges}
+    return asdict(release) | {"charges": charges}
+
+
+def release_from_json(values: dict[str, Any]) -> Release:
+    """The release that ``release_to_json`` wrote.
+
+    Raises:
+        LedgerError: this version does not know such a release, so its cost cannot be composed.
+    """
+    try:
+        charges = tuple(_charge_from_json(record, value) for record, value in values["charges"].items())
+        release = Release(**{**values, "charges": charges})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _unknown(values) from error
+    known = (release.path, events.Path), (release.mechanism, events.MechanismName), (release.unit, events.Unit)
+    if any(value not in get_args(kind) for value, kind in known):
+        raise _unknown(values)
+    return release
+
+
+def _charge_to_json(charge: Charge) -> Any:
+    if math.inf in (charge.gaussian, charge.pure, charge.concentrated):
+        return None
+    if charge.concentrated:
+        return [charge.gaussian, charge.pure, charge.concentrated]
+    return [charge.gaussian, charge.pure] if charge.pure else charge.gaussian
+
+
+def _charge_from_json(record: str, value: Any) -> Charge:
+    if value is None:
+        return Charge(record, math.inf)
+    if isinstance(value, list) and len(value) < 2:
+        raise ValueError(record)
+    charge = Charge(record, *map(float, value if isinstance(value, list) else [value]))
+    if not charge.bounded or min(charge.gaussian, charge.pure, charge.concentrated) < 0:
+        raise ValueError(record)
+    return charge
+
+
+def _unknown(values: dict[str, Any]) -> LedgerError:
+    return LedgerError(
+        f"the ledger holds an event that cannot be accounted: {str(values)[:200]}",
+        remedy="read it with the version of isthmus that wrote it, or start a new run",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, cast, get_args, get_origin
 
@@ -22,7 +23,7 @@ from isthmus.recipe.checks.noise import check_noise
 from isthmus.recipe.checks.robustness import check_robustness
 from isthmus.recipe.checks.sensitivity import check_fields
 from isthmus.recipe.checks.tree import check_names, check_tree
-from isthmus.recipe.section import Count, Section
+from isthmus.recipe.section import COUNTRY, DEVICE, NAME, Count, Section
 from isthmus.recipe.sections import (
     BoundarySection,
     EdgeSection,
@@ -39,6 +40,30 @@ from isthmus.recipe.sections import (
     WireSection,
 )
 from isthmus.recipe.tree import Tree
+
+PATTERNS = {
+    DEVICE: "'cpu', 'cuda', 'cuda:1' or 'auto'",
+    NAME: "1 to 63 lower-case letters, digits, '-' and '_', beginning with a letter or digit",
+    COUNTRY: "a country's two capital letters",
+}
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a text in quotes",
+    "model_type": "a table",
+    "dict_type": "a table",
+    "tuple_type": "a list",
+    "too_short": "a list of {min_length} or more",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "{le:g} or less",
+}
+"""By kind of complaint of pydantic: the values that are allowed."""
 
 
 class Recipe(Section):
@@ -91,14 +116,14 @@ class Recipe(Section):
         """The recipe in a TOML file, its paths made absolute.
 
         Raises:
-            RecipeError: the file is missing, is not TOML, or says something unknown or impossible.
+            RecipeError: the file is missing, is not TOML, or has an unknown key or an impossible value.
         """
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error.strerror}", remedy="check the path") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path} is not TOML: {error}", remedy="mend the line it names") from error
+            raise RecipeError(f"{path} is not TOML: {error}", remedy="correct the line it names") from error
         return cls.of(values).anchored(path.resolve().parent)
 
     @classmethod
@@ -193,7 +218,15 @@ def _explained(error: ValidationError) -> RecipeError:
     if first["type"] == "value_error":
         reason, _, remedy = str(first["ctx"]["error"]).partition("; ")
         return RecipeError(f"{key}.{reason}" if first["loc"] else reason, remedy=remedy)
-    return RecipeError(f"{key} = {first['input']!r}: {first['msg']}", remedy=f"correct the value of {key}")
+    return RecipeError(f"{key} = {first['input']!r}: expected {_expected(first)}", remedy=f"correct the value of {key}")
+
+
+def _expected(complaint: Mapping[str, Any]) -> str:
+    """The values that a key allows, of a complaint of pydantic about another."""
+    kind, context = complaint["type"], complaint.get("ctx", {})
+    if kind == "string_pattern_mismatch":
+        return PATTERNS[context["pattern"]]
+    return EXPECTED[kind].format(**context) if kind in EXPECTED else complaint["msg"]
 
 
 def _section(location: tuple[int | str, ...]) -> type[Section]:

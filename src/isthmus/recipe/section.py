@@ -12,9 +12,11 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Chance = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Momentum = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Bound = Annotated[float, Field(ge=1, allow_inf_nan=False)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
+DEVICE, NAME, COUNTRY = r"^(auto|cpu|cuda(:\d{1,3})?)$", r"^[a-z0-9][a-z0-9_-]{0,62}$", r"^[A-Z]{2}$"
+Device = Annotated[str, Field(pattern=DEVICE)]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+Name = Annotated[str, Field(pattern=NAME)]
+Country = Annotated[str, Field(pattern=COUNTRY)]
 
 
 class Section(BaseModel):

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import annotated_types
 from pydantic.fields import FieldInfo
 
 from isthmus.recipe.recipe import Recipe
@@ -64,7 +63,7 @@ def _table(
     lines: list[str] = []
     listed = ""
     for key, field in section.model_fields.items():
-        if _subtable(field) is None:
+        if subtable(field) is None:
             allowed = _allowed(field)
             if explain and lines:
                 lines.append("")
@@ -73,7 +72,7 @@ def _table(
             listed = allowed if len(allowed) > WIDTH // 2 else listed
     shown: set[type[Section]] = set()
     for key, field in section.model_fields.items():
-        if (inner := _subtable(field)) is not None:
+        if (inner := subtable(field)) is not None:
             lines += _subtable_lines(section, key, field, inner, path, mark, explain and inner not in shown)
             shown.add(inner)
     return lines
@@ -119,7 +118,7 @@ def _subtable_lines(
     yield from _table(inner, named, values, left_out, explain)
 
 
-def _subtable(field: FieldInfo) -> type[Section] | None:
+def subtable(field: FieldInfo) -> type[Section] | None:
     """The class of the table, or of each table, that is this key's value."""
     for one in _parts(field.annotation):
         if isinstance(one, type) and issubclass(one, Section):
@@ -168,9 +167,8 @@ def _kind(field: FieldInfo) -> tuple[Any, dict[str, Any]]:
     limits = {
         name: getattr(one, name)
         for one in metadata
-        if isinstance(one, annotated_types.Ge | annotated_types.Gt | annotated_types.Le | annotated_types.Lt)
         for name in ("ge", "gt", "le", "lt")
-        if hasattr(one, name)
+        if getattr(one, name, None) is not None
     }
     return kind, limits
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from isthmus.engines.local import run_federation
 from isthmus.recipe import Recipe
 from isthmus.report.formatting import epsilon_text, megabytes, score_text
-from isthmus.report.progress import SiloProgress, read_progress
+from isthmus.report.progress import SiloStatus, read_progress
 from isthmus.report.spread import Spread, spread_of
 from isthmus.storage.record import RunDirectory
 
@@ -93,7 +93,7 @@ def _spread_text(spread: Spread) -> str:
     return f"after round {spread.round}: worst {spread.silo} with {worst}, mean {mean}, deviation {deviation}"
 
 
-def _row(progress: SiloProgress, recipe: Recipe) -> tuple[str, ...]:
+def _row(progress: SiloStatus, recipe: Recipe) -> tuple[str, ...]:
     return (
         progress.name,
         f"{progress.steps}/{recipe.train.rounds * recipe.steps(progress.name)}",

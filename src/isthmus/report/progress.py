@@ -9,8 +9,8 @@ from isthmus.storage.record import RunDirectory, read_journal
 
 
 @dataclass
-class SiloProgress:
-    """One silo's progress so far."""
+class SiloStatus:
+    """One silo's state in a run so far."""
 
     name: str
     steps: int = 0
@@ -31,13 +31,13 @@ class SiloProgress:
     """Held-out ``accuracy``, or ``loss`` and ``perplexity``, by number of finished rounds."""
 
 
-def read_progress(run: RunDirectory, name: str, steps_a_round: int) -> SiloProgress:
+def read_progress(run: RunDirectory, name: str, steps_a_round: int) -> SiloStatus:
     """One silo's progress so far.
 
     Args:
         steps_a_round: optimizer steps of this silo in one round.
     """
-    progress = SiloProgress(name)
+    progress = SiloStatus(name)
     lines = read_journal(run.role(name).path / "metrics.jsonl")
     steps = [line for line in lines if line["event"] == "step"]
     if steps:

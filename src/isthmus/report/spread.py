@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from isthmus.report.progress import SiloProgress
+from isthmus.report.progress import SiloStatus
 
 Measure = Literal["accuracy", "loss"]
 
@@ -31,7 +31,7 @@ class Spread:
     before the first round are absent."""
 
 
-def spread_of(silos: Sequence[SiloProgress]) -> Spread | None:
+def spread_of(silos: Sequence[SiloStatus]) -> Spread | None:
     """The spread after the last round for which all silos have a score of one measure; None if there is none."""
     rounds = set.intersection(*(set(silo.scores) for silo in silos))
     if not rounds:

@@ -130,7 +130,8 @@ class Boundary:
             BudgetExhausted: as in ``release``.
         """
         event = replace(self._update_event, step=step, width=len(row_P))
-        self.budget.require(event, WHOLE)
+        if self.budget.limited:
+            self.budget.require(event, WHOLE)
         update = encode(self._mechanisms["update"].secure(row_P.unsqueeze(0), WHOLE, self._noise)[0].cpu())
         size = len(update.masked) + len(update.compressed) + sum(len(tensor.data) for tensor in update.tensors)
         self._note(event, size)

@@ -1,7 +1,7 @@
-"""Fairness: a silo that does well makes its own weight smaller, so that those who do badly are heard.
+"""Fairness: a silo with a low loss makes its own weight smaller, so that silos with a high loss count for more.
 
-A silo knows its own loss and no other's, and nobody need learn it: what it multiplies its weight by follows from its
-loss against a reference that the recipe gives to all. In logarithms, with q, t, γ the recipe's strength:
+A silo knows its own loss alone and need not reveal it: the factor of its weight follows from its loss and a reference
+that the recipe gives to all. In logarithms, with q, t, γ the recipe's strength:
 
 - *q-ffl* (Li et al. 2020): q·ln(loss / reference), the power of the loss;
 - *tilted* (TERM, Li et al. 2021): t·(loss - reference), its exponential;
@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from isthmus.recipe import FairnessSection
 
 FIRST = 3
-"""Steps of a round whose mean loss counts: the first alone is of few rows, later ones tell what the silo has learned by
-itself since."""
-LEAST = 1e-12
+"""The first steps of a round, whose mean loss counts: one step has few rows, later ones have learned already."""
+SMALLEST = 1e-12
+"""The smallest loss, for its logarithm."""
 
 
 def starting_loss(losses: Sequence[float | None]) -> float | None:
@@ -32,7 +32,7 @@ def starting_loss(losses: Sequence[float | None]) -> float | None:
 
 
 def factor(section: FairnessSection, loss: float | None, before: float = 1.0) -> float:
-    """What a silo multiplies its weight by, from 1/bound to 1.
+    """The factor of a silo's weight, from 1/bound to 1.
 
     Args:
         loss: at the round's start; None: no row took part, and nothing has changed.
@@ -41,7 +41,7 @@ def factor(section: FairnessSection, loss: float | None, before: float = 1.0) ->
     if section.kind == "none" or loss is None:
         return before
     if section.kind == "q-ffl":
-        log = section.strength * math.log(max(loss, LEAST) / section.reference)
+        log = section.strength * math.log(max(loss, SMALLEST) / section.reference)
     else:
         log = section.strength * (loss - section.reference)
     if section.kind == "agnostic":

@@ -1,4 +1,4 @@
-"""What a silo's own steps do beside the optimizer's: they go by gradients taken uphill, pulled back, or controlled."""
+"""A silo's local optimizer steps: sharpness-aware (SAM), proximal (FedProx), or corrected by SCAFFOLD's controls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import TrainSection
-from isthmus.silo.control import Control
+from isthmus.silo.control import SiloControl
 from isthmus.silo.remote import RemoteTrunk
 from isthmus.silo.trainer import Step
 
@@ -18,13 +18,13 @@ Take = Callable[[torch.optim.Optimizer], Step]
 """Forward and backward on one batch, and a step of this optimizer."""
 
 
-class Climb(torch.optim.Optimizer):
-    """Its step goes uphill: by ρ along the gradient of all parameters together (SAM, Foret et al. 2021)."""
+class Ascent(torch.optim.Optimizer):
+    """The ascent step of SAM (Foret et al. 2021): by ρ along the gradient of all parameters together."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], distance: float) -> None:
         super().__init__(parameters, {"distance": distance})
-        self._left: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-        """Where the parameters stood."""
+        self._moved: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        """Parameters that are moved, and their values before that."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -33,57 +33,62 @@ class Climb(torch.optim.Optimizer):
             length = float(torch.stack([one.grad.float().norm() for one in moving]).norm()) if moving else 0.0
             if not length:
                 continue
-            self._left += [(one, one.detach().clone()) for one in moving]
+            self._moved += [(one, one.detach().clone()) for one in moving]
             for one in moving:
                 one.add_(one.grad, alpha=group["distance"] / length)
 
     @torch.no_grad()
-    def come_down(self) -> None:
-        """Back to where the parameters stood, if they are uphill."""
-        for parameter, place in self._left:
-            parameter.copy_(place)
-        self._left = []
+    def undo(self) -> None:
+        """Set the moved parameters back to their values before the step."""
+        for parameter, value in self._moved:
+            parameter.copy_(value)
+        self._moved = []
 
 
 class LocalSteps:
-    """A silo's steps over these parameters of bottom and top, by uncut name."""
+    """A silo's steps.
+
+    Args:
+        parameters: of bottom and top, by uncut name.
+        control: SCAFFOLD's control variates; None: gradients are not corrected.
+    """
 
     def __init__(
-        self, parameters: Mapping[str, torch.nn.Parameter], train: TrainSection, control: Control | None = None
+        self, parameters: Mapping[str, torch.nn.Parameter], train: TrainSection, control: SiloControl | None = None
     ) -> None:
         self._parameters, self._train, self._control = parameters, train, control
         self._start: dict[str, torch.Tensor] = {}
-        self._climb: Climb | None = None
+        self._ascent: Ascent | None = None
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """The recipe's, afresh, with gradients corrected before each of its steps."""
+        """A new optimizer, as the recipe says, that corrects the gradients before each of its steps."""
         optimizer = build_optimizer(self._parameters.values(), self._train)
         optimizer.register_step_pre_hook(self._correct)
         return optimizer
 
     def begin(self) -> None:
-        """A round begins where the parameters are."""
-        self._climb = None
+        """A round begins from the present values of the parameters."""
+        self._ascent = None
         if self._train.proximal:
             self._start = {name: one.detach().clone() for name, one in self._parameters.items()}
 
     def take(self, take: Take, optimizer: torch.optim.Optimizer, trunk: RemoteTrunk) -> Step:
-        """One step of this optimizer; with a sharpness by the gradient uphill, and its loss is that of before."""
+        """One step of this optimizer; with a sharpness by the gradient after the ascent, with the loss before it."""
         if not self._train.sharpness:
             return take(optimizer)
-        self._climb = climb = Climb(self._parameters.values(), self._train.sharpness)
+        self._ascent = ascent = Ascent(self._parameters.values(), self._train.sharpness)
         try:
             with trunk.ascent_pass():
-                first = take(climb)
+                first = take(ascent)
             return replace(second := take(optimizer), loss=first.loss, seconds=first.seconds + second.seconds)
         finally:
-            climb.come_down()
+            ascent.undo()
 
     @torch.no_grad()
     def _correct(self, *_: Any) -> None:
-        """What is added to a step's gradients; before that the parameters come down from where these were taken."""
-        if self._climb is not None:
-            self._climb.come_down()
+        """Undo the ascent, then add the proximal and control terms to the gradients."""
+        if self._ascent is not None:
+            self._ascent.undo()
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue

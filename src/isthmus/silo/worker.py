@@ -1,4 +1,4 @@
-"""The worker: one silo's whole part in a federation, from joining to the last plan."""
+"""The worker: one silo in a federation, from joining to the last plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
 from isthmus.silo import fairness
-from isthmus.silo.control import control_of
+from isthmus.silo.control import silo_control
 from isthmus.silo.join import join, known_data
 from isthmus.silo.local_steps import LocalSteps
 from isthmus.silo.pipeline import pipelined_step
@@ -39,8 +39,9 @@ class Worker:
     """Trains and measures on one silo's rows, round by round, as the root plans.
 
     Args:
-        directory: where metrics, ledger, released examples and optimizer states go. They never leave the silo.
-        trunk, root: ways there other than the recipe's addresses; the latter to the silo's edge, if it has one.
+        directory: the silo's own, for metrics, ledger, released examples and states. None of it leaves the silo.
+        trunk: a channel to the trunk, in place of the recipe's address.
+        root: a channel to the root, or to the silo's edge if it has one, in place of the recipe's address.
     """
 
     def __init__(
@@ -64,20 +65,21 @@ class Worker:
             releases=directory.path / "released",
             records=directory.path / "records",
         )
+        self._guard = self._silo.guard
         self._data = known_data(recipe, name, self._silo)
         self._aggregator = AggregatorClient(recipe, name, self._silo.boundary, root)
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()
         }
-        """All that trains in some round."""
+        """The parameters that train in some round, by uncut name."""
         self._shapes = adapters.shared_shapes(self._silo.parts)
-        self._control = control_of(recipe, name)
+        self._control = silo_control(recipe, name)
         self._local = LocalSteps(self._parameters, recipe.train, self._control)
         self._optimizer = self._local.optimizer()
         self._state_of_round: int | None = 0
-        """The round whose end the optimizer is at; None within a round."""
+        """The round at whose end the optimizer is; None within a round."""
         self._factor = 1.0
-        """What fairness multiplied this silo's weight by in its last round."""
+        """The factor of this silo's weight in its last round, by the recipe's fairness."""
         self._journal = directory.journal("metrics")
         self._measured = {
             line["round"] for line in read_journal(directory.path / "metrics.jsonl") if line["event"] == "evaluation"
@@ -91,14 +93,14 @@ class Worker:
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
             if self._recipe.federation.asynchronous.buffer is not None and not plan.round:
-                # nobody trains on the last version: its name is all that the trunk still has to hear
+                # no silo trains on the last version, but the trunk must know that it is there
                 self._silo.rounds.begin(plan.completed + 1, [self._name])
             self._measure(plan.completed)
             if not plan.round:
                 break
             try:
                 self._train(plan, shared)
-            except (RoundLostError, UnknownStepError) as lost:  # a server started again, or went on without us
+            except (RoundLostError, UnknownStepError) as lost:  # a server started again, or went on without this silo
                 log.warning("round %d is lost: %s; asking for the next plan", plan.round, lost.message)
                 losses += 1
                 if losses > LOSSES:
@@ -124,10 +126,10 @@ class Worker:
             steps.append(step := self._step(next(drawn)))
             self._silo.rounds.commit(plan.round, number, step.weight)
             self._note_step(plan.round, number, step)
-        self._yield(plan.round, steps)
+        self._weigh_fairly(plan.round, steps)
         weight, share = self._weights(steps)
         if not self._aggregator.affordable():
-            log.warning("round %d: the privacy budget does not bear an update", plan.round)
+            log.warning("round %d: the privacy budget does not allow an update", plan.round)
             weight = 0.0
         change = self._change(shared, steps)
         try:
@@ -140,7 +142,8 @@ class Worker:
         self._aggregator.send(update)
 
     def _change(self, shared: Mapping[str, torch.Tensor], steps: Sequence[Step]) -> dict[str, torch.Tensor]:
-        """New minus old, of what trained; normalized, as if so many steps had been made as silos make on average."""
+        """New minus old of the tensors that train in this round; normalized to the mean number of steps, if the recipe
+        says so."""
         change = {name: one.detach().cpu() - shared[name] for name, one in self._trained().items()}
         made = sum(step.loss is not None for step in steps)
         if not self._recipe.federation.normalized or not made:
@@ -148,8 +151,8 @@ class Worker:
         scale = self._reach / self._recipe.train.reach(made)
         return {name: scale * one for name, one in change.items()}
 
-    def _yield(self, round: int, steps: Sequence[Step]) -> None:
-        """Give way to silos that do worse, as the recipe's fairness says."""
+    def _weigh_fairly(self, round: int, steps: Sequence[Step]) -> None:
+        """Set the factor of this silo's weight by its loss, as the recipe's fairness says."""
         section = self._recipe.federation.fairness
         if section.kind == "none":
             return
@@ -158,17 +161,17 @@ class Worker:
         self._journal.append({"event": "fairness", "round": round, "loss": loss, "factor": self._factor})
 
     def _weights(self, steps: Sequence[Step]) -> tuple[float, float]:
-        """What this silo weighs in an open round, and in a masked one, from its steps."""
+        """This silo's weight in an open round, and its share in a masked one, from its steps."""
         train = self._recipe.train
         tokens, planned = sum(step.weight for step in steps), self._steps * train.batch
         if self._recipe.federation.weights.kind == "equal":
-            return self._factor * bool(tokens), self._factor
+            return (self._factor if tokens else 0.0), self._factor
         rows = planned - sum(step.skipped for step in steps)
         return self._factor * tokens, self._factor * rows / planned
 
     def _quality(self) -> float:
-        """How well what was trained does on held-out rows, if the root is to know: accuracy, or a token's likelihood.
-        0 if no row's budget bears measuring."""
+        """The model's quality on held-out rows, if the root weighs by it: accuracy, or one over the perplexity. 0 if no
+        row's privacy budget allows measuring."""
         rows = self._measurable() if self._recipe.federation.weights.kind == "quality" else []
         if not rows:
             return 0.0
@@ -176,9 +179,9 @@ class Worker:
         return scores["accuracy"] if "accuracy" in scores else 1 / scores["perplexity"]
 
     def _step(self, drawn: list[Tokens]) -> Step:
-        """One step on those of the drawn rows whose privacy budgets bear it whole; on none of them, an empty one."""
-        borne = self._affordable(drawn)
-        rows = [row for row, bears in zip(drawn, borne, strict=True) if bears]
+        """One step on those of the drawn rows whose privacy budget allows all of it; without any, an empty step."""
+        allowed = self._affordable(drawn)
+        rows = [row for row, fits in zip(drawn, allowed, strict=True) if fits]
         skipped = len(drawn) - len(rows)
         if not rows:
             return Step(None, 0, 0, 0.0, skipped)
@@ -204,8 +207,8 @@ class Worker:
         return self._silo.boundary.affordable(inputs, lengths, forwards=forwards, gradients=gradients)
 
     def _continue_from(self, completed: int) -> None:
-        """Bring optimizer, guard and updates to their state after this round, or the last one before it that this silo
-        had a part in; without any it starts afresh."""
+        """Restore the silo's state after this round, or after the last one before it that this silo took part in; the
+        initial state, if there is none."""
         completed = max((number for number in self._directory.rounds() if number <= completed), default=0)
         if self._state_of_round == completed:
             return
@@ -214,8 +217,8 @@ class Worker:
         with suppress(RunError):
             state = self._directory.load_round(completed)
             self._optimizer.load_state_dict(state["optimizer"])
-        if self._silo.guard is not None:
-            self._silo.guard.load_state_dict(state.get("guard", {}))
+        if self._guard is not None:
+            self._guard.load_state_dict(state.get("guard", {}))
         self._aggregator.load_state_dict(state.get("updates", {}))
         self._factor = state.get("factor", 1.0)
         if self._control is not None:
@@ -223,7 +226,7 @@ class Worker:
         self._state_of_round = completed
 
     def _begin(self, plan: pb.Plan) -> None:
-        """The optimizer, and what steers it, from where this plan begins."""
+        """Begin a round's local steps from the plan's tensors."""
         self._select_trained(plan.round)
         self._local.begin()
         if self._control is not None:
@@ -234,7 +237,7 @@ class Worker:
         return {name: one for name, one in self._parameters.items() if one.requires_grad}
 
     def _select_trained(self, round: int) -> None:
-        """Let what does not train in this round stand still; the optimizer passes it by and keeps its state."""
+        """Freeze the parameters that do not train in this round; the optimizer skips them and keeps their state."""
         trained = adapters.trained(self._parameters, adapters.factors(self._recipe.federation.lora, round))
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in trained)
@@ -242,11 +245,10 @@ class Worker:
                 self._optimizer.state.pop(parameter, None)  # the root's factors are new ones: moments were of others
 
     def _state(self) -> dict[str, Any]:
-        """What this silo alone keeps from round to round."""
-        guard = self._silo.guard
+        """The state that this silo alone keeps from round to round."""
         return {
             "optimizer": self._optimizer.state_dict(),
-            "guard": guard.state_dict() if guard is not None else {},
+            "guard": self._guard.state_dict() if self._guard is not None else {},
             "updates": self._aggregator.state_dict(),
             "factor": self._factor,
         } | ({"control": self._control.state_dict()} if self._control is not None else {})
@@ -257,7 +259,7 @@ class Worker:
             self._parameters[name].copy_(tensor)
 
     def _measure(self, completed: int) -> None:
-        """Held-out quality of what the rounds so far have reached; before the first, of the untrained model."""
+        """Measure and record the quality on held-out rows after so many rounds; after none, of the untrained model."""
         if not self._recipe.train.evaluate or not self._data.held_out or completed in self._measured:
             return
         self._measured.add(completed)
@@ -271,19 +273,18 @@ class Worker:
         self._journal.append(line | _skipped(len(self._data.held_out) - len(rows)))
 
     def _measurable(self) -> list[Tokens]:
-        """The held-out rows whose privacy budgets bear measuring on them."""
+        """The held-out rows whose privacy budgets allow measuring on them."""
         owners = [(row, tokens) for row in self._data.held_out for tokens in self._data.evaluation_inputs(row)]
-        borne = self._affordable([tokens for _, tokens in owners], train=False)
-        spent = {id(row) for (row, _), bears in zip(owners, borne, strict=True) if not bears}
+        allowed = self._affordable([tokens for _, tokens in owners], train=False)
+        spent = {id(row) for (row, _), fits in zip(owners, allowed, strict=True) if not fits}
         return [row for row in self._data.held_out if id(row) not in spent]
 
     def _note_step(self, round: int, number: int, step: Step) -> None:
         channel, epsilon = self._silo.trunk.channel, self._silo.boundary.budget.epsilon
-        guard = self._silo.guard
-        told = {"told": asdict(guard.told)} if guard is not None else {}
+        defence = {} if self._guard is None else {"told": asdict(self._guard.told)}
         self._journal.append(
             _skipped(step.skipped)
-            | told
+            | defence
             | {
                 "event": "step",
                 "round": round,
@@ -299,5 +300,5 @@ class Worker:
 
 
 def _skipped(rows: int) -> dict[str, object]:
-    """Rows left out for their budgets, as a journal's line tells it."""
+    """The journal's entry for rows left out because their privacy budgets are spent."""
     return {"skipped": rows} if rows else {}

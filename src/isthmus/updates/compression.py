@@ -1,14 +1,15 @@
 """Fewer bytes for an adapter update, open and under masks.
 
 Two things make an update small: fewer numbers (``projections``, or the largest of each silo's own) and fewer bits a
-number. What does not cross waits in the silo and is added to its next update (error feedback, Seide et al. 2014,
+number. The error of compression stays in the silo and is added to its next update (error feedback, Seide et al. 2014,
 Karimireddy et al. 2019), so that in the end everything arrives.
 
-Compression comes after the boundary's clip and noise, and the rest that waits is the noised one: what was secured less
-what crossed. So all that ever crosses is computed from rows that the boundary released and charged in full, whatever is
-sent of them, when and how often: post-processing, which costs no privacy and is charged no second time. The rest of the
-clean row would be less noisy in the end, but it would have to pass the clip together with the next change, which leaves
-less room for that, and the silo would carry clean data across rounds that no release has accounted for.
+Compression comes after the boundary's clip and noise, and the error that waits is that of the noised row: what was
+secured less what crossed. So all that ever crosses is computed from rows that the boundary released and charged in
+full, whatever is sent of them, when and how often: post-processing, which costs no privacy and is charged no second
+time. The error of the clean row would be less noisy in the end, but it would have to pass the clip together with the
+next change, which leaves less room for that, and the silo would carry clean data across rounds that no release has
+accounted for.
 
 PowerSGD (Vogels et al. 2019) is not here: a LoRA factor is low-rank already. Of rank 8, its best case is 8 times fewer
 numbers, at rank 1.
@@ -38,9 +39,9 @@ from isthmus.updates.sums import SumFormat
 from isthmus.wire import codec
 
 CODECS = {4: "int4", 8: "int8", 16: "fp16", 32: "fp32"}
-"""How an open update's numbers are written with so many bits. 4 and 8 are rounded at random, without bias."""
+"""The codec of an open update's numbers, by their bits. 4 and 8 are rounded at random, without bias."""
 GAPS, BITMAP = 0, 1
-"""How the places of a silo's own choice are written."""
+"""The two ways to write the places of the largest numbers."""
 _REMEDY = "give silo and root one recipe and one version of isthmus"
 
 
@@ -132,7 +133,7 @@ class TopK:
     def _gaps(self, data: bytes) -> np.ndarray:
         planes = codec.decompressed(data, 4 * self._kept)
         if len(planes) != 4 * self._kept:
-            raise FrameError(f"{len(planes)} bytes of gaps where {4 * self._kept} are due", remedy=_REMEDY)
+            raise FrameError(f"{len(planes)} bytes of gaps, {4 * self._kept} expected", remedy=_REMEDY)
         bytes_K4 = np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(4, -1).T)
         gaps_K = bytes_K4.view("<u4")[:, 0].astype(np.int64)
         places_K = gaps_K.cumsum() - 1
@@ -150,13 +151,13 @@ class TopK:
 
 @dataclass(frozen=True)
 class Compression:
-    """How a federation's updates are written: what silo and root agree on."""
+    """The compression of a federation's updates, the same at silo and root."""
 
     section: FederationSection = field(default_factory=FederationSection)
     seed: int = 0
-    """Of what is drawn at random and known to all."""
+    """The seed of projections, which all parties know."""
     noise: SumNoise | None = None
-    """Of sums under masks."""
+    """The noise of sums under masks; None: they have none of their own."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Compression:

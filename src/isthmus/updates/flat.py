@@ -14,7 +14,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class Layout:
-    """Where each tensor lies in the row."""
+    """The place of each tensor in the row."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = {name: shapes[name] for name in sorted(shapes)}
@@ -24,7 +24,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Tensors) -> Layout:
-        """Of these tensors."""
+        """The layout of these tensors."""
         return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
     def row(self, tensors: Tensors) -> torch.Tensor:

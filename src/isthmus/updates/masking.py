@@ -3,11 +3,11 @@
 After Bonawitz et al. (CCS 2017), with the sparse graph of Bell et al. (CCS 2020). Every member adds a mask of its own
 and, for each neighbour, one that the two agree on, with opposite signs. Masks of pairs cancel in the sum. Each member's
 two secrets (the seed of its own mask, its key for the pairs) are shared among its neighbours and itself. In the end
-they give out, for a member whose numbers came, shares of the seed; for one whose numbers did not, shares of the key;
-of no member both. Whoever holds both could read that member's numbers.
+they reveal shares of the seed of each member whose numbers came, and shares of the key of each whose numbers did not;
+never both of one member, since with both its numbers could be read.
 
-The aggregator relays, so all that members tell each other is signed or sealed. This is pure mathematics: no network,
-no clock. ``Member`` is the silo's side; ``tally.Unmasking`` the aggregator's.
+The aggregator relays, so all messages between members are signed or sealed. This is pure mathematics: no network, no
+clock. ``Member`` is the silo's side; ``unmasking.Unmasking`` the aggregator's.
 
 Shapes: W words of numbers.
 """
@@ -45,19 +45,19 @@ PIECE = 2**14
 
 @dataclass(frozen=True)
 class Advert:
-    """What a member tells all others before a sum: fresh public keys, and a digest of the seed of its own mask."""
+    """A member's advertised keys for one sum: fresh public keys, and a digest of the seed of its own mask."""
 
     sealing: bytes
     """X25519, for the shares that others send it."""
     masking: bytes
     """X25519, for the masks of pairs."""
     promise: bytes
-    """SHA-256: a seed put together from shares is checked against it."""
+    """SHA-256 of the seed: a reconstructed seed is checked against it."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What all parties to one sum agree on.
+    """The terms of one sum, the same for all parties to it.
 
     Args:
         context: names the sum, never to be used for another; keys and seals are bound to it.
@@ -72,7 +72,7 @@ class Terms:
     def __post_init__(self) -> None:
         if len(self.adverts) < FEWEST:
             raise ProtocolError(
-                f"a masked sum of {len(self.adverts)} silos tells what each one sent",
+                f"a masked sum of {len(self.adverts)} silos would reveal what each one sent",
                 remedy=f"let {FEWEST} or more silos take part, or leave the masks out of the recipe",
             )
 
@@ -83,7 +83,7 @@ class Terms:
 
     @cached_property
     def point(self) -> dict[str, int]:
-        """Where each member's shares are taken."""
+        """By member, the point of its shares, from 1."""
         return {name: number for number, name in enumerate(self.order, 1)}
 
     def neighbours(self, name: str) -> list[str]:
@@ -101,13 +101,13 @@ class Terms:
 
     @cached_property
     def threshold(self) -> int:
-        """Holders who must give their share of a secret. More than half, so that no two disjoint groups of holders
-        give out a member's seed and its key. Among complete neighbours all but a third."""
+        """Holders who must reveal their share of a secret. More than half, so that no two disjoint groups of holders
+        reveal a member's seed and its key. Among complete neighbours all but a third."""
         holders = len(self.neighbours(self.order[0])) + 1
         return holders - holders // 3 if holders == len(self.order) else holders // 2 + 1
 
     def holders(self, name: str) -> list[str]:
-        """Who has shares of a member's secrets: its neighbours and itself."""
+        """The holders of shares of a member's secrets: its neighbours and itself."""
         return [name, *self.neighbours(name)]
 
 
@@ -159,20 +159,20 @@ class Member:
         return {holder: self._seal(holder, pair) for holder, pair in pairs.items()}
 
     def accept(self, sealed: Mapping[str, bytes]) -> None:
-        """The shares that neighbours dealt to this member. Those of whom none came take no part in the sum.
+        """Accept the shares that neighbours sealed for this member. Neighbours that sent none take no part in the sum.
 
         Raises:
-            ProtocolError: one was altered, or sealed for somebody else; a stranger's; too few.
+            ProtocolError: one was altered, sealed for another member, or not a neighbour's; or they are too few.
         """
         neighbours = self._terms.neighbours(self.name)
-        if strangers := sealed.keys() - set(neighbours):
-            raise ProtocolError(f"shares of {min(strangers)!r}, no neighbour", remedy="leave that silo out")
+        if foreign := sealed.keys() - set(neighbours):
+            raise ProtocolError(f"shares of {min(foreign)!r}, no neighbour", remedy="leave that silo out")
         self._require(len(sealed) + 1, "dealt shares")
         self._held |= {name: self._open(name, data) for name, data in sealed.items()}
         self._peers = [name for name in neighbours if name in sealed]
 
     def mask(self, words_W: Words) -> None:
-        """Put all of this member's masks on these words."""
+        """Add all of this member's masks to these words."""
         add(words_W, {self._seed: True} | pair_seeds(self._masking, self._terms, self.name, self._peers))
 
     def reveal(self, alive: Iterable[str], dead: Iterable[str]) -> dict[str, bytes]:
@@ -199,8 +199,8 @@ class Member:
         return {name: pair.seed if name in alive else pair.key for name, pair in self._held.items()}
 
     def summed(self, alive: Iterable[str]) -> int:
-        """How many members' numbers are in the sum if these live. Of its neighbours a member knows who dealt, and their
-        masks come off no sum without their numbers; of members that it does not know it believes what it is told."""
+        """Members whose numbers are in the sum if these are alive. A member knows which of its neighbours sent shares,
+        and their masks cancel in no sum without their numbers; about other members it believes the aggregator."""
         unknown = self._terms.adverts.keys() - set(self._terms.neighbours(self.name))
         return len(set(alive) & (self._held.keys() | unknown))
 
@@ -256,7 +256,7 @@ def agree(key: X25519PrivateKey, public: bytes, context: bytes, purpose: str, na
 
 
 def stream(seed: bytes, count: int) -> Words:
-    """So many words that nobody without the seed can tell from random ones: AES-256 in counter mode, as GCM counts.
+    """So many pseudorandom words: AES-256 in counter mode, as GCM counts.
 
     GCM's tag is never asked for. OpenSSL encrypts GCM's blocks by wide vectors, plain CTR's one after another: that
     makes up for the tag and a fifth of the time besides.

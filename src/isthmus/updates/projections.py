@@ -1,7 +1,7 @@
 """Linear maps that make an update's numbers fewer, the same for all silos of a round: what crosses can be summed first
 and taken back to full length afterwards, under masks too.
 
-They are drawn from the recipe's seed and the round's number, which everybody knows; no silo need be told. Every
+They are drawn from the recipe's seed and the round's number, which every party knows, so none is sent. Every
 projection comes back orthogonally (``scale`` 1), which never enlarges what it is given, as error feedback needs; or,
 without feedback, enlarged so that the mean over all draws is the input. With feedback the latter would diverge: what
 is left of a row would be larger than the row.
@@ -34,7 +34,7 @@ class Projection(Protocol):
         ...
 
     def project(self, row_P: torch.Tensor) -> torch.Tensor:
-        """What crosses of this row, K; linear."""
+        """The numbers that cross of this row, K; linear."""
         ...
 
     def lift(self, values_K: torch.Tensor) -> torch.Tensor:

@@ -32,12 +32,12 @@ BITS = 16
 PIECE = 2**15
 """Numbers that are rounded before the next ones, so that they stay in the processor's cache."""
 SHARE_BITS = 15
-"""What a silo weighs is at least so fine, however few bits its other numbers have."""
+"""Bits of a silo's share at least, however few its other numbers have."""
 
 
 @dataclass(frozen=True)
 class Ring:
-    """How numbers are written, for sums of at most so many silos.
+    """The ring in which the numbers of at most so many silos are summed.
 
     Args:
         silos: most numbers that are added.
@@ -61,12 +61,12 @@ class Ring:
 
     @cached_property
     def levels(self) -> int:
-        """Whole numbers on each side of zero."""
+        """The largest whole number of one silo; the smallest is its negative."""
         return int(2 ** (self.bits - 1)) - 1
 
     @cached_property
     def step(self) -> float:
-        """What one whole number stands for."""
+        """The value of the whole number 1."""
         return self.range / self.levels
 
     def most(self, silos: float) -> float:
@@ -80,7 +80,7 @@ class Ring:
 
     @cached_property
     def numbers(self) -> int:
-        """That a word holds."""
+        """Numbers in a word."""
         return WORD // self.digit
 
     @cached_property
@@ -89,7 +89,7 @@ class Ring:
         return math.ceil(self.numbers * self.digit / 8)
 
     def words(self, count: int) -> int:
-        """That so many numbers take."""
+        """Words that so many numbers take."""
         return math.ceil(count / self.numbers)
 
     def encode(
@@ -201,9 +201,9 @@ class Ring:
         Raises:
             FrameError: another number of bytes than so many numbers take.
         """
-        if len(data) != (due := self.words(count) * self.width):
+        if len(data) != (expected := self.words(count) * self.width):
             raise FrameError(
-                f"a masked update of {len(data)} bytes where {due} are due",
+                f"a masked update of {len(data)} bytes, {expected} expected",
                 remedy="both sides must run the same version of isthmus",
             )
         if self.width == 8:

@@ -1,4 +1,4 @@
-"""Shamir's secret sharing (1979): any ``threshold`` shares of a secret give it back, fewer tell nothing at all.
+"""Shamir's secret sharing (1979): any ``threshold`` shares of a secret reconstruct it, fewer reveal nothing about it.
 
 Secrets are 32 bytes; the arithmetic is modulo the smallest prime above 2^256.
 """
@@ -28,7 +28,7 @@ def split(secret: bytes, points: Iterable[int], threshold: int) -> dict[int, byt
     return {point: _at(terms, point).to_bytes(SHARE, "big") for point in points}
 
 
-def join(shares: Mapping[int, bytes], threshold: int) -> bytes:
+def reconstruct(shares: Mapping[int, bytes], threshold: int) -> bytes:
     """The secret of which these are shares, by their points.
 
     Raises:

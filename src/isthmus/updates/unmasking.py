@@ -49,15 +49,15 @@ class Unmasking:
         self.alive.add(name)
 
     def reveal(self, name: str, shares: Mapping[str, bytes]) -> None:
-        """The shares that a living member gave out.
+        """Take the shares that a member whose numbers came has revealed.
 
         Raises:
-            ProtocolError: it is not alive, gave before, or gave shares that it does not hold.
+            ProtocolError: its numbers did not come, it revealed shares before, or it does not hold them.
         """
         if name not in self.alive or name in self._revealed:
             raise ProtocolError(f"shares of {name} are not expected", remedy="ask for the next plan")
-        if strangers := shares.keys() - (set(self._terms.holders(name)) & self._dealt):
-            raise ProtocolError(f"{name} holds no share of {min(strangers)!r}", remedy="leave it out")
+        if foreign := shares.keys() - (set(self._terms.holders(name)) & self._dealt):
+            raise ProtocolError(f"{name} holds no share of {min(foreign)!r}", remedy="leave it out")
         self._revealed.add(name)
         for owner, share in shares.items():
             self._shares[owner][self._terms.point[name]] = share
@@ -80,13 +80,13 @@ class Unmasking:
         return [name for name in self._terms.neighbours(dead) if name in self.alive]
 
     def _seed_of(self, name: str) -> bytes:
-        seed = shamir.join(self._shares[name], self._terms.threshold)
+        seed = shamir.reconstruct(self._shares[name], self._terms.threshold)
         if hashlib.sha256(seed).digest() != self._terms.adverts[name].promise:
             raise ProtocolError(f"shares of {name}'s mask are not what it dealt", remedy="begin the round again")
         return seed
 
     def _key_of(self, name: str) -> X25519PrivateKey:
-        key = X25519PrivateKey.from_private_bytes(shamir.join(self._shares[name], self._terms.threshold))
+        key = X25519PrivateKey.from_private_bytes(shamir.reconstruct(self._shares[name], self._terms.threshold))
         if key.public_key().public_bytes_raw() != self._terms.adverts[name].masking:
             raise ProtocolError(f"shares of {name}'s key are not what it dealt", remedy="begin the round again")
         return key

@@ -15,7 +15,7 @@ from isthmus.attacks.gradients.gradient_matching import MatcherSettings
 from isthmus.audit.attack import RESULTS_NAME, AttackPlan, AttackResult, open_target, run_attacks
 from isthmus.audit.target import Target
 from isthmus.errors import AttackError
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe, SecureSection
 from isthmus.silo.join import greeting
@@ -67,7 +67,7 @@ def federation(model: Path, folder: Path, make: Any, *, held_out: int = 0, rows:
 def ran(source: Target, folder: Path) -> Path:
     """The recipe after the rounds of silo ``a`` alone."""
     run = RunDirectory.create(folder / "run", source.recipe)
-    trunk, root = TrunkService(run.recipe(), run.role("trunk")), RootService(run.recipe(), run.role("root"))
+    trunk, root = TrunkService(run.recipe(), run.role("trunk")), root_service(run.recipe(), run.role("root"))
     hello = greeting(Checkpoint(run.recipe().model.path), run.recipe())
     channels = LoopbackChannel(trunk, "a", greeting=hello), LoopbackChannel(root, "a")
     Worker(run.recipe(), "a", run.role("a"), trunk=channels[0], root=channels[1]).run()

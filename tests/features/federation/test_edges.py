@@ -14,9 +14,10 @@ import torch
 from google.protobuf.message import Message
 
 from isthmus.errors import FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
-from isthmus.federation.aggregator import Aggregator
+from isthmus.federation.aggregator import aggregator_of
 from isthmus.federation.collection import Collected
 from isthmus.federation.planner import EdgePlanner, RootPlanner
+from isthmus.federation.rounds import Aggregator
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.update import MaskedUpdates, OpenUpdates, Updates
@@ -86,7 +87,7 @@ class Tree:
         )
         self.folder = folder
         self.planner = RootPlanner(self.recipe, ZEROS, RoleDirectory(folder / "root"))
-        self.nodes = {"root": Tapped(Aggregator(self.recipe, "root", self.planner, IDENTITIES["root"]))}
+        self.nodes = {"root": Tapped(aggregator_of(self.recipe, "root", self.planner, IDENTITIES["root"]))}
         for edge in reversed(edges):
             self.start(edge["name"])
         draw = torch.Generator().manual_seed(0)
@@ -98,7 +99,7 @@ class Tree:
         """This edge's process, or a new one in its place."""
         parent = LoopbackChannel(self.nodes[self.recipe.tree.parent(edge)], edge)
         relay = EdgePlanner(self.recipe, ZEROS, RoleDirectory(self.folder / edge), parent)
-        self.nodes[edge] = Tapped(Aggregator(self.recipe, edge, relay, IDENTITIES[edge]))
+        self.nodes[edge] = Tapped(aggregator_of(self.recipe, edge, relay, IDENTITIES[edge]))
 
     def updates(self, name: str) -> tuple[Updates, LoopbackChannel]:
         channel = LoopbackChannel(self.nodes[self.recipe.tree.parent(name)], name)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
 from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
 from isthmus.federation.strategies.weights import FLOOR
@@ -113,7 +113,7 @@ def build(folder: Path, tmp_path: Path) -> Build:
 
 
 def federate(recipe: Recipe, run: RunDirectory) -> None:
-    trunk, root = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root"))
+    trunk, root = TrunkService(recipe, run.role("trunk")), root_service(recipe, run.role("root"))
 
     def work(name: str) -> None:
         ways = {"trunk": loopback(trunk, name, recipe), "root": LoopbackChannel(root, name)}

@@ -302,7 +302,7 @@ def test_a_root_that_puts_in_its_own_keys_is_found_out(federation: Federation) -
 @pytest.mark.parametrize(
     ("wrong", "error", "told"),
     [
-        (pb.Update(round=1, learned=True, masked=b"short"), FrameError, "5 bytes where"),
+        (pb.Update(round=1, learned=True, masked=b"short"), FrameError, "5 bytes, "),
         (pb.Update(round=1, weight=1.0), ProtocolError, "updates are masked"),
         (
             pb.Update(round=1, weight=1.0, tensors=codec.encode_named({k: torch.ones(s) for k, s in SHAPES.items()})),

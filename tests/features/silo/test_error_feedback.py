@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import RoundLostError
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting
@@ -59,7 +59,7 @@ def recipe(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reci
 
 def play(recipe: Recipe, run: RunDirectory, loses: int = 0) -> Tensors:
     """All roles, from the last round on disk to the recipe's last; the shared tensors after it."""
-    trunk, root = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root"))
+    trunk, root = TrunkService(recipe, run.role("trunk")), root_service(recipe, run.role("root"))
     way = Losing(root, "a")
     way.loses = loses
     hello = greeting(Checkpoint(recipe.model.path), recipe)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.analytic import gaussian_noise
 from isthmus.privacy.events import Release
@@ -206,7 +206,7 @@ def test_a_whole_federation(model: Path, tmp_path: Path, sections: Any) -> None:
     boundary = {"update": {"clip": 1.0, "noise": 0.5}, **sections.get("boundary", {})}
     recipe = recipe_of(model, rows, **{**sections, "boundary": boundary, "train": train})
     run = RunDirectory.create(tmp_path / "run", recipe)
-    trunk, root = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root"))
+    trunk, root = TrunkService(recipe, run.role("trunk")), root_service(recipe, run.role("root"))
     witness = Witness(run.role("a").path / "ledger.jsonl")
     hello = greeting(Checkpoint(recipe.model.path), recipe)
     ways = {"trunk": Watched(trunk, "a", greeting=hello), "root": Watched(root, "a")}

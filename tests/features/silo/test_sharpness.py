@@ -17,7 +17,7 @@ from isthmus.model import adapters
 from isthmus.model.crossing import Outbound
 from isthmus.privacy.accountant import Account
 from isthmus.recipe import TrainSection
-from isthmus.silo.local_steps import Climb, LocalSteps
+from isthmus.silo.local_steps import Ascent, LocalSteps
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import Step, train_step
 from isthmus.storage.record import RunDirectory
@@ -53,21 +53,21 @@ def test_it_climbs_so_far_along_the_gradient_of_all_together(sizes: list[int], s
     places = [one.detach().clone() for one in parameters]
     for one in parameters[:-1]:  # the last one rests
         one.grad = torch.randn(one.shape, generator=draw)
-    climb = Climb(parameters, distance)
-    climb.step()
+    ascent = Ascent(parameters, distance)
+    ascent.step()
     moved = torch.cat([(one - place).detach() for one, place in zip(parameters, places, strict=True)])
     uphill = torch.cat([*(one.grad for one in parameters[:-1]), torch.zeros(2)])
     torch.testing.assert_close(moved, distance * uphill / uphill.norm(), rtol=1e-3, atol=1e-6)
-    climb.come_down()
+    ascent.undo()
     assert all(torch.equal(one, place) for one, place in zip(parameters, places, strict=True))
 
 
 def test_where_it_is_flat_it_stays() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
-    climb = Climb([parameter], DISTANCE)
-    climb.step()
+    ascent = Ascent([parameter], DISTANCE)
+    ascent.step()
     parameter.grad = torch.zeros(3)
-    climb.step()
+    ascent.step()
     assert torch.equal(parameter, torch.ones(3))
 
 
@@ -131,7 +131,7 @@ def test_of_the_first_pass_what_bottom_needs_comes_back(make: MakeParty, case: s
         back = [one for one in backwards if one.step in {forward.step for forward in own}]
         seen.append(({one.train for one in own}, {one.ascent_pass for one in back} or {None}))
     assert seen == [({train}, {ascent}) for train, ascent in expected]
-    assert step.loss == pytest.approx(loss, rel=1e-5)  # of before the climb
+    assert step.loss == pytest.approx(loss, rel=1e-5)  # of before the ascent
     assert not any(state.open for state in party.service._training._silos.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.engines.certificates import make_certificates
 from isthmus.errors import BudgetExhausted
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
+from isthmus.federation.rounds import Aggregator
 from isthmus.privacy.accountant import Account
 from isthmus.privacy.analytic import gaussian_noise
 from isthmus.privacy.budget import Budget
@@ -24,6 +27,7 @@ from isthmus.silo.remote import RoundsClient
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory, read_journal
 from isthmus.trunk.service import TrunkService
+from isthmus.updates.quantize import Ring
 from isthmus.wire.channel import LoopbackChannel
 from tests.conftest import Split, make_recipe, save_tiny_model, write_rows
 from tests.oracle.twins import loopback, prompts, ragged
@@ -109,9 +113,10 @@ def federation_of(model: Path, folder: Path, counts: dict[str, int], **sections:
 
 
 def federate(recipe: Recipe, run: RunDirectory) -> dict[str, Worker]:
-    trunk, root = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root"))
+    trunk, root = TrunkService(recipe, run.role("trunk")), root_service(recipe, run.role("root"))
 
     def work(name: str) -> Worker:
+        threading.current_thread().name = name
         worker = worker_of(recipe, run, name, trunk, root)
         worker.run()
         worker.close()
@@ -124,7 +129,7 @@ def federate(recipe: Recipe, run: RunDirectory) -> dict[str, Worker]:
     return workers
 
 
-def worker_of(recipe: Recipe, run: RunDirectory, name: str, trunk: TrunkService, root: RootService) -> Worker:
+def worker_of(recipe: Recipe, run: RunDirectory, name: str, trunk: TrunkService, root: Aggregator) -> Worker:
     return Worker(recipe, name, run.role(name), trunk=loopback(trunk, name, recipe), root=LoopbackChannel(root, name))
 
 
@@ -183,11 +188,43 @@ def test_when_all_have_run_out_nothing_moves_any_more(folder: Path, tmp_path: Pa
     assert all(torch.equal(shared[0][name], later[name]) for later in shared[1:] for name in later)
 
 
+def test_rows_that_run_out_take_their_part_of_a_masked_share(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under masks a silo counts by the part of its planned rows that it trained on, round by round."""
+    shares: dict[str, list[float]] = {"a": [], "b": [], "c": []}
+    encode_share = Ring.encode_share
+
+    def kept(self: Ring, share: float) -> Any:
+        shares[threading.current_thread().name].append(share)
+        return encode_share(self, share)
+
+    monkeypatch.setattr(Ring, "encode_share", kept)
+    recipe = federation_of(
+        folder,
+        tmp_path,
+        {"a": 6, "b": 8, "c": 8},
+        federation={"secure": True},
+        wire={"certificates": str(tmp_path / "certificates")},
+    )
+    make_certificates(recipe, tmp_path / "certificates")
+    run = RunDirectory.create(tmp_path / "run", recipe)
+    federate(recipe, run)
+    planned = STEPS_A_ROUND * BATCH
+    for name in shares:
+        skipped = [0] * ROUNDS
+        for line in steps_of(run, name):
+            skipped[line["round"] - 1] += line.get("skipped", 0)
+        assert shares[name] == [(planned - rows) / planned for rows in skipped if rows < planned]
+    assert 0 < min(shares["a"]) < max(shares["a"]) == 1
+    assert shares["b"] == [1.0] * ROUNDS
+
+
 def test_budgets_outlast_the_process(folder: Path, tmp_path: Path) -> None:
     recipe = federation_of(folder, tmp_path, {"a": 4})
     run = RunDirectory.create(tmp_path / "run", recipe)
     worker = federate(recipe, run)["a"]
-    trunk, root = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root"))
+    trunk, root = TrunkService(recipe, run.role("trunk")), root_service(recipe, run.role("root"))
     again = worker_of(recipe, run, "a", trunk, root)
     assert again._silo.boundary.budget.epsilon == pytest.approx(worker._silo.boundary.budget.epsilon)
     rows = [row.input for row in again._data.train]

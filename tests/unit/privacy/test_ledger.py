@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from isthmus.errors import ClockError, DiskFullError, LedgerError, LedgerTakenError
 from isthmus.privacy.accountant import Accountant
 from isthmus.privacy.events import Charge, Release
-from isthmus.privacy.ledger import GENESIS, FileLedger, Ledger, MemoryLedger, head_of, read_ledger
+from isthmus.privacy.ledger import GENESIS, FileLedger, Ledger, MemoryLedger, head_of, read_ledger, release_to_json
 
 
 def release(step: int) -> Release:
@@ -172,7 +172,7 @@ def test_a_ledger_gone_with_its_head_is_refused_where_releases_are_known(written
 
 def test_events_of_another_version_are_refused(path: Path) -> None:
     ledger = FileLedger(path)
-    ledger._append({"release": release(1).to_dict() | {"mechanism": "laplace"}})
+    ledger._append({"release": release_to_json(release(1)) | {"mechanism": "laplace"}})
     with pytest.raises(LedgerError, match="cannot be accounted"):
         list(ledger.history())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.report.progress import SiloProgress, read_progress
+from isthmus.report.progress import SiloStatus, read_progress
 from isthmus.storage.record import RunDirectory
 
 
@@ -22,7 +22,7 @@ def step(round: int, number: int, **more: Any) -> dict[str, Any]:
     return {"event": "step", "round": round, "step": number, **counted, **more}
 
 
-def noted(run: RunDirectory, *lines: dict[str, Any]) -> SiloProgress:
+def noted(run: RunDirectory, *lines: dict[str, Any]) -> SiloStatus:
     journal = run.role("a").journal("metrics")
     for line in lines:
         journal.append(line)
@@ -30,7 +30,7 @@ def noted(run: RunDirectory, *lines: dict[str, Any]) -> SiloProgress:
 
 
 def test_before_the_first_step_there_is_nothing(run: RunDirectory) -> None:
-    assert read_progress(run, "a", 4) == SiloProgress("a")
+    assert read_progress(run, "a", 4) == SiloStatus("a")
 
 
 def test_steps_are_counted_over_rounds_and_rows_over_steps(run: RunDirectory) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from isthmus.report.progress import SiloProgress
+from isthmus.report.progress import SiloStatus
 from isthmus.report.spread import spread_of
 
 
-def silo(name: str, measure: str, *scores: float, first: int = 0) -> SiloProgress:
-    return SiloProgress(name, scores={number: {measure: score} for number, score in enumerate(scores, first)})
+def silo(name: str, measure: str, *scores: float, first: int = 0) -> SiloStatus:
+    return SiloStatus(name, scores={number: {measure: score} for number, score in enumerate(scores, first)})
 
 
 def test_by_accuracy_the_lowest_is_the_worst() -> None:
@@ -39,4 +39,4 @@ def test_who_did_not_measure_at_first_has_no_gain() -> None:
 def test_without_a_round_that_all_measured_there_is_none() -> None:
     assert spread_of([silo("a", "loss", 3.0), silo("b", "loss", 2.5, first=1)]) is None
     assert spread_of([silo("a", "loss", 3.0), silo("b", "accuracy", 0.5)]) is None
-    assert spread_of([SiloProgress("a")]) is None
+    assert spread_of([SiloStatus("a")]) is None

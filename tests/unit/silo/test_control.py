@@ -15,12 +15,12 @@ from google.protobuf.message import Message
 from isthmus.data.tokens import batches, collate
 from isthmus.engines.certificates import make_certificates
 from isthmus.errors import FrameError, RoundLostError
-from isthmus.federation.aggregator import RootService
+from isthmus.federation.aggregator import root_service
 from isthmus.model import adapters
 from isthmus.model.optim import build_optimizer
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
-from isthmus.silo.control import Control
+from isthmus.silo.control import SiloControl
 from isthmus.silo.join import join, known_data
 from isthmus.silo.trainer import Step, train_step
 from isthmus.silo.worker import Worker
@@ -84,7 +84,7 @@ def federate(
     recipe: Recipe, run: RunDirectory, names: Iterable[str] = NAMES, *, loses: int = 0, late: bool = False
 ) -> None:
     """All roles, from the last round on disk to the recipe's last; of the last silo the update of a round is lost."""
-    trunk, root, names = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root")), list(names)
+    trunk, root, names = TrunkService(recipe, run.role("trunk")), root_service(recipe, run.role("root")), list(names)
     trunk.restore(run.completed())
 
     def work(name: str) -> None:
@@ -114,7 +114,7 @@ def settled(run: RunDirectory, name: str, number: int = ROUNDS) -> Tensors:
     """A silo's own control after a round, as its next plan would have it."""
     counted = run.role("root").load_round(number)["control"]["counted"].get(name, 0)
     known = max(one for one in run.role(name).rounds() if one <= number)
-    control = Control(run.recipe(), name)
+    control = SiloControl(run.recipe(), name)
     control.load_state_dict(run.role(name).load_round(known)["control"])
     control.begin(pb.Plan(counted={name: counted}), {})
     return control._own
@@ -209,14 +209,14 @@ def test_an_update_is_no_larger(build: Build, tmp_path: Path) -> None:
 
 
 def test_a_plan_whose_control_is_of_other_tensors_is_refused(build: Build) -> None:
-    control = Control(build(federation=SCAFFOLD), "a")
+    control = SiloControl(build(federation=SCAFFOLD), "a")
     named = codec.encode_named({"x": torch.ones(2), "y": torch.ones(2)})
     with pytest.raises(FrameError, match="unexpected tensor 'y'"):
         control.begin(pb.Plan(control=named), {"x": torch.zeros(2)})
 
 
 def test_a_silo_that_lost_its_control_is_told(build: Build, caplog: pytest.LogCaptureFixture) -> None:
-    control = Control(build(federation=SCAFFOLD), "a")
+    control = SiloControl(build(federation=SCAFFOLD), "a")
     control.begin(pb.Plan(counted={"a": 3}), {})
     assert "the root knows this silo's control of round 3" in caplog.text
 
@@ -234,7 +234,7 @@ def test_steps_that_were_not_made_do_not_count(build: Build, tmp_path: Path, nor
     """A silo whose rows a budget left out of some steps counts as if it had made them."""
     recipe = build(("a",), train={"steps": 6}, federation={"normalized": normalized})
     run = RunDirectory.create(tmp_path / "run", recipe)
-    trunk, root = TrunkService(recipe, run.role("trunk")), RootService(recipe, run.role("root"))
+    trunk, root = TrunkService(recipe, run.role("trunk")), root_service(recipe, run.role("root"))
     worker = Worker(recipe, "a", run.role("a"), trunk=loopback(trunk, "a", recipe), root=LoopbackChannel(root, "a"))
     shared = {name: one.detach().clone() for name, one in worker._parameters.items()}
     with torch.no_grad():

@@ -15,7 +15,7 @@ from isthmus.recipe import LoraSection, TrainSection
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.adapter import SharedAdapter
 from isthmus.trunk.runner import Runner
-from isthmus.trunk.training import OPEN_STEPS, BackwardStep, ForwardStep, Training
+from isthmus.trunk.training import OPEN_STEPS, BackwardStep, ForwardStep, TrunkTraining
 from tests.conftest import save_tiny_model
 from tests.oracle.twins import random_b
 
@@ -28,34 +28,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def training(folder: Path, tmp_path: Path) -> Training:
+def training(folder: Path, tmp_path: Path) -> TrunkTraining:
     part = load_part(Checkpoint(str(folder)), Cut(1, 1), "trunk")
     adapters.add_adapter(part, LoraSection(rank=2), 0, freeze_a=True)
     adapters.load_adapter(part, random_b(adapters.adapter_of(part)))
     train = TrainSection(optimizer="sgd", learning_rate=0.1)
-    return Training(Runner(part), SharedAdapter(part, train), RoleDirectory(tmp_path))
+    return TrunkTraining(Runner(part), SharedAdapter(part, train), RoleDirectory(tmp_path))
 
 
 def hidden(seed: int = 0) -> torch.Tensor:
     return torch.randn(sum(LENGTHS), 32, generator=torch.Generator().manual_seed(seed))
 
 
-def forward(training: Training, *steps: tuple[str, int]) -> list[torch.Tensor]:
+def forward(training: TrunkTraining, *steps: tuple[str, int]) -> list[torch.Tensor]:
     for silo, step in steps:
         training.check_forward(silo, step, LENGTHS)
     return training.forward([ForwardStep(silo, step, hidden(), LENGTHS) for silo, step in steps])
 
 
-def backward(training: Training, silo: str, step: int, gradient: torch.Tensor | None = None) -> object:
+def backward(training: TrunkTraining, silo: str, step: int, gradient: torch.Tensor | None = None) -> object:
     given = hidden(1) if gradient is None else gradient
     return training.backward([BackwardStep(silo, step, given, True, False)])[0]
 
 
-def values(training: Training) -> torch.Tensor:
+def values(training: TrunkTraining) -> torch.Tensor:
     return torch.cat([one.detach().flatten() for one in training._adapter.leaves("a").values()])
 
 
-def test_a_backward_closes_its_step_and_gives_the_inputs_gradient(training: Training) -> None:
+def test_a_backward_closes_its_step_and_gives_the_inputs_gradient(training: TrunkTraining) -> None:
     (output,) = forward(training, ("a", 1))
     assert not output.requires_grad
     gradient = backward(training, "a", 1)
@@ -65,7 +65,7 @@ def test_a_backward_closes_its_step_and_gives_the_inputs_gradient(training: Trai
         backward(training, "a", 1)
 
 
-def test_steps_of_one_pass_are_partners_until_it_has_no_graph(training: Training) -> None:
+def test_steps_of_one_pass_are_partners_until_it_has_no_graph(training: TrunkTraining) -> None:
     forward(training, ("a", 1), ("b", 1))
     assert training.partners("a", 1) == 2
     backward(training, "a", 1)
@@ -73,7 +73,7 @@ def test_steps_of_one_pass_are_partners_until_it_has_no_graph(training: Training
     assert isinstance(backward(training, "b", 1), torch.Tensor), "it is computed again"
 
 
-def test_a_step_moves_the_adapter_and_drops_what_is_open(training: Training) -> None:
+def test_a_step_moves_the_adapter_and_drops_what_is_open(training: TrunkTraining) -> None:
     before = values(training)
     forward(training, ("a", 1), ("a", 2))
     backward(training, "a", 1)
@@ -83,7 +83,7 @@ def test_a_step_moves_the_adapter_and_drops_what_is_open(training: Training) -> 
         training.open_step("a", 2)
 
 
-def test_a_round_is_restored_and_an_unknown_one_refused(training: Training) -> None:
+def test_a_round_is_restored_and_an_unknown_one_refused(training: TrunkTraining) -> None:
     before = values(training)
     forward(training, ("a", 1))
     backward(training, "a", 1)
@@ -95,7 +95,7 @@ def test_a_round_is_restored_and_an_unknown_one_refused(training: Training) -> N
         training.restore(7)
 
 
-def test_what_cannot_be_computed_is_refused(training: Training) -> None:
+def test_what_cannot_be_computed_is_refused(training: TrunkTraining) -> None:
     forward(training, ("a", 3))
     with pytest.raises(OutOfOrderError, match="step 3 after step 3"):
         training.check_forward("a", 3, LENGTHS)
@@ -108,7 +108,7 @@ def test_what_cannot_be_computed_is_refused(training: Training) -> None:
     training.check_forward("a", 1, LENGTHS)
 
 
-def test_gradients_that_are_not_finite_are_an_error_of_that_step_alone(training: Training) -> None:
+def test_gradients_that_are_not_finite_are_an_error_of_that_step_alone(training: TrunkTraining) -> None:
     forward(training, ("a", 1), ("b", 1))
     huge = torch.full((sum(LENGTHS), 32), 1e38)
     assert isinstance(backward(training, "a", 1, huge), FrameError)

@@ -158,7 +158,7 @@ def dealt(count: int = 4) -> tuple[Cohort, Unmasking]:
 
 
 def test_two_are_too_few() -> None:
-    with pytest.raises(ProtocolError, match="tells what each one sent"):
+    with pytest.raises(ProtocolError, match="would reveal what each one sent"):
         Cohort(2)
 
 

@@ -162,5 +162,5 @@ def test_more_silos_than_the_ring_bears_are_refused() -> None:
 
 
 def test_bytes_of_another_length_are_refused() -> None:
-    with pytest.raises(FrameError, match="where 32 are due"):
+    with pytest.raises(FrameError, match="32 expected"):
         Ring(5, 1.0).read(bytes(31), 10)

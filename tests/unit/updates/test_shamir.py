@@ -19,7 +19,7 @@ SECRETS = st.one_of(st.binary(min_size=32, max_size=32), st.sampled_from([bytes(
 def test_any_threshold_shares_give_the_secret(secret: bytes, threshold: int, more: int) -> None:
     shares = shamir.split(secret, range(1, threshold + more + 1), threshold)
     for points in itertools.combinations(shares, threshold):
-        assert shamir.join({point: shares[point] for point in points}, threshold) == secret
+        assert shamir.reconstruct({point: shares[point] for point in points}, threshold) == secret
 
 
 def test_fewer_shares_fit_every_secret() -> None:
@@ -29,16 +29,16 @@ def test_fewer_shares_fit_every_secret() -> None:
     weights = shamir.coefficients((1, 2, 3))
     known = sum(weights[point] * int.from_bytes(shares[point], "big") for point in (1, 2))
     third = (int.from_bytes(other, "big") - known) * pow(weights[3], -1, shamir.PRIME) % shamir.PRIME
-    assert shamir.join({1: shares[1], 2: shares[2], 3: third.to_bytes(33, "big")}, 3) == other
+    assert shamir.reconstruct({1: shares[1], 2: shares[2], 3: third.to_bytes(33, "big")}, 3) == other
 
 
 def test_too_few_and_foreign_shares_are_named() -> None:
     shares = shamir.split(bytes(32), (1, 2, 3), 2)
     with pytest.raises(ProtocolError, match="1 shares of a secret of which 2"):
-        shamir.join({1: shares[1]}, 2)
+        shamir.reconstruct({1: shares[1]}, 2)
     beyond = (shamir.PRIME - 1).to_bytes(33, "big")
     with pytest.raises(ProtocolError, match="belong to no secret"):
-        shamir.join({1: beyond, 2: beyond}, 2)
+        shamir.reconstruct({1: beyond, 2: beyond}, 2)
 
 
 def test_the_modulus_is_prime() -> None:

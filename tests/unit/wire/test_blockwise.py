@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isthmus.errors import FrameError
-from isthmus.wire.blockwise import BLOCK, Blockwise, is_finite
+from isthmus.wire.blockwise import BLOCK_WIDTH, Blockwise, is_finite
 
 
 def rows(count: int = 5, width: int = 70, seed: int = 0) -> torch.Tensor:
@@ -23,7 +23,7 @@ def back(bits: int, h_TD: torch.Tensor) -> torch.Tensor:
 def test_values_come_back_to_half_a_level_of_their_block(bits: int, levels: int) -> None:
     h_TD = rows()
     found = back(bits, h_TD)
-    pieces = zip(h_TD.split(BLOCK, dim=1), found.split(BLOCK, dim=1), strict=True)
+    pieces = zip(h_TD.split(BLOCK_WIDTH, dim=1), found.split(BLOCK_WIDTH, dim=1), strict=True)
     for piece, other in pieces:
         largest = piece.abs().amax(dim=1, keepdim=True)
         assert ((piece - other).abs() <= 1.07 * largest / levels * 0.51 + 1e-6).all()

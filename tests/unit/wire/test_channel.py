@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from isthmus.errors import FrameError, FrameSizeError, IsthmusError, RoundLostError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.channel import Answer, LoopbackChannel, answered, check_size, serve, settle
+from isthmus.wire.channel import Answer, LoopbackChannel, answer_request, answered, check_size, settle
 
 
 class Echo:
@@ -68,9 +68,9 @@ def test_a_frame_over_the_limit_is_not_sent() -> None:
 
 def test_a_malformed_frame_is_refused_before_the_service_sees_it() -> None:
     service, answer = Echo(), Answer()
-    served = serve(service, "ann", pb.Frame(id=1))
+    served = answer_request(service, "ann", pb.Frame(id=1))
     assert not service.seen
-    settle(answer, frames.decode(served.result()))
+    settle(answer, frames.parse(served.result()))
     assert isinstance(answer.exception(), FrameError)
     settle(empty := Answer(), pb.Frame(id=1))
     assert isinstance(empty.exception(), FrameError)

@@ -52,7 +52,7 @@ def test_after_its_end_everything_fails_by_name() -> None:
     with serving({"Trunk": Echo()}) as server:
         channel = channel_to(server.port)
         channel.close()
-        with pytest.raises(PeerGoneError, match="was closed here"):
+        with pytest.raises(PeerGoneError, match="was closed on this side"):
             channel.submit(number(1))
 
 
@@ -66,5 +66,5 @@ def test_a_frame_over_the_limit_is_not_sent() -> None:
 
 
 def test_nobody_at_the_address_is_named_after_the_deadline() -> None:
-    with pytest.raises(PeerGoneError, match="no trunk at localhost:1 for"):
+    with pytest.raises(PeerGoneError, match="no connection to trunk at localhost:1 for"):
         GrpcChannel("localhost:1", "Trunk", AUTHORITY.issue(SILO), deadline=0.1)

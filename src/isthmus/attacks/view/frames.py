@@ -31,7 +31,7 @@ def crossings_of(sender: str, exchanges: Iterable[Exchange]) -> tuple[Crossing, 
     return reading.crossings()
 
 
-def updates_of(sender: str, exchanges: Iterable[Exchange]) -> tuple[ObservedUpdate, ...]:
+def observed_updates(sender: str, exchanges: Iterable[Exchange]) -> tuple[ObservedUpdate, ...]:
     """The updates that one silo sent to the root, in order.
 
     Args:

@@ -1,1 +1,1 @@
-"""What the root makes of a round's contributions."""
+"""From a round's contributions to the next shared tensors: weights, rules, server optimizers."""

@@ -88,7 +88,7 @@ def _remoteness(squares_NN: torch.Tensor, faults: int) -> torch.Tensor:
 
 
 def _mean_of_middle(values_NC: torch.Tensor, count: int) -> torch.Tensor:
-    """Of each column the mean of so many values nearest to the median."""
+    """The mean of so many values nearest to the median, column by column."""
     equal_N = torch.full((len(values_NC),), 1 / len(values_NC), dtype=torch.float64)
     sorted_NC = values_NC.sort(dim=0).values  # so that of two that are equally far it is always the lower
     order_NC = (sorted_NC - weighted_median(sorted_NC, equal_N)).abs().argsort(dim=0, stable=True)

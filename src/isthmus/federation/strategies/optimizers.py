@@ -12,14 +12,14 @@ import torch
 from isthmus.recipe import OptimizerSection
 
 LEARNING_RATES = {"momentum": 1.0, "adagrad": 1e-3, "adam": 1e-3, "yogi": 1e-3}
-"""Where the recipe names none. Scaled steps are about as large as the rate, so it is one for adapters' weights."""
+"""Learning rates where the recipe names none. Scaled steps are about as large as the rate: small, as adapters are."""
 
 
 class ServerOptimizer(Protocol):
     """Takes each round's change for a gradient, with the sign reversed."""
 
     def step(self, change_P: torch.Tensor) -> torch.Tensor:
-        """What to add to the shared parameters, fp64, P.
+        """The step that is added to the shared parameters, fp64, P.
 
         Args:
             change_P: the round's combined change, fp64.
@@ -27,7 +27,7 @@ class ServerOptimizer(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers of earlier rounds."""
+        """The optimizer's state after earlier rounds."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -31,7 +31,7 @@ class Rule(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers of earlier rounds."""
+        """The rule's state after earlier rounds; most have none."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ class GeometricMedian(Rule):
 
     steps = 200
     smoothing = 1e-6
-    """Of the median distance: in the end distances below count as this, and a step below it is the last."""
+    """A part of the median distance: in the end smaller distances count as this, and a smaller step is the last."""
 
     def combine(self, changes_NP: torch.Tensor, weights_N: torch.Tensor, faults: int) -> torch.Tensor:
         point_P = Median().combine(changes_NP, weights_N, faults)
@@ -164,12 +164,12 @@ def total(changes_NP: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
 
 
 def distances(changes_NP: torch.Tensor, point_P: torch.Tensor) -> torch.Tensor:
-    """How far each change is from a point, fp64, N."""
+    """The distance of each change from a point, fp64, N."""
     return torch.stack([(change_P - point_P).norm() for change_P in changes_NP])
 
 
 def by_columns(changes_NP: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """What a function of each parameter's N values makes of all parameters, in pieces that fit memory in fp64: P."""
+    """A function of each parameter's N values, applied to all parameters in pieces that fit memory in fp64: P."""
     return torch.cat([reduce(piece_NC.double()) for piece_NC in torch.split(changes_NP, COLUMNS, dim=1)])
 
 

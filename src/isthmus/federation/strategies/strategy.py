@@ -55,7 +55,7 @@ class Strategy:
     def __init__(self, section: FederationSection) -> None:
         self._section = section
         self._history = History() if section.weights.kind == "quality" else None
-        """Who took part in earlier rounds, where the weights depend on it."""
+        """The silos' participation in earlier rounds, where the weights depend on it."""
         self._robust, self._claimed = section.robust.active, section.weights.claimed
         believed = section.weights.kind == "examples" or section.secure.masks
         self._most = math.inf if believed else 1.0

@@ -1,7 +1,7 @@
 """Weights that the root computes itself, from the updates or from their quality: each contribution's part of a round.
 
 A silo's share of the change is what its clip is multiplied by: at most 1 by ``examples``, since a silo claims its own
-tokens; at most bound/N by what the root reads off updates or is told of their quality; and by ``equal`` at most
+tokens; at most bound/N by what the root computes from updates or from their reported quality; and by ``equal`` at most
 fairness.bound/N, 1/N where no silo makes itself lighter.
 
 Shapes: N contributions, P parameters.
@@ -22,7 +22,7 @@ FLOOR = 0.1
 
 
 class History:
-    """Who took part in the rounds so far."""
+    """The silos' participation in the rounds so far."""
 
     def __init__(self) -> None:
         self._rounds = 0
@@ -67,7 +67,7 @@ def shares(
 def agreement(changes_NP: torch.Tensor) -> torch.Tensor:
     """The cosine of each change with the mean of the others, from ``FLOOR`` to 1; 1 for one that is alone.
 
-    It tells apart who is outnumbered: of three silos one can cancel another in the third's eyes.
+    It finds outliers among many: of three silos, one can cancel another in the third's mean.
     """
     if len(changes_NP) == 1:
         return torch.ones(1, dtype=torch.float64)

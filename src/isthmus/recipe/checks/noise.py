@@ -29,7 +29,8 @@ def check_noise(
     elif federation.noise.where == "silos":
         raise ValueError(
             "federation.noise: without masks the root sees each update, with less noise than the sum is to have; "
-            "set federation.secure.masks = true, or leave federation.noise out and noise each update by boundary.update"
+            "set federation.secure.masks = true, or leave federation.noise and federation.clip out and have "
+            "boundary.update noise each update"
         )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from isthmus.recipe.section import Amount, Positive, Section
+from isthmus.recipe.section import Amount, Country, Positive, Section
 
 DetectorName = Literal[
     "card", "date", "email", "iban", "ip", "name", "national-id", "phone", "record-number", "url"
@@ -47,7 +47,7 @@ class SensitivitySection(Section):
     (start, end, class) for each finding. Left out: none."""
     names: str | None = Field(default=None, examples=["names.txt"])
     """File of names, one on each line, that the detector "name" finds too. Left out: none."""
-    region: Annotated[str, Field(pattern="^[A-Z]{2}$")] = "US"
+    region: Country = "US"
     """Country, as two capital letters, whose phone numbers are found without a country code."""
     attention: Amount = 0.0
     """How much bottom's attention turns away from sensitive tokens: for classes with more noise than other text, this

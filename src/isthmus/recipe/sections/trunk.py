@@ -47,5 +47,8 @@ class TrunkSection(Section):
     @model_validator(mode="after")
     def _averaged(self) -> Self:
         if self.average_every is not None and self.adapter == "shared":
-            raise ValueError("average_every: a shared adapter is not averaged; set trunk.adapter = 'replica'")
+            raise ValueError(
+                "average_every: a shared adapter is not averaged; "
+                "set trunk.adapter = 'replica', or leave average_every out"
+            )
         return self

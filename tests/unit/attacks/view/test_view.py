@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.attacks.view.frames import crossings_of, updates_of
+from isthmus.attacks.view.frames import crossings_of, observed_updates
 from isthmus.attacks.view.tap import Tap
 from isthmus.attacks.view.view import View, aggregator_view, outsider_view
 from isthmus.audit.capture import ZeroTrunk, capture_answers, capture_pairs, capture_round, capture_rows, tapped_silo
@@ -147,7 +147,7 @@ def test_the_aggregator_sees_the_silos_update(two_silos: Target) -> None:
     view = aggregator_view(two_silos.recipe, Path("model"), (one,), {})
     with pytest.raises(AttackError, match="'aggregator' sees no crossings"):
         view.needs("updates", "crossings")
-    assert updates_of("a", []) == ()
+    assert observed_updates("a", []) == ()
 
 
 def test_a_view_knows_no_silos_files(two_silos: Target) -> None:

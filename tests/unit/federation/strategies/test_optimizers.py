@@ -20,6 +20,7 @@ from isthmus.recipe import OptimizerSection
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
+from tests.clock import Clock
 from tests.conftest import make_recipe
 
 KINDS = ("momentum", "adagrad", "adam", "yogi")
@@ -118,10 +119,11 @@ def test_a_scaled_step_stays_about_as_large_as_the_rate(kind: str, given: Change
 # --- with the rounds
 
 
-def train(rounds: Rounds, numbers: Iterable[int], silos: tuple[str, ...] = ("a", "b")) -> None:
-    """In each of these rounds each silo learns something of its own."""
+def train(rounds: Rounds, numbers: Iterable[int], clock: Clock, silos: tuple[str, ...] = ("a", "b")) -> None:
+    """In each of these rounds each silo learns something of its own; nobody else is waited for."""
     for number in numbers:
         answers = [rounds.ready(silo, pb.Ready()) for silo in silos]
+        clock.run_out()
         assert all(answer.result(60).round == number for answer in answers)
         for place, silo in enumerate(silos):
             draw = torch.Generator().manual_seed(10 * number + place)
@@ -138,10 +140,10 @@ def shared_of(store: RoleDirectory, number: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["none", *KINDS])
-def test_a_root_that_starts_again_goes_on_as_if_it_had_not(tmp_path: Path, kind: str) -> None:
+def test_a_root_that_starts_again_goes_on_as_if_it_had_not(tmp_path: Path, kind: str, clock: Clock) -> None:
     """What the optimizer and the history of who took part remember is on the disk with each round."""
     silos = [{"name": name, "train": "t.jsonl", "held_out": "h.jsonl"} for name in ("a", "b", "c")]
-    federation, root = {"optimizer": kind, "weights": "quality"}, {"minimum": 2, "patience": 1.0}
+    federation, root = {"optimizer": kind, "weights": "quality"}, {"minimum": 2}
     recipe = make_recipe(Path("none"), silo=silos, federation=federation, root=root, train={"rounds": 5})
     initial = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     whole, cut = RoleDirectory(tmp_path / "whole"), RoleDirectory(tmp_path / "cut")
@@ -149,7 +151,7 @@ def test_a_root_that_starts_again_goes_on_as_if_it_had_not(tmp_path: Path, kind:
         for life in lives:
             rounds = Rounds(recipe, RootPlanner(recipe, initial, store))
             for number in life:  # c comes in the third round only
-                train(rounds, [number], ("c", "a", "b") if number == 3 else ("a", "b"))
+                train(rounds, [number], clock, ("c", "a", "b") if number == 3 else ("a", "b"))
     for number in range(1, 6):
         assert all(torch.equal(shared_of(whole, number)[name], shared_of(cut, number)[name]) for name in SHAPES)
     assert [line["shares"] for line in read_journal(whole.path / "metrics.jsonl")] == [
@@ -159,14 +161,14 @@ def test_a_root_that_starts_again_goes_on_as_if_it_had_not(tmp_path: Path, kind:
     assert forgetful._sharing.state_dict() != whole.load_round(3)["sharing"]
 
 
-def test_a_round_of_nobody_moves_nothing_however_much_momentum_there_is(tmp_path: Path) -> None:
+def test_a_round_of_nobody_moves_nothing_however_much_momentum_there_is(tmp_path: Path, clock: Clock) -> None:
     federation = {"optimizer": "momentum"}
     recipe = make_recipe(Path("none"), silos=("a",), federation=federation, train={"rounds": 3, "evaluate": False})
     store = RoleDirectory(tmp_path)
     rounds = Rounds(recipe, RootPlanner(recipe, {name: torch.zeros(shape) for name, shape in SHAPES.items()}, store))
-    train(rounds, [1], ("a",))
+    train(rounds, [1], clock, ("a",))
     rounds.ready("a", pb.Ready()).result(60)
     rounds.contribute("a", pb.Update(round=2)).result(60)
     assert torch.equal(shared_of(store, 1)["x"], shared_of(store, 2)["x"])
-    train(rounds, [3], ("a",))
+    train(rounds, [3], clock, ("a",))
     assert not torch.equal(shared_of(store, 2)["x"], shared_of(store, 3)["x"])

@@ -6,31 +6,31 @@ import pytest
 
 from isthmus.errors import IdentityError
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire import offer
 from isthmus.wire.identity import Authority, Identity
+from isthmus.wire.sum_keys import sign_keys, verify_keys
 
 AUTHORITY = Authority()
 ANN, BOB = AUTHORITY.issue("ann"), AUTHORITY.issue("bob")
 
 
 def keys(identity: Identity = ANN) -> pb.SumKeys:
-    return offer.signed(identity, sealing=bytes([1]) * 32, masking=bytes([2]) * 32, promise=bytes([3]) * 32)
+    return sign_keys(identity, sealing=bytes([1]) * 32, masking=bytes([2]) * 32, commitment=bytes([3]) * 32)
 
 
 def test_a_partys_own_offer_is_believed() -> None:
-    offer.verify(BOB, "ann", keys())
+    verify_keys(BOB, "ann", keys())
 
 
-@pytest.mark.parametrize("field", ["sealing", "masking", "promise"])
+@pytest.mark.parametrize("field", ["sealing", "masking", "commitment"])
 def test_an_exchanged_key_is_not(field: str) -> None:
     altered = keys()
     setattr(altered, field, bytes(32))
     with pytest.raises(IdentityError):
-        offer.verify(BOB, "ann", altered)
+        verify_keys(BOB, "ann", altered)
 
 
 def test_an_offer_of_another_party_or_authority_is_not() -> None:
     with pytest.raises(IdentityError):
-        offer.verify(BOB, "ann", keys(BOB))
+        verify_keys(BOB, "ann", keys(BOB))
     with pytest.raises(IdentityError):
-        offer.verify(BOB, "ann", keys(Authority().issue("ann")))
+        verify_keys(BOB, "ann", keys(Authority().issue("ann")))

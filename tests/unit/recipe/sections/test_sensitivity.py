@@ -92,10 +92,3 @@ def test_what_is_unknown_is_refused_with_the_nearest_known_one(changes: dict[str
 def test_impossible_values_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="sensitivity"):
         section(**changes)
-
-
-def test_a_classes_budget_that_nothing_could_keep_to_is_refused() -> None:
-    unbounded = {"forward": BOUNDED["forward"], "gradient": {"noise": 1.0}}
-    with pytest.raises(RecipeError, match=r"sensitivity\.classes\.high\.epsilon: what leaves by boundary\.gradient"):
-        make_recipe(Path("m"), sensitivity=GOOD, boundary=unbounded)
-    make_recipe(Path("m"), sensitivity=GOOD, boundary={**unbounded, "gradients": False})  # then none leaves

@@ -41,7 +41,7 @@ COMMANDS = {
     "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1"],
 }
 EXPORTED = {"IsthmusError", "Recipe", "__version__", "join"}
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
 
 
 def _written(parameter: Any) -> str:
