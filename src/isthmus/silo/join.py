@@ -181,7 +181,7 @@ def load_ends(checkpoint: Checkpoint, recipe: Recipe, device: torch.device = CPU
     bottom = load_part(checkpoint, cut, "bottom", dtype=dtype, device=device)
     top = load_part(checkpoint, cut, "top", dtype=dtype, device=device, tied=bottom)
     for part in (bottom, top):
-        adapters.equip(part, recipe)
+        adapters.add_trained_layers(part, recipe)
     return bottom, top
 
 

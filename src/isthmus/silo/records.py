@@ -248,7 +248,7 @@ class History:
             classes = [reading.classes[: len(reading) - dropped] for reading, dropped in pairs]
         return self._known_to.weighed(Subjects(self._records, tuple(lengths)), classes)
 
-    def forget(self, positions: int) -> None:
+    def crop(self, positions: int) -> None:
         """Drop this many tokens from the end of every row."""
         if self._lengths is not None:
             self._lengths = [length - positions for length in self._lengths]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from isthmus.errors import RunError
-from isthmus.model.bottleneck import DOWN, tensor_of
+from isthmus.model.bottleneck import DOWN, layer_weight
 from isthmus.model.cut import Part
 from isthmus.recipe import Recipe
 from isthmus.silo.secrets import read_secret
@@ -45,7 +45,7 @@ class Released:
         ]
         if recipe.sensitivity is not None:
             identity.append(recipe.sensitivity.model_dump_json())
-        if (down_WD := tensor_of(bottom, DOWN)) is not None:
+        if (down_WD := layer_weight(bottom, DOWN)) is not None:
             identity.append(hashlib.blake2b(down_WD.detach().cpu().numpy().tobytes()).hexdigest())
         self._hash = hashlib.blake2b("\n".join(identity).encode(), key=read_secret(folder / "secret"), digest_size=8)
 

@@ -39,7 +39,7 @@ class RemoteSession:
         self._denoise = denoise
         self._history: History | None = None
         self._sent: list[pb.Decode] = []
-        self._forget = 0
+        self._cropped = 0
         self._rows: list[int] = []
 
     def subjects(self, rows: list[list[int]] | None, lengths: list[int]) -> Subjects:
@@ -59,10 +59,10 @@ class RemoteSession:
             step=number,
             lengths=outbound.lengths,
             hidden=hidden,
-            forget=self._forget,
+            forget=self._cropped,
             rows=self._rows,
         )
-        self._forget, self._rows = 0, []
+        self._cropped, self._rows = 0, []
         self._sent.append(request)
         shape = (len(h_TW), self._width)
         g_TD = self._boundary.admit(self._ask(request).hidden, "forward", shape, h_TW)
@@ -75,10 +75,10 @@ class RemoteSession:
             self._history = self._boundary.records.history(len(rows))
         return self._history.hear(rows)
 
-    def forget(self, positions: int) -> None:
-        self._forget += positions
+    def crop(self, positions: int) -> None:
+        self._cropped += positions
         if self._history is not None:
-            self._history.forget(positions)
+            self._history.crop(positions)
 
     def select(self, rows: list[int]) -> None:
         self._rows = [self._rows[row] for row in rows] if self._rows else list(rows)

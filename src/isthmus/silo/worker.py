@@ -240,7 +240,9 @@ class Worker:
 
     def _select_trained(self, round: int) -> None:
         """Freeze the parameters that do not train in this round; the optimizer skips them and keeps their state."""
-        trained = adapters.trained(self._parameters, adapters.factors(self._recipe.federation.lora, round))
+        trained = adapters.select_factors(
+            self._parameters, adapters.trained_factors(self._recipe.federation.lora, round)
+        )
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in trained)
             if self._recipe.federation.lora == "svd" and "lora_" in name:

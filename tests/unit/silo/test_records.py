@@ -172,14 +172,14 @@ class TestHistory:
         history.subjects([[9, 1], [2, 3]], [2, 2])
         history.select([1, 1, 0])
         history.subjects([[4], [9], [5]], [1, 1, 1])
-        history.forget(1)
+        history.crop(1)
         assert history.hear([[6], [9], [7]]) == [[0, 0, 0], [0, 0, HIGH], [HIGH, 0, 0]]
 
     def test_embeddings_end_what_is_known(self) -> None:
         history = register().history(1)
         first = history.subjects([[9]], [1])
         later = history.subjects(None, [3])
-        history.forget(2)
+        history.crop(2)
         assert later.records == first.records
         assert later.factors_T.tolist() == [1.0] * 3
         assert history.hear([[9]]) is None
