@@ -18,7 +18,7 @@ from isthmus.model import adapters
 from isthmus.recipe import Recipe
 from isthmus.silo import fairness
 from isthmus.silo.control import silo_control
-from isthmus.silo.join import join, known_data
+from isthmus.silo.join import join, load_data
 from isthmus.silo.local_steps import LocalSteps
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.secrets import open_ledger
@@ -66,7 +66,7 @@ class Worker:
             records=directory.path / "records",
         )
         self._guard = self._silo.guard
-        self._data = known_data(recipe, name, self._silo)
+        self._data = load_data(recipe, name, self._silo)
         self._aggregator = AggregatorClient(recipe, name, self._silo.boundary, root)
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()

@@ -92,7 +92,7 @@ class Guard:
         boundary, z_TW = self._boundary, packing.pack(h_BLD)
         if self._bottleneck is not None:
             z_TW = self._bottleneck.narrow(z_TW)
-        seen_TW = boundary.rehearsed(z_TW, "forward", subjects)
+        seen_TW = boundary.simulated(z_TW, "forward", subjects)
         questions = self._questions(rows, packing.lengths, targets_T)
         self._teach(seen_TW, questions)
         leaf_TW = z_TW.detach().float().requires_grad_()

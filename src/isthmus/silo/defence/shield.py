@@ -39,7 +39,7 @@ class Shield:
         past = 0 if cache is None else cache.get_seq_length()
         real_BP = _real(inputs.get("attention_mask"), past, ids_BL)
         rows = Packing(real_BP[:, past:]).rows(ids_BL)
-        classes = session.hear(rows) if session is not None else self._records.classes(rows)
+        classes = session.read_tokens(rows) if session is not None else self._records.classes(rows)
         if classes is None:
             return bottom.hidden(**inputs)
         aversions = self._strength * self._records.sensitivity.aversions

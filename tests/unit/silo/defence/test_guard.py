@@ -66,7 +66,7 @@ def crossed(silo: Silo, rows: list[Tokens]) -> torch.Tensor:
     h_BLD = silo.model.bottom.hidden(input_ids=torch.tensor([row.input for row in rows]), use_cache=False)
     z_TW = silo.model._narrowed(h_BLD.flatten(0, 1), None)
     subjects = silo.boundary.records.subjects(None, [len(row.input) for row in rows])
-    return silo.boundary.rehearsed(z_TW, "forward", subjects)
+    return silo.boundary.simulated(z_TW, "forward", subjects)
 
 
 def read(silo: Silo, seed: int = 1) -> float:
