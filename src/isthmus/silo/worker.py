@@ -285,7 +285,7 @@ class Worker:
 
     def _note_step(self, round: int, number: int, step: Step) -> None:
         channel, epsilon = self._silo.trunk.channel, self._silo.boundary.budget.epsilon
-        defence = {} if self._guard is None else {"told": asdict(self._guard.told)}
+        defence = {} if self._guard is None else {"guard_terms": asdict(self._guard.last_terms)}
         self._journal.append(
             _skipped(step.skipped)
             | defence
