@@ -29,9 +29,9 @@ from isthmus.engines.inference import load_draft, make_draft, open_silo
 from isthmus.engines.local import at_address, create_run, run_federation, serving
 from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
-from isthmus.silo.drafting.draft import HOPE, Draft
-from isthmus.silo.drafting.draft_file import NAME
-from isthmus.silo.drafting.draft_length import Share
+from isthmus.silo.drafting.draft import EXPECTED, Draft
+from isthmus.silo.drafting.draft_file import DRAFT_FILE
+from isthmus.silo.drafting.draft_length import AcceptanceRate
 from isthmus.silo.join import Silo, load_tokenizer
 from isthmus.storage.record import RunDirectory
 
@@ -76,7 +76,7 @@ def prepared(results: Results) -> RunDirectory:
         started = time.perf_counter()
         run_federation(run)
         results.add("fine-tuning", time.perf_counter() - started, "s")
-    if not (run.role("clinic").path / NAME).exists():
+    if not (run.role("clinic").path / DRAFT_FILE).exists():
         started = time.perf_counter()
         make_draft(run, None, prompts=10_000, max_new_tokens=64, notify=lambda message: print(message, flush=True))
         results.add("distilling", time.perf_counter() - started, "s")
@@ -137,9 +137,9 @@ def ways(run: RunDirectory, silo: Silo) -> dict[str, Ask]:
         draft = load_draft(run.role("clinic"), silo)
         assert draft is not None
         drafts.append(draft)
-    for name in drafts[1].sources.shares:
-        if name.startswith(HOPE):
-            drafts[1].sources.shares[name] = Share(0.0, 40.0)  # the bridge never promises anything
+    for name in drafts[1].sources.rates:
+        if name.startswith(EXPECTED):
+            drafts[1].sources.rates[name] = AcceptanceRate(0.0, 40.0)  # the bridge is never used
 
     def by(**way: Any) -> Ask:
         return lambda ids_1L: silo.model.generate(ids_1L, attention_mask=torch.ones_like(ids_1L), **settings, **way)

@@ -108,7 +108,7 @@ def test_measuring_and_answering_on_a_device(choices: list[str], tmp_path: Path)
         silo = join(recipe, "a", channel=LoopbackChannel(service, "a", greeting=hello))
         data = load_data(recipe, "a", silo)
         scores.append(evaluate(silo.model, data))
-        draft, _ = distil(silo, data.train[:6], longest=6, tell=lambda told: None)
+        draft, _ = distil(silo, data.train[:6], longest=6, notify=lambda message: None)
         ids_BL = torch.tensor([data.train[0].prompt], device=silo.model.device)
         for assistant in (None, draft):
             answer = silo.model.generate(ids_BL, max_new_tokens=8, do_sample=False, assistant_model=assistant)

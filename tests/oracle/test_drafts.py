@@ -12,8 +12,8 @@ from isthmus.data.tokens import Tokens
 from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.drafting import distil, draft_file
 from isthmus.silo.drafting.bridge import Bridge
-from isthmus.silo.drafting.draft import HOPE, Draft
-from isthmus.silo.drafting.draft_length import Costs, DraftLength, Share
+from isthmus.silo.drafting.draft import EXPECTED, Draft
+from isthmus.silo.drafting.draft_length import AcceptanceRate, Costs, DraftLength
 from tests.conftest import VOCABULARY
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.test_generation import CACHES, crossed, generate
@@ -41,7 +41,7 @@ def draft_for(model: SplitForCausalLM, bridge: Bridge | None = None, *, far: boo
 def trained(model: SplitForCausalLM, inputs: Inputs, *, steps: int) -> Bridge:
     """A bridge that has seen these prompts' answers this often."""
     rows = [Tokens(ids.tolist(), []) for ids in inputs["input_ids"]]
-    records = list(distil.answers(model, rows, 0, longest=LENGTH))
+    records = list(distil.record_answers(model, rows, 0, longest=LENGTH))
     torch.manual_seed(0)
     bridge = Bridge(model.bottom)
     distil.train_bridge(bridge, model.top, WORDS, records, epochs=steps, batch=4, learning_rate=3e-3)
@@ -65,7 +65,7 @@ def test_tokens_of_plain_decoding(family: str, steps: int, twins_of: BuildTwins)
     sent = crossed(twins)[before:]
     assert max(sent[1:]) > 1
     assert sum(sent) > 21 + LENGTH, "no guess was wrong: nothing had to be forgotten"
-    assert any(share.tried > 4 for name, share in draft.sources.shares.items() if name.startswith("bridge ")), (
+    assert any(share.tried > 4 for name, share in draft.sources.rates.items() if name.startswith("bridge ")), (
         "not asked"
     )
 
@@ -103,9 +103,9 @@ def test_a_bad_bridge_costs_no_trip_that_lookup_saves(llama: Twins) -> None:
         "lookup": draft_for(llama.split),
         "both": draft_for(llama.split),
     }
-    for name, share in ways["lookup"].sources.shares.items():
-        if name.startswith(HOPE):
-            ways["lookup"].sources.shares[name] = Share(0.0, share.tried)
+    for name, share in ways["lookup"].sources.rates.items():
+        if name.startswith(EXPECTED):
+            ways["lookup"].sources.rates[name] = AcceptanceRate(0.0, share.tried)
     for name, draft in ways.items():
         before = len(crossed(llama))
         generate(llama.split, inputs, LENGTH, assistant_model=draft, do_sample=False)
@@ -130,15 +130,15 @@ def test_the_measured_pace_is_used(llama: Twins) -> None:
     draft = draft_for(llama.split, far=False)
     split = generate(llama.split, prompts((21,)), LENGTH, assistant_model=draft, do_sample=False)
     assert torch.equal(split, generate(llama.whole, prompts((21,)), LENGTH, do_sample=False))
-    assert draft.draft_length.costs.round_trip + draft.draft_length.costs.verified > 0
+    assert draft.draft_length.costs.round_trip + draft.draft_length.costs.per_verified_token > 0
 
 
 def test_a_saved_draft_drafts_the_same(llama: Twins, tmp_path: Path) -> None:
     inputs = prompts((21,))
     draft, frames = draft_for(llama.split, trained(llama.split, inputs, steps=40)), []
     corpus = [(inputs["input_ids"][0].tolist(), 3)]
-    draft_file.save(tmp_path / draft_file.NAME, draft, corpus)
-    loaded = [draft_file.load(tmp_path / draft_file.NAME, llama.split) for _ in range(2)]
+    draft_file.save(tmp_path / draft_file.DRAFT_FILE, draft, corpus)
+    loaded = [draft_file.load(tmp_path / draft_file.DRAFT_FILE, llama.split) for _ in range(2)]
     for one in loaded:
         one.draft_length = FarAway()
         before = len(crossed(llama))

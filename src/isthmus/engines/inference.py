@@ -60,15 +60,15 @@ def make_draft(
     with connected_silo(run, name) as (silo, directory):
         rows = load_data(recipe, directory.path.name, silo).train
         drawn = random.Random(recipe.seed).sample(rows, min(prompts, len(rows)))
-        draft, corpus = distil(silo, drawn, longest=max_new_tokens, tell=notify)
-        path = directory.path / draft_file.NAME
+        draft, corpus = distil(silo, drawn, longest=max_new_tokens, notify=notify)
+        path = directory.path / draft_file.DRAFT_FILE
         draft_file.save(path, draft, corpus)
         return path
 
 
 def load_draft(directory: RoleDirectory, silo: Silo) -> Draft | None:
     """The draft model in a silo's folder; None if there is none."""
-    path = directory.path / draft_file.NAME
+    path = directory.path / draft_file.DRAFT_FILE
     return draft_file.load(path, silo.model) if path.exists() else None
 
 

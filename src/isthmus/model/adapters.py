@@ -116,7 +116,7 @@ def shared_shapes(parts: Iterable[Part]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for part in parts for name, parameter in trainable(part).items()}
 
 
-def export_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], lora: LoraSection, base_model: str) -> None:
+def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], lora: LoraSection, base_model: str) -> None:
     """Write a standard PEFT adapter folder for the uncut model: ``adapter_config.json`` and safetensors.
 
     Args:

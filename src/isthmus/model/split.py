@@ -311,7 +311,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         if tensors:
             peft = self.top.model.peft_config["default"]
             lora = LoraSection(rank=peft.r, alpha=peft.lora_alpha, targets=tuple(peft.target_modules))
-            adapters.export_adapter(Path(save_directory), tensors, lora, self.config._name_or_path)
+            adapters.write_adapter(Path(save_directory), tensors, lora, self.config._name_or_path)
 
     def _through_bottom(self, cache: SplitCache | None, **inputs: Any) -> torch.Tensor:
         """Bottom's output, ``[B, L, D]``; arguments as for its backbone without the cache."""

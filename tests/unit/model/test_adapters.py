@@ -98,7 +98,7 @@ def test_a_bottleneck_as_wide_as_the_model_is_refused(folder: Path) -> None:
 def test_export_is_read_by_plain_peft(twins: Twins, tmp_path: Path) -> None:
     recipe_lora = LoraSection(rank=4, alpha=6.0, targets=tuple(twins.whole.peft_config["default"].target_modules))
     folder = tmp_path / "model"
-    adapters.export_adapter(tmp_path / "out", twins.split_adapter(), recipe_lora, str(folder))
+    adapters.write_adapter(tmp_path / "out", twins.split_adapter(), recipe_lora, str(folder))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's, of transformers
         read = PeftModel.from_pretrained(uncut(folder), str(tmp_path / "out")).eval()
@@ -111,7 +111,7 @@ def test_export_is_read_by_plain_peft(twins: Twins, tmp_path: Path) -> None:
 
 def test_export_writes_what_peft_names(folder: Path, tmp_path: Path) -> None:
     tensors = of_all(folder)
-    adapters.export_adapter(tmp_path, tensors, LORA, "some/base")
+    adapters.write_adapter(tmp_path, tensors, LORA, "some/base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], set(config["target_modules"])) == (4, 6.0, {"q_proj", "v_proj"})
     assert (config["base_model_name_or_path"], config["task_type"]) == ("some/base", "CAUSAL_LM")
@@ -185,7 +185,7 @@ def test_export_of_a_frozen_bottom_is_read_by_plain_peft(folder: Path, tmp_path:
     """Without a warning that adapters are missing: peft gives bottom's layers none."""
     recipe = make_recipe(folder, lora={"freeze_bottom": True}, model={"bottom": 2, "top": 1})
     twins = make_twins(recipe, tmp_path / "trunk")
-    adapters.export_adapter(tmp_path / "out", twins.split_adapter(), recipe.lora, str(folder))
+    adapters.write_adapter(tmp_path / "out", twins.split_adapter(), recipe.lora, str(folder))
     read = PeftModel.from_pretrained(uncut(folder), str(tmp_path / "out")).eval()
     assert lora_of(read).keys() == twins.split_adapter().keys()
     batch = ragged("left")

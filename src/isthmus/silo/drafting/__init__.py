@@ -1,1 +1,1 @@
-"""Tokens guessed in the silo and sent ahead, so that one round trip brings several."""
+"""Speculative decoding: tokens drafted in the silo and verified by the trunk, several in a round trip."""

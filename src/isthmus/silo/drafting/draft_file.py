@@ -1,4 +1,4 @@
-"""A distilled draft on the silo's disk: the bridge's weights and the silo's recorded answers, as safetensors."""
+"""The file of a distilled draft model: the bridge's weights and the silo's recorded answers, as safetensors."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from isthmus.silo.drafting.bridge import Bridge
 from isthmus.silo.drafting.draft import Corpus, Draft
 from isthmus.storage.record import writing
 
-NAME = "draft.safetensors"
+DRAFT_FILE = "draft.safetensors"
 """The file's name in the silo's folder of a run."""
 BRIDGE, WORDS, TEXTS, SIZES = "bridge.", "words", "texts", "sizes"
+"""Names in the file: prefix of the bridge's tensors, draft vocabulary, texts, and length and start of each text."""
 _REMEDY = "distil it again with 'isthmus draft'"
 
 
 def save(path: Path, draft: Draft, corpus: Corpus) -> None:
-    """Write a draft and the texts behind its look-ups, whole or not at all.
+    """Write a draft model and the texts of its look-up. An existing file is replaced as a whole.
 
     Raises:
-        RunError: the disk is full or the place cannot be written.
+        DiskFullError: the disk is full.
+        RunError: the file cannot be written.
     """
     assert isinstance(draft.trunk, Bridge)
     tensors = {BRIDGE + name: tensor.contiguous() for name, tensor in draft.trunk.state_dict().items()}
-    tensors[WORDS] = draft.words
+    tensors[WORDS] = draft.vocabulary
     tensors[TEXTS] = torch.tensor([token for ids, _ in corpus for token in ids], dtype=torch.int64)
     tensors[SIZES] = torch.tensor([[len(ids), start] for ids, start in corpus], dtype=torch.int64).reshape(-1, 2)
     with writing(path) as temporary:
@@ -39,13 +41,13 @@ def load(path: Path, model: SplitForCausalLM) -> Draft:
     """The draft model for a split model, from a file that ``save`` wrote.
 
     Raises:
-        ModelError: the file is damaged, or belongs to another model or cut.
+        ModelError: the file is damaged, or is of another model or cut.
     """
     try:
         with safe_open(path, "pt") as file:
             blocks = int((file.metadata() or {})["blocks"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        words, sizes = tensors.pop(WORDS), tensors.pop(SIZES).tolist()
+        vocabulary, sizes = tensors.pop(WORDS), tensors.pop(SIZES).tolist()
         texts = tensors.pop(TEXTS).split([length for length, _ in sizes])
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise ModelError(f"no usable draft in {path}: {error}", remedy=_REMEDY) from error
@@ -53,10 +55,10 @@ def load(path: Path, model: SplitForCausalLM) -> Draft:
     weights = {name.removeprefix(BRIDGE): tensor for name, tensor in tensors.items()}
     try:
         bridge.load_state_dict(weights)
-        outside = bool((words < 0).any() or (words >= model.config.vocab_size).any())
+        outside = bool((vocabulary < 0).any() or (vocabulary >= model.config.vocab_size).any())
     except RuntimeError as error:
         raise ModelError(f"the draft in {path} belongs to another model", remedy=_REMEDY) from error
-    if outside or not len(words):
-        raise ModelError(f"the draft in {path} uses tokens that the model lacks", remedy=_REMEDY)
+    if outside or not len(vocabulary):
+        raise ModelError(f"the draft in {path} uses tokens outside the model's vocabulary", remedy=_REMEDY)
     corpus = [(ids.tolist(), start) for ids, (_, start) in zip(texts, sizes, strict=True)]
-    return Draft(model, bridge.to(model.device), words.to(model.device), corpus)
+    return Draft(model, bridge.to(model.device), vocabulary.to(model.device), corpus)

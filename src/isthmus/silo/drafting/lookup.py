@@ -1,28 +1,35 @@
-"""Looking up how a text went on where its last tokens stood before."""
+"""Look-up of the token that followed the same context earlier (prompt lookup)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-LONGEST = 4
-"""Tokens of context that are looked for, at most."""
+MAX_CONTEXT = 4
+"""Largest number of context tokens that are compared."""
 
 
 class Lookup:
-    """The token that followed each run of one to ``LONGEST`` tokens the last time."""
+    """An index from each context of 1 to ``MAX_CONTEXT`` tokens to the token that followed its last occurrence."""
 
     def __init__(self) -> None:
         self._next: dict[tuple[int, ...], int] = {}
 
-    def learn(self, ids: Sequence[int], start: int = 0) -> None:
-        """Note what this text has from ``start`` on."""
-        for place in range(max(1, start), len(ids)):
-            for size in range(1, min(LONGEST, place) + 1):
-                self._next[tuple(ids[place - size : place])] = ids[place]
+    def add(self, ids: Sequence[int], start: int = 0) -> None:
+        """Index the tokens of a text from index ``start`` on."""
+        for position in range(max(1, start), len(ids)):
+            for size in range(1, min(MAX_CONTEXT, position) + 1):
+                self._next[tuple(ids[position - size : position])] = ids[position]
 
-    def find(self, ids: Sequence[int], least: int = 1) -> tuple[int, int] | None:
-        """The token to expect after ``ids`` and how many of their last tokens stood before it; None if none did."""
-        for size in range(min(LONGEST, len(ids)), least - 1, -1):
+    def find(self, ids: Sequence[int], min_context: int = 1) -> tuple[int, int] | None:
+        """The token that followed the longest known context at the end of ``ids``.
+
+        Args:
+            min_context: smallest number of context tokens.
+
+        Returns:
+            The token and the number of context tokens; None if no context is known.
+        """
+        for size in range(min(MAX_CONTEXT, len(ids)), min_context - 1, -1):
             token = self._next.get(tuple(ids[len(ids) - size :]))
             if token is not None:
                 return token, size

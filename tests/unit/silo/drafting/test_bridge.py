@@ -13,7 +13,7 @@ from isthmus.errors import DataError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.crossing import Outbound
 from isthmus.model.cut import Cut, Part, load_part
-from isthmus.silo.drafting.bridge import Bridge, narrow
+from isthmus.silo.drafting.bridge import Bridge, restrict_head
 from tests.conftest import save_tiny_model
 
 WIDTH = 32
@@ -44,12 +44,12 @@ def test_steps_equal_one_piece(bridge: Bridge, data: st.DataObject) -> None:
     with torch.no_grad():
         while fed < length - 1:
             sure = data.draw(st.integers(fed + 1, length - 1))
-            session.hear(g_LD[fed:sure])
+            session.set_answers(g_LD[fed:sure])
             ahead = data.draw(st.integers(1, length - sure))
             out_LD = session.step(h_LD[fed : sure + ahead], [sure + ahead - fed])
             assert torch.equal(out_LD[: sure - fed], g_LD[fed:sure])
             before_LD = torch.cat([torch.zeros(1, WIDTH), g_LD[:sure]])
-            whole_LD = bridge.guess(h_LD[None, : sure + 1], before_LD[None])[0]
+            whole_LD = bridge.predict(h_LD[None, : sure + 1], before_LD[None])[0]
             assert torch.allclose(out_LD[sure - fed], whole_LD[-1], atol=1e-4)
             session.crop(ahead)
             fed = sure
@@ -73,11 +73,11 @@ def test_one_row_only(bridge: Bridge) -> None:
 
 
 def test_a_narrow_head_gives_the_same_logits(ends: tuple[Part, Part]) -> None:
-    words, h_BLD = torch.tensor([3, 50, 7]), torch.randn(2, 5, WIDTH)
+    vocabulary, h_BLD = torch.tensor([3, 50, 7]), torch.randn(2, 5, WIDTH)
     with torch.no_grad():
         whole = ends[1].model(inputs_embeds=h_BLD, use_cache=False).logits
-        few = narrow(ends[1], words).model(inputs_embeds=h_BLD, use_cache=False).logits
-    assert torch.allclose(few, whole[..., words], atol=1e-6)
+        few = restrict_head(ends[1], vocabulary).model(inputs_embeds=h_BLD, use_cache=False).logits
+    assert torch.allclose(few, whole[..., vocabulary], atol=1e-6)
     assert ends[1].model(inputs_embeds=h_BLD, use_cache=False).logits.shape[-1] == whole.shape[-1]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from isthmus.data.tokens import Tokens
 from isthmus.silo.drafting.bridge import Bridge
-from isthmus.silo.drafting.distil import answers, distil, train_bridge
+from isthmus.silo.drafting.distil import distil, record_answers, train_bridge
 from isthmus.silo.join import Silo, join
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
@@ -33,7 +33,7 @@ def silo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Silo]:
 
 
 def test_answers_are_the_models_with_what_crossed(silo: Silo) -> None:
-    found = {record.prompt: record for record in answers(silo.model, ROWS, 0, longest=LONGEST)}
+    found = {record.prompt: record for record in record_answers(silo.model, ROWS, 0, longest=LONGEST)}
     assert set(found) == {3, 1, 2}
     for row in ROWS:
         record = found[len(row.prompt)]
@@ -44,7 +44,7 @@ def test_answers_are_the_models_with_what_crossed(silo: Silo) -> None:
 
 def test_a_bridge_learns_and_says_how_far_it_is(silo: Silo) -> None:
     torch.manual_seed(0)
-    records, losses = list(answers(silo.model, ROWS, 0, longest=LONGEST)), list[float]()
+    records, losses = list(record_answers(silo.model, ROWS, 0, longest=LONGEST)), list[float]()
     bridge, words = Bridge(silo.model.bottom), torch.unique(torch.cat([record.ids_L for record in records]))
     train_bridge(
         bridge, silo.model.top, words, records, lambda step, steps, loss: losses.append(loss), epochs=30, batch=3
@@ -53,13 +53,13 @@ def test_a_bridge_learns_and_says_how_far_it_is(silo: Silo) -> None:
 
 
 def test_a_draft_knows_its_answers(silo: Silo) -> None:
-    told: list[str] = []
-    draft, corpus = distil(silo, ROWS, longest=LONGEST, tell=told.append)
+    messages: list[str] = []
+    draft, corpus = distil(silo, ROWS, longest=LONGEST, notify=messages.append)
     assert sorted(prompt for _, prompt in corpus) == [1, 2, 3]
-    assert told[0] == "answered 3 of 3 prompts"
+    assert messages[0] == "answered 3 of 3 prompts"
     assert draft.corpus is not None
 
 
 def test_nothing_cannot_be_distilled(silo: Silo) -> None:
     with pytest.raises((RuntimeError, ValueError)):
-        distil(silo, [], longest=LONGEST, tell=lambda message: None)
+        distil(silo, [], longest=LONGEST, notify=lambda message: None)

@@ -23,7 +23,7 @@ def model(split: Split, tmp_path: Path) -> SplitForCausalLM:
 
 @pytest.fixture
 def file(model: SplitForCausalLM, tmp_path: Path) -> Path:
-    path = tmp_path / draft_file.NAME
+    path = tmp_path / draft_file.DRAFT_FILE
     draft_file.save(path, Draft(model, Bridge(model.bottom), torch.tensor([5, 6])), [([1, 2, 3], 1)])
     return path
 
@@ -36,7 +36,7 @@ def refused(path: Path, model: SplitForCausalLM, what: str) -> None:
 
 def test_round_trip(file: Path, model: SplitForCausalLM) -> None:
     loaded = draft_file.load(file, model)
-    assert loaded.words.tolist() == [5, 6]
+    assert loaded.vocabulary.tolist() == [5, 6]
     assert loaded.corpus.find([1, 2]) == (3, 2)
 
 
@@ -68,7 +68,7 @@ def test_words_that_the_model_lacks(file: Path, model: SplitForCausalLM, words: 
     save_file(
         load_file(file) | {draft_file.WORDS: torch.tensor(words, dtype=torch.int64)}, file, metadata={"blocks": "1"}
     )
-    refused(file, model, "tokens that the model lacks")
+    refused(file, model, "tokens outside the model's vocabulary")
 
 
 def test_another_model(file: Path, split: Split, tmp_path: Path) -> None:
