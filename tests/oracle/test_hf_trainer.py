@@ -110,7 +110,7 @@ def test_a_spent_record_ends_training_within_its_budget_and_can_be_told_before(
     trainer.train_dataset = rows()[:6] * 2
     with pytest.raises(BudgetExhausted) as caught:
         trainer.train()
-    assert "leave these records out" in caught.value.remedy
+    assert "remove the rows of these records" in caught.value.remedy
     charges = Counter(charge.record for one in boundary.ledger.history() for charge in one.charges)
     assert 0 < boundary.budget.epsilon <= budget * (1 + 1e-9)
     left = [row for row, _ in rows() if all(boundary.affordable([row], [len(row)]))]

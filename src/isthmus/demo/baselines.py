@@ -1,4 +1,4 @@
-"""What the federation is compared with: the uncut model in one process, trained on one silo's rows or on all."""
+"""Baselines of the demo: the uncut model in one process, trained on one silo's rows or on all silos' rows."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from isthmus.tasks import metrics
 
 
 class Baselines:
-    """The uncut model with the recipe's adapters on every block, on the very batches the federation saw.
+    """The uncut model with the recipe's adapters on every block, trained on the federation's batches.
 
     Args:
-        tell: gets a line of progress now and then.
+        notify: called with messages of progress.
     """
 
-    def __init__(self, recipe: Recipe, tell: Callable[[str], None]) -> None:
+    def __init__(self, recipe: Recipe, notify: Callable[[str], None]) -> None:
         transformers_logging.disable_progress_bar()
         folder = Path(recipe.model.path)
         tokenizer = load_tokenizer(folder)
         self._recipe = recipe
-        self._tell = tell
+        self._notify = notify
         self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self._model.requires_grad_(False)
-        self._whole = Part("trunk", self._model, family_of(self._model.config), 0)
-        adapters.add_adapter(self._whole, recipe.lora, recipe.seed, freeze_a=False)
-        self._untrained = adapters.adapter_of(self._whole)
+        self._part = Part("trunk", self._model, family_of(self._model.config), 0)
+        adapters.add_adapter(self._part, recipe.lora, recipe.seed, freeze_a=False)
+        self._untrained = adapters.adapter_of(self._part)
         self._silos = [SiloData(silo, recipe, tokenizer) for silo in recipe.silo]
 
     def majority(self) -> dict[str, float]:
-        """Held-out accuracy of always giving the silo's most common answer."""
+        """Held-out accuracy, 0 to 1, of always giving the silo's most common answer, by silo."""
         return {silo.name: metrics.majority([tuple(row.answer) for row in silo.held_out]) for silo in self._silos}
 
     def alone(self) -> dict[str, float]:
-        """Held-out accuracy of each silo's own model, trained on its own rows for as many steps."""
+        """Held-out accuracy, 0 to 1, by silo, of a model trained on its own rows for the federation's number of steps."""
         scores = {}
         for silo in self._silos:
             self._train([silo], f"{silo.name} alone")
@@ -55,21 +55,21 @@ class Baselines:
         return scores
 
     def pooled(self) -> dict[str, float]:
-        """Held-out accuracy of one model trained on all silos' rows together, for as many steps."""
+        """Held-out accuracy, 0 to 1, by silo, of one model trained on all rows for the federation's number of steps."""
         self._train(self._silos, "all rows in one place")
         return {silo.name: self._score(silo) for silo in self._silos}
 
-    def _train(self, silos: list[SiloData], what: str) -> None:
-        adapters.load_adapter(self._whole, self._untrained)
+    def _train(self, silos: list[SiloData], name: str) -> None:
+        adapters.load_adapter(self._part, self._untrained)
         train = self._recipe.train
-        optimizer = build_optimizer(adapters.trainable(self._whole).values(), train)
+        optimizer = build_optimizer(adapters.trainable(self._part).values(), train)
         for number, batch in enumerate(self._batches(silos), 1):
             step = train_step(self._model, optimizer, batch)
             if number % train.steps == 0:
-                self._tell(f"{what}: step {number}/{train.rounds * train.steps}, loss {step.loss:.3f}")
+                self._notify(f"{name}: step {number}/{train.rounds * train.steps}, loss {step.loss:.3f}")
 
     def _batches(self, silos: list[SiloData]) -> Iterator[Batch]:
-        """In each round and step, the silos' batches of that round and step as one."""
+        """The silos' batches of each step, joined into one batch."""
         train, seed = self._recipe.train, self._recipe.seed
         for round in range(1, train.rounds + 1):
             drawn = [batches(silo.train, train.batch, f"{seed}/{silo.name}/{round}") for silo in silos]

@@ -1,4 +1,4 @@
-"""The budget: what may still leave, asked before anything does."""
+"""The privacy budget, checked before each release."""
 
 from __future__ import annotations
 
@@ -11,66 +11,73 @@ from isthmus.privacy.events import ALL, Charge, Release
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import PrivacySection
 
-NAMED = 5
-"""Records that an error names."""
+MAX_NAMED = 5
+"""Largest number of records that an error names."""
 
 
 class Budget:
-    """Limits on what records, and the silo, are charged.
+    """Limits on the privacy loss of records and of the silo.
 
     Args:
-        section: the limits, and the delta of all epsilons.
-        history: what left before.
+        section: the limits and the delta of all epsilons; None: no limits.
+        history: earlier releases, which are charged.
     """
 
     def __init__(self, section: PrivacySection | None = None, history: Iterable[Release] = ()) -> None:
         section = section or PrivacySection()
         self.delta = section.delta
+        """The delta of all epsilons."""
         self.accountant = Accountant(section.delta, history)
         self._record = math.inf if section.record_epsilon is None else section.record_epsilon
         self._silo = math.inf if section.silo_epsilon is None else section.silo_epsilon
         self.limited = self._record < math.inf or self._silo < math.inf
-        """Whether the recipe limits what a record or the silo is charged. Classes of text may have limits besides."""
+        """Whether the recipe has a budget for records or the silo. Sensitivity classes may set further budgets."""
 
     @property
     def epsilon(self) -> float:
-        """Of the worst record so far; at most a little more than it is, where mechanisms are mixed."""
+        """Epsilon of the record with the largest loss so far; an upper bound, slightly larger with mixed mechanisms."""
         return self.accountant.quick_worst()
 
     def require(self, event: Release, subjects: Subjects) -> None:
-        """Raise if this release would cost more than there is.
+        """Check that a release fits the budgets. Nothing is charged.
+
+        Args:
+            subjects: the records that the release belongs to, with their own budgets.
 
         Raises:
-            BudgetExhausted: it names the records whose budget is spent; nothing is charged.
+            BudgetExhausted: the budget of a record, which the error names, or of the silo does not allow the release.
         """
         limits = self._limits(subjects)
-        spent = [charge.record for charge in event.charges if not self._within(charge, limits)]
+        spent = [charge.record for charge in event.charges if not self._fits(charge, limits)]
         if spent:
-            names = ", ".join(spent[:NAMED]) + (f" and {len(spent) - NAMED} more" if len(spent) > NAMED else "")
+            names = ", ".join(spent[:MAX_NAMED]) + (
+                f" and {len(spent) - MAX_NAMED} more" if len(spent) > MAX_NAMED else ""
+            )
             raise BudgetExhausted(
-                f"the privacy budget does not bear another {event.path} release of record {names}",
-                remedy="leave these records out, or agree on a larger privacy.record_epsilon"
+                f"the privacy budget does not allow another {event.path} release of record {names}",
+                remedy="remove the rows of these records, or agree with all silos on a larger privacy.record_epsilon"
                 + (" (or epsilon of a class in sensitivity.classes)" if subjects.budgets is not None else ""),
             )
-        if not self._silo_bears(event.charges, self.accountant.silo):
+        if not self._silo_allows(event.charges, self.accountant.silo):
             raise BudgetExhausted(
-                f"the silo's privacy budget does not bear another {event.path} release",
-                remedy="end here, or agree on a larger privacy.silo_epsilon",
+                f"the silo's privacy budget does not allow another {event.path} release",
+                remedy="stop here, or agree with all silos on a larger privacy.silo_epsilon",
             )
 
     def note(self, event: Release) -> None:
-        """Charge for a release."""
+        """Charge a release to its records and the silo."""
         self.accountant.note(event)
 
     def affordable(self, costs: Sequence[Sequence[Charge]], subjects: Subjects) -> list[bool]:
-        """For each sequence, whether all its charges can be borne, those of affordable ones before it included.
+        """For each sequence, whether the budgets allow all its charges after those of the allowed ones before it.
 
         Args:
-            costs: of each sequence, its charges for all it is to send.
+            costs: the charges of each sequence, for all its planned releases.
+            subjects: the records that the sequences belong to.
         """
         if not self.limited and subjects.budgets is None:
             return [True] * len(costs)
-        limits, told = self._limits(subjects), []
+        limits, allowed = self._limits(subjects), []
         records: dict[str, Account] = {}
         silo = self.accountant.silo
         for charges in costs:
@@ -78,17 +85,17 @@ class Budget:
             after = dict(before)
             for charge in charges:
                 after[charge.record] = after[charge.record].plus(charge)
-            bears = self._silo_bears(charges, silo) and all(
+            fits = self._silo_allows(charges, silo) and all(
                 account.within(limits.get(record, math.inf), self.delta) for record, account in after.items()
             )
-            told.append(bears)
-            if bears:
+            allowed.append(fits)
+            if fits:
                 records |= after
                 silo = silo.plus(*charges)
-        return told
+        return allowed
 
     def _limits(self, subjects: Subjects) -> dict[str, float]:
-        """Of each record. Updates, which are about none by itself, are bounded by the silo's budget alone."""
+        """The largest epsilon of each record. Updates belong to all records: only the silo's budget limits them."""
         limits: dict[str, float] = {}
         budgets = subjects.budgets or (math.inf,) * len(subjects.records)
         for record, budget in zip(subjects.records, budgets, strict=True):
@@ -96,11 +103,11 @@ class Budget:
                 limits[record] = min(self._record, budget, limits.get(record, math.inf))
         return limits
 
-    def _within(self, charge: Charge, limits: dict[str, float]) -> bool:
+    def _fits(self, charge: Charge, limits: dict[str, float]) -> bool:
         limit = limits.get(charge.record, math.inf)
         return self._account(charge.record).plus(charge).within(limit, self.delta)
 
-    def _silo_bears(self, charges: Iterable[Charge], silo: Account) -> bool:
+    def _silo_allows(self, charges: Iterable[Charge], silo: Account) -> bool:
         if self._silo == math.inf:
             return True
         return silo.plus(*charges).within(self._silo, self.delta)

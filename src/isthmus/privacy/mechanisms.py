@@ -1,18 +1,18 @@
-"""The mechanisms that secure a tensor before it leaves, each of which says what it costs.
+"""The privacy mechanisms: each clips and noises a tensor before it leaves, and states its charge to the budget.
 
-What they protect, in increasing order:
+The units of protection, in increasing order:
 
-- *unit token*: one vector that crosses. Two releases that differ in one row are told apart with at most the stated
-  epsilon. A row is not a token of text: bottom's attention mixes earlier tokens into later rows, so a token's trace is
-  in several rows, each of which is charged.
-- *unit sequence*: all rows of one sequence together; any two sequences of one length are neighbours.
-- *record*: the same over all releases of a record, by either unit. That is the accountant's affair (``accountant``);
-  what each mechanism here hands it is a record's charge for one release.
+- *token*: one vector that crosses. Two releases that differ in one row are indistinguishable up to the stated epsilon.
+  A row is not a token of the text: bottom's attention mixes earlier tokens into later rows, so a token affects several
+  rows, each of which is charged.
+- *sequence*: all rows of one sequence together. Any two sequences of equal length are neighbours.
+- *record*: all releases of a record together, by either unit. The accountant composes them (``accountant``) from the
+  charges that the mechanisms state for single releases.
 
-Neighbours have equal lengths and equal noise factors: both are seen from outside, and neither is protected here. A
-factor follows from the text, so where sensitive rows lie is told by the size of their noise.
+Neighbours have equal lengths and equal noise factors. An observer sees both, and neither is protected here. A factor
+depends on the text, so the size of the noise shows where sensitive rows are.
 
-Shapes: T rows of all sequences one after another, D width; nothing here knows what D means.
+Shapes: T rows of all sequences one after another, S sequences, D width.
 """
 
 from __future__ import annotations
@@ -33,33 +33,37 @@ from isthmus.recipe import ReleaseSection
 
 
 class Mechanism(Protocol):
-    """Clips and noises a tensor, and describes the release as an event."""
+    """A privacy mechanism: clips and noises a tensor, and describes the release as an event."""
 
     @property
     def clip(self) -> float:
-        """Largest L2 norm of a unit, in the tensor's units; 0: it is not clipped."""
+        """Largest L2 norm of a unit, in the tensor's units; 0: no clipping."""
         ...
 
     def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
-        """The tensor within the bound, float32 ``[T, D]``, with a gradient. Clipped again, only last bits change."""
+        """The tensor clipped to the bound, float32 ``[T, D]``, differentiable. Clipping again changes rounding only."""
         ...
 
     def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
-        """The secured tensor, float32 ``[T, D]`` on the device of ``h_TD``, detached.
+        """The clipped and noised tensor, float32 ``[T, D]`` on the device of ``h_TD``, detached.
 
         Args:
-            subjects: the records of the rows; its factors multiply each row's noise.
-            noise: the source of the draws.
+            subjects: the records that the rows belong to; its factors multiply each row's noise.
+            noise: the source of random numbers.
         """
         ...
 
     def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
-        """The release of such a tensor, before or after it happens; without a size yet."""
+        """The event of a release of such a tensor, with size 0.
+
+        Args:
+            width: D.
+        """
         ...
 
 
 class _Charging:
-    """Describes releases by what the mechanism charges one sequence's record."""
+    """Base of the mechanisms: builds a release's event from the charges of its sequences."""
 
     name: events.MechanismName
     unit: events.Unit
@@ -67,18 +71,20 @@ class _Charging:
 
     @property
     def scale(self) -> float:
-        """The noise that the event states (see ``Release.noise``)."""
+        """The noise scale that the event states (see ``Release.noise``)."""
         raise NotImplementedError
 
     def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
-        """The charge for one sequence's rows.
+        """The charge to a record for releasing one sequence.
 
         Args:
-            factors_T: of the rows' noise, float64 (sums must not depend on the number of rows); None: 1 for all.
+            rows: number of rows of the sequence.
+            factors_T: noise factors of the rows, float64, so that a sum's rounding hardly depends on T; None: 1.
         """
         raise NotImplementedError
 
     def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
+        """The event of a release, with size 0; its charges are merged by record."""
         lengths, factors = subjects.lengths, subjects.factors_T
         pieces: Sequence[torch.Tensor | None] = [None] * len(lengths)
         if factors is not None:
@@ -90,10 +96,10 @@ class _Charging:
 
 @dataclass(frozen=True)
 class Gaussian(_Charging):
-    """Clip each row to an L2 norm, then add N(0, noise²) to every coordinate. Zero switches either off.
+    """Clip each row to an L2 norm, then add N(0, noise²) to every coordinate. Zero disables either.
 
-    ``noise`` is the published convention's fixed deviation, or ``dp_gaussian``'s, calibrated for unit token. A row's
-    sensitivity is 2·clip (another row in its place), so a row of factor f costs (2·clip / (f·noise))².
+    ``noise`` is a fixed standard deviation, or for ``dp_gaussian`` the one calibrated for unit token. The sensitivity
+    of replacing a row is 2·clip, so a row with factor f is charged (2·clip / (f·noise))².
     """
 
     clip: float
@@ -103,15 +109,19 @@ class Gaussian(_Charging):
 
     @property
     def scale(self) -> float:
+        """The noise scale in the event: the standard deviation."""
         return self.noise
 
     def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
+        """The tensor with each row clipped, float32 ``[T, D]``, differentiable."""
         return _clip_rows(h_TD.to(torch.float32), self.clip)
 
     def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
+        """The clipped and noised tensor, float32 ``[T, D]``, detached."""
         return _add_normal(self.clipped(h_TD.detach(), subjects), self.noise, subjects, noise)
 
     def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
+        """The charge of the Gaussian mechanism: the sum of its rows' squared sensitivity over noise."""
         if not (self.clip and self.noise):
             return Charge(record, math.inf)
         weight = rows if factors_T is None else float(factors_T.pow(-2).sum())
@@ -122,8 +132,8 @@ class Gaussian(_Charging):
 class SequenceGaussian(_Charging):
     """Clip each sequence's whole matrix to a Frobenius norm, then add N(0, noise²) to every coordinate.
 
-    With factors f, rows are weighed by 1/f in the norm: rows that get more noise may be that much longer. In these
-    weights the sensitivity is 2·clip and the noise even, so a sequence costs (2·clip / noise)² whatever its factors.
+    With factors f, rows are divided by f in the norm: a row with more noise may have a larger norm. After this scaling
+    the sensitivity is 2·clip and the noise is uniform, so any sequence is charged (2·clip / noise)².
     """
 
     clip: float
@@ -133,9 +143,11 @@ class SequenceGaussian(_Charging):
 
     @property
     def scale(self) -> float:
+        """The noise scale in the event: the standard deviation."""
         return self.noise
 
     def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
+        """The tensor with each sequence clipped, float32 ``[T, D]``, differentiable."""
         h_TD = h_TD.to(torch.float32)
         norms_T = h_TD.norm(dim=1).double()
         if subjects.factors_T is not None:
@@ -147,9 +159,11 @@ class SequenceGaussian(_Charging):
         return h_TD * scale_S.repeat_interleave(lengths_S).unsqueeze(1)
 
     def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
+        """The clipped and noised tensor, float32 ``[T, D]``, detached."""
         return _add_normal(self.clipped(h_TD.detach(), subjects), self.noise, subjects, noise)
 
     def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
+        """The charge of the Gaussian mechanism, the same for any number of rows and any factors."""
         return Charge(record, (2 * self.clip / self.noise) ** 2)
 
 
@@ -157,9 +171,9 @@ class SequenceGaussian(_Charging):
 class Metric(_Charging):
     """Clip each row, then add noise with density proportional to exp(-epsilon·‖z‖): dχ-privacy (Feyisetan et al. 2020).
 
-    Two rows at distance d are told apart with a loss of at most epsilon·d, whatever lies between them; with a clip any
-    two rows with at most 2·clip·epsilon, and delta 0. Without a clip that has no bound. The direction is uniform,
-    the length of Gamma(D, 1/epsilon). ``epsilon`` is in one over the tensor's units; a row's factor divides it.
+    The privacy loss between two rows at distance d is at most epsilon·d; with clipping it is at most 2·clip·epsilon
+    between any two rows, with delta 0; without clipping it is unbounded. The noise has a uniform direction and a length
+    from Gamma(D, 1/epsilon). ``epsilon`` has the inverse of the tensor's units; a row's factor divides it.
     """
 
     clip: float
@@ -169,12 +183,15 @@ class Metric(_Charging):
 
     @property
     def scale(self) -> float:
+        """The noise scale in the event: 1/epsilon."""
         return 1 / self.epsilon
 
     def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
+        """The tensor with each row clipped, float32 ``[T, D]``, differentiable."""
         return _clip_rows(h_TD.to(torch.float32), self.clip)
 
     def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
+        """The clipped and noised tensor, float32 ``[T, D]``, detached."""
         h_TD = self.clipped(h_TD.detach(), subjects)
         rows, width = h_TD.shape
         direction_TD = noise.normal(rows, width)
@@ -185,6 +202,7 @@ class Metric(_Charging):
         return h_TD + (direction_TD * length_T.unsqueeze(1)).to(h_TD.device)
 
     def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
+        """The pure epsilon of all rows; infinite without clipping."""
         if not self.clip:
             return Charge(record, 0.0, math.inf)
         weight = rows if factors_T is None else float(factors_T.reciprocal().sum())
@@ -192,10 +210,10 @@ class Metric(_Charging):
 
 
 def mechanism_of(section: ReleaseSection) -> Mechanism:
-    """The mechanism that a recipe's section asks for.
+    """The mechanism of a recipe's section.
 
-    ``dp_gaussian``'s deviation is the smallest with which one unit's release has the section's epsilon at its delta:
-    the analytic Gaussian mechanism (Balle and Wang 2018) for the sensitivity 2·clip of replacing the unit.
+    The standard deviation of ``dp_gaussian`` is the smallest with which the release of one unit has the section's
+    epsilon at its delta, by the analytic Gaussian mechanism (Balle and Wang 2018) with sensitivity 2·clip.
     """
     if section.mechanism == "gaussian":
         return Gaussian(section.clip, section.noise)

@@ -1,4 +1,4 @@
-"""The records that a tensor's sequences belong to, and how sensitive each of its rows is.
+"""The records that a tensor's sequences belong to, with the noise factor of each row.
 
 Shapes: T rows (tokens) of all sequences one after another.
 """
@@ -12,29 +12,30 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Subjects:
-    """The records behind a tensor that leaves, and what the noise and the budgets of its rows follow from."""
+    """The records that a tensor's sequences belong to, with the noise factors of its rows and the records' budgets."""
 
     records: tuple[str, ...]
-    """The record of each sequence, under a name that means nothing outside the silo."""
+    """The name of each sequence's record, a keyed hash that means nothing outside the silo."""
     lengths: tuple[int, ...]
-    """Rows of each sequence."""
+    """Number of rows of each sequence."""
     factors_T: torch.Tensor | None = None
-    """Factor of each row's noise; None: 1 for all."""
+    """Factor of each row's noise; None: 1 for all rows."""
     budgets: tuple[float, ...] | None = None
-    """The largest epsilon of each sequence's record, where it is below the recipe's; None: the recipe's for all."""
+    """Largest epsilon of each sequence's record, in addition to the recipe's limit; None: none has one of its own."""
 
     @property
     def rows(self) -> int:
+        """Number of rows of all sequences: T."""
         return sum(self.lengths)
 
-    def of(self, place: int) -> Subjects:
-        """Of the sequence at this place alone."""
+    def of(self, index: int) -> Subjects:
+        """The subjects of one sequence."""
         factors_T, budgets = self.factors_T, self.budgets
         if factors_T is not None:
-            factors_T = torch.split(factors_T, list(self.lengths))[place]
+            factors_T = torch.split(factors_T, list(self.lengths))[index]
         return Subjects(
-            (self.records[place],),
-            (self.lengths[place],),
+            (self.records[index],),
+            (self.lengths[index],),
             factors_T,
-            None if budgets is None else (budgets[place],),
+            None if budgets is None else (budgets[index],),
         )

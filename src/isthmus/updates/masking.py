@@ -39,7 +39,7 @@ COMPLETE = 128
 DEGREE = 64
 """Neighbours of a member of a larger sum."""
 KEY = 32
-PIECE = 2**14
+STREAM_PIECE = 2**14
 """Words of all streams that are added before the next ones."""
 
 
@@ -272,11 +272,14 @@ def add(total_W: Words, seeds: Mapping[bytes, bool]) -> None:
     Piece by piece, all streams' before the next one, so that a piece stays in the processor's cache.
     """
     ciphers = [(Cipher(algorithms.AES(seed), modes.GCM(bytes(12))).encryptor(), sign) for seed, sign in seeds.items()]
-    zeros, buffer = bytes(8 * PIECE), bytearray(8 * PIECE + 15)  # the cipher wants room for one block more
-    drawn_W = np.frombuffer(buffer, "<u8", PIECE)
-    for start in range(0, len(total_W), PIECE):
-        piece_W = total_W[start : start + PIECE]
+    zeros, buffer = (
+        bytes(8 * STREAM_PIECE),
+        bytearray(8 * STREAM_PIECE + 15),
+    )  # the cipher wants room for one block more
+    drawn_W = np.frombuffer(buffer, "<u8", STREAM_PIECE)
+    for start in range(0, len(total_W), STREAM_PIECE):
+        piece_W = total_W[start : start + STREAM_PIECE]
         count = len(piece_W)
         for cipher, sign in ciphers:
-            cipher.update_into(zeros[: 8 * count] if count < PIECE else zeros, buffer)
+            cipher.update_into(zeros[: 8 * count] if count < STREAM_PIECE else zeros, buffer)
             (np.add if sign else np.subtract)(piece_W, drawn_W[:count], out=piece_W)

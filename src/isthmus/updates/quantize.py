@@ -29,7 +29,7 @@ Integers = npt.NDArray[np.int64]
 WORD, LONGEST = 64, 32
 """Bits of a word, and of a number in it at most."""
 BITS = 16
-PIECE = 2**15
+ROUNDING_PIECE = 2**15
 """Numbers that are rounded before the next ones, so that they stay in the processor's cache."""
 SHARE_BITS = 15
 """Bits of a silo's share at least, however few its other numbers have."""
@@ -108,8 +108,8 @@ class Ring:
         """
         draws = draws or SecretNoise()
         whole_P = np.empty(len(values_P), np.int32) if out is None else out
-        for start in range(0, len(values_P), PIECE):
-            piece = slice(start, start + PIECE)
+        for start in range(0, len(values_P), ROUNDING_PIECE):
+            piece = slice(start, start + ROUNDING_PIECE)
             self._round(values_P[piece], times, draws, whole_P[piece])
         return whole_P
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from isthmus.errors import FrameError, RecipeError
 from isthmus.privacy.noise import SeededNoise
-from isthmus.updates.quantize import PIECE, Integers, Ring, Whole
+from isthmus.updates.quantize import ROUNDING_PIECE, Integers, Ring, Whole
 
 RINGS = st.builds(Ring, st.integers(1, 2000), st.floats(1e-3, 1e3), st.sampled_from([2, 4, 8, 12, 16, 20]))
 
@@ -96,9 +96,9 @@ def test_rounding_is_unbiased(bits: int, part: float) -> None:
 def test_rounding_draws_anew_for_each_number_and_each_time() -> None:
     """Across the pieces in which it is done, too: no two stretches of one vector, or vectors, round alike."""
     ring, count = Ring(1, 1.0), 2**12
-    values = np.full(PIECE + count, 0.5 / ring.levels, np.float32)
+    values = np.full(ROUNDING_PIECE + count, 0.5 / ring.levels, np.float32)
     rows = [ring.encode(values) for _ in range(2)]
-    stretches = [row[place : place + count] for row in rows for place in (0, count, PIECE)]
+    stretches = [row[place : place + count] for row in rows for place in (0, count, ROUNDING_PIECE)]
     for one, other in itertools.combinations(stretches, 2):
         assert abs((one == other).mean() - 0.5) < 0.05
 

@@ -33,7 +33,7 @@ class ServerOptimizer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Momentum:
+class MomentumOptimizer:
     """Earlier rounds' changes go on in later steps (FedAvgM, Hsu et al. 2019)."""
 
     def __init__(self, section: OptimizerSection) -> None:
@@ -92,7 +92,7 @@ def optimizer_of(section: OptimizerSection) -> ServerOptimizer | None:
     """The optimizer that a recipe's section asks for; None: the change is the step (FedAvg)."""
     if section.kind == "none":
         return None
-    return Momentum(section) if section.kind == "momentum" else Adaptive(section)
+    return MomentumOptimizer(section) if section.kind == "momentum" else Adaptive(section)
 
 
 def _rate(section: OptimizerSection) -> float:

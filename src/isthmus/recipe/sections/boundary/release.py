@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from isthmus.recipe.section import Amount, Chance, Positive, Section
 
-KEYS = {
+MECHANISM_KEYS = {
     "gaussian": {"clip", "noise"},
     "dp_gaussian": {"clip", "epsilon", "delta", "unit"},
     "metric": {"clip", "epsilon"},
@@ -42,7 +42,7 @@ class ReleaseSection(Section):
     def _fitting(self) -> Self:
         fields = ReleaseSection.model_fields
         changed = {name for name in fields if getattr(self, name) != fields[name].default} - {"mechanism"}
-        for name in sorted(changed - KEYS[self.mechanism]):
+        for name in sorted(changed - MECHANISM_KEYS[self.mechanism]):
             raise ValueError(f"{name}: the mechanism {self.mechanism!r} does not take it; leave {name} out")
         for name in NEEDED[self.mechanism]:
             if not getattr(self, name):

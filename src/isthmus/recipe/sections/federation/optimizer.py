@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from isthmus.recipe.section import Chance, Momentum, Positive, Section
 
-KEYS = {
+OPTIMIZER_KEYS = {
     "none": set(),
     "momentum": {"learning_rate", "momentum"},
     "adagrad": {"learning_rate", "adaptivity"},
@@ -41,6 +41,6 @@ class OptimizerSection(Section):
     def _fitting(self) -> Self:
         fields = OptimizerSection.model_fields
         changed = {name for name in fields if getattr(self, name) != fields[name].default} - {"kind"}
-        for name in sorted(changed - KEYS[self.kind]):
+        for name in sorted(changed - OPTIMIZER_KEYS[self.kind]):
             raise ValueError(f"{name}: the optimizer {self.kind!r} does not take it; leave {name} out")
         return self
