@@ -21,7 +21,7 @@ from isthmus.model.crossing import Outbound
 from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.join import assemble, greeting, load_ends
+from isthmus.silo.join import build_model, greeting, load_ends
 from isthmus.silo.session import RemoteSession
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
@@ -168,6 +168,6 @@ def split(tmp_path: Path) -> Split:
         checkpoint = Checkpoint(recipe.model.path)
         channel = LoopbackChannel(service, name, greeting=greeting(checkpoint, recipe))
         exit = Boundary(recipe.boundary, **boundary)
-        return assemble(recipe, checkpoint, load_ends(checkpoint, recipe), channel, exit), service
+        return build_model(recipe, checkpoint, load_ends(checkpoint, recipe), channel, exit), service
 
     return build

@@ -58,9 +58,9 @@ def measure(results: Results, name: str, point: Point, source: Target) -> None:
     results.add(f"{name}: text tokens recovered, best attack ({attack})", recovered["text"], "share")
     assert source.run is not None
     lines = read_journal(source.run.role(TEACHER).path / "metrics.jsonl")
-    told = [line["told"] for line in lines if line["event"] == "step" and "told" in line][-LAST:]
-    for term in ("answer", "inverter", "capacity", "correlation") if told else ():
-        mean = statistics.fmean(one[term] for one in told)
+    terms = [line["guard_terms"] for line in lines if line["event"] == "step" and "guard_terms" in line][-LAST:]
+    for term in ("answer", "inverter", "capacity", "correlation") if terms else ():
+        mean = statistics.fmean(one[term] for one in terms)
         results.add(f"{name}: in training, {term}", mean, "0 to 1" if term == "correlation" else "nats")
 
 

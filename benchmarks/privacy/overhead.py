@@ -21,7 +21,7 @@ from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, batches, collate
 from isthmus.engines.local import at_address, serving
 from isthmus.engines.process import RoleProcess
-from isthmus.silo.join import Silo, join, known_data
+from isthmus.silo.join import Silo, join, load_data
 from isthmus.silo.secrets import open_ledger
 from isthmus.silo.trainer import train_step
 from isthmus.storage.record import RunDirectory
@@ -69,7 +69,7 @@ def measure(results: Results, run: RunDirectory, name: str) -> None:
     with serving(run) as (trunk, address):
         ledger = open_ledger(run.role(name), recipe, name)
         silo = join(at_address(recipe, address), name, ledger=ledger, records=run.role(name).path / "records")
-        data = known_data(recipe, name, silo)
+        data = load_data(recipe, name, silo)
         boundary = Stopwatch(silo.boundary, "release", "affordable")
         measure_steps(results, silo, data, recipe.train.batch, trunk, boundary)
         measure_tokens(results, silo, data, boundary, Stopwatch(ledger, "record"))

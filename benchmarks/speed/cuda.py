@@ -35,7 +35,7 @@ from isthmus.errors import RecipeError
 from isthmus.model.device import find_device
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.join import assemble, connect, greeting, load_ends
+from isthmus.silo.join import build_model, connect, greeting, load_ends
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.identity import Identity
@@ -203,7 +203,7 @@ def measure_generation(results: Results, shape: Shape, device: str) -> None:
         checkpoint = checkpoint_of(shape, device)
         ends = load_ends(checkpoint, recipe, find_device(device))
         channel = connect(recipe, "silo-0", "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
-        model = assemble(recipe, checkpoint, ends, channel, Boundary(recipe.boundary))
+        model = build_model(recipe, checkpoint, ends, channel, Boundary(recipe.boundary))
         modes = generation.modes_of(model, ids)
         modes.pop(generation.LOOKUP)  # what random weights say is nowhere to be looked up
         generation.measure_seconds(results, modes, answer=shape.answer, repeats=shape.repeats)

@@ -17,7 +17,7 @@ from isthmus.federation.aggregator import root_service
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.silo.drafting.distil import distil
-from isthmus.silo.join import greeting, join, known_data
+from isthmus.silo.join import greeting, join, load_data
 from isthmus.silo.trainer import evaluate
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RoleDirectory, RunDirectory
@@ -106,7 +106,7 @@ def test_measuring_and_answering_on_a_device(choices: list[str], tmp_path: Path)
         service = TrunkService(recipe, RoleDirectory(tmp_path / device))
         hello = greeting(Checkpoint(recipe.model.path), recipe)
         silo = join(recipe, "a", channel=LoopbackChannel(service, "a", greeting=hello))
-        data = known_data(recipe, "a", silo)
+        data = load_data(recipe, "a", silo)
         scores.append(evaluate(silo.model, data))
         draft, _ = distil(silo, data.train[:6], longest=6, tell=lambda told: None)
         ids_BL = torch.tensor([data.train[0].prompt], device=silo.model.device)

@@ -56,7 +56,10 @@ def test_recipe_or_data_that_cannot_work(
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
-        ({"path": "./nowhere"}, ["the trunk failed: there is no model folder", "remedy: give model.path a folder"]),
+        (
+            {"path": "./nowhere"},
+            ["the trunk failed: the model folder", "remedy: give model.path a folder"],
+        ),
         ({"path": "./hollow"}, ["the trunk failed: no usable config.json", "remedy: give model.path a folder"]),
         ({"bottom": 4}, ["the cut (4, 1) does not fit a model of 5 blocks", "remedy: choose model.bottom ≥ 1"]),
     ],

@@ -34,7 +34,7 @@ def build(twins_of: BuildTwins) -> Build:
         twins = twins_of("llama", (2, 1), sections={"boundary": boundary, **sections})
         draw = torch.Generator().manual_seed(5)
         for part in twins.parts:
-            for name, tensor in adapters.parameters(part).items():
+            for name, tensor in adapters.adapter_parameters(part).items():
                 if name == "boundary_gate.weight":  # beside a bottleneck it starts shut
                     tensor.data.fill_(1.0)
                 if name.startswith("boundary_"):
@@ -52,7 +52,7 @@ def slow_logits(twins: Twins, boundary: dict[str, Any], ids: list[int], prompt: 
     x_TD = h_TD[first:]
     if "width" in boundary:
         down_WD, up_DW = (
-            adapters.parameters(part)[name]
+            adapters.adapter_parameters(part)[name]
             for part, name in ((bottom, "boundary_down.weight"), (trunk, "boundary_up.weight"))
         )
         x_TD = x_TD @ down_WD.T @ up_DW.T
@@ -60,7 +60,7 @@ def slow_logits(twins: Twins, boundary: dict[str, Any], ids: list[int], prompt: 
         x_TD = x_TD.detach()
     out_TD = trunk_blocks(twins, x_TD)
     if boundary.get("residual"):
-        gate_D = adapters.parameters(top)["boundary_gate.weight"]
+        gate_D = adapters.adapter_parameters(top)["boundary_gate.weight"]
         added_TD = out_TD - x_TD
         if not boundary.get("gradients", True):
             added_TD = added_TD.detach()
@@ -74,7 +74,7 @@ def trunk_blocks(twins: Twins, x_TD: torch.Tensor) -> torch.Tensor:
     up, residual = runner._up, runner._residual
     runner._up, runner._residual = None, False
     try:
-        return runner.whole(x_TD, [len(x_TD)])
+        return runner.full_pass(x_TD, [len(x_TD)])
     finally:
         runner._up, runner._residual = up, residual
 

@@ -38,10 +38,10 @@ def boundary(request: pytest.FixtureRequest) -> dict[str, Any]:
 @pytest.fixture
 def twins(boundary: dict[str, Any], twins_of: BuildTwins) -> Twins:
     built = twins_of("llama", (2, 1), sections={"boundary": boundary})
-    layer = adapters.parameters(built.split.top)[LAYER]
+    layer = adapters.adapter_parameters(built.split.top)[LAYER]
     layer.data = torch.randn(layer.shape, generator=torch.Generator().manual_seed(3))
     if "residual" in boundary:  # beside a bottleneck it starts shut
-        adapters.parameters(built.split.top)["boundary_gate.weight"].data.fill_(0.9)
+        adapters.adapter_parameters(built.split.top)["boundary_gate.weight"].data.fill_(0.9)
     return built
 
 
@@ -72,15 +72,15 @@ def slow_logits(twins: Twins, boundary: dict[str, Any], ids: list[int], seen_TW:
     h_TD = bottom.hidden(input_ids=torch.tensor([ids]), use_cache=False)[0]
     z_TW, x_TD = h_TD, seen_TW
     if "width" in boundary:
-        z_TW = h_TD @ adapters.parameters(bottom)["boundary_down.weight"].T
-        x_TD = seen_TW @ adapters.parameters(trunk)["boundary_up.weight"].T
+        z_TW = h_TD @ adapters.adapter_parameters(bottom)["boundary_down.weight"].T
+        x_TD = seen_TW @ adapters.adapter_parameters(trunk)["boundary_up.weight"].T
     clipped_TW = torch.stack([one * min(1.0, CLIP / float(one.norm())) for one in z_TW.detach()])
     out_TD = trunk_blocks(twins, x_TD).detach()
     if boundary.get("residual"):
         out_TD = out_TD - x_TD
-    out_TD = out_TD - (seen_TW - clipped_TW) @ adapters.parameters(top)[LAYER].T
+    out_TD = out_TD - (seen_TW - clipped_TW) @ adapters.adapter_parameters(top)[LAYER].T
     if boundary.get("residual"):
-        out_TD = h_TD + adapters.parameters(top)["boundary_gate.weight"] * out_TD
+        out_TD = h_TD + adapters.adapter_parameters(top)["boundary_gate.weight"] * out_TD
     return top.model(inputs_embeds=out_TD.unsqueeze(0), use_cache=False).logits[0]
 
 
@@ -100,7 +100,7 @@ def test_loss_and_the_gradient_of_what_is_taken_out(
         logits_TV = slow_logits(twins, boundary, row.input, seen_TW)[-len(row.answer) :]
         losses.append(cross_entropy(logits_TV, torch.tensor(row.answer), reduction="sum"))
     loss = torch.stack(losses).sum() / batch.supervised
-    layer = adapters.parameters(twins.split.top)[LAYER]
+    layer = adapters.adapter_parameters(twins.split.top)[LAYER]
     (expected,) = torch.autograd.grad(loss, [layer])
     assert step.loss == pytest.approx(float(loss.detach()), rel=1e-4)
     assert layer.grad is not None

@@ -89,11 +89,11 @@ def test_caches_and_tape_after_rejected_drafts(llama: Twins) -> None:
     assert cache.get_seq_length() == len(cache.transcript) == ids.shape[1] - 1
     with torch.no_grad():
         fresh = model.new_cache()
-        transcript = fresh.record()
+        transcript = fresh.start_transcript()
         whole = model(ids, past_key_values=fresh)
         continued = model(ids[:, -1:], past_key_values=cache)
     assert distance(continued.logits[:, -1], whole.logits[:, -1]) < 1e-4
-    assert distance(cache.transcript.heard().g_BLD, transcript.heard().g_BLD) < 1e-4
+    assert distance(cache.transcript.slice().g_BLD, transcript.slice().g_BLD) < 1e-4
 
 
 def test_a_bad_bridge_costs_no_trip_that_lookup_saves(llama: Twins) -> None:

@@ -79,7 +79,7 @@ def slow_terms(twins: Twins, boundary: dict[str, Any], rows: list[Tokens], about
         h_TD = twins.split.bottom.hidden(input_ids=torch.tensor([row.input]), use_cache=False)[0]
         h_TD = h_TD[max(0, len(row.prompt) - boundary.get("tail", 99)) :]
         if "width" in boundary:
-            h_TD = h_TD @ adapters.parameters(twins.split.bottom)["boundary_down.weight"].T
+            h_TD = h_TD @ adapters.adapter_parameters(twins.split.bottom)["boundary_down.weight"].T
         vectors += list(h_TD)
     draw, noise_TW, questions = about
     guard = twins.split.guard

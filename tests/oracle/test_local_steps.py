@@ -145,7 +145,9 @@ class Oracle:
             self.shared = self.shared | {name: self.shared[name] + mean}
 
     def round(self, number: int) -> None:
-        trained = set(adapters.trained(self.shared, adapters.factors(self.recipe.federation.lora, number)))
+        trained = set(
+            adapters.select_factors(self.shared, adapters.trained_factors(self.recipe.federation.lora, number))
+        )
         self.local_round(trained)
         self.aggregate(trained)
 

@@ -182,7 +182,7 @@ def with_adapter_loaded(
 ) -> Tensors:
     """Output and gradients of a plain part once it holds this adapter."""
     adapters.load_adapter(part, adapter)
-    leaf, named = h_TD.clone().requires_grad_(), adapters.parameters(part)
+    leaf, named = h_TD.clone().requires_grad_(), adapters.adapter_parameters(part)
     alone = [part.hidden(inputs_embeds=h_ND[None], use_cache=False)[0] for h_ND in torch.split(leaf, lengths)]
     output_TD = torch.cat(alone)
     gradients = torch.autograd.grad(output_TD, [leaf, *[named[name] for name in adapter]], gradient_TD)

@@ -33,7 +33,7 @@ def slow_logits(twins: Twins, ids: list[int], prompt: int) -> torch.Tensor:
     """Of the positions that cross, ``[T, V]``."""
     bottom, _, top = twins.parts
     h_TD = bottom.hidden(input_ids=torch.tensor([ids]), use_cache=False)[0, max(0, prompt - TAIL) :]
-    g_TD = twins.service._runner.whole(h_TD, [len(h_TD)])
+    g_TD = twins.service._runner.full_pass(h_TD, [len(h_TD)])
     return top.model(inputs_embeds=g_TD.unsqueeze(0), use_cache=False).logits[0]
 
 

@@ -88,7 +88,7 @@ class Knowledge:
         value; None without ``boundary.width``."""
         if self.view.recipe.boundary.width is None:
             return None
-        weight_DE = bottleneck.tensor_of(self.equipped("bottom"), bottleneck.DOWN)
+        weight_DE = bottleneck.layer_weight(self.equipped("bottom"), bottleneck.DOWN)
         return None if weight_DE is None else weight_DE.detach().float().T
 
     @cached_property
@@ -104,7 +104,7 @@ class Knowledge:
     def equipped(self, name: PartName) -> Part:
         """A part in fp32 with all its trained tensors: those that the adversary knows, else their initial values."""
         part = self._loaded(name)
-        adapters.equip(part, self.view.recipe)
+        adapters.add_trained_layers(part, self.view.recipe)
         adapters.load_adapter(part, {**self.view.adapters, **self.view.trunk_adapter})
         return part.eval()
 

@@ -19,7 +19,7 @@ from isthmus.attacks.gradients.top_input import path_noise
 from isthmus.attacks.knowledge import Knowledge
 from isthmus.attacks.view.view import TokenRow
 from isthmus.model import adapters
-from isthmus.model.bottleneck import DOWN, GATE, UP, project, tensor_of
+from isthmus.model.bottleneck import DOWN, GATE, UP, layer_weight, project
 from isthmus.model.crossing import IGNORED
 from isthmus.model.cut import Part, PartName
 
@@ -38,8 +38,8 @@ class WholeModel(nn.Module):
         super().__init__()
         self._boundary, self._noisy = knowledge.view.recipe.boundary, noisy
         self.bottom, self.trunk, self.top = map(knowledge.equipped, PART_NAMES)
-        self._down = tensor_of(self.bottom, DOWN)
-        self._up, self._gate_D = tensor_of(self.trunk, UP), tensor_of(self.top, GATE)
+        self._down = layer_weight(self.bottom, DOWN)
+        self._up, self._gate_D = layer_weight(self.trunk, UP), layer_weight(self.top, GATE)
 
     @property
     def parts(self) -> tuple[Part, Part, Part]:

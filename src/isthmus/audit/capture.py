@@ -24,7 +24,7 @@ from isthmus.federation.aggregator import root_service
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.silo.join import Silo, greeting, join, known_data
+from isthmus.silo.join import Silo, greeting, join, load_data
 from isthmus.silo.trainer import evaluate
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RoleDirectory
@@ -94,7 +94,7 @@ def capture_rows(target: Target, name: str, rows: Sequence[Tokens]) -> Captured:
 def measure_accuracy(target: Target, name: str, rows: list[Tokens]) -> float:
     """Accuracy of the target's model on these rows of a silo, 0 to 1, where answers are choices."""
     with restored_trunk(target) as service, tapped_silo(target, name, service) as (silo, _):
-        return evaluate(silo.model, known_data(target.recipe, name, silo), rows)["accuracy"]
+        return evaluate(silo.model, load_data(target.recipe, name, silo), rows)["accuracy"]
 
 
 def capture_answers(target: Target, name: str, rows: Sequence[Tokens]) -> Captured:

@@ -30,7 +30,7 @@ def export_adapter(run: RunDirectory, out: Path) -> int:
         )
     number, tensors = final_adapter(run)
     with disk_errors(out):
-        adapters.export(out, tensors, recipe.lora, recipe.model.path)
+        adapters.export_adapter(out, tensors, recipe.lora, recipe.model.path)
     return number
 
 

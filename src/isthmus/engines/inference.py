@@ -18,7 +18,7 @@ from isthmus.recipe import Recipe
 from isthmus.silo.drafting import draft_file
 from isthmus.silo.drafting.distil import distil
 from isthmus.silo.drafting.draft import Draft
-from isthmus.silo.join import Silo, join, known_data
+from isthmus.silo.join import Silo, join, load_data
 from isthmus.silo.secrets import open_ledger
 from isthmus.storage.record import RoleDirectory, RunDirectory
 
@@ -58,7 +58,7 @@ def make_draft(
     """
     recipe = run.recipe()
     with connected_silo(run, name) as (silo, directory):
-        rows = known_data(recipe, directory.path.name, silo).train
+        rows = load_data(recipe, directory.path.name, silo).train
         drawn = random.Random(recipe.seed).sample(rows, min(prompts, len(rows)))
         draft, corpus = distil(silo, drawn, longest=max_new_tokens, tell=notify)
         path = directory.path / draft_file.NAME
@@ -103,7 +103,7 @@ def open_silo(run: RunDirectory, recipe: Recipe, name: str, ledger: Ledger | Non
     """
     silo = join(recipe, name, ledger=ledger, records=run.role(name).path / "records")
     if recipe.sensitivity is not None:
-        known_data(recipe, name, silo)
+        load_data(recipe, name, silo)
     number = run.completed()
     if number:
         shared = run.role("root").load_round(number)["shared"]

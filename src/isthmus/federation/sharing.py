@@ -26,7 +26,7 @@ class Sharing:
     """
 
     def __init__(self, section: FederationSection) -> None:
-        self._turns = (adapters.factors(section.lora, 2), adapters.factors(section.lora, 1))
+        self._turns = (adapters.trained_factors(section.lora, 2), adapters.trained_factors(section.lora, 1))
         """LoRA's factors that train in even rounds, and in odd ones."""
         self._strategies: dict[str, Strategy] = defaultdict(lambda: Strategy(section))
         """One strategy for each set of factors that train together: a change of B is no momentum for A."""
@@ -39,7 +39,7 @@ class Sharing:
 
     def layout(self, begun: Tensors, round: int) -> Layout:
         """The layout of an update in this round, by a silo that began with these tensors."""
-        return Layout.of(adapters.trained(begun, self.factors(round)))
+        return Layout.of(adapters.select_factors(begun, self.factors(round)))
 
     def next(self, shared: Tensors, round: int, contributions: Sequence[Contribution]) -> dict[str, torch.Tensor]:
         """The shared tensors after this round.

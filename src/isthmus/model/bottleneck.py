@@ -1,15 +1,16 @@
-"""The layers that a recipe may add where the parts meet: a narrow crossing, and a residual path that stays in the silo.
+"""Optional layers where the parts meet: bottleneck, residual path and denoising.
 
-*Bottleneck*: ``down`` in the silo maps a hidden state to fewer numbers, ``up`` in the trunk maps them back. Fewer bytes
-cross, and the same noise hides more. Both are trained with the adapters; they start as one random projection.
+*Bottleneck*: ``down`` in the silo projects a hidden state to fewer dimensions, ``up`` in the trunk projects it back.
+Fewer bytes cross, and noise of the same size hides more. Both train with the adapters. Their initial value is one
+random orthonormal basis.
 
-*Residual*: the trunk answers with what its blocks added, and the silo adds that to its own state, which no noise ever
-touched; ``gate`` weighs it, channel by channel.
+*Residual*: the trunk answers with the change that its blocks make. The silo adds it to its own hidden state, which has
+no noise. ``gate`` scales the change channel by channel.
 
-*Denoising*: top, in the silo, knows the noise that the boundary drew, and ``denoise`` takes a learned linear part of it
-out of the trunk's answer. The trunk never learns it.
+*Denoising*: the silo knows the noise that the boundary drew. ``denoise``, in top, subtracts a learned linear function
+of it from the trunk's answer. The trunk never receives the noise.
 
-Shapes: T tokens, D the model's width, W numbers that cross.
+Shapes: T tokens, D the model's width, W the width that crosses.
 """
 
 from __future__ import annotations
@@ -23,23 +24,25 @@ from isthmus.model.cut import Part
 from isthmus.recipe import BoundarySection
 
 DOWN, UP, GATE, DENOISE = "boundary_down", "boundary_up", "boundary_gate", "boundary_denoise"
-NAMES = tuple(f"{name}.weight" for name in (DOWN, UP, GATE, DENOISE))
+LAYER_WEIGHTS = tuple(f"{name}.weight" for name in (DOWN, UP, GATE, DENOISE))
+"""Tensor names of the optional layers."""
 
 
-def add_crossing(part: Part, section: BoundarySection, *, frozen: bool) -> None:
-    """Add the layers of this section to a part, without values yet.
+def add_layers(part: Part, section: BoundarySection, *, frozen: bool) -> None:
+    """Add the section's layers to a part; their values are uninitialized.
 
     Args:
-        frozen: it does not train.
+        frozen: the layers do not train.
 
     Raises:
-        ModelError: the bottleneck is no narrower than the model.
+        ModelError: the bottleneck is not narrower than the model.
     """
     width: int = part.config.hidden_size
     if section.width is not None:
         if section.width >= width:
             raise ModelError(
-                f"a bottleneck of {section.width} in a model of width {width}", remedy="lower boundary.width"
+                f"boundary.width is {section.width}, but the model's own width is {width}",
+                remedy=f"set boundary.width below {width}, or leave it out",
             )
         if part.name == "bottom":
             _add(part, DOWN, (section.width, width), frozen)
@@ -51,12 +54,14 @@ def add_crossing(part: Part, section: BoundarySection, *, frozen: bool) -> None:
         _add(part, DENOISE, (width, section.width or width), frozen)
 
 
-def initial(name: str, shape: torch.Size, generator: torch.Generator, *, narrow: bool) -> torch.Tensor:
-    """The value that one of ``NAMES`` starts with: the same orthonormal basis for down and up, nothing for denoising.
+def initial_value(name: str, shape: torch.Size, generator: torch.Generator, *, narrow: bool) -> torch.Tensor:
+    """The initial value of a tensor in ``LAYER_WEIGHTS``.
+
+    ``down`` and ``up`` share one orthonormal basis, ``denoise`` is zero.
 
     Args:
-        narrow: there is a bottleneck. What a trunk answers to a random projection is no help, so the gate starts shut;
-            else it starts open, as the uncut model has it.
+        narrow: whether there is a bottleneck. With one, the gate is 0, since the trunk's answer to a random projection
+            does not help; without one it is 1, as in the uncut model.
     """
     if name.startswith(GATE):
         return torch.zeros(shape) if narrow else torch.ones(shape)
@@ -69,39 +74,39 @@ def initial(name: str, shape: torch.Size, generator: torch.Generator, *, narrow:
 
 
 class Bottleneck:
-    """The layers in a silo's ends that meet the trunk: ``down`` in bottom, ``gate`` and ``denoise`` in top.
+    """The silo's optional layers at the cut: ``down`` in bottom, ``gate`` and ``denoise`` in top.
 
-    Args:
-        bottom, top: the ends; ``of`` gives None where the recipe adds no layer to them.
+    Any of them may be absent. ``Bottleneck.of`` returns None where all are.
     """
 
     def __init__(self, bottom: Part, top: Part) -> None:
-        self._down_WD = tensor_of(bottom, DOWN)
-        self._gate_D = tensor_of(top, GATE)
-        self._denoise_DW = tensor_of(top, DENOISE)
+        self._down_WD = layer_weight(bottom, DOWN)
+        self._gate_D = layer_weight(top, GATE)
+        self._denoise_DW = layer_weight(top, DENOISE)
 
     @classmethod
     def of(cls, bottom: Part, top: Part) -> Bottleneck | None:
+        """The layers of these ends, or None if they have none."""
         layers = cls(bottom, top)
         present = (layers._down_WD, layers._gate_D, layers._denoise_DW)
         return None if all(tensor is None for tensor in present) else layers
 
     @property
     def denoises(self) -> bool:
-        """Whether ``join`` wants to know the noise that the boundary added."""
+        """Whether ``join`` needs the noise that the boundary added."""
         return self._denoise_DW is not None
 
     def narrow(self, h_TD: torch.Tensor) -> torch.Tensor:
-        """The numbers that cross of bottom's result, ``[T, W]``."""
+        """Bottom's hidden states projected to the width that crosses, ``[T, W]``."""
         return project(h_TD, self._down_WD)
 
     def join(self, h_TD: torch.Tensor | None, g_TD: torch.Tensor, noise_TW: torch.Tensor | None) -> torch.Tensor:
         """Top's input at the positions that crossed, ``[T, D]``.
 
         Args:
-            h_TD: bottom's result at these positions; needed with a residual path alone.
+            h_TD: bottom's hidden states at these positions; only needed with a residual path.
             g_TD: the trunk's answer.
-            noise_TW: what boundary and codec added before the trunk answered; a learned linear part of it is taken out.
+            noise_TW: the noise and rounding error in the hidden states that the trunk received.
         """
         if self._denoise_DW is not None and noise_TW is not None:
             g_TD = g_TD - project(noise_TW.to(g_TD.dtype), self._denoise_DW)
@@ -111,14 +116,18 @@ class Bottleneck:
         return h_TD + self._gate_D.to(g_TD.dtype) * g_TD
 
 
-def tensor_of(part: Part, name: str) -> torch.Tensor | None:
-    """The weight of one of the added modules, if the part has it."""
+def layer_weight(part: Part, name: str) -> torch.Tensor | None:
+    """The weight of one of the optional layers, or None if the part lacks it.
+
+    Args:
+        name: ``DOWN``, ``UP``, ``GATE`` or ``DENOISE``.
+    """
     module = part.model._modules.get(name)
     return None if module is None else module.get_parameter("weight")
 
 
 def project(h_TD: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Through ``down`` or ``up``, where there is one."""
+    """The states times the transposed weight of ``down`` or ``up``; unchanged if ``weight`` is None."""
     return h_TD if weight is None else linear(h_TD, weight.to(h_TD.dtype))
 
 

@@ -17,14 +17,14 @@ class TrunkSession(Protocol):
     """The silo's handle of its KV cache on the trunk."""
 
     def subjects(self, rows: list[list[int]] | None, lengths: list[int]) -> Subjects | None:
-        """The records of the generation's sequences; None where nothing leaves the silo.
+        """The records that the generation's sequences belong to; None where nothing leaves the silo.
 
         Args:
             rows: the new token ids of each sequence; None for embeddings.
-            lengths: how many of them cross.
+            lengths: number of new positions of each sequence that cross.
         """
 
-    def forget(self, positions: int) -> None:
+    def crop(self, positions: int) -> None:
         """Drop this many positions from the end of every row, before the next step."""
 
     def select(self, rows: list[int]) -> None:
@@ -35,9 +35,9 @@ class TrunkSession(Protocol):
 
 
 class SplitCache(Cache):
-    """What ``generate`` holds: the layers of bottom and top, and a session with the trunk.
+    """The KV cache of a generation: the layers of bottom and top, and the session that holds the trunk's layers.
 
-    Inherited methods work on the silo's own layers; those that change rows or positions tell the trunk too.
+    Inherited methods act on the silo's layers. Those that change rows or positions change the session as well.
     """
 
     def __init__(self, bottom: Part, session: TrunkSession, top: Part) -> None:
@@ -45,19 +45,26 @@ class SplitCache(Cache):
         self.top = DynamicCache(config=top.config)
         self.session = session
         self.transcript: Transcript | None = None
-        """Where the trunk's answers are kept for drafts, if anyone asks for them."""
+        """The hidden states exchanged with the trunk; None until ``start_transcript``."""
         self._crossed_BL: torch.Tensor | None = None
-        """Which of top's positions crossed, where not all did."""
+        """True where a position of top's cache crossed; None if all did."""
         super().__init__(layers=[*self.bottom.layers, *self.top.layers])
 
-    def record(self) -> Transcript:
-        """Keep from now on what goes into the trunk and what it answers; returns where."""
+    def start_transcript(self) -> Transcript:
+        """Record all further hidden states exchanged with the trunk. An existing transcript is continued."""
         if self.transcript is None:
             self.transcript = Transcript()
         return self.transcript
 
-    def cross(self, crosses_BL: torch.Tensor) -> torch.Tensor:
-        """Note which of top's next positions crossed; returns it for all of top's positions, ``[B, past + L]``."""
+    def add_crossed(self, crosses_BL: torch.Tensor) -> torch.Tensor:
+        """Append a mask of new positions, true where one crossed.
+
+        Args:
+            crosses_BL: ``[B, L]``, the new positions of top's cache.
+
+        Returns:
+            The mask of all of top's positions, ``[B, past + L]``.
+        """
         if self._crossed_BL is not None:
             crosses_BL = torch.cat([self._crossed_BL, crosses_BL], dim=1)
         self._crossed_BL = crosses_BL
@@ -66,7 +73,7 @@ class SplitCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         if tokens_to_remove:
-            self.session.forget(abs(tokens_to_remove))
+            self.session.crop(abs(tokens_to_remove))
             if self._crossed_BL is not None:
                 self._crossed_BL = self._crossed_BL[:, : -abs(tokens_to_remove)]
             if self.transcript is not None:

@@ -1,4 +1,4 @@
-"""A model folder on disk: its configuration and single tensors of its safetensors files, read one at a time."""
+"""A model folder on disk: its configuration, its fingerprint, and tensors read from its safetensors files by name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from transformers import AutoConfig, PreTrainedConfig
 from isthmus.errors import ModelError
 
 SAMPLE = 16
-"""Values of each tensor that enter the fingerprint."""
+"""Number of values of each tensor that the fingerprint covers."""
 _REMEDY = "give model.path a folder with config.json and model.safetensors (or its sharded index)"
 
 
 class Checkpoint:
-    """A Hugging Face model folder, or a model id of the hub which is then downloaded.
+    """A Hugging Face model folder.
+
+    Args:
+        path: a folder, or a model id of the Hugging Face hub, which is downloaded.
 
     Raises:
         ModelError: the folder is missing or incomplete.
@@ -30,10 +33,15 @@ class Checkpoint:
     def __init__(self, path: str) -> None:
         self.folder = _locate(path)
         self.tensors_read: set[str] = set()
-        """Names of the tensors read whole so far."""
+        """Names of the tensors that ``read`` returned so far."""
 
     @cached_property
     def config(self) -> PreTrainedConfig:
+        """The model's configuration.
+
+        Raises:
+            ModelError: config.json is missing or invalid.
+        """
         try:
             return AutoConfig.from_pretrained(self.folder)
         except (OSError, ValueError) as error:
@@ -41,7 +49,7 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """The file of each tensor, by tensor name."""
+        """The safetensors file that holds each tensor, by tensor name."""
         index = self.folder / "model.safetensors.index.json"
         try:
             if index.exists():
@@ -54,7 +62,7 @@ class Checkpoint:
             raise ModelError(f"no readable weights in {self.folder}: {error}", remedy=_REMEDY) from error
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """These tensors, in the dtype they are stored in."""
+        """These tensors by name, on the CPU, in their stored dtype."""
         found = {}
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
@@ -65,15 +73,15 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration, the shape of every tensor and a few values spread over each.
+        """SHA-256, in hex, of the configuration, the shape of every tensor and ``SAMPLE`` values of each.
 
-        A fine-tuned or otherwise different base model differs in it; no tensor is read whole for it.
+        It differs for a fine-tuned or otherwise different base model. No tensor is read in full.
         """
         digest = hashlib.sha256()
-        told = self.config.to_diff_dict()
+        settings = self.config.to_diff_dict()
         for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"):
-            told.pop(volatile, None)
-        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+            settings.pop(volatile, None)
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
             for name in sorted(self.files):
@@ -89,7 +97,7 @@ class Checkpoint:
         try:
             if file not in opened:
                 opened[file] = stack.enter_context(safe_open(file, "pt"))
-            opened[file].get_slice(name)  # fails here if the file lacks what the index promises
+            opened[file].get_slice(name)  # fails here if the file lacks a tensor that the index lists
             return opened[file]
         except (OSError, SafetensorError) as error:
             raise ModelError(f"cannot read {file}: {error}", remedy=_REMEDY) from error
@@ -110,10 +118,10 @@ def _locate(path: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise ModelError(f"there is no model folder {path}", remedy=_REMEDY)
+        raise ModelError(f"the model folder {path} does not exist", remedy=_REMEDY)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-    except Exception as error:  # the hub's client raises many kinds; to the user they are one
-        raise ModelError(f"{path} is neither a folder nor a model the hub gives: {error}", remedy=_REMEDY) from error
+    except Exception as error:  # the hub's client raises many types of error; the user needs one
+        raise ModelError(f"{path} is not a folder, and the hub did not provide it: {error}", remedy=_REMEDY) from error

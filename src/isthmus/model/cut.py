@@ -1,4 +1,4 @@
-"""The cut: which blocks belong to bottom, trunk and top, and building one part without the others."""
+"""The cut: the blocks of bottom, trunk and top, and loading one part without the others."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ PartName = Literal["bottom", "trunk", "top"]
 
 @dataclass(frozen=True)
 class Cut:
-    """The first ``bottom`` blocks and the last ``top`` blocks are the silo's; the rest is the trunk."""
+    """The partition points: the silo has the first ``bottom`` and the last ``top`` blocks, the trunk the others."""
 
     bottom: int
     top: int
 
     def blocks(self, part: PartName, total: int) -> range:
-        """The numbers, in the uncut model of ``total`` blocks, of this part's blocks.
+        """Indices of this part's blocks in the uncut model.
+
+        Args:
+            total: number of blocks of the uncut model.
 
         Raises:
-            CutError: the cut leaves no block to the trunk or takes none for an end.
+            CutError: bottom, trunk or top would have no block.
         """
         if self.bottom < 1 or self.top < 1 or self.bottom + self.top >= total:
             raise CutError(
@@ -45,10 +48,13 @@ class Cut:
 
 
 class Part(nn.Module):
-    """One part: the Hugging Face model of its family with the other parts' modules left out.
+    """One part of the model: its family's Hugging Face model without the other parts' modules.
 
-    Blocks are numbered from 0 within the part (so that its KV cache has no holes); ``whole_name`` gives a
-    tensor's name in the uncut model.
+    Block indices start at 0 within the part, so that its KV cache has no unused layers. ``uncut_name`` converts a
+    tensor's name to the one in the uncut model.
+
+    Args:
+        first_block: index, in the uncut model, of the part's first block.
     """
 
     def __init__(self, name: PartName, model: PreTrainedModel, family: Family, first_block: int) -> None:
@@ -60,11 +66,11 @@ class Part(nn.Module):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The part's own configuration: the family's, with this part's number of blocks."""
+        """The model's configuration with this part's number of blocks."""
         return self.model.config
 
-    def whole_name(self, name: str) -> str:
-        """The uncut model's name of a tensor or module that ``self.model`` calls ``name``."""
+    def uncut_name(self, name: str) -> str:
+        """The name in the uncut model of the tensor or module ``name`` of ``self.model``."""
         prefix = self.family.block_prefix()
         if not name.startswith(prefix):
             return name
@@ -72,7 +78,7 @@ class Part(nn.Module):
         return f"{prefix}{int(number) + self.first_block}{dot}{rest}"
 
     def hidden(self, **inputs: object) -> torch.Tensor:
-        """Run the blocks; keyword arguments as for the family's backbone. Returns ``h [batch, length, width]``."""
+        """The last hidden states, ``[batch, length, width]``; keyword arguments as for the family's backbone."""
         backbone = getattr(self.model, self.family.backbone)
         return backbone(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
@@ -86,13 +92,14 @@ def load_part(
     device: torch.device = CPU,
     tied: Part | None = None,
 ) -> Part:
-    """Build one part and read its tensors, and no others, from the checkpoint.
+    """Build one part, frozen and in eval mode. No other part's tensors are read from the checkpoint.
 
     Args:
-        tied: the bottom of the same silo, whose embedding a top with tied weights then shares.
+        tied: bottom of the same silo; a top with tied weights shares its embedding.
 
     Raises:
-        ModelError, CutError: the folder or the cut is unusable.
+        ModelError: the folder lacks a tensor, or one has an unexpected shape.
+        CutError: the cut does not fit the model.
     """
     part = empty_part(checkpoint.config, cut, name)
     sources = {own: _source(part, own, checkpoint) for own, _ in part.model.named_parameters()}
@@ -110,12 +117,12 @@ def load_part(
 
 
 def empty_part(config: PreTrainedConfig, cut: Cut, name: PartName) -> Part:
-    """A part on the ``meta`` device: every shape, no memory."""
+    """A part on the ``meta`` device: shapes without memory."""
     family = family_of(config)
     blocks = cut.blocks(name, config.num_hidden_layers)
     own = copy.deepcopy(config)
     own.num_hidden_layers = len(blocks)
-    own.tie_word_embeddings = False  # a part alone has nothing to tie; load_part shares the embedding
+    own.tie_word_embeddings = False  # one part has no pair to tie; load_part shares the embedding
     if getattr(config, "layer_types", None) is not None:
         own.layer_types = [config.layer_types[number] for number in blocks]
     with torch.device("meta"):
@@ -134,18 +141,18 @@ def _embedding_name(family: Family) -> str:
 
 
 def _source(part: Part, own: str, checkpoint: Checkpoint) -> str:
-    """The checkpoint's name for a part's tensor; a tied head is stored as the embedding."""
-    whole = part.whole_name(own)
+    """The checkpoint's name of a part's tensor; a tied head is stored as the embedding."""
+    whole = part.uncut_name(own)
     if whole == f"{part.family.head}.weight" and checkpoint.config.tie_word_embeddings:
         return _embedding_name(part.family)
     return whole
 
 
 def _check_shape(part: Part, own: str, tensor: torch.Tensor, place: str) -> None:
-    due = tuple(part.model.get_parameter(own).shape)
-    if tuple(tensor.shape) != due:
+    expected = tuple(part.model.get_parameter(own).shape)
+    if tuple(tensor.shape) != expected:
         raise ModelError(
-            f"{place} has shape {tuple(tensor.shape)}, by config.json it is {due}",
+            f"{place} has shape {tuple(tensor.shape)}, config.json requires {expected}",
             remedy="give model.path a folder whose config.json belongs to its weights",
         )
 
@@ -157,7 +164,7 @@ def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 @torch.no_grad()
 def materialize_buffers(model: PreTrainedModel) -> None:
-    """Compute the buffers that no checkpoint stores (rotary frequencies, embedding scales) by the family's own code."""
+    """Compute the buffers that checkpoints lack (rotary frequencies, embedding scales) with the family's own code."""
     for module in model.modules():
         on_meta = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
         for name, buffer in on_meta.items():

@@ -1,4 +1,4 @@
-"""Devices by the names that a recipe has for them."""
+"""Torch devices by their names in a recipe."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ CPU = torch.device("cpu")
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a CUDA device if there is one.
+    """The device named ``cpu``, ``cuda`` or ``cuda:1``; ``auto`` is a CUDA device if there is one, otherwise the CPU.
 
     Raises:
-        RecipeError: torch has no such device here.
+        RecipeError: torch does not find this device.
     """
     count = torch.cuda.device_count()
     if name == "auto":
@@ -26,5 +26,7 @@ def find_device(name: str) -> torch.device:
     elif not count:
         why, remedy = "torch finds no CUDA device", "check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
     else:
-        why, remedy = f"torch finds {count} CUDA devices, counted from 0", "name one of them"
-    raise RecipeError(f"there is no device {name!r} here: {why}", remedy=f"{remedy}, or ask for 'cpu' or 'auto'")
+        why, remedy = f"torch finds {count} CUDA devices, numbered from 0", "name one of these"
+    raise RecipeError(
+        f"there is no device {name!r} here: {why}", remedy=f"{remedy}, or set the device to 'cpu' or 'auto'"
+    )

@@ -1,4 +1,4 @@
-"""The model families isthmus can cut, and where each keeps its pieces. A new family is a row."""
+"""The model families that can be cut, with the attribute names of each. A new family is one row of ``FAMILIES``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from isthmus.errors import ModelError
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute names of a causal language model of this family."""
+    """Attribute names in transformers' causal language model of one family."""
 
     backbone: str = "model"
     blocks: str = "layers"
@@ -21,13 +21,15 @@ class Family:
     head: str = "lm_head"
 
     def block_prefix(self) -> str:
-        """What the name of a block's tensor starts with, up to the block's number."""
+        """The prefix of a block's tensor names, up to the block's index."""
         return f"{self.backbone}.{self.blocks}."
 
     def backbone_of(self, model: nn.Module) -> nn.Module:
+        """The model without its head."""
         return model.get_submodule(self.backbone)
 
     def embedding_of(self, model: nn.Module) -> nn.Module:
+        """The token embedding."""
         return self.backbone_of(model).get_submodule(self.embedding)
 
 
@@ -43,15 +45,15 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The row of this configuration's ``model_type``.
+    """The family of a configuration, by its ``model_type``.
 
     Raises:
-        ModelError: no such row.
+        ModelError: the family is not supported.
     """
     try:
         return FAMILIES[config.model_type]
     except KeyError:
         known = ", ".join(sorted(FAMILIES))
         raise ModelError(
-            f"models of type {config.model_type!r} cannot be cut yet", remedy=f"use one of: {known}"
+            f"models of type {config.model_type!r} are not supported", remedy=f"use a model of one of the types {known}"
         ) from None

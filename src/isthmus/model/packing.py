@@ -1,4 +1,4 @@
-"""Between padded batches, which models compute on, and packed sequences, which cross.
+"""Conversion between padded batches, which models compute on, and packed sequences, which cross.
 
 Shapes: B rows, L positions, T real tokens among them (in row order), D width, N positions of the longest row.
 """
@@ -9,34 +9,38 @@ import torch
 
 
 class Packing:
-    """Which of the ``[B, L]`` positions of a padded batch hold real tokens."""
+    """The ``[B, L]`` positions of a padded batch that hold real tokens.
+
+    Args:
+        real_BL: bool, true for real tokens.
+    """
 
     def __init__(self, real_BL: torch.Tensor) -> None:
         self.real_BL = real_BL
         self.lengths: list[int] = real_BL.sum(dim=1).tolist()
         self.full = sum(self.lengths) == real_BL.numel()
-        """No padding at all."""
+        """Whether there is no padding."""
 
     @classmethod
     def of_lengths(cls, lengths: list[int], device: torch.device, *, pad_left: bool) -> Packing:
-        """The batch in which sequences of these lengths end (``pad_left``) or begin at the same position."""
+        """The packing of a batch of sequences of these lengths, padded on the left or on the right."""
         longest = max(lengths)
         place = torch.arange(longest, device=device)
         size = torch.tensor(lengths, device=device).unsqueeze(1)
         return cls(place >= longest - size if pad_left else place < size)
 
     def rows(self, ids_BL: torch.Tensor) -> list[list[int]]:
-        """The real tokens' ids, row by row."""
+        """The ids of each row's real tokens."""
         if self.full:
             return ids_BL.tolist()
         return [ids_L[real_L].tolist() for ids_L, real_L in zip(ids_BL, self.real_BL, strict=True)]
 
     def pack(self, h_BLD: torch.Tensor) -> torch.Tensor:
-        """The real tokens, ``[T, D]``."""
+        """The states at real tokens, row after row, ``[T, D]``."""
         return h_BLD.flatten(0, 1) if self.full else h_BLD[self.real_BL]
 
     def unpack(self, h_TD: torch.Tensor, others_BLD: torch.Tensor | None = None) -> torch.Tensor:
-        """The padded batch, ``[B, L, D]``; at other positions zero, or the values of ``others_BLD``."""
+        """The padded batch, ``[B, L, D]``. Positions without a real token are zero, or those of ``others_BLD``."""
         rows, length = self.real_BL.shape
         if self.full:
             return h_TD.view(rows, length, -1)
@@ -45,9 +49,9 @@ class Packing:
 
 
 class Padding:
-    """Packed sequences as rows of one length. Unlike ``Packing`` it asks a device nothing: lengths are known here.
+    """Conversion of packed sequences to rows of equal length. Lengths are given, so it never waits for a device.
 
-    A row is filled up with its own last token, so that a NaN of one sequence stays in that sequence.
+    A row is padded with its own last token, so that a NaN stays in its own sequence.
     """
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
@@ -60,11 +64,11 @@ class Padding:
         self._real = (place_N < size_B1).flatten().nonzero().flatten().to(device)
 
     def pad(self, states: torch.Tensor, dim: int) -> torch.Tensor:
-        """``T`` tokens in this dimension become ``B, N``."""
+        """The states with dimension ``dim`` of size T replaced by two dimensions of sizes B and N."""
         filled = states if self._even else states.index_select(dim, self._taken)
         return filled.view(*filled.shape[:dim], *self._shape, *filled.shape[dim + 1 :])
 
     def unpad(self, states: torch.Tensor, dim: int) -> torch.Tensor:
-        """``B, N`` from this dimension on become ``T`` tokens again."""
+        """The inverse of ``pad``: the dimensions ``dim`` (B) and ``dim + 1`` (N) become one of size T."""
         flat = states.flatten(dim, dim + 1)
         return flat if self._even else flat.index_select(dim, self._real)

@@ -1,9 +1,9 @@
-"""The split model: bottom and top here, the trunk wherever its module says; to transformers an ordinary causal LM.
+"""The split model: an ordinary transformers causal LM with bottom and top in the silo and the trunk behind a module.
 
-A forward is ``inbound(outbound(batch), trunk(outbound))``: ``outbound`` decides all that crosses, ``inbound`` makes
-logits of the answer. Whoever wants to compute something else while the trunk does (``silo.pipeline``) calls them apart.
+A forward has three steps: ``model.outbound`` decides everything that crosses, the trunk answers, ``model.inbound``
+computes logits from the answer. ``silo.pipeline`` calls them separately, to compute while the trunk does.
 
-Shapes: B rows, L new positions, T positions that cross, D width, W numbers that cross of it, V vocabulary.
+Shapes: B rows, L new positions, T positions that cross, D the model's width, W the width that crosses, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,71 +20,80 @@ from isthmus.errors import DataError, ModelError
 from isthmus.model import adapters
 from isthmus.model.bottleneck import Bottleneck
 from isthmus.model.cache import SplitCache, TrunkSession
-from isthmus.model.crossing import FreshExample, Outbound, before_last, crossing, wanted
+from isthmus.model.crossing import FreshExample, Outbound, crossing_positions, prediction_targets, up_to_last_crossing
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import LoraSection
 
 Rows = list[list[int]]
-"""Token ids of sequences, without padding. They never cross; the boundary finds the records behind them."""
+"""Token ids of sequences, without padding. They never cross; the boundary maps them to records."""
 
 
 class Reply(NamedTuple):
     """The trunk's answer to an ``Outbound``."""
 
     g_TD: torch.Tensor
-    """Differentiable when gradients are enabled and there is no cache."""
+    """The trunk's output, differentiable if gradients are enabled and there is no cache."""
     noise_TW: torch.Tensor | None = None
-    """What boundary and codec added to the hidden states, where the bottleneck denoises."""
+    """The noise and rounding error in the hidden states that crossed; None unless the bottleneck denoises."""
 
 
 class TrunkModule(Protocol):
-    """The middle of the model as its ends see it."""
+    """The trunk as the split model calls it."""
 
     def __call__(self, outbound: Outbound) -> Reply:
-        """Run the trunk's blocks, and wait for the answer."""
+        """Run the trunk's blocks and wait for the answer."""
         ...
 
     def open_session(self) -> TrunkSession:
-        """An empty KV cache on the trunk."""
+        """Open a session with an empty KV cache on the trunk."""
         ...
 
 
 class ReleasedExamples(Protocol):
-    """The examples whose hidden states a silo has released, each of them once."""
+    """The examples that a silo released, each of them once."""
 
     def number(self, row: list[int], length: int) -> int:
-        """The number of the example that is the last ``length`` tokens of this row."""
+        """The identifier of the example ``row``, of which the last ``length`` tokens cross."""
         ...
 
-    def __contains__(self, number: int) -> bool: ...
+    def __contains__(self, number: int) -> bool:
+        """Whether this example was released before."""
+        ...
 
 
 class RecordFinder(Protocol):
-    """Finds the records that sequences belong to (``silo.records``)."""
+    """Maps sequences to the records they belong to (``silo.records``)."""
 
     def subjects(self, rows: Rows | None, lengths: list[int]) -> Subjects:
-        """The records of sequences of which the last ``lengths`` tokens cross; ``rows`` is None for embeddings."""
+        """The records that sequences belong to.
+
+        Args:
+            rows: token ids of each whole sequence; None for embeddings.
+            lengths: number of each sequence's last tokens that cross.
+        """
         ...
 
 
 class ModelBoundary(Protocol):
-    """The silo's exit for tensors, as far as the model asks it (see ``silo.boundary``)."""
+    """The part of the silo's boundary that the model uses (``silo.boundary``)."""
 
     @property
     def released(self) -> ReleasedExamples | None:
-        """Of a silo that releases each example once; None: hidden states leave at every forward."""
+        """The released examples if each is released once; None: hidden states leave at every forward."""
         ...
 
     clips: bool
     """Whether hidden states are clipped before they leave."""
 
     @property
-    def records(self) -> RecordFinder: ...
+    def records(self) -> RecordFinder:
+        """Maps sequences to records."""
+        ...
 
     def clipped(self, h_TW: torch.Tensor, path: Any, subjects: Subjects) -> torch.Tensor:
-        """The tensor as it will be clipped, with a gradient."""
+        """The tensor clipped as a release on this path would clip it; differentiable."""
         ...
 
 
@@ -92,12 +101,16 @@ class BottomShield(Protocol):
     """Runs bottom so that sensitive tokens spread less into the hidden states that leave (``silo.defence.shield``)."""
 
     def hidden(self, bottom: Part, session: Any = None, **inputs: Any) -> torch.Tensor:
-        """As ``bottom.hidden(**inputs)``; ``session`` goes with the cache among the inputs."""
+        """Bottom's hidden states, ``[B, L, D]``; arguments as for ``bottom.hidden``.
+
+        Args:
+            session: the session of the cache in ``inputs``, if there is one.
+        """
         ...
 
 
 class BottomGuard(Protocol):
-    """Teaches bottom to let the answer cross and little else (``silo.defence.guard``)."""
+    """Adds a loss that trains bottom to reveal less of the text (``silo.defence.guard``)."""
 
     def __call__(
         self,
@@ -108,7 +121,7 @@ class BottomGuard(Protocol):
         subjects: Subjects,
         share: float,
     ) -> torch.Tensor:
-        """``h_BLD`` itself, with a gradient of the guard's own, times ``share``, on top of the one it gets."""
+        """``h_BLD`` unchanged; in backward the gradient of the guard's loss, times ``share``, is added to its own."""
         ...
 
 
@@ -117,24 +130,25 @@ class Drafting(Protocol):
     """An assistant model with a candidate generator of its own."""
 
     def candidates(self, cache: SplitCache, processors: Any, generation_config: Any) -> Any:
-        """A ``CandidateGenerator`` of transformers for one generation with this cache."""
+        """A transformers ``CandidateGenerator`` for one generation with this cache."""
         ...
 
 
 class SplitForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model whose middle blocks are elsewhere.
+    """A causal language model whose middle blocks run in the trunk.
 
     ``forward``, ``generate`` (greedy, sampling, beams, assisted), ``Trainer`` and ``pipeline`` work as on the
-    uncut model. Positions follow from the attention mask; 4-D masks and custom ``position_ids`` do not cross.
+    uncut model. Positions are computed from the attention mask; 4-D masks and custom ``position_ids`` do not cross.
 
     Args:
-        boundary: of the silo; None: nothing leaves it (a draft), so no records are looked up and nothing is clipped.
-        tail: how many of a prompt's last positions cross; None: all. Of the others, trunk and top know nothing but what
-            bottom made of them.
-        residual: top sees bottom's result where nothing crossed (and its trunk adds to it where something did).
-        bottleneck: layers where the ends meet the trunk; None: there are none.
-        shield: runs bottom in its stead.
-        guard: adds to bottom's gradient in training.
+        boundary: the silo's exit for tensors; None: nothing leaves the silo (a draft), so records and clipping are
+            skipped.
+        tail: number of a prompt's last positions that cross; None: all. Trunk and top receive no hidden states of the
+            other positions, only their effect through bottom's attention.
+        residual: top's input is bottom's output, plus the trunk's answer at the positions that crossed.
+        bottleneck: optional layers at the cut; None: there are none.
+        shield: runs bottom with less attention to sensitive tokens; None: bottom runs as it is.
+        guard: adds the gradient of the defence's loss in training; None: no defence.
     """
 
     config_class = PreTrainedConfig
@@ -172,13 +186,14 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def ends(self) -> tuple[Part, Part]:
+        """Bottom and top."""
         return self.bottom, self.top
 
     def get_input_embeddings(self) -> nn.Module:
         return self.bottom.family.embedding_of(self.bottom.model)
 
     def new_cache(self) -> SplitCache:
-        """An empty KV cache, with a session on the trunk that the first forward opens."""
+        """An empty KV cache with a session on the trunk; the first forward opens the session there."""
         return SplitCache(self.bottom, self.trunk.open_session(), self.top)
 
     def forward(
@@ -193,16 +208,16 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As the uncut model's forward.
+        """Logits, and the loss if there are labels, like the uncut model's forward.
 
         Args:
             input_ids: ``[B, L]``.
-            attention_mask: ``[B, past + L]``, 1 for real tokens; None: all are.
-            use_cache: by default when there is neither a gradient nor a label to compute.
-            logits_to_keep: as in transformers; ``labels`` must have as many positions.
+            attention_mask: ``[B, past + L]``, 1 for real tokens; None: all are real.
+            use_cache: by default true without labels and with gradients disabled.
+            logits_to_keep: as in transformers; ``labels`` must cover the same positions.
 
         Raises:
-            DataError: a mask that does not fit.
+            DataError: the mask's shape does not fit, or a row has no token.
         """
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and labels is None and not torch.is_grad_enabled()
@@ -222,31 +237,32 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         cache: SplitCache | None = None,
         share: float = 1.0,
     ) -> Outbound:
-        """All that crosses of a batch, decided here: its positions and records, and bottom's result at these.
+        """Everything of a batch that crosses: its positions, their hidden states and the records they belong to.
 
         Args:
-            input_ids: ``[B, L]``; None where ``inputs_embeds`` ``[B, L, D]`` are given.
+            input_ids: ``[B, L]``; None if ``inputs_embeds`` ``[B, L, D]`` are given.
             inputs: ``attention_mask``, ``position_ids`` and ``use_cache`` as in ``forward``.
             head: ``labels``, ``shift_labels`` and ``logits_to_keep`` as in ``forward``.
-            share: of a step's supervised tokens that are this batch's; weighs the guard's gradient.
+            share: the batch's share of the step's supervised tokens; the factor of the guard's gradient.
 
         Raises:
-            DataError: a mask that does not fit, or a row without a token.
+            DataError: the mask's shape does not fit, or a row has no token.
+            ModelError: bottom trains, but each example is released once.
         """
         new = input_ids if inputs_embeds is None else inputs_embeds
         assert new is not None
         crosses_BL = real_BL = _real(inputs.get("attention_mask"), new)
         labels, targets, keep = head.get("labels"), head.get("shift_labels"), head.get("logits_to_keep", 0)
         if self.tail is not None and not (cache is not None and cache.get_seq_length()):
-            asked = keep if isinstance(keep, int) and keep else 1
-            crosses_BL = crossing(real_BL, self.tail, labels, targets, asked=asked)
+            scored = keep if isinstance(keep, int) and keep else 1
+            crosses_BL = crossing_positions(real_BL, self.tail, labels, targets, scored=scored)
         packing = Packing(crosses_BL)
         if 0 in packing.lengths:
-            raise DataError("a row of padding only", remedy="drop rows without a token")
+            raise DataError("a row holds only padding", remedy="remove rows without a token")
         rows = None
         if input_ids is not None:
-            read = packing if crosses_BL is real_BL else Packing(before_last(real_BL, crosses_BL))
-            rows = read.rows(input_ids)
+            known = packing if crosses_BL is real_BL else Packing(up_to_last_crossing(real_BL, crosses_BL))
+            rows = known.rows(input_ids)
         if cache is None and rows is not None and self.boundary is not None and self.boundary.released is not None:
             return self._released_once(rows, packing, input_ids, inputs)
         h_BLD = self._through_bottom(cache, input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
@@ -256,7 +272,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         elif self.boundary is not None:
             subjects = self.boundary.records.subjects(rows, packing.lengths)
         if self.guard is not None and rows is not None and torch.is_grad_enabled():
-            targets_BL = wanted(real_BL, labels, targets)
+            targets_BL = prediction_targets(real_BL, labels, targets)
             if targets_BL is not None:
                 assert subjects is not None
                 h_BLD = self.guard(h_BLD, packing, rows, targets_BL[crosses_BL], subjects, share)
@@ -267,7 +283,9 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits, and the loss if there are labels, from the trunk's answer.
 
         Args:
-            head: as in ``outbound``, and whatever else top's own forward takes.
+            outbound: the batch, from ``model.outbound``.
+            reply: the trunk's answer to it.
+            head: as in ``outbound``, with any other arguments of top's forward.
         """
         packing, cache, h_BLD = outbound.packing, outbound.cache, outbound.h_BLD
         assert packing is not None
@@ -288,15 +306,15 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=cache)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Write the adapters of the silo's own parts (the base model stays where it is)."""
+        """Write a PEFT adapter folder with the adapters of bottom and top. The base model is not copied."""
         tensors = {name: tensor for part in self.ends for name, tensor in adapters.adapter_of(part).items()}
         if tensors:
             peft = self.top.model.peft_config["default"]
             lora = LoraSection(rank=peft.r, alpha=peft.lora_alpha, targets=tuple(peft.target_modules))
-            adapters.export(Path(save_directory), tensors, lora, self.config._name_or_path)
+            adapters.export_adapter(Path(save_directory), tensors, lora, self.config._name_or_path)
 
     def _through_bottom(self, cache: SplitCache | None, **inputs: Any) -> torch.Tensor:
-        """Bottom's result, ``[B, L, D]``; arguments as for its backbone, less the cache."""
+        """Bottom's output, ``[B, L, D]``; arguments as for its backbone without the cache."""
         if cache is not None:
             inputs["past_key_values"] = cache.bottom
         if self.shield is None:
@@ -304,9 +322,9 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         return self.shield.hidden(self.bottom, None if cache is None else cache.session, **inputs)
 
     def _narrowed(self, h_TD: torch.Tensor, subjects: Subjects | None) -> torch.Tensor:
-        """The numbers that cross of bottom's result, ``[T, W]``.
+        """Bottom's output projected to the width that crosses, ``[T, W]``.
 
-        Where they have a gradient they are clipped here already, so that the gradient knows; the boundary clips all.
+        With a gradient it is clipped here, so that clipping is differentiated. The boundary clips every release again.
         """
         h_TW = h_TD if self._bottleneck is None else self._bottleneck.narrow(h_TD)
         if self.boundary is not None and self.boundary.clips and h_TW.requires_grad and torch.is_grad_enabled():
@@ -317,18 +335,18 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     def _released_once(
         self, rows: Rows, packing: Packing, input_ids: torch.Tensor | None, inputs: dict[str, Any]
     ) -> Outbound:
-        """Examples by number. Bottom runs for those never released before, and for all if top wants its result."""
+        """A batch sent as identifiers. Bottom runs on examples not released before, with a residual path on all."""
         assert self.boundary is not None
         released = self.boundary.released
         assert released is not None
         if any(parameter.requires_grad for parameter in self.bottom.parameters()):
             raise ModelError(
-                "bottom trains, but its hidden states are released once",
-                remedy="freeze bottom, or set boundary.release_once = false",
+                "bottom trains, but boundary.release_once releases its hidden states only once",
+                remedy="set lora.freeze_bottom = true or boundary.release_once = false",
             )
         lengths, subjects = packing.lengths, self.boundary.records.subjects(rows, packing.lengths)
         numbers = [released.number(row, length) for row, length in zip(rows, lengths, strict=True)]
-        new = {number: place for place, number in enumerate(numbers) if number not in released}
+        new = {number: index for index, number in enumerate(numbers) if number not in released}
         fresh = self._fresh(new, rows, lengths, subjects)
         h_BLD = h_TW = None
         if self.residual:
@@ -339,13 +357,16 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _fresh(self, new: dict[int, int], rows: Rows, lengths: list[int], subjects: Subjects) -> list[FreshExample]:
-        """The hidden states of rows at these places, by the examples' numbers.
+        """The hidden states of examples not released before.
 
-        Each row's result must not depend on the others': padded on the right, causal attention needs no mask.
+        A row's result must not depend on other rows: with padding on the right, causal attention needs no mask.
+
+        Args:
+            new: index of each example's row, by identifier.
         """
         if not new:
             return []
-        device, chosen = next(self.bottom.parameters()).device, [rows[place] for place in new.values()]
+        device, chosen = next(self.bottom.parameters()).device, [rows[index] for index in new.values()]
         packing = Packing.of_lengths(list(map(len, chosen)), device, pad_left=False)
         ids_BL = torch.zeros(packing.real_BL.shape, dtype=torch.long, device=device)
         ids_BL[packing.real_BL] = torch.tensor([token for row in chosen for token in row], device=device)
@@ -356,8 +377,8 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         h_BLD = self._through_bottom(None, **inputs)
         h_BLW = h_BLD if self._bottleneck is None else self._bottleneck.narrow(h_BLD)
         return [
-            FreshExample(number, h_LW[len(rows[place]) - lengths[place] : len(rows[place])], subjects.of(place))
-            for (number, place), h_LW in zip(new.items(), h_BLW, strict=True)
+            FreshExample(number, h_LW[len(rows[index]) - lengths[index] : len(rows[index])], subjects.of(index))
+            for (number, index), h_LW in zip(new.items(), h_BLW, strict=True)
         ]
 
     def _tail_alone(
@@ -368,11 +389,14 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor,
         inputs: dict[str, Any],
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Top's input where it knows the answers to a tail alone: it attends to these, from position 0.
+        """Top's input if only a prompt's tail crossed: top attends to those positions alone, numbered from 0.
 
         Args:
-            g_BLD: zero where nothing crossed.
-            inputs: arguments of top's forward; they come back with mask and positions of the tail.
+            g_BLD: the trunk's answer; zero where nothing crossed.
+            inputs: arguments of top's forward.
+
+        Returns:
+            The answer at the kept positions, and ``inputs`` with mask and position ids that fit it.
         """
         start = 0
         if isinstance(logits_to_keep, int) and logits_to_keep:
@@ -380,10 +404,10 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
             start = min(first, crosses_BL.shape[1] - logits_to_keep)
         crossed_BL = crosses_BL[:, start:]
         if cache is not None:
-            crossed_BL = cache.cross(crossed_BL)
+            crossed_BL = cache.add_crossed(crossed_BL)
         g_BLD = g_BLD[:, start:]
-        places_BL = (crossed_BL.cumsum(dim=1) - 1).clamp_min(0)[:, -g_BLD.shape[1] :]
-        return g_BLD, {**inputs, "attention_mask": crossed_BL.long(), "position_ids": places_BL}
+        positions_BL = (crossed_BL.cumsum(dim=1) - 1).clamp_min(0)[:, -g_BLD.shape[1] :]
+        return g_BLD, {**inputs, "attention_mask": crossed_BL.long(), "position_ids": positions_BL}
 
     def _get_candidate_generator(self, **settings: Any) -> Any:
         assistant = settings.get("assistant_model")
@@ -401,12 +425,13 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _real(attention_mask: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """Mask of the new positions with real tokens, ``[B, L]`` bool, checked against the batch's shape."""
     batch, length = new.shape[:2]
     if attention_mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=new.device)
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
         raise DataError(
-            f"an attention mask of shape {tuple(attention_mask.shape)} for {batch} rows of {length} new tokens",
-            remedy="give a 2-D mask over all positions so far, 1 for real tokens",
+            f"the attention mask has shape {tuple(attention_mask.shape)} for {batch} rows of {length} new tokens",
+            remedy="pass a 2-D mask over all positions so far, 1 for real tokens and 0 for padding",
         )
     return attention_mask[:, -length:].bool()

@@ -1,4 +1,4 @@
-"""The boundary: the silo's only exit for tensors. It checks budgets, clips, adds noise, encodes, records the release.
+"""The boundary: the silo's only exit for tensors. It checks budgets, clips, adds noise, encodes, and records releases.
 
 Shapes: T tokens, D width, P parameters.
 """
@@ -23,20 +23,20 @@ from isthmus.silo.released import Released
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 
-WHOLE = Subjects((ALL,), (1,))
-"""The records of an update: one row, about all of them."""
+UPDATE_SUBJECTS = Subjects((ALL,), (1,))
+"""The subjects of an update: one row that belongs to all records."""
 
 
 class Boundary:
-    """Everything that leaves a silo leaves through one of these methods.
+    """Releases a silo's tensors. Every tensor that leaves the silo passes one of its methods.
 
     Args:
         section: mechanism and codec of each path.
         ledger: records each release before it leaves; in memory by default.
-        budget: limits what may still leave; no limit by default.
-        records: finds the record that a sequence belongs to; by default without a silo's data.
-        released: the examples of a silo that releases each of them once; None: hidden states leave at every forward.
-        generator: in place of the secret noise, one whose draws can be repeated.
+        budget: the privacy budgets that releases must fit; unlimited by default.
+        records: maps sequences to the records they belong to; by default it has no rows.
+        released: the stored releases if each example is released once; None: hidden states leave at every forward.
+        generator: seeded source of noise for reproducible tests; None: noise from a secret key.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class Boundary:
             "gradient": mechanism_of(section.gradient),
             "update": mechanism_of(section.update),
         }
-        self._update_event = self._mechanisms["update"].event("update", 0, WHOLE, 0)
-        """The release of any update, but for its step, width and size."""
+        self._update_event = self._mechanisms["update"].event("update", 0, UPDATE_SUBJECTS, 0)
+        """The release of an update, with step, width and size to be filled in."""
         self.ledger = ledger or MemoryLedger()
         self.budget = budget or Budget()
         self.records = records or Records()
@@ -67,19 +67,22 @@ class Boundary:
         self.clips = section.forward.clip > 0
         """Whether hidden states are clipped before they leave."""
         self.limited = self.budget.limited or self.records.limited
-        """Whether anything limits what a record or the silo is charged."""
+        """Whether a record or the silo has a privacy budget."""
         self.released_bytes: Counter[str] = Counter()
-        """Payload bytes that left, by path."""
-        self.admitted_bytes = 0
+        """Payload bytes released so far, by path."""
+        self.received_bytes = 0
+        """Payload bytes decoded so far."""
 
     def release(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> pb.Matrix:
-        """Secure ``h_TD`` and encode it; from here on it may leave, as often as the wire needs.
+        """Clip, noise and encode ``h_TD``. The result may be sent any number of times.
 
         Args:
-            subjects: the records of its rows.
+            path: ``"forward"`` or ``"gradient"``.
+            step: the step's number, for the ledger.
+            subjects: the records that the rows belong to.
 
         Raises:
-            BudgetExhausted: a record's budget, or the silo's, does not allow it. Nothing is charged, nothing leaves.
+            BudgetExhausted: a record's privacy budget, or the silo's, does not allow it. Nothing is charged or leaves.
         """
         event, secured = self._secure(h_TD, path, step, subjects)
         if path == "gradient":
@@ -90,10 +93,13 @@ class Boundary:
         return matrix
 
     def release_example(self, number: int, h_LW: torch.Tensor, step: int, subjects: Subjects) -> pb.Matrix:
-        """Release an example's hidden states for good: the bytes stay on the silo's disk, too, for ``again``.
+        """Release an example's hidden states and store the bytes on disk for ``released_frames``.
+
+        Args:
+            number: the example's identifier.
 
         Raises:
-            BudgetExhausted: as in ``release``.
+            BudgetExhausted: a record's privacy budget, or the silo's, does not allow it. Nothing is charged or leaves.
             DiskFullError: the disk has no room for the ledger's line or the bytes. Nothing leaves.
         """
         assert self.released is not None
@@ -101,58 +107,63 @@ class Boundary:
         self.released.write(number, matrix)
         return matrix
 
-    def again(self, numbers: Iterable[int]) -> Iterator[pb.Keep]:
-        """The frames of examples as they were when they were released (see ``Released.again``)."""
-        assert self.released is not None
-        return self.released.again(numbers)
+    def released_frames(self, numbers: Iterable[int]) -> Iterator[pb.Keep]:
+        """The frames of released examples, with the bytes that were released (see ``Released.frames``).
 
-    def noise_in(self, matrix: pb.Matrix, h_TW: torch.Tensor, subjects: Subjects) -> torch.Tensor:
-        """The noise in a release of ``h_TW``: what mechanism and codec added after clipping, ``[T, W]``."""
+        Raises:
+            RunError: a stored release is missing from the disk.
+        """
+        assert self.released is not None
+        return self.released.frames(numbers)
+
+    def added_noise(self, matrix: pb.Matrix, h_TW: torch.Tensor, subjects: Subjects) -> torch.Tensor:
+        """Noise and rounding error in ``matrix``, a release of ``h_TW``: decoded minus clipped values, ``[T, W]``."""
         rows, width = h_TW.shape
-        arrived = codec.decode(matrix, rows=rows, width=width, codec=self._codec.forward_up, device=h_TW.device)
-        return arrived.to(h_TW) - self.clipped(h_TW.detach(), "forward", subjects)
+        decoded = codec.decode(matrix, rows=rows, width=width, codec=self._codec.forward_up, device=h_TW.device)
+        return decoded.to(h_TW) - self.clipped(h_TW.detach(), "forward", subjects)
 
     def clipped(self, h_TD: torch.Tensor, path: Path, subjects: Subjects) -> torch.Tensor:
-        """The tensor as it will be clipped, with a gradient, so that what is learned knows of the clipping."""
+        """The tensor clipped as a release on this path would clip it, in its own dtype; differentiable."""
         return self._mechanisms[path].clipped(h_TD, subjects).to(h_TD.dtype)
 
-    def rehearsed(self, h_TD: torch.Tensor, path: Path, subjects: Subjects) -> torch.Tensor:
-        """What a release would let out, drawn for the silo's own eyes: it must not leave, so nothing is charged."""
+    def simulated(self, h_TD: torch.Tensor, path: Path, subjects: Subjects) -> torch.Tensor:
+        """The tensor clipped and noised as in a release, float32. It is not charged, so it must stay in the silo."""
         return self._mechanisms[path].secure(h_TD, subjects, self._noise)
 
     def release_update(self, row_P: torch.Tensor, step: int, encode: Callable[[torch.Tensor], pb.Update]) -> pb.Update:
-        """Secure an adapter update, which is one row, and encode it.
+        """Clip, noise and encode an adapter update.
 
         Args:
-            encode: makes the frame that leaves of the secured row, fp32, P, on the CPU.
+            row_P: the update as one row.
+            encode: makes the frame from the noised row, float32 ``[P]`` on the CPU.
 
         Raises:
-            BudgetExhausted: as in ``release``.
+            BudgetExhausted: the silo's privacy budget does not allow it. Nothing is charged or leaves.
         """
         event = replace(self._update_event, step=step, width=len(row_P))
         if self.budget.limited:
-            self.budget.require(event, WHOLE)
-        update = encode(self._mechanisms["update"].secure(row_P.unsqueeze(0), WHOLE, self._noise)[0].cpu())
+            self.budget.require(event, UPDATE_SUBJECTS)
+        update = encode(self._mechanisms["update"].secure(row_P.unsqueeze(0), UPDATE_SUBJECTS, self._noise)[0].cpu())
         size = len(update.masked) + len(update.compressed) + sum(len(tensor.data) for tensor in update.tensors)
         self._note(event, size)
         return update
 
     def release_summed(self, events: Sequence[Release], encode: Callable[[Noise], pb.Update]) -> pb.Update:
-        """Release an update whose noise and clip are those of a sum.
+        """Release an update whose noise is a share of the noise on the sum over silos.
 
         Args:
-            events: the releases in its frame, the update first.
-            encode: makes the frame that leaves, with noise from the given draws.
+            events: the releases that its frame contains, the update first.
+            encode: clips, noises and encodes the update, with noise from the given source.
 
         Raises:
-            BudgetExhausted: as in ``release``.
+            BudgetExhausted: the silo's privacy budget does not allow it. Nothing is charged or leaves.
         """
         first, *others = events
         charges = merged(charge for event in events for charge in event.charges)
-        self.budget.require(replace(first, charges=charges), WHOLE)
+        self.budget.require(replace(first, charges=charges), UPDATE_SUBJECTS)
         update = encode(self._noise)
         self._note(first, len(update.masked))
-        for event in others:  # in the same frame
+        for event in others:  # their bytes are in the same frame
             self._note(event, 0)
         return update
 
@@ -167,15 +178,17 @@ class Boundary:
         """For each sequence of token ids, whether the privacy budgets allow that its last ``lengths`` tokens cross.
 
         Args:
-            forwards: times that the hidden states leave. An example that is released once leaves once, or never again.
-            gradients: times that loss gradients leave, if the recipe lets any leave.
+            rows: token ids of each whole sequence.
+            forwards: number of times that hidden states leave. With release once it counts as one, or as none if the
+                example was released before.
+            gradients: number of times that loss gradients leave; ignored if the recipe lets none leave.
         """
         if not self.limited:
             return [True] * len(rows)
         subjects, released = self.records.subjects(rows, lengths), self.released
         costs = []
-        for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            one, times = subjects.of(place), forwards
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            one, times = subjects.of(index), forwards
             if released is not None and forwards:
                 times = 0 if released.number(row, length) in released else 1
             charges: list[Charge] = []
@@ -189,22 +202,22 @@ class Boundary:
         """Whether the silo's privacy budget allows another update to leave.
 
         Args:
-            charge: the update's; by default that of the boundary's own clip and noise.
+            charge: the update's charge; None: that of the boundary's own clip and noise.
         """
         charges = (charge,) if charge else self._update_event.charges
-        return all(self.budget.affordable([charges], WHOLE))
+        return all(self.budget.affordable([charges], UPDATE_SUBJECTS))
 
-    def admit(self, matrix: pb.Matrix, path: Path, shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
-        """A tensor that came in on this path, on the device and in the dtype of ``like``.
+    def decode_reply(self, matrix: pb.Matrix, path: Path, shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+        """Decode a matrix received on this path, to the device and dtype of ``like``.
 
         Args:
-            shape: the rows and the width that it must have.
+            shape: the expected rows and width.
 
         Raises:
-            FrameError: it is anything else.
+            FrameError: shape, codec or size differ from what is expected, or a value is not finite.
         """
         rows, width = shape
-        self.admitted_bytes += len(matrix.data)
+        self.received_bytes += len(matrix.data)
         name = self._codec.gradient_down if path == "gradient" else self._codec.forward_down
         return codec.decode(matrix, rows=rows, width=width, codec=name, device=like.device).to(like)
 

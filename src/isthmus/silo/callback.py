@@ -1,4 +1,4 @@
-"""Stepping the trunk from a Hugging Face ``Trainer``."""
+"""A callback of the Hugging Face ``Trainer`` that steps the trunk's adapter."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from isthmus.silo.remote import RoundsClient
 
 
 class TrunkStepCallback(TrainerCallback):
-    """Has the trunk step its adapter whenever the trainer's optimizer steps the silo's.
+    """Steps the trunk's adapter at each optimizer step of the trainer.
 
-    One ``train()`` is one round. The trunk's optimizer is the recipe's, at a constant learning rate, and it never
-    sees the trainer's. To train all parts as one model, give ``TrainingArguments`` the recipe's optimizer and rate,
-    ``lr_scheduler_type="constant"``, ``weight_decay=0`` and ``max_grad_norm=0`` (a silo cannot see the trunk's part
-    of the norm), and the recipe as many ``train.steps`` as the trainer takes: after those the trunk saves the round.
+    One ``train()`` is one round. The trunk uses the recipe's optimizer at a constant learning rate, independently of
+    the trainer's. To train all parts as one model, give ``TrainingArguments`` the recipe's optimizer and learning rate,
+    ``lr_scheduler_type="constant"``, ``weight_decay=0`` and ``max_grad_norm=0`` (the silo lacks the trunk's part of
+    the gradient norm), and set ``train.steps`` to the trainer's number of steps: the trunk then saves the round.
 
-    Rows are the trainer's: none is left out in silence. Where a record's privacy budget does not bear a step,
-    ``train()`` ends with ``BudgetExhausted``, and the tensor that would cost too much does not leave.
-    ``boundary.affordable`` tells which rows can take a whole step, so that a data set can be filtered before;
-    ``isthmus silo`` leaves spent rows out itself.
+    No row is skipped. If a record's privacy budget does not allow a step, ``train()`` raises ``BudgetExhausted``, and
+    the tensor that would exceed the budget does not leave. ``boundary.affordable`` says which rows fit their budgets,
+    to filter a data set beforehand. ``isthmus silo`` skips rows whose budget is spent.
 
     Args:
-        rounds: the silo's, ``silo.rounds``.
-        participants: the silos that train together, this one among them; each step waits for all.
-        round: number of this round, from 1; the trunk goes on from the end of the round before.
-        weight: this silo's share in each step, in any unit that all participants use.
+        rounds: the trunk's client, ``silo.rounds``.
+        participants: names of the silos that train together, this one included. Each step waits for all of them.
+        round: number of this round, from 1. The trunk continues from the round before.
+        weight: this silo's weight in the average of a step, in any unit that all participants share.
     """
 
     def __init__(self, rounds: RoundsClient, participants: list[str], *, round: int = 1, weight: float = 1.0) -> None:
@@ -37,11 +36,13 @@ class TrunkStepCallback(TrainerCallback):
         self._step = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the round on the trunk."""
         self._step = 0
         self._rounds.begin(self._round, self._participants)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        """Step the trunk's adapter and wait for it."""
         self._step += 1
         self._rounds.commit(self._round, self._step, self._weight)

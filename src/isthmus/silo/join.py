@@ -1,4 +1,4 @@
-"""Joining: from a recipe and a silo's name to a split model that is connected to the trunk."""
+"""Joining a federation: building a silo's split model from a recipe and connecting it to the trunk."""
 
 from __future__ import annotations
 
@@ -41,27 +41,30 @@ from isthmus.wire.identity import Identity
 
 @dataclass
 class Silo:
-    """One silo's side of the federation."""
+    """A connected silo: its split model, tokenizer, boundary and clients of the trunk."""
 
     model: SplitForCausalLM
     tokenizer: PreTrainedTokenizerBase
     trunk: RemoteTrunk
     rounds: RoundsClient
-    """Begins the trunk's rounds and steps its adapter."""
+    """Client of the trunk's rounds and optimizer steps."""
     boundary: Boundary
+    """The exit of all tensors, with the ledger and the privacy budget."""
 
     @property
     def parts(self) -> tuple[Part, Part]:
+        """Bottom and top."""
         return self.model.ends
 
     @property
     def guard(self) -> Guard | None:
-        """Teaches bottom what may cross, if the recipe has a defence."""
+        """The model's guard; None if the recipe has no ``boundary.defence``."""
         guard = self.model.guard
         assert guard is None or isinstance(guard, Guard)
         return guard
 
     def close(self) -> None:
+        """Close the connection to the trunk and the ledger."""
         self.trunk.channel.close()
         self.boundary.ledger.close()
 
@@ -75,18 +78,17 @@ def join(
     releases: Path | None = None,
     records: Path | None = None,
 ) -> Silo:
-    """Load the ends of the model and connect to the trunk.
+    """Load bottom and top and connect to the trunk.
 
     Args:
-        name: the silo's, as in the recipe.
-        ledger: notes what leaves; in memory by default.
-        channel: a way to the trunk other than the recipe's address.
-        releases: where a silo that releases each example once keeps what it released; by default a folder that goes
-            with the process, as such a ledger does.
-        records: where the silo keeps the key of its records' names; by default they last as long as the process.
+        name: the silo's name in the recipe.
+        ledger: records releases; None: a ledger in memory.
+        channel: a connection to the trunk; None: one to the recipe's address.
+        releases: folder for released examples (``boundary.release_once``); None: a temporary folder, deleted at exit.
+        records: folder for the key of record names and the noise scale; None: they end with the process.
 
     Raises:
-        IsthmusError: the model folder, the device, the certificates or the trunk are unusable; the kind says which.
+        IsthmusError: the model folder, device, certificates or trunk cannot be used; its type says which.
     """
     device = find_device(recipe.party(name).device)
     checkpoint = Checkpoint(recipe.model.path)
@@ -95,23 +97,23 @@ def join(
     if channel is None:
         channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
     ledger = ledger or MemoryLedger()
-    known = open_records(recipe, tokenizer, records)
+    silo_records = open_records(recipe, tokenizer, records)
     boundary = Boundary(
         recipe.boundary,
         ledger,
         budget=Budget(recipe.privacy, ledger.history()),
-        records=known,
+        records=silo_records,
         released=_open_released(recipe, bottom, checkpoint, releases),
     )
-    model = assemble(recipe, checkpoint, (bottom, top), channel, boundary)
+    model = build_model(recipe, checkpoint, (bottom, top), channel, boundary)
     assert isinstance(model.trunk, RemoteTrunk)
     return Silo(model, tokenizer, model.trunk, RoundsClient(channel), boundary)
 
 
-def assemble(
+def build_model(
     recipe: Recipe, checkpoint: Checkpoint, ends: tuple[Part, Part], channel: Channel, boundary: Boundary
 ) -> SplitForCausalLM:
-    """The split model of a silo, of its ends and the trunk behind this channel."""
+    """The split model of these ends (bottom, top) and the trunk at the other side of this channel, in eval mode."""
     bottom, top = ends
     section, bottleneck = recipe.boundary, Bottleneck.of(bottom, top)
     denoise = bottleneck is not None and bottleneck.denoises
@@ -134,25 +136,29 @@ def assemble(
         shield=Shield(boundary.records, strength) if strength else None,
         guard=guard,
     )
-    with suppress(OSError):  # a model folder may lack one
+    with suppress(OSError):  # a model folder may lack a generation configuration
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     model.eval()
     return model
 
 
 def open_records(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> Records:
-    """The register of a silo, kept in this folder if one is given.
+    """The records of a silo without rows.
+
+    Args:
+        folder: as ``records`` in ``join``.
 
     Raises:
-        RecipeError, DataError, ModelError: sensitivity is asked for, but its function, its file of names or the
-            tokenizer is unusable.
+        RecipeError: the function of ``[sensitivity]`` cannot be imported.
+        DataError: the file of names of ``[sensitivity]`` is unusable.
+        ModelError: the recipe has ``[sensitivity]``, but the tokenizer does not support it.
     """
     if recipe.sensitivity is None:
         return Records(folder)
     if not tokenizer.is_fast:
         raise ModelError(
-            "sensitivity needs to know which characters a token stands for, and this tokenizer cannot say",
-            remedy="use a model with a tokenizer.json, or leave out [sensitivity]",
+            "[sensitivity] needs a fast tokenizer, which maps tokens to characters; this model has a slow one",
+            remedy="use a model folder with a tokenizer.json, or remove [sensitivity] from the recipe",
         )
 
     def decode(ids: list[int]) -> str:
@@ -162,31 +168,36 @@ def open_records(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Pat
     return Records(folder, Sensitivity(recipe.sensitivity), decode)
 
 
-def known_data(recipe: Recipe, name: str, silo: Silo) -> SiloData:
-    """The silo's rows, which its register knows from now on.
+def load_data(recipe: Recipe, name: str, silo: Silo) -> SiloData:
+    """The silo's rows from the recipe's files. They are added to the silo's records.
 
     Raises:
         DataError: a file is unusable, or the silo's own sensitivity function failed.
     """
     records = silo.boundary.records
     data = SiloData(recipe.party(name), recipe, silo.tokenizer, records.sensitivity)
-    records.learn([*data.train, *data.held_out], data.train, recipe.boundary.tail)
+    records.add_rows([*data.train, *data.held_out], data.train, recipe.boundary.tail)
     return data
 
 
 def load_ends(checkpoint: Checkpoint, recipe: Recipe, device: torch.device = CPU) -> tuple[Part, Part]:
-    """Bottom and top with fresh adapters, on this device."""
+    """Bottom and top with initial adapters, on this device.
+
+    Raises:
+        ModelError: the checkpoint is incomplete, or the recipe's adapters do not fit it.
+        CutError: the recipe's cut does not fit the model.
+    """
     cut = Cut(recipe.model.bottom, recipe.model.top)
     dtype = getattr(torch, recipe.model.dtype)
     bottom = load_part(checkpoint, cut, "bottom", dtype=dtype, device=device)
     top = load_part(checkpoint, cut, "top", dtype=dtype, device=device, tied=bottom)
     for part in (bottom, top):
-        adapters.equip(part, recipe)
+        adapters.add_trained_layers(part, recipe)
     return bottom, top
 
 
 def greeting(checkpoint: Checkpoint, recipe: Recipe) -> pb.Hello:
-    """The first frame to the trunk: what model and cut this silo has."""
+    """The first frame to the trunk: protocol version, model fingerprint, cut, and a random identifier of this call."""
     return pb.Hello(
         version=frames.VERSION,
         fingerprint=checkpoint.fingerprint,
@@ -199,7 +210,17 @@ def greeting(checkpoint: Checkpoint, recipe: Recipe) -> pb.Hello:
 def connect(
     recipe: Recipe, name: str, service: str, address: str, hello: pb.Hello | None = None, *, server: str | None = None
 ) -> GrpcChannel:
-    """A channel of this silo to ``Trunk`` or ``Root`` (see ``GrpcChannel``)."""
+    """A channel from a silo to a server.
+
+    Args:
+        name: the silo's name, which selects its certificate.
+        service: gRPC service, ``"Trunk"`` or ``"Root"``.
+        hello: first frame of the connection.
+        server, address: as in ``GrpcChannel``.
+
+    Raises:
+        IsthmusError: the silo's certificate is missing or unusable.
+    """
     identity = Identity.load(Path(recipe.wire.certificates), name)
     return GrpcChannel(
         address,
@@ -213,15 +234,15 @@ def connect(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder.
+    """The tokenizer of a model folder, with padding on the left and a padding token.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the folder has no usable tokenizer.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer in {folder}", remedy="put the model's tokenizer files there") from error
+        raise ModelError(f"no usable tokenizer in {folder}", remedy="copy the model's tokenizer files there") from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -229,12 +250,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _open_released(recipe: Recipe, bottom: Part, checkpoint: Checkpoint, folder: Path | None) -> Released | None:
-    """The silo's released examples, in this folder or in one that goes with the process."""
+    """The silo's released examples in this folder or in a temporary one; None without ``boundary.release_once``."""
     if not recipe.boundary.release_once:
         return None
     if folder is not None:
         return Released(folder, bottom, recipe, checkpoint.fingerprint)
-    passing = tempfile.mkdtemp(prefix="isthmus-released-")
-    released = Released(Path(passing), bottom, recipe, checkpoint.fingerprint)
-    weakref.finalize(released, shutil.rmtree, passing, ignore_errors=True)
+    temporary = tempfile.mkdtemp(prefix="isthmus-released-")
+    released = Released(Path(temporary), bottom, recipe, checkpoint.fingerprint)
+    weakref.finalize(released, shutil.rmtree, temporary, ignore_errors=True)
     return released

@@ -1,8 +1,9 @@
-"""A training step in micro-batches, several of them under way at once: latency and the two sides' work overlap.
+"""Pipelined training: a step is split into micro-batches that are in flight at once.
 
-While one crosses or the trunk computes it, bottom or top computes another; the sum of gradients is the same.
+While one crosses, or the trunk computes it, bottom or top computes another. The sum of the gradients is that of one
+batch.
 
-Shapes: B rows, L positions, T tokens that cross, D the model's width, W numbers that cross of it.
+Shapes: B rows, L positions, T tokens that cross, D the model's width, W the width that crosses.
 """
 
 from __future__ import annotations
@@ -21,33 +22,35 @@ from isthmus.silo.trainer import Step
 
 @dataclass
 class MicroBatch:
-    """One micro-batch and how far it has come."""
+    """A micro-batch in flight."""
 
     batch: Batch
     share: float
-    """Of the step's supervised tokens that are this part's."""
+    """Its share of the step's supervised tokens, 0 to 1."""
     outbound: Outbound
+    """What was sent, with the state that the silo keeps."""
     leaf_BLD: torch.Tensor | None
-    """Bottom's result cut off from its graph, as a residual path takes it to top; None without one."""
+    """Bottom's output detached from its graph, the input of the residual path; None without a residual path."""
     pending: PendingStep
+    """The request in flight: the forward, then the backward."""
 
 
 def pipelined_step(model: SplitForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch, micro_batches: int) -> Step:
-    """As ``trainer.train_step``, with the batch's rows in this many micro-batches (or one a row, if rows are fewer)."""
+    """One optimizer step like ``trainer.train_step``, in up to ``micro_batches`` micro-batches of at least one row."""
     trunk = model.trunk
     assert isinstance(trunk, RemoteTrunk)
     started = time.perf_counter()
     optimizer.zero_grad()
     parts = [_send(model, trunk, part, part.supervised / batch.supervised) for part in batch.parts(micro_batches)]
-    losses = [_turn(model, trunk, part) for part in parts]
+    losses = [_finish_forward(model, trunk, part) for part in parts]
     for part in parts:
-        _return(part, trunk.receive(part.pending) if trunk.wants_gradient(part.outbound) else None)
+        _finish_backward(part, trunk.receive(part.pending) if trunk.wants_gradient(part.outbound) else None)
     optimizer.step()
     return Step(sum(losses), batch.supervised, batch.tokens, time.perf_counter() - started)
 
 
 def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch, share: float) -> MicroBatch:
-    """Through bottom, where that is not done once for all, and off to the trunk."""
+    """Run bottom on a micro-batch and send its hidden states. Released examples do not need bottom."""
     outbound = model.outbound(batch.input_ids, batch.places(), batch.supervision(), share=share)
     h_BLD = outbound.h_BLD
     leaf_BLD = h_BLD.detach().requires_grad_(h_BLD.requires_grad) if model.residual and h_BLD is not None else None
@@ -55,25 +58,25 @@ def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch, share: floa
     return MicroBatch(batch, share, outbound, leaf_BLD, pending)
 
 
-def _turn(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatch) -> float:
-    """Through top to the loss and back, and the gradient off to the trunk; returns this part's share of the loss."""
-    arrived_TD = trunk.receive(part.pending)
-    assert arrived_TD is not None
-    arrived_TD.requires_grad_(trunk.gradients)
-    cut_off = replace(part.outbound, h_BLD=part.leaf_BLD)
-    output = model.inbound(cut_off, Reply(arrived_TD, part.pending.noise_TW), part.batch.supervision())
+def _finish_forward(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatch) -> float:
+    """Receive the trunk's answer, run top forward and backward, send the gradient. Returns the part's share of loss."""
+    received_TD = trunk.receive(part.pending)
+    assert received_TD is not None
+    received_TD.requires_grad_(trunk.gradients)
+    detached = replace(part.outbound, h_BLD=part.leaf_BLD)
+    output = model.inbound(detached, Reply(received_TD, part.pending.noise_TW), part.batch.supervision())
     loss: torch.Tensor = output.loss * part.share
     loss.backward()  # type: ignore[no-untyped-call]
     if trunk.wants_gradient(part.outbound):
-        assert arrived_TD.grad is not None
+        assert received_TD.grad is not None
         h_TW = part.outbound.h_TW
         reply = h_TW is not None and h_TW.requires_grad
-        part.pending = trunk.send_gradient(part.pending, arrived_TD.grad, reply=reply)
+        part.pending = trunk.send_gradient(part.pending, received_TD.grad, reply=reply)
     return float(loss.detach())
 
 
-def _return(part: MicroBatch, gradient_TW: torch.Tensor | None) -> None:
-    """Bottom's gradients: of the hidden states that crossed, and of the residual path."""
+def _finish_backward(part: MicroBatch, gradient_TW: torch.Tensor | None) -> None:
+    """Run bottom's backward from the gradients of the hidden states that crossed and of the residual path."""
     residual = None if part.leaf_BLD is None else part.leaf_BLD.grad
     pairs = ((part.outbound.h_TW, gradient_TW), (part.outbound.h_BLD, residual))
     given = [(state, gradient) for state, gradient in pairs if state is not None and gradient is not None]

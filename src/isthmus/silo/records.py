@@ -1,4 +1,4 @@
-"""The records: tells the boundary whom tensors are about and how sensitive they are, from the tokens behind them."""
+"""The records that token sequences belong to, and the sensitivity of their tokens."""
 
 from __future__ import annotations
 
@@ -24,35 +24,37 @@ from isthmus.privacy.subjects import Subjects
 from isthmus.silo.secrets import read_secret
 from isthmus.storage.record import disk_errors, writing
 
-ROWS = 16384
-"""Rows whose classes are remembered."""
-Row = list[int]
+CACHED_ROWS = 16384
+"""Number of rows whose classes are cached."""
+TokenIds = list[int]
+"""The token ids of one sequence, without padding."""
 
 
 @dataclass
-class Known:
-    """A prompt of the silo's own data, and what its rows answer."""
+class KnownPrompt:
+    """A prompt of the silo's own data, with the answers of its rows."""
 
     length: int
+    """Number of the prompt's tokens."""
     classes: tuple[int, ...] = ()
-    """Of the prompt's tokens, where they are asked for."""
-    answers: list[tuple[Row, tuple[int, ...]]] = field(default_factory=list)
+    """Sensitivity class of each of the prompt's tokens; empty without sensitivity."""
+    answers: list[tuple[TokenIds, tuple[int, ...]]] = field(default_factory=list)
+    """Token ids and sensitivity classes of each answer; empty without sensitivity."""
     found: set[int] = field(default_factory=set)
-    """All classes in prompt and answers."""
+    """All sensitivity classes in prompt and answers."""
 
 
 class Records:
-    """Finds the record and the classes of each sequence that crosses.
+    """Maps each sequence that crosses to its record and its tokens to sensitivity classes.
 
-    A record's name is a keyed hash of its prompt: whatever is answered, a row of the silo's data stays one record, and
-    names in a ledger do not give guesses of the text away to whoever lacks the key. A sequence that begins with no
-    prompt of the data is a record of its own.
+    A record's name is a keyed hash of its prompt. A row of the silo's data is therefore the same record whatever the
+    answer, and nobody without the key can check a guess of the text against the names in a ledger. A sequence that
+    starts with no prompt of the data is a record of its own.
 
     Args:
-        folder: where the key and the scale of the noise are kept, in the silo's own directory; None: they last as long
-            as the process.
-        sensitivity: says how sensitive text is; None: all alike.
-        decode: text of tokens; needed with ``sensitivity``.
+        folder: folder, in the silo's own directory, for the key and the noise scale; None: they end with the process.
+        sensitivity: classifies text; None: all text is equally sensitive.
+        decode: converts token ids to text; required with ``sensitivity``.
     """
 
     def __init__(
@@ -62,24 +64,25 @@ class Records:
         self._decode = decode
         self._folder = folder
         self._key = secrets.token_bytes(32) if folder is None else read_secret(folder / "record-key")
-        self._unknown = itertools.count(1)
-        self._known: dict[str, Known] = {}
+        self._unnamed = itertools.count(1)
+        self._known: dict[str, KnownPrompt] = {}
         self._lengths: list[int] = []
-        self._scale = self._kept_scale()
-        self._classes = lru_cache(ROWS)(self._classes_of)
+        self._scale = self._read_scale()
+        self._classes = lru_cache(CACHED_ROWS)(self._classes_of)
         classes = {} if sensitivity is None else sensitivity.section.classes
         self.limited = any(one.epsilon is not None for one in classes.values())
-        """Whether a class of sensitive text limits what a record is charged."""
+        """Whether a sensitivity class sets a privacy budget for its records."""
 
-    def learn(self, rows: Iterable[Tokens], train: Iterable[Tokens] = (), tail: int | None = None) -> None:
-        """Know these rows of the silo's data.
+    def add_rows(self, rows: Iterable[Tokens], train: Iterable[Tokens] = (), tail: int | None = None) -> None:
+        """Add rows of the silo's data, whose prompts then identify records.
 
         Args:
-            train: those that train: over what crosses of them, the mean power of the noise is the boundary's.
-            tail: how many of a prompt's last tokens cross; None: all.
+            train: the training rows. Noise is scaled so that its mean power over their crossing tokens is the
+                boundary's; a scale read from ``folder`` takes precedence.
+            tail: number of a prompt's last tokens that cross; None: all.
         """
         for row in rows:
-            known = self._known.setdefault(self._name(row.prompt), Known(len(row.prompt)))
+            known = self._known.setdefault(self._name(row.prompt), KnownPrompt(len(row.prompt)))
             if row.classes is not None:
                 own = row.classes[: known.length]
                 known.classes = tuple(map(max, known.classes, own)) if known.classes else own
@@ -88,27 +91,31 @@ class Records:
         self._lengths = sorted({known.length for known in self._known.values()})
         self._classes.cache_clear()
         if self.sensitivity is not None and self._scale is None:
-            self._keep_scale(self.sensitivity.root_mean_square(_crossing(train, tail)))
+            self._write_scale(self.sensitivity.root_mean_square(_crossing_classes(train, tail)))
 
-    def subjects(self, rows: list[Row] | None, lengths: list[int]) -> Subjects:
-        """Whom a tensor is about.
+    def subjects(self, rows: list[TokenIds] | None, lengths: list[int]) -> Subjects:
+        """The records that a tensor's sequences belong to.
 
         Args:
-            rows: token ids of each whole sequence so far; None where the model was given embeddings: then every
-                sequence is a record of its own, and nothing in it sensitive.
-            lengths: of each sequence, how many of its last tokens cross.
+            rows: token ids of each whole sequence so far; None for embeddings: each sequence is then a new record
+                without sensitive tokens.
+            lengths: number of each sequence's last tokens that cross.
 
         Raises:
             DataError: the silo's own sensitivity function failed.
         """
         if rows is None:
-            unknown = tuple(f"unknown-{next(self._unknown)}" for _ in lengths)
-            return self.weighed(Subjects(unknown, tuple(lengths)), [[0] * length for length in lengths])
-        subjects = Subjects(self.records(rows), tuple(lengths))
-        return subjects if self.sensitivity is None else self.weighed(subjects, self.classes(rows))
+            unknown = tuple(f"unknown-{next(self._unnamed)}" for _ in lengths)
+            return self.with_sensitivity(Subjects(unknown, tuple(lengths)), [[0] * length for length in lengths])
+        subjects = Subjects(self.record_names(rows), tuple(lengths))
+        return subjects if self.sensitivity is None else self.with_sensitivity(subjects, self.classes(rows))
 
-    def weighed(self, subjects: Subjects, classes: list[list[int]] | None) -> Subjects:
-        """The same with factors and budgets, by the classes of each whole sequence; they cross with their last."""
+    def with_sensitivity(self, subjects: Subjects, classes: list[list[int]] | None) -> Subjects:
+        """``subjects`` with noise factors and budgets; unchanged without sensitivity or ``classes``.
+
+        Args:
+            classes: sensitivity class of each token of each whole sequence, whose last tokens cross.
+        """
         if self.sensitivity is None or classes is None:
             return subjects
         crossing = [row[len(row) - length :] for row, length in zip(classes, subjects.lengths, strict=True)]
@@ -118,33 +125,33 @@ class Records:
         budgets = [self.sensitivity.epsilon({*row, *more}) for row, more in zip(classes, known, strict=True)]
         return replace(subjects, factors_T=factors_T, budgets=tuple(budgets))
 
-    def records(self, rows: list[Row]) -> tuple[str, ...]:
-        """The record of each whole sequence."""
+    def record_names(self, rows: list[TokenIds]) -> tuple[str, ...]:
+        """The name of each whole sequence's record, 16 hex digits."""
         return tuple(self._prompt_of(row) or self._name(row) for row in rows)
 
-    def classes(self, rows: list[Row]) -> list[list[int]] | None:
-        """The classes of each whole sequence's tokens; None where nobody asks for them."""
+    def classes(self, rows: list[TokenIds]) -> list[list[int]] | None:
+        """The sensitivity class of each token of each whole sequence; None without sensitivity."""
         return None if self.sensitivity is None else [list(self._classes(tuple(row))) for row in rows]
 
-    def reading(self, row: Row) -> Detokenizer:
-        """A sequence that will go on, with what the data says of its beginning."""
+    def detokenizer(self, row: TokenIds) -> Detokenizer:
+        """A detokenizer that has read ``row`` and takes further tokens; known classes from the data are applied."""
         assert self.sensitivity is not None
         assert self._decode is not None
-        reading = Detokenizer(self.sensitivity, self._decode)
-        reading.extend(row)
-        reading.raise_to(self._beginning(row))
-        return reading
+        detokenizer = Detokenizer(self.sensitivity, self._decode)
+        detokenizer.extend(row)
+        detokenizer.raise_to(self._known_classes(row))
+        return detokenizer
 
-    def history(self, rows: int) -> History:
-        """Of a generation of so many rows."""
-        return History(self, rows)
+    def history(self, rows: int) -> SequenceHistory:
+        """The history of a new generation of ``rows`` sequences."""
+        return SequenceHistory(self, rows)
 
     def _classes_of(self, row: tuple[int, ...]) -> list[int]:
-        known = self._beginning(list(row))
-        return known if len(known) == len(row) else self.reading(list(row)).classes
+        known = self._known_classes(list(row))
+        return known if len(known) == len(row) else self.detokenizer(list(row)).classes
 
-    def _beginning(self, row: Row) -> list[int]:
-        """Classes of as many of the first tokens as the data knows."""
+    def _known_classes(self, row: TokenIds) -> list[int]:
+        """Sensitivity classes of the row's first tokens, as far as they match a row of the data."""
         name = self._prompt_of(row)
         if name is None:
             return []
@@ -156,8 +163,8 @@ class Records:
         ]
         return [*known.classes, *max(same, key=len, default=())]
 
-    def _prompt_of(self, row: Row) -> str | None:
-        """The name of the longest known prompt that the row begins with."""
+    def _prompt_of(self, row: TokenIds) -> str | None:
+        """The record name of the longest known prompt that the row starts with; None if there is none."""
         found, done = None, 0
         digest = hashlib.blake2b(key=self._key, digest_size=8)
         tokens = array("q", row)
@@ -167,11 +174,11 @@ class Records:
             found = name if name in self._known else found
         return found
 
-    def _name(self, row: Row) -> str:
+    def _name(self, row: TokenIds) -> str:
         return hashlib.blake2b(array("q", row).tobytes(), key=self._key, digest_size=8).hexdigest()
 
-    def _kept_scale(self) -> float | None:
-        """What this silo found before, with the same section of the recipe."""
+    def _read_scale(self) -> float | None:
+        """The stored noise scale, if it was computed with the same recipe section; None otherwise."""
         if self._folder is None or self.sensitivity is None or not (path := self._folder / "sensitivity.json").exists():
             return None
         try:
@@ -183,7 +190,7 @@ class Records:
             raise RunError(f"{path} is damaged", remedy="delete it: it is computed again from the data") from error
         return scale if same else None
 
-    def _keep_scale(self, scale: float) -> None:
+    def _write_scale(self, scale: float) -> None:
         self._scale = scale
         if self._folder is not None and self.sensitivity is not None:
             path = self._folder / "sensitivity.json"
@@ -192,79 +199,83 @@ class Records:
                 temporary.write_text(json.dumps({"scale": scale, "section": section}))
 
 
-class History:
-    """What the rows of one generation have said so far. A row's record is that of its prompt, however it goes on."""
+class SequenceHistory:
+    """The sequences of one generation so far. A sequence's record is that of its prompt, whatever tokens follow."""
 
     def __init__(self, records: Records, rows: int) -> None:
-        self._known_to = records
+        self._source = records
         self._lengths: list[int] | None = [0] * rows
-        """Tokens of each row; None once embeddings came without tokens."""
+        """Number of tokens of each row; None after embeddings were given in place of tokens."""
         self._records: tuple[str, ...] = ()
-        self._readings: list[Detokenizer] = []
-        self._heard: list[Row] | None = None
-        """New tokens that ``subjects`` need not add, since they were told before."""
+        self._detokenizers: list[Detokenizer] = []
+        self._unclaimed: list[TokenIds] | None = None
+        """Tokens given to ``read_tokens`` for which ``subjects`` was not called yet."""
 
-    def hear(self, rows: list[Row] | None) -> list[list[int]] | None:
-        """Go on with these tokens; returns the classes of all rows, from their beginnings.
+    def read_tokens(self, rows: list[TokenIds] | None) -> list[list[int]] | None:
+        """Append new tokens.
 
         Args:
-            rows: the new tokens of each row, or None.
+            rows: the new token ids of each row; None for embeddings.
+
+        Returns:
+            The sensitivity class of each token of each row, from its first token; None without sensitivity.
         """
         if rows is None or self._lengths is None:
-            self._lengths, self._heard, self._readings = None, None, []
+            self._lengths, self._unclaimed, self._detokenizers = None, None, []
             return None
         first = not self._records
         if first:
-            self._records = self._known_to.records(rows)
+            self._records = self._source.record_names(rows)
         self._lengths = [old + len(new) for old, new in zip(self._lengths, rows, strict=True)]
-        self._heard = rows
-        if self._known_to.sensitivity is None:
+        self._unclaimed = rows
+        if self._source.sensitivity is None:
             return None
         if first:
-            self._readings = [self._known_to.reading(row) for row in rows]
+            self._detokenizers = [self._source.detokenizer(row) for row in rows]
         else:
-            for reading, row in zip(self._readings, rows, strict=True):
-                reading.extend(row)
-        return [reading.classes for reading in self._readings]
+            for detokenizer, row in zip(self._detokenizers, rows, strict=True):
+                detokenizer.extend(row)
+        return [detokenizer.classes for detokenizer in self._detokenizers]
 
-    def subjects(self, rows: list[Row] | None, lengths: list[int]) -> Subjects:
-        """Whom the next tensor is about.
+    def subjects(self, rows: list[TokenIds] | None, lengths: list[int]) -> Subjects:
+        """The records that the next tensor's sequences belong to. New tokens are appended.
 
         Args:
-            rows: the new tokens of each row, or None.
-            lengths: how many of them cross.
+            rows: the new token ids of each row, up to the last that crosses; None for embeddings. If ``read_tokens``
+                has appended them, they are not appended again.
+            lengths: number of new tokens of each row that cross.
         """
-        if self._heard is None:
-            self.hear(rows)
-        heard, self._heard = self._heard, None
-        if rows is None or heard is None:
-            subjects = self._known_to.subjects(None, lengths)
+        if self._unclaimed is None:
+            self.read_tokens(rows)
+        appended, self._unclaimed = self._unclaimed, None
+        if rows is None or appended is None:
+            subjects = self._source.subjects(None, lengths)
             self._records = self._records or subjects.records
             return replace(subjects, records=self._records)
         classes = None
-        if self._known_to.sensitivity is not None:
-            late = [len(told) - len(row) for told, row in zip(heard, rows, strict=True)]
-            pairs = zip(self._readings, late, strict=True)
-            classes = [reading.classes[: len(reading) - dropped] for reading, dropped in pairs]
-        return self._known_to.weighed(Subjects(self._records, tuple(lengths)), classes)
+        if self._source.sensitivity is not None:
+            extra = [len(all_new) - len(row) for all_new, row in zip(appended, rows, strict=True)]
+            pairs = zip(self._detokenizers, extra, strict=True)
+            classes = [detokenizer.classes[: len(detokenizer) - count] for detokenizer, count in pairs]
+        return self._source.with_sensitivity(Subjects(self._records, tuple(lengths)), classes)
 
-    def forget(self, positions: int) -> None:
+    def crop(self, positions: int) -> None:
         """Drop this many tokens from the end of every row."""
         if self._lengths is not None:
             self._lengths = [length - positions for length in self._lengths]
-        for reading in self._readings:
-            reading.forget(positions)
+        for detokenizer in self._detokenizers:
+            detokenizer.forget(positions)
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order."""
         self._records = tuple(self._records[row] for row in rows)
-        self._readings = [self._readings[row].copy() for row in rows] if self._readings else []
+        self._detokenizers = [self._detokenizers[row].copy() for row in rows] if self._detokenizers else []
         if self._lengths is not None:
             self._lengths = [self._lengths[row] for row in rows]
 
 
-def _crossing(rows: Iterable[Tokens], tail: int | None) -> Iterable[int]:
-    """Classes of the tokens that cross in training: all but a row's last, and of its prompt no more than the tail."""
+def _crossing_classes(rows: Iterable[Tokens], tail: int | None) -> Iterable[int]:
+    """Sensitivity classes of the tokens that cross in training: all but a row's last, and only the prompt's tail."""
     for row in rows:
         prompt = len(row.prompt)
         first = 0 if tail is None else max(0, prompt - tail)

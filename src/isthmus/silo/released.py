@@ -1,4 +1,4 @@
-"""The examples that a silo has released once: their hidden states, noised and encoded, as they left."""
+"""The examples that a silo released: the noised, encoded hidden states of each, stored on the silo's disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from isthmus.errors import RunError
-from isthmus.model.bottleneck import DOWN, tensor_of
+from isthmus.model.bottleneck import DOWN, layer_weight
 from isthmus.model.cut import Part
 from isthmus.recipe import Recipe
 from isthmus.silo.secrets import read_secret
@@ -17,19 +17,19 @@ from isthmus.wire import isthmus_pb2 as pb
 
 
 class Released:
-    """Gives each example a number, and keeps on disk what was released under it.
+    """Identifiers of examples, and the stored release of each.
 
-    An example is one sequence of which the last tokens cross. Its number is 64 bits of a hash, keyed by a secret of
-    this silo, over the tokens, the base model, the bottleneck, and all that secures and encodes the states. So a silo
-    that starts again knows its releases, other text or another bottom never passes for one (but by a chance of n²/2⁶⁵
-    among n examples), and numbers tell the trunk only which examples are the same.
+    An example is one sequence of which the last tokens cross. Its identifier is 64 bits of a keyed hash of the tokens,
+    the base model, the bottleneck, and the mechanism and codec; the key is a secret of this silo. A restarted silo
+    therefore recognizes its releases, and other text or another bottom has another identifier (n examples collide
+    with a probability of n²/2⁶⁵). To the trunk, identifiers only show which examples are equal.
 
-    The trunk may forget an example. It is then sent again as it was: noise drawn anew would be a second release.
+    The trunk may evict an example. The stored bytes are then sent again: new noise would be a second release.
 
     Args:
-        folder: of the bytes and the secret; in the silo's own directory.
-        bottom: it does not train.
-        fingerprint: of the base model.
+        folder: folder of the bytes and the secret, in the silo's own directory.
+        bottom: the silo's bottom, which is frozen.
+        fingerprint: the base model's (``Checkpoint.fingerprint``).
     """
 
     def __init__(self, folder: Path, bottom: Part, recipe: Recipe, fingerprint: str) -> None:
@@ -45,12 +45,12 @@ class Released:
         ]
         if recipe.sensitivity is not None:
             identity.append(recipe.sensitivity.model_dump_json())
-        if (down_WD := tensor_of(bottom, DOWN)) is not None:
+        if (down_WD := layer_weight(bottom, DOWN)) is not None:
             identity.append(hashlib.blake2b(down_WD.detach().cpu().numpy().tobytes()).hexdigest())
         self._hash = hashlib.blake2b("\n".join(identity).encode(), key=read_secret(folder / "secret"), digest_size=8)
 
     def number(self, row: list[int], length: int) -> int:
-        """The number of the example that is the last ``length`` tokens of this row."""
+        """The identifier of the example ``row``, of which the last ``length`` tokens cross; 0 to 2⁶⁴ − 1."""
         digest = self._hash.copy()
         digest.update(array("q", (length, *row)).tobytes())
         return int.from_bytes(digest.digest(), "little")
@@ -60,24 +60,24 @@ class Released:
         return number in self._store
 
     def write(self, number: int, matrix: pb.Matrix) -> None:
-        """Keep an example as it is released.
+        """Store an example's release.
 
         Raises:
-            DiskFullError: there is no room.
+            DiskFullError: the disk is full.
         """
         self._store.write(number, matrix.SerializeToString())
 
-    def again(self, numbers: Iterable[int]) -> Iterator[pb.Keep]:
-        """The frames of these examples as they were when they were released.
+    def frames(self, numbers: Iterable[int]) -> Iterator[pb.Keep]:
+        """The frames of these examples with the bytes that were released, without repeats.
 
         Raises:
-            RunError: the silo's disk has lost one.
+            RunError: a stored release is missing from the disk.
         """
         for number in dict.fromkeys(numbers):
             data = self._store.read(number)
             if data is None:
                 raise RunError(
-                    f"the released example {number:016x} is gone from {self._folder}",
-                    remedy="start the silo again: it will be released, and charged, once more",
+                    f"the released example {number:016x} is missing from {self._folder}",
+                    remedy="restart the silo: it releases the example again and charges its privacy budget again",
                 )
             yield pb.Keep(example=number, hidden=pb.Matrix.FromString(data))

@@ -1,6 +1,6 @@
-"""The trunk as a silo sees it: a module whose forward and backward cross the wire, and a client of its rounds.
+"""The trunk as an autograd module whose forward and backward cross the wire, and a client of the trunk's rounds.
 
-Shapes: T tokens of all sequences one after another, D the model's width, W numbers that cross of it.
+Shapes: T tokens of all sequences one after another, D the model's width, W the width that crosses.
 """
 
 from __future__ import annotations
@@ -26,41 +26,42 @@ from isthmus.silo.session import RemoteSession
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
 
-KEEPS = 64
-"""Examples that may be on their way to the trunk at a time."""
+MAX_PENDING_EXAMPLES = 64
+"""Largest number of examples sent to the trunk whose answers have not arrived."""
 
 
 @dataclass
 class PendingStep:
-    """A forward or backward that was sent, until its answer is there."""
+    """A forward or backward request whose answer has not been read yet."""
 
     step: int
     path: Path
     answer: Answer
     shape: tuple[int, int]
-    """Rows and width of the matrix in the answer."""
+    """Expected shape of the answer's matrix: rows and width."""
     like: torch.Tensor
-    """Any tensor on the device and of the dtype that the answer is wanted in."""
+    """A tensor with the device and dtype for the answer."""
     subjects: Subjects
+    """The records that the sequences belong to."""
     width: int
-    """Of the hidden states that were sent: W."""
+    """Width of the hidden states that were sent: W."""
     reply: bool = True
     """Whether the answer holds a matrix."""
     noise_TW: torch.Tensor | None = None
-    """What boundary and codec added to the hidden states, where the bottleneck denoises."""
+    """The noise and rounding error in the hidden states that were sent; None unless the bottleneck denoises."""
     request: pb.Forward | None = None
-    """A forward by numbers: it is sent again if the trunk has forgotten one of them."""
-    keeps: list[Answer] = field(default_factory=list)
-    """Of the examples that were sent for it."""
+    """A forward that names released examples: it is sent again if the trunk has evicted one of them. Otherwise None."""
+    example_answers: list[Answer] = field(default_factory=list)
+    """Answers to the frames that carried its new examples."""
 
 
 class RemoteTrunk(nn.Module):
     """Implements ``model.split.TrunkModule`` over a channel: forwards, backwards, and sessions for generation.
 
     Args:
-        width: of the model: D.
-        gradients: whether loss gradients leave. Without them the trunk learns nothing, and hidden states get none.
-        denoise: whether replies tell the noise that the boundary added.
+        width: the model's width, D.
+        gradients: whether loss gradients leave the silo. Without them neither the trunk nor bottom trains.
+        denoise: whether replies contain the noise that the boundary added.
     """
 
     def __init__(
@@ -76,10 +77,11 @@ class RemoteTrunk(nn.Module):
         self._sessions = itertools.count(1)
         self._abandoned: deque[int] = deque()
         self._ascent_pass = False
-        # Autograd calls our backward only if an input requires grad; a frozen bottom gives none, this one always does.
+        # Autograd calls backward only if an input requires grad. With a frozen bottom only this one does.
         self._anchor = torch.zeros((), requires_grad=True)
 
     def forward(self, outbound: Outbound) -> Reply:
+        """Send a batch and wait for the trunk's answer; with gradients enabled the answer is differentiable."""
         if outbound.cache is not None:
             session = outbound.cache.session
             assert isinstance(session, RemoteSession)
@@ -87,11 +89,12 @@ class RemoteTrunk(nn.Module):
         train = torch.is_grad_enabled() and self.wants_gradient(outbound)
         pending = self.send(outbound, train=train)
         if not train:
-            return Reply(self._matrix(pending), pending.noise_TW)
+            return Reply(self._receive_matrix(pending), pending.noise_TW)
         g_TD = _Crossing.apply(outbound.h_TW, self._anchor, self, pending)  # type: ignore[no-untyped-call]
         return Reply(g_TD, pending.noise_TW)
 
     def open_session(self) -> RemoteSession:
+        """A session with an empty KV cache. Sessions that were garbage collected are closed on the trunk first."""
         while self._abandoned:
             self.channel.submit(pb.Close(session=self._abandoned.popleft()))
         number = next(self._sessions)
@@ -101,7 +104,7 @@ class RemoteTrunk(nn.Module):
 
     @contextmanager
     def ascent_pass(self) -> Iterator[None]:
-        """Passes within teach the trunk's adapter nothing: it answers their gradients with bottom's alone."""
+        """Context of a sharpness-aware ascent pass: the trunk returns bottom's gradient, and its adapter gets none."""
         self._ascent_pass = True
         try:
             yield
@@ -109,18 +112,18 @@ class RemoteTrunk(nn.Module):
             self._ascent_pass = False
 
     def wants_gradient(self, outbound: Outbound) -> bool:
-        """Whether a loss gradient crosses for this batch."""
+        """Whether this batch's loss gradient crosses."""
         wanted = outbound.h_TW is not None and outbound.h_TW.requires_grad
         return self.gradients and (wanted or not self._ascent_pass)
 
     def send(self, outbound: Outbound, *, train: bool = True) -> PendingStep:
-        """Send a batch's hidden states, or the numbers of its examples, and do not wait for the answer.
+        """Send a batch's hidden states, or the identifiers of its examples, without waiting for the answer.
 
         Args:
-            train: a gradient will follow.
+            train: whether a gradient will follow.
 
         Raises:
-            BudgetExhausted: a record's budget, or the silo's, does not allow the release. Nothing leaves.
+            BudgetExhausted: a record's privacy budget, or the silo's, does not allow the release. Nothing leaves.
         """
         step, subjects, h_TW = next(self._steps), outbound.subjects, outbound.h_TW
         assert subjects is not None
@@ -128,22 +131,29 @@ class RemoteTrunk(nn.Module):
         assert like is not None
         width = self._width if h_TW is None else h_TW.shape[1]
         if outbound.examples is not None:
-            keeps = self._keep(self._released(one, step) for one in outbound.fresh)
+            example_answers = self._send_examples(self._release_example(one, step) for one in outbound.fresh)
             request = pb.Forward(step=step, lengths=outbound.lengths, examples=outbound.examples, train=train)
             answer = self.channel.submit(request)
-            return PendingStep(step, "forward", answer, shape, like, subjects, width, request=request, keeps=keeps)
+            return PendingStep(
+                step, "forward", answer, shape, like, subjects, width, request=request, example_answers=example_answers
+            )
         assert h_TW is not None
         hidden = self._boundary.release(h_TW, "forward", step, subjects)
         request = pb.Forward(step=step, lengths=outbound.lengths, hidden=hidden, train=train)
         answer = self.channel.submit(request)
-        noise_TW = self._boundary.noise_in(hidden, h_TW, subjects) if self._denoise else None
+        noise_TW = self._boundary.added_noise(hidden, h_TW, subjects) if self._denoise else None
         return PendingStep(step, "forward", answer, shape, like, subjects, width, noise_TW=noise_TW)
 
     def send_gradient(self, forward: PendingStep, gradient_TD: torch.Tensor, *, reply: bool) -> PendingStep:
-        """Send the loss gradient of a forward's answer, and do not wait.
+        """Send the loss gradient of a forward's answer, without waiting for the answer.
 
         Args:
-            reply: the gradient of the hidden states that were sent is wanted.
+            forward: the request whose answer the gradient is of.
+            gradient_TD: the loss gradient of the trunk's output.
+            reply: whether the trunk should return the gradient of the hidden states that were sent.
+
+        Raises:
+            BudgetExhausted: a record's privacy budget, or the silo's, does not allow the release. Nothing leaves.
         """
         gradient = self._boundary.release(gradient_TD, "gradient", forward.step, forward.subjects)
         request = pb.Backward(step=forward.step, gradient=gradient, reply=reply, ascent_pass=self._ascent_pass)
@@ -152,51 +162,51 @@ class RemoteTrunk(nn.Module):
         return PendingStep(forward.step, "gradient", answer, shape, gradient_TD, forward.subjects, forward.width, reply)
 
     def receive(self, pending: PendingStep) -> torch.Tensor | None:
-        """Wait for the answer; None for a backward without reply."""
+        """Wait for the answer: ``[T, D]`` of a forward, ``[T, W]`` of a backward, None of a backward without reply."""
         if pending.reply:
-            return self._matrix(pending)
+            return self._receive_matrix(pending)
         pending.answer.result()
         return None
 
-    def _matrix(self, pending: PendingStep) -> torch.Tensor:
-        body = self._answered(pending)
+    def _receive_matrix(self, pending: PendingStep) -> torch.Tensor:
+        body = self._await_answer(pending)
         matrix = body.hidden if pending.path == "forward" else body.gradient
-        return self._boundary.admit(matrix, pending.path, pending.shape, pending.like)
+        return self._boundary.decode_reply(matrix, pending.path, pending.shape, pending.like)
 
-    def _answered(self, pending: PendingStep) -> Any:
-        """The answer. Examples that the trunk has forgotten are sent again first, once, as they were before."""
+    def _await_answer(self, pending: PendingStep) -> Any:
+        """The answer. If the trunk evicted examples, their stored frames and the request are sent again, once."""
         request = pending.request
         if request is None:
             return pending.answer.result()
         try:
-            _wait(pending.keeps)
+            _wait_for(pending.example_answers)
             return pending.answer.result()
         except UnknownExampleError:
             pass
-        request.step = pending.step = next(self._steps)  # a later step may be open already
-        keeps = self._keep(self._boundary.again(request.examples))
+        request.step = pending.step = next(self._steps)  # the trunk may have seen a later step already
+        example_answers = self._send_examples(self._boundary.released_frames(request.examples))
         answer = self.channel.submit(request)
-        _wait(keeps)
+        _wait_for(example_answers)
         return answer.result()
 
-    def _released(self, example: FreshExample, step: int) -> pb.Keep:
+    def _release_example(self, example: FreshExample, step: int) -> pb.Keep:
         hidden = self._boundary.release_example(example.number, example.h_LW, step, example.subjects)
         return pb.Keep(example=example.number, hidden=hidden)
 
-    def _keep(self, requests: Iterable[pb.Keep]) -> list[Answer]:
-        """Send examples, without waiting as long as few are on their way."""
+    def _send_examples(self, requests: Iterable[pb.Keep]) -> list[Answer]:
+        """Send examples, with at most ``MAX_PENDING_EXAMPLES`` unanswered at a time."""
         answers: list[Answer] = []
         for request in requests:
-            if len(answers) >= KEEPS:
-                answers[-KEEPS].result()
+            if len(answers) >= MAX_PENDING_EXAMPLES:
+                answers[-MAX_PENDING_EXAMPLES].result()
             answers.append(self.channel.submit(request))
         return answers
 
 
 class RoundsClient:
-    """Rounds and optimizer steps on the trunk.
+    """Client of the trunk's rounds and optimizer steps.
 
-    A training step is: forwards and backwards through the split model (as many as gradients are accumulated), then
+    A training step is one or more forwards and backwards through the split model, whose gradients accumulate, and then
     ``commit``.
     """
 
@@ -204,38 +214,38 @@ class RoundsClient:
         self._channel = channel
 
     def begin(self, round: int, participants: list[str]) -> None:
-        """Wait until all participants are ready for this round's first step."""
+        """Start a round, from 1, and wait until all participants have started it."""
         self._channel.call(pb.Begin(round=round, participants=participants))
 
     def commit(self, round: int, step: int, weight: float) -> int:
-        """Hand in the gradients of this optimizer step and wait until the trunk has stepped.
+        """End an optimizer step: wait until the trunk has updated its adapter with the gradients of this step.
 
         Args:
             round, step: both from 1.
-            weight: supervised tokens behind the gradients.
+            weight: number of supervised tokens in the step.
 
         Returns:
-            The number of silos whose gradients the trunk's step was made of.
+            The number of silos whose gradients the trunk's step used.
         """
         stepped: pb.Stepped = self._channel.call(pb.Commit(round=round, step=step, weight=weight))
         return stepped.contributors
 
 
-def _wait(answers: Iterable[Answer]) -> None:
-    """Until all are there; raises the first error among them."""
+def _wait_for(answers: Iterable[Answer]) -> None:
+    """Wait for all answers. Raises the first error among them."""
     for answer in answers:
         answer.result()
 
 
 class _Crossing(torch.autograd.Function):
-    """Gives the answer to a forward that was sent, and sends the gradient back when autograd has it."""
+    """Autograd node of a request: forward waits for the answer, backward sends its gradient to the trunk."""
 
     @staticmethod
     def forward(
         ctx: Any, h_TW: torch.Tensor | None, anchor: torch.Tensor, trunk: RemoteTrunk, pending: PendingStep
     ) -> torch.Tensor:
         ctx.trunk, ctx.pending = trunk, pending
-        return trunk._matrix(pending)
+        return trunk._receive_matrix(pending)
 
     @staticmethod
     def backward(ctx: Any, gradient_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

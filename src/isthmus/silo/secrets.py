@@ -1,4 +1,4 @@
-"""What a silo holds for itself beside its data: secrets and its ledger, in its own directory."""
+"""A silo's secrets and its ledger, in the silo's own directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from isthmus.storage.record import RoleDirectory, disk_errors, read_journal, wri
 
 
 def read_secret(path: Path) -> bytes:
-    """A secret of the silo, made when it is first needed."""
+    """The 32 random bytes in a file, which is created, readable by its owner alone, if it does not exist.
+
+    Raises:
+        DiskFullError, RunError: the file cannot be read or written.
+    """
     with disk_errors(path):
         if path.exists():
             return path.read_bytes()
@@ -23,19 +27,23 @@ def read_secret(path: Path) -> bytes:
 
 
 def open_ledger(directory: RoleDirectory, recipe: Recipe, name: str) -> FileLedger:
-    """The silo's ledger, verified.
+    """The silo's verified ledger, opened for writing.
+
+    Args:
+        directory: the silo's directory of the run.
+        name: the silo's name in the recipe.
 
     Raises:
-        LedgerError: it is not what this silo wrote, or all of it is gone, or another process has it open, or the clock
-            is behind it.
+        LedgerError: the ledger was changed or deleted, another process has it open, or the clock is behind its last
+            entry.
     """
-    sums = [section for section in (recipe.federation.noise, recipe.federation.clip) if section is not None]
-    sections = (recipe.model, recipe.boundary, recipe.privacy, *sums)
-    told = "\n".join(section.model_dump_json() for section in sections)
+    optional = [section for section in (recipe.federation.noise, recipe.federation.clip) if section is not None]
+    sections = (recipe.model, recipe.boundary, recipe.privacy, *optional)
+    settings = "\n".join(section.model_dump_json() for section in sections)
     trained = any(line.get("tokens") for line in read_journal(directory.path / "metrics.jsonl"))
     return FileLedger(
         directory.path / "ledger.jsonl",
         silo=name,
-        recipe=hashlib.sha256(told.encode()).hexdigest()[:32],
+        recipe=hashlib.sha256(settings.encode()).hexdigest()[:32],
         begun=trained,
     )

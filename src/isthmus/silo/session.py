@@ -1,6 +1,6 @@
 """A session: the silo's handle of one KV cache on the trunk.
 
-Shapes: T tokens of all sequences one after another, D the model's width, W numbers that cross of it.
+Shapes: T tokens of all sequences one after another, D the model's width, W the width that crosses.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from isthmus.model.crossing import Outbound
 from isthmus.model.split import Reply
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.records import History
+from isthmus.silo.records import SequenceHistory
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
 
-REPLAYS = 16
-"""Times that a lost session's frames are sent again for one step."""
+MAX_REPLAYS = 16
+"""Largest number of times that one step replays a lost session's frames."""
 
 
 class RemoteSession:
     """One KV cache on the trunk. Implements ``model.cache.TrunkSession``.
 
-    Sent frames are kept: a trunk that lost the session gets them again, as they were, with their noise.
+    Sent frames are stored. If the trunk loses the session, they are replayed unchanged, with the same noise.
 
     Args:
-        id: of the session, among the silo's.
-        width: of the model: that of the trunk's answers.
-        denoise: whether replies tell the noise that the boundary added.
+        id: the session's identifier, unique within the silo.
+        width: the model's width, D.
+        denoise: whether replies contain the noise that the boundary added.
     """
 
     def __init__(self, channel: Channel, boundary: Boundary, id: int, width: int, *, denoise: bool = False) -> None:
@@ -37,19 +37,29 @@ class RemoteSession:
         self._boundary = boundary
         self._width = width
         self._denoise = denoise
-        self._history: History | None = None
+        self._history: SequenceHistory | None = None
         self._sent: list[pb.Decode] = []
-        self._forget = 0
+        self._cropped = 0
         self._rows: list[int] = []
 
     def subjects(self, rows: list[list[int]] | None, lengths: list[int]) -> Subjects:
-        """The records of the sequences; their new tokens are read, if ``hear`` has not read them."""
+        """The records that the sequences belong to.
+
+        Args:
+            rows: the new token ids of each sequence, already given to ``read_tokens`` or not; None for embeddings.
+            lengths: number of new positions of each sequence that cross.
+        """
         if self._history is None:
             self._history = self._boundary.records.history(len(lengths))
         return self._history.subjects(rows, lengths)
 
     def step(self, outbound: Outbound) -> Reply:
-        """Append the batch's tokens to the cache and run them."""
+        """Append the batch's tokens to the trunk's cache and return the trunk's output at them.
+
+        Raises:
+            BudgetExhausted: a record's privacy budget, or the silo's, does not allow the release. Nothing leaves.
+            UnknownSessionError: the trunk lost the session ``MAX_REPLAYS`` times in this step.
+        """
         h_TW, subjects, number = outbound.h_TW, outbound.subjects, len(self._sent)
         assert h_TW is not None
         assert subjects is not None
@@ -59,43 +69,52 @@ class RemoteSession:
             step=number,
             lengths=outbound.lengths,
             hidden=hidden,
-            forget=self._forget,
+            forget=self._cropped,
             rows=self._rows,
         )
-        self._forget, self._rows = 0, []
+        self._cropped, self._rows = 0, []
         self._sent.append(request)
         shape = (len(h_TW), self._width)
-        g_TD = self._boundary.admit(self._ask(request).hidden, "forward", shape, h_TW)
-        return Reply(g_TD, self._boundary.noise_in(hidden, h_TW, subjects) if self._denoise else None)
+        g_TD = self._boundary.decode_reply(self._request(request).hidden, "forward", shape, h_TW)
+        return Reply(g_TD, self._boundary.added_noise(hidden, h_TW, subjects) if self._denoise else None)
 
-    def hear(self, rows: list[list[int]]) -> list[list[int]] | None:
-        """Read the next step's new tokens, before bottom runs; returns the classes of all rows' tokens, or None if the
-        recipe has no classes."""
+    def read_tokens(self, rows: list[list[int]]) -> list[list[int]] | None:
+        """Note the next step's new tokens before bottom runs.
+
+        Returns:
+            The sensitivity classes of each sequence's tokens from its start, or None if the recipe has no classes.
+        """
         if self._history is None:
             self._history = self._boundary.records.history(len(rows))
-        return self._history.hear(rows)
+        return self._history.read_tokens(rows)
 
-    def forget(self, positions: int) -> None:
-        self._forget += positions
+    def crop(self, positions: int) -> None:
+        """Drop this many positions from the end of every row; the trunk does so with the next step."""
+        self._cropped += positions
         if self._history is not None:
-            self._history.forget(positions)
+            self._history.crop(positions)
 
     def select(self, rows: list[int]) -> None:
+        """Keep these rows, in this order; the trunk does so with the next step."""
         self._rows = [self._rows[row] for row in rows] if self._rows else list(rows)
         if self._history is not None:
             self._history.select(rows)
 
     def close(self) -> None:
+        """Free the trunk's KV cache."""
         self._channel.call(pb.Close(session=self.id))
 
-    def _ask(self, request: pb.Decode) -> Any:
-        """The answer to the newest frame; a trunk short of memory may take the session away even while it gets it."""
-        asked = [request]
-        for _ in range(REPLAYS):
-            answers = [self._channel.submit(sent) for sent in asked]
+    def _request(self, request: pb.Decode) -> Any:
+        """The answer to the newest frame. If the trunk lost the session, all frames are replayed.
+
+        There may be several replays: a trunk short of memory may evict a session while it is replayed.
+        """
+        requests = [request]
+        for _ in range(MAX_REPLAYS):
+            answers = [self._channel.submit(sent) for sent in requests]
             try:
                 return [answer.result() for answer in answers][-1]
             except UnknownSessionError as error:
                 lost = error
-                asked = self._sent
+                requests = self._sent
         raise lost

@@ -1,4 +1,7 @@
-"""Training and measuring on one silo's rows. The model may be split or uncut: both are called alike."""
+"""Training and evaluation on one silo's rows, of a split or an uncut model.
+
+Shapes: B rows, C choices.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,18 @@ from isthmus.tasks import metrics
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
     loss: float | None
-    """None: no row took part."""
+    """Mean loss per supervised token; None if all rows were skipped."""
     weight: int
-    """Supervised tokens."""
+    """Number of supervised tokens."""
     tokens: int
+    """Number of tokens without padding."""
     seconds: float
+    """Wall time."""
     skipped: int = 0
-    """Rows left out because their record's privacy budget is spent."""
+    """Number of rows skipped because their record's privacy budget is spent."""
 
 
 def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch) -> Step:
@@ -42,10 +47,13 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: 
 def evaluate(
     model: PreTrainedModel, data: SiloData, rows: list[Tokens] | None = None, *, size: int = 16
 ) -> dict[str, float]:
-    """Measure on the held-out rows: ``accuracy`` where answers are choices, else ``loss`` a token, ``perplexity``.
+    """Scores on held-out rows: ``accuracy`` (0 to 1) if the task has choices, otherwise ``loss`` and ``perplexity``.
+
+    The loss is the mean per supervised token, in nats. The model is left in eval mode.
 
     Args:
-        rows: some of them; None: all.
+        rows: the rows to evaluate; None: all held-out rows of ``data``.
+        size: rows per batch.
     """
     model.eval()
     rows = sorted(

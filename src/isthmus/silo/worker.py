@@ -18,7 +18,7 @@ from isthmus.model import adapters
 from isthmus.recipe import Recipe
 from isthmus.silo import fairness
 from isthmus.silo.control import silo_control
-from isthmus.silo.join import join, known_data
+from isthmus.silo.join import join, load_data
 from isthmus.silo.local_steps import LocalSteps
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.secrets import open_ledger
@@ -66,7 +66,7 @@ class Worker:
             records=directory.path / "records",
         )
         self._guard = self._silo.guard
-        self._data = known_data(recipe, name, self._silo)
+        self._data = load_data(recipe, name, self._silo)
         self._aggregator = AggregatorClient(recipe, name, self._silo.boundary, root)
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()
@@ -240,7 +240,9 @@ class Worker:
 
     def _select_trained(self, round: int) -> None:
         """Freeze the parameters that do not train in this round; the optimizer skips them and keeps their state."""
-        trained = adapters.trained(self._parameters, adapters.factors(self._recipe.federation.lora, round))
+        trained = adapters.select_factors(
+            self._parameters, adapters.trained_factors(self._recipe.federation.lora, round)
+        )
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in trained)
             if self._recipe.federation.lora == "svd" and "lora_" in name:
@@ -283,7 +285,7 @@ class Worker:
 
     def _note_step(self, round: int, number: int, step: Step) -> None:
         channel, epsilon = self._silo.trunk.channel, self._silo.boundary.budget.epsilon
-        defence = {} if self._guard is None else {"told": asdict(self._guard.told)}
+        defence = {} if self._guard is None else {"guard_terms": asdict(self._guard.last_terms)}
         self._journal.append(
             _skipped(step.skipped)
             | defence

@@ -206,5 +206,5 @@ class ReplicaAdapters:
 def full_adapter(part: Part, leaves: Mapping[str, torch.Tensor]) -> Adapter:
     """All adapter tensors of the part by uncut name: ``leaves`` for the trainable ones, the part's own for the
     frozen."""
-    frozen = {name: one for name, one in adapters.parameters(part).items() if not one.requires_grad}
+    frozen = {name: one for name, one in adapters.adapter_parameters(part).items() if not one.requires_grad}
     return {**frozen, **leaves}

@@ -51,7 +51,7 @@ def group_adapters(part: Part, *, at_once: bool = False) -> AdapterGroups:
     groups = AdapterGroups(at_once=at_once)
     for name, layer in part.model.named_modules():
         if isinstance(layer, Linear):
-            layer.forward = partial(_forward, layer, part.whole_name(name), groups)
+            layer.forward = partial(_forward, layer, part.uncut_name(name), groups)
     return groups
 
 

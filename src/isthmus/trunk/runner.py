@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from isthmus.errors import FrameError
-from isthmus.model.bottleneck import UP, project, tensor_of
+from isthmus.model.bottleneck import UP, layer_weight, project
 from isthmus.model.cut import Part
 from isthmus.trunk.attention_kernels import kernel_for
 from isthmus.trunk.grouped_lora import Adapter, group_adapters
@@ -25,7 +25,7 @@ class Runner:
     def __init__(self, part: Part, *, residual: bool = False) -> None:
         self.part = part
         self._residual = residual
-        self._up = tensor_of(part, UP)
+        self._up = layer_weight(part, UP)
         self.width: int = part.config.hidden_size
         self.crossing_width = self.width if self._up is None else self._up.shape[1]
         self.context: int = part.config.max_position_embeddings

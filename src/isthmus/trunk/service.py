@@ -147,7 +147,7 @@ class TrunkService:
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:
     dtype = getattr(torch, recipe.trunk.dtype or recipe.model.dtype)
     part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=find_device(recipe.trunk.device))
-    adapters.equip(part, recipe)
+    adapters.add_trained_layers(part, recipe)
     return Runner(part, residual=recipe.boundary.residual)
 
 

@@ -100,6 +100,6 @@ def test_a_codec_that_the_other_side_does_not_use_is_refused(split: Split, folde
     model = model_of(split, folder, "int8")
     fp32 = codec.encode(torch.ones(3, 32), "fp32")
     with pytest.raises(FrameError, match="codec 'fp32', expected 'int8'"):
-        model.boundary.admit(fp32, "forward", (3, 32), torch.ones(1))
+        model.boundary.decode_reply(fp32, "forward", (3, 32), torch.ones(1))
     with pytest.raises(FrameError, match="codec 'fp32', expected 'int8'"):
         model.trunk.channel.call(pb.Forward(step=1, lengths=[3], hidden=fp32))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from isthmus.errors import BudgetExhausted
-from isthmus.model.bottleneck import DOWN, project, tensor_of
+from isthmus.model.bottleneck import DOWN, layer_weight, project
 from isthmus.privacy.analytic import gaussian_noise
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.ledger import MemoryLedger
@@ -55,7 +55,7 @@ def test_the_projection_is_clipped_and_noised_to_what_its_epsilon_asks(
     noise = []
     with torch.no_grad():
         h_BLD = model.bottom.hidden(input_ids=batch["input_ids"], use_cache=False)
-        h_TW = project(h_BLD[batch["attention_mask"].bool()], tensor_of(model.bottom, DOWN))
+        h_TW = project(h_BLD[batch["attention_mask"].bool()], layer_weight(model.bottom, DOWN))
         clipped_TW = torch.cat([one / one.norm().clamp_min(1.0) for one in h_TW.split(LENGTHS)])
         for _ in range(8):
             model(**batch, use_cache=False)

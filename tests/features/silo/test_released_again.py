@@ -109,7 +109,7 @@ def test_what_the_silos_own_disk_lost_is_named_then_released_anew(start: Start) 
     shutil.rmtree(party.folder / "trunk" / "kept")
     number = party.kept()[0].example
     (party.folder / "silo" / "released" / f"{number:016x}").unlink()
-    with pytest.raises(errors.RunError, match="is gone from") as caught:
+    with pytest.raises(errors.RunError, match="is missing from") as caught:
         party.logits()
     assert "charged" in caught.value.remedy
     party.start_silo()

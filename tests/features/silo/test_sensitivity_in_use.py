@@ -18,7 +18,7 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.packing import Packing
 from isthmus.privacy.averted_attention import averted_hidden
 from isthmus.recipe import Recipe
-from isthmus.silo.join import Silo, greeting, join, known_data
+from isthmus.silo.join import Silo, greeting, join, load_data
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import train_step
 from isthmus.storage.record import RoleDirectory
@@ -52,7 +52,7 @@ class Running:
         self.tap = Tap(self.service, "a", greeting=greeting(Checkpoint(recipe.model.path), recipe))
         places = {"releases": folder / "silo" / "released", "records": folder / "silo" / "records"}
         self.silo: Silo = join(recipe, "a", channel=self.tap, **places)
-        self.data: SiloData = known_data(recipe, "a", self.silo)
+        self.data: SiloData = load_data(recipe, "a", self.silo)
         self.optimizer = torch.optim.SGD([p for p in self.silo.model.parameters() if p.requires_grad], lr=0.1)
         self.clean: list[torch.Tensor] = []
         self.ids: list[torch.Tensor] = []

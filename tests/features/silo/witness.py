@@ -22,7 +22,7 @@ from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import Recipe
 from isthmus.silo.drafting.bridge import Bridge
 from isthmus.silo.drafting.draft import Draft
-from isthmus.silo.join import Silo, greeting, join, known_data
+from isthmus.silo.join import Silo, greeting, join, load_data
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import train_step
 from isthmus.storage.record import RoleDirectory
@@ -110,7 +110,7 @@ class Party:
         places = {"releases": folder / "silo" / "released", "records": folder / "silo" / "records"}
         self.silo: Silo = join(recipe, "a", ledger=FileLedger(path, silo="a"), channel=self.channel, **places)
         self.witness = self.channel.witness = Witness(path)
-        self.data: SiloData = known_data(recipe, "a", self.silo)
+        self.data: SiloData = load_data(recipe, "a", self.silo)
         self.given: list[tuple[torch.Tensor, str, Subjects]] = []
         """Clean tensor, path and subjects of each release."""
         self._release = self.silo.boundary.release

@@ -105,7 +105,7 @@ def replica_of(drill: Drill, name: str) -> Tensors:
     """What this silo's tokens go through now."""
     adapter = drill.service._training._adapter
     assert isinstance(adapter, ReplicaAdapters)
-    return {key: one.detach() for key, one in (adapters.parameters(drill.part) | adapter.leaves(name)).items()}
+    return {key: one.detach() for key, one in (adapters.adapter_parameters(drill.part) | adapter.leaves(name)).items()}
 
 
 def work_together(drill: Drill, works: dict[str, list[Work]]) -> None:

@@ -79,7 +79,7 @@ def test_the_ends_own_layers_are_shared_and_start_alike_in_silo_and_trunk(folder
     assert shared_tensors(whole)["boundary_gate.weight"].tolist() == [1.0] * 32
     assert (shapes["boundary_down.weight"], shapes["boundary_gate.weight"]) == ((5, 32), (32,))
     trunk = load_part(checkpoint, CUT, "trunk")
-    adapters.equip(trunk, recipe)
+    adapters.add_trained_layers(trunk, recipe)
     down_WD, up_DW = (
         adapters.adapter_of(bottom)["boundary_down.weight"],
         adapters.adapter_of(trunk)["boundary_up.weight"],
@@ -89,7 +89,7 @@ def test_the_ends_own_layers_are_shared_and_start_alike_in_silo_and_trunk(folder
 
 
 def test_a_bottleneck_as_wide_as_the_model_is_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match="bottleneck of 32") as caught:
+    with pytest.raises(ModelError, match=r"boundary\.width is 32") as caught:
         load_ends(Checkpoint(str(folder)), make_recipe(folder, boundary={"width": 32}))
     assert "boundary.width" in caught.value.remedy
 
@@ -98,7 +98,7 @@ def test_a_bottleneck_as_wide_as_the_model_is_refused(folder: Path) -> None:
 def test_export_is_read_by_plain_peft(twins: Twins, tmp_path: Path) -> None:
     recipe_lora = LoraSection(rank=4, alpha=6.0, targets=tuple(twins.whole.peft_config["default"].target_modules))
     folder = tmp_path / "model"
-    adapters.export(tmp_path / "out", twins.split_adapter(), recipe_lora, str(folder))
+    adapters.export_adapter(tmp_path / "out", twins.split_adapter(), recipe_lora, str(folder))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's, of transformers
         read = PeftModel.from_pretrained(uncut(folder), str(tmp_path / "out")).eval()
@@ -111,7 +111,7 @@ def test_export_is_read_by_plain_peft(twins: Twins, tmp_path: Path) -> None:
 
 def test_export_writes_what_peft_names(folder: Path, tmp_path: Path) -> None:
     tensors = of_all(folder)
-    adapters.export(tmp_path, tensors, LORA, "some/base")
+    adapters.export_adapter(tmp_path, tensors, LORA, "some/base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], set(config["target_modules"])) == (4, 6.0, {"q_proj", "v_proj"})
     assert (config["base_model_name_or_path"], config["task_type"]) == ("some/base", "CAUSAL_LM")
@@ -185,7 +185,7 @@ def test_export_of_a_frozen_bottom_is_read_by_plain_peft(folder: Path, tmp_path:
     """Without a warning that adapters are missing: peft gives bottom's layers none."""
     recipe = make_recipe(folder, lora={"freeze_bottom": True}, model={"bottom": 2, "top": 1})
     twins = make_twins(recipe, tmp_path / "trunk")
-    adapters.export(tmp_path / "out", twins.split_adapter(), recipe.lora, str(folder))
+    adapters.export_adapter(tmp_path / "out", twins.split_adapter(), recipe.lora, str(folder))
     read = PeftModel.from_pretrained(uncut(folder), str(tmp_path / "out")).eval()
     assert lora_of(read).keys() == twins.split_adapter().keys()
     batch = ragged("left")
@@ -226,7 +226,9 @@ def test_what_is_shared_and_what_trains_in_which_round(
 
     assert kinds(tensors) == shared | {"boundary_gate"}
     for round, expected in enumerate(by_round, start=1):
-        assert kinds(adapters.trained(tensors, adapters.factors(lora, round))) == expected | {"boundary_gate"}
+        assert kinds(adapters.select_factors(tensors, adapters.trained_factors(lora, round))) == expected | {
+            "boundary_gate"
+        }
 
 
 @pytest.mark.parametrize("targets", [("no_such",), ("c_attn", "c_proj"), ("q_proj", "no_such")])
@@ -237,7 +239,7 @@ def test_an_unknown_target(folder: Path, targets: tuple[str, ...]) -> None:
 
 
 def test_a_target_that_takes_no_adapter(folder: Path) -> None:
-    with pytest.raises(ModelError, match="no adapter fits the layers mlp of the top") as caught:
+    with pytest.raises(ModelError, match="LoRA does not support the layers mlp of the top") as caught:
         part_of(folder, "top", LoraSection(targets=("mlp",)))
     assert "lora.targets" in caught.value.remedy
 

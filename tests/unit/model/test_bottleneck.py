@@ -25,12 +25,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parts(folder: Path, section: BoundarySection, *, frozen: bool = False) -> dict[str, Part]:
     made = {name: load_part(Checkpoint(str(folder)), Cut(1, 1), name) for name in ("bottom", "trunk", "top")}  # type: ignore[arg-type]
     for part in made.values():
-        bottleneck.add_crossing(part, section, frozen=frozen)
+        bottleneck.add_layers(part, section, frozen=frozen)
     return made
 
 
 def added(part: Part) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(one.shape) for name in sorted(ALL) if (one := bottleneck.tensor_of(part, name)) is not None}
+    return {name: tuple(one.shape) for name in sorted(ALL) if (one := bottleneck.layer_weight(part, name)) is not None}
 
 
 def test_each_part_gets_its_own(folder: Path) -> None:
@@ -49,14 +49,14 @@ def test_without_any_of_it_nothing_is_added(folder: Path) -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_is_frozen_does_not_train(folder: Path, frozen: bool) -> None:
     part = parts(folder, BoundarySection(width=4), frozen=frozen)["bottom"]
-    weight = bottleneck.tensor_of(part, bottleneck.DOWN)
+    weight = bottleneck.layer_weight(part, bottleneck.DOWN)
     assert weight is not None
     assert weight.requires_grad != frozen
 
 
 def test_down_and_up_start_as_one_orthonormal_basis() -> None:
     down, up = (
-        bottleneck.initial(f"{name}.weight", torch.Size(shape), torch.Generator().manual_seed(3), narrow=True)
+        bottleneck.initial_value(f"{name}.weight", torch.Size(shape), torch.Generator().manual_seed(3), narrow=True)
         for name, shape in ((bottleneck.DOWN, (4, 32)), (bottleneck.UP, (32, 4)))
     )
     torch.testing.assert_close(down, up.T)
@@ -66,11 +66,11 @@ def test_down_and_up_start_as_one_orthonormal_basis() -> None:
 @pytest.mark.parametrize(("narrow", "value"), [(True, 0.0), (False, 1.0)])
 def test_the_gate_starts_shut_behind_a_bottleneck_and_open_else(narrow: bool, value: float) -> None:
     draw = torch.Generator()
-    gate = bottleneck.initial(f"{bottleneck.GATE}.weight", torch.Size([5]), draw, narrow=narrow)
+    gate = bottleneck.initial_value(f"{bottleneck.GATE}.weight", torch.Size([5]), draw, narrow=narrow)
     assert gate.tolist() == [value] * 5
-    assert not bottleneck.initial(f"{bottleneck.DENOISE}.weight", torch.Size([5, 2]), draw, narrow=narrow).any()
+    assert not bottleneck.initial_value(f"{bottleneck.DENOISE}.weight", torch.Size([5, 2]), draw, narrow=narrow).any()
 
 
 def test_a_bottleneck_as_wide_as_the_model_is_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match="a bottleneck of 32"):
+    with pytest.raises(ModelError, match=r"boundary\.width is 32"):
         parts(folder, BoundarySection(width=32))

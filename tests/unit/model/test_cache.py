@@ -21,8 +21,8 @@ class Session:
     def __init__(self) -> None:
         self.told: list[tuple[str, Any]] = []
 
-    def forget(self, positions: int) -> None:
-        self.told.append(("forget", positions))
+    def crop(self, positions: int) -> None:
+        self.told.append(("crop", positions))
 
     def select(self, rows: list[int]) -> None:
         self.told.append(("select", rows))
@@ -59,11 +59,11 @@ def test_it_holds_the_layers_of_both_ends(cache: SplitCache) -> None:
 
 
 def test_positions_are_forgotten_on_the_trunk_too(cache: SplitCache) -> None:
-    cache.cross(torch.ones(ROWS, LENGTH, dtype=torch.bool))
+    cache.add_crossed(torch.ones(ROWS, LENGTH, dtype=torch.bool))
     cache.crop(-2)
     assert [layer.get_seq_length() for layer in cache.layers] == [LENGTH - 2] * 3
-    assert told(cache) == [("forget", 2)]
-    assert cache.cross(torch.zeros(ROWS, 1, dtype=torch.bool)).shape == (ROWS, LENGTH - 1)
+    assert told(cache) == [("crop", 2)]
+    assert cache.add_crossed(torch.zeros(ROWS, 1, dtype=torch.bool)).shape == (ROWS, LENGTH - 1)
     cache.crop(0)
     assert len(told(cache)) == 1
 
@@ -78,7 +78,7 @@ def test_rows_are_chosen_on_the_trunk_too(cache: SplitCache) -> None:
 
 def test_a_transcript_is_kept_once_asked_for(cache: SplitCache) -> None:
     assert cache.transcript is None
-    assert cache.record() is cache.record() is cache.transcript
+    assert cache.start_transcript() is cache.start_transcript() is cache.transcript
 
 
 def test_rows_that_are_not_there_are_refused(cache: SplitCache) -> None:

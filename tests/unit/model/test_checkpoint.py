@@ -78,7 +78,7 @@ def test_a_whole_folder_is_used(folder: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c"])
 def test_no_folder(path: str) -> None:
-    refused(path, "there is no model folder")
+    refused(path, "does not exist")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])
@@ -228,5 +228,5 @@ def test_parts_hold_the_checkpoints_values_in_the_dtype_asked_for(original: Path
     for name in PARTS:
         part = load_part(Checkpoint(str(original)), Cut(2, 1), name, dtype=dtype)
         for own, parameter in part.model.named_parameters():
-            assert torch.equal(parameter, whole[part.whole_name(own)].to(dtype))
+            assert torch.equal(parameter, whole[part.uncut_name(own)].to(dtype))
             assert not parameter.requires_grad

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.model.crossing import IGNORED, before_last, crossing
+from isthmus.model.crossing import IGNORED, crossing_positions, up_to_last_crossing
 
 
 @st.composite
@@ -42,7 +42,7 @@ def test_a_tail_of_the_prompt_and_the_whole_answer_cross(
     place_BL = real_BL.cumsum(dim=1)
     prompts = torch.tensor([prompt for prompt, _ in lengths]).unsqueeze(1)
     labels_BL = torch.where(real_BL & (place_BL > prompts), ids_BL, IGNORED)
-    assert found(real_BL, crossing(real_BL, tail, labels_BL)) == expected(real_BL, lengths, tail)
+    assert found(real_BL, crossing_positions(real_BL, tail, labels_BL)) == expected(real_BL, lengths, tail)
 
 
 @settings(derandomize=True, deadline=None)
@@ -54,8 +54,8 @@ def test_targets_end_the_prompt_where_the_first_is_predicted(
     place_BL = real_BL.cumsum(dim=1)
     prompts = torch.tensor([prompt for prompt, _ in lengths]).unsqueeze(1)
     targets_BL = torch.where(real_BL & (place_BL >= prompts), 7, IGNORED)
-    assert found(real_BL, crossing(real_BL, tail, None, targets_BL)) == expected(real_BL, lengths, tail)
-    assert found(real_BL, crossing(real_BL, tail)) == [
+    assert found(real_BL, crossing_positions(real_BL, tail, None, targets_BL)) == expected(real_BL, lengths, tail)
+    assert found(real_BL, crossing_positions(real_BL, tail)) == [
         list(range(max(0, prompt + answer - tail), prompt + answer)) for prompt, answer in lengths
     ]
 
@@ -64,16 +64,16 @@ def test_targets_end_the_prompt_where_the_first_is_predicted(
 @given(padded_rows())
 def test_without_a_tail_all_tokens_cross(rows: tuple[torch.Tensor, list[tuple[int, int]], bool]) -> None:
     real_BL, _, _ = rows
-    assert torch.equal(crossing(real_BL, None), real_BL)
-    assert torch.equal(before_last(real_BL, real_BL), real_BL)
+    assert torch.equal(crossing_positions(real_BL, None), real_BL)
+    assert torch.equal(up_to_last_crossing(real_BL, real_BL), real_BL)
 
 
 def test_drafts_behind_the_prompt_cross_too() -> None:
     real_BL = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
-    assert found(real_BL, crossing(real_BL, 2, asked=3)) == [[1, 2, 3, 4], [2, 3, 4, 5]]
+    assert found(real_BL, crossing_positions(real_BL, 2, scored=3)) == [[1, 2, 3, 4], [2, 3, 4, 5]]
 
 
 def test_what_stays_behind_the_last_crossing_position_is_not_told() -> None:
     real_BL = torch.tensor([[0, 1, 1, 1]], dtype=torch.bool)
     crosses_BL = torch.tensor([[0, 0, 1, 0]], dtype=torch.bool)
-    assert before_last(real_BL, crosses_BL).tolist() == [[False, True, True, False]]
+    assert up_to_last_crossing(real_BL, crosses_BL).tolist() == [[False, True, True, False]]

@@ -36,7 +36,7 @@ def test_each_part_has_its_own_tensors_under_its_own_numbers(folder: Path) -> No
     seen: list[str] = []
     for name in ("bottom", "trunk", "top"):
         part = load_part(Checkpoint(str(folder)), CUT, name)  # type: ignore[arg-type]
-        named = {part.whole_name(key): tensor for key, tensor in part.model.named_parameters()}
+        named = {part.uncut_name(key): tensor for key, tensor in part.model.named_parameters()}
         assert all(torch.equal(tensor, whole[key]) for key, tensor in named.items())
         assert not any(tensor.requires_grad for tensor in named.values())
         seen += named
@@ -55,8 +55,8 @@ def test_an_empty_part_takes_no_memory_and_knows_its_layers() -> None:
     part = empty_part(config, CUT, "trunk")
     assert {tensor.device.type for tensor in part.model.parameters()} == {"meta"}
     assert part.config.layer_types == config.layer_types[1:3]
-    assert part.whole_name("model.layers.0.mlp") == "model.layers.1.mlp"
-    assert part.whole_name("lm_head.weight") == "lm_head.weight"
+    assert part.uncut_name("model.layers.0.mlp") == "model.layers.1.mlp"
+    assert part.uncut_name("lm_head.weight") == "lm_head.weight"
 
 
 def test_a_tensor_of_another_shape_is_named(folder: Path, tmp_path: Path) -> None:

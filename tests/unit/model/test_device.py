@@ -33,7 +33,7 @@ def test_auto_takes_what_there_is() -> None:
 def test_a_device_that_torch_lacks_is_refused_by_name() -> None:
     with pytest.raises(RecipeError, match="cuda:99") as refused:
         find_device("cuda:99")
-    assert "ask for 'cpu' or 'auto'" in refused.value.remedy
+    assert "set the device to 'cpu' or 'auto'" in refused.value.remedy
 
 
 def test_without_cuda_the_remedy_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,10 @@ def test_pieces_cropped_anywhere(pieces: list[tuple[int, int]], data: st.DataObj
         expected = expected[:, : expected.shape[1] - dropped]
         assert len(transcript) == expected.shape[1]
     start = data.draw(st.integers(0, len(transcript) - 1))
-    heard = transcript.heard(start)
-    assert torch.equal(heard.h_BLD, expected[:, start:])
-    assert torch.equal(heard.g_BLD, -expected[:, start:])
-    assert heard.real_BL.shape == heard.h_BLD.shape[:2]
+    piece = transcript.slice(start)
+    assert torch.equal(piece.h_BLD, expected[:, start:])
+    assert torch.equal(piece.g_BLD, -expected[:, start:])
+    assert piece.real_BL.shape == piece.h_BLD.shape[:2]
 
 
 def test_rows_are_kept_in_the_order_asked_for() -> None:
@@ -34,4 +34,4 @@ def test_rows_are_kept_in_the_order_asked_for() -> None:
     piece = torch.arange(3.0).view(3, 1, 1).expand(3, 2, WIDTH)
     transcript.add(piece, piece, torch.ones(3, 2, dtype=torch.bool))
     transcript.select([2, 0, 0])
-    assert transcript.heard().h_BLD[:, 0, 0].tolist() == [2.0, 0.0, 0.0]
+    assert transcript.slice().h_BLD[:, 0, 0].tolist() == [2.0, 0.0, 0.0]

@@ -109,9 +109,9 @@ def test_bytes_are_counted_by_path_and_direction() -> None:
     boundary = boundary_of(codec="bf16")
     matrices = [boundary.release(torch.ones(3, 8), path, 1, about(3)) for path in ("forward", "forward", "gradient")]
     updated(boundary, {"a": torch.ones(2, 2), "b": torch.ones(5)}, 1)
-    boundary.admit(matrices[0], "forward", (3, 8), torch.ones(1))
+    boundary.decode_reply(matrices[0], "forward", (3, 8), torch.ones(1))
     assert boundary.released_bytes == {"forward": 2 * 48, "gradient": 48, "update": 36}
-    assert boundary.admitted_bytes == 48
+    assert boundary.received_bytes == 48
 
 
 def test_a_refusing_ledger_stops_every_release() -> None:
@@ -151,17 +151,17 @@ def test_nothing_is_sent_that_the_ledger_did_not_take(split: Split, tmp_path: Pa
 )
 def test_admit_refuses_another_shape_or_codec(shape: tuple[int, int], name: str) -> None:
     with pytest.raises(FrameError):
-        boundary_of().admit(codec.encode(torch.ones(shape), name), "forward", (3, 8), torch.ones(1))
+        boundary_of().decode_reply(codec.encode(torch.ones(shape), name), "forward", (3, 8), torch.ones(1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_admit_refuses_values_that_are_no_numbers(value: float) -> None:
     with pytest.raises(FrameError):
-        boundary_of().admit(codec.encode(torch.full((3, 8), value), "fp32"), "forward", (3, 8), torch.ones(1))
+        boundary_of().decode_reply(codec.encode(torch.full((3, 8), value), "fp32"), "forward", (3, 8), torch.ones(1))
 
 
 def test_admit_gives_the_dtype_of_what_was_sent() -> None:
     like = torch.ones(3, 8, dtype=torch.bfloat16)
-    admitted = boundary_of().admit(codec.encode(torch.full((3, 8), 0.5), "fp32"), "forward", (3, 8), like)
+    admitted = boundary_of().decode_reply(codec.encode(torch.full((3, 8), 0.5), "fp32"), "forward", (3, 8), like)
     assert admitted.dtype is torch.bfloat16
     assert torch.equal(admitted, like / 2)

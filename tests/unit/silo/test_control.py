@@ -21,7 +21,7 @@ from isthmus.model.optim import build_optimizer
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 from isthmus.silo.control import SiloControl
-from isthmus.silo.join import join, known_data
+from isthmus.silo.join import join, load_data
 from isthmus.silo.trainer import Step, train_step
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory
@@ -259,7 +259,7 @@ def test_keys_that_ask_for_nothing_change_no_bit(build: Build, tmp_path: Path, o
     run = run_of(recipe, tmp_path / "run")
     trunk = TrunkService(recipe, RunDirectory(tmp_path / "by-hand").role("trunk"))
     silo = join(recipe, "a", channel=loopback(trunk, "a", recipe))
-    data = known_data(recipe, "a", silo)
+    data = load_data(recipe, "a", silo)
     named = {name: one for part in silo.parts for name, one in adapters.trainable(part).items()}
     before = {name: one.detach().clone() for name, one in named.items()}
     steps, drawn = build_optimizer(named.values(), recipe.train), batches(data.train, BATCH, f"{recipe.seed}/a/1")

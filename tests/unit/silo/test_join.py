@@ -15,7 +15,7 @@ from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
-from isthmus.silo.join import Silo, greeting, join, known_data, load_ends, load_tokenizer
+from isthmus.silo.join import Silo, greeting, join, load_data, load_ends, load_tokenizer
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from tests.conftest import make_recipe, save_tiny_model, write_rows
@@ -49,7 +49,7 @@ def test_a_silo_holds_its_ends_and_notes_in_memory(silo: Silo) -> None:
 def test_its_rows_are_known_to_its_register(silo: Silo, folder: Path, tmp_path: Path) -> None:
     rows = str(write_rows(tmp_path / "rows.jsonl", [{"prompt": "w5 w6", "answer": "w7"}]))
     recipe = make_recipe(folder, silo=[{"name": "a", "train": rows}])
-    assert [row.prompt for row in known_data(recipe, "a", silo).train] == [[5, 6]]
+    assert [row.prompt for row in load_data(recipe, "a", silo).train] == [[5, 6]]
 
 
 def test_ends_start_alike_everywhere(folder: Path) -> None:
@@ -85,5 +85,5 @@ def test_what_is_missing_is_named_by_its_kind(folder: Path, tmp_path: Path) -> N
         joined(make_recipe(folder, wire={"certificates": str(tmp_path / "none")}))
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
-    with pytest.raises(ModelError, match="no tokenizer"):
+    with pytest.raises(ModelError, match="no usable tokenizer"):
         joined(make_recipe(bare))

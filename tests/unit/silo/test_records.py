@@ -42,7 +42,7 @@ def nines(text: str) -> list[tuple[int, int, str]]:
 @settings(derandomize=True, deadline=None)
 def test_the_longest_known_prompt_names_a_row(rows: list[Tokens], row: list[int]) -> None:
     one = Records()
-    one.learn(rows)
+    one.add_rows(rows)
     begins = [tuple(known.prompt) for known in rows if row[: len(known.prompt)] == known.prompt]
     expected = list(max(begins, key=len, default=tuple(row)))
     assert one.subjects([row], [1]).records == one.subjects([expected], [1]).records
@@ -50,7 +50,7 @@ def test_the_longest_known_prompt_names_a_row(rows: list[Tokens], row: list[int]
 
 def test_a_rows_answer_changes_no_record_and_other_text_is_another() -> None:
     one = Records()
-    one.learn([Tokens([5, 6], [7])])
+    one.add_rows([Tokens([5, 6], [7])])
     rows = [[5, 6], [5, 6, 7], [5, 6, 8, 9], [5], [6, 5]]
     records = one.subjects(rows, [1] * 5).records
     assert len(set(records[:3])) == 1
@@ -67,7 +67,7 @@ def test_names_stay_over_a_restart_and_need_the_key(tmp_path: Path) -> None:
 
 def test_without_sensitivity_there_are_no_factors_and_no_budgets() -> None:
     one = Records()
-    one.learn([Tokens([5, 6], [7])])
+    one.add_rows([Tokens([5, 6], [7])])
     history = one.history(1)
     for subjects in (one.subjects([[5, 6]], [2]), one.subjects(None, [2]), history.subjects([[5]], [1])):
         assert subjects.factors_T is None
@@ -83,7 +83,7 @@ def test_only_what_crosses_has_factors() -> None:
 
 def test_what_the_data_says_holds_for_its_rows_and_what_follows_is_looked_at() -> None:
     one = register()
-    one.learn([Tokens([1, 2], [3, 4], (LOW, 0, HIGH, 0)), Tokens([5], [6], (0, 0))])
+    one.add_rows([Tokens([1, 2], [3, 4], (LOW, 0, HIGH, 0)), Tokens([5], [6], (0, 0))])
     rows = [[1, 2, 3, 4], [1, 2], [1, 2, 3, 9, 4], [1, 2, 7, 9], [1, 7], [5, 6]]
     assert one.classes(rows) == [
         [LOW, 0, HIGH, 0],
@@ -106,7 +106,7 @@ def test_the_average_power_over_the_crossing_training_tokens_is_kept(tail: int |
         classes = data.draw(st.tuples(*[st.integers(0, 2)] * (1 + len(prompt) + len(answer))))
         rows.append(Tokens([100 + number, *prompt], answer, classes))
     one = register()
-    one.learn(rows, rows, tail)
+    one.add_rows(rows, rows, tail)
     inputs = [[*row.prompt, *row.answer[:-1]] for row in rows]
     lengths = [min(tail or 99, len(row.prompt)) + len(row.answer) - 1 for row in rows]
     factors_T = one.subjects(inputs, lengths).factors_T
@@ -117,11 +117,11 @@ def test_the_average_power_over_the_crossing_training_tokens_is_kept(tail: int |
 
 def test_the_scale_stays_over_a_restart_with_the_same_section_only(tmp_path: Path) -> None:
     rows = [Tokens([1], [2, 3], (HIGH, HIGH, 0))]
-    register(tmp_path).learn(rows, rows)
+    register(tmp_path).add_rows(rows, rows)
     again, other = register(tmp_path), register(tmp_path, classes=CLASSES | {"more": {}})
     assert again.subjects([[9, 1]], [2]).factors_T == pytest.approx([1.0, 0.5])
     assert other.subjects([[9, 1]], [2]).factors_T == pytest.approx([2.0, 1.0])
-    again.learn([], [Tokens([1], [2, 3], (0, 0, 0))])
+    again.add_rows([], [Tokens([1], [2, 3], (0, 0, 0))])
     assert again.subjects([[9, 1]], [2]).factors_T == pytest.approx([1.0, 0.5])
 
 
@@ -151,7 +151,7 @@ class TestHistory:
 
     def test_its_record_and_classes_go_on_from_the_prompt(self) -> None:
         one = register()
-        one.learn([Tokens([1, 2], [3], (LOW, 0, 0))])
+        one.add_rows([Tokens([1, 2], [3], (LOW, 0, 0))])
         history = one.history(2)
         first = history.subjects([[1, 2], [9]], [2, 1])
         assert first.factors_T.tolist() == [0.5, 1.0, 2.0]
@@ -161,26 +161,26 @@ class TestHistory:
         assert second.records == first.records
         assert second.budgets == (4.0, 4.0)
 
-    def test_what_was_heard_is_not_added_again(self) -> None:
+    def test_tokens_that_were_read_are_not_added_again(self) -> None:
         history = register().history(1)
-        assert history.hear([[9, 1, 2]]) == [[HIGH, 0, 0]]
+        assert history.read_tokens([[9, 1, 2]]) == [[HIGH, 0, 0]]
         assert history.subjects([[9, 1]], [2]).factors_T.tolist() == [2.0, 1.0]
-        assert history.hear([[9]]) == [[HIGH, 0, 0, HIGH]]
+        assert history.read_tokens([[9]]) == [[HIGH, 0, 0, HIGH]]
 
     def test_rows_are_selected_and_tokens_forgotten(self) -> None:
         history = register().history(2)
         history.subjects([[9, 1], [2, 3]], [2, 2])
         history.select([1, 1, 0])
         history.subjects([[4], [9], [5]], [1, 1, 1])
-        history.forget(1)
-        assert history.hear([[6], [9], [7]]) == [[0, 0, 0], [0, 0, HIGH], [HIGH, 0, 0]]
+        history.crop(1)
+        assert history.read_tokens([[6], [9], [7]]) == [[0, 0, 0], [0, 0, HIGH], [HIGH, 0, 0]]
 
     def test_embeddings_end_what_is_known(self) -> None:
         history = register().history(1)
         first = history.subjects([[9]], [1])
         later = history.subjects(None, [3])
-        history.forget(2)
+        history.crop(2)
         assert later.records == first.records
         assert later.factors_T.tolist() == [1.0] * 3
-        assert history.hear([[9]]) is None
+        assert history.read_tokens([[9]]) is None
         assert history.subjects([[9]], [1]).records == first.records

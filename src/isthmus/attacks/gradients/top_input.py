@@ -24,7 +24,7 @@ import torch
 from isthmus.attacks.inversion.linear import ridge
 from isthmus.attacks.knowledge import CALIBRATION, Knowledge, aligned
 from isthmus.errors import AttackError
-from isthmus.model.bottleneck import GATE, UP, project, tensor_of
+from isthmus.model.bottleneck import GATE, UP, layer_weight, project
 from isthmus.privacy.mechanisms import Gaussian, Metric, SequenceGaussian, mechanism_of
 from isthmus.recipe import ReleaseSection
 
@@ -62,7 +62,7 @@ def results_of(knowledge: Knowledge) -> list[torch.Tensor]:
         raise AttackError("the trunk did not answer a sequence", remedy="attack sequences that it answered")
     if not knowledge.view.recipe.boundary.residual:
         return answers
-    gate_D = tensor_of(knowledge.top, GATE)
+    gate_D = layer_weight(knowledge.top, GATE)
     assert gate_D is not None  # a residual path has one
     estimate = _clean_state_estimator(knowledge)
     return [estimate(one.hidden_LD.float()) + gate_D * g_LD for one, g_LD in zip(crossings, answers, strict=True)]
@@ -83,7 +83,7 @@ def gradients_of(knowledge: Knowledge) -> list[torch.Tensor]:
     gradients = [one.gradient_LD.float() for one in crossings if one.gradient_LD is not None]
     if len(gradients) < len(crossings):
         raise AttackError("no gradients cross in inference", remedy="leave out --inference, or use --attack lens")
-    gate_D = tensor_of(knowledge.top, GATE)
+    gate_D = layer_weight(knowledge.top, GATE)
     return gradients if gate_D is None else [e_LD / gate_D for e_LD in gradients]
 
 
@@ -100,7 +100,7 @@ def _clean_state_estimator(knowledge: Knowledge) -> partial[torch.Tensor]:
         h_TD = torch.cat([knowledge.bottom_of(pair.tokens)[-pair.crossing.length :] for pair in pairs])
         weight_WD, bias_D = ridge(z_TW, h_TD)
         return partial(_affine, weight_WD=weight_WD, bias_D=bias_D)
-    return partial(project, weight=tensor_of(knowledge.trunk, UP))
+    return partial(project, weight=layer_weight(knowledge.trunk, UP))
 
 
 def _affine(z_LW: torch.Tensor, weight_WD: torch.Tensor, bias_D: torch.Tensor) -> torch.Tensor:

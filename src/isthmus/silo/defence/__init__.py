@@ -1,1 +1,1 @@
-"""What a silo does to its bottom so that less of its text can be read from what crosses."""
+"""Defences of a silo that make its text harder to read from the hidden states that cross."""

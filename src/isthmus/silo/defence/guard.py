@@ -1,10 +1,11 @@
-"""The guard: teaches bottom and the bottleneck to let the answer cross, and little else.
+"""The guard: a loss that trains bottom and the bottleneck to reveal the answer and little else of the text.
 
-Beside the task's own loss it weighs what crosses as the trunk will see it, clipped and noised: how well that tells the
-answer, against how much it tells of the text. The latter is bounded from below by what a simulated inverter reads
-(Barber and Agakov 2003), and from above by what the channel can carry. All of this stays in the silo.
+It is added to the task's loss. It is computed on the hidden states as the trunk will receive them, clipped and noised,
+and weighs what they reveal of the answer against what they reveal of the text. Their information about the text is
+bounded from below by a simulated inverter (Barber and Agakov 2003) and from above by the capacity of the noisy channel.
+Nothing of this leaves the silo.
 
-Shapes: B rows, L positions, T vectors that cross, D the model's width, W what crosses of it, V vocabulary,
+Shapes: B rows, L positions, T vectors that cross, D the model's width, W the width that crosses, V vocabulary,
 E width of the embedding.
 """
 
@@ -26,33 +27,39 @@ from isthmus.recipe import DefenceSection
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.defence.reader import Question, Reader
 
-LESSONS = 3
-"""Steps of the readers for each of bottom's."""
+READER_STEPS = 3
+"""Optimizer steps of the readers for each step of bottom."""
 LEARNING_RATE = 2e-3
-COMPARED = 512
-"""Vectors, at most, whose distances are compared."""
+"""Learning rate of the readers."""
+MAX_COMPARED = 512
+"""Largest number of vectors in the distance correlation."""
 OWN, ANY, ANSWER = "own", "any", "answer"
-"""What readers are asked: a vector's own token, any token of its text so far, the token that should follow."""
+"""Readers by the token that they predict: a vector's own, a random one of its text so far, the one to follow."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the last step's crossing told: nats a vector but for the correlation, which is 0 to 1."""
+class GuardTerms:
+    """The terms of the guard's loss in one step, before weighting: nats per vector, and the correlation."""
 
     answer: float = 0.0
-    """Loss of the head that has nothing but what crosses."""
+    """Cross-entropy of the reader that predicts the answer from the vector alone."""
     inverter: float = 0.0
-    """Read of the vector's own token and of one token of its text, together."""
+    """What the readers of a vector's own token and of a token of its text gain over token frequencies, together."""
     capacity: float = 0.0
+    """Capacity of the noisy channel."""
     correlation: float = 0.0
+    """Distance correlation of vectors and token embeddings, 0 to 1."""
 
 
 class Guard:
-    """Implements ``model.split.Guard`` by the recipe's weights.
+    """Implements ``model.split.BottomGuard`` with the recipe's weights.
 
     Args:
-        table_VE: the model's embedding.
-        seed: of the readers and of what they are asked.
+        section: weights of the terms.
+        boundary: clips and noises as in a release.
+        bottleneck: projects bottom's output; None: there is none.
+        table_VE: the model's token embedding.
+        seed: seed of the readers' initial weights and of random tokens.
     """
 
     def __init__(
@@ -69,7 +76,8 @@ class Guard:
         self._draw = random.Random(f"{seed}/guard")
         self._readers = nn.ModuleDict()
         self._optimizer: torch.optim.Optimizer | None = None
-        self.told = Told()
+        self.last_terms = GuardTerms()
+        """The terms of the last step; zeros before the first."""
 
     def __call__(
         self,
@@ -80,38 +88,39 @@ class Guard:
         subjects: Subjects,
         share: float = 1.0,
     ) -> torch.Tensor:
-        """``h_BLD`` itself; whatever gradient it gets, that of the guard's terms, times ``share``, comes on top.
+        """``h_BLD`` unchanged; in backward the gradient of the guard's loss, times ``share``, is added to its own.
 
         Args:
-            packing: which positions cross.
-            rows: the tokens of each row up to the last that crosses.
-            targets_T: the token that each vector that crosses should predict, or ``IGNORED``.
-            subjects: the records of the rows.
-            share: of a step's supervised tokens that are this batch's.
+            h_BLD: bottom's output.
+            packing: the positions that cross.
+            rows: token ids of each row up to the last that crosses.
+            targets_T: the token that each vector should predict, or ``IGNORED``.
+            subjects: the records that the rows belong to.
+            share: the batch's share of the step's supervised tokens, 0 to 1.
         """
         boundary, z_TW = self._boundary, packing.pack(h_BLD)
         if self._bottleneck is not None:
             z_TW = self._bottleneck.narrow(z_TW)
-        seen_TW = boundary.rehearsed(z_TW, "forward", subjects)
+        seen_TW = boundary.simulated(z_TW, "forward", subjects)
         questions = self._questions(rows, packing.lengths, targets_T)
-        self._teach(seen_TW, questions)
+        self._train_readers(seen_TW, questions)
         leaf_TW = z_TW.detach().float().requires_grad_()
         clipped_TW = boundary.clipped(leaf_TW, "forward", subjects)
         terms = self._terms(leaf_TW, clipped_TW, (seen_TW - clipped_TW).detach(), questions)
-        # The readers change in place with every part of a step, so their share of the gradient is taken at once.
-        (slope_TW,) = torch.autograd.grad(terms, leaf_TW)
-        guarded: torch.Tensor = _Attached.apply(h_BLD, share * (z_TW * slope_TW).sum())  # type: ignore[no-untyped-call]
+        # The readers are updated in place in each micro-batch, so the gradient is computed now.
+        (gradient_TW,) = torch.autograd.grad(terms, leaf_TW)
+        guarded: torch.Tensor = _AddedLoss.apply(h_BLD, share * (z_TW * gradient_TW).sum())  # type: ignore[no-untyped-call]
         return guarded
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the readers, their optimizer and the draw of questions; empty before the first step."""
+        """State of the readers, their optimizer and the random generator; empty before the first step."""
         if self._optimizer is None:
             return {}
         states = {"readers": self._readers.state_dict(), "optimizer": self._optimizer.state_dict()}
         return {**states, "draw": list(self._draw.getstate()[1])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As they were; afresh, if the state is empty."""
+        """Restore the state from ``state_dict``; the initial state if it is empty."""
         self._readers, self._optimizer = nn.ModuleDict(), None
         self._draw = random.Random(f"{self._seed}/guard")
         if state:
@@ -120,21 +129,21 @@ class Guard:
             self._draw.setstate((3, tuple(state["draw"]), None))
 
     def _questions(self, rows: list[list[int]], lengths: list[int], targets_T: torch.Tensor) -> dict[str, Question]:
-        """What readers are asked in this step; the answer only where one is supervised."""
+        """Each reader's question in this step, by name. The answer's covers the supervised positions only."""
         vocabulary, own, some = len(self._table_VE), [], []
         for row, length in zip(rows, lengths, strict=True):
-            for place in range(len(row) - length, len(row)):
-                own.append(row[place])
-                some.append(row[self._draw.randrange(place + 1)])
+            for position in range(len(row) - length, len(row)):
+                own.append(row[position])
+                some.append(row[self._draw.randrange(position + 1)])
         everywhere = list(range(len(own)))
         supervised = (targets_T != IGNORED).nonzero().flatten().tolist()
-        asked = {OWN: (everywhere, own), ANY: (everywhere, some)}
+        targets = {OWN: (everywhere, own), ANY: (everywhere, some)}
         if supervised:
-            asked[ANSWER] = (supervised, targets_T[supervised].tolist())
-        return {name: Question.of(*one, vocabulary, self._draw, self._table_VE.device) for name, one in asked.items()}
+            targets[ANSWER] = (supervised, targets_T[supervised].tolist())
+        return {name: Question.of(*one, vocabulary, self._draw, self._table_VE.device) for name, one in targets.items()}
 
     def _prepare(self, width: int) -> torch.optim.Optimizer:
-        """The readers' optimizer; both are made when the width is first known."""
+        """The readers' optimizer. Both are created at the first step, when the width W is known."""
         if self._optimizer is None:
             state = torch.get_rng_state()
             torch.manual_seed(self._seed)
@@ -144,46 +153,48 @@ class Guard:
             self._optimizer = torch.optim.Adam(self._readers.parameters(), LEARNING_RATE)
         return self._optimizer
 
-    def _teach(self, seen_TW: torch.Tensor, questions: dict[str, Question]) -> None:
-        """A few steps of the readers on what would be seen."""
+    def _train_readers(self, seen_TW: torch.Tensor, questions: dict[str, Question]) -> None:
+        """Train the readers for ``READER_STEPS`` steps on the noised vectors."""
         optimizer, readers = self._prepare(seen_TW.shape[1]), self._readers
-        asked: list[tuple[Any, Question]] = [(readers[name], question) for name, question in questions.items()]
-        for reader, question in asked:
-            reader.hear(question)
-        for _ in range(LESSONS):
+        pairs: list[tuple[Any, Question]] = [(readers[name], question) for name, question in questions.items()]
+        for reader, question in pairs:
+            reader.count(question)
+        for _ in range(READER_STEPS):
             optimizer.zero_grad()
-            for reader, question in asked:
+            for reader, question in pairs:
                 reader.loss(seen_TW, question).backward()
             optimizer.step()
 
     def _terms(
         self, z_TW: torch.Tensor, clipped_TW: torch.Tensor, noise_TW: torch.Tensor, questions: dict[str, Question]
     ) -> torch.Tensor:
-        """The weighted sum of what is to be learned; notes each term.
+        """The weighted sum of the terms. ``last_terms`` gets each of them.
 
-        Capacity is that of the power before clipping: what is longer than the bound has no slope behind it.
+        Capacity is computed before clipping, since a clipped vector has no gradient in its length.
         """
         seen_TW, weights = clipped_TW + noise_TW, self._section
-        readers: Any = self._readers.requires_grad_(False)  # their own lessons are over
+        readers: Any = self._readers.requires_grad_(False)  # no gradient for the readers
         zero = seen_TW.new_zeros(())
         terms = {"answer": readers[ANSWER].loss(seen_TW, questions[ANSWER]) if ANSWER in questions else zero}
         terms["inverter"] = sum(
-            (readers[name].blind(questions[name]) - readers[name].loss(seen_TW, questions[name])).clamp_min(0.0)
+            (readers[name].frequency_loss(questions[name]) - readers[name].loss(seen_TW, questions[name])).clamp_min(
+                0.0
+            )
             for name in (OWN, ANY)
         )
         if weights.capacity:
             terms["capacity"] = capacity(z_TW, noise_TW.square().mean().sqrt())
         if weights.correlation and len(z_TW) > 1:
-            chosen = torch.tensor(self._draw.sample(range(len(z_TW)), min(COMPARED, len(z_TW))))
-            said_TE = self._table_VE[questions[OWN].tokens_N[chosen]]
-            terms["correlation"] = distance_correlation(said_TE, seen_TW[chosen])
+            chosen = torch.tensor(self._draw.sample(range(len(z_TW)), min(MAX_COMPARED, len(z_TW))))
+            embedded_TE = self._table_VE[questions[OWN].tokens_N[chosen]]
+            terms["correlation"] = distance_correlation(embedded_TE, seen_TW[chosen])
         readers.requires_grad_(True)
-        self.told = Told(**{name: float(term.detach()) for name, term in terms.items()})
+        self.last_terms = GuardTerms(**{name: float(term.detach()) for name, term in terms.items()})
         return sum((getattr(weights, name) * term for name, term in terms.items()), 0.0 * z_TW.sum())
 
 
-class _Attached(torch.autograd.Function):
-    """The first argument; in backward the second gets the gradient of a loss that is added."""
+class _AddedLoss(torch.autograd.Function):
+    """Returns its first argument. In backward the second gets gradient 1, as if it were added to the loss."""
 
     @staticmethod
     def forward(ctx: Any, h_BLD: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Readers: small networks that guess tokens from what crosses. The silo trains them for itself; they never leave it.
+"""Readers: small networks that predict tokens from the vectors that cross. They are trained and stay in the silo.
 
-Shapes: T vectors that cross, W their width, N of them that are asked about, K tokens to tell the right one from,
-V vocabulary, E width of the embedding.
+Shapes: T vectors that cross, W their width, N vectors with a target, K candidate tokens, V vocabulary, E width of the
+embedding.
 """
 
 from __future__ import annotations
@@ -16,36 +16,44 @@ from torch.nn.functional import cross_entropy
 from isthmus.model.device import CPU
 
 HIDDEN = 256
-OTHERS = 512
-"""Tokens drawn at random that right ones are told from."""
-UNSEEN = 0.02
-"""Occurrences that a token is taken to have had before it is seen."""
+"""Width of the perceptron's hidden layer."""
+NEGATIVES = 512
+"""Number of random tokens among the candidates."""
+PRIOR_COUNT = 0.02
+"""Initial count of every token."""
 
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """Which token belongs to each of some vectors."""
+    """A classification task for a reader: the right token of each of N vectors among K candidates."""
 
-    places_N: torch.Tensor
+    positions_N: torch.Tensor
+    """Indices of the vectors, int64."""
     tokens_N: torch.Tensor
-    told_K: torch.Tensor
-    """Among which tokens: sorted, without repeats, the right ones in it."""
+    """The right token of each, int64."""
+    candidates_K: torch.Tensor
+    """The candidate tokens, sorted and distinct; they include the right ones."""
 
     @classmethod
     def of(
-        cls, places: list[int], tokens: list[int], vocabulary: int, draw: random.Random, device: torch.device = CPU
+        cls, positions: list[int], tokens: list[int], vocabulary: int, draw: random.Random, device: torch.device = CPU
     ) -> Question:
-        """With other tokens drawn at random."""
-        others = draw.choices(range(vocabulary), k=OTHERS)
-        asked = (places, tokens, sorted({*tokens, *others}))
-        return cls(*(torch.tensor(numbers, device=device) for numbers in asked))
+        """A question whose candidates are the right tokens and ``NEGATIVES`` random ones.
+
+        Args:
+            vocabulary: number of tokens to draw from.
+        """
+        others = draw.choices(range(vocabulary), k=NEGATIVES)
+        fields = (positions, tokens, sorted({*tokens, *others}))
+        return cls(*(torch.tensor(numbers, device=device) for numbers in fields))
 
 
 class Reader(nn.Module):
-    """Scores tokens for a vector: a perceptron that points into the embedding, beside how often tokens occurred.
+    """Scores tokens for a vector: the product of a perceptron's output and the token embedding, plus log frequency.
 
     Args:
-        table_VE: the embedding; it does not train.
+        width: width of the vectors, W.
+        table_VE: the token embedding; it does not train.
     """
 
     def __init__(self, width: int, table_VE: torch.Tensor) -> None:
@@ -53,26 +61,26 @@ class Reader(nn.Module):
         self.counts_V: torch.Tensor
         self._table = [table_VE / table_VE.square().sum(dim=1).mean().sqrt()]  # a list hides it from the state
         self._into, self._out = nn.Linear(width, HIDDEN), nn.Linear(HIDDEN, table_VE.shape[1])
-        self.register_buffer("counts_V", torch.full((len(table_VE),), UNSEEN))
+        self.register_buffer("counts_V", torch.full((len(table_VE),), PRIOR_COUNT))
         nn.init.zeros_(self._out.weight)
         nn.init.zeros_(self._out.bias)
 
-    def hear(self, question: Question) -> None:
-        """Count the question's tokens among those that occur."""
+    def count(self, question: Question) -> None:
+        """Add the question's right tokens to the token counts."""
         self.counts_V.index_add_(0, question.tokens_N, torch.ones_like(question.tokens_N, dtype=torch.float32))
 
-    def scores(self, z_NW: torch.Tensor, told_K: torch.Tensor) -> torch.Tensor:
-        """Of these tokens for each vector, ``[N, K]``."""
+    def scores(self, z_NW: torch.Tensor, candidates_K: torch.Tensor) -> torch.Tensor:
+        """Scores (logits) of the candidates for each vector, ``[N, K]``."""
         pointed_NE = self._out(nn.functional.gelu(self._into(z_NW)))
-        scores_NK: torch.Tensor = pointed_NE @ self._table[0][told_K].T + self.counts_V[told_K].log()
+        scores_NK: torch.Tensor = pointed_NE @ self._table[0][candidates_K].T + self.counts_V[candidates_K].log()
         return scores_NK
 
     def loss(self, z_TW: torch.Tensor, question: Question) -> torch.Tensor:
-        """Mean cross-entropy of the right tokens, in nats."""
-        scores_NK = self.scores(z_TW[question.places_N], question.told_K)
-        return cross_entropy(scores_NK, torch.searchsorted(question.told_K, question.tokens_N))
+        """Mean cross-entropy of the right tokens among the candidates, in nats."""
+        scores_NK = self.scores(z_TW[question.positions_N], question.candidates_K)
+        return cross_entropy(scores_NK, torch.searchsorted(question.candidates_K, question.tokens_N))
 
-    def blind(self, question: Question) -> torch.Tensor:
-        """The same without the vectors, by frequency alone."""
-        scores_NK = self.counts_V[question.told_K].log().expand(len(question.tokens_N), -1)
-        return cross_entropy(scores_NK, torch.searchsorted(question.told_K, question.tokens_N))
+    def frequency_loss(self, question: Question) -> torch.Tensor:
+        """Mean cross-entropy of the right tokens by token frequency alone, without the vectors, in nats."""
+        scores_NK = self.counts_V[question.candidates_K].log().expand(len(question.tokens_N), -1)
+        return cross_entropy(scores_NK, torch.searchsorted(question.candidates_K, question.tokens_N))

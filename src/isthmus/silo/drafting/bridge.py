@@ -106,7 +106,7 @@ class BridgeSession:
         answers += [self._step(h_TD[place : place + 1]) for place in range(together, len(h_TD))]
         return torch.cat(answers).to(h_TD.dtype)
 
-    def forget(self, positions: int) -> None:
+    def crop(self, positions: int) -> None:
         self._cache.crop(-positions)
         self._answers_LD = self._answers_LD[: len(self._answers_LD) - positions]
 

@@ -98,7 +98,7 @@ def answers(
 def _answer(model: SplitForCausalLM, rows: list[Tokens], pad: int, longest: int) -> Iterator[Answer]:
     batch = collate([Tokens(row.prompt, []) for row in rows], pad).to(model.device)
     cache = model.new_cache()
-    transcript = cache.record()
+    transcript = cache.start_transcript()
     out_BL = model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -108,7 +108,7 @@ def _answer(model: SplitForCausalLM, rows: list[Tokens], pad: int, longest: int)
         pad_token_id=pad,
     )
     cache.session.close()
-    heard, width = transcript.heard(), batch.input_ids.shape[1]
+    heard, width = transcript.slice(), batch.input_ids.shape[1]
     for number, row in enumerate(rows):
         stop = width + _length(out_BL[number, width:], model.generation_config.eos_token_id)
         place = slice(width - len(row.prompt), stop - 1)

@@ -193,7 +193,7 @@ class Ahead:
     def __init__(self, draft: Draft, cache: SplitCache, processors: Any) -> None:
         self._draft = draft
         self._processors = processors
-        self._transcript = cache.record()
+        self._transcript = cache.start_transcript()
         self._cache = draft.new_cache()
         self._cache.activate_past_recording()
         self._fed = 0
@@ -210,7 +210,7 @@ class Ahead:
         self._sure = len(self._transcript)
         self.ready = 0 < self._sure == length - 1 and not self._padded
         if self.ready:
-            heard = self._transcript.heard(self._fed)
+            heard = self._transcript.slice(self._fed)
             self._padded = not bool(heard.real_BL.all())
             self.ready = not self._padded
             session = self._cache.session

@@ -66,7 +66,7 @@ def crossed(silo: Silo, rows: list[Tokens]) -> torch.Tensor:
     h_BLD = silo.model.bottom.hidden(input_ids=torch.tensor([row.input for row in rows]), use_cache=False)
     z_TW = silo.model._narrowed(h_BLD.flatten(0, 1), None)
     subjects = silo.boundary.records.subjects(None, [len(row.input) for row in rows])
-    return silo.boundary.rehearsed(z_TW, "forward", subjects)
+    return silo.boundary.simulated(z_TW, "forward", subjects)
 
 
 def read(silo: Silo, seed: int = 1) -> float:
@@ -101,11 +101,11 @@ def test_a_reader_reads_all_that_there_is() -> None:
     z_TW = torch.eye(4)[torch.tensor(tokens)]
     for _ in range(200):
         question = Question.of(list(range(64)), tokens, VOCABULARY, draw)
-        reader.hear(question)
+        reader.count(question)
         optimizer.zero_grad()
         reader.loss(z_TW, question).backward()
         optimizer.step()
-    assert float(reader.blind(question).detach()) == pytest.approx(math.log(4), abs=0.01)
+    assert float(reader.frequency_loss(question).detach()) == pytest.approx(math.log(4), abs=0.01)
     assert float(reader.loss(z_TW, question).detach()) < 0.1
 
 
@@ -115,7 +115,7 @@ def test_a_guarded_bottom_tells_the_answer_and_less_of_the_text(silo: Callable[.
         train(one, 150)
     assert read(guarded) < 0.6 * read(open_silo)
     assert guarded.guard is not None
-    assert guarded.guard.told.answer < 0.5 * math.log(2)
+    assert guarded.guard.last_terms.answer < 0.5 * math.log(2)
 
 
 @pytest.mark.parametrize("term", ["capacity", "correlation"])
@@ -125,7 +125,7 @@ def test_each_term_lowers_what_it_measures(term: str, silo: Callable[..., Silo])
         one = silo(answer=1.0, **{term: weight})
         train(one, 60)
         assert one.guard is not None
-        told.append(getattr(one.guard.told, term))
+        told.append(getattr(one.guard.last_terms, term))
     assert told[1] < 0.7 * told[0]
 
 

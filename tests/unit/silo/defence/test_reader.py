@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from isthmus.silo.defence.reader import OTHERS, Question, Reader
+from isthmus.silo.defence.reader import NEGATIVES, Question, Reader
 
 WORDS, WIDTH = 20, 6
 
@@ -21,38 +21,38 @@ def question(*tokens: int) -> Question:
 
 
 def test_a_question_has_the_right_tokens_among_others_once_each() -> None:
-    asked = question(3, 3, 7)
-    told = asked.told_K.tolist()
-    assert {3, 7} <= set(told)
-    assert told == sorted(set(told))
-    assert len(told) <= OTHERS + 2
-    assert asked.places_N.tolist() == [0, 1, 2]
+    targets = question(3, 3, 7)
+    candidates = targets.candidates_K.tolist()
+    assert {3, 7} <= set(candidates)
+    assert candidates == sorted(set(candidates))
+    assert len(candidates) <= NEGATIVES + 2
+    assert targets.positions_N.tolist() == [0, 1, 2]
 
 
 def test_at_first_it_knows_nothing_and_then_what_occurs() -> None:
     torch.manual_seed(0)
-    reader, asked = Reader(WIDTH, table()), question(3, 3, 7)
+    reader, targets = Reader(WIDTH, table()), question(3, 3, 7)
     z_TW = torch.randn(3, WIDTH)
-    torch.testing.assert_close(reader.loss(z_TW, asked), torch.tensor(float(len(asked.told_K))).log())
+    torch.testing.assert_close(reader.loss(z_TW, targets), torch.tensor(float(len(targets.candidates_K))).log())
     for _ in range(50):
-        reader.hear(asked)
-    assert reader.blind(asked) < 0.7
-    torch.testing.assert_close(reader.loss(z_TW, asked), reader.blind(asked))
+        reader.count(targets)
+    assert reader.frequency_loss(targets) < 0.7
+    torch.testing.assert_close(reader.loss(z_TW, targets), reader.frequency_loss(targets))
 
 
 def test_it_learns_the_token_of_a_vector_and_the_table_stays() -> None:
     torch.manual_seed(0)
-    reader, asked = Reader(WIDTH, table()), question(3, 5, 7)
+    reader, targets = Reader(WIDTH, table()), question(3, 5, 7)
     z_TW = torch.eye(3, WIDTH)
     optimizer = torch.optim.Adam(reader.parameters(), lr=0.01)
     for _ in range(60):
         optimizer.zero_grad()
-        reader.loss(z_TW, asked).backward()
+        reader.loss(z_TW, targets).backward()
         optimizer.step()
-    assert reader.loss(z_TW, asked) < 0.1 < reader.blind(asked)
+    assert reader.loss(z_TW, targets) < 0.1 < reader.frequency_loss(targets)
     assert not any(one.shape == (WORDS, 8) for one in reader.state_dict().values())
 
 
-def test_a_token_that_is_not_told_among_others_is_refused() -> None:
+def test_a_token_that_is_not_among_the_candidates_is_refused() -> None:
     with pytest.raises(IndexError):
-        Reader(WIDTH, table()).hear(Question(torch.tensor([0]), torch.tensor([WORDS]), torch.tensor([1])))
+        Reader(WIDTH, table()).count(Question(torch.tensor([0]), torch.tensor([WORDS]), torch.tensor([1])))

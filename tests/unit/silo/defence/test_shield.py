@@ -56,7 +56,7 @@ def test_sensitive_tokens_are_averted_where_they_stand(averted: list[torch.Tenso
 
 def test_with_a_cache_the_earlier_tokens_are_averted_too(averted: list[torch.Tensor]) -> None:
     cache = SimpleNamespace(get_seq_length=lambda: 2)
-    session = SimpleNamespace(hear=lambda rows: [[1, 0, *Records().classes(rows)[0]]])
+    session = SimpleNamespace(read_tokens=lambda rows: [[1, 0, *Records().classes(rows)[0]]])
     run(Records(), [[60]], session, past_key_values=cache)
     assert averted[0].tolist() == [[6.0, 0.0, 6.0]]
 
@@ -65,10 +65,10 @@ def test_without_sensitivity_or_tokens_bottom_runs_plainly(averted: list[torch.T
     assert run(Records(sensitive=False), [[60]]) == "plain"
     plain = Shield(Records(), 2.0).hidden(Bottom(), inputs_embeds=torch.zeros(1, 1, 4))  # type: ignore[arg-type]
     assert plain == "plain"  # type: ignore[comparison-overlap]
-    assert run(Records(), [[60]], SimpleNamespace(hear=lambda rows: None)) == "plain"
+    assert run(Records(), [[60]], SimpleNamespace(read_tokens=lambda rows: None)) == "plain"
     assert not averted
 
 
 def test_classes_for_another_number_of_rows_are_refused(averted: list[torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="zip"):
-        run(Records(), [[60]], SimpleNamespace(hear=lambda rows: []))
+        run(Records(), [[60]], SimpleNamespace(read_tokens=lambda rows: []))

@@ -51,7 +51,7 @@ def test_steps_equal_one_piece(bridge: Bridge, data: st.DataObject) -> None:
             before_LD = torch.cat([torch.zeros(1, WIDTH), g_LD[:sure]])
             whole_LD = bridge.guess(h_LD[None, : sure + 1], before_LD[None])[0]
             assert torch.allclose(out_LD[sure - fed], whole_LD[-1], atol=1e-4)
-            session.forget(ahead)
+            session.crop(ahead)
             fed = sure
 
 
