@@ -94,7 +94,6 @@ def test_exported_adapter_on_the_uncut_model_answers_as_the_split_model(
     again = call(capsys, monkeypatch, "generate", run, prompt, "--max-new-tokens", 8)
     again.succeeded()
     assert again.out == generated.out
-    call(capsys, monkeypatch, "generate", run, prompt, "--chat").failed("no chat template", "leave out --chat")
 
 
 def test_privacy_tells_what_was_spent_and_notices_an_edit(

@@ -66,7 +66,7 @@ class Root:
     def die(self) -> bool:
         """Start again, if anything is lost by it."""
         with self._lock:
-            buffer = self.service.rounds._buffer  # type: ignore[union-attr]
+            buffer = self.service._buffer  # type: ignore[attr-defined]
             for held in buffer:
                 self.lost.append([one for one in self.updates if one[0] == held][-1])
                 self.updates.remove(self.lost[-1])
@@ -102,7 +102,7 @@ class Root:
 
     @property
     def version(self) -> int:
-        return self.service.rounds._planner.completed  # type: ignore[union-attr]
+        return self.service._planner.completed  # type: ignore[attr-defined]
 
 
 class Watched(LoopbackChannel):

@@ -39,7 +39,7 @@ CASES: list[tuple[str, str, Kernel | None]] = [
 ]
 CASES = [case for case in CASES if case[:2] != ("gemma2", "sdpa")]  # transformers knows no such pair
 """With a kernel: as on an accelerator, where it computes all sequences of a pass, and the adapters are one batch."""
-EXAMPLES = settings(max_examples=15, deadline=None)
+EXAMPLES = settings(max_examples=8, deadline=None)
 
 
 @dataclass(frozen=True)
