@@ -47,7 +47,7 @@ class Baselines:
         return {silo.name: metrics.majority([tuple(row.answer) for row in silo.held_out]) for silo in self._silos}
 
     def alone(self) -> dict[str, float]:
-        """Held-out accuracy, 0 to 1, by silo, of a model trained on its own rows for the federation's number of steps."""
+        """Held-out accuracy, 0 to 1, by silo, of a model trained on its own rows, in as many steps as the federation."""
         scores = {}
         for silo in self._silos:
             self._train([silo], f"{silo.name} alone")
@@ -55,7 +55,7 @@ class Baselines:
         return scores
 
     def pooled(self) -> dict[str, float]:
-        """Held-out accuracy, 0 to 1, by silo, of one model trained on all rows for the federation's number of steps."""
+        """Held-out accuracy, 0 to 1, by silo, of one model trained on all rows, in as many steps as the federation."""
         self._train(self._silos, "all rows in one place")
         return {silo.name: self._score(silo) for silo in self._silos}
 
