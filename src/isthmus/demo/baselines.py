@@ -23,7 +23,7 @@ from isthmus.tasks import metrics
 
 
 class Baselines:
-    """The uncut model with the recipe's adapters on every block, trained on the federation's batches.
+    """The uncut model with the recipe's adapters on every block, trained on the federation's batches and steps.
 
     Args:
         notify: called with messages of progress.
@@ -47,7 +47,7 @@ class Baselines:
         return {silo.name: metrics.majority([tuple(row.answer) for row in silo.held_out]) for silo in self._silos}
 
     def alone(self) -> dict[str, float]:
-        """Held-out accuracy, 0 to 1, by silo, of a model trained on its own rows, in as many steps as the federation."""
+        """Held-out accuracy, 0 to 1, by silo, of a model trained on its rows alone, for as many steps."""
         scores = {}
         for silo in self._silos:
             self._train([silo], f"{silo.name} alone")
@@ -55,7 +55,7 @@ class Baselines:
         return scores
 
     def pooled(self) -> dict[str, float]:
-        """Held-out accuracy, 0 to 1, by silo, of one model trained on all rows, in as many steps as the federation."""
+        """Held-out accuracy, 0 to 1, by silo, of one model trained on all silos' rows, for as many steps."""
         self._train(self._silos, "all rows in one place")
         return {silo.name: self._score(silo) for silo in self._silos}
 

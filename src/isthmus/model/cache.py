@@ -71,6 +71,7 @@ class SplitCache(Cache):
         return crosses_BL
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last positions of every row, in all parts."""
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self.session.crop(abs(tokens_to_remove))
@@ -80,15 +81,18 @@ class SplitCache(Cache):
                 self.transcript.crop(abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Keep these rows, in this order, in all parts."""
         super().reorder_cache(beam_idx)
         self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows with these indices, or where a bool mask is true, in all parts."""
         super().batch_select_indices(indices)
         rows = indices.nonzero().flatten() if indices.dtype is torch.bool else indices
         self._select(rows.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row this many times, in all parts."""
         rows = self.layers[0].keys.shape[0] if self.get_seq_length() else 0
         super().batch_repeat_interleave(repeats)
         if rows:

@@ -190,6 +190,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         return self.bottom, self.top
 
     def get_input_embeddings(self) -> nn.Module:
+        """The token embedding, in bottom."""
         return self.bottom.family.embedding_of(self.bottom.model)
 
     def new_cache(self) -> SplitCache:

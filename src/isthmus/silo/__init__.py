@@ -1,1 +1,1 @@
-"""What a silo does with its own text: data, boundary, training."""
+"""The silo: training and inference on its own text, and the boundary that everything leaving it passes."""

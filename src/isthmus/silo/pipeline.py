@@ -28,7 +28,7 @@ class MicroBatch:
     share: float
     """Its share of the step's supervised tokens, 0 to 1."""
     outbound: Outbound
-    """What was sent, with the state that the silo keeps."""
+    """The batch as it was sent, with the state that the silo keeps."""
     leaf_BLD: torch.Tensor | None
     """Bottom's output detached from its graph, the input of the residual path; None without a residual path."""
     pending: PendingStep

@@ -44,7 +44,7 @@ class GuardTerms:
     answer: float = 0.0
     """Cross-entropy of the reader that predicts the answer from the vector alone."""
     inverter: float = 0.0
-    """What the readers of a vector's own token and of a token of its text gain over token frequencies, together."""
+    """Gain over token frequencies of the readers of a vector's own token and of a token of its text, summed."""
     capacity: float = 0.0
     """Capacity of the noisy channel."""
     correlation: float = 0.0
