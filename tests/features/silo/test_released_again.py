@@ -95,7 +95,7 @@ def test_a_silo_that_died_before_it_could_send_sends_what_it_had_released(start:
     batch = collate(ROWS, 0)
     outbound = party.silo.model.outbound(batch.input_ids, batch.places(), batch.supervision())
     assert [len(one.h_LW) for one in outbound.fresh] == TOKENS
-    released = [party.trunk._released(one, 1) for one in outbound.fresh]
+    released = [party.trunk._release_example(one, 1) for one in outbound.fresh]
     party.start_silo()
     party.forget()
     party.logits()
@@ -111,7 +111,7 @@ def test_what_the_silos_own_disk_lost_is_named_then_released_anew(start: Start) 
     (party.folder / "silo" / "released" / f"{number:016x}").unlink()
     with pytest.raises(errors.RunError, match="is missing from") as caught:
         party.logits()
-    assert "charged" in caught.value.remedy
+    assert "charges its privacy budget again" in caught.value.remedy
     party.start_silo()
     party.forget()
     party.logits()
