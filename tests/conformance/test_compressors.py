@@ -289,7 +289,7 @@ def gaps(*values: int) -> bytes:
         (placed(0, gaps(5, 3, 23)), "named twice or is none"),  # of 30 places the 31st
         (placed(0, gaps(5, 0, 3)), "named twice or is none"),
         (placed(0, gaps(2**32 - 1, 2**32 - 1, 3)), "named twice or is none"),
-        (placed(0, gaps(1, 2)), "8 bytes of gaps where 12"),
+        (placed(0, gaps(1, 2)), "8 bytes of gaps, 12 expected"),
         (placed(0, bytes(10**7)), "data of 10000000 bytes, allowed are 12"),
         (placed(0, b"gaps", packed=False), "invalid zstd data"),
         (placed(1, bytes([255, 0, 0, 0])), "not 3 of 30"),

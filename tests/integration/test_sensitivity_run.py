@@ -48,4 +48,4 @@ def test_it_trains_and_generates_with_one_key_and_one_scale(
 def test_a_function_that_raises_on_the_data_is_named_at_the_start(commands: Commands, tmp_path: Path) -> None:
     alone = [{"name": "north", "train": "north.jsonl", "held_out": "north.jsonl"}]
     recipe = federation(tmp_path / "made", "def look(text):\n    return text.no_such_thing\n", silo=alone)
-    commands.run("run", recipe, "--run-dir", tmp_path / "run").failed("mine.py:look", "correct it")
+    commands.run("run", recipe, "--run-dir", tmp_path / "run").failed("mine.py:look", "correct the function")
