@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from isthmus.errors import FrameError, IsthmusError, by_code
 from isthmus.wire import isthmus_pb2 as pb
 
-VERSION = 1
+VERSION = 2
 """Version of the protocol."""
 MAX_SEQUENCES = 4096
 MAX_SILOS = 2**20

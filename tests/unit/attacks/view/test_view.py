@@ -21,6 +21,7 @@ from isthmus.silo.join import greeting, join
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.frames import VERSION
 from isthmus.wire.channel import LoopbackChannel
 from tests.conftest import make_recipe
 from tests.unit.attacks.attacked import Attacked, random_rows
@@ -87,7 +88,7 @@ def test_rows_that_were_released_once_are_the_kept_bytes(attacked_model: Path, t
 
 def test_a_message_changed_after_it_was_sent_changes_nothing(attacked_model: Path) -> None:
     tap = Tap(LoopbackChannel(ZeroTrunk(make_recipe(attacked_model)), "a"))
-    request = pb.Hello(version=1)
+    request = pb.Hello(version=VERSION)
     tap.call(request)
     request.bottom = 9
     assert tap.exchanges[0].request.bottom == 0
