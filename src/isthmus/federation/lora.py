@@ -27,7 +27,7 @@ class Product:
         return self.a_RI.shape[0]
 
     def padded(self, rank: int) -> Product:
-        """The same product with zeros up to this rank."""
+        """This product with zeros up to this rank."""
         missing = max(0, rank - self.rank)
         return Product(pad(self.b_OR, (0, missing)), pad(self.a_RI, (0, 0, 0, missing)))
 

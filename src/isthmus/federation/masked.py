@@ -29,7 +29,7 @@ class Masked:
     Args:
         adverts: the participants' public keys, by name.
         sums: the format of the sum.
-        fewest: living silos of whom a sum may be known.
+        fewest: living silos that a sum needs before it may be known.
     """
 
     def __init__(

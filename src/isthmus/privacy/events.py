@@ -56,7 +56,7 @@ class Release:
     """Payload in bytes."""
     mechanism: MechanismName = "gaussian"
     unit: Unit = "token"
-    """What was clipped as one vector: each row, or all rows of a sequence. An update is one row."""
+    """The unit that was clipped as one vector: each row, or all rows of a sequence. An update is one row."""
     charges: tuple[Charge, ...] = ()
     """One charge for each record."""
     honest: int = 0

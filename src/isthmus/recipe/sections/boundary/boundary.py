@@ -13,7 +13,7 @@ from isthmus.recipe.sections.boundary.release import ReleaseSection
 
 
 class BoundarySection(Section):
-    """What leaves a silo, and how it is protected on the way out."""
+    """The tensors that leave a silo, and how each is protected on the way out."""
 
     tail: Count | None = Field(default=None, examples=[8])
     """How many of a prompt's last positions cross to the trunk; the others stay in bottom. Left out: all cross."""
