@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -114,25 +114,23 @@ def longest_wait(trunk: RemoteTrunk) -> float:
     """Of one session's tokens, while another's long prompt is computed."""
     session, long = trunk.open_session(), trunk.open_session()
     session.step(made_up(torch.randn(PROMPT, WIDTH), [PROMPT]))
-    prompt = threading.Thread(target=long.step, args=(made_up(torch.randn(2048, WIDTH), [2048]),))
-    prompt.start()
     waits = []
-    while prompt.is_alive():
-        started = time.perf_counter()
-        session.step(made_up(torch.randn(1, WIDTH), [1]))
-        waits.append(time.perf_counter() - started)
+    with ThreadPoolExecutor(1) as thread:
+        prompt = thread.submit(long.step, made_up(torch.randn(2048, WIDTH), [2048]))
+        while not prompt.done():
+            started = time.perf_counter()
+            session.step(made_up(torch.randn(1, WIDTH), [1]))
+            waits.append(time.perf_counter() - started)
+        prompt.result()
     return max(waits)
 
 
 def at_once(work: Callable[[int], None], count: int) -> float:
-    """Seconds until all of so many threads have done their work."""
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
-    started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return time.perf_counter() - started
+    """Seconds until all of so many threads have done their work. One that fails ends the benchmark."""
+    with ThreadPoolExecutor(count) as threads:
+        started = time.perf_counter()
+        list(threads.map(work, range(count)))
+        return time.perf_counter() - started
 
 
 def silos_recipe(recipe: Recipe, names: tuple[str, ...]) -> Recipe:

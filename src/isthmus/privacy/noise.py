@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import threading
 from typing import Protocol
 
 import numpy as np
@@ -50,6 +51,7 @@ class SecretNoise:
     def __init__(self) -> None:
         key, start = secrets.token_bytes(32), secrets.token_bytes(16)
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(start)).encryptor()
+        self._lock = threading.Lock()
 
     def normal(self, rows: int, width: int) -> torch.Tensor:
         pairs = -(-rows * width // 2)
@@ -70,7 +72,8 @@ class SecretNoise:
 
     def _bytes(self, count: int) -> bytearray:
         drawn = bytearray(count + 16)
-        self._cipher.update_into(bytes(count), drawn)
+        with self._lock:  # several generations may run at once, and a cipher refuses a second thread
+            self._cipher.update_into(bytes(count), drawn)
         return drawn
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +78,13 @@ def test_secret_noise_is_the_keystream_of_its_key(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("isthmus.privacy.noise.secrets.token_bytes", known)
     assert torch.equal(SecretNoise().normal(9, 5), SecretNoise().normal(9, 5))
     assert asked == [32, 16] * 2
+
+
+def test_threads_draw_at_once_and_never_the_same() -> None:
+    noise = SecretNoise()
+    with ThreadPoolExecutor(8) as threads:
+        drawn = list(threads.map(lambda _: noise.words(5000), range(200)))
+    assert len(set(np.concatenate(drawn).tolist())) == 200 * 5000
 
 
 def test_generators_for_rounding_are_each_their_own() -> None:

@@ -21,8 +21,8 @@ from isthmus.silo.join import greeting, join
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.frames import VERSION
 from isthmus.wire.channel import LoopbackChannel
+from isthmus.wire.frames import VERSION
 from tests.conftest import make_recipe
 from tests.unit.attacks.attacked import Attacked, random_rows
 
