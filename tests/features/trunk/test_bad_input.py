@@ -16,7 +16,7 @@ from isthmus.silo.join import greeting
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.trunk.training import OPEN_STEPS
-from isthmus.wire import codec
+from isthmus.wire import codec, frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import LoopbackChannel
 from tests.conftest import make_recipe, save_tiny_model
@@ -264,7 +264,7 @@ def test_before_hello(request_: Message, serve: Serve, hello: pb.Hello, undistur
         ({"fingerprint": "other"}, errors.MismatchError),
         ({"bottom": 2}, errors.MismatchError),
         ({"top": 0}, errors.MismatchError),
-        ({"version": 2}, errors.FrameError),
+        ({"version": frames.VERSION + 1}, errors.FrameError),
         ({"version": 0}, errors.FrameError),
     ],
 )
