@@ -37,8 +37,8 @@ FIRST = ("integration", "oracle", "conformance", "features")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two workers more than cores: tests of processes and of patience wait most of their time."""
-    return len(os.sched_getaffinity(0)) + 2
+    """One worker more than cores: tests of processes and of patience wait most of their time."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
