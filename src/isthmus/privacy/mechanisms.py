@@ -18,6 +18,7 @@ Shapes: T rows of all sequences one after another, S sequences, D width.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -62,7 +63,7 @@ class Mechanism(Protocol):
         ...
 
 
-class _Charging:
+class _Charging(ABC):
     """Base of the mechanisms: builds a release's event from the charges of its sequences."""
 
     name: events.MechanismName
@@ -70,10 +71,11 @@ class _Charging:
     clip: float
 
     @property
+    @abstractmethod
     def scale(self) -> float:
         """The noise scale that the event states (see ``Release.noise``)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
         """The charge to a record for releasing one sequence.
 
@@ -81,7 +83,6 @@ class _Charging:
             rows: number of rows of the sequence.
             factors_T: noise factors of the rows, float64, so that a sum's rounding hardly depends on T; None: 1.
         """
-        raise NotImplementedError
 
     def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
         """The event of a release, with size 0; its charges are merged by record."""
