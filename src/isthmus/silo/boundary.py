@@ -5,6 +5,7 @@ Shapes: T tokens, D width, P parameters.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -64,6 +65,8 @@ class Boundary:
         self.released = released
         self._noise: Noise = SecretNoise() if generator is None else SeededNoise(generator)
         self._rounding = generator or secret_generator()
+        self._one_at_a_time = threading.Lock()
+        """Held from the budget's check to the ledger's line: generations of several threads share both."""
         self.clips = section.forward.clip > 0
         """Whether hidden states are clipped before they leave."""
         self.limited = self.budget.limited or self.records.limited
@@ -84,13 +87,14 @@ class Boundary:
         Raises:
             BudgetExhausted: a record's privacy budget, or the silo's, does not allow it. Nothing is charged or leaves.
         """
-        event, secured = self._secure(h_TD, path, step, subjects)
-        if path == "gradient":
-            matrix = codec.encode(secured, self._codec.gradient_up, self._rounding)
-        else:
-            matrix = codec.encode(secured, self._codec.forward_up)
-        self._note(event, len(matrix.data))
-        return matrix
+        with self._one_at_a_time:
+            event, secured = self._secure(h_TD, path, step, subjects)
+            if path == "gradient":
+                matrix = codec.encode(secured, self._codec.gradient_up, self._rounding)
+            else:
+                matrix = codec.encode(secured, self._codec.forward_up)
+            self._note(event, len(matrix.data))
+            return matrix
 
     def release_example(self, number: int, h_LW: torch.Tensor, step: int, subjects: Subjects) -> pb.Matrix:
         """Release an example's hidden states and store the bytes on disk for ``released_frames``.
@@ -141,12 +145,14 @@ class Boundary:
             BudgetExhausted: the silo's privacy budget does not allow it. Nothing is charged or leaves.
         """
         event = replace(self._update_event, step=step, width=len(row_P))
-        if self.budget.limited:
-            self.budget.require(event, UPDATE_SUBJECTS)
-        update = encode(self._mechanisms["update"].secure(row_P.unsqueeze(0), UPDATE_SUBJECTS, self._noise)[0].cpu())
-        size = len(update.masked) + len(update.compressed) + sum(len(tensor.data) for tensor in update.tensors)
-        self._note(event, size)
-        return update
+        with self._one_at_a_time:
+            if self.budget.limited:
+                self.budget.require(event, UPDATE_SUBJECTS)
+            row_1P = self._mechanisms["update"].secure(row_P.unsqueeze(0), UPDATE_SUBJECTS, self._noise)
+            update = encode(row_1P[0].cpu())
+            size = len(update.masked) + len(update.compressed) + sum(len(tensor.data) for tensor in update.tensors)
+            self._note(event, size)
+            return update
 
     def release_summed(self, events: Sequence[Release], encode: Callable[[Noise], pb.Update]) -> pb.Update:
         """Release an update whose noise is a share of the noise on the sum over silos.
@@ -160,12 +166,13 @@ class Boundary:
         """
         first, *others = events
         charges = merged(charge for event in events for charge in event.charges)
-        self.budget.require(replace(first, charges=charges), UPDATE_SUBJECTS)
-        update = encode(self._noise)
-        self._note(first, len(update.masked))
-        for event in others:  # their bytes are in the same frame
-            self._note(event, 0)
-        return update
+        with self._one_at_a_time:
+            self.budget.require(replace(first, charges=charges), UPDATE_SUBJECTS)
+            update = encode(self._noise)
+            self._note(first, len(update.masked))
+            for event in others:  # their bytes are in the same frame
+                self._note(event, 0)
+            return update
 
     def affordable(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.errors import DiskFullError, FrameError
+from isthmus.errors import BudgetExhausted, DiskFullError, FrameError
+from isthmus.privacy.accountant import Account
+from isthmus.privacy.budget import Budget
 from isthmus.privacy.events import ALL, Charge, Release
-from isthmus.privacy.ledger import FileLedger, MemoryLedger
+from isthmus.privacy.ledger import FileLedger, MemoryLedger, read_ledger
 from isthmus.privacy.subjects import Subjects
-from isthmus.recipe import BoundarySection, ReleaseSection
+from isthmus.recipe import BoundarySection, PrivacySection, ReleaseSection
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.remote import PendingStep, RemoteTrunk
 from isthmus.updates.flat import Layout
@@ -165,3 +168,24 @@ def test_admit_gives_the_dtype_of_what_was_sent() -> None:
     admitted = boundary_of().decode_reply(codec.encode(torch.full((3, 8), 0.5), "fp32"), "forward", (3, 8), like)
     assert admitted.dtype is torch.bfloat16
     assert torch.equal(admitted, like / 2)
+
+
+def test_threads_that_release_at_once_keep_the_ledger_whole_and_the_budget(tmp_path: Path) -> None:
+    """One record, whose budget allows ten releases; 8 threads try 40."""
+    noised = {"mechanism": "gaussian", "clip": 1.0, "noise": 4.0}
+    allowed = Account(10.5 * (2 * 1.0 / 4.0) ** 2).epsilon(1e-5).value
+    ledger = FileLedger(tmp_path / "ledger.jsonl", silo="a")
+    budget = Budget(PrivacySection(record_epsilon=allowed, delta=1e-5))
+    boundary = Boundary(BoundarySection(forward=ReleaseSection(**noised)), ledger, budget=budget)
+
+    def release(step: int) -> int:
+        try:
+            boundary.release(torch.ones(1, 8), "forward", step, about(1))
+        except BudgetExhausted:
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(release, range(40))) == 10
+    ledger.close()
+    assert len(list(read_ledger(tmp_path / "ledger.jsonl").releases())) == 10
