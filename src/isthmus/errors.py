@@ -5,6 +5,7 @@
     ├── ModelError           a model folder is missing, incomplete or unusable
     │   ├── CutError         the cut does not fit the model
     │   └── MismatchError    silo and trunk do not hold the same base model
+    ├── NotSupportedError    a caller asks the split model for what it does not offer
     ├── DataError            a data file is missing, empty or unreadable
     ├── RunError             a run directory is missing, incomplete or in use
     │   ├── DiskFullError    the disk is full
@@ -89,6 +90,13 @@ class MismatchError(ModelError):
     """Silo and trunk do not hold the same base model."""
 
     code = "mismatch"
+
+
+class NotSupportedError(IsthmusError):
+    """A caller asks the split model for what it does not offer."""
+
+    code = "not-supported"
+    status = grpc.StatusCode.UNIMPLEMENTED
 
 
 class DataError(IsthmusError):

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from isthmus.errors import FrameError, IsthmusError, by_code
 from isthmus.wire import isthmus_pb2 as pb
 
-VERSION = 2
+VERSION = 3
 """Version of the protocol."""
 MAX_SEQUENCES = 4096
 MAX_SILOS = 2**20
@@ -151,6 +151,11 @@ def _begin(message: pb.Begin) -> None:
         raise _invalid(f"{len(message.participants)} participants")
 
 
+def _end(message: pb.End) -> None:
+    if message.round <= 0:
+        raise _invalid("round 0")
+
+
 def _hello(message: pb.Hello) -> None:
     if message.version != VERSION:
         raise _invalid(f"protocol version {message.version}; this side uses {VERSION}")
@@ -206,6 +211,7 @@ _RULES: dict[str, Callable[[Any], None]] = {
     "backward": _backward,
     "keep": _keep,
     "commit": _commit,
+    "end": _end,
     "decode": _decode,
     "update": _update,
     "ready": _ready,

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("id", "acked", "hello", "welcome", "failure", "ping", "pong", "begin", "begun", "forward", "hidden", "backward", "gradient", "commit", "stepped", "keep", "kept", "decode", "close", "closed", "ready", "plan", "update", "accepted", "deal", "dealt", "survivors", "reveal")
+    __slots__ = ("id", "acked", "hello", "welcome", "failure", "ping", "pong", "begin", "begun", "forward", "hidden", "backward", "gradient", "commit", "stepped", "keep", "kept", "end", "ended", "decode", "close", "closed", "ready", "plan", "update", "accepted", "deal", "dealt", "survivors", "reveal")
     ID_FIELD_NUMBER: _ClassVar[int]
     ACKED_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,8 @@ class Frame(_message.Message):
     STEPPED_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +55,8 @@ class Frame(_message.Message):
     stepped: Stepped
     keep: Keep
     kept: Kept
+    end: End
+    ended: Ended
     decode: Decode
     close: Close
     closed: Closed
@@ -64,7 +68,7 @@ class Frame(_message.Message):
     dealt: Dealt
     survivors: Survivors
     reveal: Reveal
-    def __init__(self, id: _Optional[int] = ..., acked: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., deal: _Optional[_Union[Deal, _Mapping]] = ..., dealt: _Optional[_Union[Dealt, _Mapping]] = ..., survivors: _Optional[_Union[Survivors, _Mapping]] = ..., reveal: _Optional[_Union[Reveal, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., acked: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., deal: _Optional[_Union[Deal, _Mapping]] = ..., dealt: _Optional[_Union[Dealt, _Mapping]] = ..., survivors: _Optional[_Union[Survivors, _Mapping]] = ..., reveal: _Optional[_Union[Reveal, _Mapping]] = ...) -> None: ...
 
 class Matrix(_message.Message):
     __slots__ = ("codec", "rows", "width", "data")
@@ -89,22 +93,33 @@ class Tensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "fingerprint", "bottom", "top", "instance")
+    __slots__ = ("version", "fingerprint", "bottom", "top", "instance", "keys")
+    class KeysEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BOTTOM_FIELD_NUMBER: _ClassVar[int]
     TOP_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     version: int
     fingerprint: str
     bottom: int
     top: int
     instance: str
-    def __init__(self, version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., bottom: _Optional[int] = ..., top: _Optional[int] = ..., instance: _Optional[str] = ...) -> None: ...
+    keys: _containers.ScalarMap[str, str]
+    def __init__(self, version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., bottom: _Optional[int] = ..., top: _Optional[int] = ..., instance: _Optional[str] = ..., keys: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("completed",)
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    completed: int
+    def __init__(self, completed: _Optional[int] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "message", "remedy")
@@ -125,14 +140,26 @@ class Pong(_message.Message):
     def __init__(self) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("round", "participants")
+    __slots__ = ("round", "participants", "open")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
     round: int
     participants: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ...) -> None: ...
+    open: bool
+    def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., open: _Optional[bool] = ...) -> None: ...
 
 class Begun(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class End(_message.Message):
+    __slots__ = ("round",)
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    def __init__(self, round: _Optional[int] = ...) -> None: ...
+
+class Ended(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
