@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from isthmus.errors import DataError, ModelError
+from isthmus.errors import DataError, ModelError, NotSupportedError
 from isthmus.model import adapters
+from isthmus.model.backbone import SplitBackbone
 from isthmus.model.bottleneck import Bottleneck
 from isthmus.model.cache import SplitCache, TrunkSession
 from isthmus.model.crossing import FreshExample, Outbound, crossing_positions, prediction_targets, up_to_last_crossing
@@ -152,7 +154,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = PreTrainedConfig
-    base_model_prefix = "split"
+    base_model_prefix = "backbone"
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -193,6 +195,20 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         """The token embedding, in bottom."""
         return self.bottom.family.embedding_of(self.bottom.model)
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's head, in top."""
+        head: nn.Module = self.top.model.get_submodule(self.top.family.head)
+        return head
+
+    def get_decoder(self) -> SplitBackbone:
+        """The model without its head."""
+        return self.backbone
+
+    @property
+    def backbone(self) -> SplitBackbone:
+        """The model without its head; ``base_model`` is the same."""
+        return SplitBackbone(self)
+
     def new_cache(self) -> SplitCache:
         """An empty KV cache with a session on the trunk; the first forward opens the session there."""
         return SplitCache(self.bottom, self.trunk.open_session(), self.top)
@@ -227,6 +243,37 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
         outbound = self.outbound(input_ids, inputs, head, inputs_embeds=inputs_embeds, cache=cache)
         return self.inbound(outbound, self.trunk(outbound), head)
+
+    def last_hidden(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: SplitCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The hidden states that the head reads, ``[B, L, D]``, as ``base_model`` of the uncut model gives them.
+
+        Args:
+            input_ids, attention_mask, use_cache: as in ``forward``.
+
+        Raises:
+            DataError: as in ``forward``.
+            NotSupportedError: not all positions have hidden states (``boundary.tail``), or a loss that is computed from
+                them misses what the model adds to its own (``boundary.defence``, an adapter of the head).
+        """
+        self._check_headless()
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not torch.is_grad_enabled()
+        cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        outbound = self.outbound(input_ids, inputs, {}, inputs_embeds=inputs_embeds, cache=cache)
+        g_BLD, inputs = self._received(outbound, self.trunk(outbound), {})
+        past = None if cache is None else cache.top
+        h_BLD = self.top.hidden(inputs_embeds=g_BLD, past_key_values=past, **inputs, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=h_BLD, past_key_values=cache)
 
     def outbound(
         self,
@@ -288,6 +335,33 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
             reply: the trunk's answer to it.
             head: as in ``outbound``, with any other arguments of top's forward.
         """
+        g_BLD, inputs = self._received(outbound, reply, head)
+        past = None if outbound.cache is None else outbound.cache.top
+        output = self.top.model(inputs_embeds=g_BLD, past_key_values=past, **inputs, **head)
+        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=outbound.cache)
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write a PEFT adapter folder with the adapters of bottom and top. The base model is not copied."""
+        tensors = {name: tensor for part in self.ends for name, tensor in adapters.adapter_of(part).items()}
+        if tensors:
+            peft = self.top.model.peft_config["default"]
+            lora = LoraSection(rank=peft.r, alpha=peft.lora_alpha, targets=tuple(peft.target_modules))
+            adapters.write_adapter(Path(save_directory), tensors, lora, self.config._name_or_path)
+
+    def _check_headless(self) -> None:
+        """Refuse hidden states without the head where a caller's own loss would not be the model's."""
+        remedy = "call the model itself, with labels"
+        if self.tail is not None and not self.residual:
+            raise NotSupportedError(
+                "base_model has no hidden states of the positions that do not cross (boundary.tail)", remedy=remedy
+            )
+        if self.guard is not None and torch.is_grad_enabled():
+            raise NotSupportedError("base_model does not train boundary.defence, which needs labels", remedy=remedy)
+        if torch.is_grad_enabled() and isinstance(self.get_output_embeddings(), BaseTunerLayer):
+            raise NotSupportedError("a loss computed from base_model leaves out the head's adapter", remedy=remedy)
+
+    def _received(self, outbound: Outbound, reply: Reply, head: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Top's input, ``[B, L, D]``, and its mask and position ids; arguments as in ``inbound``."""
         packing, cache, h_BLD = outbound.packing, outbound.cache, outbound.h_BLD
         assert packing is not None
         g_TD = reply.g_TD
@@ -301,18 +375,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         inputs = outbound.inputs
         if self.tail is not None and not self.residual:
             g_BLD, inputs = self._tail_alone(g_BLD, packing.real_BL, cache, head.get("logits_to_keep", 0), inputs)
-        output = self.top.model(
-            inputs_embeds=g_BLD, past_key_values=None if cache is None else cache.top, **inputs, **head
-        )
-        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=cache)
-
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Write a PEFT adapter folder with the adapters of bottom and top. The base model is not copied."""
-        tensors = {name: tensor for part in self.ends for name, tensor in adapters.adapter_of(part).items()}
-        if tensors:
-            peft = self.top.model.peft_config["default"]
-            lora = LoraSection(rank=peft.r, alpha=peft.lora_alpha, targets=tuple(peft.target_modules))
-            adapters.write_adapter(Path(save_directory), tensors, lora, self.config._name_or_path)
+        return g_BLD, inputs
 
     def _through_bottom(self, cache: SplitCache | None, **inputs: Any) -> torch.Tensor:
         """Bottom's output, ``[B, L, D]``; arguments as for its backbone without the cache."""
