@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.quantized import stored_weights
 
 SPREAD = 0.02
 """Standard deviation of the weights, LLaMA's own at its start. What is one-dimensional is a norm's, and one."""
@@ -32,6 +33,7 @@ class RandomCheckpoint(Checkpoint):
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(self.config)
         self._shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
+        self.weights = stored_weights(self._shapes, None, self.folder)
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
         self.tensors_read.update(names)

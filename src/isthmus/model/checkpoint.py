@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +16,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from isthmus.errors import ModelError
+from isthmus.model.digests import METADATA, REMEDY, Identity, digests_of, header_of, identity_of
+from isthmus.model.quantized import Stored, copying, stored_weights
 
-SAMPLE = 16
-"""Number of values of each tensor that the fingerprint covers."""
-_REMEDY = "give model.path a folder with config.json and model.safetensors (or its sharded index)"
+VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+"""Keys of a configuration that change nothing of what the model computes."""
+_FOLDER = "give model.path a folder with config.json and model.safetensors (or its sharded index)"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Checkpoint:
@@ -34,6 +39,7 @@ class Checkpoint:
         self.folder = _locate(path)
         self.tensors_read: set[str] = set()
         """Names of the tensors that ``read`` returned so far."""
+        self._identities: dict[Path, Identity] = {}
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -43,74 +49,200 @@ class Checkpoint:
             ModelError: config.json is missing or invalid.
         """
         try:
-            return AutoConfig.from_pretrained(self.folder)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"no usable config.json in {self.folder}", remedy=_REMEDY) from error
+            config = AutoConfig.from_pretrained(self.folder)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            told = str(error).partition("\n")[0][:200]
+            raise ModelError(f"no usable config.json in {self.folder}: {told}", remedy=_FOLDER) from error
+        if not isinstance(config.dtype, torch.dtype) or not _computable(config.dtype):
+            config.dtype = None  # only a hint of how to load, and the recipe says how; no model can be built in fp8
+        return config
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """The safetensors file that holds each tensor, by tensor name."""
-        index = self.folder / "model.safetensors.index.json"
+        """The safetensors file that holds each stored tensor, by its name in the file.
+
+        Raises:
+            ModelError: there are none, or one is missing, incomplete or damaged.
+        """
+        single, index = self.folder / _SINGLE, self.folder / _INDEX
+        if single.is_file():  # as transformers, which then ignores an index
+            return dict.fromkeys(self._names_in(single), single)
+        if not index.exists():
+            raise _no_weights(self.folder)
         try:
-            if index.exists():
-                names = json.loads(index.read_text())["weight_map"]
-                return {name: self.folder / file for name, file in names.items()}
-            single = self.folder / "model.safetensors"
-            with safe_open(single, "pt") as tensors:
-                return dict.fromkeys(tensors.keys(), single)
-        except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ModelError(f"no readable weights in {self.folder}: {error}", remedy=_REMEDY) from error
+            listed = {
+                str(name): self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()
+            }
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ModelError(f"cannot read {index}: {error}", remedy=REMEDY) from error
+        return self._listed_files(index, listed)
+
+    @cached_property
+    def weights(self) -> dict[str, Stored]:
+        """How each weight is stored, by its name; a quantized one is several tensors of the file.
+
+        Raises:
+            ModelError: the weights are quantized in a way that is not supported.
+        """
+        settings = getattr(self.config, "quantization_config", None)
+        if settings is not None and not isinstance(settings, Mapping):
+            settings = settings.to_dict()
+        return stored_weights(self.files, settings, self.folder)
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """These tensors by name, on the CPU, in their stored dtype."""
+        """These weights by name, on the CPU, in their stored dtype; quantized ones are dequantized.
+
+        Raises:
+            ModelError: the folder lacks one, it is no floating-point number of 16 bits or more, or its file is damaged
+                or was changed since it was first read.
+        """
         found = {}
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
             for name in names:
-                found[name] = self._open(name, opened, stack).get_tensor(name)
-                self.tensors_read.add(name)
+                if name not in self.weights:
+                    raise ModelError(f"{self.folder} lacks the tensor {name}", remedy=_FOLDER)
+                stored = self.weights[name]
+                parts = [self._open(part, opened, stack).get_tensor(part) for part in stored.names]
+                found[name] = self._weight(name, stored, parts)
+                self.tensors_read.update(stored.names)
         return found
+
+    def check_leftovers(self, prefixes: tuple[str, ...], used: Collection[str], harmless: Collection[str]) -> None:
+        """Refuse weights that belong to a part but that the part did not take: it would compute without them.
+
+        Args:
+            prefixes: beginnings of the names that belong to the part.
+            used: the weights that it takes.
+            harmless: regular expressions of names that transformers ignores for this family.
+
+        Raises:
+            ModelError: there are such weights.
+        """
+        left = sorted(name for name in self.weights if name.startswith(prefixes) and name not in used)
+        left = [name for name in left if not any(re.search(pattern, name) for pattern in harmless)]
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            raise ModelError(
+                f"{self.folder} holds {left[0]}{more}, which a {self.config.model_type} model does not use",
+                remedy="config.json and weights must belong together: of quantized weights, give model.path the model "
+                "that was quantized; tensors that are of no use must be taken out of the files",
+            )
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of the configuration, the shape of every tensor and ``SAMPLE`` values of each.
+        """SHA-256, in hex, of the configuration and of every byte of all tensors.
 
-        It differs for a fine-tuned or otherwise different base model. No tensor is read in full.
+        It differs for a fine-tuned, damaged or otherwise different base model, and does not depend on how the tensors
+        are spread over files. The bytes are read once; see ``digests``.
+
+        Raises:
+            ModelError: as ``files``.
         """
-        digest = hashlib.sha256()
-        settings = self.config.to_diff_dict()
-        for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"):
-            settings.pop(volatile, None)
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        with ExitStack() as stack:
-            opened: dict[Path, Any] = {}
-            for name in sorted(self.files):
-                values = self._open(name, opened, stack).get_slice(name)
-                digest.update(f"{name}{values.get_shape()}".encode())
-                digest.update(_sample(values))
+        digest = hashlib.sha256(self.config_digest.encode())
+        found: dict[str, str] = {}
+        metadata = set()
+        for file in sorted(set(self.files.values())):
+            digests = dict(digests_of(file))
+            metadata.add(digests.pop(METADATA))
+            found |= digests
+        digest.update(json.dumps([sorted(found.items()), sorted(metadata)]).encode())
+        for file in self._identities:
+            self._check_unchanged(file)
         return digest.hexdigest()
 
+    @cached_property
+    def config_digest(self) -> str:
+        """SHA-256, in hex, of what the configuration says about the model's computation."""
+        settings = self.config.to_diff_dict()
+        for volatile in VOLATILE:
+            settings.pop(volatile, None)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _weight(self, name: str, stored: Stored, parts: list[torch.Tensor]) -> torch.Tensor:
+        try:
+            weight = stored.compute(parts)
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"cannot dequantize {name} in {self.folder}: {error}",
+                remedy="give model.path the model that was quantized, in its own 16 or 32 bits",
+            ) from error
+        if not _computable(weight.dtype):
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{name} in {self.folder} is stored as {kind}, and config.json has no quantization_config that says "
+                "how to read it",
+                remedy="give model.path the model that was quantized, in its own 16 or 32 bits",
+            )
+        return weight
+
+    def _listed_files(self, index: Path, listed: Mapping[str, Path]) -> dict[str, Path]:
+        """The file of each tensor, as the files themselves say, once they agree with the index."""
+        if not listed:
+            raise ModelError(f"{index} lists no tensor", remedy=REMEDY)
+        found: dict[str, Path] = {}
+        for file in sorted(set(listed.values())):
+            names = self._names_in(file)
+            if twice := next((name for name in names if name in found), None):
+                raise ModelError(f"{file} and {found[twice]} both hold {twice}", remedy=REMEDY)
+            found |= dict.fromkeys(names, file)
+        for name, file in listed.items():
+            if found.get(name) != file:
+                raise ModelError(f"cannot read {file}: it lacks {name}, which {index.name} lists", remedy=REMEDY)
+        return found
+
+    def _names_in(self, file: Path) -> list[str]:
+        """Names of the tensors in a file."""
+        if not file.exists():
+            raise ModelError(f"cannot read {file}: no such file{_unfinished(self.folder)}", remedy=REMEDY)
+        self._identities.setdefault(file, identity_of(file))
+        header = header_of(file)
+        self._check_unchanged(file)
+        return sorted(header.keys() - {METADATA})
+
     def _open(self, name: str, opened: dict[Path, Any], stack: ExitStack) -> Any:
-        if name not in self.files:
-            raise ModelError(f"{self.folder} lacks the tensor {name}", remedy=_REMEDY)
         file = self.files[name]
         try:
             if file not in opened:
+                self._check_unchanged(file)
                 opened[file] = stack.enter_context(safe_open(file, "pt"))
-            opened[file].get_slice(name)  # fails here if the file lacks a tensor that the index lists
             return opened[file]
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read {file}: {error}", remedy=_REMEDY) from error
+            raise ModelError(f"cannot read {file}: {error}", remedy=REMEDY) from error
+
+    def _check_unchanged(self, file: Path) -> None:
+        if identity_of(file) != self._identities[file]:
+            raise ModelError(
+                f"{file} was changed while it was in use", remedy="start again, and leave the folder as it is meanwhile"
+            )
 
 
-def _sample(values: Any) -> bytes:
-    """A few values of a tensor's middle row, as float32 bytes."""
-    shape = values.get_shape()
-    middle = shape[0] // 2
-    row = values[middle : middle + 1].flatten()
-    stride = max(1, row.numel() // SAMPLE)
-    picked: bytes = row[::stride][:SAMPLE].to(torch.float32).contiguous().numpy().tobytes()
-    return picked
+def _computable(dtype: torch.dtype) -> bool:
+    """Whether a model can have weights of this type: floating-point numbers of 16 bits or more."""
+    return dtype.is_floating_point and dtype.itemsize >= 2
+
+
+def _no_weights(folder: Path) -> ModelError:
+    """What is wrong with a folder without safetensors."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    gguf = sorted(name for name in names if name.endswith(".gguf"))
+    found, remedy = "it has neither model.safetensors nor its index", _FOLDER
+    if gguf:
+        found = f"it has {gguf[0]} alone"
+        remedy = "convert it, or give model.path the model's own folder of safetensors: " + copying(
+            folder, extra=f", gguf_file={gguf[0]!r}"
+        )
+    elif "adapter_config.json" in names:
+        found, remedy = "it holds an adapter alone", "give model.path the base model that adapter_config.json names"
+    elif names & {"pytorch_model.bin", "pytorch_model.bin.index.json"}:
+        found, remedy = "it has pytorch_model.bin alone", "save a copy as safetensors: " + copying(folder)
+    return ModelError(f"no readable weights in {folder}: {found}{_unfinished(folder)}", remedy=remedy)
+
+
+def _unfinished(folder: Path) -> str:
+    """A note on a download that did not finish."""
+    parts = [*folder.glob("*.incomplete"), *folder.glob(".cache/huggingface/download/**/*.incomplete")]
+    return f" (an unfinished download is there: {parts[0].name})" if parts else ""
 
 
 def _locate(path: str) -> Path:
@@ -118,10 +250,10 @@ def _locate(path: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise ModelError(f"the model folder {path} does not exist", remedy=_REMEDY)
+        raise ModelError(f"the model folder {path} does not exist", remedy=_FOLDER)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
     except Exception as error:  # the hub's client raises many types of error; the user needs one
-        raise ModelError(f"{path} is not a folder, and the hub did not provide it: {error}", remedy=_REMEDY) from error
+        raise ModelError(f"{path} is not a folder, and the hub did not provide it: {error}", remedy=_FOLDER) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,11 +103,13 @@ def load_part(
         CutError: the cut does not fit the model.
     """
     part = empty_part(checkpoint.config, cut, name)
-    sources = {own: _source(part, own, checkpoint) for own, _ in part.model.named_parameters()}
-    if tied is not None and checkpoint.config.tie_word_embeddings:
-        head, embedding = f"{part.family.head}.weight", _embedding_name(part.family)
-        sources.pop(head, None)
-        part.model.get_submodule(part.family.head).weight = tied.model.get_parameter(embedding)
+    embedding, head = _ends_of(checkpoint, part, dtype)
+    stored = {_embedding_name(part.family): embedding, f"{part.family.head}.weight": head}
+    sources = {own: stored.get(part.uncut_name(own), part.uncut_name(own)) for own, _ in part.model.named_parameters()}
+    check_leftovers(checkpoint, part, {*sources.values(), *stored})
+    if tied is not None and embedding == head:
+        del sources[f"{part.family.head}.weight"]
+        part.model.get_submodule(part.family.head).weight = tied.model.get_parameter(_embedding_name(part.family))
     materialize_buffers(part.model)
     tensors = checkpoint.read(sorted(set(sources.values())))
     for own, source in sources.items():
@@ -140,12 +143,42 @@ def _embedding_name(family: Family) -> str:
     return f"{family.backbone}.{family.embedding}.weight"
 
 
-def _source(part: Part, own: str, checkpoint: Checkpoint) -> str:
-    """The checkpoint's name of a part's tensor; a tied head is stored as the embedding."""
-    whole = part.uncut_name(own)
-    if whole == f"{part.family.head}.weight" and checkpoint.config.tie_word_embeddings:
-        return _embedding_name(part.family)
-    return whole
+def _ends_of(checkpoint: Checkpoint, part: Part, dtype: torch.dtype) -> tuple[str, str]:
+    """The checkpoint's names of embedding and head, one name if they are tied.
+
+    As transformers: where the configuration ties them but both are stored and differ, they stay apart; where one alone
+    is stored, it is both. No part but top reads them to find out.
+    """
+    embedding, head = _embedding_name(part.family), f"{part.family.head}.weight"
+    if not checkpoint.config.tie_word_embeddings:
+        return embedding, head
+    both = [name for name in (embedding, head) if name in checkpoint.weights]
+    if len(both) == 2 and part.name == "top":
+        first, second = (tensor.to(dtype) for tensor in checkpoint.read(both).values())
+        if not torch.equal(first, second):
+            return embedding, head
+    return (both[0], both[0]) if both else (embedding, embedding)
+
+
+def check_leftovers(checkpoint: Checkpoint, part: Part, used: Collection[str]) -> None:
+    """Refuse a checkpoint with tensors that belong to this part but not to its family's model.
+
+    Args:
+        used: the stored weights that the part takes.
+
+    Raises:
+        ModelError: there are such tensors.
+    """
+    model, family = part.model, part.family
+    prefixes = [
+        part.uncut_name(f"{family.block_prefix()}{number}.") for number in range(model.config.num_hidden_layers)
+    ]
+    if part.name == "bottom":
+        prefixes.append(f"{family.backbone}.{family.embedding}.")
+    if part.name == "top":
+        prefixes += [f"{family.backbone}.{family.norm}.", f"{family.head}."]
+    harmless = {r"rotary_emb\.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ())}
+    checkpoint.check_leftovers(tuple(prefixes), used, harmless)
 
 
 def _check_shape(part: Part, own: str, tensor: torch.Tensor, place: str) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from isthmus.errors import CutError, ModelError
 from isthmus.model.checkpoint import Checkpoint
@@ -48,6 +50,32 @@ def test_a_tied_head_is_the_bottoms_embedding(tmp_path: Path) -> None:
     bottom = load_part(checkpoint, CUT, "bottom")
     top = load_part(checkpoint, CUT, "top", tied=bottom)
     assert top.model.lm_head.weight is bottom.model.model.embed_tokens.weight
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("stored", ["embedding alone", "head alone", "both alike", "head apart", "alike in 16 bits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_is_what_transformers_makes_of_it(tmp_path: Path, stored: str, dtype: torch.dtype) -> None:
+    folder = save_tiny_model("llama", tmp_path, tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    if stored == "head alone":
+        tensors[HEAD] = tensors.pop(EMBEDDING)
+    elif stored != "embedding alone":
+        apart = {"both alike": 0.0, "head apart": 1.0, "alike in 16 bits": 1e-9}[stored]
+        tensors[HEAD] = tensors[EMBEDDING] + apart
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    checkpoint = Checkpoint(str(folder))
+    bottom = load_part(checkpoint, CUT, "bottom", dtype=dtype)
+    top = load_part(checkpoint, CUT, "top", dtype=dtype, tied=bottom)
+    alone = load_part(checkpoint, CUT, "top", dtype=dtype)
+    assert torch.equal(bottom.model.get_parameter(EMBEDDING), whole.get_parameter(EMBEDDING))
+    for one in (top, alone):
+        assert torch.equal(one.model.get_parameter(HEAD), whole.lm_head.weight)
+    ties = whole.lm_head.weight is whole.model.embed_tokens.weight
+    assert (top.model.get_parameter(HEAD) is bottom.model.get_parameter(EMBEDDING)) is ties
 
 
 def test_an_empty_part_takes_no_memory_and_knows_its_layers() -> None:
