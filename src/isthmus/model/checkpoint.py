@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from isthmus.errors import ModelError
-from isthmus.model.digests import METADATA, REMEDY, Identity, digests_of, header_of, identity_of
+from isthmus.model.digests import METADATA, REMEDY, FileState, digests_of, header_of, state_of
 from isthmus.model.quantized import Stored, copying, stored_weights
 
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
@@ -39,7 +39,7 @@ class Checkpoint:
         self.folder = _locate(path)
         self.tensors_read: set[str] = set()
         """Names of the tensors that ``read`` returned so far."""
-        self._identities: dict[Path, Identity] = {}
+        self._states: dict[Path, FileState] = {}
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -147,7 +147,7 @@ class Checkpoint:
             metadata.add(digests.pop(METADATA))
             found |= digests
         digest.update(json.dumps([sorted(found.items()), sorted(metadata)]).encode())
-        for file in self._identities:
+        for file in self._states:
             self._check_unchanged(file)
         return digest.hexdigest()
 
@@ -195,7 +195,7 @@ class Checkpoint:
         """Names of the tensors in a file."""
         if not file.exists():
             raise ModelError(f"cannot read {file}: no such file{_unfinished(self.folder)}", remedy=REMEDY)
-        self._identities.setdefault(file, identity_of(file))
+        self._states.setdefault(file, state_of(file))
         header = header_of(file)
         self._check_unchanged(file)
         return sorted(header.keys() - {METADATA})
@@ -211,7 +211,7 @@ class Checkpoint:
             raise ModelError(f"cannot read {file}: {error}", remedy=REMEDY) from error
 
     def _check_unchanged(self, file: Path) -> None:
-        if identity_of(file) != self._identities[file]:
+        if state_of(file) != self._states[file]:
             raise ModelError(
                 f"{file} was changed while it was in use", remedy="start again, and leave the folder as it is meanwhile"
             )

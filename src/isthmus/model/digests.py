@@ -26,12 +26,12 @@ SETTLED = 2.0
 system's clock has the same time."""
 METADATA = "__metadata__"
 REMEDY = "download the model again, or copy it again from where it is whole"
-Identity = tuple[int, ...]
+FileState = tuple[int, ...]
 log = logging.getLogger(__name__)
-_known: dict[tuple[str, Identity], dict[str, str]] = {}
+_known: dict[tuple[str, FileState], dict[str, str]] = {}
 
 
-def identity_of(path: Path) -> Identity:
+def state_of(path: Path) -> FileState:
     """What changes when a file is written: device, inode, size, and the times of its last changes in nanoseconds.
 
     Raises:
@@ -47,21 +47,21 @@ def identity_of(path: Path) -> Identity:
 def digests_of(path: Path) -> dict[str, str]:
     """SHA-256, in hex, of each tensor's type, shape and bytes, by name; ``METADATA`` has the digest of the metadata.
 
-    The file is read once in a process, and not at all if it was read before and is unchanged since, by ``identity_of``.
+    The file is read once in a process, and not at all if it was read before and is unchanged since, by ``state_of``.
 
     Raises:
         ModelError: the file is damaged, or was changed while it was read.
     """
-    place, identity = str(path.resolve()), identity_of(path)
-    known = _known.get((place, identity)) or _cached(place, identity)
+    place, state = str(path.resolve()), state_of(path)
+    known = _known.get((place, state)) or _cached(place, state)
     if known is None:
         known = _hashed(path)
-        if identity_of(path) != identity:
+        if state_of(path) != state:
             raise ModelError(f"{path} was changed while it was read", remedy="start again when it is complete")
-        if time.time() - max(identity[-2:]) / 1e9 < SETTLED:
+        if time.time() - max(state[-2:]) / 1e9 < SETTLED:
             return known
-        _keep(place, identity, known)
-    _known[place, identity] = known
+        _keep(place, state, known)
+    _known[place, state] = known
     return known
 
 
@@ -128,26 +128,26 @@ def _cache_file(place: str) -> Path | None:
     return Path(base) / "isthmus" / "digests" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.json"
 
 
-def _cached(place: str, identity: Identity) -> dict[str, str] | None:
+def _cached(place: str, state: FileState) -> dict[str, str] | None:
     file = _cache_file(place)
     if file is None:
         return None
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        if (kept["place"], tuple(kept["identity"])) != (place, identity):
+        if (kept["place"], tuple(kept["state"])) != (place, state):
             return None
         return {str(name): str(digest) for name, digest in kept["digests"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none yet, or a damaged one: hash again
         return None
 
 
-def _keep(place: str, identity: Identity, digests: dict[str, str]) -> None:
+def _keep(place: str, state: FileState, digests: dict[str, str]) -> None:
     file = _cache_file(place)
     if file is None:
         return
     try:
         with writing(file) as temporary:
-            kept = {"place": place, "identity": identity, "digests": digests}
+            kept = {"place": place, "state": state, "digests": digests}
             temporary.write_text(json.dumps(kept), encoding="utf-8")
     except (RunError, UnicodeError) as error:  # without a cache the file is hashed at every start
         log.debug("digests of %s are not kept: %s", place, error)

@@ -16,7 +16,6 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from isthmus.errors import ModelError
 
-Tensors = list[torch.Tensor]
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _ORIGINAL = "give model.path the model that was quantized, in its own 16 or 32 bits"
 
@@ -31,7 +30,7 @@ class Stored:
     """
 
     names: tuple[str, ...]
-    compute: Callable[[Tensors], torch.Tensor]
+    compute: Callable[[list[torch.Tensor]], torch.Tensor]
 
 
 def stored_weights(names: Collection[str], settings: Mapping[str, Any] | None, folder: Path) -> dict[str, Stored]:
@@ -101,7 +100,7 @@ def _plain(name: str) -> Stored:
 
 
 def _scaled(
-    names: Collection[str], suffix: str, unused: Collection[str], compute: Callable[[Tensors], torch.Tensor]
+    names: Collection[str], suffix: str, unused: Collection[str], compute: Callable[[list[torch.Tensor]], torch.Tensor]
 ) -> dict[str, Stored]:
     """Weights stored with a scale, whose name is the weight's and a suffix, and perhaps a zero point.
 
@@ -119,7 +118,7 @@ def _scaled(
     return found
 
 
-def _from_blocks(read: Tensors) -> torch.Tensor:
+def _from_blocks(read: list[torch.Tensor]) -> torch.Tensor:
     """An fp8 weight times the scale of each value's block, as transformers' ``Fp8Dequantize``, in fp32."""
     weight_NC, scales_nc = read[:2]
     if len(read) > 2 or weight_NC.dtype not in FP8 or scales_nc.dtype not in (torch.float32, torch.bfloat16):
@@ -128,7 +127,7 @@ def _from_blocks(read: Tensors) -> torch.Tensor:
     return weight_NC.to(torch.float32) * _spread(scales_nc.to(torch.float32), weight_NC)
 
 
-def _from_compressed(read: Tensors) -> torch.Tensor:
+def _from_compressed(read: list[torch.Tensor]) -> torch.Tensor:
     """A weight of 8 bits, less its zero point, times its scale, in the scale's type, as compressed-tensors has it."""
     weight_NC, scales_nc, *zero_nc = read
     if weight_NC.dtype not in (torch.int8, *FP8) or not scales_nc.is_floating_point():

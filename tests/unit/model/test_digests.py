@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from isthmus.errors import ModelError
 from isthmus.model import digests
-from isthmus.model.digests import METADATA, digests_of, header_of, identity_of
+from isthmus.model.digests import METADATA, digests_of, header_of, state_of
 
 LONG_AGO = 1_000_000_000
 
@@ -138,7 +138,7 @@ def test_a_file_that_changes_while_it_is_read(file: Path, monkeypatch: pytest.Mo
         digests_of(file)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"place": 1, "identity": 2, "digests": 3}', "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"place": 1, "state": 2, "digests": 3}', "\x00"])
 def test_a_damaged_cache_is_not_believed(
     file: Path, cache: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
@@ -181,11 +181,11 @@ def test_the_cache_is_in_the_home_folder_by_default(file: Path, tmp_path: Path, 
     assert len(list((tmp_path / "home" / ".cache" / "isthmus" / "digests").iterdir())) == 1
 
 
-def test_headers_and_identities_of_what_is_no_file(tmp_path: Path) -> None:
+def test_headers_and_states_of_what_is_no_file(tmp_path: Path) -> None:
     missing, pointer = tmp_path / "none", tmp_path / "pointer"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(ModelError, match=r"cannot read .*none"):
-        identity_of(missing)
+        state_of(missing)
     with pytest.raises(ModelError, match=r"cannot read .*none"):
         header_of(missing)
     with pytest.raises(ModelError, match="git lfs pull"):
