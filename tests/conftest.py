@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.masking_utils import causal_mask_function
 from transformers.utils import logging as transformers_logging
 
 from isthmus.demo.assets import MODEL_COMMAND, smollm2
@@ -24,6 +25,7 @@ from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import build_model, greeting, load_ends
 from isthmus.silo.session import RemoteSession
 from isthmus.storage.record import RunDirectory
+from isthmus.trunk.attention_plan import AttentionPlan, MaskRule
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
 from tests.clock import Clock
@@ -53,7 +55,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def tiny_config(family: str, blocks: int = BLOCKS) -> Any:
-    """A configuration of this family with 32 wide blocks and, where the family has them, sliding windows of 16."""
+    """A configuration of this family with 32 wide blocks, in which all that its blocks differ in appears: sliding
+    windows of 16, mixtures of experts beside dense blocks, blocks without positions, factors that are not 1."""
+    if family == "gemma3":
+        text = tiny_config("gemma3_text", blocks)
+        text.initializer_range = 0.3
+        vision = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        }
+        return AutoConfig.for_model(family, text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4)
     values: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -67,11 +82,68 @@ def tiny_config(family: str, blocks: int = BLOCKS) -> Any:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if family in ("mistral", "gemma2"):
-        values["sliding_window"] = 16
-    if family in ("qwen2", "qwen3"):
-        values |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
-    return AutoConfig.for_model(family, **values)
+    return AutoConfig.for_model(family, **values | family_settings(family, blocks))
+
+
+def family_settings(family: str, blocks: int) -> dict[str, Any]:
+    """What a family has beyond the settings of all. Block types repeat every three blocks: no cut is like another."""
+    window = {"sliding_window": 16}
+    mixed = {"layer_types": [("full" if block % 3 == 1 else "sliding") + "_attention" for block in range(blocks)]}
+    experts = {"num_experts_per_tok": 2, "num_local_experts": 4}
+    settings: dict[str, dict[str, Any]] = {
+        "mistral": window,
+        "gemma2": window,
+        "qwen2": {"use_sliding_window": True, "max_window_layers": 2} | window,
+        "qwen3": {"use_sliding_window": True, "max_window_layers": 2} | window,
+        "cohere2": {"logit_scale": 0.25} | window | mixed,
+        "deepseek_v3": {
+            "first_k_dense_replace": 2,
+            "head_dim": 4,
+            "kv_lora_rank": 8,
+            "moe_intermediate_size": 16,
+            "n_group": 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "topk_group": 1,
+            "v_head_dim": 6,
+        },
+        "exaone4": window | mixed,
+        "gemma3_text": {"query_pre_attn_scalar": 8, "final_logit_softcapping": 30.0} | window | mixed,
+        "gpt_oss": experts | window | mixed,
+        "granite": {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+        },
+        "ministral": window | mixed,
+        "ministral3": {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16,
+                "llama_4_scaling_beta": 0.5,
+            }
+        },
+        "mixtral": experts | window,
+        "olmo3": window | mixed,
+        "phi": {"partial_rotary_factor": 0.5},
+        "qwen3_moe": {"mlp_only_layers": [1, 3], "moe_intermediate_size": 16, "num_experts": 4}
+        | {"num_experts_per_tok": 2},
+        "smollm3": {
+            "no_rope_layers": [int(block % 3 != 2) for block in range(blocks)],
+            "use_sliding_window": True,
+        }
+        | window
+        | mixed,
+        "starcoder2": window,
+    }
+    return settings.get(family, {})
 
 
 def save_tiny_model(family: str, folder: Path, *, blocks: int = BLOCKS, seed: int = 0, **config: Any) -> Path:
@@ -103,8 +175,9 @@ def uncut(folder: Path) -> PreTrainedModel:
 
 
 def targets_of(family: str) -> list[str]:
-    """Layers that get an adapter (phi3 has one fused projection for q, k and v)."""
-    return ["qkv_proj", "o_proj"] if family == "phi3" else ["q_proj", "v_proj"]
+    """Layers that get an adapter: phi3 has one projection for q, k and v; deepseek_v3 projects to latents first."""
+    named = {"phi3": ["qkv_proj", "o_proj"], "deepseek_v3": ["q_b_proj", "kv_b_proj"]}
+    return named.get(family, ["q_proj", "v_proj"])
 
 
 def make_recipe(model: Path, /, **sections: Any) -> Recipe:
@@ -119,6 +192,13 @@ def make_recipe(model: Path, /, **sections: Any) -> Recipe:
     for key, value in sections.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return Recipe.of(values)
+
+
+def plan_of(
+    attention: str, *, blocks: int = BLOCKS, heads: int = 2, widths: tuple[int, int] = (64, 64)
+) -> AttentionPlan:
+    """The plan of a part with full attention in all blocks."""
+    return AttentionPlan(attention, (MaskRule(causal_mask_function),) * blocks, heads, *widths)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -19,7 +19,7 @@ from isthmus.storage.record import RunDirectory
 from isthmus.trunk.adapter import full_adapter
 from isthmus.trunk.attention_kernels import PackedLayout, Varlen, attend_padded, find_varlen, kernel_for
 from isthmus.trunk.runner import Runner
-from tests.conftest import make_recipe, save_tiny_model, targets_of
+from tests.conftest import make_recipe, plan_of, save_tiny_model, targets_of
 from tests.oracle.twins import distance, random_b
 from tests.unit.trunk.talk import ONE, Trunk, alone, assert_equal, prompt, tokens
 
@@ -98,7 +98,7 @@ def test_flash_attention_on_packed_sequences_is_attention_on_padded_ones(
     dtype: torch.dtype, window: int | None, groups: int
 ) -> None:
     function = find_varlen()
-    if function is None or not isinstance(kernel_for("sdpa", CUDA, dtype, 64), Varlen):
+    if function is None or not isinstance(kernel_for(plan_of("sdpa"), CUDA, dtype), Varlen):
         pytest.skip("this torch or device has no flash attention on packed sequences")
     draw = torch.Generator("cuda").manual_seed(0)
     for new, seen in ((LENGTHS, LENGTHS), ([1, 1, 1], [40, 7, 100]), ([1, 30, 4], [1, 90, 4])):

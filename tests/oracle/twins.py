@@ -47,9 +47,9 @@ def save_vivid_model(family: str, folder: Path, **config: Any) -> Path:
     model = uncut(folder)
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += torch.randn(parameter.shape, generator=draw)
+        for tensor in model.state_dict().values():
+            if tensor.ndim == 1:
+                tensor += torch.randn(tensor.shape, generator=draw)
     model.save_pretrained(folder)
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig
@@ -42,6 +44,7 @@ def add_adapter(part: Part, lora: LoraSection, seed: int, *, freeze_a: bool) -> 
             remedy="name layers of this model in lora.targets",
         )
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0)
+    _refuse_experts(config, part)
     try:
         inject_adapter_in_model(config, part.model)
     except ValueError as error:
@@ -162,6 +165,22 @@ def _absent(part: Part, targets: Iterable[str]) -> list[str]:
     names = [f".{name}" for name, _ in part.model.named_modules()]
     elsewhere = {part.family.head, part.family.embedding}
     return [one for one in targets if one not in elsewhere and not any(name.endswith(f".{one}") for name in names)]
+
+
+def _refuse_experts(config: LoraConfig, part: Part) -> None:
+    """Raise ``ModelError`` if peft would adapt a mixture's experts or router, which it does by other code than linear
+    layers."""
+    converted = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(converted, part.model, None)
+        found = bool(converted.target_parameters)
+    except ValueError:  # one of two names that experts keep in one tensor
+        found = True
+    if found:
+        raise ModelError(
+            f"lora.targets names experts of a {part.config.model_type} model, which are not linear layers",
+            remedy="name layers of the attention in lora.targets",
+        )
 
 
 def _exported_targets(tensors: Iterable[str], lora: LoraSection) -> list[str]:

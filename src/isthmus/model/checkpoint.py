@@ -108,19 +108,17 @@ class Checkpoint:
                 self.tensors_read.update(stored.names)
         return found
 
-    def check_leftovers(self, prefixes: tuple[str, ...], used: Collection[str], harmless: Collection[str]) -> None:
+    def check_leftovers(self, left: Collection[str], harmless: Collection[str]) -> None:
         """Refuse weights that belong to a part but that the part did not take: it would compute without them.
 
         Args:
-            prefixes: beginnings of the names that belong to the part.
-            used: the weights that it takes.
+            left: these weights.
             harmless: regular expressions of names that transformers ignores for this family.
 
         Raises:
             ModelError: there are such weights.
         """
-        left = sorted(name for name in self.weights if name.startswith(prefixes) and name not in used)
-        left = [name for name in left if not any(re.search(pattern, name) for pattern in harmless)]
+        left = [name for name in sorted(left) if not any(re.search(pattern, name) for pattern in harmless)]
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             raise ModelError(

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
 from isthmus.errors import CutError, ModelError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.device import CPU
-from isthmus.model.families import Family, family_of
+from isthmus.model.families import Family, family_of, uncut_shapes
+from isthmus.model.stored import StoredTensors
 
 PartName = Literal["bottom", "trunk", "top"]
+PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Settings with a value for each block. Blocks are built from the uncut model's; forwards read a part's."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,23 @@ class Part(nn.Module):
 
     Args:
         first_block: index, in the uncut model, of the part's first block.
+        whole: the uncut model's configuration; None: the model is uncut itself.
     """
 
-    def __init__(self, name: PartName, model: PreTrainedModel, family: Family, first_block: int) -> None:
+    def __init__(
+        self,
+        name: PartName,
+        model: PreTrainedModel,
+        family: Family,
+        first_block: int,
+        whole: PreTrainedConfig | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.model = model
         self.family = family
         self.first_block = first_block
+        self.whole: PreTrainedConfig = model.config if whole is None else whole
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -72,11 +86,11 @@ class Part(nn.Module):
 
     def uncut_name(self, name: str) -> str:
         """The name in the uncut model of the tensor or module ``name`` of ``self.model``."""
-        prefix = self.family.block_prefix()
-        if not name.startswith(prefix):
-            return name
-        number, dot, rest = name.removeprefix(prefix).partition(".")
-        return f"{prefix}{int(number) + self.first_block}{dot}{rest}"
+        own, blocks = f"{self.family.backbone}.", self.family.block_prefix()
+        if name.startswith(blocks):
+            number, dot, rest = name.removeprefix(blocks).partition(".")
+            name = f"{blocks}{int(number) + self.first_block}{dot}{rest}"
+        return self.family.uncut_prefix() + name.removeprefix(own) if name.startswith(own) else name
 
     def hidden(self, **inputs: object) -> torch.Tensor:
         """The last hidden states, ``[batch, length, width]``; keyword arguments as for the family's backbone."""
@@ -103,86 +117,166 @@ def load_part(
         CutError: the cut does not fit the model.
     """
     part = empty_part(checkpoint.config, cut, name)
-    embedding, head = _ends_of(checkpoint, part, dtype)
-    stored = {_embedding_name(part.family): embedding, f"{part.family.head}.weight": head}
-    sources = {own: stored.get(part.uncut_name(own), part.uncut_name(own)) for own, _ in part.model.named_parameters()}
-    check_leftovers(checkpoint, part, {*sources.values(), *stored})
+    _warn_of_dropout(checkpoint.config)
+    stored = StoredTensors(checkpoint, uncut_shapes(checkpoint.config))
+    embedding, head = _ends_of(checkpoint, stored, part, dtype)
+    ends = {_embedding_name(part.family): embedding, f"{part.family.head}.weight": head}
+    sources = {own: ends.get(own, part.uncut_name(own)) for own in part.model.state_dict()}
+    check_leftovers(checkpoint, stored, part, {*sources.values(), *ends.values()})
     if tied is not None and embedding == head:
         del sources[f"{part.family.head}.weight"]
         part.model.get_submodule(part.family.head).weight = tied.model.get_parameter(_embedding_name(part.family))
     materialize_buffers(part.model)
-    tensors = checkpoint.read(sorted(set(sources.values())))
+    wide = _kept_wide(part.model, dtype)
     for own, source in sources.items():
-        _check_shape(part, own, tensors[source], f"{source} in {checkpoint.folder}")
-        _assign(part.model, own, tensors[source].to(device, dtype, copy=True))
-    part.requires_grad_(False)
-    return part.to(device).eval()
+        tensor = stored.read(source)
+        _check_shape(part, own, tensor, f"{source} in {checkpoint.folder}")
+        _assign(part.model, own, tensor.to(device, torch.float32 if own in wide else dtype, copy=True))
+    part.requires_grad_(False).eval()
+    if name != "bottom":
+        _check_passes_through(part)
+    return part.to(device)
 
 
 def empty_part(config: PreTrainedConfig, cut: Cut, name: PartName) -> Part:
     """A part on the ``meta`` device: shapes without memory."""
+    return part_of_blocks(config, name, cut.blocks(name, config.get_text_config().num_hidden_layers))
+
+
+def part_of_blocks(config: PreTrainedConfig, name: PartName, blocks: Sequence[int]) -> Part:
+    """A part on the ``meta`` device with these blocks of the uncut model, of which one may be repeated.
+
+    The blocks are the uncut model's own, built with their uncut indices: whatever a family derives from a block's index
+    (its window, its rope, whether it is a mixture of experts) is as in the uncut model.
+
+    Args:
+        config: the uncut model's.
+    """
     family = family_of(config)
-    blocks = cut.blocks(name, config.num_hidden_layers)
-    own = copy.deepcopy(config)
-    own.num_hidden_layers = len(blocks)
+    own = copy.deepcopy(config.get_text_config())
     own.tie_word_embeddings = False  # one part has no pair to tie; load_part shares the embedding
-    if getattr(config, "layer_types", None) is not None:
-        own.layer_types = [config.layer_types[number] for number in blocks]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(own)
+    for setting in _dropouts(own):
+        setattr(own, setting, 0.0)
+    if family.unused:
+        setattr(own, family.unused, None)
+    model = uncut_shapes(own)
     backbone = family.backbone_of(model)
+    setattr(backbone, family.blocks, nn.ModuleList(_renumbered(model, backbone.get_submodule(family.blocks), blocks)))
+    for setting in PER_BLOCK:
+        values = getattr(own, setting, None)
+        if values is not None:
+            vars(model.config)[setting] = [values[number] for number in blocks]
+    model.config.num_hidden_layers = len(blocks)
     if name != "bottom":
         setattr(backbone, family.embedding, None)
+        if family.input_scale:
+            setattr(backbone, family.input_scale, 1.0)
     if name != "top":
         setattr(backbone, family.norm, nn.Identity())
         setattr(model, family.head, None)
-    return Part(name, model, family, blocks.start)
+    return Part(name, model, family, blocks[0], config)
+
+
+def _renumbered(model: PreTrainedModel, uncut: nn.Module, blocks: Sequence[int]) -> list[nn.Module]:
+    """Copies of these blocks with their indices in the part, as caches have a layer for each of the part's blocks. All
+    modules share the model's configuration."""
+    shared = {id(model.config): model.config}
+    taken = [copy.deepcopy(uncut.get_submodule(str(number)), dict(shared)) for number in blocks]
+    for index, block in enumerate(taken):
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index  # type: ignore[assignment]
+    return taken
+
+
+def _dropouts(config: PreTrainedConfig) -> dict[str, float]:
+    """The dropout probabilities of a configuration that are not zero."""
+    found = {name: value for name, value in vars(config).items() if "drop" in name or name.endswith("pdrop")}
+    return {name: value for name, value in found.items() if isinstance(value, float) and value > 0}
+
+
+def _warn_of_dropout(config: PreTrainedConfig) -> None:
+    """Say that a base model's dropout is off, in training too."""
+    if found := _dropouts(config.get_text_config()):
+        listed = ", ".join(f"{name} = {value}" for name, value in found.items())
+        warnings.warn(f"the base model's dropout ({listed}) is off in all parts, in training too", stacklevel=3)
+
+
+def _kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """The tensors that the family keeps in fp32 whatever the model's dtype."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return set()
+    pattern = build_glob_alternation(list(plan))[0]
+    return {name for name in model.state_dict() if pattern.search(name)}
+
+
+@torch.no_grad()
+def _check_passes_through(part: Part) -> None:
+    """Raise ``ModelError`` if the backbone changes its input before its first block, as it must in bottom alone."""
+    backbone, own = part.family.backbone_of(part.model), part.family
+    h_12D = torch.linspace(-1, 1, 2 * part.config.hidden_size).view(1, 2, -1)
+    blocks, norm = getattr(backbone, own.blocks), getattr(backbone, own.norm)
+    try:
+        setattr(backbone, own.blocks, nn.ModuleList())
+        setattr(backbone, own.norm, nn.Identity())
+        passed_12D = part.hidden(inputs_embeds=h_12D, use_cache=False)
+    finally:
+        setattr(backbone, own.blocks, blocks)
+        setattr(backbone, own.norm, norm)
+    if not torch.equal(passed_12D, h_12D):
+        raise ModelError(
+            f"the {part.config.model_type} model changes hidden states before its first block, so the {part.name} would"
+            " not be the uncut model's",
+            remedy="name the attribute that scales embeddings as input_scale in the family's row",
+        )
 
 
 def _embedding_name(family: Family) -> str:
+    """The embedding's name in a part."""
     return f"{family.backbone}.{family.embedding}.weight"
 
 
-def _ends_of(checkpoint: Checkpoint, part: Part, dtype: torch.dtype) -> tuple[str, str]:
-    """The checkpoint's names of embedding and head, one name if they are tied.
+def _ends_of(checkpoint: Checkpoint, stored: StoredTensors, part: Part, dtype: torch.dtype) -> tuple[str, str]:
+    """The uncut model's names of the tensors that are embedding and head, one name if they are tied.
 
     As transformers: where the configuration ties them but both are stored and differ, they stay apart; where one alone
     is stored, it is both. No part but top reads them to find out.
     """
-    embedding, head = _embedding_name(part.family), f"{part.family.head}.weight"
+    embedding, head = part.uncut_name(_embedding_name(part.family)), f"{part.family.head}.weight"
     if not checkpoint.config.tie_word_embeddings:
         return embedding, head
-    both = [name for name in (embedding, head) if name in checkpoint.weights]
+    both = [name for name in (embedding, head) if name in stored]
     if len(both) == 2 and part.name == "top":
-        first, second = (tensor.to(dtype) for tensor in checkpoint.read(both).values())
+        first, second = (stored.read(name).to(dtype) for name in both)
         if not torch.equal(first, second):
             return embedding, head
     return (both[0], both[0]) if both else (embedding, embedding)
 
 
-def check_leftovers(checkpoint: Checkpoint, part: Part, used: Collection[str]) -> None:
+def check_leftovers(checkpoint: Checkpoint, stored: StoredTensors, part: Part, used: Collection[str]) -> None:
     """Refuse a checkpoint with tensors that belong to this part but not to its family's model.
 
     Args:
-        used: the stored weights that the part takes.
+        used: the tensors of the uncut model that the part takes.
 
     Raises:
         ModelError: there are such tensors.
     """
     model, family = part.model, part.family
-    prefixes = [
-        part.uncut_name(f"{family.block_prefix()}{number}.") for number in range(model.config.num_hidden_layers)
-    ]
+    owned = [f"{family.block_prefix()}{number}." for number in range(model.config.num_hidden_layers)]
     if part.name == "bottom":
-        prefixes.append(f"{family.backbone}.{family.embedding}.")
+        owned.append(f"{family.backbone}.{family.embedding}.")
     if part.name == "top":
-        prefixes += [f"{family.backbone}.{family.norm}.", f"{family.head}."]
+        owned += [f"{family.backbone}.{family.norm}.", f"{family.head}."]
+    prefixes = tuple(map(part.uncut_name, owned))
+    left = [weight for name in stored.unused(used) if name.startswith(prefixes) for weight in stored.sources(name)]
     harmless = {r"rotary_emb\.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ())}
-    checkpoint.check_leftovers(tuple(prefixes), used, harmless)
+    checkpoint.check_leftovers(left, harmless)
 
 
 def _check_shape(part: Part, own: str, tensor: torch.Tensor, place: str) -> None:
-    expected = tuple(part.model.get_parameter(own).shape)
+    expected = tuple(part.model.state_dict()[own].shape)
     if tuple(tensor.shape) != expected:
         raise ModelError(
             f"{place} has shape {tuple(tensor.shape)}, config.json requires {expected}",
@@ -192,15 +286,29 @@ def _check_shape(part: Part, own: str, tensor: torch.Tensor, place: str) -> None
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    module = model.get_submodule(owner)
+    setattr(module, leaf, value if leaf in module._buffers else nn.Parameter(value, requires_grad=False))
 
 
 @torch.no_grad()
 def materialize_buffers(model: PreTrainedModel) -> None:
-    """Compute the buffers that checkpoints lack (rotary frequencies, embedding scales) with the family's own code."""
+    """Compute the buffers that checkpoints lack (rotary frequencies, embedding scales) with the family's own code.
+
+    Raises:
+        ModelError: the family's code leaves one without a value.
+    """
     for module in model.modules():
-        on_meta = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        on_meta = {
+            name: buffer
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_meta and name in module._non_persistent_buffers_set
+        }
         for name, buffer in on_meta.items():
-            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+            setattr(module, name, torch.full_like(buffer, torch.nan, device="cpu"))
         if on_meta:
             model._init_weights(module)  # parameters are still on meta: only the buffers get values
+        if any(getattr(module, name).isnan().any() for name in on_meta):
+            raise ModelError(
+                f"transformers does not compute {', '.join(on_meta)} of {type(module).__name__}",
+                remedy="use a model of another type",
+            )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from isthmus.errors import ModelError
 
@@ -19,10 +20,20 @@ class Family:
     embedding: str = "embed_tokens"
     norm: str = "norm"
     head: str = "lm_head"
+    input_scale: str = ""
+    """The backbone's attribute that its forward multiplies embeddings by; empty: there is none."""
+    uncut_backbone: str = ""
+    """Where the uncut model keeps the backbone, if not at ``backbone``: the text part of a multimodal model."""
+    unused: str = ""
+    """A setting of the text part that the multimodal model does not follow; empty: there is none."""
 
     def block_prefix(self) -> str:
-        """The prefix of a block's tensor names, up to the block's index."""
+        """The prefix of a block's tensor names in a part, up to the block's index."""
         return f"{self.backbone}.{self.blocks}."
+
+    def uncut_prefix(self) -> str:
+        """The prefix of the backbone's tensor names in the uncut model."""
+        return f"{self.uncut_backbone or self.backbone}."
 
     def backbone_of(self, model: nn.Module) -> nn.Module:
         """The model without its head."""
@@ -34,26 +45,64 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "cohere2": Family(),
+    "deepseek_v3": Family(),
+    "exaone4": Family(),
+    "gemma": Family(),
+    "gemma2": Family(),
+    "gemma3": Family(uncut_backbone="model.language_model", unused="final_logit_softcapping"),
+    "gemma3_text": Family(),
+    "glm4": Family(),
+    "gpt_oss": Family(),
+    "granite": Family(input_scale="embedding_multiplier"),
     "llama": Family(),
+    "ministral": Family(),
+    "ministral3": Family(),
     "mistral": Family(),
+    "mixtral": Family(),
+    "olmo2": Family(),
+    "olmo3": Family(),
+    "phi": Family(norm="final_layernorm"),
+    "phi3": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
-    "phi3": Family(),
-    "olmo2": Family(),
-    "gemma2": Family(),
+    "qwen3_moe": Family(),
+    "smollm3": Family(),
+    "starcoder2": Family(),
 }
+
+REFUSED = {
+    "output_router_logits": "a balancing loss over the routers of all blocks",
+    "use_bidirectional_attention": "attention to later tokens",
+    "is_encoder_decoder": "an encoder",
+    "add_cross_attention": "attention to an encoder",
+}
+"""Settings of config.json that a split model cannot follow if they are true, and what they ask for."""
 
 
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a configuration, by its ``model_type``.
 
     Raises:
-        ModelError: the family is not supported.
+        ModelError: the family, or a setting in its configuration, is not supported.
     """
-    try:
-        return FAMILIES[config.model_type]
-    except KeyError:
+    if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ModelError(
             f"models of type {config.model_type!r} are not supported", remedy=f"use a model of one of the types {known}"
-        ) from None
+        )
+    text = config.get_text_config()
+    for setting, meaning in REFUSED.items():
+        if getattr(text, setting, False):
+            raise ModelError(
+                f"config.json has {setting} = true, which asks for {meaning}: a split model has none",
+                remedy=f"set {setting} to false in config.json, or use another model",
+            )
+    return FAMILIES[config.model_type]
+
+
+def uncut_shapes(config: PreTrainedConfig) -> PreTrainedModel:
+    """The uncut model on the ``meta`` device: all modules and shapes, no memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model

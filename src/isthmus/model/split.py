@@ -186,6 +186,11 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         self.shield = shield
         self.guard = guard
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Transformers asks the class of a mixture of experts; the parts have experts, each with its own setting."""
+        return True
+
     @property
     def ends(self) -> tuple[Part, Part]:
         """Bottom and top."""

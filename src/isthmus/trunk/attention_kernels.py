@@ -22,6 +22,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from isthmus.model.packing import Padding
+from isthmus.trunk.attention_plan import AttentionPlan
 
 WIDEST_HEAD = 256
 """Largest width of a head for which flash attention has kernels."""
@@ -143,15 +144,14 @@ class Varlen:
         return output_THd.unsqueeze(0)
 
 
-def kernel_for(attention: str, device: torch.device, dtype: torch.dtype, head: int) -> Kernel | None:
+def kernel_for(plan: AttentionPlan, device: torch.device, dtype: torch.dtype) -> Kernel | None:
     """The kernel for passes of several sequences; None: use the part's own attention, one sequence at a time.
 
-    Args:
-        attention: name of the part's own attention. Only ``sdpa`` has a kernel: others may cap logits.
-        head: d.
+    Only ``sdpa`` has a kernel: other attentions may cap logits or have sinks.
     """
-    if attention != "sdpa" or device.type == "cpu":
+    if plan.attention != "sdpa" or not plan.uniform or device.type == "cpu":
         return None
+    head = plan.key_width
     flash = dtype in (torch.float16, torch.bfloat16) and head % 8 == 0 and head <= WIDEST_HEAD
     if flash and device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= AMPERE:
         function = find_varlen()

@@ -56,7 +56,8 @@ def group_adapters(part: Part, *, at_once: bool = False) -> AdapterGroups:
 
 
 def _forward(layer: Linear, name: str, groups: AdapterGroups, x_1TD: torch.Tensor) -> torch.Tensor:
-    """The layer's base result plus each segment's LoRA change, in peft's order of operations."""
+    """The layer's base result plus each segment's LoRA change, in peft's order of operations. Mixtures of experts drop
+    the first dimension of ``x_1TD``."""
     base: torch.Tensor = layer.base_layer(x_1TD)
     if groups.segments is None:
         change = _change(layer, x_1TD, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
@@ -66,9 +67,9 @@ def _forward(layer: Linear, name: str, groups: AdapterGroups, x_1TD: torch.Tenso
         if groups.padding is not None:
             change = _changes_at_once(layer, x_1TD, pairs, groups.padding)
         else:
-            pieces = torch.split(x_1TD, [tokens for tokens, _ in groups.segments], dim=1)
+            pieces = torch.split(x_1TD, [tokens for tokens, _ in groups.segments], dim=-2)
             changes = [_change(layer, piece, a, b) for piece, (a, b) in zip(pieces, pairs, strict=True)]
-            change = torch.cat(changes, dim=1)
+            change = torch.cat(changes, dim=-2)
     return (base + change).to(base.dtype)
 
 
@@ -81,6 +82,6 @@ def _changes_at_once(
     layer: Linear, x_1TD: torch.Tensor, pairs: list[tuple[torch.Tensor, torch.Tensor]], padding: Padding
 ) -> torch.Tensor:
     a_SRD, b_SDR = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
-    x_SND = padding.pad(x_1TD[0], dim=0).to(a_SRD.dtype)
+    x_SND = padding.pad(x_1TD.flatten(0, -2), dim=0).to(a_SRD.dtype)
     change_SND: torch.Tensor = x_SND @ a_SRD.mT @ b_SDR.mT * layer.scaling["default"]
-    return padding.unpad(change_SND, dim=0).unsqueeze(0)
+    return padding.unpad(change_SND, dim=0).view(*x_1TD.shape[:-1], -1)

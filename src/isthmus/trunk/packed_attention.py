@@ -15,15 +15,12 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    causal_mask_function,
-    sliding_window_causal_mask_function,
-)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from isthmus.model.cut import Part
 from isthmus.trunk.attention_kernels import Kernel, PackedLayout
+from isthmus.trunk.attention_plan import AttentionPlan, MaskRule, plan_attention
 
 PACKED_ATTENTION = "isthmus_packed"
 """The name under which packed attention is registered with transformers."""
@@ -32,21 +29,19 @@ INITIAL_ROOM = 64
 
 
 class SequenceCache:
-    """The KV cache of one sequence: keys and values of all blocks."""
+    """The KV cache of one sequence: keys and values of all blocks, both with room for the wider of the two.
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self._shape = (config.num_hidden_layers, 2, 1, getattr(config, "num_key_value_heads", None) or heads)
-        self._kv = torch.empty(*self._shape, 0, width, dtype=dtype, device=device)
-        self._limit: int = config.max_position_embeddings
+    Args:
+        limit: the most positions that a sequence has.
+    """
+
+    def __init__(self, plan: AttentionPlan, limit: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._shape = (len(plan.rules), 2, 1, plan.heads)
+        self._widths = plan.key_width, plan.value_width
+        self._kv = torch.empty(*self._shape, 0, max(self._widths), dtype=dtype, device=device)
+        self._limit = limit
         self.length = 0
         """Number of cached positions."""
-
-    @property
-    def head(self) -> int:
-        """Width of a head, d."""
-        return self._kv.shape[-1]
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +69,7 @@ class SequenceCache:
         They become part of the cache when ``length`` is raised, after the last block.
         """
         end = self.length + key_1HNd.shape[2]
-        keys, values = self._kv[block]
+        keys, values = (states[..., :width] for states, width in zip(self._kv[block], self._widths, strict=True))
         keys[:, :, self.length : end] = key_1HNd
         values[:, :, self.length : end] = value_1HNd
         return keys[:, :, :end], values[:, :, :end]
@@ -110,7 +105,7 @@ class PackedSequences:
     """The sequences of one packed pass.
 
     Args:
-        attention: name of the part's own attention.
+        plan: the attention of the part's blocks.
         lengths: number of new tokens of each sequence.
         caches: cache of each sequence; None: every sequence starts at position 0 and is not cached.
         kernel: computes the attention of several sequences in one call; None: one call for each sequence.
@@ -118,16 +113,16 @@ class PackedSequences:
 
     def __init__(
         self,
-        attention: str,
+        plan: AttentionPlan,
         lengths: list[int],
         caches: list[SequenceCache] | None = None,
         kernel: Kernel | None = None,
     ) -> None:
-        self.attention = attention
+        self.plan = plan
         self.lengths = lengths
         self.caches = caches
         self.kernel = kernel if len(lengths) > 1 else None
-        self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
+        self._masks: dict[tuple[int, int, MaskRule], torch.Tensor | None] = {}
         self._layouts: dict[int | None, tuple[PackedLayout, list[tuple[torch.Tensor, ...]]]] = {}
         self._fresh: list[torch.Tensor] = []
         """New keys and values of each block that the kernel has computed, ``[2, H, T, d]``, not yet cached."""
@@ -176,14 +171,15 @@ class PackedSequences:
         for cache, new in zip(self.caches, self.lengths, strict=True):
             cache.length += new
 
-    def mask(self, new: int, past: int, window: int | None, config: PreTrainedConfig, like: torch.Tensor) -> Any:
+    def mask(self, new: int, past: int, rule: MaskRule, config: PreTrainedConfig, like: torch.Tensor) -> Any:
         """The mask of ``new`` tokens after ``past`` cached positions, in the format of the part's own attention; None
         where that needs none. Computed once for each pass."""
-        key = (new, past, window)
+        key = (new, past, rule)
         if key not in self._masks:
-            inside = window is None or past + new <= window
-            causal = past == 0 and inside and self.attention == "sdpa"
-            self._masks[key] = None if new == 1 or causal else self._make_mask(new, past, window, config, like)
+            inside = rule.window is None or past + new <= rule.window
+            causal = past == 0 and inside and self.plan.attention == "sdpa"
+            needless = rule.plain and (new == 1 or causal)
+            self._masks[key] = None if needless else self._make_mask(new, past, rule, config, like)
         return self._masks[key]
 
     @property
@@ -200,15 +196,14 @@ class PackedSequences:
             self._layouts[window] = PackedLayout(self.lengths, seen, window, device), cached
         return self._layouts[window]
 
-    def _make_mask(self, new: int, past: int, window: int | None, config: PreTrainedConfig, like: torch.Tensor) -> Any:
-        allowed = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-        return ALL_MASK_ATTENTION_FUNCTIONS[self.attention](
+    def _make_mask(self, new: int, past: int, rule: MaskRule, config: PreTrainedConfig, like: torch.Tensor) -> Any:
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.plan.attention](
             batch_size=1,
             q_length=new,
             kv_length=past + new,
             q_offset=past,
             kv_offset=0,
-            mask_function=allowed,
+            mask_function=rule.allowed,
             allow_is_causal_skip=False,
             dtype=like.dtype,
             device=like.device,
@@ -216,16 +211,19 @@ class PackedSequences:
         )
 
 
-def pack_attention(part: Part) -> str:
+def pack_attention(part: Part) -> AttentionPlan:
     """Switch the part to packed attention: from then on it takes ``hidden(inputs_embeds=h_1TD, sequences=...)`` only.
 
     Returns:
-        The name of the part's own attention, for ``PackedSequences``.
+        The plan of the part's attention, for ``PackedSequences``.
+
+    Raises:
+        ModelError: the part's attention cannot be packed.
     """
+    plan = plan_attention(part)
     AttentionInterface.register(PACKED_ATTENTION, _attend)
-    own: str = part.config._attn_implementation
     part.config._attn_implementation = PACKED_ATTENTION  # transformers builds no masks for this name
-    return own
+    return plan
 
 
 def _attend(
@@ -239,12 +237,13 @@ def _attend(
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention of all sequences of a pass, ``[1, T, H, d]``; registered as ``PACKED_ATTENTION``."""
-    attention = _attention_of(module, sequences.attention)
-    window: int | None = settings.get("sliding_window")
+    attention = _attention_of(module, sequences.plan.attention)
+    rule = sequences.plan.rules[module.layer_idx]
+    window = rule.window
     if sequences.even:
         rows, length = len(sequences.lengths), sequences.lengths[0]
         batch = [_rows(states, rows, length) for states in (query_1HTd, key_1HTd, value_1HTd)]
-        mask = sequences.mask(length, 0, window, module.config, query_1HTd)
+        mask = sequences.mask(length, 0, rule, module.config, query_1HTd)
         output_BNHd = attention(module, *batch, mask, **settings)[0]
         return output_BNHd.reshape(1, rows * length, *output_BNHd.shape[2:]), None
     if sequences.kernel is not None:
@@ -261,7 +260,7 @@ def _attend(
             if window is not None and past >= window:  # leave out positions outside every new token's window
                 seen = window - 1 + new
                 key, value, past = key[:, :, -seen:], value[:, :, -seen:], window - 1
-        mask = sequences.mask(new, past, window, module.config, query)
+        mask = sequences.mask(new, past, rule, module.config, query)
         pieces.append(attention(module, query, key, value, mask, **settings)[0])
     return torch.cat(pieces, dim=1), None
 

@@ -31,8 +31,8 @@ class Runner:
         self.context: int = part.config.max_position_embeddings
         first = next(part.parameters())
         self.device, self.dtype = first.device, first.dtype
-        self._attention = pack_attention(part)
-        self._kernel = kernel_for(self._attention, self.device, self.dtype, self.new_cache().head)
+        self._plan = pack_attention(part)
+        self._kernel = kernel_for(self._plan, self.device, self.dtype)
         self._groups = group_adapters(part, at_once=self.device.type != "cpu")
 
     def full_pass(
@@ -46,7 +46,7 @@ class Runner:
             segments: number of tokens and adapter of each silo; None: the part's own adapter for all.
         """
         with self._groups.through(segments, self.device):
-            return self._run(h_TD, PackedSequences(self._attention, lengths, kernel=self._kernel))
+            return self._run(h_TD, PackedSequences(self._plan, lengths, kernel=self._kernel))
 
     def cached_pass(self, h_TD: torch.Tensor, lengths: list[int], caches: list[SequenceCache]) -> torch.Tensor:
         """The blocks' results for new tokens of cached sequences, ``[T, D]``. The caches are extended in place.
@@ -57,14 +57,14 @@ class Runner:
         """
         for cache, new in zip(caches, lengths, strict=True):
             cache.reserve(cache.length + new)
-        sequences = PackedSequences(self._attention, lengths, caches, self._kernel)
+        sequences = PackedSequences(self._plan, lengths, caches, self._kernel)
         h_TD = self._run(h_TD, sequences)
         sequences.finish()
         return h_TD
 
     def new_cache(self) -> SequenceCache:
         """An empty cache for one sequence."""
-        return SequenceCache(self.part.config, self.dtype, self.device)
+        return SequenceCache(self._plan, self.context, self.dtype, self.device)
 
     def check_context(self, lengths: list[int]) -> None:
         """Raise ``FrameError`` if one of these sequences is longer than the model's context."""

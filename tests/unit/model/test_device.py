@@ -17,7 +17,7 @@ from isthmus.silo.join import join
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.attention_kernels import attend_padded, kernel_for
 from isthmus.trunk.service import TrunkService
-from tests.conftest import make_recipe, save_tiny_model
+from tests.conftest import make_recipe, plan_of, save_tiny_model
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")
 
@@ -87,6 +87,6 @@ def test_a_part_is_loaded_to_its_device_whole(tmp_path: Path) -> None:
 
 
 def test_kernels_are_for_accelerators_and_plain_attention() -> None:
-    assert kernel_for("sdpa", CPU, torch.float32, 64) is None
-    assert kernel_for("eager", ELSEWHERE, torch.float32, 64) is None
-    assert kernel_for("sdpa", ELSEWHERE, torch.bfloat16, 64) is attend_padded
+    assert kernel_for(plan_of("sdpa"), CPU, torch.float32) is None
+    assert kernel_for(plan_of("eager"), ELSEWHERE, torch.float32) is None
+    assert kernel_for(plan_of("sdpa"), ELSEWHERE, torch.bfloat16) is attend_padded

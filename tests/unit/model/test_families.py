@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from isthmus.errors import ModelError
-from isthmus.model.families import FAMILIES, family_of
+from isthmus.model.families import FAMILIES, REFUSED, family_of, uncut_shapes
 from tests.conftest import BLOCKS, VOCABULARY, tiny_config
 
 
@@ -15,16 +14,24 @@ from tests.conftest import BLOCKS, VOCABULARY, tiny_config
 def test_a_family_is_where_its_row_says(name: str) -> None:
     config = tiny_config(name)
     family = family_of(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = uncut_shapes(config)
+    prefix = f"{family.uncut_prefix()}{family.blocks}."
     names = [key for key, _ in model.named_parameters()]
-    blocks = {
-        key.removeprefix(family.block_prefix()).split(".")[0] for key in names if key.startswith(family.block_prefix())
-    }
+    blocks = {key.removeprefix(prefix).split(".")[0] for key in names if key.startswith(prefix)}
     assert blocks == {str(number) for number in range(BLOCKS)}
-    assert family.embedding_of(model).get_parameter("weight").shape == (VOCABULARY, 32)
+    backbone = model.get_submodule(family.uncut_prefix()[:-1])
+    assert backbone.get_submodule(family.embedding).get_parameter("weight").shape == (VOCABULARY, 32)
     assert model.get_submodule(family.head).get_parameter("weight").shape == (VOCABULARY, 32)
-    assert family.backbone_of(model).get_submodule(family.norm)
+    assert backbone.get_submodule(family.norm)
+    assert not family.input_scale or hasattr(backbone, family.input_scale)
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_a_setting_that_a_split_model_cannot_follow_is_refused_by_name(setting: str) -> None:
+    config = tiny_config("llama")
+    setattr(config, setting, True)
+    with pytest.raises(ModelError, match=setting):
+        family_of(config)
 
 
 def test_another_family_is_refused_with_those_that_are_known() -> None:

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from isthmus.trunk.packed_attention import INITIAL_ROOM, PackedSequences, SequenceCache
-from tests.conftest import tiny_config
+from tests.conftest import plan_of
 
 CPU = torch.device("cpu")
 BLOCKS, HEADS, HEAD = 5, 2, 8
 
 
 def cache() -> SequenceCache:
-    return SequenceCache(tiny_config("llama"), torch.float32, CPU)
+    return SequenceCache(plan_of("sdpa", blocks=BLOCKS, heads=HEADS, widths=(HEAD, HEAD)), 512, torch.float32, CPU)
 
 
 def states(tokens: int, seed: int = 0) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_a_copy_shares_nothing() -> None:
 def test_positions_go_on_where_each_cache_ends() -> None:
     one, other = cache(), cache()
     extended(one, 3)
-    packed = PackedSequences("sdpa", [2, 3], [one, other])
+    packed = PackedSequences(plan_of("sdpa"), [2, 3], [one, other])
     assert packed.positions(CPU).tolist() == [[3, 4, 0, 1, 2]]
     packed.finish()
     assert (one.length, other.length) == (5, 3)

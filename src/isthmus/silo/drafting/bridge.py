@@ -13,11 +13,11 @@ import copy
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache
 
 from isthmus.errors import DataError
 from isthmus.model.crossing import Outbound
-from isthmus.model.cut import Cut, Part, empty_part, materialize_buffers
+from isthmus.model.cut import Part, materialize_buffers, part_of_blocks
 from isthmus.model.split import Reply
 
 
@@ -146,7 +146,7 @@ def restrict_head(top: Part, vocabulary: torch.Tensor) -> Part:
     head = nn.Linear(whole.weight.shape[1], len(vocabulary), bias=False, device="meta")
     head.weight = nn.Parameter(whole.weight[vocabulary].detach(), requires_grad=False)
     setattr(model, top.family.head, head)
-    return Part("top", model, top.family, top.first_block)
+    return Part("top", model, top.family, top.first_block, top.whole)
 
 
 def _normalized(h_BLD: torch.Tensor) -> torch.Tensor:
@@ -156,18 +156,15 @@ def _normalized(h_BLD: torch.Tensor) -> torch.Tensor:
 
 def _copied_blocks(bottom: Part, blocks: int) -> Part:
     """A part with copies of bottom's last blocks, in fp32 and trainable. If bottom has fewer, its first is repeated."""
-    config: PreTrainedConfig = copy.deepcopy(bottom.config)
-    config.num_hidden_layers = blocks + 2
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[-1]] * config.num_hidden_layers
-    part = empty_part(config, Cut(1, 1), "trunk")
+    last = bottom.config.num_hidden_layers - 1
+    sources = [max(0, last - (blocks - 1 - number)) for number in range(blocks)]
+    part = part_of_blocks(bottom.whole, "trunk", sources)
     materialize_buffers(part.model)
-    prefix, last = part.family.block_prefix(), bottom.config.num_hidden_layers - 1
+    prefix = part.family.block_prefix()
     weights = {name.replace(".base_layer", ""): tensor for name, tensor in bottom.model.named_parameters()}
     copies: dict[str, torch.Tensor] = {}
     for name, _ in part.model.named_parameters():
         number, _, rest = name.removeprefix(prefix).partition(".")
-        source = max(0, last - (blocks - 1 - int(number)))
-        copies[name] = weights[f"{prefix}{source}.{rest}"].detach().to(torch.float32, copy=True)
+        copies[name] = weights[f"{prefix}{sources[int(number)]}.{rest}"].detach().to(torch.float32, copy=True)
     part.model.load_state_dict(copies, strict=False, assign=True)
     return part.requires_grad_(True)
