@@ -122,7 +122,7 @@ def load_part(
     embedding, head = _ends_of(checkpoint, stored, part, dtype)
     ends = {_embedding_name(part.family): embedding, f"{part.family.head}.weight": head}
     sources = {own: ends.get(own, part.uncut_name(own)) for own in part.model.state_dict()}
-    check_leftovers(checkpoint, stored, part, {*sources.values(), *ends.values()})
+    check_leftovers(checkpoint, stored, part, {*sources.values(), *map(part.uncut_name, ends)})
     if tied is not None and embedding == head:
         del sources[f"{part.family.head}.weight"]
         part.model.get_submodule(part.family.head).weight = tied.model.get_parameter(_embedding_name(part.family))
