@@ -32,11 +32,14 @@ from benchmarks.speed.random_weights import RandomCheckpoint
 from isthmus.engines.certificates import make_certificates
 from isthmus.engines.local import at_address
 from isthmus.errors import RecipeError
+from isthmus.model import adapters
+from isthmus.model.cut import Cut, load_part
 from isthmus.model.device import find_device
-from isthmus.recipe import Recipe
+from isthmus.recipe import LoraSection, Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import build_model, connect, greeting, load_ends
 from isthmus.storage.record import RoleDirectory
+from isthmus.trunk.runner import Runner
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.identity import Identity
 from isthmus.wire.server import Server
@@ -135,9 +138,71 @@ def measure(results: Results, shape: Shape, device: str) -> None:
     boundary.measure_training_bytes(results, there)
     boundary.measure_token_bytes(results, there)
     boundary.measure_codec_speed(results, there, "from and to the device")
+    measure_token_pass(results, shape, there)
     measure_sessions(results, shape, device)
     measure_together(results, shape, device)
     measure_generation(results, shape, device)
+
+
+def measure_token_pass(results: Results, shape: Shape, device: torch.device) -> None:
+    """The trunk's pass over one token of each session, recorded and not, beside reading its weights once."""
+    runners = {}
+    for name, record in (("recorded", None), ("not recorded", False)):
+        part = load_part(
+            checkpoint_of(shape, device.type), Cut(ENDS, ENDS), "trunk", device=device, dtype=dtype_of(shape)
+        )
+        adapters.add_adapter(part, LoraSection(), 0, freeze_a=False)
+        runners[name] = Runner(part, record=record)
+    weights = sum(parameter.nbytes for parameter in part.parameters())
+    bound = read_seconds(weights, device)
+    results.add("reading the trunk's weights once", 1000 * bound, "ms")
+    for count in shape.sessions:
+        times = {name: token_pass_seconds(runner, count, shape, device) for name, runner in runners.items()}
+        for name, values in times.items():
+            what = f"one token of {count} sessions, {name}"
+            results.add(what, 1000 * statistics.median(values), "ms")
+            results.add(f"{what}, longest of {len(values)}", 1000 * max(values), "ms")
+        goal = 1.6 if count == 1 else None
+        ratio = statistics.median(times["recorded"]) / bound
+        results.add(
+            f"one token of {count} sessions, recorded, against reading the weights", ratio, "ratio", at_most=goal
+        )
+
+
+@torch.inference_mode()
+def token_pass_seconds(runner: Runner, count: int, shape: Shape, device: torch.device) -> list[float]:
+    """Seconds of each of some passes after prompts; the first few, which record, are left out."""
+    width, seconds = shape.model["hidden_size"], []
+    caches = [runner.new_cache() for _ in range(count)]
+    for number, cache in enumerate(caches):
+        h_TW = torch.randn(shape.prompt + number, width, device=device)
+        runner.cached_pass(h_TW, [len(h_TW)], [cache])
+    for _ in range(shape.answer):
+        h_TW = torch.randn(count, width, device=device)
+        wait_for(device)
+        started = time.perf_counter()
+        runner.cached_pass(h_TW, [1] * count, caches)
+        wait_for(device)
+        seconds.append(time.perf_counter() - started)
+    return seconds[len(seconds) // 4 :]
+
+
+def read_seconds(nbytes: int, device: torch.device) -> float:
+    """Seconds to read so many bytes of the device's memory: the fastest of ten sums over 2 GiB, in proportion."""
+    values, seconds = torch.ones(2**30 if device.type == "cuda" else 2**22, dtype=torch.float16, device=device), []
+    for _ in range(10):
+        wait_for(device)
+        started = time.perf_counter()
+        values.sum()
+        wait_for(device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds) * nbytes / values.nbytes
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def measure_sessions(results: Results, shape: Shape, device: str) -> None:
@@ -224,8 +289,13 @@ def recipe_of(shape: Shape, device: str, codec: str, trunk: dict[str, Any] | Non
     )
 
 
+def dtype_of(shape: Shape) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, shape.dtype)
+    return dtype
+
+
 def checkpoint_of(shape: Shape, device: str) -> RandomCheckpoint:
-    return RandomCheckpoint(shape.model, getattr(torch, shape.dtype), find_device(device))
+    return RandomCheckpoint(shape.model, dtype_of(shape), find_device(device))
 
 
 def connected(recipe: Recipe, shape: Shape, name: str) -> BareSilo:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
@@ -211,6 +211,23 @@ class PackedSequences:
         )
 
 
+@runtime_checkable
+class AttendingRows(Protocol):
+    """The rows of a pass that compute their attention themselves (``trunk.token_passes``)."""
+
+    def attend_rows(
+        self, module: Any, states: tuple[torch.Tensor, torch.Tensor, torch.Tensor], settings: dict[str, Any]
+    ) -> torch.Tensor:
+        """The attention of all rows, ``[1, T, H, d]``.
+
+        Args:
+            module: the block's attention.
+            states: queries, keys and values of the new tokens, ``[1, H, T, d]``.
+            settings: keyword arguments of the attention function, such as ``scaling``.
+        """
+        ...
+
+
 def pack_attention(part: Part) -> AttentionPlan:
     """Switch the part to packed attention: from then on it takes ``hidden(inputs_embeds=h_1TD, sequences=...)`` only.
 
@@ -233,10 +250,12 @@ def _attend(
     value_1HTd: torch.Tensor,
     attention_mask: None,
     *,
-    sequences: PackedSequences,
+    sequences: PackedSequences | AttendingRows,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention of all sequences of a pass, ``[1, T, H, d]``; registered as ``PACKED_ATTENTION``."""
+    if isinstance(sequences, AttendingRows):
+        return sequences.attend_rows(module, (query_1HTd, key_1HTd, value_1HTd), settings), None
     attention = _attention_of(module, sequences.plan.attention)
     rule = sequences.plan.rules[module.layer_idx]
     window = rule.window

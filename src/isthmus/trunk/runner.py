@@ -12,7 +12,9 @@ from isthmus.model.bottleneck import UP, layer_weight, project
 from isthmus.model.cut import Part
 from isthmus.trunk.attention_kernels import kernel_for
 from isthmus.trunk.grouped_lora import Adapter, group_adapters
-from isthmus.trunk.packed_attention import PackedSequences, SequenceCache, pack_attention
+from isthmus.trunk.packed_attention import AttendingRows, PackedSequences, SequenceCache, pack_attention
+from isthmus.trunk.paged_cache import PagedCache, PagePool
+from isthmus.trunk.token_passes import TokenPasses, recordable
 
 
 class Runner:
@@ -20,9 +22,11 @@ class Runner:
 
     Args:
         residual: whether results are the difference between the blocks' output and input.
+        record: whether to keep caches in pages and to record passes of one token a sequence; None: on CUDA, where the
+            part's passes can be recorded.
     """
 
-    def __init__(self, part: Part, *, residual: bool = False) -> None:
+    def __init__(self, part: Part, *, residual: bool = False, record: bool | None = None) -> None:
         self.part = part
         self._residual = residual
         self._up = layer_weight(part, UP)
@@ -34,6 +38,13 @@ class Runner:
         self._plan = pack_attention(part)
         self._kernel = kernel_for(self._plan, self.device, self.dtype)
         self._groups = group_adapters(part, at_once=self.device.type != "cpu")
+        self._pages: PagePool | None = None
+        self._token_passes: TokenPasses | None = None
+        if record is None:
+            record = self.device.type == "cuda" and recordable(part, self._plan)
+        if record:
+            self._pages = PagePool(self._plan, self.dtype, self.device)
+            self._token_passes = TokenPasses(self._compute, self._pages, self._plan, self.crossing_width)
 
     def full_pass(
         self, h_TD: torch.Tensor, lengths: list[int], segments: list[tuple[int, Adapter]] | None = None
@@ -57,6 +68,9 @@ class Runner:
         """
         for cache, new in zip(caches, lengths, strict=True):
             cache.reserve(cache.length + new)
+        paged = [cache for cache in caches if isinstance(cache, PagedCache)]
+        if self._token_passes is not None and max(lengths) == 1 and len(paged) == len(caches):
+            return self._token_passes(h_TD, paged)
         sequences = PackedSequences(self._plan, lengths, caches, self._kernel)
         h_TD = self._run(h_TD, sequences)
         sequences.finish()
@@ -64,6 +78,8 @@ class Runner:
 
     def new_cache(self) -> SequenceCache:
         """An empty cache for one sequence."""
+        if self._pages is not None:
+            return PagedCache(self._pages)
         return SequenceCache(self._plan, self.context, self.dtype, self.device)
 
     def check_context(self, lengths: list[int]) -> None:
@@ -74,13 +90,15 @@ class Runner:
                 remedy="shorten the prompt or lower train.max_tokens",
             )
 
-    def _run(self, h_TD: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
-        h_TD = self._widened(h_TD.to(self.device, self.dtype))
+    def _run(self, h_TW: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
+        return self._compute(h_TW.to(self.device, self.dtype), sequences.positions(self.device), sequences)
+
+    def _compute(
+        self, h_TW: torch.Tensor, positions_1T: torch.Tensor, sequences: PackedSequences | AttendingRows
+    ) -> torch.Tensor:
+        h_TD = self._widened(h_TW)
         h_1TD = self.part.hidden(
-            inputs_embeds=h_TD.unsqueeze(0),
-            position_ids=sequences.positions(self.device),
-            use_cache=False,
-            sequences=sequences,
+            inputs_embeds=h_TD.unsqueeze(0), position_ids=positions_1T, use_cache=False, sequences=sequences
         )
         return h_1TD.squeeze(0) - h_TD if self._residual else h_1TD.squeeze(0)
 
