@@ -169,9 +169,9 @@ def save_tiny_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def uncut(folder: Path) -> PreTrainedModel:
-    """The whole model of a folder, in fp32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def uncut(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The whole model of a folder."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def targets_of(family: str) -> list[str]:

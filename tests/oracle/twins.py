@@ -113,7 +113,7 @@ def make_twins(
     """
     service = TrunkService(recipe, RoleDirectory(store))
     split = join(recipe, "a", channel=connect(service, "a", recipe)).model
-    twins = Twins(split, with_lora(uncut(Path(recipe.model.path)), recipe), service)
+    twins = Twins(split, with_lora(uncut(Path(recipe.model.path), getattr(torch, recipe.model.dtype)), recipe), service)
     tensors = twins.split_adapter()
     if moved:
         tensors |= random_b(tensors)
@@ -137,7 +137,9 @@ def with_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=list(lora.targets),
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        target_modules="all-linear" if lora.all_linear else list(lora.targets),
         exclude_modules=rf".*\.layers\.({frozen})\..*" if lora.freeze_bottom else None,
     )
     with warnings.catch_warnings():

@@ -15,7 +15,7 @@ from isthmus.data.tokens import Batch, Tokens, batches, collate
 from isthmus.model import adapters
 from isthmus.model.cut import Part
 from isthmus.model.families import family_of
-from isthmus.model.optim import build_optimizer
+from isthmus.model.optim import build_optimizer, set_rate
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.trainer import evaluate, train_step
@@ -64,6 +64,7 @@ class Baselines:
         train = self._recipe.train
         optimizer = build_optimizer(adapters.trainable(self._part).values(), train)
         for number, batch in enumerate(self._batches(silos), 1):
+            set_rate(optimizer, train.rate(number, train.rounds * train.steps))
             step = train_step(self._model, optimizer, batch)
             if number % train.steps == 0:
                 self._notify(f"{name}: step {number}/{train.rounds * train.steps}, loss {step.loss:.3f}")

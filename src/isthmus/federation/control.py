@@ -27,7 +27,7 @@ class RootControl:
 
     def __init__(self, recipe: Recipe) -> None:
         self._silos = len(recipe.silo)
-        self._reach = recipe.train.learning_rate * recipe.mean_reach
+        self._reach = recipe.train.learning_rate * recipe.mean_reach(1)
         """Kη."""
         self._most = math.inf if recipe.federation.secure.masks else 1.0
         self._mean: dict[str, torch.Tensor] = {}

@@ -1,11 +1,16 @@
-"""LoRA adapters of a part, injected with peft. All names are tensor names of the uncut model."""
+"""LoRA adapters of a part, injected with peft. All names are tensor names of the uncut model.
+
+Adapters are fp32 over a base of any type, as peft keeps them: 16 bits are too few for Adam's small steps. A layer's
+input is converted to fp32 for the adapter, and its result back to the base's type.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,16 +18,21 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedConfig
+from torch.random import fork_rng
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from isthmus.errors import ModelError
+from isthmus.errors import ModelError, NotSupportedError
 from isthmus.model import bottleneck
 from isthmus.model.cut import Cut, Part, empty_part
 from isthmus.model.device import CPU
+from isthmus.model.peft_folder import PREFIX, PeftFolder
 from isthmus.recipe import LoraSection, Recipe
+from isthmus.recipe.sections.lora import ALL_LINEAR
 
 TensorDict = dict[str, torch.Tensor]
-_PEFT_PREFIX = "base_model.model."
+ADAPTER = "default"
+"""The name that peft knows the adapter of every part by."""
 
 
 def add_adapter(part: Part, lora: LoraSection, seed: int, *, freeze_a: bool) -> None:
@@ -35,15 +45,18 @@ def add_adapter(part: Part, lora: LoraSection, seed: int, *, freeze_a: bool) -> 
 
     Raises:
         ModelError: ``lora.targets`` names a layer that is absent or not linear.
+        NotSupportedError: it names the embedding, or a head that is tied to it.
     """
     if part.name == "bottom" and lora.freeze_bottom:
         return
+    _check_embedding(part, lora)
     if absent := _absent(part, lora.targets):
         raise ModelError(
             f"the {part.name} has no layers named {', '.join(absent)}",
             remedy="name layers of this model in lora.targets",
         )
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0)
+    targets = _linear_layers(part) if lora.all_linear else list(lora.targets)
+    config = _peft_config(lora, targets)
     _refuse_experts(config, part)
     try:
         inject_adapter_in_model(config, part.model)
@@ -53,22 +66,63 @@ def add_adapter(part: Part, lora: LoraSection, seed: int, *, freeze_a: bool) -> 
             remedy="name linear layers in lora.targets",
         ) from error
     for name, parameter in _added_parameters(part):
+        parameter.data = parameter.data.float()
         if "lora_A" in name:
             parameter.requires_grad_(not freeze_a)
     _initialize(part, seed)
 
 
 def add_trained_layers(part: Part, recipe: Recipe) -> None:
-    """Add all trainable layers of the recipe to a part: LoRA, and the layers of a bottleneck or a residual path.
+    """Add all trainable layers of the recipe to a part: LoRA, and the layers of a bottleneck or a residual path. They
+    start from the recipe's ``lora.start``, if it has one.
 
     Raises:
-        ModelError: the recipe does not fit the part.
+        ModelError: the recipe does not fit the part, or the folder ``lora.start`` not the recipe.
+        NotSupportedError: the recipe, or that folder, asks for what adapters here do not have.
     """
     exact = recipe.trunk.adapter == "replica" if part.name == "trunk" else recipe.federation.lora == "frozen-a"
     add_adapter(part, recipe.lora, recipe.seed, freeze_a=exact)
     frozen = part.name == "bottom" and recipe.lora.freeze_bottom
     bottleneck.add_layers(part, recipe.boundary, frozen=frozen)
     _initialize(part, recipe.seed, narrow=recipe.boundary.width is not None)
+    if recipe.lora.start is not None and part.model.device.type != "meta":
+        load_adapter(part, starting_tensors(part.whole, recipe))
+
+
+def starting_tensors(config: PreTrainedConfig, recipe: Recipe) -> TensorDict:
+    """The tensors of the recipe's ``lora.start``, of bottom, trunk and top, fp32, by uncut name; none without one.
+
+    Args:
+        config: of the uncut model.
+
+    Raises:
+        ModelError: the folder cannot be read, or is not of this base model, rank, scale or layers.
+        NotSupportedError: it has what adapters here do not have, such as DoRA's magnitudes.
+    """
+    if recipe.lora.start is None:
+        return {}
+    folder = PeftFolder.read(Path(recipe.lora.start))
+    folder.check_base(recipe.model.path)
+    folder.check_scale(recipe.lora)
+    plain = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"start": None})})
+    cut = Cut(recipe.model.bottom, recipe.model.top)
+    parts = [empty_part(config, cut, name) for name in ("bottom", "trunk", "top")]
+    for part in parts:
+        add_trained_layers(part, plain)
+    named = [pair for part in parts for pair in _added_parameters(part) if "lora_" in pair[0]]
+    folder.check_tensors({name: tuple(parameter.shape) for name, parameter in named})
+    return folder.tensors
+
+
+def start_digest(recipe: Recipe) -> str:
+    """SHA-256, in hex, of the adapter that all parties start from; empty without ``lora.start``.
+
+    It covers the tensors and their scale, not the folder's place.
+
+    Raises:
+        ModelError, NotSupportedError: as ``starting_tensors``.
+    """
+    return "" if recipe.lora.start is None else PeftFolder.read(Path(recipe.lora.start)).digest
 
 
 def trainable(part: Part) -> dict[str, nn.Parameter]:
@@ -92,6 +146,31 @@ def load_adapter(part: Part, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, parameter in _added_parameters(part):
         if name in tensors:
             parameter.copy_(tensors[name])
+
+
+@contextmanager
+def dropout(model: PreTrainedModel, seed: str) -> Iterator[None]:
+    """Within the ``with`` block the adapters of a split model drop numbers as ``lora.dropout`` says, the trunk's too.
+
+    Args:
+        seed: bottom's and top's masks follow from it. Torch's own generators are as before after the block.
+    """
+    modules = [one for name, one in model.named_modules() if name.endswith(f"lora_dropout.{ADAPTER}")]
+    if not any(isinstance(one, nn.Dropout) for one in modules):
+        yield
+        return
+    modules.append(model.trunk)
+    before = [one.training for one in modules]
+    digest = hashlib.sha256(seed.encode()).digest()
+    with fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        try:
+            for one in modules:
+                one.train()
+            yield
+        finally:
+            for one, mode in zip(modules, before, strict=True):
+                one.train(mode)
 
 
 def trained_factors(lora: str, round: int) -> str:
@@ -119,25 +198,32 @@ def shared_shapes(parts: Iterable[Part]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for part in parts for name, parameter in trainable(part).items()}
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], lora: LoraSection, base_model: str) -> None:
+def lora_of(parts: Iterable[Part]) -> LoraSection | None:
+    """Rank, scale and dropout of the adapters of these parts; None: none of them has any."""
+    configs = [part.model.peft_config[ADAPTER] for part in parts if hasattr(part.model, "peft_config")]
+    if not configs:
+        return None
+    one = configs[-1]
+    return LoraSection(rank=one.r, alpha=float(one.lora_alpha), rslora=one.use_rslora, dropout=one.lora_dropout)
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, torch.Tensor], lora: LoraSection, base_model: str, *, whole: bool = True
+) -> None:
     """Write a standard PEFT adapter folder for the uncut model: ``adapter_config.json`` and safetensors.
 
     Args:
         tensors: by uncut name.
         base_model: name or path that the adapter's configuration gives for the base model.
+        whole: whether the tensors are of all parts that have adapters; otherwise the folder names their layers one by
+            one, so that peft adds none elsewhere.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=_exported_targets(tensors, lora),
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
+    named_by_layer = whole and not lora.freeze_bottom and not lora.all_linear
+    config = _peft_config(lora, sorted(lora.targets) if named_by_layer else _adapted_layers(tensors))
+    config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base_model, True
     config.save_pretrained(str(folder))
-    named = {_PEFT_PREFIX + name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    named = {PREFIX + name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -154,16 +240,18 @@ def initial_tensors(config: PreTrainedConfig, recipe: Recipe) -> TensorDict:
     """The initial adapter tensors of bottom and top, by uncut name. No model weights are read."""
     named = [pair for part in empty_ends(config, recipe) for pair in _added_parameters(part)]
     narrow = recipe.boundary.width is not None
-    return {name: _initial_value(parameter.shape, recipe.seed, name, narrow) for name, parameter in named}
+    fresh = {name: _initial_value(parameter.shape, recipe.seed, name, narrow) for name, parameter in named}
+    start = starting_tensors(config, recipe)
+    return {name: start.get(name, tensor) for name, tensor in fresh.items()}
 
 
 def _absent(part: Part, targets: Iterable[str]) -> list[str]:
     """The target names that match no layer of the part. peft raises only if all are absent.
 
-    Head and embedding are excepted: only one of the ends has each.
+    The head is excepted: only top has it.
     """
     names = [f".{name}" for name, _ in part.model.named_modules()]
-    elsewhere = {part.family.head, part.family.embedding}
+    elsewhere = {part.family.head, ALL_LINEAR}
     return [one for one in targets if one not in elsewhere and not any(name.endswith(f".{one}") for name in names)]
 
 
@@ -183,14 +271,41 @@ def _refuse_experts(config: LoraConfig, part: Part) -> None:
         )
 
 
-def _exported_targets(tensors: Iterable[str], lora: LoraSection) -> list[str]:
-    """The target modules of the exported folder.
+def _check_embedding(part: Part, lora: LoraSection) -> None:
+    """Refuse adapters of the embedding, and of a head that shares its weights: merged, they would change both."""
+    family = part.family
+    if family.embedding in lora.targets:
+        raise NotSupportedError(
+            f"lora.targets names the embedding {family.embedding}, which is not a linear layer",
+            remedy=f"leave {family.embedding} out of lora.targets",
+        )
+    if family.head in lora.targets and part.whole.tie_word_embeddings:
+        raise NotSupportedError(
+            f"lora.targets names {family.head}, whose weights are the embedding's too: merged into them, its adapter "
+            "would change the embedding",
+            remedy=f"leave {family.head} out of lora.targets, or use a base model with tie_word_embeddings = false",
+        )
 
-    With a frozen bottom they are full module names, so that peft adds no adapter to bottom's blocks.
-    """
-    if not lora.freeze_bottom:
-        return sorted(lora.targets)
-    return sorted({name.rpartition(".lora_")[0] for name in tensors})
+
+def _linear_layers(part: Part) -> list[str]:
+    """The names in the part of all its linear layers but the head, as peft takes "all-linear"."""
+    kinds = (nn.Linear, Conv1D)
+    return [name for name, one in part.model.named_modules() if isinstance(one, kinds) and name != part.family.head]
+
+
+def _peft_config(lora: LoraSection, targets: list[str]) -> LoraConfig:
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        use_rslora=lora.rslora,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+    )
+
+
+def _adapted_layers(tensors: Iterable[str]) -> list[str]:
+    """Full names of the layers that these tensors adapt."""
+    return sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name})
 
 
 def _added_parameters(part: Part) -> list[tuple[str, nn.Parameter]]:

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from isthmus.errors import DataError, ModelError, NotSupportedError
 from isthmus.model import adapters
+from isthmus.model.adapter_methods import AdapterMethods
 from isthmus.model.backbone import SplitBackbone
 from isthmus.model.bottleneck import Bottleneck
 from isthmus.model.cache import SplitCache, TrunkSession
@@ -26,7 +27,6 @@ from isthmus.model.crossing import FreshExample, Outbound, crossing_positions, p
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.privacy.subjects import Subjects
-from isthmus.recipe import LoraSection
 
 Rows = list[list[int]]
 """Token ids of sequences, without padding. They never cross; the boundary maps them to records."""
@@ -136,7 +136,7 @@ class Drafting(Protocol):
         ...
 
 
-class SplitForCausalLM(PreTrainedModel, GenerationMixin):
+class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
     """A causal language model whose middle blocks run in the trunk.
 
     ``forward``, ``generate`` (greedy, sampling, beams, assisted), ``Trainer`` and ``pipeline`` work as on the
@@ -192,7 +192,7 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
         return True
 
     @property
-    def ends(self) -> tuple[Part, Part]:
+    def ends(self) -> tuple[Part, Part]:  # type: ignore[override]
         """Bottom and top."""
         return self.bottom, self.top
 
@@ -348,10 +348,9 @@ class SplitForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write a PEFT adapter folder with the adapters of bottom and top. The base model is not copied."""
         tensors = {name: tensor for part in self.ends for name, tensor in adapters.adapter_of(part).items()}
-        if tensors:
-            peft = self.top.model.peft_config["default"]
-            lora = LoraSection(rank=peft.r, alpha=peft.lora_alpha, targets=tuple(peft.target_modules))
-            adapters.write_adapter(Path(save_directory), tensors, lora, self.config._name_or_path)
+        lora = adapters.lora_of(self.ends)
+        if lora is not None:
+            adapters.write_adapter(Path(save_directory), tensors, lora, self.config._name_or_path, whole=False)
 
     def _check_headless(self) -> None:
         """Refuse hidden states without the head where a caller's own loss would not be the model's."""

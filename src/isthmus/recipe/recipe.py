@@ -146,6 +146,7 @@ class Recipe(Section):
                 "model": self.model.model_copy(
                     update={"path": absolute(self.model.path) if local else self.model.path}
                 ),
+                "lora": self.lora.model_copy(update={"start": absolute(self.lora.start) if self.lora.start else None}),
                 "sensitivity": self.sensitivity and self.sensitivity.anchored(absolute),
                 "wire": self.wire.model_copy(update={"certificates": absolute(self.wire.certificates)}),
                 "silo": tuple(
@@ -174,22 +175,35 @@ class Recipe(Section):
         own = {silo.name: silo.steps for silo in self.silo}.get(name)
         return own or self.train.steps
 
-    @property
-    def mean_reach(self) -> float:
+    def rate(self, round: int, steps: Mapping[str, int]) -> float:
+        """Learning rate of an optimizer step in this round.
+
+        Args:
+            steps: by silo that contributes, the number of its step within the round, from 1. The silo with most
+                steps in a round says how far the run is.
+        """
+        name = max(steps, key=lambda silo: (self.steps(silo), steps[silo]))
+        own = self.steps(name)
+        return self.train.rate((round - 1) * own + steps[name], self.train.rounds * own)
+
+    def rates(self, name: str, round: int) -> list[float]:
+        """Learning rate of each of this silo's optimizer steps in this round."""
+        return [self.rate(round, {name: step}) for step in range(1, self.steps(name) + 1)]
+
+    def mean_reach(self, round: int) -> float:
         """τ of FedNova, by which the mean of normalized changes is multiplied: the mean over all silos of the recipe.
 
         The paper weighs it by the round's silos. It only sets the size of the step, and one that is known beforehand
         lets each silo multiply by it: no silo has to reveal how many steps it made.
         """
-        return sum(self.train.reach(self.steps(silo.name)) for silo in self.silo) / len(self.silo)
+        return sum(self.train.reach(self.rates(silo.name, round)) for silo in self.silo) / len(self.silo)
 
     def of_silo(self, name: str) -> Recipe:
-        """The same recipe with the adapter rank of this silo's bottom and top; their scale, alpha / rank, stays."""
+        """The same recipe with the adapter rank of this silo's bottom and top; their scale stays."""
         rank = self.party(name).rank
         if rank is None:
             return self
-        lora = self.lora.model_copy(update={"rank": rank, "alpha": self.lora.alpha * rank / self.lora.rank})
-        return self.model_copy(update={"lora": lora})
+        return self.model_copy(update={"lora": self.lora.ranked(rank)})
 
     def party(self, name: str) -> SiloSection:
         """The section of the silo with this name."""

@@ -32,7 +32,7 @@ class SiloControl:
 
     def __init__(self, recipe: Recipe, name: str) -> None:
         self._name = name
-        self._reach = recipe.train.learning_rate * recipe.mean_reach
+        self._reach = recipe.train.learning_rate * recipe.mean_reach(1)
         """Kη."""
         self._mean: dict[str, torch.Tensor] = {}
         self._own: dict[str, torch.Tensor] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -46,7 +45,7 @@ class Ascent(torch.optim.Optimizer):
 
 
 class LocalSteps:
-    """A silo's steps.
+    """A silo's steps. The gradients of bottom and top are clipped together to ``train.max_grad_norm``.
 
     Args:
         parameters: of bottom and top, by uncut name.
@@ -62,10 +61,8 @@ class LocalSteps:
 
     def optimizer(self) -> torch.optim.Optimizer:
         """A new optimizer, as the recipe says, that corrects the gradients before each of its steps."""
-        optimizer = build_optimizer(self._parameters.values(), self._train)
-        if self._train.proximal or self._train.sharpness or self._control is not None:
-            optimizer.register_step_pre_hook(self._correct)
-        return optimizer
+        corrects = self._train.proximal or self._train.sharpness or self._control is not None
+        return build_optimizer(self._parameters.values(), self._train, self._correct if corrects else None)
 
     def begin(self) -> None:
         """A round begins from the present values of the parameters."""
@@ -86,7 +83,7 @@ class LocalSteps:
             ascent.undo()
 
     @torch.no_grad()
-    def _correct(self, *_: Any) -> None:
+    def _correct(self) -> None:
         """Undo the ascent, then add the proximal and control terms to the gradients."""
         if self._ascent is not None:
             self._ascent.undo()

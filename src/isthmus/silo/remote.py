@@ -127,19 +127,22 @@ class RemoteTrunk(nn.Module):
         """
         step, subjects, h_TW = next(self._steps), outbound.subjects, outbound.h_TW
         assert subjects is not None
+        dropout = train and self.training  # as in the uncut model, dropout follows the mode that model.train() sets
         shape, like = (sum(outbound.lengths), self._width), h_TW if outbound.like is None else outbound.like
         assert like is not None
         width = self._width if h_TW is None else h_TW.shape[1]
         if outbound.examples is not None:
             example_answers = self._send_examples(self._release_example(one, step) for one in outbound.fresh)
-            request = pb.Forward(step=step, lengths=outbound.lengths, examples=outbound.examples, train=train)
+            request = pb.Forward(
+                step=step, lengths=outbound.lengths, examples=outbound.examples, train=train, dropout=dropout
+            )
             answer = self.channel.submit(request)
             return PendingStep(
                 step, "forward", answer, shape, like, subjects, width, request=request, example_answers=example_answers
             )
         assert h_TW is not None
         hidden = self._boundary.release(h_TW, "forward", step, subjects)
-        request = pb.Forward(step=step, lengths=outbound.lengths, hidden=hidden, train=train)
+        request = pb.Forward(step=step, lengths=outbound.lengths, hidden=hidden, train=train, dropout=dropout)
         answer = self.channel.submit(request)
         noise_TW = self._boundary.added_noise(hidden, h_TW, subjects) if self._denoise else None
         return PendingStep(step, "forward", answer, shape, like, subjects, width, noise_TW=noise_TW)

@@ -15,6 +15,7 @@ import torch
 from isthmus.data.tokens import Tokens, batches, collate
 from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
+from isthmus.model.optim import set_rate
 from isthmus.recipe import Recipe
 from isthmus.silo import fairness
 from isthmus.silo.control import silo_control
@@ -53,7 +54,7 @@ class Worker:
         trunk: Channel | None = None,
         root: Channel | None = None,
     ) -> None:
-        self._steps, self._reach = recipe.steps(name), recipe.mean_reach
+        self._steps, self._rates, self._mean_reach = recipe.steps(name), recipe.rates, recipe.mean_reach
         self._recipe = recipe = recipe.of_silo(name)
         self._name = name
         self._directory = directory
@@ -122,8 +123,11 @@ class Worker:
         self._silo.rounds.begin(plan.round, list(plan.participants))
         drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
         steps: list[Step] = []
-        for number in range(1, self._steps + 1):
-            steps.append(step := self._step(next(drawn)))
+        rates = self._rates(self._name, plan.round)
+        for number, rate in enumerate(rates, 1):
+            set_rate(self._optimizer, rate)
+            with adapters.dropout(self._silo.model, f"{self._recipe.seed}/{self._name}/{plan.round}/{number}"):
+                steps.append(step := self._step(next(drawn)))
             self._silo.rounds.commit(plan.round, number, step.weight)
             self._note_step(plan.round, number, step)
         self._weigh_fairly(plan.round, steps)
@@ -131,7 +135,8 @@ class Worker:
         if not self._aggregator.affordable():
             log.warning("round %d: the privacy budget does not allow an update", plan.round)
             weight = 0.0
-        change = self._change(shared, steps)
+        made = [rate for rate, step in zip(rates, steps, strict=True) if step.loss is not None]
+        change = self._change(plan.round, shared, made)
         try:
             update = self._aggregator.pack(plan, change, weight, share, self._quality() if weight else 0.0)
             if self._control is not None:
@@ -141,14 +146,20 @@ class Worker:
             self._state_of_round = plan.round
         self._aggregator.send(update)
 
-    def _change(self, shared: Mapping[str, torch.Tensor], steps: Sequence[Step]) -> dict[str, torch.Tensor]:
-        """New minus old of the tensors that train in this round; normalized to the mean number of steps, if the recipe
-        says so."""
+    def _change(
+        self, round: int, shared: Mapping[str, torch.Tensor], rates: Sequence[float]
+    ) -> dict[str, torch.Tensor]:
+        """New minus old of the tensors that train in this round; normalized to the silos' mean reach, if the recipe
+        says so.
+
+        Args:
+            rates: the learning rate of each step that was made.
+        """
         change = {name: one.detach().cpu() - shared[name] for name, one in self._trained().items()}
-        made = sum(step.loss is not None for step in steps)
-        if not self._recipe.federation.normalized or not made:
+        reach = self._recipe.train.reach(rates)
+        if not self._recipe.federation.normalized or not reach:
             return change
-        scale = self._reach / self._recipe.train.reach(made)
+        scale = self._mean_reach(round) / reach
         return {name: scale * one for name, one in change.items()}
 
     def _weigh_fairly(self, round: int, steps: Sequence[Step]) -> None:

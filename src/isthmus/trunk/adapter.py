@@ -10,7 +10,7 @@ import torch
 
 from isthmus.model import adapters
 from isthmus.model.cut import Part
-from isthmus.model.optim import build_optimizer
+from isthmus.model.optim import build_optimizer, set_rate
 from isthmus.recipe import TrainSection
 from isthmus.trunk.grouped_lora import Adapter
 
@@ -33,13 +33,16 @@ class TrunkAdapter(Protocol):
         """Whether all silos take this optimizer step of a round together."""
         ...
 
-    def step(self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool) -> None:
-        """Take one optimizer step.
+    def step(
+        self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool, rate: float | None = None
+    ) -> None:
+        """Take one optimizer step, with gradients of at most ``train.max_grad_norm``.
 
         Args:
             gradients: for each silo, its weight (supervised tokens; 0 without gradients) and its mean gradients over
                 them; None if it has none.
             together: whether these silos waited for one another at this step.
+            rate: the step's learning rate; None: the recipe's ``train.learning_rate``.
         """
         ...
 
@@ -61,6 +64,7 @@ class SharedAdapter:
 
     def __init__(self, part: Part, train: TrainSection) -> None:
         self._part = part
+        self._train = train
         self._named = adapters.trainable(part)
         self._optimizer = build_optimizer(self._named.values(), train)
         self._version = 0
@@ -74,7 +78,9 @@ class SharedAdapter:
     def steps_together(self, step: int) -> bool:
         return True
 
-    def step(self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool) -> None:
+    def step(
+        self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool, rate: float | None = None
+    ) -> None:
         total = sum(weight for weight, _ in gradients.values())
         if not total:  # without gradients, momentum alone must not move the adapter
             return
@@ -84,6 +90,7 @@ class SharedAdapter:
             means = list(torch._foreach_add(means, list(torch._foreach_mul(own, share))))
         for parameter, mean in zip(self._named.values(), means, strict=True):
             parameter.grad = mean
+        set_rate(self._optimizer, self._train.learning_rate if rate is None else rate)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._version += 1
@@ -144,12 +151,15 @@ class ReplicaAdapters:
     def steps_together(self, step: int) -> bool:
         return step >= self._train.steps or step % self._every == 0
 
-    def step(self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool) -> None:
+    def step(
+        self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool, rate: float | None = None
+    ) -> None:
         for silo, (weight, own) in gradients.items():
             replica = self._replica(silo)
             if own is not None:
                 for parameter, gradient in zip(replica.named.values(), own, strict=True):
                     parameter.grad = gradient
+                set_rate(replica.optimizer, self._train.learning_rate if rate is None else rate)
                 replica.optimizer.step()
                 replica.optimizer.zero_grad()
             replica.weight += weight

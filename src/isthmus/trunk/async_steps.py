@@ -60,6 +60,7 @@ class AsyncSteps:
 
         def begin() -> pb.Begun:
             self._training.forget(peer)
+            self._training.begin(peer, request.round)
             if version > self._store.last_round():
                 self._training.save(version)
             return pb.Begun()
@@ -78,7 +79,8 @@ class AsyncSteps:
         """
 
         def step() -> pb.Stepped:
-            self._training.step({peer: request.weight}, together=False)
+            rate = self._recipe.rate(request.round, {peer: request.step})
+            self._training.step({peer: request.weight}, together=False, rate=rate)
             self._journal.append({"round": request.round, "step": request.step, "silos": [peer]})
             return pb.Stepped(contributors=1)
 

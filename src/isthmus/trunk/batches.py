@@ -43,7 +43,9 @@ class Forwards:
     def _forward(self, silo: str, request: pb.Forward) -> ForwardStep:
         lengths = list(request.lengths)
         self._training.check_forward(silo, request.step, lengths)
-        return ForwardStep(silo, request.step, self._codecs.decode_forward(silo, request), lengths)
+        h_TD = self._codecs.decode_forward(silo, request)
+        masks = self._training.next_masks(silo) if request.dropout else None
+        return ForwardStep(silo, request.step, h_TD, lengths, masks)
 
 
 class Backwards:

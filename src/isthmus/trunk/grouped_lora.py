@@ -1,11 +1,15 @@
 """Grouped LoRA: one packed pass whose segments of tokens go through different adapters over the same base weights.
 
+Dropout masks are drawn from a key of the segment and the layer's name, not from a running generator: a pass that is
+computed again, alone or together with others, has the same masks.
+
 Shapes: T tokens of all segments, D width, S segments, N tokens of the longest segment, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -33,17 +37,59 @@ class AdapterGroups:
         """Number of tokens and adapter of each segment, in order; None: the part's own adapter for all tokens."""
         self.padding: Padding | None = None
         """Padding of the segments to a batch; None: they are computed one by one."""
+        self._keys: Sequence[str | None] = ()
+        """The key of each segment's dropout masks; None: nothing is left out."""
 
     @contextmanager
-    def through(self, segments: list[tuple[int, Adapter]] | None, device: torch.device) -> Iterator[None]:
-        """Use these segments for the passes within the ``with`` block."""
-        self.segments = segments
+    def through(
+        self,
+        segments: list[tuple[int, Adapter]] | None,
+        device: torch.device,
+        keys: Sequence[str | None] = (),
+    ) -> Iterator[None]:
+        """Use these segments for the passes within the ``with`` block.
+
+        Args:
+            keys: of each segment's dropout masks; None: nothing of it is left out.
+        """
+        self.segments, self._keys = segments, keys
         if self._at_once and segments is not None and len(segments) > 1:
             self.padding = Padding([tokens for tokens, _ in segments], device)
         try:
             yield
         finally:
             self.segments = self.padding = None
+            self._keys = ()
+
+    def dropped(self, layer: Linear, name: str, x_1TD: torch.Tensor) -> torch.Tensor:
+        """A layer's input with the dropout of the current segments.
+
+        Args:
+            name: the layer's, in the uncut model.
+        """
+        chance = getattr(layer.lora_dropout["default"], "p", 0.0)
+        if not chance or self.segments is None or not any(self._keys):
+            return x_1TD
+        sizes = [tokens for tokens, _ in self.segments]
+        pieces = [
+            dropout_mask(None if key is None else f"{key}/{name}", (tokens, x_1TD.shape[-1]), chance, x_1TD.device)
+            for tokens, key in zip(sizes, self._keys, strict=True)
+        ]
+        return x_1TD * torch.cat(pieces)
+
+
+def dropout_mask(key: str | None, shape: tuple[int, int], chance: float, device: torch.device) -> torch.Tensor:
+    """The factors of dropout, fp32: 0 by this chance, else 1 / (1 - chance). They depend on nothing but the arguments.
+
+    Args:
+        key: None: all factors are 1.
+    """
+    mask_TD = torch.ones(shape, device=device)
+    if key is None:
+        return mask_TD
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return mask_TD.bernoulli_(1 - chance, generator=generator).div_(1 - chance)
 
 
 def group_adapters(part: Part, *, at_once: bool = False) -> AdapterGroups:
@@ -59,6 +105,7 @@ def _forward(layer: Linear, name: str, groups: AdapterGroups, x_1TD: torch.Tenso
     """The layer's base result plus each segment's LoRA change, in peft's order of operations. Mixtures of experts drop
     the first dimension of ``x_1TD``."""
     base: torch.Tensor = layer.base_layer(x_1TD)
+    x_1TD = groups.dropped(layer, name, x_1TD)
     if groups.segments is None:
         change = _change(layer, x_1TD, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     else:

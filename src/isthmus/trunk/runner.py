@@ -5,6 +5,8 @@ Shapes: T tokens of all sequences, concatenated; D the model's width; W width of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from isthmus.errors import FrameError
@@ -47,7 +49,11 @@ class Runner:
             self._token_passes = TokenPasses(self._compute, self._pages, self._plan, self.crossing_width)
 
     def full_pass(
-        self, h_TD: torch.Tensor, lengths: list[int], segments: list[tuple[int, Adapter]] | None = None
+        self,
+        h_TD: torch.Tensor,
+        lengths: list[int],
+        segments: list[tuple[int, Adapter]] | None = None,
+        masks: Sequence[str | None] = (),
     ) -> torch.Tensor:
         """The blocks' results for whole sequences, from their first token on, ``[T, D]``.
 
@@ -55,8 +61,9 @@ class Runner:
             h_TD: hidden states ``[T, W]``.
             lengths: number of tokens of each sequence.
             segments: number of tokens and adapter of each silo; None: the part's own adapter for all.
+            masks: key of each segment's dropout masks; None: nothing of it is left out.
         """
-        with self._groups.through(segments, self.device):
+        with self._groups.through(segments, self.device, masks):
             return self._run(h_TD, PackedSequences(self._plan, lengths, kernel=self._kernel))
 
     def cached_pass(self, h_TD: torch.Tensor, lengths: list[int], caches: list[SequenceCache]) -> torch.Tensor:

@@ -53,14 +53,16 @@ class TrunkService:
         self._sessions = Sessions(self._runner, recipe.trunk)
         self._decoding = Decoding(self._runner, self._sessions, self._codecs, recipe.trunk.chunk)
         adapter = _trunk_adapter(self._runner.part, recipe)
-        self._training = self._scheduler.submit(lambda: TrunkTraining(self._runner, adapter, directory)).result()
+        self._training = self._scheduler.submit(
+            lambda: TrunkTraining(self._runner, adapter, directory, recipe.seed)
+        ).result()
         self._forwards = Forwards(self._training, self._codecs, recipe.trunk)
         self._backwards = Backwards(self._training, self._codecs, recipe.trunk)
         self._evaluations = Evaluations(self._runner, self._codecs, recipe.trunk)
         journal = directory.journal("metrics")
         self._steps: SyncSteps | AsyncSteps
         if recipe.federation.asynchronous.buffer is None:
-            self._steps = SyncSteps(self._training, self._scheduler, recipe.steps, recipe.trunk.patience, journal)
+            self._steps = SyncSteps(self._training, self._scheduler, recipe, journal)
         else:
             self._steps = AsyncSteps(self._training, self._scheduler, recipe, directory, journal)
         self._instances: dict[str, str] = {}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.errors import OutOfOrderError, ProtocolError, RoundLostError
+from isthmus.recipe import Recipe
 from isthmus.storage.record import Journal
 from isthmus.trunk.scheduler import Scheduler
 from isthmus.trunk.training import TrunkTraining
@@ -32,30 +32,23 @@ class SyncSteps:
     and root can continue whatever happens to the others.
 
     Args:
-        steps: gives the number of optimizer steps that a silo of this name takes in a round.
-        patience: seconds to wait for the silos of a round at each barrier.
+        recipe: gives the silos' steps in a round, their learning rate, and the patience.
         journal: gets one line for each optimizer step taken together.
     """
 
-    def __init__(
-        self,
-        training: TrunkTraining,
-        scheduler: Scheduler,
-        steps: Callable[[str], int],
-        patience: float,
-        journal: Journal,
-    ) -> None:
+    def __init__(self, training: TrunkTraining, scheduler: Scheduler, recipe: Recipe, journal: Journal) -> None:
         self._training = training
         self._scheduler = scheduler
-        self._steps = steps
+        self._steps = recipe.steps
+        self._rate = recipe.rate
         self._journal = journal
         self._lock = threading.Lock()
         self._round = 0
         self._gathering = 0
         self._done: dict[str, int] = {}
         """Number of optimizer steps that each silo has finished in this round."""
-        self._starts: Barrier[Answer] = Barrier(patience, self._start)
-        self._commits: Barrier[Arrival] = Barrier(patience, self._step)
+        self._starts: Barrier[Answer] = Barrier(recipe.trunk.patience, self._start)
+        self._commits: Barrier[Arrival] = Barrier(recipe.trunk.patience, self._step)
 
     def begin(self, peer: str, request: pb.Begin) -> Answer:
         """Start a round; answered once all participants have come and the trunk is at the end of the previous round.
@@ -72,6 +65,7 @@ class SyncSteps:
             running = request.round == self._round and peer not in self._done
             if running:
                 self._done[peer] = 0
+                self._training.begin(peer, request.round)
                 self._training.expected = self._at_work()
             elif request.round != self._gathering:
                 self._gathering = request.round
@@ -110,6 +104,8 @@ class SyncSteps:
 
         def restore() -> pb.Begun:
             self._training.restore(number - 1)
+            for peer in waiting:
+                self._training.begin(peer, number)
             return pb.Begun()
 
         _answer_all(list(waiting.values()), self._scheduler, restore)
@@ -134,7 +130,9 @@ class SyncSteps:
                 self._round = 0  # later commits belong to no round
 
         def step() -> pb.Stepped:
-            self._training.step({peer: arrival.request.weight for peer, arrival in arrivals.items()})
+            weights = {peer: arrival.request.weight for peer, arrival in arrivals.items()}
+            steps = {peer: arrival.request.step for peer, arrival in arrivals.items()}
+            self._training.step(weights, rate=self._rate(number, steps))
             if finished & arrivals.keys():
                 self._training.save(number)
             self._journal.append(
@@ -150,7 +148,9 @@ class SyncSteps:
             self._done[peer] = arrival.request.step
 
         def step() -> pb.Stepped:
-            self._training.step({peer: arrival.request.weight}, together=False)
+            request = arrival.request
+            rate = self._rate(request.round, {peer: request.step})
+            self._training.step({peer: request.weight}, together=False, rate=rate)
             return pb.Stepped(contributors=1)
 
         _answer_all([arrival.answer], self._scheduler, step)

@@ -28,6 +28,8 @@ class ForwardStep:
     step: int
     h_TD: torch.Tensor
     lengths: list[int]
+    masks: str | None = None
+    """Key of its dropout masks; None: no dropout."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +90,17 @@ class TrunkTraining:
 
     Args:
         store: the directory for the state at the end of each round; round 0 is the untrained adapter.
+        seed: the recipe's, of the dropout masks.
     """
 
-    def __init__(self, runner: Runner, adapter: TrunkAdapter, store: RoleDirectory) -> None:
+    def __init__(self, runner: Runner, adapter: TrunkAdapter, store: RoleDirectory, seed: int = 0) -> None:
         self._runner = runner
         self._adapter = adapter
         self._store = store
         self._silos: dict[str, SiloState] = {}
+        self._seed = seed
+        self._masks: dict[str, tuple[int, int]] = {}
+        """By silo: its round, and the forwards with dropout in it."""
         self.expected = 1
         """Number of silos in the running round."""
         self._round: int | None = 0
@@ -107,6 +113,16 @@ class TrunkTraining:
     def forget(self, silo: str) -> None:
         """Drop a silo's open steps and gradients, since a new process of it has connected."""
         self._silos.pop(silo, None)
+
+    def begin(self, silo: str, round: int) -> None:
+        """A round of this silo begins, from which its dropout masks follow."""
+        self._masks[silo] = (round, 0)
+
+    def next_masks(self, silo: str) -> str:
+        """The key of the dropout masks of this silo's next forward."""
+        round, drawn = self._masks.get(silo, (0, 0))
+        self._masks[silo] = (round, drawn + 1)
+        return f"{self._seed}/{silo}/{round}/{drawn}"
 
     def check_forward(self, silo: str, step: int, lengths: list[int]) -> None:
         """Check that a forward can be computed.
@@ -179,16 +195,17 @@ class TrunkTraining:
         """Whether the silos step together at this optimizer step of a round."""
         return self._adapter.steps_together(step)
 
-    def step(self, weights: Mapping[str, float], *, together: bool = True) -> None:
+    def step(self, weights: Mapping[str, float], *, together: bool = True, rate: float | None = None) -> None:
         """Take an optimizer step with these silos' gradients.
 
         Args:
             weights: supervised tokens of each silo.
             together: whether the silos waited for one another at this step.
+            rate: the step's learning rate; None: the recipe's ``train.learning_rate``.
         """
         states = {silo: self._silos.setdefault(silo, SiloState()) for silo in weights}
         gradients = {silo: (weight, states[silo].gradients) for silo, weight in weights.items()}
-        self._adapter.step(gradients, together=together)
+        self._adapter.step(gradients, together=together, rate=rate)
         self._round = None
         for state in states.values():
             state.gradients = None
@@ -232,7 +249,8 @@ class TrunkTraining:
         with torch.enable_grad():
             h_SD = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
             lengths = [length for one in forwards for length in one.lengths]
-            outputs = torch.split(self._runner.full_pass(h_SD, lengths, segments), sizes)
+            masks = [one.masks for one in forwards]
+            outputs = torch.split(self._runner.full_pass(h_SD, lengths, segments, masks), sizes)
         return Pass(inputs, [list(own.values()) for own in leaves], outputs)
 
     def _fresh(self, opened: OpenStep) -> OpenStep:

@@ -176,18 +176,20 @@ class Kept(_message.Message):
     def __init__(self) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("step", "lengths", "hidden", "train", "examples")
+    __slots__ = ("step", "lengths", "hidden", "train", "examples", "dropout")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_FIELD_NUMBER: _ClassVar[int]
     step: int
     lengths: _containers.RepeatedScalarFieldContainer[int]
     hidden: Matrix
     train: bool
     examples: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., hidden: _Optional[_Union[Matrix, _Mapping]] = ..., train: _Optional[bool] = ..., examples: _Optional[_Iterable[int]] = ...) -> None: ...
+    dropout: bool
+    def __init__(self, step: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., hidden: _Optional[_Union[Matrix, _Mapping]] = ..., train: _Optional[bool] = ..., examples: _Optional[_Iterable[int]] = ..., dropout: _Optional[bool] = ...) -> None: ...
 
 class Hidden(_message.Message):
     __slots__ = ("hidden",)

@@ -250,7 +250,7 @@ def test_a_silo_has_its_own_steps_or_the_recipes() -> None:
     asked = {"silo.0.steps": 2, "silo.2.steps": 30, "train.steps": 7}
     recipe = Recipe.of(changed(least("abc"), asked))
     assert [recipe.steps(name) for name in ("a", "b", "c", "unheard-of")] == [2, 7, 30, 7]
-    assert recipe.mean_reach == 13.0
+    assert recipe.mean_reach(1) == 13.0
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 from isthmus.silo.control import SiloControl
 from isthmus.silo.join import join, load_data
-from isthmus.silo.trainer import Step, train_step
+from isthmus.silo.trainer import train_step
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
@@ -240,12 +240,11 @@ def test_steps_that_were_not_made_do_not_count(build: Build, tmp_path: Path, nor
     with torch.no_grad():
         for parameter in worker._parameters.values():
             parameter += 0.25
-    made, missed = Step(1.0, 3, 9, 0.1), Step(None, 0, 0, 0.0, skipped=3)
-    for steps, scale in (([made] * 6, 1.0), ([made, missed] * 3, 2.0), ([made, *[missed] * 5], 6.0)):
-        change = worker._change(shared, steps)
+    for made, scale in ((6, 1.0), (3, 2.0), (1, 6.0)):
+        change = worker._change(1, shared, [recipe.train.learning_rate] * made)
         expected = {name: one.detach() - shared[name] for name, one in worker._parameters.items()}
         assert_same(change, {name: (scale if normalized else 1.0) * one for name, one in expected.items()}, 1e-6)
-    assert_same(worker._change(shared, [missed] * 6), expected, 0.0)  # nothing of it will leave
+    assert_same(worker._change(1, shared, []), expected, 0.0)  # nothing of it will leave
     worker.close()
     trunk.stop()
 

@@ -20,7 +20,7 @@ from isthmus.attacks.recovered import MembershipScores
 from isthmus.attacks.view.view import TokenRow
 from isthmus.attacks.whole_model import WholeModel, frozen, losses
 from isthmus.model.crossing import IGNORED
-from isthmus.model.optim import build_optimizer
+from isthmus.model.optim import build_optimizer, set_rate
 
 
 def infer_membership(knowledge: Knowledge) -> MembershipScores:
@@ -53,7 +53,8 @@ def _reference(knowledge: Knowledge, number: int) -> WholeModel:
         torch.manual_seed(draw.getrandbits(32))
         whole = WholeModel(untrained, noisy=True).eval()
         optimizer = build_optimizer(whole.adapter().values(), train)
-        for _ in range(train.rounds * train.steps):
+        for number in range(1, train.rounds * train.steps + 1):
+            set_rate(optimizer, train.rate(number, train.rounds * train.steps))
             optimizer.zero_grad()
             batch = draw.sample(rows, min(train.batch, len(rows)))
             weight = sum(len(row.answer) for row in batch)

@@ -13,6 +13,10 @@ def check_ranks(lora: LoraSection, federation: FederationSection, silos: tuple[S
         raise ValueError("silo.rank: factors of different ranks have no mean; set federation.lora = 'svd'")
     if max(ranks, default=0) > lora.rank:
         raise ValueError(f"silo.rank: the root keeps rank {lora.rank}, less than {max(ranks)}; raise lora.rank")
+    if ranks and lora.start is not None:
+        raise ValueError(
+            "silo.rank: an adapter to start from has one rank, lora.rank; leave silo.rank out, or leave lora.start out"
+        )
 
 
 def check_products(federation: FederationSection, edges: tuple[EdgeSection, ...]) -> None:

@@ -40,6 +40,11 @@ def check_sharpness(train: TrainSection, boundary: BoundarySection, lora: LoraSe
             "train.sharpness: a defence learns at every pass, and a step has two; "
             "set train.sharpness = 0, or leave boundary.defence out"
         )
+    if lora.dropout:
+        raise ValueError(
+            "train.sharpness: a step has two passes, and with dropout the second would be of another model; "
+            "set train.sharpness = 0, or lora.dropout = 0"
+        )
     if trunk.adapter == "replica" and lora.freeze_bottom and boundary.gradients:
         raise ValueError(
             "train.sharpness: with a frozen bottom the first pass has no backward pass through the trunk, and such a "
@@ -65,6 +70,11 @@ def check_control(
         "it is computed from how far a silo went, and momentum goes on from earlier rounds; "
         "leave train.momentum out": train.momentum > 0,
         "it would take the proximal pull for a gradient; leave train.proximal out": train.proximal > 0,
+        "it would take the decay of weights for a gradient; leave train.weight_decay out": train.weight_decay > 0,
+        "it would take what clipping left of a gradient for all of it; "
+        "leave train.max_grad_norm out": train.max_grad_norm is not None,
+        "it is computed from how far a silo went in a round, and by a schedule rounds go unequally far; "
+        "set train.schedule = 'constant', and leave warmup out": train.schedule != "constant" or train.warmup > 0,
         "it is the mean of the silos' gradients only where all count alike; "
         "set federation.weights = 'equal', and leave fairness out": federation.weights.kind != "equal"
         or federation.fairness.kind != "none",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -23,7 +25,21 @@ class TrainSection(Section):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer of bottom, trunk and top."""
     learning_rate: Positive = 5e-4
-    """Learning rate of that optimizer."""
+    """Learning rate of that optimizer, at its highest."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up, over all steps of the run: "linear" and "cosine" end at 0, as
+    transformers' schedules of these names. Each silo counts its own steps, the trunk those of the silo with most;
+    the step within the run follows from round and step, whoever was missing."""
+    warmup: Amount = 0.0
+    """Optimizer steps over which the learning rate rises from 0 at the first of them; below 1 a share of all steps of
+    the run."""
+    weight_decay: Amount = 0.0
+    """Weight decay of that optimizer, of all trained matrices of every part; the vector of boundary.residual has
+    none."""
+    max_grad_norm: Positive | None = Field(default=None, examples=[1.0])
+    """Largest L2 norm of a step's gradients; longer ones are scaled down to it. Each party clips what it steps: a silo
+    its bottom and top together, the trunk its own part. No party knows the norm of the whole model's gradients. Left
+    out: nothing is clipped."""
     momentum: Momentum = 0.0
     """Momentum of "sgd": the share of the earlier steps that each step keeps; only with "sgd". Experimental: plain SGD
     ended far above AdamW on a real model, and with momentum it is not measured."""
@@ -51,16 +67,46 @@ class TrainSection(Section):
             raise ValueError(
                 f"momentum: {self.optimizer!r} has its own averages; set train.optimizer = 'sgd', or leave momentum out"
             )
+        if self.warmup >= self.rounds * self.steps:
+            raise ValueError(
+                f"warmup: {self.warmup:g} steps of warm-up, but the run has {self.rounds * self.steps} in all; "
+                "lower train.warmup"
+            )
         return self
 
-    def reach(self, steps: int) -> float:
-        """How far so many local steps go, in steps of the learning rate: ‖a‖₁ of FedNova (Wang et al. 2020).
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate of one optimizer step, equal to that of ``transformers.get_scheduler``.
 
-        Under the proximal pull of plain SGD a step counts for less the more come after it: (1 - (1 - ημ)^τ) / ημ.
-        Momentum is a silo's own from round to round, so that every gradient has its whole effect in the end, whatever
-        the round's length, and AdamW's steps are of one size: of both, steps are counted.
+        Args:
+            step: number of the step within the run, from 1.
+            total: optimizer steps of the run.
         """
-        shrinks = self.learning_rate * self.proximal
-        if not shrinks or self.optimizer != "sgd" or self.momentum:
-            return float(steps)
-        return sum((1 - shrinks) ** later for later in range(steps))
+        done, warm = step - 1, self._warm(total)
+        if done < warm:
+            return self.learning_rate * (done / max(1, warm))
+        if self.schedule == "constant":
+            return self.learning_rate
+        if self.schedule == "linear":
+            return self.learning_rate * max(0.0, (total - done) / max(1, total - warm))
+        gone = (done - warm) / max(1, total - warm)
+        return self.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * gone)))
+
+    def reach(self, rates: Sequence[float]) -> float:
+        """How far local steps go, in steps of the full learning rate: ‖a‖₁ of FedNova (Wang et al. 2020).
+
+        Under the proximal pull of plain SGD a step counts for less the more come after it: (1 - (1 - ημ)^τ) / ημ at a
+        constant rate. Momentum is a silo's own from round to round, so that every gradient has its whole effect in the
+        end, whatever the round's length, and AdamW's steps are of one size at one rate: of both, rates are added.
+
+        Args:
+            rates: the learning rate of each step, in order.
+        """
+        pull = self.proximal if self.optimizer == "sgd" and not self.momentum else 0.0
+        reach = 0.0
+        for rate in rates:
+            reach = reach * (1 - rate * pull) + rate / self.learning_rate
+        return reach
+
+    def _warm(self, total: int) -> int:
+        """Steps of warm-up."""
+        return int(self.warmup) if self.warmup >= 1 else math.ceil(total * self.warmup)

@@ -192,18 +192,24 @@ def _loss(bridge: Bridge, top: Part, rows: list[RecordedAnswer], draw: torch.Gen
     before_BLD = functional.pad(g_BLD[:, :-1], (0, 0, 1, 0))
     weight_BL = torch.stack([_weights(row, h_BLD.shape[1]) for row in rows])
     with torch.no_grad():
-        target = top.model(inputs_embeds=g_BLD, use_cache=False).logits.softmax(dim=-1)
+        target = _logits(top, g_BLD).softmax(dim=-1)
         predicted_BLD = functional.pad(bridge.predict(h_BLD, before_BLD)[:, :-1], (0, 0, 1, 0))
     before_BLD = torch.where(_some(weight_BL, PREDICTED_BEFORE, draw), predicted_BLD, before_BLD)
     predicted_BLD = bridge.predict(h_BLD, before_BLD)
     predicted_BL1 = _some(weight_BL, PREDICTED_TO_TOP, draw)
-    logits = top.model(inputs_embeds=torch.where(predicted_BL1, predicted_BLD, g_BLD), use_cache=False).logits
+    logits = _logits(top, torch.where(predicted_BL1, predicted_BLD, g_BLD))
     divergence_BL = -(target * logits.log_softmax(dim=-1)).sum(dim=-1) * predicted_BL1[..., 0] / PREDICTED_TO_TOP
     distance_BLD = functional.smooth_l1_loss(predicted_BLD / bridge.scale, g_BLD / bridge.scale, reduction="none")
     loss: torch.Tensor = (
         (divergence_BL + FEATURE_WEIGHT * distance_BLD.mean(dim=-1)) * weight_BL
     ).sum() / weight_BL.sum()
     return loss
+
+
+def _logits(top: Part, g_BLD: torch.Tensor) -> torch.Tensor:
+    """Top's logits, ``[B, L, V]``, fp32, computed in its base's type."""
+    logits: torch.Tensor = top.model(inputs_embeds=g_BLD.to(top.model.dtype), use_cache=False).logits
+    return logits.float()
 
 
 def _weights(row: RecordedAnswer, length: int) -> torch.Tensor:

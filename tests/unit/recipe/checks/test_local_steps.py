@@ -34,6 +34,12 @@ REFUSED: list[Case] = [
         {"train.sharpness": 0},
     ),
     (
+        {"train.sharpness": 0.1, "lora.dropout": 0.1},
+        "train.sharpness: a step has two passes, and with dropout",
+        "or lora.dropout = 0",
+        {"lora.dropout": 0.0},
+    ),
+    (
         {"silo.0.steps": 2, "trunk.adapter": "replica"},
         "silo.steps: replicas are averaged at the same steps",
         "set trunk.adapter = 'shared'",
@@ -55,6 +61,10 @@ REFUSED: list[Case] = [
 CONTROL: list[Case] = [
     ({"train.optimizer": "adamw"}, "'adamw' goes another way", "set train.optimizer = 'sgd'", SGD),
     ({"train.momentum": 0.9}, "goes on from earlier rounds", "leave train.momentum out", {"train.momentum": OUT}),
+    ({"train.weight_decay": 0.1}, "decay of weights", "leave train.weight_decay out", {"train.weight_decay": OUT}),
+    ({"train.max_grad_norm": 1.0}, "what clipping left", "train.max_grad_norm out", {"train.max_grad_norm": OUT}),
+    ({"train.schedule": "cosine"}, "unequally far", "set train.schedule = 'constant'", {"train.schedule": "constant"}),
+    ({"train.warmup": 2}, "unequally far", "leave warmup out", {"train.warmup": OUT}),
     ({"train.proximal": 0.1}, "the proximal pull for a gradient", "leave train.proximal out", {"train.proximal": OUT}),
     *(
         (

@@ -6,10 +6,12 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import get_scheduler
 
-from isthmus.recipe import TrainSection
+from isthmus.recipe import Recipe, TrainSection
 from tests.unit.recipe.refusals import OUT, Case, assert_mended, changed, least, name_of, refused
 
 REFUSED: list[Case] = [
@@ -25,6 +27,12 @@ REFUSED: list[Case] = [
         "train.proximal: with a learning rate of 0.1",
         "less than 10",
         {"train.proximal": 9.9},
+    ),
+    (
+        {"train.warmup": 40, "train.rounds": 4, "train.steps": 10},
+        "train.warmup: 40 steps of warm-up, but the run has 40",
+        "lower train.warmup",
+        {"train.warmup": 39},
     ),
 ]
 
@@ -45,6 +53,9 @@ def test_by_default_steps_are_the_optimizers_alone() -> None:
         *[("proximal", value) for value in (-1e-9, -1.0, math.nan, math.inf, "0.1", True)],
         *[("sharpness", value) for value in (-0.05, math.nan, -math.inf, "much", False)],
         *[("momentum", value) for value in (-0.1, 1.0, 1.5, math.nan)],
+        *[("schedule", value) for value in ("step", 1, True)],
+        *[(key, value) for key in ("warmup", "weight_decay") for value in (-0.1, math.nan, math.inf, "some")],
+        *[("max_grad_norm", value) for value in (0.0, -1.0, math.nan)],
     ],
 )
 def test_a_wrong_value_names_its_key(key: str, value: Any) -> None:
@@ -60,7 +71,36 @@ def test_steps_reach_as_far_as_fednova_says(steps: int, rate: float, shrinks: fl
     w = 0.0
     for _ in range(steps):
         w -= rate * (1.0 + pulled.proximal * w)
-    assert pulled.reach(steps) == pytest.approx(-w / rate, rel=1e-6)
+    assert pulled.reach([rate] * steps) == pytest.approx(-w / rate, rel=1e-6)
     for other in (TrainSection(proximal=5.0), TrainSection(optimizer="sgd", momentum=0.9, proximal=5.0)):
-        assert other.reach(steps) == steps
-    assert TrainSection(optimizer="sgd").reach(steps) == steps
+        assert other.reach([other.learning_rate] * steps) == steps
+    plain = TrainSection(optimizer="sgd")
+    assert plain.reach([plain.learning_rate] * steps) == steps
+
+
+@given(
+    st.sampled_from(["constant", "linear", "cosine"]),
+    st.one_of(st.integers(0, 9).map(float), st.floats(0, 0.99)),
+    st.integers(10, 60),
+)
+def test_rates_are_those_of_transformers_schedules(schedule: str, warmup: float, total: int) -> None:
+    train = TrainSection(schedule=schedule, warmup=warmup, learning_rate=0.3)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.3)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    warm = int(warmup) if warmup >= 1 else math.ceil(total * warmup)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warm, num_training_steps=total)
+    for step in range(1, total + 1):
+        assert train.rate(step, total) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-15)
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_rate_follows_from_round_and_step() -> None:
+    """A silo's own steps; of a step of several silos that of the one with most steps in a round."""
+    values = {"train.schedule": "linear", "train.rounds": 2, "train.steps": 4, "train.learning_rate": 0.8}
+    recipe = Recipe.of(changed(least(), values | {"silo.0.steps": 2}))
+    assert recipe.rates("a", 1) + recipe.rates("a", 2) == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert recipe.rates("b", 2) == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert recipe.rate(2, {"a": 2, "b": 1}) == pytest.approx(0.4)
+    assert recipe.rate(2, {"b": 2, "c": 3}) == pytest.approx(0.2)
+    assert recipe.train.reach(recipe.rates("b", 2)) == pytest.approx((0.4 + 0.3 + 0.2 + 0.1) / 0.8)
