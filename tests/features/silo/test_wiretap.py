@@ -32,12 +32,13 @@ FORWARD, GRADIENT, UPDATE = 0.03, 0.002, 0.5
 NOISE = {"forward": {"noise": FORWARD}, "gradient": {"noise": GRADIENT}, "update": {"noise": UPDATE}}
 GREEDY: dict[str, Any] = {"do_sample": False, "min_new_tokens": 40, "max_new_tokens": 40}
 FIELDS: dict[type[Message], set[str]] = {
-    pb.Forward: {"step", "lengths", "hidden", "train", "examples"},
+    pb.Forward: {"step", "lengths", "hidden", "train", "dropout", "examples"},
     pb.Keep: {"example", "hidden"},
     pb.Backward: {"step", "gradient", "reply", "ascent_pass"},
     pb.Decode: {"session", "step", "lengths", "hidden", "forget", "rows"},
     pb.Matrix: {"codec", "rows", "width", "data"},
-    pb.Begin: {"round", "participants"},
+    pb.Begin: {"round", "participants", "open"},
+    pb.End: {"round"},
     pb.Commit: {"round", "step", "weight"},
     pb.Close: {"session"},
     pb.Update: {"round", "weight", "tensors", "masked", "compressed", "quality", "learned", "silos"},
