@@ -55,11 +55,10 @@ def add_adapter(part: Part, lora: LoraSection, seed: int, *, freeze_a: bool) -> 
             f"the {part.name} has no layers named {', '.join(absent)}",
             remedy="name layers of this model in lora.targets",
         )
+    _refuse_experts(_peft_config(lora, ALL_LINEAR if lora.all_linear else list(lora.targets)), part)
     targets = _linear_layers(part) if lora.all_linear else list(lora.targets)
-    config = _peft_config(lora, targets)
-    _refuse_experts(config, part)
     try:
-        inject_adapter_in_model(config, part.model)
+        inject_adapter_in_model(_peft_config(lora, targets), part.model)
     except ValueError as error:
         raise ModelError(
             f"LoRA does not support the layers {', '.join(lora.targets)} of the {part.name}",
@@ -266,7 +265,7 @@ def _refuse_experts(config: LoraConfig, part: Part) -> None:
         found = True
     if found:
         raise ModelError(
-            f"lora.targets names experts of a {part.config.model_type} model, which are not linear layers",
+            f"lora.targets has experts of a {part.config.model_type} model, which are not linear layers",
             remedy="name layers of the attention in lora.targets",
         )
 
@@ -279,7 +278,7 @@ def _check_embedding(part: Part, lora: LoraSection) -> None:
             f"lora.targets names the embedding {family.embedding}, which is not a linear layer",
             remedy=f"leave {family.embedding} out of lora.targets",
         )
-    if family.head in lora.targets and part.whole.tie_word_embeddings:
+    if family.head in lora.targets and getattr(part.whole, "tie_word_embeddings", False):
         raise NotSupportedError(
             f"lora.targets names {family.head}, whose weights are the embedding's too: merged into them, its adapter "
             "would change the embedding",
@@ -293,7 +292,7 @@ def _linear_layers(part: Part) -> list[str]:
     return [name for name, one in part.model.named_modules() if isinstance(one, kinds) and name != part.family.head]
 
 
-def _peft_config(lora: LoraSection, targets: list[str]) -> LoraConfig:
+def _peft_config(lora: LoraSection, targets: list[str] | str) -> LoraConfig:
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,24 +12,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from isthmus.errors import ModelError
 from isthmus.federation.planner import shared_tensors
-from isthmus.model import adapters
+from isthmus.model import adapters, families
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.cut import Cut, Part, load_part
+from isthmus.model.cut import Cut, Part, empty_part, load_part
 from isthmus.recipe import LoraSection
 from isthmus.silo.join import load_ends
-from tests.conftest import make_recipe, save_tiny_model, targets_of, uncut
+from tests.conftest import make_recipe, save_tiny_model, targets_of, tiny_config, uncut
 from tests.oracle.twins import FAMILIES, Twins, distance, lora_of, make_twins, ragged, save_vivid_model
 
 LORA = LoraSection(rank=4, alpha=6.0)
 CUT = Cut(1, 2)
 PRINT_A = """
 import hashlib, sys
-from isthmus.model import adapters
+from isthmus.model import adapters, families
 from isthmus.model.checkpoint import Checkpoint
 from tests.conftest import make_recipe
 config = Checkpoint(sys.argv[1]).config
@@ -272,3 +274,23 @@ def test_rank_alpha_scale_the_update(folder: Path) -> None:
     a, b = (tensors[f"model.layers.0.self_attn.q_proj.lora_{kind}.weight"] for kind in "AB")
     expected = x @ layer.base_layer.weight.T + 6.0 / 4 * (x @ a.T @ b.T)
     assert distance(layer(x).detach(), expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, of transformers
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_all_linear_are_the_layers_that_peft_takes(family: str) -> None:
+    """A family's text part, but for mixtures whose experts peft adapts by other code: these are refused."""
+    config, lora, found = tiny_config(family), LoraSection(rank=2, targets=("all-linear",)), set()
+    parts = [empty_part(config, CUT, name) for name in ("bottom", "trunk", "top")]  # type: ignore[arg-type]
+    for part in parts:
+        if family in ("deepseek_v3", "mixtral", "qwen3_moe"):
+            with pytest.raises(ModelError, match="experts"):
+                adapters.add_adapter(part, lora, 0, freeze_a=False)
+            continue
+        adapters.add_adapter(part, lora, 0, freeze_a=False)
+        found |= set(adapters.adapter_parameters(part))
+    if found:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        names = lora_of(get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")))
+        assert found == {name for name in names if "vision_tower" not in name}
