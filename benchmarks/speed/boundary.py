@@ -73,7 +73,7 @@ def measure_training_bytes(results: Results, device: torch.device = CPU) -> None
         results.add(f"training step, {name}", size, "MiB", at_most=goal)
     results.add("mask and position bytes, published, first token at 4096", published.mask_bytes(4096) / 2**20, "MiB")
     fields = {field.name for message in (pb.Forward, pb.Decode) for field in message.DESCRIPTOR.fields}
-    known = {"step", "lengths", "hidden", "train", "examples", "session", "forget", "rows"}
+    known = {"step", "lengths", "hidden", "train", "examples", "session", "forget", "rows", "drafted"}
     results.add("fields that could hold a mask or positions", len(fields - known), "fields", at_most=0)
 
 

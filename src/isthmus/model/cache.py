@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache
@@ -41,14 +41,42 @@ class SplitCache(Cache):
     """
 
     def __init__(self, bottom: Part, session: TrunkSession, top: Part) -> None:
-        self.bottom = DynamicCache(config=bottom.config)
-        self.top = DynamicCache(config=top.config)
+        self._parts = bottom, top
+        self._recording = False
         self.session = session
         self.transcript: Transcript | None = None
         """The hidden states exchanged with the trunk; None until ``start_transcript``."""
         self._crossed_BL: torch.Tensor | None = None
         """True where a position of top's cache crossed; None if all did."""
-        super().__init__(layers=[*self.bottom.layers, *self.top.layers])
+        super().__init__(layers=self._new_layers())
+
+    @property
+    def drafted(self) -> bool:
+        """Whether the next step's tokens are drafts: each is then computed as if it came alone (``model.rope``)."""
+        return bool(getattr(self.bottom, "drafted", False))
+
+    @drafted.setter
+    def drafted(self, drafted: bool) -> None:
+        for cache in (self.bottom, self.top):
+            cache.drafted = drafted
+
+    def restart(self, session: TrunkSession) -> None:
+        """Drop all positions of all parts and go on with this new session; the old one is closed."""
+        self.session.close()
+        self.session, self.layers, self._crossed_BL = session, self._new_layers(), None
+        if self._recording:
+            super().activate_past_recording()
+        if self.transcript is not None:
+            self.transcript.crop(len(self.transcript))
+
+    def activate_past_recording(self) -> None:
+        """Let all parts drop positions that a sliding window has left behind."""
+        self._recording = True
+        super().activate_past_recording()
+
+    def _new_layers(self) -> list[Any]:
+        self.bottom, self.top = (DynamicCache(config=part.config) for part in self._parts)
+        return [*self.bottom.layers, *self.top.layers]
 
     def start_transcript(self) -> Transcript:
         """Record all further hidden states exchanged with the trunk. An existing transcript is continued."""

@@ -17,6 +17,7 @@ from isthmus.errors import CutError, ModelError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.device import CPU
 from isthmus.model.families import Family, family_of, uncut_shapes
+from isthmus.model.rope import install
 from isthmus.model.stored import StoredTensors
 
 PartName = Literal["bottom", "trunk", "top"]
@@ -167,6 +168,7 @@ def part_of_blocks(config: PreTrainedConfig, name: PartName, blocks: Sequence[in
         if values is not None:
             vars(model.config)[setting] = [values[number] for number in blocks]
     model.config.num_hidden_layers = len(blocks)
+    install(model, backbone)
     if name != "bottom":
         setattr(backbone, family.embedding, None)
         if family.input_scale:

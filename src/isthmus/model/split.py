@@ -23,9 +23,11 @@ from isthmus.model.adapter_methods import AdapterMethods
 from isthmus.model.backbone import SplitBackbone
 from isthmus.model.bottleneck import Bottleneck
 from isthmus.model.cache import SplitCache, TrunkSession
+from isthmus.model.candidates import BoundedCandidates
 from isthmus.model.crossing import FreshExample, Outbound, crossing_positions, prediction_targets, up_to_last_crossing
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
+from isthmus.model.rope import by_length, given_lengths, recomputed_after
 from isthmus.privacy.subjects import Subjects
 
 Rows = list[list[int]]
@@ -185,6 +187,8 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         self._bottleneck = bottleneck
         self.shield = shield
         self.guard = guard
+        self._by_length = by_length(config)
+        self._recomputed_after = None if tail is not None else recomputed_after(top.model)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -343,6 +347,8 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         g_BLD, inputs = self._received(outbound, reply, head)
         past = None if outbound.cache is None else outbound.cache.top
         output = self.top.model(inputs_embeds=g_BLD, past_key_values=past, **inputs, **head)
+        if outbound.cache is not None:
+            outbound.cache.drafted = False
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=outbound.cache)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
@@ -442,7 +448,8 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         if self.shield is not None:
             inputs["attention_mask"] = packing.real_BL.long()
         self.bottom.eval()
-        h_BLD = self._through_bottom(None, **inputs)
+        with given_lengths([len(row) for row in chosen]):
+            h_BLD = self._through_bottom(None, **inputs)
         h_BLW = h_BLD if self._bottleneck is None else self._bottleneck.narrow(h_BLD)
         return [
             FreshExample(number, h_LW[len(rows[index]) - lengths[index] : len(rows[index])], subjects.of(index))
@@ -478,11 +485,43 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         return g_BLD, {**inputs, "attention_mask": crossed_BL.long(), "position_ids": positions_BL}
 
     def _get_candidate_generator(self, **settings: Any) -> Any:
-        assistant = settings.get("assistant_model")
+        assistant, known = settings.get("assistant_model"), settings["model_kwargs"]
+        cache, mask_BP = known["past_key_values"], known.get("attention_mask")
         if isinstance(assistant, Drafting):
-            cache = settings["model_kwargs"]["past_key_values"]
-            return assistant.candidates(cache, settings["logits_processor"], settings["generation_config"])
-        return super()._get_candidate_generator(**settings)
+            made = assistant.candidates(cache, settings["logits_processor"], settings["generation_config"])
+        else:
+            made = super()._get_candidate_generator(**settings)
+        padding = 0 if mask_BP is None else int((mask_BP == 0).sum())
+        return BoundedCandidates(made, cache, self._recomputed_after, padding) if self._by_length else made
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        **known: Any,
+    ) -> dict[str, Any]:
+        """The arguments of the next forward, as in transformers.
+
+        If a row crosses the length after which the model's family drops its cache, all of them are computed, and
+        released, again from their first token.
+        """
+        if isinstance(past_key_values, SplitCache) and self._drops(past_key_values, input_ids, attention_mask):
+            past_key_values.restart(self.trunk.open_session())
+            next_sequence_length = None
+        return super().prepare_inputs_for_generation(  # type: ignore[no-any-return]
+            input_ids, next_sequence_length, past_key_values, attention_mask, **known
+        )
+
+    def _drops(self, cache: SplitCache, ids_BP: torch.Tensor, mask_BP: torch.Tensor | None) -> bool:
+        """Whether a row's length crosses with its new tokens the one after which the family drops its cache."""
+        switch, past = self._recomputed_after, cache.get_seq_length()
+        mask_BP = torch.ones_like(ids_BP) if mask_BP is None else mask_BP
+        if switch is None or not past or mask_BP.shape != ids_BP.shape:  # a chunk of a prompt has no text to go back to
+            return False
+        before_B, after_B = mask_BP[:, :past].sum(dim=1), mask_BP.sum(dim=1)
+        return bool(((before_B <= switch) & (after_B > switch)).any())
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -71,6 +71,7 @@ class RemoteSession:
             hidden=hidden,
             forget=self._cropped,
             rows=self._rows,
+            drafted=outbound.cache is not None and outbound.cache.drafted,
         )
         self._cropped, self._rows = 0, []
         self._sent.append(request)

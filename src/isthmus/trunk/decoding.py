@@ -39,6 +39,8 @@ class SessionStep:
     """Hidden states of each row's tokens that are not computed yet, ``[tokens, D]``."""
     results: list[list[torch.Tensor]] = field(default_factory=list)
     """Results of each row's computed chunks."""
+    ends: list[int | None] = field(default_factory=list)
+    """Length of each row at the end of the step; None if its tokens are computed as if each came alone."""
 
     def begin(self, sessions: Sessions, codecs: Codecs) -> None:
         """Decode the request and find or create its session.
@@ -50,6 +52,8 @@ class SessionStep:
         self.session = sessions.start(self.silo, self.request)
         self.pending = list(torch.split(h_TD, list(self.request.lengths)))
         self.results = [[] for _ in self.pending]
+        rows = zip(self.session.rows, self.request.lengths, strict=True)
+        self.ends = [None if self.request.drafted else row.length + new for row, new in rows]
 
     @property
     def result(self) -> torch.Tensor:
@@ -135,7 +139,8 @@ class Decoding:
         sizes = [chunk.size for chunk in chunks]
         taken = [chunk.step.pending[chunk.row][: chunk.size] for chunk in chunks]
         caches = [chunk.step.session.rows[chunk.row] for chunk in chunks if chunk.step.session is not None]
-        results = torch.split(self._runner.cached_pass(torch.cat(taken), sizes, caches), sizes)
+        ends = [chunk.step.ends[chunk.row] for chunk in chunks]
+        results = torch.split(self._runner.cached_pass(torch.cat(taken), sizes, caches, ends), sizes)
         for chunk, result_TD in zip(chunks, results, strict=True):
             chunk.step.results[chunk.row].append(result_TD)
             chunk.step.pending[chunk.row] = chunk.step.pending[chunk.row][chunk.size :]

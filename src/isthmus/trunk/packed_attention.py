@@ -109,6 +109,8 @@ class PackedSequences:
         lengths: number of new tokens of each sequence.
         caches: cache of each sequence; None: every sequence starts at position 0 and is not cached.
         kernel: computes the attention of several sequences in one call; None: one call for each sequence.
+        ends: length of each sequence at the end of its step, of which a pass may compute a chunk; None for one whose
+            tokens are computed as if each came alone. By default the length at the end of the pass.
     """
 
     def __init__(
@@ -117,8 +119,10 @@ class PackedSequences:
         lengths: list[int],
         caches: list[SequenceCache] | None = None,
         kernel: Kernel | None = None,
+        ends: list[int | None] | None = None,
     ) -> None:
         self.plan = plan
+        self._ends = ends
         self.lengths = lengths
         self.caches = caches
         self.kernel = kernel if len(lengths) > 1 else None
@@ -136,6 +140,16 @@ class PackedSequences:
         """Position of each token within its sequence, ``[1, T]``."""
         pieces = [torch.arange(past, past + new) for past, new in zip(self._past, self.lengths, strict=True)]
         return torch.cat(pieces).unsqueeze(0).to(device)
+
+    def deciding_lengths(self) -> torch.Tensor:
+        """The length that decides each token's rotary frequencies (see ``model.rope``), ``[1, T]``."""
+        reached = [past + new for past, new in zip(self._past, self.lengths, strict=True)]
+        sequences = zip(self._past, reached, self._ends or reached, strict=True)
+        pieces = [
+            torch.arange(past + 1, end + 1) if decides is None else torch.full((end - past,), decides)
+            for past, end, decides in sequences
+        ]
+        return torch.cat(pieces).unsqueeze(0)
 
     def attend(
         self,

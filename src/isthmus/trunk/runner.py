@@ -12,6 +12,7 @@ import torch
 from isthmus.errors import FrameError
 from isthmus.model.bottleneck import UP, layer_weight, project
 from isthmus.model.cut import Part
+from isthmus.model.rope import by_length, context_length, given_lengths
 from isthmus.trunk.attention_kernels import kernel_for
 from isthmus.trunk.grouped_lora import Adapter, group_adapters
 from isthmus.trunk.packed_attention import AttendingRows, PackedSequences, SequenceCache, pack_attention
@@ -34,7 +35,8 @@ class Runner:
         self._up = layer_weight(part, UP)
         self.width: int = part.config.hidden_size
         self.crossing_width = self.width if self._up is None else self._up.shape[1]
-        self.context: int = part.config.max_position_embeddings
+        self.context = context_length(part.config)
+        self._by_length = by_length(part.config)
         first = next(part.parameters())
         self.device, self.dtype = first.device, first.dtype
         self._plan = pack_attention(part)
@@ -66,19 +68,26 @@ class Runner:
         with self._groups.through(segments, self.device, masks):
             return self._run(h_TD, PackedSequences(self._plan, lengths, kernel=self._kernel))
 
-    def cached_pass(self, h_TD: torch.Tensor, lengths: list[int], caches: list[SequenceCache]) -> torch.Tensor:
+    def cached_pass(
+        self,
+        h_TD: torch.Tensor,
+        lengths: list[int],
+        caches: list[SequenceCache],
+        ends: list[int | None] | None = None,
+    ) -> torch.Tensor:
         """The blocks' results for new tokens of cached sequences, ``[T, D]``. The caches are extended in place.
 
         Args:
             h_TD: hidden states of the new tokens, ``[T, W]``.
             lengths: number of new tokens of each sequence.
+            ends: as in ``PackedSequences``.
         """
         for cache, new in zip(caches, lengths, strict=True):
             cache.reserve(cache.length + new)
         paged = [cache for cache in caches if isinstance(cache, PagedCache)]
         if self._token_passes is not None and max(lengths) == 1 and len(paged) == len(caches):
             return self._token_passes(h_TD, paged)
-        sequences = PackedSequences(self._plan, lengths, caches, self._kernel)
+        sequences = PackedSequences(self._plan, lengths, caches, self._kernel, ends)
         h_TD = self._run(h_TD, sequences)
         sequences.finish()
         return h_TD
@@ -98,7 +107,8 @@ class Runner:
             )
 
     def _run(self, h_TW: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
-        return self._compute(h_TW.to(self.device, self.dtype), sequences.positions(self.device), sequences)
+        with given_lengths(sequences.deciding_lengths() if self._by_length else None):
+            return self._compute(h_TW.to(self.device, self.dtype), sequences.positions(self.device), sequences)
 
     def _compute(
         self, h_TW: torch.Tensor, positions_1T: torch.Tensor, sequences: PackedSequences | AttendingRows

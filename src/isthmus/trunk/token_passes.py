@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from isthmus.model.cut import Part
+from isthmus.model.rope import by_length
 from isthmus.trunk.attention_plan import AttentionPlan
 from isthmus.trunk.paged_attention import attend_to_pages
 from isthmus.trunk.paged_cache import PAGE, SCRATCH, PagedCache, PagePool
@@ -133,10 +134,8 @@ def recordable(part: Part, plan: AttentionPlan) -> bool:
     Experts are chosen by token, and rotary frequencies that follow the length are chosen on the host.
     """
     chosen = any("expert" in name for name, _ in part.model.named_modules())
-    rope = getattr(part.config, "rope_parameters", None) or {}
-    kinds = {one["rope_type"] for one in (rope, *rope.values()) if isinstance(one, dict) and "rope_type" in one}
     paged = plan.attention == "sdpa" and plan.uniform
-    return paged and not chosen and kinds.isdisjoint(("dynamic", "longrope"))
+    return paged and not chosen and not by_length(part.config)
 
 
 def _power(number: int) -> int:

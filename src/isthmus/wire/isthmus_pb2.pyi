@@ -232,20 +232,22 @@ class Stepped(_message.Message):
     def __init__(self, contributors: _Optional[int] = ...) -> None: ...
 
 class Decode(_message.Message):
-    __slots__ = ("session", "step", "lengths", "hidden", "forget", "rows")
+    __slots__ = ("session", "step", "lengths", "hidden", "forget", "rows", "drafted")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     FORGET_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_FIELD_NUMBER: _ClassVar[int]
     session: int
     step: int
     lengths: _containers.RepeatedScalarFieldContainer[int]
     hidden: Matrix
     forget: int
     rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, session: _Optional[int] = ..., step: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., hidden: _Optional[_Union[Matrix, _Mapping]] = ..., forget: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    drafted: bool
+    def __init__(self, session: _Optional[int] = ..., step: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., hidden: _Optional[_Union[Matrix, _Mapping]] = ..., forget: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., drafted: _Optional[bool] = ...) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ("session",)

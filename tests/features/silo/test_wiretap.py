@@ -35,7 +35,7 @@ FIELDS: dict[type[Message], set[str]] = {
     pb.Forward: {"step", "lengths", "hidden", "train", "dropout", "examples"},
     pb.Keep: {"example", "hidden"},
     pb.Backward: {"step", "gradient", "reply", "ascent_pass"},
-    pb.Decode: {"session", "step", "lengths", "hidden", "forget", "rows"},
+    pb.Decode: {"session", "step", "lengths", "hidden", "forget", "rows", "drafted"},
     pb.Matrix: {"codec", "rows", "width", "data"},
     pb.Begin: {"round", "participants", "open"},
     pb.End: {"round"},

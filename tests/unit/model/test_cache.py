@@ -27,6 +27,9 @@ class Session:
     def select(self, rows: list[int]) -> None:
         self.told.append(("select", rows))
 
+    def close(self) -> None:
+        self.told.append(("close", None))
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
@@ -84,3 +87,25 @@ def test_a_transcript_is_kept_once_asked_for(cache: SplitCache) -> None:
 def test_rows_that_are_not_there_are_refused(cache: SplitCache) -> None:
     with pytest.raises(IndexError):
         cache.reorder_cache(torch.tensor([ROWS]))
+
+
+def test_a_restart_drops_all_positions_and_the_session(cache: SplitCache) -> None:
+    old: Any = cache.session
+    transcript, new = cache.start_transcript(), Session()
+    h_BLD = torch.zeros(ROWS, LENGTH, 4)
+    transcript.add(h_BLD, h_BLD, torch.ones(ROWS, LENGTH, dtype=torch.bool))
+    cache.add_crossed(torch.ones(ROWS, LENGTH, dtype=torch.bool))
+    cache.drafted = True
+    cache.restart(new)  # type: ignore[arg-type]
+    assert old.told == [("close", None)]
+    assert cache.session is new
+    assert cache.get_seq_length() == cache.bottom.get_seq_length() == len(transcript) == 0
+    assert cache.layers == [*cache.bottom.layers, *cache.top.layers]
+    assert not cache.drafted
+    assert cache.add_crossed(torch.ones(ROWS, 1, dtype=torch.bool)).shape == (ROWS, 1)
+
+
+def test_drafts_are_known_to_both_ends(cache: SplitCache) -> None:
+    for drafted in (True, False):
+        cache.drafted = drafted
+        assert [getattr(one, "drafted", None) for one in (cache, cache.bottom, cache.top)] == [drafted] * 3

@@ -64,8 +64,10 @@ class Trunk:
         self._continued = self.service._runner.cached_pass
         self.service._runner.cached_pass = self._counted  # type: ignore[method-assign]
 
-    def _counted(self, h_TD: torch.Tensor, lengths: list[int], caches: list[SequenceCache]) -> torch.Tensor:
-        result = self._continued(h_TD, lengths, caches)
+    def _counted(
+        self, h_TD: torch.Tensor, lengths: list[int], caches: list[SequenceCache], ends: list[int | None]
+    ) -> torch.Tensor:
+        result = self._continued(h_TD, lengths, caches, ends)
         self.passes.append(list(lengths))
         self.most_bytes = max(self.most_bytes, self.service._sessions.nbytes)
         return result

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from isthmus.data.tokens import Tokens, collate
 from isthmus.model.cut import Part
+from isthmus.model.rope import given_lengths
 from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.drafting.bridge import Bridge, restrict_head
 from isthmus.silo.drafting.draft import Corpus, Draft
@@ -187,6 +188,11 @@ def _loss(bridge: Bridge, top: Part, rows: list[RecordedAnswer], draw: torch.Gen
 
     As in a draft, some inputs of bridge and top are the trunk's answers and some are predictions.
     """
+    with given_lengths([len(row.g_LD) for row in rows]):
+        return _padded_loss(bridge, top, rows, draw)
+
+
+def _padded_loss(bridge: Bridge, top: Part, rows: list[RecordedAnswer], draw: torch.Generator) -> torch.Tensor:
     h_BLD = pad_sequence([row.h_LD.float() for row in rows], batch_first=True)
     g_BLD = pad_sequence([row.g_LD.float() for row in rows], batch_first=True)
     before_BLD = functional.pad(g_BLD[:, :-1], (0, 0, 1, 0))

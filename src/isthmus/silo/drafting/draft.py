@@ -213,9 +213,8 @@ class BridgeDrafter:
         self._draft = draft
         self._processors = processors
         self._transcript = cache.start_transcript()
-        self._cache = draft.new_cache()
-        self._cache.activate_past_recording()
-        self._processed = 0
+        self._split_cache = cache
+        self._begin()
         self._answered = 0
         self._padded = False
         self.ready = False
@@ -226,6 +225,8 @@ class BridgeDrafter:
     def start(self, length: int) -> None:
         """Start a draft after ``length`` tokens; the trunk has answered all but the last."""
         self.proposed = 0
+        if self._split_cache.session is not self._session:
+            self._begin()
         self._answered = len(self._transcript)
         self.ready = 0 < self._answered == length - 1 and not self._padded
         if self.ready:
@@ -236,8 +237,16 @@ class BridgeDrafter:
             assert isinstance(session, BridgeSession)
             session.set_answers(answered.g_BLD[0])
 
+    def _begin(self) -> None:
+        """Begin with an empty cache; again when the split model has dropped its own."""
+        self._session = self._split_cache.session
+        self._cache = self._draft.new_cache()
+        self._cache.activate_past_recording()
+        self._processed = 0
+
     def propose(self, ids: Sequence[int]) -> Proposal:
         """The draft model's most probable token after ``ids``."""
+        self._cache.drafted = self._processed > 0  # as the split model computes them
         new_1L = torch.tensor([ids[self._processed :]], device=self._draft.device)
         logits_1W = self._draft(new_1L, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         self.proposed += 1
