@@ -6,7 +6,7 @@ BIN := .venv/bin
 SPEED := boundary draft foundation generation latency release replay sessions silos together walks
 PRIVACY := defences frontier privacy updates
 FEDERATED := demo federation
-BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED)
+BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness
 
 .PHONY: demo test check proto recipe bench $(BENCHMARKS:%=bench-%) bench-cuda clean
 
@@ -52,6 +52,9 @@ $(PRIVACY:%=bench-%): bench-%: .venv/demo
 
 $(FEDERATED:%=bench-%): bench-%: .venv/demo
 	$(BIN)/python -m benchmarks.federated.$*
+
+bench-exactness: .venv/ready
+	$(BIN)/python -m benchmarks.exactness
 
 bench-federation: build/flower/ready
 

@@ -60,9 +60,8 @@ class Alone:
         return self.part.hidden(inputs_embeds=h_ND[None].double(), use_cache=False)[0]
 
     def new_cache(self) -> DynamicCache:
-        cache = DynamicCache(config=self.part.config)
-        cache.activate_past_recording()
-        return cache
+        """Without a configuration it keeps what sliding windows leave behind, and can be cropped at will."""
+        return DynamicCache()
 
     def further(self, h_ND: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """The next tokens of a sequence, in one call."""
@@ -147,9 +146,8 @@ class World:
 
     def _step(self, step: Step, rows: list[DynamicCache], draw: random.Random) -> Request:
         h_TD = self._states(sum(step.lengths), draw)
-        for cache in rows:
-            if step.forget:
-                cache.crop(-step.forget)
+        for cache in rows if step.forget else ():
+            cache.crop(-step.forget)
         if step.rows:
             rows[:] = [copy.deepcopy(rows[row]) for row in step.rows]
         with torch.no_grad():

@@ -14,6 +14,7 @@ from tests.oracle.twins import save_vivid_model
 
 SWITCH = 16
 """The length up to which frequencies stay as they are, for kinds that look at the length."""
+OWN = "own"
 BASE = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 SHORT, LONG = (1.0, 1.1, 1.2, 1.3), (1.5, 3.0, 6.0, 9.0)
 ROPES: dict[str, dict[str, Any]] = {
@@ -38,7 +39,9 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 def save_roped_model(family: str, kind: str, folder: Path, **config: Any) -> Path:
-    """A tiny model in which everything matters, with this kind of rope."""
+    """A tiny model in which everything matters, with this kind of rope, or its family's ("own")."""
+    if kind == OWN:
+        return save_vivid_model(family, folder, **config)
     config["rope_parameters"] = {"rope_type": kind, **BASE, **ROPES[kind]}
     if kind == "dynamic":
         config["max_position_embeddings"] = SWITCH

@@ -6,34 +6,45 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from isthmus.model.rope import by_length
 from tests.oracle.mixes import TOLERANCE, World
-from tests.oracle.ropes import ROPES, FirstState, save_roped_model
+from tests.oracle.ropes import OWN, ROPES, FirstState, save_roped_model
+from tests.oracle.twins import FAMILIES
 
-CASES = [*(("llama", kind) for kind in ROPES), ("phi3", "longrope")]
-MIXES = 6
-
-
-@pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    family, kind = request.param
-    folder = save_roped_model(family, kind, tmp_path_factory.mktemp("model"))
-    made = World(folder, family, tmp_path_factory.mktemp("trunk"))
-    yield made
-    made.close()
+CASES = [*(("llama", kind) for kind in ROPES), ("phi3", "longrope"), *((family, OWN) for family in FAMILIES)]
+BY_LENGTH = (("llama", "dynamic"), ("llama", "longrope"), ("phi3", "longrope"))
+MIXES, OF_FAMILY = 6, 3
+"""Random mixes of each kind of rope, and of each family with its own."""
+Build = Callable[[str, str], World]
 
 
-def test_every_sequence_of_a_mix_gets_what_it_gets_alone(world: World) -> None:
-    assert [far for far in (world.farthest(random.Random(seed)) for seed in range(MIXES)) if far > TOLERANCE] == []
+@pytest.fixture
+def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Build]:
+    built: list[World] = []
+
+    def world(family: str, kind: str) -> World:
+        folder = save_roped_model(family, kind, tmp_path_factory.mktemp("model"))
+        built.append(World(folder, family, tmp_path_factory.mktemp("trunk")))
+        return built[-1]
+
+    yield world
+    for one in built:
+        one.close()
 
 
-def test_the_mixes_notice_frequencies_of_the_whole_pass(world: World) -> None:
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_every_sequence_of_a_mix_gets_what_it_gets_alone(family: str, kind: str, build: Build) -> None:
+    world, mixes = build(family, kind), OF_FAMILY if kind == OWN else MIXES
+    found = [world.farthest(random.Random(seed)) for seed in range(mixes)]
+    assert [far for far in found if far > TOLERANCE] == []
+
+
+@pytest.mark.parametrize(("family", "kind"), BY_LENGTH)
+def test_the_mixes_notice_frequencies_of_the_whole_pass(family: str, kind: str, build: Build) -> None:
     """With the family's own rope on the trunk, in place of the one by sequence."""
-    part = world.service._runner.part
-    FirstState(part.model)
-    far = [world.farthest(random.Random(seed)) for seed in range(3)]
-    assert (max(far) > 1e-2) == by_length(part.config)
+    world = build(family, kind)
+    FirstState(world.service._runner.part.model)
+    assert max(world.farthest(random.Random(seed)) for seed in range(3)) > 1e-2

@@ -163,7 +163,7 @@ def token_places(
 def context_length(config: PreTrainedConfig) -> int:
     """Largest number of tokens of a sequence. Dynamic frequencies go beyond the length the model was trained for."""
     factors = [one["factor"] for one in _parameters(config) if "dynamic" in one.get("rope_type", "")]
-    return int(config.max_position_embeddings * max([1.0, *factors]))
+    return int(config.get_text_config(decoder=True).max_position_embeddings * max([1.0, *factors]))
 
 
 def recomputed_after(model: nn.Module) -> int | None:
@@ -207,7 +207,7 @@ def _of_length(rope_type: Any) -> bool:
 
 def _parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """The rope parameters of each layer type, or the only ones."""
-    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    parameters: dict[str, Any] = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     nested = [one for one in parameters.values() if isinstance(one, dict)]
     return nested or [parameters]
 

@@ -132,8 +132,8 @@ def _decode(message: pb.Decode) -> None:
     _lengths(message)
     if len(message.rows) > MAX_SEQUENCES:
         raise _invalid(f"{len(message.rows)} rows to keep")
-    if message.step == 0 and (message.forget or message.rows):
-        raise _invalid("a new session with something to forget")
+    if message.step == 0 and (message.forget or message.rows or message.drafted):
+        raise _invalid("a new session with something to forget, or with drafts")
     if message.rows and len(message.rows) != len(message.lengths):
         raise _invalid("rows and lengths that differ in number")
 

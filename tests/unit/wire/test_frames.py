@@ -118,6 +118,7 @@ BROKEN = [
     ("update", {"round": 0}, "round 0"),
     ("decode", {"step": 0, "rows": []}, "something to forget"),
     ("decode", {"step": 0, "forget": 0}, "something to forget"),
+    ("decode", {"step": 0, "forget": 0, "rows": [], "drafted": True}, "or with drafts"),
     ("decode", {"rows": [0]}, "differ in number"),
     ("decode", {"rows": [0, 1, 2]}, "differ in number"),
     ("decode", {"rows": [0] * 4097}, "4097 rows"),
