@@ -157,7 +157,15 @@ def test_another_cut_is_refused(federation: Federation, isthmus: Call, tmp_path:
     recipe = federation.variant(
         tmp_path / "north", model={"path": str(federation.recipe.parent / "model"), "bottom": 2}
     )
-    isthmus(*federation.silo(recipe, "north", tmp_path / "run")).failed("north cuts at (2, 1), the trunk at (1, 1)")
+    isthmus(*federation.silo(recipe, "north", tmp_path / "run")).failed("model.bottom = 2, the trunk 1")
+
+
+def test_another_seed_is_refused(federation: Federation, isthmus: Call, tmp_path: Path) -> None:
+    train = {"rounds": 1, "steps": 2, "evaluate": True, "micro_batches": 2}  # the last two may differ
+    recipe = federation.variant(tmp_path / "north", train=train, seed=6, threads=1)
+    isthmus(*federation.silo(recipe, "north", tmp_path / "run")).failed(
+        "error: north has seed = 6, the trunk 5\n", "remedy: give all parties the same values of these keys"
+    )
 
 
 def test_a_certificate_of_another_authority_is_refused(federation: Federation, isthmus: Call, tmp_path: Path) -> None:

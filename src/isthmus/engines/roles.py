@@ -11,7 +11,8 @@ from isthmus.engines.lifetime import Stopped
 from isthmus.engines.process import LISTENING
 from isthmus.engines.threads import set_threads
 from isthmus.errors import RecipeError
-from isthmus.federation.aggregator import edge_service, root_service
+from isthmus.federation.aggregator import GreetedAggregator, edge_service, root_service
+from isthmus.model.agreement import hello_of
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.silo.worker import Worker
@@ -57,9 +58,15 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
         parent = recipe.tree.parent(name)
         wire, above = recipe.wire, recipe.tree.node(parent).address
         channel = GrpcChannel(
-            above, "Root", identity, server=parent, deadline=wire.deadline, limit=wire.max_frame_bytes
+            above,
+            "Root",
+            identity,
+            server=parent,
+            greeting=hello_of(recipe),
+            deadline=wire.deadline,
+            limit=wire.max_frame_bytes,
         )
-        service = edge_service(recipe, name, run.edge(name), channel, identity)
+        service = GreetedAggregator(recipe, name, edge_service(recipe, name, run.edge(name), channel, identity))
         peers = {"Root": (*node.children, *node.wards)}
         server = Server({"Root": service}, identity, peers, node.address, wire.max_frame_bytes)
         server.start()
@@ -93,7 +100,7 @@ def start_server(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> t
         if run.role("root").path.exists():  # one run directory: the trunk's adapter must be of the root's round
             trunk.restore(run.completed())
     if "root" in roles:
-        services["Root"] = root_service(recipe, run.role("root"), identity)
+        services["Root"] = GreetedAggregator(recipe, ROOT, root_service(recipe, run.role("root"), identity))
         peers["Root"] = recipe.tree.node(ROOT).children
     address = getattr(recipe, roles[0]).address
     server = Server(services, identity, peers, address, recipe.wire.max_frame_bytes)

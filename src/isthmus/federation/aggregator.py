@@ -4,14 +4,47 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from google.protobuf.message import Message
+
+from isthmus.errors import ProtocolError
 from isthmus.federation.buffered import Buffered
 from isthmus.federation.planner import EdgePlanner, Planner, RootPlanner, shared_tensors
 from isthmus.federation.rounds import Aggregator, Rounds
+from isthmus.model.agreement import agreed_keys
 from isthmus.recipe import Recipe
+from isthmus.recipe.shared import check_shared
 from isthmus.recipe.tree import ROOT
 from isthmus.storage.record import RoleDirectory
-from isthmus.wire.channel import Channel
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer, Channel, Service, answered
 from isthmus.wire.identity import Identity
+
+
+class GreetedAggregator:
+    """An aggregator behind a door: it answers children that have said Hello with the same recipe and model.
+
+    Implements ``wire.channel.Service``. In one process, whose parties have one recipe, the aggregator needs none.
+
+    Args:
+        name: the node's, in the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, name: str, aggregator: Service) -> None:
+        self._keys = agreed_keys(recipe)
+        self._title = "the root" if name == ROOT else f"the edge {name}"
+        self._aggregator = aggregator
+        self._greeted: set[str] = set()
+
+    def handle(self, peer: str, request: Message) -> Answer:
+        if isinstance(request, pb.Hello):
+            check_shared(peer, request.keys, self._title, self._keys)
+            self._greeted.add(peer)
+            return answered(pb.Welcome())
+        if peer not in self._greeted and not isinstance(request, pb.Ping):
+            raise ProtocolError(
+                f"received {type(request).__name__} before Hello", remedy="send Hello first on every stream"
+            )
+        return self._aggregator.handle(peer, request)
 
 
 def aggregator_of(recipe: Recipe, name: str, planner: Planner, identity: Identity | None = None) -> Aggregator:

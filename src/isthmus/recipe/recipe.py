@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self, cast, get_args, get_origin
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from isthmus.errors import RecipeError
 from isthmus.recipe.checks.aggregation import check_influence, check_products, check_ranks, check_weights
@@ -86,6 +86,7 @@ class Recipe(Section):
     federation: FederationSection = FederationSection()
     edge: tuple[EdgeSection, ...] = Field(default=(), strict=False)
     silo: tuple[SiloSection, ...] = Field(min_length=1, strict=False)
+    _whole: Recipe | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -203,7 +204,14 @@ class Recipe(Section):
         rank = self.party(name).rank
         if rank is None:
             return self
-        return self.model_copy(update={"lora": self.lora.ranked(rank)})
+        own = self.model_copy(update={"lora": self.lora.ranked(rank)})
+        own._whole = self
+        return own
+
+    @property
+    def whole(self) -> Recipe:
+        """The federation's recipe, of which this one may be a silo's own (see ``of_silo``)."""
+        return self._whole or self
 
     def party(self, name: str) -> SiloSection:
         """The section of the silo with this name."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import secrets
 import shutil
 import tempfile
 import weakref
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from isthmus.data.silo_data import SiloData
 from isthmus.errors import ModelError
 from isthmus.model import adapters
+from isthmus.model.agreement import hello_of
 from isthmus.model.bottleneck import Bottleneck
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
@@ -32,7 +32,6 @@ from isthmus.silo.defence.shield import Shield
 from isthmus.silo.records import Records
 from isthmus.silo.released import Released
 from isthmus.silo.remote import RemoteTrunk, RoundsClient
-from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
 from isthmus.wire.client import GrpcChannel
@@ -197,14 +196,10 @@ def load_ends(checkpoint: Checkpoint, recipe: Recipe, device: torch.device = CPU
 
 
 def greeting(checkpoint: Checkpoint, recipe: Recipe) -> pb.Hello:
-    """The first frame to the trunk: protocol version, model fingerprint, cut, and a random identifier of this call."""
-    return pb.Hello(
-        version=frames.VERSION,
-        fingerprint=checkpoint.fingerprint,
-        bottom=recipe.model.bottom,
-        top=recipe.model.top,
-        instance=secrets.token_hex(8),
-    )
+    """The first frame to the trunk: what the parties must share (``hello_of``), and the model's fingerprint."""
+    hello = hello_of(recipe, checkpoint)
+    hello.fingerprint = checkpoint.fingerprint
+    return hello
 
 
 def connect(
@@ -215,7 +210,7 @@ def connect(
     Args:
         name: the silo's name, which selects its certificate.
         service: gRPC service, ``"Trunk"`` or ``"Root"``.
-        hello: first frame of the connection.
+        hello: first frame of the connection; None: that to a root or an edge.
         server, address: as in ``GrpcChannel``.
 
     Raises:
@@ -227,7 +222,7 @@ def connect(
         service,
         identity,
         server=server,
-        greeting=hello,
+        greeting=hello or hello_of(recipe),
         deadline=recipe.wire.deadline,
         limit=recipe.wire.max_frame_bytes,
     )

@@ -10,10 +10,12 @@ from google.protobuf.message import Message
 
 from isthmus.errors import MismatchError, ProtocolError
 from isthmus.model import adapters
+from isthmus.model.agreement import hello_of
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import find_device
 from isthmus.recipe import Recipe
+from isthmus.recipe.shared import check_shared
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
 from isthmus.trunk.async_steps import AsyncSteps
@@ -44,7 +46,8 @@ class TrunkService:
     def __init__(self, recipe: Recipe, directory: RoleDirectory, *, checkpoint: Checkpoint | None = None) -> None:
         checkpoint = checkpoint or Checkpoint(recipe.model.path)
         cut = Cut(recipe.model.bottom, recipe.model.top)
-        self._hello = pb.Hello(fingerprint=checkpoint.fingerprint, bottom=cut.bottom, top=cut.top)
+        self._hello = hello_of(recipe, checkpoint)
+        self._hello.fingerprint = checkpoint.fingerprint
         self._scheduler = Scheduler()
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
         runner = self._runner
@@ -104,6 +107,7 @@ class TrunkService:
                 f"{peer} and the trunk have different base models (configuration or weights differ)",
                 remedy="give both sides the same files at model.path",
             )
+        check_shared(peer, hello.keys, "the trunk", self._hello.keys)
         if (hello.bottom, hello.top) != (self._hello.bottom, self._hello.top):
             raise MismatchError(
                 f"{peer} cuts at ({hello.bottom}, {hello.top}), the trunk at ({self._hello.bottom}, {self._hello.top})",

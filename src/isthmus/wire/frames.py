@@ -19,6 +19,10 @@ MAX_SILOS = 2**20
 MAX_POSITIONS = 2**17
 """Largest padded size of a frame's batch: number of sequences times the longest length."""
 KEY_BYTES = 32
+MAX_KEYS = 2**17
+"""Keys of a recipe in one greeting: some for each silo."""
+MAX_KEY = 1024
+"""Largest key with its value, in characters."""
 MAX_CERTIFICATE = 8192
 """Largest certificate or signature in bytes."""
 MAX_SHARE = 256
@@ -159,6 +163,8 @@ def _end(message: pb.End) -> None:
 def _hello(message: pb.Hello) -> None:
     if message.version != VERSION:
         raise _invalid(f"protocol version {message.version}; this side uses {VERSION}")
+    if len(message.keys) > MAX_KEYS or any(len(key) + len(value) > MAX_KEY for key, value in message.keys.items()):
+        raise _invalid(f"more than {MAX_KEYS} keys, or one of more than {MAX_KEY} characters")
 
 
 def _ready(message: pb.Ready) -> None:

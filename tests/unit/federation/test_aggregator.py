@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from isthmus.errors import IdentityError, ProtocolError, RoundLostError
-from isthmus.federation.aggregator import aggregator_of, edge_service, root_service
+from isthmus.errors import IdentityError, MismatchError, ProtocolError, RoundLostError
+from isthmus.federation.aggregator import GreetedAggregator, aggregator_of, edge_service, root_service
 from isthmus.federation.buffered import Buffered
 from isthmus.federation.planner import RootPlanner, shared_tensors
 from isthmus.federation.rounds import Aggregator, Rounds
+from isthmus.model.agreement import hello_of
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RoleDirectory
 from isthmus.wire import isthmus_pb2 as pb
@@ -89,3 +90,14 @@ def test_an_edge_asks_its_parent_for_its_silos(folder: Path, tmp_path: Path) -> 
         edge_service(recipe, "left", RoleDirectory(tmp_path / "l"), LoopbackChannel(root, "left")).handle(
             "c", pb.Ready()
         )
+
+
+def test_the_door_of_an_edge_says_whose_it_is(folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(folder)
+    door = GreetedAggregator(recipe, "left", root_service(recipe, RoleDirectory(tmp_path / "root")))
+    with pytest.raises(MismatchError, match=r"a has seed = 7, the edge left 0"):
+        door.handle("a", hello_of(recipe.model_copy(update={"seed": 7})))
+    with pytest.raises(ProtocolError, match="before Hello"):
+        door.handle("a", pb.Ready())
+    assert door.handle("a", hello_of(recipe)).result() == pb.Welcome()
+    assert door.handle("b", pb.Ping()).result() == pb.Pong()

@@ -1,0 +1,38 @@
+"""The greeting: shared keys and the model's configuration, for whoever a party connects to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from isthmus.errors import MismatchError
+from isthmus.model.agreement import CONFIG, agreed_keys, hello_of
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.recipe.shared import check_shared, shared_keys
+from isthmus.wire import frames
+from tests.conftest import make_recipe, save_tiny_model
+
+
+def test_a_greeting_says_what_must_be_alike(tmp_path: Path) -> None:
+    recipe = make_recipe(save_tiny_model("llama", tmp_path))
+    hello = hello_of(recipe)
+    assert dict(hello.keys) == agreed_keys(recipe) == agreed_keys(recipe, Checkpoint(recipe.model.path))
+    assert dict(hello.keys).items() > shared_keys(recipe).items()
+    assert (hello.version, hello.bottom, hello.top, hello.fingerprint) == (frames.VERSION, 1, 1, "")
+    assert hello.instance != hello_of(recipe).instance
+    assert frames.checked(frames.wrap(hello)) == hello
+
+
+def test_another_configuration_is_told_without_the_weights(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    (other / "model.safetensors").unlink()
+    first, second = (agreed_keys(make_recipe(one)) for one in (folder, other))
+    assert first == second
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(MismatchError, match=CONFIG):
+        check_shared("a", first, "the root", agreed_keys(make_recipe(other)))
