@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 import secrets
 
+from isthmus.model.adapters import start_digest
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.recipe.shared import shared_keys
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 
-CONFIG = "the digest of config.json"
+CONFIG, START = "the digest of config.json", "the digest of the adapter at lora.start"
 
 
 def agreed_keys(recipe: Recipe, checkpoint: Checkpoint | None = None) -> dict[str, str]:
-    """What all parties must have alike: the recipe's shared keys, and the model's configuration by its digest.
+    """What all parties must have alike: the recipe's shared keys, and by their digests the model's configuration and
+    the adapter that all start from.
 
     Args:
         checkpoint: of the recipe's model, if there is one already.
 
     Raises:
-        ModelError: the model folder has no usable configuration.
+        ModelError: the model folder has no usable configuration, or the folder ``lora.start`` no usable adapter.
+        NotSupportedError: that adapter is no plain LoRA adapter.
     """
     checkpoint = checkpoint or Checkpoint(recipe.model.path)
-    return {**shared_keys(recipe), CONFIG: json.dumps(checkpoint.config_digest[:16])}
+    start = {} if recipe.lora.start is None else {START: _short(start_digest(recipe))}
+    return {**shared_keys(recipe), CONFIG: _short(checkpoint.config_digest), **start}
 
 
 def hello_of(recipe: Recipe, checkpoint: Checkpoint | None = None) -> pb.Hello:
@@ -41,3 +45,7 @@ def hello_of(recipe: Recipe, checkpoint: Checkpoint | None = None) -> pb.Hello:
         instance=secrets.token_hex(8),
         keys=agreed_keys(recipe, checkpoint),
     )
+
+
+def _short(digest: str) -> str:
+    return json.dumps(digest[:16])

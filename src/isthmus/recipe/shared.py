@@ -26,6 +26,7 @@ _OWN_BUDGET = "a silo's own limit on what leaves it; it may be stricter than oth
 FREE: dict[str, str] = {
     "threads": _OWN_MACHINE,
     "model.path": "a place on each party's machine; the files are compared by their fingerprint",
+    "lora.start": "a place on each party's machine; the adapters in it are compared by their digest",
     "train.micro_batches": "how a silo cuts its steps into frames; the step is the same",
     "train.evaluate": "each silo measures on its own held-out rows, for itself",
     "sensitivity.function": _OWN_FILE,
@@ -58,10 +59,11 @@ FREE: dict[str, str] = {
 _RELEASE = ("mechanism", "clip", "noise", "epsilon", "delta", "unit")
 _TABLES: dict[str, tuple[str, ...]] = {
     "model": ("bottom", "top", "dtype"),
-    "lora": ("rank", "alpha", "targets", "freeze_bottom"),
+    "lora": ("rank", "alpha", "rslora", "dropout", "targets", "freeze_bottom"),
     "train": (
         *("rounds", "steps", "batch", "max_tokens"),
-        *("optimizer", "learning_rate", "momentum", "proximal", "sharpness"),
+        *("optimizer", "learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"),
+        *("momentum", "proximal", "sharpness"),
     ),
     "task": ("prompt", "answer", "choices"),
     "boundary": ("tail", "width", "residual", "denoise", "gradients", "release_once"),

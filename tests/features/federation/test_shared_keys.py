@@ -130,6 +130,7 @@ def doors(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 KEYS = {".".join(path): (path, field) for path, field in keys_of(Recipe)}
+del KEYS["lora.start"]  # needs a folder; it has a test of its own
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -7,13 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from isthmus.errors import MismatchError
-from isthmus.model.agreement import CONFIG, agreed_keys, hello_of
+from isthmus.model.agreement import CONFIG, START, agreed_keys, hello_of
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe.shared import check_shared, shared_keys
 from isthmus.wire import frames
-from tests.conftest import make_recipe, save_tiny_model
+from tests.conftest import make_recipe, save_tiny_model, uncut
 
 
 def test_a_greeting_says_what_must_be_alike(tmp_path: Path) -> None:
@@ -24,6 +26,23 @@ def test_a_greeting_says_what_must_be_alike(tmp_path: Path) -> None:
     assert (hello.version, hello.bottom, hello.top, hello.fingerprint) == (frames.VERSION, 1, 1, "")
     assert hello.instance != hello_of(recipe).instance
     assert frames.checked(frames.wrap(hello)) == hello
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+def test_the_adapter_to_start_from_counts_by_its_content(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    for name, seed in (("first", 1), ("other", 2)):
+        torch.manual_seed(seed)
+        settings = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        get_peft_model(uncut(model), settings).save_pretrained(tmp_path / name)
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    first, copy, other = (
+        agreed_keys(make_recipe(model, lora={"start": str(tmp_path / name)})) for name in ("first", "copy", "other")
+    )
+    assert first == copy
+    for differing in (other, agreed_keys(make_recipe(model))):
+        with pytest.raises(MismatchError, match=START):
+            check_shared("a", differing, "the root", first)
 
 
 def test_another_configuration_is_told_without_the_weights(tmp_path: Path) -> None:
