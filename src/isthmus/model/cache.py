@@ -8,7 +8,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from isthmus.errors import NotSupportedError
 from isthmus.model.cut import Part
+from isthmus.model.refusals import CACHE_REFUSALS, refusing
 from isthmus.model.transcript import Transcript
 from isthmus.privacy.subjects import Subjects
 
@@ -34,6 +36,7 @@ class TrunkSession(Protocol):
         """Free the trunk's memory."""
 
 
+@refusing(CACHE_REFUSALS)
 class SplitCache(Cache):
     """The KV cache of a generation: the layers of bottom and top, and the session that holds the trunk's layers.
 
@@ -46,6 +49,8 @@ class SplitCache(Cache):
         self.session = session
         self.transcript: Transcript | None = None
         """The hidden states exchanged with the trunk; None until ``start_transcript``."""
+        self.real_BP: torch.Tensor | None = None
+        """True where a position of bottom's cache holds a real token, false for padding; None while it is empty."""
         self._crossed_BL: torch.Tensor | None = None
         """True where a position of top's cache crossed; None if all did."""
         super().__init__(layers=self._new_layers())
@@ -63,7 +68,7 @@ class SplitCache(Cache):
     def restart(self, session: TrunkSession) -> None:
         """Drop all positions of all parts and go on with this new session; the old one is closed."""
         self.session.close()
-        self.session, self.layers, self._crossed_BL = session, self._new_layers(), None
+        self.session, self.layers, self._crossed_BL, self.real_BP = session, self._new_layers(), None, None
         if self._recording:
             super().activate_past_recording()
         if self.transcript is not None:
@@ -105,6 +110,8 @@ class SplitCache(Cache):
             self.session.crop(abs(tokens_to_remove))
             if self._crossed_BL is not None:
                 self._crossed_BL = self._crossed_BL[:, : -abs(tokens_to_remove)]
+            if self.real_BP is not None:
+                self.real_BP = self.real_BP[:, : -abs(tokens_to_remove)]
             if self.transcript is not None:
                 self.transcript.crop(abs(tokens_to_remove))
 
@@ -130,5 +137,30 @@ class SplitCache(Cache):
         self.session.select(rows)
         if self._crossed_BL is not None:
             self._crossed_BL = self._crossed_BL[rows]
+        if self.real_BP is not None:
+            self.real_BP = self.real_BP[rows]
         if self.transcript is not None:
             self.transcript.select(rows)
+
+
+def without_gradient(g_TD: torch.Tensor) -> torch.Tensor:
+    """The trunk's answer to a pass with a cache: a backward through it raises ``NotSupportedError``."""
+    if not torch.is_grad_enabled():
+        return g_TD
+    answer: torch.Tensor = _CachedAnswer.apply(g_TD, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+    return answer
+
+
+class _CachedAnswer(torch.autograd.Function):
+    """Returns its first argument. The trunk keeps no graph of a session, so that there is no gradient to ask it for."""
+
+    @staticmethod
+    def forward(ctx: Any, g_TD: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return g_TD.view_as(g_TD)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        raise NotSupportedError(
+            "a pass with a cache has no gradient: the trunk keeps the cache, and not the graph",
+            remedy="pass use_cache=False in training",
+        )

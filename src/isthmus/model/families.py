@@ -26,6 +26,8 @@ class Family:
     """Where the uncut model keeps the backbone, if not at ``backbone``: the text part of a multimodal model."""
     unused: str = ""
     """A setting of the text part that the multimodal model does not follow; empty: there is none."""
+    keeps_apart: bool = True
+    """Whether the uncut model keeps sequences of one row apart by positions that restart (a packed batch)."""
 
     def block_prefix(self) -> str:
         """The prefix of a block's tensor names in a part, up to the block's index."""
@@ -53,7 +55,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family(uncut_backbone="model.language_model", unused="final_logit_softcapping"),
     "gemma3_text": Family(),
     "glm4": Family(),
-    "gpt_oss": Family(),
+    "gpt_oss": Family(keeps_apart=False),
     "granite": Family(input_scale="embedding_multiplier"),
     "llama": Family(),
     "ministral": Family(),

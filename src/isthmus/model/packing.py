@@ -9,17 +9,27 @@ import torch
 
 
 class Packing:
-    """The ``[B, L]`` positions of a padded batch that hold real tokens.
+    """The ``[B, L]`` positions of a padded batch that hold real tokens, and the sequences that they make up.
 
     Args:
         real_BL: bool, true for real tokens.
+        starts_BL: bool, true for the first token of each sequence, in a batch without padding of which a row may hold
+            several sequences; None: each row is one.
     """
 
-    def __init__(self, real_BL: torch.Tensor) -> None:
+    def __init__(self, real_BL: torch.Tensor, starts_BL: torch.Tensor | None = None) -> None:
         self.real_BL = real_BL
-        self.lengths: list[int] = real_BL.sum(dim=1).tolist()
+        self._starts_BL = starts_BL
+        self.lengths: list[int] = real_BL.sum(dim=1).tolist() if starts_BL is None else _lengths(starts_BL)
+        """Number of real tokens of each sequence."""
         self.full = sum(self.lengths) == real_BL.numel()
         """Whether there is no padding."""
+
+    def starts(self) -> torch.Tensor:
+        """Mask of the first token of each sequence, ``[B, L]`` bool."""
+        if self._starts_BL is None:
+            return self.real_BL & (self.real_BL.cumsum(dim=1) == 1)
+        return self._starts_BL
 
     @classmethod
     def of_lengths(cls, lengths: list[int], device: torch.device, *, pad_left: bool) -> Packing:
@@ -30,7 +40,9 @@ class Packing:
         return cls(place >= longest - size if pad_left else place < size)
 
     def rows(self, ids_BL: torch.Tensor) -> list[list[int]]:
-        """The ids of each row's real tokens."""
+        """The ids of each sequence's real tokens."""
+        if self._starts_BL is not None:
+            return [piece.tolist() for piece in torch.split(ids_BL.flatten(), self.lengths)]
         if self.full:
             return ids_BL.tolist()
         return [ids_L[real_L].tolist() for ids_L, real_L in zip(ids_BL, self.real_BL, strict=True)]
@@ -46,6 +58,13 @@ class Packing:
             return h_TD.view(rows, length, -1)
         h_BLD = h_TD.new_zeros(rows, length, h_TD.shape[1]) if others_BLD is None else others_BLD
         return h_BLD.masked_scatter(self.real_BL.unsqueeze(-1), h_TD)
+
+
+def _lengths(starts_BL: torch.Tensor) -> list[int]:
+    """Number of tokens from each start to the next; each row begins with a start."""
+    begins = starts_BL.flatten().nonzero().flatten()
+    lengths: list[int] = begins.diff(append=begins.new_tensor([starts_BL.numel()])).tolist()
+    return lengths
 
 
 class Padding:

@@ -8,25 +8,40 @@ Shapes: B rows, L new positions, T positions that cross, D the model's width, W 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from isthmus.errors import DataError, ModelError, NotSupportedError
 from isthmus.model import adapters
 from isthmus.model.adapter_methods import AdapterMethods
+from isthmus.model.arguments import (
+    PACKED,
+    Places,
+    check_cache,
+    check_dropout,
+    check_generation,
+    check_labels,
+    check_packed_arguments,
+    check_tokens,
+    find_places,
+    take_arguments,
+)
 from isthmus.model.backbone import SplitBackbone
 from isthmus.model.bottleneck import Bottleneck
-from isthmus.model.cache import SplitCache, TrunkSession
+from isthmus.model.cache import SplitCache, TrunkSession, without_gradient
 from isthmus.model.candidates import BoundedCandidates
 from isthmus.model.crossing import FreshExample, Outbound, crossing_positions, prediction_targets, up_to_last_crossing
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
+from isthmus.model.refusals import CLASS_REFUSALS, DTYPE, REFUSALS, refuse, refusing
 from isthmus.model.rope import by_length, given_lengths, recomputed_after
 from isthmus.privacy.subjects import Subjects
 
@@ -138,11 +153,12 @@ class Drafting(Protocol):
         ...
 
 
+@refusing(REFUSALS, CLASS_REFUSALS)
 class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
     """A causal language model whose middle blocks run in the trunk.
 
     ``forward``, ``generate`` (greedy, sampling, beams, assisted), ``Trainer`` and ``pipeline`` work as on the
-    uncut model. Positions are computed from the attention mask; 4-D masks and custom ``position_ids`` do not cross.
+    uncut model. ``docs/features/transformers.md`` lists every argument and method, with what is refused by name.
 
     Args:
         boundary: the silo's exit for tensors; None: nothing leaves the silo (a draft), so records and clipping are
@@ -158,6 +174,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
     config_class = PreTrainedConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -222,6 +239,8 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         """An empty KV cache with a session on the trunk; the first forward opens the session there."""
         return SplitCache(self.bottom, self.trunk.open_session(), self.top)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -236,23 +255,29 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss if there are labels, like the uncut model's forward.
 
+        ``docs/features/transformers.md`` lists every argument.
+
         Args:
             input_ids: ``[B, L]``.
             attention_mask: ``[B, past + L]``, 1 for real tokens; None: all are real.
+            position_ids: ``[B, L]``; those that restart at 0 within a row make several sequences of it.
             use_cache: by default true without labels and with gradients disabled.
             logits_to_keep: as in transformers; ``labels`` must cover the same positions.
 
         Raises:
-            DataError: the mask's shape does not fit, or a row has no token.
+            DataError: ids, labels or mask have a wrong shape or dtype, or a row has no token.
+            NotSupportedError: an argument, a mask or positions that the split model does not compute with.
         """
-        if use_cache is None:
-            use_cache = bool(self.config.use_cache) and labels is None and not torch.is_grad_enabled()
-        cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
-        head = {"labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
-        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        loss, packed = take_arguments(kwargs, self.config)
+        new = check_tokens(input_ids, inputs_embeds, self.get_input_embeddings())
+        check_labels(labels, loss.get("shift_labels"), new, logits_to_keep, self.config.vocab_size)
+        head = {"labels": labels, "logits_to_keep": logits_to_keep, **loss}
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, **packed}
+        cache = self._cache(past_key_values, inputs, wanted=labels is None)
         outbound = self.outbound(input_ids, inputs, head, inputs_embeds=inputs_embeds, cache=cache)
         return self.inbound(outbound, self.trunk(outbound), head)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def last_hidden(
         self,
         input_ids: torch.Tensor | None = None,
@@ -266,22 +291,25 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         """The hidden states that the head reads, ``[B, L, D]``, as ``base_model`` of the uncut model gives them.
 
         Args:
-            input_ids, attention_mask, use_cache: as in ``forward``.
+            input_ids, attention_mask, position_ids, use_cache: as in ``forward``.
 
         Raises:
             DataError: as in ``forward``.
-            NotSupportedError: not all positions have hidden states (``boundary.tail``), or a loss that is computed from
-                them misses what the model adds to its own (``boundary.defence``, an adapter of the head).
+            NotSupportedError: as in ``forward``; or not all positions have hidden states (``boundary.tail``), or a loss
+                that is computed from them misses what the model adds to its own (``boundary.defence``, an adapter of
+                the head).
         """
         self._check_headless()
-        if use_cache is None:
-            use_cache = bool(self.config.use_cache) and not torch.is_grad_enabled()
-        cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
-        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        loss, packed = take_arguments(kwargs, self.config)
+        if loss:
+            raise NotSupportedError("base_model computes no loss", remedy=f"leave {', '.join(loss)} out")
+        check_tokens(input_ids, inputs_embeds, self.get_input_embeddings())
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, **packed}
+        cache = self._cache(past_key_values, inputs, wanted=True)
         outbound = self.outbound(input_ids, inputs, {}, inputs_embeds=inputs_embeds, cache=cache)
         g_BLD, inputs = self._received(outbound, self.trunk(outbound), {})
         past = None if cache is None else cache.top
-        h_BLD = self.top.hidden(inputs_embeds=g_BLD, past_key_values=past, **inputs, **kwargs)
+        h_BLD = self.top.hidden(inputs_embeds=g_BLD, past_key_values=past, **inputs)
         return BaseModelOutputWithPast(last_hidden_state=h_BLD, past_key_values=cache)
 
     def outbound(
@@ -298,41 +326,38 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: ``[B, L]``; None if ``inputs_embeds`` ``[B, L, D]`` are given.
-            inputs: ``attention_mask``, ``position_ids`` and ``use_cache`` as in ``forward``.
+            inputs: ``attention_mask``, ``position_ids`` and ``use_cache`` as in ``forward``, and ``arguments.PACKED``.
             head: ``labels``, ``shift_labels`` and ``logits_to_keep`` as in ``forward``.
             share: the batch's share of the step's supervised tokens; the factor of the guard's gradient.
 
         Raises:
             DataError: the mask's shape does not fit, or a row has no token.
+            NotSupportedError: mask or positions break the rule of ``model.arguments``.
             ModelError: bottom trains, but each example is released once.
         """
         new = input_ids if inputs_embeds is None else inputs_embeds
         assert new is not None
-        crosses_BL = real_BL = _real(inputs.get("attention_mask"), new)
-        labels, targets, keep = head.get("labels"), head.get("shift_labels"), head.get("logits_to_keep", 0)
-        if self.tail is not None and not (cache is not None and cache.get_seq_length()):
-            scored = keep if isinstance(keep, int) and keep else 1
-            crosses_BL = crossing_positions(real_BL, self.tail, labels, targets, scored=scored)
-        packing = Packing(crosses_BL)
-        if 0 in packing.lengths:
-            raise DataError("a row holds only padding", remedy="remove rows without a token")
-        rows = None
-        if input_ids is not None:
-            known = packing if crosses_BL is real_BL else Packing(up_to_last_crossing(real_BL, crosses_BL))
-            rows = known.rows(input_ids)
+        places, packing, read = self._places(new, inputs, head, cache)
+        rows = None if input_ids is None else read.rows(input_ids)
+        inputs = {**places.inputs(), "use_cache": cache is not None}
         if cache is None and rows is not None and self.boundary is not None and self.boundary.released is not None:
             return self._released_once(rows, packing, input_ids, inputs)
         h_BLD = self._through_bottom(cache, input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
         subjects = None
         if cache is not None:
+            cache.real_BP = places.real_BP
             subjects = cache.session.subjects(rows, packing.lengths)
         elif self.boundary is not None:
             subjects = self.boundary.records.subjects(rows, packing.lengths)
-        if self.guard is not None and rows is not None and torch.is_grad_enabled():
-            targets_BL = prediction_targets(real_BL, labels, targets)
-            if targets_BL is not None:
-                assert subjects is not None
-                h_BLD = self.guard(h_BLD, packing, rows, targets_BL[crosses_BL], subjects, share)
+        if self.guard is not None and torch.is_grad_enabled():
+            targets_BL = prediction_targets(packing.real_BL, head.get("labels"), head.get("shift_labels"))
+            if targets_BL is None or rows is None:
+                raise NotSupportedError(
+                    "boundary.defence trains with input_ids and labels, and got none",
+                    remedy="pass both, or compute under torch.no_grad()",
+                )
+            assert subjects is not None
+            h_BLD = self.guard(h_BLD, packing, rows, targets_BL[packing.real_BL], subjects, share)
         h_TW = self._narrowed(packing.pack(h_BLD), subjects)
         return Outbound(packing.lengths, h_TW, subjects, cache=cache, packing=packing, h_BLD=h_BLD, inputs=inputs)
 
@@ -346,7 +371,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         """
         g_BLD, inputs = self._received(outbound, reply, head)
         past = None if outbound.cache is None else outbound.cache.top
-        output = self.top.model(inputs_embeds=g_BLD, past_key_values=past, **inputs, **head)
+        output = self.top.model(inputs_embeds=g_BLD, past_key_values=past, return_dict=True, **inputs, **head)
         if outbound.cache is not None:
             outbound.cache.drafted = False
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=outbound.cache)
@@ -357,6 +382,75 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         lora = adapters.lora_of(self.ends)
         if lora is not None:
             adapters.write_adapter(Path(save_directory), tensors, lora, self.config._name_or_path, whole=False)
+
+    def _cache(self, given: Any, inputs: dict[str, Any], *, wanted: bool) -> SplitCache | None:
+        """The cache that a forward fills: the caller's, a new one, or None.
+
+        Args:
+            inputs: as in ``outbound``; its ``use_cache`` becomes what the uncut model would take.
+            wanted: whether a caller that does not say so may want one. A session on the trunk costs memory there, so
+                there is none for a loss or with gradients.
+        """
+        cache, asked = check_cache(given), inputs["use_cache"]
+        inputs["use_cache"] = bool(self.config.use_cache if asked is None else asked) or cache is not None
+        if cache is None and inputs["use_cache"] and (asked or (wanted and not torch.is_grad_enabled())):
+            return self.new_cache()
+        return cache
+
+    def _places(
+        self, new: torch.Tensor, inputs: dict[str, Any], head: dict[str, Any], cache: SplitCache | None
+    ) -> tuple[Places, Packing, Packing]:
+        """Where the new tokens are; the packing of those that cross; and that of each row's up to the last of them.
+
+        Arguments are those of ``outbound``.
+        """
+        places = find_places(
+            new,
+            inputs.get("attention_mask"),
+            inputs.get("position_ids"),
+            past_BP=None if cache is None else cache.real_BP,
+            cached=bool(inputs.get("use_cache")) or cache is not None,
+            keeps_apart=self.bottom.family.keeps_apart,
+        )
+        crosses_BL = real_BL = places.real_of(new.shape[1])
+        if places.starts_BL is not None:
+            self._check_packed()
+        labels, keep = head.get("labels"), head.get("logits_to_keep", 0)
+        if self.tail is not None and not (cache is not None and cache.get_seq_length()):
+            targets = head.get("shift_labels")
+            scored = keep if isinstance(keep, int) and keep else 1
+            crosses_BL = crossing_positions(real_BL, self.tail, labels, targets, scored=scored)
+            if (labels is None and targets is None) or isinstance(keep, torch.Tensor):
+                self._check_scored(real_BL, crosses_BL, keep)
+        packing = Packing(crosses_BL, places.starts_BL)
+        if 0 in packing.lengths:
+            raise DataError("a row holds only padding", remedy="remove rows without a token")
+        check_packed_arguments({name: inputs[name] for name in PACKED if name in inputs}, packing)
+        if crosses_BL is real_BL:
+            return places, packing, packing
+        return places, packing, Packing(up_to_last_crossing(real_BL, crosses_BL))
+
+    def _check_packed(self) -> None:
+        """Refuse several sequences in a row with options that are defined for one."""
+        options = {"boundary.tail": self.tail is not None, "sensitivity.attention": self.shield is not None}
+        for option in (name for name, on in options.items() if on):
+            raise NotSupportedError(
+                f"position_ids restart within a row, and {option} is defined for one sequence a row",
+                remedy="give each sequence a row of its own: no packing, no padding_free",
+            )
+
+    def _check_scored(self, real_BL: torch.Tensor, crosses_BL: torch.Tensor, keep: int | torch.Tensor) -> None:
+        """Refuse logits of a prompt's positions that do not cross.
+
+        Args:
+            keep: number of last positions that logits are computed of; 0: all.
+        """
+        missing_BL = real_BL & ~crosses_BL
+        if isinstance(keep, torch.Tensor) or (not self.residual and bool(missing_BL[:, -keep:].any())):
+            raise NotSupportedError(
+                f"only the last {self.tail} positions of a prompt cross (boundary.tail), and logits of more are due",
+                remedy="pass labels, or the number of last positions as logits_to_keep (generate: 1)",
+            )
 
     def _check_headless(self) -> None:
         """Refuse hidden states without the head where a caller's own loss would not be the model's."""
@@ -375,6 +469,8 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         packing, cache, h_BLD = outbound.packing, outbound.cache, outbound.h_BLD
         assert packing is not None
         g_TD = reply.g_TD
+        if cache is not None and any(parameter.requires_grad for parameter in self.parameters()):
+            g_TD = without_gradient(g_TD)
         if self._bottleneck is not None:
             h_TD = None if h_BLD is None else packing.pack(h_BLD)
             g_TD = self._bottleneck.join(h_TD, g_TD, reply.noise_TW)
@@ -484,6 +580,36 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         positions_BL = (crossed_BL.cumsum(dim=1) - 1).clamp_min(0)[:, -g_BLD.shape[1] :]
         return g_BLD, {**inputs, "attention_mask": crossed_BL.long(), "position_ids": positions_BL}
 
+    def train(self, mode: bool = True) -> Self:
+        """As of any module.
+
+        Raises:
+            NotSupportedError: the model's configuration has dropout, which the trunk does not compute.
+        """
+        if mode:
+            check_dropout(self.config)
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Moves the silo's parts to a device (``to``, ``cuda``, ``cpu``).
+
+        Raises:
+            NotSupportedError: it would change a dtype (``half``, ``to(dtype)``).
+        """
+        for tensor in (*self.parameters(), *self.buffers()):
+            if fn(tensor.new_empty(0)).dtype is not tensor.dtype:
+                refuse(f"a change of {tensor.dtype}", DTYPE)
+        super()._apply(fn, recurse)
+        return self
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        check_generation(prepared)
+        return prepared, model_kwargs
+
     def _get_candidate_generator(self, **settings: Any) -> Any:
         assistant, known = settings.get("assistant_model"), settings["model_kwargs"]
         cache, mask_BP = known["past_key_values"], known.get("attention_mask")
@@ -526,6 +652,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        generation_config.cache_implementation = None  # "dynamic", of which there is one form
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -74,3 +74,17 @@ def test_padding_fills_a_row_up_with_its_own_last_token(lengths: list[int], seed
         assert torch.equal(row_ND, torch.cat([own_ND, own_ND[-1:].expand(rest, 3)]))
     assert torch.equal(padding.unpad(h_BND, dim=0), h_TD)
     assert torch.equal(padding.unpad(padding.pad(h_TD.T, dim=1), dim=1), h_TD.T)
+
+
+def test_a_row_of_several_sequences_packs_to_each_of_them() -> None:
+    starts = torch.tensor([[1, 0, 0, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    packing = Packing(torch.ones(2, 5, dtype=torch.bool), starts)
+    assert packing.lengths == [3, 1, 1, 1, 4]
+    assert packing.full
+    assert packing.rows(torch.arange(10).view(2, 5)) == [[0, 1, 2], [3], [4], [5], [6, 7, 8, 9]]
+    assert torch.equal(packing.starts(), starts)
+
+
+def test_a_padded_row_starts_at_its_first_token() -> None:
+    packing = Packing(torch.tensor([[0, 1, 1], [1, 1, 0]]).bool())
+    assert packing.starts().tolist() == [[False, True, False], [True, False, False]]

@@ -56,7 +56,7 @@ def test_it_answers_as_the_uncut_model_and_padding_does_not_cross(folder: Path, 
 def test_with_a_tail_only_the_last_positions_cross(folder: Path, split: Split) -> None:
     model = model_of(folder, split, boundary={"tail": 1})
     seen = crossed(model)
-    model(input_ids=IDS, attention_mask=MASK, use_cache=False)
+    model(input_ids=IDS, attention_mask=MASK, use_cache=False, logits_to_keep=1)
     assert seen[0].lengths == [1, 1]
 
 
@@ -72,9 +72,7 @@ def test_what_is_saved_is_the_ends_adapters(folder: Path, split: Split, tmp_path
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "mask", [torch.ones(2, 3), torch.ones(1, 4), torch.ones(2, 1, 4, 4)], ids=["short", "few", "4-D"]
-)
+@pytest.mark.parametrize("mask", [torch.ones(2, 3), torch.ones(1, 4)], ids=["short", "few"])
 def test_a_mask_that_does_not_fit_is_refused(folder: Path, split: Split, mask: torch.Tensor) -> None:
     with pytest.raises(DataError, match="attention mask"):
         model_of(folder, split)(input_ids=IDS, attention_mask=mask)
