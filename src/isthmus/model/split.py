@@ -270,7 +270,9 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         """
         loss, packed = take_arguments(kwargs, self.config)
         new = check_tokens(input_ids, inputs_embeds, self.get_input_embeddings())
-        check_labels(labels, loss.get("shift_labels"), new, logits_to_keep, self.config.vocab_size)
+        check_labels(
+            labels, loss.get("shift_labels"), new, logits_to_keep, self.top.config.get_text_config().vocab_size
+        )
         head = {"labels": labels, "logits_to_keep": logits_to_keep, **loss}
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, **packed}
         cache = self._cache(past_key_values, inputs, wanted=labels is None)
@@ -392,7 +394,9 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
                 there is none for a loss or with gradients.
         """
         cache, asked = check_cache(given), inputs["use_cache"]
-        inputs["use_cache"] = bool(self.config.use_cache if asked is None else asked) or cache is not None
+        inputs["use_cache"] = (
+            bool(getattr(self.config, "use_cache", True) if asked is None else asked) or cache is not None
+        )
         if cache is None and inputs["use_cache"] and (asked or (wanted and not torch.is_grad_enabled())):
             return self.new_cache()
         return cache
