@@ -660,6 +660,11 @@ METHODS = [
     method_row(
         "get_memory_footprint", "called", lambda m: m.get_memory_footprint(), OWN, "of bottom, top and their adapters"
     ),
+    method_row("active_adapters", "called", lambda m: m.active_adapters(), OWN, "the one adapter"),
+    method_row("enable_adapters", "called", lambda m: m.enable_adapters(), OWN, "the adapter is always enabled"),
+    method_row(
+        "get_adapter_state_dict", "called", lambda m: sorted(m.get_adapter_state_dict()), OWN, "of bottom and top"
+    ),
     method_row("state_dict", "called", lambda m: sorted(m.state_dict()), OWN, "of bottom, top and their adapters"),
     method_row("copy.deepcopy", "", copy.deepcopy, REFUSED),
     method_row("copy.copy", "", copy.copy, REFUSED),
@@ -688,11 +693,9 @@ METHODS = [
             ("push_to_hub", "x/y"),
             ("add_adapter", None),
             ("set_adapter", "x"),
-            ("enable_adapters",),
             ("disable_adapters",),
             ("delete_adapter", "x"),
             ("enable_peft_hotswap",),
-            ("get_adapter_state_dict",),
             ("set_use_kernels", True),
             ("set_experts_implementation", "x"),
             ("from_pretrained", "x"),

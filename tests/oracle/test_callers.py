@@ -94,7 +94,7 @@ INTERNAL = {
     "tp_size", "use_kernels",
 }  # fmt: skip
 """What transformers itself calls or reads, or what concerns other rows (a method of ``generate``, a class's name)."""
-ELSEWHERE = {"active_adapters", "load_adapter", "save_pretrained", "generate"}
+ELSEWHERE = {"load_adapter", "save_pretrained", "generate"}
 """What has tests of its own."""
 TOGETHER = {
     "activation_checkpointing_disable", "gradient_checkpointing_disable", "is_activation_checkpointing",

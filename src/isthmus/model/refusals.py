@@ -49,10 +49,6 @@ _HUB = Refusal(
     "a silo's adapters are those of bottom and top alone; without the trunk's they are another model",
     "isthmus export RUN writes a whole PEFT adapter; upload that folder",
 )
-_ADAPTER = Refusal(
-    "adapters lie in all parts, and the trunk's is not the silo's to add, change or switch",
-    "name the adapter in the recipe's [lora]; isthmus.open(run) has the trained one",
-)
 _KERNELS = Refusal("the trunk chooses its own kernels", "leave them as they are")
 _INITIAL = Refusal("the weights are those of model.path", "give model.path the folder of another model")
 
@@ -78,13 +74,6 @@ REFUSALS: dict[str, Refusal] = {
     "prepare_distribute_model": _SHARDED,
     "maybe_distribute_model": _SHARDED,
     "push_to_hub": _HUB,
-    "add_adapter": _ADAPTER,
-    "set_adapter": _ADAPTER,
-    "enable_adapters": _ADAPTER,
-    "disable_adapters": _ADAPTER,
-    "delete_adapter": _ADAPTER,
-    "enable_peft_hotswap": _ADAPTER,
-    "get_adapter_state_dict": _ADAPTER,
     "set_use_kernels": _KERNELS,
     "set_experts_implementation": _KERNELS,
 }
