@@ -630,6 +630,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         next_sequence_length: int | None = None,
         past_key_values: Any = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of the next forward, as in transformers.
@@ -641,7 +642,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
             past_key_values.restart(self.trunk.open_session())
             next_sequence_length = None
         return super().prepare_inputs_for_generation(  # type: ignore[no-any-return]
-            input_ids, next_sequence_length, past_key_values, attention_mask, **kwargs
+            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
         )
 
     def _drops(self, cache: SplitCache, ids_BP: torch.Tensor, mask_BP: torch.Tensor | None) -> bool:
