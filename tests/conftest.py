@@ -12,8 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.masking_utils import causal_mask_function
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from isthmus.demo.assets import MODEL_COMMAND, smollm2
@@ -54,11 +61,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+MULTIMODAL = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mistral3": "ministral3"}
+"""Families of multimodal models, and that of their text part."""
+
+
 def tiny_config(family: str, blocks: int = BLOCKS) -> Any:
     """A configuration of this family with 32 wide blocks, in which all that its blocks differ in appears: sliding
     windows of 16, mixtures of experts beside dense blocks, blocks without positions, factors that are not 1."""
-    if family == "gemma3":
-        text = tiny_config("gemma3_text", blocks)
+    if family in MULTIMODAL:
+        text = tiny_config(MULTIMODAL[family], blocks)
         text.initializer_range = 0.3
         vision = {
             "hidden_size": 16,
@@ -120,6 +131,15 @@ def family_settings(family: str, blocks: int) -> dict[str, Any]:
             "logits_scaling": 2.0,
             "residual_multiplier": 0.5,
         },
+        "llama4_text": {
+            "attention_chunk_size": 16,
+            "floor_scale": 128,
+            "intermediate_size_mlp": 24,
+            "moe_layers": [1, 3],
+            "no_rope_layers": [int(block % 3 != 2) for block in range(blocks)],
+            "num_experts_per_tok": 1,
+            "num_local_experts": 4,
+        },
         "ministral": window | mixed,
         "ministral3": {
             "rope_parameters": {
@@ -151,7 +171,8 @@ def save_tiny_model(family: str, folder: Path, *, blocks: int = BLOCKS, seed: in
     torch.manual_seed(seed)
     settings = tiny_config(family, blocks)
     settings.update(config)
-    AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    causal = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(settings).save_pretrained(folder)
     save_tiny_tokenizer(folder)
     return folder
 
@@ -171,7 +192,9 @@ def save_tiny_tokenizer(folder: Path) -> None:
 
 def uncut(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The whole model of a folder."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    causal = AutoConfig.from_pretrained(folder).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    return auto.from_pretrained(folder, dtype=dtype).eval()
 
 
 def targets_of(family: str) -> list[str]:

@@ -14,20 +14,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
 from isthmus.model.families import FAMILIES as ROWS
 from isthmus.recipe import LoraSection
+from isthmus.silo.join import join
+from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.adapter import full_adapter
 from isthmus.trunk.runner import Runner
-from tests.conftest import targets_of
+from isthmus.trunk.service import TrunkService
+from tests.conftest import MULTIMODAL, make_recipe, targets_of, uncut
 from tests.oracle.conftest import BuildTwins, Models
-from tests.oracle.twins import CUTS, FAMILIES, Tensors, Twins, assert_same, distance, lora_of, prompts, ragged, random_b
+from tests.oracle.twins import (
+    CUTS,
+    FAMILIES,
+    Tensors,
+    Twins,
+    assert_same,
+    distance,
+    loopback,
+    lora_of,
+    prompts,
+    ragged,
+    random_b,
+)
 
-MULTIMODAL = ("gemma3",)
-"""Families whose text part alone is split; their adapters have other names."""
 OTHERS = [name for name in ROWS if name not in FAMILIES and name not in MULTIMODAL]
 ANSWER = 24
 """Tokens of an answer: more than the sliding windows' 16."""
@@ -138,3 +152,45 @@ def gradients(runner: Runner, h_TD: torch.Tensor, lengths: list[list[int]], leav
     found = iter(torch.autograd.grad(output_TD, wanted, torch.ones_like(output_TD)))
     rows = torch.split(output_TD.detach(), sizes)
     return [{"output": own, **{name: next(found) for name in one}} for own, one in zip(rows, leaves, strict=True)]
+
+
+@torch.no_grad()
+def test_positions_that_attention_counts_from_the_cache_are_each_sequences_own(models: Models) -> None:
+    """llama4 scales its queries by a position that it counts from the cache: in a shared pass and in pieces, too."""
+    folder = models("llama4_text", floor_scale=8)
+    runner, plain = trunk_of(folder, "llama4_text"), trunk_of(folder, "llama4_text")
+    plain.part.config._attn_implementation = "sdpa"
+    h_TD = hidden(43)
+    alone = torch.cat([plain.part.hidden(inputs_embeds=h_ND[None])[0] for h_ND in torch.split(h_TD, [3, 40])])
+    assert distance(runner.full_pass(h_TD, [3, 40]), alone) <= ROUNDING
+    caches = [runner.new_cache(), runner.new_cache()]
+    first = runner.cached_pass(torch.cat([h_TD[:2], h_TD[3:20]]), [2, 17], caches)
+    then = runner.cached_pass(torch.cat([h_TD[2:3], h_TD[20:]]), [1, 23], caches)
+    pieces = torch.cat([first[:2], then[:1], first[2:], then[1:]])
+    assert distance(pieces, alone) <= ROUNDING
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, of transformers
+@torch.no_grad()
+def test_the_text_part_of_a_multimodal_model(family: str, models: Models, tmp_path: Path) -> None:
+    """Logits and greedy tokens of the whole model without images; then with the exported adapter, read by peft."""
+    folder = models(family)
+    recipe = make_recipe(folder, lora={"targets": ["q_proj", "v_proj"]}, **CHUNK)
+    service = TrunkService(recipe, RoleDirectory(tmp_path / "trunk"))
+    split = join(recipe, "a", channel=loopback(service, "a", recipe)).model
+    parts = split.bottom, service._runner.part, split.top
+    for tensors in (None, random_b({n: one for part in parts for n, one in adapters.adapter_of(part).items()})):
+        whole = uncut(folder)
+        if tensors is not None:
+            for part in parts:
+                adapters.load_adapter(part, tensors)
+            everything = {name: one for part in parts for name, one in adapters.adapter_of(part).items()}
+            adapters.write_adapter(tmp_path / "out", everything, recipe.lora, str(folder))
+            whole = PeftModel.from_pretrained(whole, str(tmp_path / "out")).eval()
+        batch = ragged("left")
+        real = batch.pop("attention_mask"), batch.pop("labels")
+        logits = [model(**batch, attention_mask=real[0]).logits[real[0].bool()] for model in (split, whole)]
+        assert distance(*logits) <= ROUNDING
+        assert torch.equal(generate(split), generate(whole))
+    service.stop()

@@ -53,7 +53,7 @@ class ZeroTrunk:
 
     def __init__(self, recipe: Recipe) -> None:
         self._codec = recipe.boundary.codec.forward_down
-        self._width: int = Checkpoint(recipe.model.path).config.hidden_size
+        self._width: int = Checkpoint(recipe.model.path).config.get_text_config().hidden_size
 
     def handle(self, peer: str, request: Message) -> Answer:
         """Answer a request of ``wire.channel.Service``."""

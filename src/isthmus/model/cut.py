@@ -120,7 +120,7 @@ def load_part(
     part = empty_part(checkpoint.config, cut, name)
     _warn_of_dropout(checkpoint.config)
     stored = StoredTensors(checkpoint, uncut_shapes(checkpoint.config))
-    embedding, head = _ends_of(checkpoint, stored, part, dtype)
+    embedding, head = _ends_of(stored, part, dtype)
     ends = {_embedding_name(part.family): embedding, f"{part.family.head}.weight": head}
     sources = {own: ends.get(own, part.uncut_name(own)) for own in part.model.state_dict()}
     check_leftovers(checkpoint, stored, part, {*sources.values(), *map(part.uncut_name, ends)})
@@ -239,14 +239,14 @@ def _embedding_name(family: Family) -> str:
     return f"{family.backbone}.{family.embedding}.weight"
 
 
-def _ends_of(checkpoint: Checkpoint, stored: StoredTensors, part: Part, dtype: torch.dtype) -> tuple[str, str]:
+def _ends_of(stored: StoredTensors, part: Part, dtype: torch.dtype) -> tuple[str, str]:
     """The uncut model's names of the tensors that are embedding and head, one name if they are tied.
 
     As transformers: where the configuration ties them but both are stored and differ, they stay apart; where one alone
     is stored, it is both. No part but top reads them to find out.
     """
     embedding, head = part.uncut_name(_embedding_name(part.family)), f"{part.family.head}.weight"
-    if not checkpoint.config.tie_word_embeddings:
+    if not stored.tied:
         return embedding, head
     both = [name for name in (embedding, head) if name in stored]
     if len(both) == 2 and part.name == "top":

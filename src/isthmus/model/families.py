@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from isthmus.errors import ModelError
 
@@ -28,6 +29,8 @@ class Family:
     """A setting of the text part that the multimodal model does not follow; empty: there is none."""
     keeps_apart: bool = True
     """Whether the uncut model keeps sequences of one row apart by positions that restart (a packed batch)."""
+    counts_past: bool = False
+    """Whether attention counts a token's position from the cache's length instead of ``position_ids``."""
 
     def block_prefix(self) -> str:
         """The prefix of a block's tensor names in a part, up to the block's index."""
@@ -58,9 +61,12 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(keeps_apart=False),
     "granite": Family(input_scale="embedding_multiplier"),
     "llama": Family(),
+    "llama4": Family(counts_past=True),
+    "llama4_text": Family(counts_past=True),
     "ministral": Family(),
     "ministral3": Family(),
     "mistral": Family(),
+    "mistral3": Family(uncut_backbone="model.language_model"),
     "mixtral": Family(),
     "olmo2": Family(),
     "olmo3": Family(),
@@ -88,12 +94,13 @@ def family_of(config: PreTrainedConfig) -> Family:
     Raises:
         ModelError: the family, or a setting in its configuration, is not supported.
     """
-    if config.model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ModelError(
-            f"models of type {config.model_type!r} are not supported", remedy=f"use a model of one of the types {known}"
-        )
     text = config.get_text_config()
+    for kind in (config.model_type, text.model_type):
+        if kind not in FAMILIES:
+            known = ", ".join(sorted(FAMILIES))
+            raise ModelError(
+                f"models of type {kind!r} are not supported", remedy=f"use a model of one of the types {known}"
+            )
     for setting, meaning in REFUSED.items():
         if getattr(text, setting, False):
             raise ModelError(
@@ -104,7 +111,12 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def uncut_shapes(config: PreTrainedConfig) -> PreTrainedModel:
-    """The uncut model on the ``meta`` device: all modules and shapes, no memory."""
+    """The uncut model on the ``meta`` device: all modules and shapes, no memory.
+
+    It is of transformers' class for causal language models; of the one for images and text where there is none.
+    """
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = auto.from_config(config)
     return model

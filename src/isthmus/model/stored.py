@@ -37,6 +37,11 @@ class StoredTensors:
         self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
         self._locate(checkpoint.weights)
 
+    @property
+    def tied(self) -> bool:
+        """Whether the configuration of the uncut model ties its head to its embedding."""
+        return bool(self._uncut.config.tie_word_embeddings)
+
     def sources(self, name: str) -> list[str]:
         """The stored tensors that this tensor of the uncut model is made of. A missing one is its own source."""
         if name in self._pieces:

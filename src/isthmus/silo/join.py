@@ -116,7 +116,9 @@ def build_model(
     bottom, top = ends
     section, bottleneck = recipe.boundary, Bottleneck.of(bottom, top)
     denoise = bottleneck is not None and bottleneck.denoises
-    width: int = checkpoint.config.hidden_size
+    config = copy.deepcopy(checkpoint.config.get_text_config())
+    config.name_or_path = checkpoint.config.name_or_path
+    width: int = config.hidden_size
     trunk = RemoteTrunk(channel, boundary, width, gradients=section.gradients, denoise=denoise)
     strength = recipe.sensitivity.attention if recipe.sensitivity else 0.0
     table_VE = bottom.family.embedding_of(bottom.model).get_parameter("weight")
@@ -124,7 +126,7 @@ def build_model(
     if section.defence is not None:
         guard = Guard(section.defence, boundary, bottleneck, table_VE, recipe.seed)
     model = SplitForCausalLM(
-        copy.deepcopy(checkpoint.config),
+        config,
         bottom,
         trunk,
         top,

@@ -101,6 +101,25 @@ class SequenceCache:
         return max(length, min(room, self._limit))
 
 
+class PastPositions:
+    """In place of a cache, for families whose attention asks it for the number of earlier positions.
+
+    Args:
+        position_1T: position of each token within its sequence.
+    """
+
+    def __init__(self, position_1T: torch.Tensor) -> None:
+        self._before_T = position_1T[0] - torch.arange(position_1T.shape[1], device=position_1T.device)
+
+    def get_seq_length(self, _: int = 0) -> torch.Tensor:
+        """The number that makes a token's index in the pass its position, ``[T]``."""
+        return self._before_T
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, _: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as they are: packed attention caches them."""
+        return key, value
+
+
 class PackedSequences:
     """The sequences of one packed pass.
 

@@ -15,7 +15,7 @@ from isthmus.model.cut import Part
 from isthmus.model.rope import by_length, context_length, given_lengths
 from isthmus.trunk.attention_kernels import kernel_for
 from isthmus.trunk.grouped_lora import Adapter, group_adapters
-from isthmus.trunk.packed_attention import AttendingRows, PackedSequences, SequenceCache, pack_attention
+from isthmus.trunk.packed_attention import AttendingRows, PackedSequences, PastPositions, SequenceCache, pack_attention
 from isthmus.trunk.paged_cache import PagedCache, PagePool
 from isthmus.trunk.token_passes import TokenPasses, recordable
 
@@ -115,7 +115,11 @@ class Runner:
     ) -> torch.Tensor:
         h_TD = self._widened(h_TW)
         h_1TD = self.part.hidden(
-            inputs_embeds=h_TD.unsqueeze(0), position_ids=positions_1T, use_cache=False, sequences=sequences
+            inputs_embeds=h_TD.unsqueeze(0),
+            position_ids=positions_1T,
+            past_key_values=PastPositions(positions_1T) if self.part.family.counts_past else None,
+            use_cache=False,
+            sequences=sequences,
         )
         return h_1TD.squeeze(0) - h_TD if self._residual else h_1TD.squeeze(0)
 
