@@ -14,18 +14,16 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.masking_utils import causal_mask_function
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from isthmus.demo.assets import MODEL_COMMAND, smollm2
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.crossing import Outbound
+from isthmus.model.families import uncut_class
 from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
@@ -171,8 +169,7 @@ def save_tiny_model(family: str, folder: Path, *, blocks: int = BLOCKS, seed: in
     torch.manual_seed(seed)
     settings = tiny_config(family, blocks)
     settings.update(config)
-    causal = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(settings).save_pretrained(folder)
+    uncut_class(settings).from_config(settings).save_pretrained(folder)
     save_tiny_tokenizer(folder)
     return folder
 
@@ -192,9 +189,7 @@ def save_tiny_tokenizer(folder: Path) -> None:
 
 def uncut(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The whole model of a folder."""
-    causal = AutoConfig.from_pretrained(folder).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-    return auto.from_pretrained(folder, dtype=dtype).eval()
+    return uncut_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).eval()
 
 
 def targets_of(family: str) -> list[str]:

@@ -243,6 +243,22 @@ def attack(
 
 
 @app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="A model folder, or a model id of the Hugging Face hub.")],
+    cut: Annotated[str | None, typer.Option(help="Blocks at bottom and top, as 2,3; a third each by default.")] = None,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of the longest row.")] = 64,
+) -> None:
+    """Compare a model of yours, split, with the uncut one: logits, greedy tokens, gradients."""
+    from isthmus.engines.check import check_model, parse_cut
+
+    result = check_model(model, None if cut is None else parse_cut(cut), length)
+    for line in (*result.comparisons, *filter(None, [result.note]), result.verdict):
+        typer.echo(line)
+    if not result.equal:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     run_dir: Annotated[Path, typer.Option("--run-dir", help="The run directory to create.")] = Path("runs/demo"),
     cache: Annotated[Path, typer.Option(help="Folder for the model and the data.")] = Path("build/demo"),

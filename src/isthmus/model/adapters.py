@@ -214,11 +214,12 @@ def write_adapter(
     Args:
         tensors: by uncut name.
         base_model: name or path that the adapter's configuration gives for the base model.
-        whole: whether the tensors are of all parts that have adapters; otherwise the folder names their layers one by
-            one, so that peft adds none elsewhere.
+        whole: whether the tensors are of all parts that have adapters; otherwise, and for the text part of a multimodal
+            model, the folder names their layers one by one, so that peft adds none elsewhere.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    named_by_layer = whole and not lora.freeze_bottom and not lora.all_linear
+    multimodal = any("language_model." in name for name in tensors)
+    named_by_layer = whole and not lora.freeze_bottom and not lora.all_linear and not multimodal
     config = _peft_config(lora, sorted(lora.targets) if named_by_layer else _adapted_layers(tensors))
     config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base_model, True
     config.save_pretrained(str(folder))

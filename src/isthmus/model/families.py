@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,13 +111,15 @@ def family_of(config: PreTrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
-def uncut_shapes(config: PreTrainedConfig) -> PreTrainedModel:
-    """The uncut model on the ``meta`` device: all modules and shapes, no memory.
-
-    It is of transformers' class for causal language models; of the one for images and text where there is none.
-    """
+def uncut_class(config: PreTrainedConfig) -> Any:
+    """Transformers' class of the uncut model: a causal language model, or where there is none one for images and
+    text."""
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+
+
+def uncut_shapes(config: PreTrainedConfig) -> PreTrainedModel:
+    """The uncut model on the ``meta`` device: all modules and shapes, no memory."""
     with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config)
+        model: PreTrainedModel = uncut_class(config).from_config(config)
     return model

@@ -39,16 +39,16 @@ class Runner:
         self._by_length = by_length(part.config)
         first = next(part.parameters())
         self.device, self.dtype = first.device, first.dtype
-        self._plan = pack_attention(part)
-        self._kernel = kernel_for(self._plan, self.device, self.dtype)
+        self.plan = pack_attention(part)
+        self._kernel = kernel_for(self.plan, self.device, self.dtype)
         self._groups = group_adapters(part, at_once=self.device.type != "cpu")
         self._pages: PagePool | None = None
         self._token_passes: TokenPasses | None = None
         if record is None:
-            record = self.device.type == "cuda" and recordable(part, self._plan)
+            record = self.device.type == "cuda" and recordable(part, self.plan)
         if record:
-            self._pages = PagePool(self._plan, self.dtype, self.device)
-            self._token_passes = TokenPasses(self._compute, self._pages, self._plan, self.crossing_width)
+            self._pages = PagePool(self.plan, self.dtype, self.device)
+            self._token_passes = TokenPasses(self._compute, self._pages, self.plan, self.crossing_width)
 
     def full_pass(
         self,
@@ -66,7 +66,7 @@ class Runner:
             masks: key of each segment's dropout masks; None: nothing of it is left out.
         """
         with self._groups.through(segments, self.device, masks):
-            return self._run(h_TD, PackedSequences(self._plan, lengths, kernel=self._kernel))
+            return self._run(h_TD, PackedSequences(self.plan, lengths, kernel=self._kernel))
 
     def cached_pass(
         self,
@@ -87,7 +87,7 @@ class Runner:
         paged = [cache for cache in caches if isinstance(cache, PagedCache)]
         if self._token_passes is not None and max(lengths) == 1 and len(paged) == len(caches):
             return self._token_passes(h_TD, paged)
-        sequences = PackedSequences(self._plan, lengths, caches, self._kernel, ends)
+        sequences = PackedSequences(self.plan, lengths, caches, self._kernel, ends)
         h_TD = self._run(h_TD, sequences)
         sequences.finish()
         return h_TD
@@ -96,7 +96,7 @@ class Runner:
         """An empty cache for one sequence."""
         if self._pages is not None:
             return PagedCache(self._pages)
-        return SequenceCache(self._plan, self.context, self.dtype, self.device)
+        return SequenceCache(self.plan, self.context, self.dtype, self.device)
 
     def check_context(self, lengths: list[int]) -> None:
         """Raise ``FrameError`` if one of these sequences is longer than the model's context."""

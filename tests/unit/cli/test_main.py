@@ -38,6 +38,7 @@ COMMANDS = {
         "--references=2",
         "--device=cpu",
     ],
+    "check": ["MODEL", "--cut=", "--length=64"],
     "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1"],
 }
 EXPORTED = {"IsthmusError", "Recipe", "__version__", "join"}

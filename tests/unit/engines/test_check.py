@@ -1,0 +1,94 @@
+"""``isthmus check``: a verdict on a model of one's own, through the command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import isthmus.model.cut
+import isthmus.trunk.packed_attention
+from isthmus.cli.main import main
+from isthmus.engines.check import check_model, parse_cut
+from isthmus.errors import CutError
+from isthmus.model.cut import Cut
+from isthmus.model.families import FAMILIES, Family
+from tests.oracle.twins import save_vivid_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_vivid_model("smollm3", tmp_path_factory.mktemp("model"))
+
+
+def checked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command's exit code."""
+    monkeypatch.setattr(sys, "argv", ["isthmus", "check", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3", "llama4"])
+def test_a_model_that_is_equal(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One with experts and sinks, the text part of a multimodal one, one whose attention is in chunks."""
+    assert checked(monkeypatch, str(save_vivid_model(family, tmp_path)), "--cut", "2,1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9
+    assert all(line.startswith("ok ") for line in lines[:-1])
+    assert lines[-1].startswith(f"equal: {tmp_path} with 2 blocks at the bottom and 1 at the top computes what")
+
+
+def test_block_types_that_are_not_sliced_are_noticed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(isthmus.model.cut, "PER_BLOCK", ())
+    assert checked(monkeypatch, str(folder), "--cut", "1,2") == 1
+    out = capsys.readouterr().out
+    assert "NOT logits of rows padded on the left:" in out
+    assert "not equal: " in out.splitlines()[-1]
+
+
+def test_a_pass_that_forgets_whose_tokens_are_whose_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def positions(self: object, device: torch.device) -> torch.Tensor:
+        return torch.arange(sum(self.lengths), device=device).unsqueeze(0)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(isthmus.trunk.packed_attention.PackedSequences, "positions", positions)
+    result = check_model(str(folder), Cut(1, 1))
+    assert not result.equal
+    assert any("shared" in one.what for one in result.comparisons if not one.equal)
+
+
+def test_a_row_that_lacks_a_multiplier_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(FAMILIES, "granite", Family())
+    assert checked(monkeypatch, str(save_vivid_model("granite", tmp_path))) == 1
+    assert "changes hidden states before its first block" in capsys.readouterr().err
+
+
+def test_another_family_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert checked(monkeypatch, str(tmp_path)) == 1
+    assert "models of type 'gpt2' are not supported" in capsys.readouterr().err
+
+
+def test_a_window_longer_than_the_rows_is_said(folder: Path) -> None:
+    result = check_model(str(folder), Cut(1, 1), length=12)
+    assert result.equal
+    assert "a window of 16 tokens; --length 32 checks beyond it" in result.note
+
+
+@pytest.mark.parametrize("text", ["2", "2,", "a,b", "-1,2", "2;3"])
+def test_a_cut_that_is_not_two_numbers_is_refused(text: str) -> None:
+    assert parse_cut("2, 3") == Cut(2, 3)
+    with pytest.raises(CutError, match="not two numbers"):
+        parse_cut(text)
