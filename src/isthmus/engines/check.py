@@ -41,7 +41,7 @@ PIECE = 16
 STRANGERS = (7, 19)
 """Lengths of another silo's sequences in a shared pass."""
 
-Batch = dict[str, torch.Tensor]
+Inputs = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class _Results:
     """Their logits."""
 
 
-def _results(model: Any, named: Mapping[str, nn.Parameter], rows: dict[str, Batch]) -> _Results:
+def _results(model: Any, named: Mapping[str, nn.Parameter], rows: dict[str, Inputs]) -> _Results:
     """Logits, gradients and greedy tokens of a model whose adapter parameters are ``named``."""
     logits = {}
     for side, batch in rows.items():
@@ -286,7 +286,7 @@ def _gradients_apart(actual: torch.Tensor | None, expected: torch.Tensor | None)
     return difference if difference == difference else float("inf")
 
 
-def _rows(config: PreTrainedConfig, length: int) -> dict[str, Batch]:
+def _rows(config: PreTrainedConfig, length: int) -> dict[str, Inputs]:
     """Rows of random tokens, padded on the left and on the right, with labels."""
     text = config.get_text_config()
     length = min(length, text.max_position_embeddings - ANSWER)
@@ -296,7 +296,7 @@ def _rows(config: PreTrainedConfig, length: int) -> dict[str, Batch]:
     return {side: _padded(texts, lengths, pad_left=side == "left") for side in ("left", "right")}
 
 
-def _padded(texts: list[torch.Tensor], lengths: list[int], *, pad_left: bool) -> Batch:
+def _padded(texts: list[torch.Tensor], lengths: list[int], *, pad_left: bool) -> Inputs:
     real_BL = Packing.of_lengths(lengths, torch.device("cpu"), pad_left=pad_left).real_BL
     ids_BL = torch.zeros(real_BL.shape, dtype=torch.long)
     ids_BL[real_BL] = torch.cat(texts)
@@ -339,7 +339,7 @@ def _adapter_values(config: PreTrainedConfig, cut: Cut, lora: LoraSection) -> di
 
 
 def _uncut_results(
-    checkpoint: Checkpoint, lora: LoraSection, tensors: Mapping[str, torch.Tensor], rows: dict[str, Batch]
+    checkpoint: Checkpoint, lora: LoraSection, tensors: Mapping[str, torch.Tensor], rows: dict[str, Inputs]
 ) -> _Results:
     """What the uncut model with plain peft adapters computes."""
     whole: PreTrainedModel = uncut_class(checkpoint.config).from_pretrained(checkpoint.folder, dtype=torch.float32)
