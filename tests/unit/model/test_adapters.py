@@ -14,7 +14,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from isthmus.errors import ModelError
 from isthmus.federation.planner import shared_tensors
@@ -290,7 +289,6 @@ def test_all_linear_are_the_layers_that_peft_takes(family: str) -> None:
         adapters.add_adapter(part, lora, 0, freeze_a=False)
         found |= set(adapters.adapter_parameters(part))
     if found:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model = families.uncut_shapes(copy.deepcopy(config))
         names = lora_of(get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")))
-        assert found == {name for name in names if "vision_tower" not in name}
+        assert found == {name for name in names if "vision_tower" not in name and "projector" not in name}
