@@ -187,13 +187,18 @@ class LocalTrunk(nn.Module):
 
     def _pieces(self, h_ND: torch.Tensor, cache: SequenceCache) -> Iterator[torch.Tensor]:
         """A row's results, computed in pieces."""
+        end = cache.length + len(h_ND)
         for piece in torch.split(h_ND, PIECE):
             if not self._shared:
-                yield self._runner.cached_pass(piece, [len(piece)], [cache])
+                yield self._runner.cached_pass(piece, [len(piece)], [cache], [end])
                 continue
             other = _noise(STRANGERS[0], h_ND)
-            caches = [self._runner.new_cache(), cache]
-            yield self._runner.cached_pass(torch.cat([other, piece]), [len(other), len(piece)], caches)[len(other) :]
+            packed, lengths, caches = (
+                torch.cat([other, piece]),
+                [len(other), len(piece)],
+                [self._runner.new_cache(), cache],
+            )
+            yield self._runner.cached_pass(packed, lengths, caches, [len(other), end])[len(other) :]
 
 
 class LocalSession:
