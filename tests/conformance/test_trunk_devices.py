@@ -20,6 +20,7 @@ from isthmus.trunk.adapter import full_adapter
 from isthmus.trunk.attention_kernels import PackedLayout, Varlen, attend_padded, find_varlen, kernel_for
 from isthmus.trunk.runner import Runner
 from tests.conftest import make_recipe, plan_of, save_tiny_model, targets_of
+from tests.oracle.ropes import save_roped_model
 from tests.oracle.twins import distance, random_b
 from tests.unit.trunk.talk import ONE, Trunk, alone, assert_equal, prompt, tokens
 
@@ -75,6 +76,22 @@ def test_every_tensor_of_a_pass_stays_on_the_device(family: str, device: torch.d
     runner = runner_on(save_tiny_model(family, tmp_path), family, device)
     found = [*trained(runner), *decoded(runner)]
     assert {tensor.device.type for tensor in found} == {device.type}
+
+
+@anywhere
+def test_frequencies_by_length_stay_on_the_device(device: torch.device, tmp_path: Path) -> None:
+    runner = runner_on(save_roped_model("phi3", "longrope", tmp_path), "phi3", device)
+    assert {tensor.device.type for tensor in [*trained(runner), *decoded(runner)]} == {device.type}
+
+
+@needs_cuda
+@pytest.mark.parametrize(("family", "kind"), [("phi3", "longrope"), ("llama", "dynamic")])
+def test_the_device_computes_frequencies_by_length_as_the_processor(family: str, kind: str, tmp_path: Path) -> None:
+    folder = save_roped_model(family, kind, tmp_path)
+    here, there = (runner_on(folder, family, torch.device(device)) for device in ("cpu", "cuda"))
+    for compute in (trained, decoded):
+        for one, other in zip(compute(there), compute(here), strict=True):
+            assert distance(one.cpu(), other) <= FP32
 
 
 @needs_cuda

@@ -33,7 +33,7 @@ class TokenPlaces:
 
 
 _places: ContextVar[TokenPlaces | None] = ContextVar("_places", default=None)
-_given: ContextVar[torch.Tensor | None] = ContextVar("_given", default=None)
+_given: ContextVar[tuple[torch.Tensor, torch.Tensor | None] | None] = ContextVar("_given", default=None)
 
 
 class SequenceRope(nn.Module):
@@ -53,7 +53,7 @@ class SequenceRope(nn.Module):
 
         Args:
             x: a tensor with the device and dtype of the result.
-            position_ids: ``[B, L]``; they decide by themselves only outside of the backbone's forward.
+            position_ids: ``[B, L]``; read only outside of the backbone's forward.
         """
         places = _places.get() or token_places(position_ids, torch.ones_like(position_ids, dtype=torch.bool))
         keys_BL = self._keys(places.lengths_BL, layer_type)
@@ -121,43 +121,44 @@ def by_length(config: PreTrainedConfig) -> bool:
 
 
 @contextmanager
-def given_lengths(lengths: Sequence[int] | torch.Tensor | None) -> Iterator[None]:
+def given_lengths(
+    lengths: Sequence[int] | torch.Tensor | None, positions_BL: torch.Tensor | None = None
+) -> Iterator[None]:
     """Context in which these lengths decide, in place of what masks, positions and cache of a pass say.
 
     Args:
         lengths: one for each row, or a tensor that expands to ``[B, L]``; None: masks, positions and cache decide.
+        positions_BL: the pass's positions, known on the processor, so that nobody waits for a device.
     """
     known = lengths if lengths is None or isinstance(lengths, torch.Tensor) else torch.tensor(lengths).unsqueeze(1)
-    token = _given.set(known)
+    token = _given.set(None if known is None else (known, positions_BL))
     try:
         yield
     finally:
         _given.reset(token)
 
 
-def token_places(
-    positions_BL: torch.Tensor, real_BL: torch.Tensor, *, alone: bool = False, given: torch.Tensor | None = None
-) -> TokenPlaces:
-    """The places of a pass's tokens.
+def token_places(positions_BL: torch.Tensor, real_BL: torch.Tensor, *, alone: bool = False) -> TokenPlaces:
+    """The places of a pass's tokens, on the processor.
 
     Args:
         positions_BL: position of each token; where they do not rise, another sequence begins in the row.
         real_BL: false at padding.
         alone: each token's own position decides, as if none followed; otherwise the last of its sequence's.
-        given: lengths that decide; expand to ``[B, L]``.
     """
-    if given is not None:
-        lengths_BL = given.expand(positions_BL.shape)
-    elif alone:
-        lengths_BL = positions_BL + 1
-    else:
-        before_BL = torch.nn.functional.pad(positions_BL[:, :-1], (1, 0), value=-1)
-        sequence_BL = (positions_BL <= before_BL).long().cumsum(dim=1)
-        last_BL = torch.zeros(len(positions_BL), positions_BL.shape[1] + 1, dtype=torch.long)
-        last_BL = last_BL.scatter_reduce(1, sequence_BL.cpu(), (positions_BL * real_BL).cpu(), "amax")
-        lengths_BL = last_BL.gather(1, sequence_BL.cpu()) + 1
-    lengths_BL = lengths_BL.cpu()
-    return TokenPlaces(torch.minimum(positions_BL.cpu(), lengths_BL - 1), lengths_BL)
+    positions_BL, real_BL = positions_BL.cpu(), real_BL.cpu()
+    if alone:
+        return TokenPlaces(positions_BL, positions_BL + 1)
+    before_BL = torch.nn.functional.pad(positions_BL[:, :-1], (1, 0), value=-1)
+    sequence_BL = (positions_BL <= before_BL).long().cumsum(dim=1)
+    last_BL = torch.zeros(len(positions_BL), positions_BL.shape[1] + 1, dtype=torch.long)
+    last_BL = last_BL.scatter_reduce(1, sequence_BL, positions_BL * real_BL, "amax")
+    return _within(positions_BL, last_BL.gather(1, sequence_BL) + 1)
+
+
+def _within(positions_BL: torch.Tensor, lengths_BL: torch.Tensor) -> TokenPlaces:
+    """The places with positions below the lengths: padding may lie beyond."""
+    return TokenPlaces(torch.minimum(positions_BL, lengths_BL - 1), lengths_BL)
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -216,19 +217,29 @@ def _note_places(backbone: nn.Module, args: tuple[Any, ...], inputs: dict[str, A
     """Before a backbone's forward: work out the places of its tokens from its arguments."""
     new = args[0] if args else inputs.get("input_ids")
     new = inputs["inputs_embeds"] if new is None else new
+    given = _given.get()
+    if given is None:
+        _places.set(_read_places(new, inputs))
+    else:
+        lengths, positions_BL = given
+        positions_BL = torch.arange(new.shape[1]) if positions_BL is None else positions_BL
+        shape = new.shape[:2]
+        _places.set(_within(positions_BL.expand(shape), lengths.expand(shape)))
+
+
+def _read_places(new: torch.Tensor, inputs: dict[str, Any]) -> TokenPlaces:
+    """The places of new tokens from a backbone's mask, positions and cache."""
     cache, mask, positions = (inputs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
     batch, length = new.shape[:2]
     past = 0 if cache is None else cache.get_seq_length()
     real_BL = torch.ones(batch, length, dtype=torch.bool)
+    positions_BL = torch.arange(past, past + length).expand(batch, length)
     if isinstance(mask, torch.Tensor) and mask.shape == (batch, past + length):
-        real_BL = mask[:, past:].bool().cpu()
+        real_BL = mask[:, past:].bool()
         positions_BL = (mask.long().cumsum(dim=1) - 1)[:, past:].clamp_min(0)
-    else:
-        positions_BL = torch.arange(past, past + length).expand(batch, length)
     if positions is not None:
         positions_BL = positions.expand(batch, length)
-    alone = past > 0 and getattr(cache, "drafted", False)
-    _places.set(token_places(positions_BL.cpu(), real_BL, alone=alone, given=_given.get()))
+    return token_places(positions_BL, real_BL, alone=past > 0 and getattr(cache, "drafted", False))
 
 
 def _forget_places(backbone: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -19,6 +19,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from isthmus.errors import ModelError
 from isthmus.model.cut import Part
 from isthmus.model.device import CPU
+from isthmus.model.rope import context_length, given_lengths
 
 PROBE_ATTENTION = "isthmus_probe"
 """The name under which the probe is registered with transformers."""
@@ -70,11 +71,11 @@ def plan_attention(part: Part) -> AttentionPlan:
     AttentionInterface.register(PROBE_ATTENTION, _record)
     AttentionMaskInterface.register(PROBE_ATTENTION, _rule)
     own = part.config._attn_implementation
-    found = _Findings(part.config.max_position_embeddings)
+    found = _Findings(context_length(part.config))
     like = next(part.parameters())
     part.config._attn_implementation = PROBE_ATTENTION
     try:
-        with torch.no_grad():
+        with torch.no_grad(), given_lengths([1]):
             part.hidden(
                 inputs_embeds=like.new_zeros(1, 1, part.config.hidden_size),
                 attention_mask=torch.ones(1, 1, dtype=torch.bool, device=like.device),

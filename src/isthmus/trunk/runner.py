@@ -6,12 +6,14 @@ Shapes: T tokens of all sequences, concatenated; D the model's width; W width of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from isthmus.errors import FrameError
 from isthmus.model.bottleneck import UP, layer_weight, project
 from isthmus.model.cut import Part
+from isthmus.model.device import CPU
 from isthmus.model.rope import by_length, context_length, given_lengths
 from isthmus.trunk.attention_kernels import kernel_for
 from isthmus.trunk.grouped_lora import Adapter, group_adapters
@@ -107,8 +109,14 @@ class Runner:
             )
 
     def _run(self, h_TW: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
-        with given_lengths(sequences.deciding_lengths() if self._by_length else None):
+        with self._lengths_of(sequences):
             return self._compute(h_TW.to(self.device, self.dtype), sequences.positions(self.device), sequences)
+
+    def _lengths_of(self, sequences: PackedSequences) -> AbstractContextManager[None]:
+        """Context in which each sequence's own length decides its rotary frequencies."""
+        if not self._by_length:
+            return nullcontext()
+        return given_lengths(sequences.deciding_lengths(), sequences.positions(CPU))
 
     def _compute(
         self, h_TW: torch.Tensor, positions_1T: torch.Tensor, sequences: PackedSequences | AttendingRows
