@@ -4,7 +4,7 @@ from isthmus.errors import IsthmusError
 from isthmus.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["IsthmusError", "Recipe", "__version__", "join"]
+__all__ = ["IsthmusError", "Recipe", "__version__", "join", "open"]
 
 
 def __getattr__(name: str) -> object:
@@ -12,4 +12,8 @@ def __getattr__(name: str) -> object:
         from isthmus.silo.join import join
 
         return join
+    if name == "open":
+        from isthmus.engines.opening import open_run
+
+        return open_run
     raise AttributeError(f"module 'isthmus' has no attribute {name!r}")

@@ -24,7 +24,7 @@ from isthmus.federation.aggregator import root_service
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.silo.join import Silo, greeting, join, load_data
+from isthmus.silo.join import Silo, connect_silo, greeting, load_data
 from isthmus.silo.trainer import evaluate
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RoleDirectory
@@ -161,7 +161,7 @@ def tapped_silo(target: Target, name: str, service: Service) -> Iterator[tuple[S
     hello = greeting(Checkpoint(recipe.model.path), recipe)
     with tempfile.TemporaryDirectory() as temporary:
         tap = Tap(LoopbackChannel(service, name, greeting=hello, limit=recipe.wire.max_frame_bytes))
-        silo = join(recipe, name, channel=tap, releases=Path(temporary) / "released")
+        silo = connect_silo(recipe, name, channel=tap, releases=Path(temporary) / "released")
         for part in silo.parts:
             adapters.load_adapter(part, target.shared())
         try:

@@ -21,9 +21,11 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(help="The federation's recipe (TOML).")]
+Served = Annotated[Path, typer.Argument(help="The federation's recipe (TOML), or the run directory of a finished run.")]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
 RunOption = Annotated[Path, typer.Option("--run-dir", help="The run directory that this role writes to.")]
 Address = Annotated[Optional[str], typer.Option(help="host:port instead of the recipe's address.")]  # noqa: UP045
+TrunkAddress = Annotated[Optional[str], typer.Option(help="host:port of a trunk that serves the run.")]  # noqa: UP045
 
 
 @app.command()
@@ -48,34 +50,32 @@ def run(
         directory = create_run(Recipe.read(recipe), run_dir)
     run_with_progress(directory)
     typer.echo(f"run directory: {directory.path}")
+    typer.echo(
+        f"next: isthmus generate {directory.path} PROMPT; isthmus export {directory.path} OUT; "
+        f'in Python: isthmus.open("{directory.path}")'
+    )
 
 
 @app.command()
 def trunk(
-    recipe: RecipePath,
+    recipe: Served,
     run_dir: RunOption = Path("runs/trunk"),
     address: Address = None,
     with_root: Annotated[bool, typer.Option(help="Serve the root too, at the same address.")] = False,
+    round: Annotated[Optional[int], typer.Option(min=0, help="The round to serve; the last by default.")] = None,  # noqa: UP045
 ) -> None:
-    """Serve the trunk, the middle blocks of the model."""
-    from isthmus.engines.local import at_address
-    from isthmus.engines.roles import serve_roles
-    from isthmus.recipe import Recipe
-    from isthmus.storage.record import RunDirectory
+    """Serve the trunk, the middle blocks of the model: for a federation, or to use a finished run."""
+    from isthmus.engines.roles import serve
 
-    roles = ("trunk", "root") if with_root else ("trunk",)
-    serve_roles(at_address(Recipe.read(recipe), address, roles), RunDirectory(run_dir), roles)
+    serve(recipe, run_dir, ("trunk", "root") if with_root else ("trunk",), address, round)
 
 
 @app.command()
-def root(recipe: RecipePath, run_dir: RunOption = Path("runs/root"), address: Address = None) -> None:
+def root(recipe: Served, run_dir: RunOption = Path("runs/root"), address: Address = None) -> None:
     """Serve the root, which leads the rounds and aggregates the silos' updates."""
-    from isthmus.engines.local import at_address
-    from isthmus.engines.roles import serve_roles
-    from isthmus.recipe import Recipe
-    from isthmus.storage.record import RunDirectory
+    from isthmus.engines.roles import serve
 
-    serve_roles(at_address(Recipe.read(recipe), address, ("root",)), RunDirectory(run_dir), ("root",))
+    serve(recipe, run_dir, ("root",), address)
 
 
 @app.command()
@@ -88,12 +88,13 @@ def edge(
 ) -> None:
     """Serve an edge, which sums the updates of its silos and sends the sum to its parent."""
     from isthmus.engines.local import at_address
-    from isthmus.engines.roles import serve_edge
+    from isthmus.engines.roles import recorded, serve_edge
     from isthmus.recipe import Recipe
-    from isthmus.storage.record import RunDirectory
 
-    read = at_address(Recipe.read(recipe), address, (name,))
-    serve_edge(at_address(read, parent, (read.tree.parent(name),)), RunDirectory(run_dir), name)
+    read = Recipe.read(recipe)
+    read = at_address(read, parent, (read.tree.parent(name),))
+    run = recorded(recipe, read, run_dir)
+    serve_edge(at_address(read, address, (name,)), run, name)
 
 
 @app.command()
@@ -107,14 +108,14 @@ def silo(
 ) -> None:
     """Run one silo, which trains on its own text."""
     from isthmus.engines.local import at_address, at_edge
-    from isthmus.engines.roles import run_silo
+    from isthmus.engines.roles import recorded, run_silo
     from isthmus.recipe import Recipe
-    from isthmus.storage.record import RunDirectory
 
     read = at_address(at_address(Recipe.read(recipe), trunk, ("trunk",)), root, ("root",))
     for option in edge or ():
         read = at_edge(read, option)
-    run_silo(read, RunDirectory(run_dir), name)
+    read.party(name)
+    run_silo(read, recorded(recipe, read, run_dir), name)
 
 
 @app.command()
@@ -132,30 +133,33 @@ def certificates(recipe: RecipePath) -> None:
 def generate(
     run_dir: RunPath,
     prompt: Annotated[str, typer.Argument(help="The text to answer or continue.")],
-    silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the recipe's first by default.")] = None,  # noqa: UP045
+    silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the folder's first by default.")] = None,  # noqa: UP045
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    trunk: TrunkAddress = None,
 ) -> None:
     """Answer a prompt with a run's model, split between this process and a trunk process."""
     from isthmus.engines.inference import generate_text
     from isthmus.storage.record import RunDirectory
 
-    generate_text(RunDirectory.open(run_dir), prompt, silo, max_new_tokens=max_new_tokens, chat=chat)
+    run = RunDirectory.open(run_dir)
+    generate_text(run, prompt, silo, max_new_tokens=max_new_tokens, chat=chat, trunk=trunk, notify=_notify)
 
 
 @app.command()
 def draft(
     run_dir: RunPath,
-    silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the recipe's first by default.")] = None,  # noqa: UP045
+    silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the folder's first by default.")] = None,  # noqa: UP045
     prompts: Annotated[int, typer.Option(min=1, help="Training prompts whose answers the draft learns.")] = 500,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 96,
+    trunk: TrunkAddress = None,
 ) -> None:
     """Distil a small draft model for 'generate', so that one round trip yields several tokens."""
     from isthmus.engines.inference import make_draft
     from isthmus.storage.record import RunDirectory
 
     run = RunDirectory.open(run_dir)
-    path = make_draft(run, silo, prompts=prompts, max_new_tokens=max_new_tokens, notify=typer.echo)
+    path = make_draft(run, silo, prompts=prompts, max_new_tokens=max_new_tokens, notify=typer.echo, trunk=trunk)
     typer.echo(f"draft: {path}")
 
 
@@ -269,6 +273,10 @@ def demo(
     from isthmus.demo.play import play
 
     play(run_dir, cache, quick=quick, seed=seed)
+
+
+def _notify(message: str) -> None:
+    typer.echo(message, err=True)
 
 
 def main() -> None:

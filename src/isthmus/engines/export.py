@@ -9,7 +9,7 @@ import torch
 from isthmus.errors import RunError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.storage.record import RunDirectory, disk_errors
+from isthmus.storage.record import ROLES, RunDirectory, disk_errors
 
 
 def export_adapter(run: RunDirectory, out: Path) -> int:
@@ -38,11 +38,27 @@ def final_adapter(run: RunDirectory) -> tuple[int, dict[str, torch.Tensor]]:
     """The last round that both trunk and root have saved, and its adapter tensors by uncut name.
 
     Raises:
-        RunError: the run has no finished round.
+        RunError: the run has no finished round, or the folder lacks the adapters of trunk or root.
     """
     trunk, root, number = run.role("trunk"), run.role("root"), run.completed()
+    _require_both(run)
     if number == 0:
         raise RunError(f"{run.path} holds no finished round", remedy="let the run finish a round first")
     recipe = run.recipe()
     frozen = adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe)
     return number, {**frozen, **trunk.load_round(number)["adapter"], **root.load_round(number)["shared"]}
+
+
+def _require_both(run: RunDirectory) -> None:
+    """Check that a party's own folder has what an adapter of the whole model takes.
+
+    Raises:
+        RunError: roles have run here, but the trunk or the root is not among them.
+    """
+    absent = [role for role in ("trunk", "root") if not run.role(role).path.is_dir()]
+    if absent and any((run.path / role).is_dir() for role in ROLES):
+        what = {"trunk": "the trunk's adapter (trunk/rounds)", "root": "that of the ends (root/rounds)"}
+        raise RunError(
+            f"{run.path} lacks {' and '.join(what[role] for role in absent)}",
+            remedy="export where both trunk and root ran, or copy their run directories into one folder first",
+        )

@@ -1,51 +1,62 @@
-"""Inference with a run's model: a silo in this process, the trunk in a child process."""
+"""Inference with a run's model: a silo in this process, the trunk in another one."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TextStreamer
 
-from isthmus.engines.local import at_address, serving
-from isthmus.engines.threads import set_threads
+from isthmus.engines.opening import open_run
 from isthmus.errors import ModelError
-from isthmus.model import adapters
-from isthmus.privacy.ledger import Ledger
-from isthmus.recipe import Recipe
 from isthmus.silo.drafting import draft_file
 from isthmus.silo.drafting.distil import distil
 from isthmus.silo.drafting.draft import Draft
-from isthmus.silo.join import Silo, join, load_data
-from isthmus.silo.secrets import open_ledger
+from isthmus.silo.join import Silo, load_data
 from isthmus.storage.record import RoleDirectory, RunDirectory
 
 
-def generate_text(run: RunDirectory, prompt: str, name: str | None, *, max_new_tokens: int, chat: bool) -> str:
+def generate_text(
+    run: RunDirectory,
+    prompt: str,
+    name: str | None,
+    *,
+    max_new_tokens: int,
+    chat: bool,
+    trunk: str | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> str:
     """The greedy answer to a prompt, printed token by token.
 
     Args:
-        name: the silo that runs bottom and top; None: the recipe's first.
+        name, trunk: as in ``opening.open_run``.
         max_new_tokens: longest answer, in tokens.
         chat: wrap the prompt in the tokenizer's chat template.
+        notify: called with a message that names the silo, if the folder holds several and none is named.
 
     Raises:
         ModelError: ``chat`` with a tokenizer that has no chat template.
     """
-    with connected_silo(run, name) as (silo, directory):
+    with connected_silo(run, name, trunk=trunk, notify=notify) as (silo, directory):
         draft = load_draft(directory, silo)
         return stream_answer(silo, prompt, max_new_tokens=max_new_tokens, chat=chat, draft=draft)
 
 
 def make_draft(
-    run: RunDirectory, name: str | None, *, prompts: int, max_new_tokens: int, notify: Callable[[str], None]
+    run: RunDirectory,
+    name: str | None,
+    *,
+    prompts: int,
+    max_new_tokens: int,
+    notify: Callable[[str], None],
+    trunk: str | None = None,
 ) -> Path:
     """Distil a silo's draft model from the split model's answers to the silo's training prompts.
 
     Args:
-        name: the silo; None: the recipe's first.
+        name, trunk: as in ``opening.open_run``.
         prompts: number of training prompts, drawn at random.
         max_new_tokens: longest answer, in tokens.
         notify: called with messages about the progress.
@@ -57,7 +68,7 @@ def make_draft(
         DataError: the silo's rows are unusable.
     """
     recipe = run.recipe()
-    with connected_silo(run, name) as (silo, directory):
+    with connected_silo(run, name, trunk=trunk, notify=notify) as (silo, directory):
         rows = load_data(recipe, directory.path.name, silo).train
         drawn = random.Random(recipe.seed).sample(rows, min(prompts, len(rows)))
         draft, corpus = distil(silo, drawn, longest=max_new_tokens, notify=notify)
@@ -73,43 +84,23 @@ def load_draft(directory: RoleDirectory, silo: Silo) -> Draft | None:
 
 
 @contextmanager
-def connected_silo(run: RunDirectory, name: str | None) -> Iterator[tuple[Silo, RoleDirectory]]:
-    """A silo of the run, connected to a trunk in a child process, and the silo's folder.
-
-    Releases are entered in the silo's ledger and charged to its privacy budget, as in training.
-
-    Args:
-        name: the silo; None: the recipe's first.
-    """
-    recipe = run.recipe()
-    directory = run.role(recipe.party(name or recipe.silo[0].name).name)
-    set_threads(recipe)
-    with closing(open_ledger(directory, recipe, directory.path.name)) as ledger, serving(run) as (_, address):
-        silo = open_silo(run, at_address(recipe, address), directory.path.name, ledger)
-        try:
-            yield silo, directory
-        finally:
-            silo.close()
-
-
-def open_silo(run: RunDirectory, recipe: Recipe, name: str, ledger: Ledger | None = None) -> Silo:
-    """A silo with the adapters of the last round that both trunk and root have saved, connected to the recipe's trunk.
+def connected_silo(
+    run: RunDirectory,
+    name: str | None,
+    *,
+    trunk: str | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Iterator[tuple[Silo, RoleDirectory]]:
+    """A silo of the run, opened as ``opening.open_run`` does, and the silo's folder.
 
     Args:
-        ledger: the silo's privacy ledger; None: releases are not recorded.
-
-    Raises:
-        DataError: the recipe has a table ``sensitivity``, but the silo's rows are unusable.
+        notify: called with a message that names the silo, if the folder holds several and none is named.
     """
-    silo = join(recipe, name, ledger=ledger, records=run.role(name).path / "records")
-    if recipe.sensitivity is not None:
-        load_data(recipe, name, silo)
-    number = run.completed()
-    if number:
-        shared = run.role("root").load_round(number)["shared"]
-        for part in silo.parts:
-            adapters.load_adapter(part, shared)
-    return silo
+    with open_run(run.path, name, trunk=trunk) as silo:
+        here = run.silos()
+        if name is None and len(here) > 1:
+            notify(f"as silo {silo.name}; --silo names another one ({', '.join(here)})")
+        yield silo, run.role(silo.name)
 
 
 def stream_answer(silo: Silo, prompt: str, *, max_new_tokens: int, chat: bool, draft: Draft | None = None) -> str:

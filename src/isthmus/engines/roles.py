@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
 from isthmus.engines.lifetime import Stopped
+from isthmus.engines.local import at_address
 from isthmus.engines.process import LISTENING
 from isthmus.engines.threads import set_threads
-from isthmus.errors import RecipeError
+from isthmus.errors import RecipeError, RunError
 from isthmus.federation.aggregator import GreetedAggregator, edge_service, root_service
 from isthmus.model.agreement import hello_of
 from isthmus.recipe import Recipe
@@ -23,12 +24,52 @@ from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import Identity
 from isthmus.wire.server import Server
 
+LOOK_SECONDS = 1.0
+"""Time between two looks whether the federation has finished."""
 
-def serve_roles(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> None:
+
+def recorded(path: Path, recipe: Recipe, run_dir: Path) -> RunDirectory:
+    """The run directory of a role. The recipe is written there, so that the result can be used later.
+
+    Args:
+        path: the recipe's file. If it is the run directory's own, it stays as it is.
+        recipe: the recipe as it is run.
+
+    Raises:
+        RunError: the directory holds a run whose adapters have other shapes or another start.
+    """
+    run = RunDirectory(run_dir.resolve())
+    if path.resolve() != run.recipe_path:
+        run.record(recipe)
+    return run
+
+
+def serve(path: Path, run_dir: Path, roles: tuple[str, ...], address: str | None, number: int | None = None) -> None:
+    """Serve roles of the recipe at this path, or of the finished run in the run directory at this path.
+
+    Args:
+        run_dir: the roles' run directory, for a recipe.
+        address: ``host:port``; None: the recipe's.
+        number: as in ``start_server``.
+
+    Raises:
+        RecipeError: two run directories are named.
+    """
+    if path.is_dir():
+        if run_dir not in (Path(f"runs/{roles[0]}"), path):  # another than the command's default
+            raise RecipeError(f"both {path} and {run_dir} are named", remedy="leave out --run-dir")
+        serve_run(path, roles, address, number)
+    else:
+        recipe = Recipe.read(path)
+        serve_roles(at_address(recipe, address, roles), recorded(path, recipe, run_dir), roles, number)
+
+
+def serve_roles(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...], number: int | None = None) -> None:
     """Serve ``trunk``, ``root`` or both until ``Stopped``.
 
     Args:
         roles: the first one's address and certificate are used for both.
+        number: as in ``start_server``.
 
     Raises:
         RecipeError: two roles, but the recipe has them at two addresses.
@@ -40,13 +81,35 @@ def serve_roles(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> No
         )
     set_threads(recipe)
     with suppress(Stopped):
-        server, services = start_server(recipe, run, roles)
+        server, services = start_server(recipe, run, roles, number)
         try:
-            _listen(server, getattr(recipe, roles[0]).address)
+            _listen(server, getattr(recipe, roles[0]).address, lambda: _result(recipe, run, roles))
         finally:
             for service in services.values():
                 if isinstance(service, TrunkService):
                     service.stop()
+
+
+def serve_run(path: Path, roles: tuple[str, ...], address: str | None, number: int | None = None) -> None:
+    """Serve the trunk, the root or both of a run that has finished, so that its silos can use the result.
+
+    Args:
+        path: the run directory.
+        address: ``host:port``; None: the recipe's.
+        number: the round to serve; None: the last one.
+
+    Raises:
+        RunError: the folder is no run directory, lacks these roles or the round, or the run is still going on.
+    """
+    run = RunDirectory.open(path)
+    for role in roles:
+        if not run.role(role).path.is_dir():
+            raise RunError(
+                f"{run.path} holds no {role}",
+                remedy=f"name the run directory of 'isthmus run' or 'isthmus {role}', or give the recipe",
+            )
+    with run.locked(shared=True):
+        serve_roles(at_address(run.recipe(), address, roles), run, roles, number)
 
 
 def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
@@ -66,39 +129,76 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
             deadline=wire.deadline,
             limit=wire.max_frame_bytes,
         )
-        service = GreetedAggregator(recipe, name, edge_service(recipe, name, run.edge(name), channel, identity))
+        edge = edge_service(recipe, name, run.edge(name), channel, identity)
+        service = GreetedAggregator(recipe, name, edge)
         peers = {"Root": (*node.children, *node.wards)}
         server = Server({"Root": service}, identity, peers, node.address, wire.max_frame_bytes)
         server.start()
         try:
-            _listen(server, node.address)
+            over = f"finished after {recipe.train.rounds} rounds; nothing is left to do here"
+            _listen(server, node.address, lambda: over if edge.finished else None)
         finally:
             channel.close()
 
 
-def _listen(server: Server, address: str) -> None:
-    """Print the server's address and wait for ``Stopped``; then stop the server."""
+def _listen(server: Server, address: str, result: Callable[[], str | None]) -> None:
+    """Print the server's address and wait for ``Stopped``; then stop the server.
+
+    Args:
+        result: a message once the federation has finished; until then None.
+    """
     try:
         print(f"{LISTENING}{address.rpartition(':')[0]}:{server.port}", flush=True)
-        threading.Event().wait()
+        waiting = threading.Event()
+        while (message := result()) is None:
+            waiting.wait(LOOK_SECONDS)
+        print(message, flush=True)
+        waiting.wait()
     finally:
         server.stop()
 
 
-def start_server(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> tuple[Server, dict[str, Service]]:
+def _result(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> str | None:
+    """What to do with the last round, once all these roles have saved it."""
+    number = min(run.role(role).last_round() for role in roles)
+    if number < recipe.train.rounds:
+        return None
+    folders = "" if run.served_here else " (it takes the folders of trunk and root, copied into one)"
+    return (
+        f"finished after {number} rounds; silos can use the model while the trunk runs\n"
+        f"next: isthmus export {run.path} OUT{folders}; later: isthmus {roles[0]} {run.path}"
+        f"{' --with-root' if len(roles) > 1 else ''}"
+    )
+
+
+def start_server(
+    recipe: Recipe, run: RunDirectory, roles: tuple[str, ...], number: int | None = None
+) -> tuple[Server, dict[str, Service]]:
     """Start a server with these roles' services, at the first role's address and with its certificate.
+
+    Args:
+        number: the round whose adapter the trunk serves; None: the last one that is saved.
 
     Returns:
         The server, and its services by gRPC service name (``Trunk``, ``Root``).
+
+    Raises:
+        RunError: the trunk has not saved that round.
     """
     identity = Identity.load(Path(recipe.wire.certificates), roles[0])
     services: dict[str, Service] = {}
     peers: dict[str, Collection[str]] = {}
     if "trunk" in roles:
-        services["Trunk"] = trunk = TrunkService(recipe, run.role("trunk"))
+        directory = run.role("trunk")
+        if number is not None and number not in directory.rounds():
+            saved = ", ".join(map(str, sorted(directory.rounds()))) or "none"
+            raise RunError(f"the trunk has not saved round {number}", remedy=f"name one of these: {saved}")
+        services["Trunk"] = trunk = TrunkService(recipe, directory)
         peers["Trunk"] = [silo.name for silo in recipe.silo]
-        if run.role("root").path.exists():  # one run directory: the trunk's adapter must be of the root's round
-            trunk.restore(run.completed())
+        if number is None and run.role("root").path.exists():
+            number = run.completed()  # one run directory: the trunk's adapter must be of the root's round
+        if number is not None:
+            trunk.restore(number)
     if "root" in roles:
         services["Root"] = GreetedAggregator(recipe, ROOT, root_service(recipe, run.role("root"), identity))
         peers["Root"] = recipe.tree.node(ROOT).children
@@ -116,3 +216,9 @@ def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
         worker.run()
     finally:
         worker.close()
+    print(
+        f"finished after {recipe.train.rounds} rounds\n"
+        f'next: isthmus generate {run.path} PROMPT --silo {name}, or isthmus.open("{run.path}", "{name}"), '
+        f"while the trunk runs; isthmus privacy {run.path}",
+        flush=True,
+    )

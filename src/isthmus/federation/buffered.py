@@ -75,6 +75,7 @@ class Buffered(Aggregator):
             raise ProtocolError(f"{peer} is no child of {self._node.name}", remedy="give all parties one recipe")
         answer: Answer = Answer()
         with self._lock:
+            self._planner.meet(peer, request.run)
             self._training.pop(peer, None)
             self._waiting[peer] = answer
             self._answer()
@@ -99,6 +100,14 @@ class Buffered(Aggregator):
             if len(self._buffer) >= self._size:
                 self._publish()
         return answered(pb.Accepted())
+
+    def current(self) -> Answer:
+        with self._lock:
+            return self._planner.current()
+
+    @property
+    def finished(self) -> bool:
+        return self._planner.over
 
     def _check(self, peer: str, round: int) -> None:
         if peer in self._buffer:

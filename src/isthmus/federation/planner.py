@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from isthmus.errors import ProtocolError
 from isthmus.federation.central import central_noise
 from isthmus.federation.clip import Clip
 from isthmus.federation.collection import Collected
@@ -33,6 +34,18 @@ class Planner(Protocol):
     @property
     def over(self) -> bool:
         """Whether no round is left, as far as this node knows."""
+        ...
+
+    def meet(self, peer: str, run: str) -> None:
+        """A child asks for work, connected to the trunk of the run with this name; empty: it does not say.
+
+        Raises:
+            ProtocolError: the rounds so far were trained with another trunk.
+        """
+        ...
+
+    def current(self) -> Answer:
+        """``pb.Adapters``: the shared tensors after the last finished round."""
         ...
 
     def plan(self, silos: Iterable[str]) -> Answer:
@@ -72,11 +85,13 @@ class RootPlanner:
         self._noise = central_noise(recipe, store)
         self._journals_shares = recipe.federation.weights.kind != "examples"
         self._plans: dict[int, pb.Plan] = {}
+        self.run = ""
+        """Name of the run whose trunk the silos are connected to; empty: none has said."""
         self.completed = store.last_round()
         self.shared: dict[str, torch.Tensor] = dict(initial)
         if self.completed:
             state = store.load_round(self.completed)
-            self.shared = state["shared"]
+            self.shared, self.run = state["shared"], state.get("run", "")
             self._sharing.load_state_dict(state.get("sharing", {}))
             if self._control is not None:
                 self._control.load_state_dict(state["control"])
@@ -86,6 +101,18 @@ class RootPlanner:
     @property
     def over(self) -> bool:
         return self.completed >= self._rounds
+
+    def meet(self, peer: str, run: str) -> None:
+        if self.completed and self.run and run and run != self.run:
+            raise ProtocolError(
+                f"{peer} is connected to the trunk of another run than that of the {self.completed} finished rounds",
+                remedy="start trunk and root from the same run, or both from new run directories",
+            )
+        self.run = run or self.run
+
+    def current(self) -> Answer:
+        shared = codec.encode_named(self.shared)
+        return answered(pb.Adapters(completed=self.completed, adapters=shared, run=self.run))
 
     def plan(self, silos: Iterable[str]) -> Answer:
         return answered(self.next(silos))
@@ -124,7 +151,7 @@ class RootPlanner:
             self._clip.follow(round, collected)
             kept["clip"] = self._clip.state_dict()
         shared = self._sharing.next(self.shared, round, collected.contributions)
-        kept |= {"shared": shared, "sharing": self._sharing.state_dict()}
+        kept |= {"shared": shared, "run": self.run, "sharing": self._sharing.state_dict()}
         if self._control is not None:
             self._control.follow(round, collected, self.layout("", round))
             kept["control"] = self._control.state_dict()
@@ -157,9 +184,16 @@ class EdgePlanner:
         self._silos = len(recipe.silo)
         self._journal = store.journal("metrics")
         self._completed = 0
+        self._run = ""
+
+    def meet(self, peer: str, run: str) -> None:
+        self._run = run or self._run  # the root compares the names
+
+    def current(self) -> Answer:
+        return self._parent.submit(pb.Current())
 
     def plan(self, silos: Iterable[str]) -> Answer:
-        return self._parent.submit(pb.Ready(completed=self._completed, silos=sorted(silos)))
+        return self._parent.submit(pb.Ready(completed=self._completed, silos=sorted(silos), run=self._run))
 
     def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
         return plan

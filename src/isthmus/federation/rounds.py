@@ -46,6 +46,8 @@ class Aggregator(ABC):
             return self.contribute(peer, request)
         if isinstance(request, pb.Ready):
             return self.ready(peer, request)
+        if isinstance(request, pb.Current):
+            return self.current()
         if isinstance(request, pb.Ping):
             return answered(pb.Pong())
         raise ProtocolError(f"no aggregator answers {type(request).__name__}", remedy="ask the trunk")
@@ -57,6 +59,15 @@ class Aggregator(ABC):
     @abstractmethod
     def contribute(self, peer: str, request: pb.Update | pb.Deal | pb.Reveal) -> Answer:
         """Take a child's message to the round that it trains in."""
+
+    @abstractmethod
+    def current(self) -> Answer:
+        """``pb.Adapters``: the shared adapters after the last finished round, for a child that does not train."""
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool:
+        """Whether a child has been told that no round is left."""
 
 
 class Rounds(Aggregator):
@@ -112,6 +123,7 @@ class Rounds(Aggregator):
             verify_keys(self._identity, peer, request.keys)
         answer: Answer = Answer()
         with self._lock:
+            self._planner.meet(peer, request.run)
             self._asked[peer] = request
             self._waiting[peer] = answer
             if self._collection is not None and self._collection.awaits(peer):
@@ -131,6 +143,14 @@ class Rounds(Aggregator):
             if self._collection is None or request.round != self._round:
                 raise RoundLostError(f"an update for round {request.round}", remedy="ask for the next plan")
             return self._collection.handle(peer, request)
+
+    def current(self) -> Answer:
+        with self._lock:
+            return self._planner.current()
+
+    @property
+    def finished(self) -> bool:
+        return self.phase is Phase.FINISHED
 
     def _advance(self) -> None:
         """Answer the children that wait, as far as the phase allows."""

@@ -7,6 +7,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
+from isthmus.errors import RunError
 from isthmus.privacy.accountant import Epsilon
 from isthmus.privacy.statement import PathStatement, Statement, read_statement
 from isthmus.recipe.tree import ROOT
@@ -15,10 +16,22 @@ from isthmus.storage.record import RunDirectory
 
 
 def read_statements(run: RunDirectory) -> list[Statement]:
-    """One statement per silo, and the root's if it adds noise to the published adapters, from the run's ledgers."""
+    """One statement per silo, and the root's if it adds noise to the published adapters, from the run's ledgers.
+
+    In a deployed party's own folder: of those whose ledgers are there.
+
+    Raises:
+        RunError: no party that has a ledger ran here.
+    """
     recipe = run.recipe()
     noise = recipe.federation.noise
     names = [*(silo.name for silo in recipe.silo), *([ROOT] if noise is not None and noise.where == "root" else [])]
+    if run.deployed:
+        names = [name for name in names if run.role(name).path.is_dir()]
+    if not names:
+        raise RunError(
+            f"{run.path} holds no ledger: no silo ran here", remedy="name the run directory of 'isthmus silo'"
+        )
     return [read_statement(run.role(name).path / "ledger.jsonl", name, recipe.privacy) for name in names]
 
 

@@ -1,4 +1,8 @@
-"""Joining a federation: building a silo's split model from a recipe and connecting it to the trunk."""
+"""Joining a federation: building a silo's split model from a recipe and connecting it to the trunk.
+
+A silo's ends and the trunk must have the adapters of the same round. ``join`` gets those of the trunk's round from the
+root; ``connect_silo`` leaves the initial ones to its caller.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,18 @@ import copy
 import shutil
 import tempfile
 import weakref
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from isthmus.data.silo_data import SiloData
-from isthmus.errors import ModelError
+from isthmus.errors import IsthmusError, ModelError, RecipeError, RunError
 from isthmus.model import adapters
 from isthmus.model.agreement import hello_of
 from isthmus.model.bottleneck import Bottleneck
@@ -32,16 +39,24 @@ from isthmus.silo.defence.shield import Shield
 from isthmus.silo.records import Records
 from isthmus.silo.released import Released
 from isthmus.silo.remote import RemoteTrunk, RoundsClient
+from isthmus.silo.secrets import open_ledger
+from isthmus.silo.served import ServedRound, SharedAdapters, require_finished, same_run
+from isthmus.storage.record import RunDirectory
+from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import Identity
 
+FETCH_SECONDS = 10.0
+"""Longest time that ``join`` tries to reach the root."""
+
 
 @dataclass
 class Silo:
-    """A connected silo: its split model, tokenizer, boundary and clients of the trunk."""
+    """A connected silo: its split model, tokenizer, boundary and clients of the trunk. A ``with`` block closes it."""
 
+    name: str
     model: SplitForCausalLM
     tokenizer: PreTrainedTokenizerBase
     trunk: RemoteTrunk
@@ -49,6 +64,16 @@ class Silo:
     """Client of the trunk's rounds and optimizer steps."""
     boundary: Boundary
     """The exit of all tensors, with the ledger and the privacy budget."""
+    served: ServedRound = field(default_factory=ServedRound)
+    """The round of the ends' adapters, which the trunk must serve."""
+    resources: ExitStack = field(default_factory=ExitStack)
+    """What ``close`` ends after the connection and the ledger, such as a trunk process."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
 
     @property
     def parts(self) -> tuple[Part, Part]:
@@ -63,12 +88,67 @@ class Silo:
         return guard
 
     def close(self) -> None:
-        """Close the connection to the trunk and the ledger."""
+        """Close the connection to the trunk and the ledger, and end a trunk process that was started for this silo."""
         self.trunk.channel.close()
         self.boundary.ledger.close()
+        self.resources.close()
 
 
 def join(
+    recipe: Recipe,
+    name: str,
+    *,
+    fresh: bool = False,
+    run_dir: Path | str | None = None,
+    ledger: Ledger | None = None,
+    channel: Channel | None = None,
+    releases: Path | None = None,
+    records: Path | None = None,
+) -> Silo:
+    """Load bottom and top with the adapters of the trunk's round and connect to the trunk.
+
+    The adapters come from the root; a trunk that has not trained needs none. To use a run whose files are on this
+    machine, call ``isthmus.open``.
+
+    Args:
+        name: the silo's name in the recipe.
+        fresh: keep the initial adapters, whatever the trunk has learned.
+        run_dir: folder that remembers: ledger, privacy budgets, names of records, released examples.
+        ledger: records releases; None: that of ``run_dir``, without one a ledger in memory.
+        channel: a connection to the trunk; None: one to the recipe's address.
+        releases: folder for released examples (``boundary.release_once``); None: a temporary folder, deleted at exit.
+        records: folder for the key of record names and the noise scale; None: they end with the process.
+
+    Raises:
+        RecipeError: the recipe has privacy budgets, but there is no ledger that remembers what was spent.
+        RunError: the trunk has learned, and the root does not give the ends of that round; or the trunk trains.
+        IsthmusError: the model folder, device, certificates or trunk cannot be used; its type says which.
+    """
+    recipe.party(name)
+    undo = ExitStack()
+    if run_dir is not None:
+        run = RunDirectory(Path(run_dir).resolve())
+        run.record(recipe)
+        directory = run.role(name)
+        if ledger is None:
+            ledger = open_ledger(directory, recipe, name)
+            undo.callback(ledger.close)
+        releases, records = releases or directory.path / "released", records or directory.path / "records"
+    elif ledger is None and _has_budgets(recipe):
+        raise RecipeError(
+            "the recipe sets privacy budgets, but without a ledger on disk nobody remembers what was spent",
+            remedy="give join a run_dir, or open a finished run with isthmus.open",
+        )
+    with undo:
+        silo = connect_silo(recipe, name, ledger=ledger, channel=channel, releases=releases, records=records)
+        undo.callback(silo.close)
+        if not fresh:
+            _load_current(silo, recipe)
+        undo.pop_all()
+    return silo
+
+
+def connect_silo(
     recipe: Recipe,
     name: str,
     *,
@@ -77,24 +157,15 @@ def join(
     releases: Path | None = None,
     records: Path | None = None,
 ) -> Silo:
-    """Load bottom and top and connect to the trunk.
-
-    Args:
-        name: the silo's name in the recipe.
-        ledger: records releases; None: a ledger in memory.
-        channel: a connection to the trunk; None: one to the recipe's address.
-        releases: folder for released examples (``boundary.release_once``); None: a temporary folder, deleted at exit.
-        records: folder for the key of record names and the noise scale; None: they end with the process.
-
-    Raises:
-        IsthmusError: the model folder, device, certificates or trunk cannot be used; its type says which.
-    """
+    """A silo with initial adapters, whatever the trunk has learned (see ``join``)."""
     device = find_device(recipe.party(name).device)
     checkpoint = Checkpoint(recipe.model.path)
     tokenizer = load_tokenizer(checkpoint.folder)
     bottom, top = load_ends(checkpoint, recipe, device)
+    served = ServedRound()
     if channel is None:
-        channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
+        hello = greeting(checkpoint, recipe)
+        channel = connect(recipe, name, "Trunk", recipe.trunk.address, hello, accept=served.check)
     ledger = ledger or MemoryLedger()
     silo_records = open_records(recipe, tokenizer, records)
     boundary = Boundary(
@@ -106,7 +177,71 @@ def join(
     )
     model = build_model(recipe, checkpoint, (bottom, top), channel, boundary)
     assert isinstance(model.trunk, RemoteTrunk)
-    return Silo(model, tokenizer, model.trunk, RoundsClient(channel), boundary)
+    return Silo(name, model, tokenizer, model.trunk, RoundsClient(channel, served), boundary, served)
+
+
+def load_shared(silo: Silo, shared: SharedAdapters) -> None:
+    """Load a round's adapters into the silo's ends.
+
+    Raises:
+        RunError: the trunk serves another round or another run, or it trains.
+    """
+    welcome = silo.trunk.channel.welcome
+    require_finished(welcome)
+    if not same_run(welcome.run, shared.run):
+        raise RunError(
+            "the trunk is of another run than the silo's adapters",
+            remedy="name the address of this run's trunk, or start it with 'isthmus trunk RUN_DIR'",
+        )
+    if welcome.completed != shared.completed:
+        raise RunError(
+            f"the trunk serves round {welcome.completed}, the silo has the adapters of round {shared.completed}",
+            remedy=f"start the trunk with --round {shared.completed}, or reach the root for those of the trunk's round",
+        )
+    for part in silo.parts:
+        adapters.load_adapter(part, shared.tensors)
+    silo.served.set(welcome)
+
+
+def fetch_shared(silo: Silo, recipe: Recipe) -> SharedAdapters:
+    """The shared adapters after the last finished round, from the root or the silo's edge.
+
+    Raises:
+        IsthmusError: it cannot be reached, or it has adapters of other shapes.
+    """
+    parent = recipe.tree.parent(silo.name)
+    seconds = min(FETCH_SECONDS, recipe.wire.deadline)
+    hasty = recipe.model_copy(update={"wire": recipe.wire.model_copy(update={"deadline": seconds})})
+    channel = connect(hasty, silo.name, "Root", recipe.tree.node(parent).address, server=parent)
+    try:
+        answer: pb.Adapters = channel.call(pb.Current())
+    finally:
+        channel.close()
+    tensors = codec.decode_named(answer.adapters, adapters.shared_shapes(silo.parts))
+    return SharedAdapters(answer.completed, answer.run, tensors)
+
+
+def _load_current(silo: Silo, recipe: Recipe) -> None:
+    """Load the adapters of the trunk's round; the initial ones are right if the trunk has not trained."""
+    welcome = silo.trunk.channel.welcome
+    require_finished(welcome)
+    if not welcome.completed:
+        silo.served.set(welcome)
+        return
+    try:
+        load_shared(silo, fetch_shared(silo, recipe))
+    except IsthmusError as error:
+        raise RunError(
+            f"the trunk has learned {welcome.completed} rounds, but {silo.name} has no adapters of that round: "
+            f"{error.message}",
+            remedy="open the silo's run directory with isthmus.open, or start the root; "
+            "fresh=True keeps untrained ends",
+        ) from error
+
+
+def _has_budgets(recipe: Recipe) -> bool:
+    classes = recipe.sensitivity.classes.values() if recipe.sensitivity is not None else ()
+    return Budget(recipe.privacy).limited or any(one.epsilon is not None for one in classes)
 
 
 def build_model(
@@ -205,7 +340,14 @@ def greeting(checkpoint: Checkpoint, recipe: Recipe) -> pb.Hello:
 
 
 def connect(
-    recipe: Recipe, name: str, service: str, address: str, hello: pb.Hello | None = None, *, server: str | None = None
+    recipe: Recipe,
+    name: str,
+    service: str,
+    address: str,
+    hello: pb.Hello | None = None,
+    *,
+    server: str | None = None,
+    accept: Callable[[pb.Welcome], None] | None = None,
 ) -> GrpcChannel:
     """A channel from a silo to a server.
 
@@ -213,7 +355,7 @@ def connect(
         name: the silo's name, which selects its certificate.
         service: gRPC service, ``"Trunk"`` or ``"Root"``.
         hello: first frame of the connection; None: that to a root or an edge.
-        server, address: as in ``GrpcChannel``.
+        server, address, accept: as in ``GrpcChannel``.
 
     Raises:
         IsthmusError: the silo's certificate is missing or unusable.
@@ -225,6 +367,7 @@ def connect(
         identity,
         server=server,
         greeting=hello or hello_of(recipe),
+        accept=accept,
         deadline=recipe.wire.deadline,
         limit=recipe.wire.max_frame_bytes,
     )

@@ -22,6 +22,7 @@ from isthmus.model.split import Reply
 from isthmus.privacy.events import Path
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.served import ServedRound
 from isthmus.silo.session import RemoteSession
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
@@ -211,13 +212,18 @@ class RoundsClient:
 
     A training step is one or more forwards and backwards through the split model, whose gradients accumulate, and then
     ``commit``.
+
+    Args:
+        served: the round of the silo's adapters; it is no longer checked once the silo trains.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, served: ServedRound | None = None) -> None:
         self._channel = channel
+        self._served = served or ServedRound()
 
     def begin(self, round: int, participants: list[str]) -> None:
         """Start a round, from 1, and wait until all participants have started it."""
+        self._served.release()
         self._channel.call(pb.Begin(round=round, participants=participants))
 
     def commit(self, round: int, step: int, weight: float) -> int:

@@ -328,18 +328,19 @@ class AggregatorClient:
         self._channel = channel or self._connect()
         self._updates = updates_of(recipe, name, boundary, self._channel)
 
-    def ask(self, completed: int) -> pb.Plan:
+    def ask(self, completed: int, run: str = "") -> pb.Plan:
         """The next plan; the sibling's if the edge is gone or has too few silos left.
 
         Args:
             completed: rounds that this silo has finished.
+            run: name of the run of the trunk that this silo is connected to; empty: not known.
         """
         try:
-            plan: pb.Plan = self._channel.call(pb.Ready(completed=completed, keys=self._updates.offer()))
+            plan: pb.Plan = self._channel.call(pb.Ready(completed=completed, keys=self._updates.offer(), run=run))
             return plan
         except (PeerGoneError, QuorumError) as error:
             self._move(error)
-            return self.ask(completed)
+            return self.ask(completed, run)
 
     def begin(self, plan: pb.Plan, layout: Layout) -> None:
         """The round of this plan begins, for tensors of this layout (see ``Updates``)."""

@@ -19,7 +19,7 @@ from isthmus.model.optim import set_rate
 from isthmus.recipe import Recipe
 from isthmus.silo import fairness
 from isthmus.silo.control import silo_control
-from isthmus.silo.join import join, load_data
+from isthmus.silo.join import connect_silo, load_data
 from isthmus.silo.local_steps import LocalSteps
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.secrets import open_ledger
@@ -58,7 +58,7 @@ class Worker:
         self._recipe = recipe = recipe.of_silo(name)
         self._name = name
         self._directory = directory
-        self._silo = join(
+        self._silo = connect_silo(
             recipe,
             name,
             ledger=open_ledger(directory, recipe, name),
@@ -90,9 +90,11 @@ class Worker:
         """Take part until the federation is finished."""
         completed, losses = self._directory.last_round(), 0
         while True:
-            plan = self._aggregator.ask(completed)
+            run = self._silo.trunk.channel.welcome.run
+            plan = self._aggregator.ask(completed, run)
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
+            self._keep(plan.completed, shared, run)
             if self._recipe.federation.asynchronous.buffer is not None and not plan.round:
                 # no silo trains on the last version, but the trunk must know that it is there
                 self._silo.rounds.begin(plan.completed + 1, [self._name])
@@ -272,6 +274,11 @@ class Worker:
     def _load(self, shared: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in shared.items():
             self._parameters[name].copy_(tensor)
+
+    def _keep(self, completed: int, shared: Mapping[str, torch.Tensor], run: str) -> None:
+        """Save the shared adapters after a round, so that the silo can be opened when the root is gone."""
+        if completed and completed not in self._directory.shared.rounds():
+            self._directory.shared.save_round(completed, {"shared": dict(shared), "run": run})
 
     def _measure(self, completed: int) -> None:
         """Measure and record the quality on held-out rows after so many rounds; after none, of the untrained model."""

@@ -24,6 +24,11 @@ from isthmus.recipe import Recipe
 
 ROLES = ("trunk", "root", "edges", "silos")
 """Folders of a run directory, which a role creates once its model and identity are valid."""
+ADAPTER_KEYS = (
+    *("model.bottom", "model.top", "seed", "federation.lora", "trunk.adapter"),
+    *("lora.rank", "lora.alpha", "lora.rslora", "lora.targets", "lora.freeze_bottom"),
+)
+"""Keys of a recipe that fix which adapters a run has and how they start."""
 LOCK_SECONDS = 15.0
 """Seconds to wait for a run directory that another run has locked."""
 LONGEST_LINE = 2**20
@@ -33,7 +38,7 @@ ROUND_FILE = re.compile(r"round-(\d{4,})\.pt")
 
 
 class RunDirectory:
-    """One run's files. ``isthmus run`` writes all of them; on separate machines each party has its own part.
+    """One run's files. ``isthmus run`` writes all of them; on separate machines each party has its own part of them.
 
     ::
 
@@ -41,6 +46,7 @@ class RunDirectory:
         lock                              locked while a run is going on
         certificates/PARTY/               ca.pem, cert.pem and key.pem, made by the local engine
         logs/ROLE.log                     output of each process; trunk.log is the trunk's and the root's
+        trunk/run                         random name of the run, made with the first adapter
         trunk/metrics.jsonl               one line for each optimizer step: round, step, silos
         trunk/rounds/round-0003.pt        adapter and optimizers of the trunk after round 3; round 0 is the start
         trunk/kept/SILO/                  examples that a silo released once, as received
@@ -55,6 +61,7 @@ class RunDirectory:
         silos/NAME/records/sensitivity.json   scale of the classes' noise
         silos/NAME/released/              examples released once, as sent; ``secret`` is the key of their numbers
         silos/NAME/rounds/round-0003.pt   optimizer, guard, error feedback, fairness and control after round 3
+        silos/NAME/shared/round-0003.pt   shared adapters after round 3, as received; the last two are kept
         silos/NAME/draft.safetensors      the distilled draft, after ``isthmus draft``
         attack.json                       results of ``isthmus attack``
         demo.json                         results of ``isthmus demo``
@@ -91,8 +98,30 @@ class RunDirectory:
         """
         run = cls(path.resolve())
         if not run.recipe_path.exists():
-            raise RunError(f"{path} is not a run directory", remedy="name a folder that 'isthmus run' wrote")
+            raise RunError(
+                f"{path} is not a run directory: it has no recipe.toml",
+                remedy="name a folder that 'isthmus run' wrote, or the --run-dir of a role such as 'isthmus silo'",
+            )
         return run
+
+    def record(self, recipe: Recipe) -> None:
+        """Write the recipe of a role that runs by itself, so that the directory can be opened afterwards.
+
+        Raises:
+            RunError: the directory holds a run whose adapters have other shapes or another start.
+        """
+        if self.recipe_path.exists():
+            before = self.recipe()
+            if before == recipe:
+                return
+            other = [key for key in ADAPTER_KEYS if _value(before, key) != _value(recipe, key)]
+            if other and any((self.path / role).exists() for role in ROLES):
+                raise RunError(
+                    f"{self.path} holds a run of another recipe: {', '.join(other)} differs",
+                    remedy="name another directory with --run-dir",
+                )
+        with writing(self.recipe_path) as temporary:
+            temporary.write_text(recipe.toml(), encoding="utf-8")
 
     @property
     def recipe_path(self) -> Path:
@@ -114,49 +143,73 @@ class RunDirectory:
         """The last round that both trunk and root have saved. After an interruption the trunk may have one more."""
         return min(self.role("trunk").last_round(), self.role("root").last_round())
 
+    @property
+    def deployed(self) -> bool:
+        """Whether a party ran here by itself, so that the other parties' folders are missing."""
+        by_engine = (self.path / "logs").is_dir() or (self.path / "certificates").is_dir()
+        return not by_engine and any((self.path / role).is_dir() for role in ROLES)
+
+    @property
+    def served_here(self) -> bool:
+        """Whether both trunk and root have their folders here, so that a trunk process can serve the result."""
+        return all(self.role(role).path.is_dir() for role in ("trunk", "root"))
+
+    def silos(self) -> list[str]:
+        """The silos whose folders are here, in the recipe's order."""
+        return [silo.name for silo in self.recipe().silo if self.role(silo.name).path.is_dir()]
+
     @contextmanager
-    def locked(self) -> Iterator[int]:
+    def locked(self, *, shared: bool = False, seconds: float = LOCK_SECONDS) -> Iterator[int]:
         """Lock the directory against other runs within the ``with`` block.
+
+        Args:
+            shared: lock it against runs, but not against others that use its result.
+            seconds: longest time to wait for the lock.
 
         Yields:
             A file descriptor. Processes that inherit it share the lock, which ends with the last of them.
 
         Raises:
-            RunError: another run still holds the lock after ``LOCK_SECONDS``.
+            RunError: another process still holds the lock after that time.
         """
         with disk_errors(self.path):
             file = (self.path / "lock").open("w")
         with file:
-            end = time.monotonic() + LOCK_SECONDS
-            while not _lock(file.fileno()):
+            end = time.monotonic() + seconds
+            while not _lock(file.fileno(), fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
                 if time.monotonic() > end:
                     raise RunError(
-                        f"another run is still going on in {self.path}",
+                        f"another run is still going on in {self.path}"
+                        if shared
+                        else f"another run is still going on in {self.path}, or its result is in use",
                         remedy="wait until it ends, or stop its processes",
                     )
                 time.sleep(0.1)
             yield file.fileno()
 
 
-class RoleDirectory:
-    """The directory of one role within a run directory."""
+class RoundFiles:
+    """A folder with one file for each of several rounds.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        keep: number of last rounds whose files are kept; None: all.
+    """
+
+    def __init__(self, path: Path, keep: int | None = None) -> None:
         self.path = path
-        self._rounds = path / "rounds"
-
-    def journal(self, name: str) -> Journal:
-        """The journal ``name.jsonl``, created if it does not exist."""
-        return Journal(self.path / f"{name}.jsonl")
+        self._keep = keep
 
     def save_round(self, number: int, state: dict[str, Any]) -> None:
-        """Save the state after this round atomically. Files of earlier rounds are kept."""
+        """Save the state after this round atomically."""
         import torch
 
         content = io.BytesIO()  # torch's own writer reports a full disk by various errors
         torch.save(state, content)
-        with writing(self._rounds / f"round-{number:04d}.pt") as temporary:
+        with writing(self.path / f"round-{number:04d}.pt") as temporary:
             temporary.write_bytes(content.getbuffer())
+        if self._keep is not None:
+            for old in sorted(self.rounds())[: -self._keep]:
+                (self.path / f"round-{old:04d}.pt").unlink(missing_ok=True)
 
     def load_round(self, number: int) -> dict[str, Any]:
         """The saved state after this round.
@@ -166,12 +219,14 @@ class RoleDirectory:
         """
         import torch
 
-        path = self._rounds / f"round-{number:04d}.pt"
+        path = self.path / f"round-{number:04d}.pt"
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
             return state
         except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise RunError(f"no readable state of round {number} in {self.path}", remedy="start a new run") from error
+            raise RunError(
+                f"no readable state of round {number} in {self.path.parent}", remedy="start a new run"
+            ) from error
 
     def last_round(self) -> int:
         """The last round with a saved state; 0 if there is none."""
@@ -179,8 +234,38 @@ class RoleDirectory:
 
     def rounds(self) -> set[int]:
         """All rounds with a saved state."""
-        names = self._rounds.iterdir() if self._rounds.is_dir() else ()
+        names = self.path.iterdir() if self.path.is_dir() else ()
         return {int(match[1]) for name in names if (match := ROUND_FILE.fullmatch(name.name))}
+
+
+class RoleDirectory:
+    """The directory of one role within a run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rounds = RoundFiles(path / "rounds")
+        self.shared = RoundFiles(path / "shared", keep=2)
+        """A silo's: the shared adapters of the last rounds, as ``shared``, and the name of the trunk's run, ``run``."""
+
+    def journal(self, name: str) -> Journal:
+        """The journal ``name.jsonl``, created if it does not exist."""
+        return Journal(self.path / f"{name}.jsonl")
+
+    def save_round(self, number: int, state: dict[str, Any]) -> None:
+        """Save the state after this round atomically. Files of earlier rounds are kept."""
+        self._rounds.save_round(number, state)
+
+    def load_round(self, number: int) -> dict[str, Any]:
+        """The saved state after this round (see ``RoundFiles``)."""
+        return self._rounds.load_round(number)
+
+    def last_round(self) -> int:
+        """The last round with a saved state; 0 if there is none."""
+        return self._rounds.last_round()
+
+    def rounds(self) -> set[int]:
+        """All rounds with a saved state."""
+        return self._rounds.rounds()
 
 
 class Journal:
@@ -268,9 +353,16 @@ def _full(path: Path) -> DiskFullError:
     )
 
 
-def _lock(descriptor: int) -> bool:
+def _value(recipe: Recipe, key: str) -> object:
+    value: object = recipe
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _lock(descriptor: int, kind: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import find_device
 from isthmus.recipe import Recipe
 from isthmus.recipe.shared import check_shared
-from isthmus.storage.record import RoleDirectory
+from isthmus.storage.record import RoleDirectory, disk_errors, writing
 from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
 from isthmus.trunk.async_steps import AsyncSteps
 from isthmus.trunk.batches import Backwards, Evaluations, Forwards
@@ -62,6 +63,7 @@ class TrunkService:
         self._forwards = Forwards(self._training, self._codecs, recipe.trunk)
         self._backwards = Backwards(self._training, self._codecs, recipe.trunk)
         self._evaluations = Evaluations(self._runner, self._codecs, recipe.trunk)
+        self._run = run_name(directory)
         journal = directory.journal("metrics")
         self._steps: SyncSteps | AsyncSteps
         if recipe.federation.asynchronous.buffer is None:
@@ -116,7 +118,8 @@ class TrunkService:
         if self._instances.get(peer) != hello.instance:
             self._instances[peer] = hello.instance
             self._scheduler.submit(lambda: self._forget(peer))
-        return answered(pb.Welcome())
+        training = self._training
+        return answered(pb.Welcome(completed=training.completed, training=training.moved, run=self._run))
 
     def _forget(self, peer: str) -> None:
         self._scheduler.drop(
@@ -148,6 +151,20 @@ class TrunkService:
             return pb.Closed()
 
         return self._scheduler.enqueue(SINGLE, (peer, "session", request.session), close)
+
+
+def run_name(directory: RoleDirectory) -> str:
+    """The random name of the trunk's run, by which a silo recognizes the trunk that it was trained with.
+
+    Raises:
+        DiskFullError, RunError: it cannot be read or written.
+    """
+    path = directory.path / "run"
+    with disk_errors(path):
+        if not path.exists():
+            with writing(path) as temporary:
+                temporary.write_text(secrets.token_hex(8), encoding="utf-8")
+        return path.read_text(encoding="utf-8").strip()
 
 
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:

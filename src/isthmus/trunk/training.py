@@ -105,10 +105,17 @@ class TrunkTraining:
         """Number of silos in the running round."""
         self._round: int | None = 0
         """The round at whose end the adapter is; None within a round."""
+        self.completed = 0
+        """The last round that was saved or returned to."""
         if store.rounds():
             self._load(store.last_round())
         else:
             self.save(0)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the adapter has changed since the end of round ``completed``."""
+        return self._round is None
 
     def forget(self, silo: str) -> None:
         """Drop a silo's open steps and gradients, since a new process of it has connected."""
@@ -214,7 +221,7 @@ class TrunkTraining:
     def save(self, number: int) -> None:
         """Save the state as the end of this round."""
         self._store.save_round(number, self._adapter.state())
-        self._round = number
+        self._round = self.completed = number
 
     def restore(self, number: int) -> None:
         """Return to the end of this round and drop all open steps and gradients.
@@ -237,7 +244,7 @@ class TrunkTraining:
 
     def _load(self, number: int) -> None:
         self._adapter.load(self._store.load_round(number))
-        self._round = number
+        self._round = self.completed = number
 
     def _pass(self, forwards: list[ForwardStep]) -> Pass:
         inputs = [

@@ -39,6 +39,11 @@ class Channel(Protocol):
     received_bytes: int
     """Bytes of all frames received."""
 
+    @property
+    def welcome(self) -> pb.Welcome:
+        """The service's last answer to ``Hello``; an empty one if the greeting was another request."""
+        ...
+
     def submit(self, request: Message) -> Answer:
         """Send a request. The future gives the answer, or raises the ``IsthmusError`` of the peer or the connection."""
         ...
@@ -64,8 +69,9 @@ class LoopbackChannel:
         self._peer = peer
         self._limit = limit
         self._ids = itertools.count(1)
+        self.welcome = pb.Welcome()
         if greeting is not None:
-            self.call(greeting)
+            self.welcome = welcome_of(self.call(greeting))
 
     def submit(self, request: Message) -> Answer:
         data = frames.wrap(request, id=next(self._ids)).SerializeToString()
@@ -91,6 +97,11 @@ def answered(body: Message) -> Answer:
     answer: Answer = Answer()
     answer.set_result(body)
     return answer
+
+
+def welcome_of(answer: Message) -> pb.Welcome:
+    """The answer to a greeting, if it is a welcome; an empty welcome otherwise."""
+    return answer if isinstance(answer, pb.Welcome) else pb.Welcome()
 
 
 def check_size(size: int, limit: int) -> None:

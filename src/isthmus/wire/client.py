@@ -9,7 +9,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from isthmus.errors import FrameError, FrameSizeError, IdentityError, IsthmusError, PeerGoneError, ProtocolError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.channel import Answer, check_size, settle
+from isthmus.wire.channel import Answer, check_size, settle, welcome_of
 from isthmus.wire.identity import Identity
 from isthmus.wire.server import INSTANCE_KEY, KEEPALIVE, METHOD_PATH
 
@@ -54,6 +54,8 @@ class GrpcChannel:
         identity: this party's identity.
         server: the name on the server's certificate; None: the service's name in lower case.
         greeting: the first request on every stream; an error in answer ends the channel.
+        accept: called with the answer to the greeting on every stream; an ``IsthmusError`` that it raises ends the
+            channel. None: every answer is accepted.
         deadline: seconds to keep trying to connect.
         limit: largest frame in bytes.
 
@@ -69,11 +71,14 @@ class GrpcChannel:
         *,
         server: str | None = None,
         greeting: Message | None = None,
+        accept: Callable[[pb.Welcome], None] | None = None,
         deadline: float = 60.0,
         limit: int = 64 * 2**20,
     ) -> None:
         self.sent_bytes = 0
         self.received_bytes = 0
+        self.welcome = pb.Welcome()
+        self._accept = accept
         self._address = address
         self._service = service
         self._server = server or service.lower()
@@ -87,9 +92,9 @@ class GrpcChannel:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._ended: IsthmusError | None = None
         self._grpc = grpc.secure_channel(address, identity.client_credentials(), options=self._options())
-        self._welcome: Answer = Answer()
+        self._greeted: Answer = Answer()
         threading.Thread(target=self._keep_streaming, name=f"to {service}", daemon=True).start()
-        self._welcome.result()
+        self._greeted.result()
 
     def submit(self, request: Message) -> Answer:
         answer: Answer = Answer()
@@ -180,11 +185,15 @@ class GrpcChannel:
     def _welcomed(self, frame: pb.Frame) -> None:
         verdict: Answer = Answer()
         settle(verdict, frame)
-        error = verdict.exception()
-        if isinstance(error, IsthmusError):
+        try:
+            self.welcome = welcome_of(verdict.result())
+            if self._accept is not None:
+                self._accept(self.welcome)
+        except IsthmusError as error:
             self._end(error)
-        elif not self._welcome.done():
-            self._welcome.set_result(verdict.result())
+        else:
+            if not self._greeted.done():
+                self._greeted.set_result(verdict.result())
 
     def _fatal(self, broken: grpc.RpcError) -> IsthmusError | None:
         """The error that ends the channel; None if reconnecting may help."""
@@ -206,8 +215,8 @@ class GrpcChannel:
             self._ended = error
             pending, self._pending = self._pending, {}
             self._outbox.put(None)
-        if not self._welcome.done():
-            self._welcome.set_exception(error)
+        if not self._greeted.done():
+            self._greeted.set_exception(error)
         for _, answer in pending.values():
             answer.set_exception(error)
 

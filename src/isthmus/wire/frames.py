@@ -23,6 +23,8 @@ MAX_KEYS = 2**17
 """Keys of a recipe in one greeting: some for each silo."""
 MAX_KEY = 1024
 """Largest key with its value, in characters."""
+MAX_NAME = 64
+"""Longest name of a run, in characters."""
 MAX_CERTIFICATE = 8192
 """Largest certificate or signature in bytes."""
 MAX_SHARE = 256
@@ -167,7 +169,13 @@ def _hello(message: pb.Hello) -> None:
         raise _invalid(f"more than {MAX_KEYS} keys, or one of more than {MAX_KEY} characters")
 
 
+def _run(message: Any) -> None:
+    if len(message.run) > MAX_NAME:
+        raise _invalid(f"the name of a run with {len(message.run)} characters")
+
+
 def _ready(message: pb.Ready) -> None:
+    _run(message)
     if not message.HasField("keys"):
         return
     for part in (message.keys.sealing, message.keys.masking, message.keys.commitment):
@@ -212,6 +220,7 @@ def _secrets(message: Any) -> None:
 
 _RULES: dict[str, Callable[[Any], None]] = {
     "hello": _hello,
+    "welcome": _run,
     "begin": _begin,
     "forward": _forward,
     "backward": _backward,
@@ -221,6 +230,7 @@ _RULES: dict[str, Callable[[Any], None]] = {
     "decode": _decode,
     "update": _update,
     "ready": _ready,
+    "adapters": _run,
     "deal": _secrets,
     "reveal": _secrets,
 }

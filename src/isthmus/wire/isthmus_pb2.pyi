@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("id", "acked", "hello", "welcome", "failure", "ping", "pong", "begin", "begun", "forward", "hidden", "backward", "gradient", "commit", "stepped", "keep", "kept", "end", "ended", "decode", "close", "closed", "ready", "plan", "update", "accepted", "deal", "dealt", "survivors", "reveal")
+    __slots__ = ("id", "acked", "hello", "welcome", "failure", "ping", "pong", "begin", "begun", "forward", "hidden", "backward", "gradient", "commit", "stepped", "keep", "kept", "end", "ended", "decode", "close", "closed", "ready", "plan", "update", "accepted", "deal", "dealt", "survivors", "reveal", "current", "adapters")
     ID_FIELD_NUMBER: _ClassVar[int]
     ACKED_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,8 @@ class Frame(_message.Message):
     DEALT_FIELD_NUMBER: _ClassVar[int]
     SURVIVORS_FIELD_NUMBER: _ClassVar[int]
     REVEAL_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     id: int
     acked: int
     hello: Hello
@@ -68,7 +70,9 @@ class Frame(_message.Message):
     dealt: Dealt
     survivors: Survivors
     reveal: Reveal
-    def __init__(self, id: _Optional[int] = ..., acked: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., deal: _Optional[_Union[Deal, _Mapping]] = ..., dealt: _Optional[_Union[Dealt, _Mapping]] = ..., survivors: _Optional[_Union[Survivors, _Mapping]] = ..., reveal: _Optional[_Union[Reveal, _Mapping]] = ...) -> None: ...
+    current: Current
+    adapters: Adapters
+    def __init__(self, id: _Optional[int] = ..., acked: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., deal: _Optional[_Union[Deal, _Mapping]] = ..., dealt: _Optional[_Union[Dealt, _Mapping]] = ..., survivors: _Optional[_Union[Survivors, _Mapping]] = ..., reveal: _Optional[_Union[Reveal, _Mapping]] = ..., current: _Optional[_Union[Current, _Mapping]] = ..., adapters: _Optional[_Union[Adapters, _Mapping]] = ...) -> None: ...
 
 class Matrix(_message.Message):
     __slots__ = ("codec", "rows", "width", "data")
@@ -116,10 +120,14 @@ class Hello(_message.Message):
     def __init__(self, version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., bottom: _Optional[int] = ..., top: _Optional[int] = ..., instance: _Optional[str] = ..., keys: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("completed",)
+    __slots__ = ("completed", "training", "run")
     COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     completed: int
-    def __init__(self, completed: _Optional[int] = ...) -> None: ...
+    training: bool
+    run: str
+    def __init__(self, completed: _Optional[int] = ..., training: _Optional[bool] = ..., run: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "message", "remedy")
@@ -260,14 +268,16 @@ class Closed(_message.Message):
     def __init__(self) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("completed", "keys", "silos")
+    __slots__ = ("completed", "keys", "silos", "run")
     COMPLETED_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     SILOS_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     completed: int
     keys: SumKeys
     silos: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, completed: _Optional[int] = ..., keys: _Optional[_Union[SumKeys, _Mapping]] = ..., silos: _Optional[_Iterable[str]] = ...) -> None: ...
+    run: str
+    def __init__(self, completed: _Optional[int] = ..., keys: _Optional[_Union[SumKeys, _Mapping]] = ..., silos: _Optional[_Iterable[str]] = ..., run: _Optional[str] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("round", "completed", "participants", "adapters", "sum", "keys", "control", "counted", "clip")
@@ -328,6 +338,20 @@ class Update(_message.Message):
 class Accepted(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class Current(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Adapters(_message.Message):
+    __slots__ = ("completed", "adapters", "run")
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    completed: int
+    adapters: _containers.RepeatedCompositeFieldContainer[Tensor]
+    run: str
+    def __init__(self, completed: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., run: _Optional[str] = ...) -> None: ...
 
 class SumKeys(_message.Message):
     __slots__ = ("sealing", "masking", "commitment", "certificate", "signature")

@@ -17,6 +17,7 @@ from isthmus.errors import BudgetExhausted, DataError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.packing import Packing
 from isthmus.privacy.averted_attention import averted_hidden
+from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
 from isthmus.silo.join import Silo, greeting, join, load_data
 from isthmus.silo.pipeline import pipelined_step
@@ -51,7 +52,7 @@ class Running:
         self.service = TrunkService(recipe, RoleDirectory(folder / "trunk"))
         self.tap = Tap(self.service, "a", greeting=greeting(Checkpoint(recipe.model.path), recipe))
         places = {"releases": folder / "silo" / "released", "records": folder / "silo" / "records"}
-        self.silo: Silo = join(recipe, "a", channel=self.tap, **places)
+        self.silo: Silo = join(recipe, "a", ledger=MemoryLedger(), channel=self.tap, **places)
         self.data: SiloData = load_data(recipe, "a", self.silo)
         self.optimizer = torch.optim.SGD([p for p in self.silo.model.parameters() if p.requires_grad], lr=0.1)
         self.clean: list[torch.Tensor] = []

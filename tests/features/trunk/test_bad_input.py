@@ -283,5 +283,5 @@ def test_hello(
         refused(channel, errors.ProtocolError, forward())
 
     assert_equal(good_silo(service, hello, disturb), undisturbed)
-    assert channel.call(hello) == pb.Welcome()
+    assert isinstance(channel.call(hello), pb.Welcome)
     channel.call(forward())

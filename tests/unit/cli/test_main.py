@@ -16,13 +16,13 @@ from tests.integration.processes import call
 
 COMMANDS = {
     "run": ["RECIPE?", "--run-dir=runs/latest", "--resume="],
-    "trunk": ["RECIPE", "--run-dir=runs/trunk", "--address=", "--with-root/--no-with-root=False"],
+    "trunk": ["RECIPE", "--run-dir=runs/trunk", "--address=", "--with-root/--no-with-root=False", "--round="],
     "root": ["RECIPE", "--run-dir=runs/root", "--address="],
     "edge": ["RECIPE", "NAME", "--run-dir=runs/edge", "--address=", "--parent="],
     "silo": ["RECIPE", "NAME", "--run-dir=runs/silo", "--trunk=", "--root=", "--edge="],
     "certificates": ["RECIPE"],
-    "generate": ["RUN_DIR", "PROMPT", "--silo=", "--max-new-tokens=64", "--chat/--no-chat=False"],
-    "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96"],
+    "generate": ["RUN_DIR", "PROMPT", "--silo=", "--max-new-tokens=64", "--chat/--no-chat=False", "--trunk="],
+    "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96", "--trunk="],
     "privacy": ["RUN_DIR", "--json=False"],
     "export": ["RUN_DIR", "OUT"],
     "attack": [
@@ -41,7 +41,7 @@ COMMANDS = {
     "check": ["MODEL", "--cut=", "--length=64"],
     "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1"],
 }
-EXPORTED = {"IsthmusError", "Recipe", "__version__", "join"}
+EXPORTED = {"IsthmusError", "Recipe", "__version__", "join", "open"}
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.engines import inference
+from isthmus.engines import inference, opening
 from isthmus.engines.certificates import make_certificates
 from isthmus.engines.local import at_address
 from isthmus.engines.roles import start_server
@@ -31,7 +31,7 @@ def trunk_here(monkeypatch: pytest.MonkeyPatch) -> None:
         server.stop()
         services["Trunk"].stop()  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(inference, "serving", serving)
+    monkeypatch.setattr(opening, "serving", serving)
 
 
 def test_answers_are_streamed_returned_and_charged(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:

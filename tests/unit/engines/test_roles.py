@@ -54,7 +54,7 @@ def test_what_is_served_is_announced_until_it_is_stopped(
     class Ended:
         """In an event's place: the process is asked to stop as soon as it waits."""
 
-        def wait(self) -> None:
+        def wait(self, seconds: float | None = None) -> None:
             raise Stopped
 
     monkeypatch.setattr(roles, "threading", SimpleNamespace(Event=Ended))

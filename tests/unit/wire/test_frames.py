@@ -41,7 +41,7 @@ def keys(**parts: bytes) -> pb.SumKeys:
 
 VALID: dict[str, Message] = {
     "hello": pb.Hello(version=frames.VERSION, fingerprint="f" * 64, bottom=1, top=1, instance="i"),
-    "welcome": pb.Welcome(),
+    "welcome": pb.Welcome(completed=2, training=True, run="r"),
     "failure": pb.Failure(code="mismatch", message="no", remedy="do"),
     "ping": pb.Ping(),
     "pong": pb.Pong(),
@@ -60,7 +60,7 @@ VALID: dict[str, Message] = {
     "decode": pb.Decode(session=1, step=1, lengths=[1, 2], hidden=matrix(3), forget=1, rows=[1, 0]),
     "close": pb.Close(session=1),
     "closed": pb.Closed(),
-    "ready": pb.Ready(completed=2, keys=keys()),
+    "ready": pb.Ready(completed=2, keys=keys(), run="r"),
     "plan": pb.Plan(
         round=3,
         completed=2,
@@ -74,6 +74,8 @@ VALID: dict[str, Message] = {
     ),
     "update": pb.Update(round=3, weight=1.5, tensors=[tensor()], quality=0.5),
     "accepted": pb.Accepted(),
+    "current": pb.Current(),
+    "adapters": pb.Adapters(completed=2, adapters=[tensor()], run="r"),
     "deal": pb.Deal(round=3, sealed={"b": bytes(82)}),
     "dealt": pb.Dealt(sealed={"a": bytes(82)}),
     "survivors": pb.Survivors(alive=["a"], dropped=["b"]),
@@ -109,6 +111,9 @@ def test_a_valid_frame_of_every_kind_passes(kind: str) -> None:
 BROKEN = [
     ("hello", {"version": 0}, "protocol version 0"),
     ("hello", {"version": frames.VERSION + 1}, "protocol version"),
+    ("welcome", {"run": "r" * 65}, "65 characters"),
+    ("ready", {"run": "r" * 65}, "65 characters"),
+    ("adapters", {"run": "r" * 65}, "65 characters"),
     ("begin", {"round": 0}, "round 0"),
     ("begin", {"participants": []}, "0 participants"),
     ("begin", {"participants": ["a"] * 4097}, "4097 participants"),
@@ -234,7 +239,7 @@ def test_what_just_keeps_the_rules_passes(body: Message) -> None:
         b"",
         pb.Frame(id=3).SerializeToString(),
         b"\x98\x06\x01",  # field 99, a number
-        b"\x82\x03\x00",  # field 48, an empty message: a body of a later version
+        b"\xfa\x03\x00",  # field 63, an empty message: a body of a later version
         b"\x50\x01",  # hello as a number
     ],
 )

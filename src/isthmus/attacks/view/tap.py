@@ -7,6 +7,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
 
 
@@ -55,6 +56,11 @@ class Tap:
     @received_bytes.setter
     def received_bytes(self, value: int) -> None:
         self._channel.received_bytes = value
+
+    @property
+    def welcome(self) -> pb.Welcome:
+        """As of the other channel."""
+        return self._channel.welcome
 
     def submit(self, request: Message) -> Answer:
         """Send a request and record it with its pending answer."""
