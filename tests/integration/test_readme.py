@@ -17,12 +17,7 @@ import pytest
 import typer
 
 from isthmus.cli.main import app
-from isthmus.engines.certificates import make_certificates
-from isthmus.engines.local import at_address
-from isthmus.engines.roles import start_server
-from isthmus.recipe import Recipe
-from isthmus.storage.record import RunDirectory
-from tests.integration.processes import write_federation, write_recipe
+from tests.integration.processes import run_here, write_federation
 from tests.integration.readme_figures import faults, measured, read_mapping, slips, swaps
 
 ROOT = Path(__file__).parents[2]
@@ -59,15 +54,12 @@ def test_link_leads_somewhere(link: str) -> None:
 
 @pytest.mark.process
 def test_python_example_runs(tmp_path: Path) -> None:
-    """As its own program, in a folder with a recipe and certificates, against a trunk that listens."""
+    """As its own program, beside a finished run."""
     (example,) = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
-    recipe = Recipe.read(write_federation(tmp_path))
-    make_certificates(recipe, tmp_path / "certificates")
-    server, services = start_server(at_address(recipe, "localhost:0"), RunDirectory(tmp_path / "server"), ("trunk",))
-    write_recipe(tmp_path / "recipe.toml", trunk={"address": f"localhost:{server.port}"})
+    run_here(
+        write_federation(tmp_path, train={"rounds": 1, "steps": 1, "evaluate": False}), tmp_path / "runs" / "first"
+    )
     ended = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    server.stop()
-    services["Trunk"].stop()  # type: ignore[attr-defined]
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip()
 

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
+import isthmus
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory, read_journal
@@ -24,6 +25,7 @@ from tests.integration.processes import (
     steps_of,
     write_federation,
 )
+from tests.oracle.twins import ragged
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
 ROUNDS, STEPS = 5, 40
@@ -63,6 +65,7 @@ def test_run_directory_holds_what_the_run_did(undisturbed: tuple[Path, str], rec
     assert all(line["silos"] == ["north", "south"] for line in read_journal(run / "trunk/metrics.jsonl"))
     assert {log.name for log in (run / "logs").iterdir()} == {"trunk.log", "north.log", "south.log"}
     assert f"run directory: {run}" in printed.splitlines()
+    assert f"next: isthmus generate {run} PROMPT" in printed
     assert f"{ROUNDS * STEPS}/{ROUNDS * STEPS}" in printed
     assert "privacy spent, epsilon at delta 1e-05" in printed
     assert_no_traceback(run)
@@ -88,6 +91,10 @@ def test_exported_adapter_on_the_uncut_model_answers_as_the_split_model(
     whole = PeftModel.from_pretrained(uncut(base), tmp_path / "adapter").eval()
     assert generated.out.strip() == _greedy(whole, base, prompt)
     assert generated.out.strip() != _greedy(uncut(base), base, prompt)
+    with isthmus.open(run, "south") as silo, torch.no_grad():
+        rows = {key: value for key, value in ragged("left", lengths=(24, 24)).items() if key != "labels"}
+        assert torch.equal(silo.model(**rows).logits, whole(**rows).logits)
+    assert not processes_of(run)
     drafted = call(capsys, monkeypatch, "draft", run, "--prompts", 4, "--max-new-tokens", 8)
     drafted.succeeded()
     assert (run / "silos/north/draft.safetensors").exists()

@@ -9,7 +9,7 @@ from isthmus.engines.local import at_address, serving
 from isthmus.engines.threads import set_threads
 from isthmus.errors import IsthmusError, PeerGoneError, RunError
 from isthmus.recipe import Recipe
-from isthmus.silo.join import Silo, connect_silo, fetch_shared, load_data, load_shared
+from isthmus.silo.join import Silo, connect_silo, fetch_shared, keep_shared, load_data, load_shared
 from isthmus.silo.secrets import open_ledger
 from isthmus.silo.served import SharedAdapters, require_finished
 from isthmus.storage.record import RunDirectory
@@ -110,10 +110,9 @@ def _load_trained(silo: Silo, recipe: Recipe, run: RunDirectory) -> None:
             found = fetch_shared(silo, recipe)
         except IsthmusError as error:
             raise _other_round(run, silo.name, welcome.completed, error) from error
-        load_shared(silo, found)
-        run.role(silo.name).shared.save_round(found.completed, {"shared": dict(found.tensors), "run": found.run})
-    else:
-        load_shared(silo, found)
+    load_shared(silo, found)
+    if not run.served_here:
+        keep_shared(run.role(silo.name), found)
 
 
 def _saved(run: RunDirectory, name: str, number: int) -> SharedAdapters | None:

@@ -135,7 +135,7 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
         server = Server({"Root": service}, identity, peers, node.address, wire.max_frame_bytes)
         server.start()
         try:
-            over = f"finished after {recipe.train.rounds} rounds; nothing is left to do here"
+            over = f"{_finished(recipe)}; nothing is left to do here"
             _listen(server, node.address, lambda: over if edge.finished else None)
         finally:
             channel.close()
@@ -165,7 +165,7 @@ def _result(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> str | 
         return None
     folders = "" if run.served_here else " (it takes the folders of trunk and root, copied into one)"
     return (
-        f"finished after {number} rounds; silos can use the model while the trunk runs\n"
+        f"{_finished(recipe)}; silos can use the model while the trunk runs\n"
         f"next: isthmus export {run.path} OUT{folders}; later: isthmus {roles[0]} {run.path}"
         f"{' --with-root' if len(roles) > 1 else ''}"
     )
@@ -216,9 +216,15 @@ def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
         worker.run()
     finally:
         worker.close()
+    trunk = "" if run.served_here else ", while the trunk runs"
     print(
-        f"finished after {recipe.train.rounds} rounds\n"
-        f'next: isthmus generate {run.path} PROMPT --silo {name}, or isthmus.open("{run.path}", "{name}"), '
-        f"while the trunk runs; isthmus privacy {run.path}",
+        f"{_finished(recipe)}\n"
+        f'next: isthmus generate {run.path} PROMPT --silo {name}, or isthmus.open("{run.path}", "{name}") in Python'
+        f"{trunk}; isthmus privacy {run.path}",
         flush=True,
     )
+
+
+def _finished(recipe: Recipe) -> str:
+    rounds = recipe.train.rounds
+    return f"finished after {rounds} round{'' if rounds == 1 else 's'}"

@@ -166,8 +166,8 @@ class FileLedger:
             fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LedgerTakenError(
-                f"another process is writing to the ledger {self.path}",
-                remedy="wait for that run to end, or give each silo its own run directory",
+                f"another process, or an open silo of this one, is writing to the ledger {self.path}",
+                remedy="wait for that run to end, close() that silo, or give each silo its own run directory",
             ) from None
         contents = read_ledger(self.path)
         if os.fstat(self._files[0]).st_size > contents.size:

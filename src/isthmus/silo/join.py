@@ -41,7 +41,7 @@ from isthmus.silo.released import Released
 from isthmus.silo.remote import RemoteTrunk, RoundsClient
 from isthmus.silo.secrets import open_ledger
 from isthmus.silo.served import ServedRound, SharedAdapters, require_finished, same_run
-from isthmus.storage.record import RunDirectory
+from isthmus.storage.record import RoleDirectory, RunDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Channel
@@ -125,7 +125,7 @@ def join(
         IsthmusError: the model folder, device, certificates or trunk cannot be used; its type says which.
     """
     recipe.party(name)
-    undo = ExitStack()
+    undo, directory = ExitStack(), None
     if run_dir is not None:
         run = RunDirectory(Path(run_dir).resolve())
         run.record(recipe)
@@ -143,7 +143,7 @@ def join(
         silo = connect_silo(recipe, name, ledger=ledger, channel=channel, releases=releases, records=records)
         undo.callback(silo.close)
         if not fresh:
-            _load_current(silo, recipe)
+            _load_current(silo, recipe, directory)
         undo.pop_all()
     return silo
 
@@ -221,15 +221,26 @@ def fetch_shared(silo: Silo, recipe: Recipe) -> SharedAdapters:
     return SharedAdapters(answer.completed, answer.run, tensors)
 
 
-def _load_current(silo: Silo, recipe: Recipe) -> None:
-    """Load the adapters of the trunk's round; the initial ones are right if the trunk has not trained."""
+def keep_shared(directory: RoleDirectory, shared: SharedAdapters) -> None:
+    """Save the adapters of a round in the silo's directory, so that the silo can be opened when the root is gone."""
+    if shared.completed and shared.completed not in directory.shared.rounds():
+        directory.shared.save_round(shared.completed, {"shared": dict(shared.tensors), "run": shared.run})
+
+
+def _load_current(silo: Silo, recipe: Recipe, directory: RoleDirectory | None) -> None:
+    """Load the adapters of the trunk's round; the initial ones are right if the trunk has not trained.
+
+    Args:
+        directory: where they are kept; None: nowhere.
+    """
     welcome = silo.trunk.channel.welcome
     require_finished(welcome)
     if not welcome.completed:
         silo.served.set(welcome)
         return
     try:
-        load_shared(silo, fetch_shared(silo, recipe))
+        shared = fetch_shared(silo, recipe)
+        load_shared(silo, shared)
     except IsthmusError as error:
         raise RunError(
             f"the trunk has learned {welcome.completed} rounds, but {silo.name} has no adapters of that round: "
@@ -237,6 +248,8 @@ def _load_current(silo: Silo, recipe: Recipe) -> None:
             remedy="open the silo's run directory with isthmus.open, or start the root; "
             "fresh=True keeps untrained ends",
         ) from error
+    if directory is not None:
+        keep_shared(directory, shared)
 
 
 def _has_budgets(recipe: Recipe) -> bool:

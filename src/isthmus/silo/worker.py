@@ -19,10 +19,11 @@ from isthmus.model.optim import set_rate
 from isthmus.recipe import Recipe
 from isthmus.silo import fairness
 from isthmus.silo.control import silo_control
-from isthmus.silo.join import connect_silo, load_data
+from isthmus.silo.join import connect_silo, keep_shared, load_data
 from isthmus.silo.local_steps import LocalSteps
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.secrets import open_ledger
+from isthmus.silo.served import SharedAdapters
 from isthmus.silo.trainer import Step, evaluate, train_step
 from isthmus.silo.update import AggregatorClient
 from isthmus.storage.record import RoleDirectory, read_journal
@@ -94,7 +95,7 @@ class Worker:
             plan = self._aggregator.ask(completed, run)
             shared = codec.decode_named(plan.adapters, self._shapes)
             self._load(shared)
-            self._keep(plan.completed, shared, run)
+            keep_shared(self._directory, SharedAdapters(plan.completed, run, shared))
             if self._recipe.federation.asynchronous.buffer is not None and not plan.round:
                 # no silo trains on the last version, but the trunk must know that it is there
                 self._silo.rounds.begin(plan.completed + 1, [self._name])
@@ -274,11 +275,6 @@ class Worker:
     def _load(self, shared: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in shared.items():
             self._parameters[name].copy_(tensor)
-
-    def _keep(self, completed: int, shared: Mapping[str, torch.Tensor], run: str) -> None:
-        """Save the shared adapters after a round, so that the silo can be opened when the root is gone."""
-        if completed and completed not in self._directory.shared.rounds():
-            self._directory.shared.save_round(completed, {"shared": dict(shared), "run": run})
 
     def _measure(self, completed: int) -> None:
         """Measure and record the quality on held-out rows after so many rounds; after none, of the untrained model."""

@@ -159,12 +159,12 @@ class RunDirectory:
         return [silo.name for silo in self.recipe().silo if self.role(silo.name).path.is_dir()]
 
     @contextmanager
-    def locked(self, *, shared: bool = False, seconds: float = LOCK_SECONDS) -> Iterator[int]:
+    def locked(self, *, shared: bool = False, seconds: float | None = None) -> Iterator[int]:
         """Lock the directory against other runs within the ``with`` block.
 
         Args:
             shared: lock it against runs, but not against others that use its result.
-            seconds: longest time to wait for the lock.
+            seconds: longest time to wait for the lock; None: ``LOCK_SECONDS``.
 
         Yields:
             A file descriptor. Processes that inherit it share the lock, which ends with the last of them.
@@ -175,7 +175,7 @@ class RunDirectory:
         with disk_errors(self.path):
             file = (self.path / "lock").open("w")
         with file:
-            end = time.monotonic() + seconds
+            end = time.monotonic() + (LOCK_SECONDS if seconds is None else seconds)
             while not _lock(file.fileno(), fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
                 if time.monotonic() > end:
                     raise RunError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,19 @@ def test_a_narrow_boundary_cannot_be_exported(run: RunDirectory, tmp_path: Path)
     narrow = recipe.model_copy(update={"boundary": recipe.boundary.model_copy(update={"width": 4})})
     with pytest.raises(RunError, match="no adapter of the uncut model"):
         export.export_adapter(RunDirectory.create(tmp_path / "new", narrow), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("copied", "told"),
+    [
+        ("silos", "lacks the trunk's adapter (trunk/rounds) and that of the ends (root/rounds)"),
+        ("trunk", "lacks that of the ends (root/rounds)"),
+        ("root", "lacks the trunk's adapter (trunk/rounds)"),
+    ],
+)
+def test_a_partys_own_folder_says_what_is_missing(run: RunDirectory, tmp_path: Path, copied: str, told: str) -> None:
+    shutil.copytree(run.path / copied, tmp_path / "own" / copied)
+    shutil.copy(run.recipe_path, tmp_path / "own")
+    with pytest.raises(RunError, match=re.escape(told)) as refused:
+        export.export_adapter(RunDirectory.open(tmp_path / "own"), tmp_path / "out")
+    assert "where both trunk and root ran" in refused.value.remedy

@@ -11,8 +11,9 @@ import pytest
 from isthmus.engines import roles
 from isthmus.engines.certificates import make_certificates
 from isthmus.engines.lifetime import Stopped
+from isthmus.engines.local import at_address
 from isthmus.engines.roles import run_silo, serve_edge, serve_roles, start_server
-from isthmus.errors import IdentityError, RecipeError
+from isthmus.errors import IdentityError, RecipeError, RunError
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
 from tests.conftest import make_recipe, save_tiny_model
@@ -62,6 +63,55 @@ def test_what_is_served_is_announced_until_it_is_stopped(
     assert capsys.readouterr().out.startswith("listening at localhost:")
 
 
+def test_a_role_writes_the_recipe_beside_its_folder(recipe: Recipe, tmp_path: Path) -> None:
+    """But the local engine's roles read that very file."""
+    run = roles.recorded(tmp_path / "recipe.toml", recipe, tmp_path / "run")
+    recipe = run.recipe()
+    moved = at_address(recipe, "localhost:9")
+    assert roles.recorded(run.recipe_path, moved, run.path).recipe() == recipe
+    assert roles.recorded(tmp_path / "recipe.toml", moved, run.path).recipe() == moved
+
+
+def served(path: Path, *, number: int | None = None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trunk of a run directory, until it first waits."""
+
+    class Ended:
+        def wait(self, seconds: float | None = None) -> None:
+            raise Stopped
+
+    monkeypatch.setattr(roles, "threading", SimpleNamespace(Event=Ended))
+    roles.serve(path, Path("runs/trunk"), ("trunk",), None, number)
+
+
+def test_the_trunk_of_a_finished_run_is_served_and_says_what_to_do(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory.create(tmp_path / "run", recipe)
+    with pytest.raises(RunError, match="holds no trunk"):
+        served(run.path, monkeypatch=monkeypatch)
+    with pytest.raises(RunError, match="not a run directory"):
+        served(tmp_path, monkeypatch=monkeypatch)
+    server, found = start_server(recipe, run, ("trunk",))
+    server.stop()
+    found["Trunk"].stop()  # type: ignore[attr-defined]
+    trunk, last = run.role("trunk"), recipe.train.rounds
+    trunk.save_round(last - 1, trunk.load_round(0))
+    capsys.readouterr()
+    served(run.path, monkeypatch=monkeypatch)
+    assert "finished" not in capsys.readouterr().out
+    trunk.save_round(last, trunk.load_round(0))
+    served(run.path, monkeypatch=monkeypatch)
+    told = capsys.readouterr().out
+    assert told.startswith("listening at localhost:")
+    assert f"finished after {last} rounds" in told
+    assert f"isthmus export {run.path} OUT (it takes the folders of trunk and root" in told
+    with pytest.raises(RunError, match="has not saved round 1") as absent:
+        served(run.path, number=1, monkeypatch=monkeypatch)
+    assert absent.value.remedy == f"name one of these: 0, {last - 1}, {last}"
+    with pytest.raises(RecipeError, match="both"):
+        roles.serve(run.path, tmp_path / "another", ("trunk",), None)
+
+
 def test_one_process_has_one_address(folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of(folder, tmp_path, root={"address": "localhost:1"})
     with pytest.raises(RecipeError, match="one process has one address"):
@@ -81,7 +131,7 @@ def test_an_edge_is_one_of_the_recipes(recipe: Recipe, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_worker_is_closed_however_it_ends(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: bool
 ) -> None:
     done: list[str] = []
 
@@ -103,3 +153,5 @@ def test_a_worker_is_closed_however_it_ends(
     else:
         run_silo(recipe, RunDirectory(tmp_path / "run"), "a")
     assert done == ["a", "closed"]
+    told = capsys.readouterr().out
+    assert ("next: isthmus generate" in told) == (not fails)

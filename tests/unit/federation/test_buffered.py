@@ -20,6 +20,7 @@ from isthmus.federation.rounds import Rounds
 from isthmus.recipe import FederationSection
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.updates.compression import Compression
+from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import make_recipe
 from tests.unit.federation.test_rounds import BAD_TENSORS, LONG, SHAPES, SOON, WAIT, assert_plan, constant, update
@@ -363,3 +364,14 @@ def test_many_silos_at_once(build: Build, store: RoleDirectory) -> None:
     assert all(age <= 2 for line in lines for age in line["staleness"].values())
     assert sum(accepted for accepted, _ in counts) == 200
     assert max(age for line in lines for age in line["staleness"].values()) > 0
+
+
+def test_current_adapters_are_given_without_a_plan(build: Build) -> None:
+    buffered = build("a", buffer=1, rounds=1)
+    plan(buffered, "a")
+    assert not buffered.finished
+    buffered.contribute("a", update(1, 2.0))
+    current: Any = buffered.handle("b", pb.Current()).result(WAIT)
+    assert (current.completed, buffered.finished) == (1, True)
+    tensors = codec.decode_named(current.adapters, SHAPES)
+    assert all(torch.equal(one, torch.full(SHAPES[name], 2.0)) for name, one in tensors.items())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from google.protobuf.message import Message
 
-from isthmus.errors import RoundLostError
+from isthmus.errors import ProtocolError, RoundLostError
 from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.planner import EdgePlanner, RootPlanner
@@ -102,3 +102,27 @@ def test_a_round_that_its_parent_lost_is_not_noted(tmp_path: Path, parent: Paren
     planner.plan({"a"}).result()
     assert parent.seen[-1].completed == 0
     assert not read_journal(tmp_path / "metrics.jsonl")
+
+
+def test_current_adapters_take_part_in_no_round(tmp_path: Path, parent: Parent) -> None:
+    planner = root(tmp_path)
+    planner.conclude(1, collected(a=1.0, b=3.0))
+    current: Any = planner.current().result()
+    assert current.completed == planner.next({"a"}).completed == 1
+    assert codec.decode_named(current.adapters, SHAPES)["x"].tolist() == [2.0] * 3
+    edge = EdgePlanner(RECIPE, ZEROS, RoleDirectory(tmp_path / "edge"), LoopbackChannel(parent, "edge"))
+    edge.current()
+    assert parent.seen == [pb.Current()]
+
+
+def test_finished_rounds_belong_to_one_trunk(tmp_path: Path) -> None:
+    planner = root(tmp_path)
+    for run in ("", "first", "r", ""):  # before a round has finished, the trunk may be replaced
+        planner.meet("a", run)
+    planner.conclude(1, collected(a=1.0))
+    again = root(tmp_path)
+    assert again.run == "r"
+    again.meet("a", "")
+    again.meet("a", "r")
+    with pytest.raises(ProtocolError, match="b is connected to the trunk of another run"):
+        again.meet("b", "s")

@@ -356,3 +356,16 @@ def test_centered_clipping_goes_on_from_what_it_remembers(build: Build, store: R
     resumed = build(*"abc", robust="centered-clipping")._planner
     assert isinstance(resumed, RootPlanner)
     assert torch.equal(resumed._sharing.state_dict()["B"]["rule"]["reference"], reference_P)
+
+
+def test_current_adapters_are_given_at_any_time(build: Build) -> None:
+    rounds = build("a", rounds=1)
+    assert not rounds.finished
+    plans(rounds, "a")
+    assert rounds.handle("a", pb.Current()).result(WAIT).completed == 0  # type: ignore[attr-defined]
+    rounds.contribute("a", update(1, 2.0))
+    current: Any = rounds.handle("a", pb.Current()).result(WAIT)
+    assert current.completed == 1
+    assert all(torch.equal(one, torch.full(SHAPES[name], 2.0)) for name, one in shared(current).items())
+    plans(rounds, "a")
+    assert rounds.finished

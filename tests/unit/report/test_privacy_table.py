@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from isthmus.errors import RunError
 from isthmus.privacy.events import ALL, Charge, Release
 from isthmus.privacy.ledger import FileLedger
 from isthmus.report.privacy_table import as_json, read_statements, show
@@ -58,3 +60,15 @@ def test_the_root_is_among_them_where_it_noises(tmp_path: Path) -> None:
     noise = {"secure": True, "weights": "equal", "noise": {"epsilon": 8.0, "where": "root"}, "clip": {"norm": 1.0}}
     made = RunDirectory.create(tmp_path, make_recipe(Path("none"), silos=("a", "b", "c"), federation=noise))
     assert [told.silo for told in read_statements(made)] == ["a", "b", "c", "root"]
+
+
+def test_a_partys_own_folder_has_its_own_ledger(run: RunDirectory) -> None:
+    """What is missing beside the local engine's files is missing; a silo by itself has no other's."""
+    shutil.rmtree(run.role("south").path)
+    assert [told.silo for told in read_statements(run)] == ["north"]
+    (run.path / "logs").mkdir()
+    assert [told.silo for told in read_statements(run)] == ["north", "south"]
+    (run.path / "logs").rmdir()
+    run.role("north").path.rename(run.path / "trunk")
+    with pytest.raises(RunError, match="holds no ledger"):
+        read_statements(run)

@@ -1,4 +1,4 @@
-"""Joining: the ends with fresh adapters, a greeting that names the model, and what is missing, by its kind."""
+"""Joining: ends of the trunk's round, a greeting that names the model, and what is missing, by its kind."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from google.protobuf.message import Message
 
-from isthmus.errors import IdentityError, ModelError, RecipeError
+from isthmus.errors import BudgetExhausted, IdentityError, ModelError, RecipeError, RunError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
 from isthmus.silo.join import Silo, greeting, join, load_data, load_ends, load_tokenizer
-from isthmus.storage.record import RoleDirectory
+from isthmus.storage.record import RoleDirectory, RunDirectory
 from isthmus.trunk.service import TrunkService
+from isthmus.wire import codec
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer, LoopbackChannel, answered
 from tests.conftest import make_recipe, save_tiny_model, write_rows
 from tests.oracle.twins import loopback
 
@@ -87,3 +91,98 @@ def test_what_is_missing_is_named_by_its_kind(folder: Path, tmp_path: Path) -> N
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
     with pytest.raises(ModelError, match="no usable tokenizer"):
         joined(make_recipe(bare))
+
+
+@pytest.fixture
+def learned(folder: Path, tmp_path: Path) -> Iterator[TrunkService]:
+    """A trunk that has learned two rounds."""
+    directory = RoleDirectory(tmp_path / "trunk")
+    recipe = make_recipe(folder)
+    TrunkService(recipe, directory).stop()
+    directory.save_round(2, directory.load_round(0))
+    service = TrunkService(recipe, directory)
+    yield service
+    service.stop()
+
+
+class Root:
+    """Has the shared adapters after a round."""
+
+    def __init__(self, completed: int, tensors: dict[str, torch.Tensor], run: str = "") -> None:
+        self.answer = pb.Adapters(completed=completed, adapters=codec.encode_named(tensors), run=run)
+
+    def handle(self, peer: str, request: Message) -> Answer:
+        return answered(self.answer if isinstance(request, pb.Current) else pb.Pong())
+
+
+def shared_of(recipe: Recipe) -> dict[str, torch.Tensor]:
+    shapes = adapters.shared_shapes(load_ends(Checkpoint(recipe.model.path), recipe))
+    return {name: torch.full(shape, 0.5) for name, shape in shapes.items()}
+
+
+def test_fresh_ends_beside_a_trunk_that_learned_are_refused(
+    folder: Path, learned: TrunkService, tmp_path: Path
+) -> None:
+    wire = {"certificates": str(tmp_path / "none"), "deadline": 0.2}
+    recipe = make_recipe(folder, wire=wire)
+    with pytest.raises(
+        RunError, match="the trunk has learned 2 rounds, but a has no adapters of that round"
+    ) as refused:
+        join(recipe, "a", channel=loopback(learned, "a", recipe))
+    assert "isthmus.open" in refused.value.remedy
+    assert "fresh=True" in refused.value.remedy
+    join(recipe, "a", channel=loopback(learned, "a", recipe), fresh=True).close()
+
+
+def test_current_adapters_come_from_the_root(
+    folder: Path, learned: TrunkService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = make_recipe(folder), learned._run
+    shared = shared_of(recipe)
+
+    def joined(root: Root, **options: Any) -> Silo:
+        monkeypatch.setattr("isthmus.silo.join.connect", lambda *_, **__: LoopbackChannel(root, "a"))
+        return join(recipe, "a", channel=loopback(learned, "a", recipe), **options)
+
+    with joined(Root(2, shared, run), run_dir=tmp_path / "run") as silo:
+        found = {name: one for part in silo.parts for name, one in adapters.trainable(part).items()}
+        assert found.keys() == shared.keys()
+        assert all(torch.equal(one, shared[name]) for name, one in found.items())
+    assert RunDirectory.open(tmp_path / "run").role("a").shared.rounds() == {2}
+    for root, told in (
+        (Root(3, shared, run), "serves round 2, the silo has the adapters of round 3"),
+        (Root(2, shared, "other"), "another run"),
+        (Root(2, {"x": torch.zeros(1)}), "no adapters of that round"),
+    ):
+        with pytest.raises(RunError, match=told):
+            joined(root)
+
+
+def test_nobody_joins_in_the_midst_of_a_round(folder: Path, learned: TrunkService) -> None:
+    recipe = make_recipe(folder)
+    with join(recipe, "a", channel=loopback(learned, "a", recipe), fresh=True) as silo:
+        silo.rounds.begin(3, ["a"])
+        silo.model(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]])).loss.backward()
+        silo.rounds.commit(3, 1, 1.0)
+        with pytest.raises(RunError, match="the trunk trains"):
+            join(recipe, "a", channel=loopback(learned, "a", recipe))
+
+
+def test_budgets_need_a_ledger_that_remembers(folder: Path, tmp_path: Path) -> None:
+    service = TrunkService(make_recipe(folder), RoleDirectory(tmp_path / "trunk"))
+    clipped = {"mechanism": "dp_gaussian", "clip": 1.0, "epsilon": 1.0, "delta": 1e-5, "unit": "sequence"}
+    section = {"boundary": {"forward": clipped, "gradient": clipped}, "privacy": {"record_epsilon": 1.2}}
+    recipe = make_recipe(folder, **section)
+    with pytest.raises(RecipeError, match="nobody remembers what was spent") as refused:
+        join(recipe, "a", channel=loopback(service, "a", recipe))
+    assert "run_dir" in refused.value.remedy
+    ids = torch.tensor([[5, 6]])
+    with torch.no_grad():
+        with join(recipe, "a", channel=loopback(service, "a", recipe), run_dir=tmp_path / "run") as silo:
+            silo.model(input_ids=ids)
+        with (
+            join(recipe, "a", channel=loopback(service, "a", recipe), run_dir=tmp_path / "run") as silo,
+            pytest.raises(BudgetExhausted),
+        ):
+            silo.model(input_ids=ids)
+    service.stop()

@@ -75,6 +75,52 @@ def test_a_place_that_is_no_run_or_cannot_be_one(tmp_path: Path, recipe: Recipe)
             RunDirectory.create(tmp_path / place, recipe)
 
 
+def test_a_role_by_itself_writes_its_recipe(tmp_path: Path, recipe: Recipe) -> None:
+    """Again and with other addresses or data, but not over a run whose adapters are others."""
+    run = RunDirectory(tmp_path / "north")
+    assert not run.deployed
+    run.record(recipe)
+    before = run.recipe_path.stat().st_mtime_ns
+    run.record(run.recipe())
+    assert run.recipe_path.stat().st_mtime_ns == before
+    longer = make_recipe(Path("/models/tiny"), silos=("a", "b"), train={"rounds": 7})
+    other = make_recipe(Path("/models/tiny"), silos=("a", "b"), lora={"rank": 2}, seed=5)
+    run.record(other)  # no role has worked here
+    run.record(recipe)
+    (run.path / "silos" / "a").mkdir(parents=True)
+    run.record(longer)
+    assert run.recipe().train.rounds == 7
+    with pytest.raises(RunError, match="of another recipe: lora, seed differs") as refused:
+        run.record(other)
+    assert "--run-dir" in refused.value.remedy
+    assert run.recipe().train.rounds == 7
+
+
+def test_what_a_party_has_and_what_the_engine(run: RunDirectory) -> None:
+    (run.path / "silos" / "b").mkdir(parents=True)
+    assert (run.silos(), run.deployed, run.served_here) == (["b"], True, False)
+    for name in ("trunk", "root", "silos/a"):
+        (run.path / name).mkdir()
+    assert (run.silos(), run.deployed, run.served_here) == (["a", "b"], True, True)
+    (run.path / "logs").mkdir()
+    assert not run.deployed
+
+
+def test_of_shared_adapters_the_last_two_are_kept(role: RoleDirectory) -> None:
+    for number in (1, 2, 5):
+        role.shared.save_round(number, {"shared": {}})
+    assert role.shared.rounds() == {2, 5}
+    assert role.rounds() == set()
+
+
+def test_who_uses_a_result_locks_out_runs_alone(run: RunDirectory) -> None:
+    both = run.locked(shared=True), run.locked(shared=True, seconds=0.0)
+    with both[0], both[1], pytest.raises(RunError, match="or its result is in use"), run.locked(seconds=0.0):
+        pass
+    with run.locked(), pytest.raises(RunError, match="still going on"), run.locked(shared=True, seconds=0.0):
+        pass
+
+
 def test_roles_have_their_folders(run: RunDirectory) -> None:
     folders = [str(run.role(name).path.relative_to(run.path)) for name in ("trunk", "root", "a")]
     assert folders == ["trunk", "root", "silos/a"]

@@ -6,9 +6,9 @@ from contextlib import closing
 
 import pytest
 
-from isthmus.errors import FrameSizeError, IdentityError, MismatchError, PeerGoneError
+from isthmus.errors import FrameSizeError, IdentityError, MismatchError, PeerGoneError, RunError
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.channel import Answer
+from isthmus.wire.channel import Answer, answered
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.frames import VERSION
 from isthmus.wire.identity import Authority
@@ -41,6 +41,51 @@ def test_it_greets_and_is_answered() -> None:
 def test_who_refuses_the_greeting_ends_the_channel() -> None:
     with serving({"Trunk": Choosy()}) as server, pytest.raises(MismatchError, match="another model"):
         channel_to(server.port, greeting=HELLO)
+
+
+class Welcoming(Echo):
+    """Welcomes who greets it, in this round."""
+
+    completed = 2
+
+    def handle(self, peer: str, request: object) -> Answer:
+        if isinstance(request, pb.Hello):
+            return answered(pb.Welcome(completed=self.completed))
+        return super().handle(peer, request)  # type: ignore[arg-type]
+
+
+def test_a_welcome_is_kept_and_may_be_refused() -> None:
+    def accept(welcome: pb.Welcome) -> None:
+        if welcome.completed != 2:
+            raise RunError("another round", remedy="open again")
+
+    service = Welcoming()
+    with serving({"Trunk": service}) as server:
+        with closing(channel_to(server.port)) as channel:  # greeted by a ping
+            assert channel.welcome == pb.Welcome()
+        with closing(channel_to(server.port, greeting=HELLO, accept=accept)) as channel:
+            assert channel.welcome.completed == 2
+        service.completed = 3
+        with pytest.raises(RunError, match="another round"):
+            channel_to(server.port, greeting=HELLO, accept=accept)
+
+
+def test_a_successor_that_is_not_accepted_ends_the_channel() -> None:
+    def accept(welcome: pb.Welcome) -> None:
+        if welcome.completed != 2:
+            raise RunError("another round", remedy="open again")
+
+    service = Welcoming()
+    with serving({"Trunk": service}) as server:
+        channel = channel_to(server.port, greeting=HELLO, accept=accept)
+    service.completed = 3
+    address = f"localhost:{server.port}"
+    with (
+        serving({"Trunk": service}, address=address),
+        closing(channel),
+        pytest.raises(RunError, match="another round"),
+    ):
+        channel.call(number(1))
 
 
 def test_a_stranger_is_refused_without_further_tries() -> None:
