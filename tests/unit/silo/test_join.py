@@ -169,10 +169,10 @@ def test_nobody_joins_in_the_midst_of_a_round(folder: Path, learned: TrunkServic
 
 
 def test_budgets_need_a_ledger_that_remembers(folder: Path, tmp_path: Path) -> None:
-    service = TrunkService(make_recipe(folder), RoleDirectory(tmp_path / "trunk"))
     clipped = {"mechanism": "dp_gaussian", "clip": 1.0, "epsilon": 1.0, "delta": 1e-5, "unit": "sequence"}
     section = {"boundary": {"forward": clipped, "gradient": clipped}, "privacy": {"record_epsilon": 1.2}}
     recipe = make_recipe(folder, **section)
+    service = TrunkService(recipe, RoleDirectory(tmp_path / "trunk"))
     with pytest.raises(RecipeError, match="nobody remembers what was spent") as refused:
         join(recipe, "a", channel=loopback(service, "a", recipe))
     assert "run_dir" in refused.value.remedy

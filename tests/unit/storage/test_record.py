@@ -90,7 +90,7 @@ def test_a_role_by_itself_writes_its_recipe(tmp_path: Path, recipe: Recipe) -> N
     (run.path / "silos" / "a").mkdir(parents=True)
     run.record(longer)
     assert run.recipe().train.rounds == 7
-    with pytest.raises(RunError, match="of another recipe: lora, seed differs") as refused:
+    with pytest.raises(RunError, match=r"of another recipe: seed, lora\.rank differs") as refused:
         run.record(other)
     assert "--run-dir" in refused.value.remedy
     assert run.recipe().train.rounds == 7
