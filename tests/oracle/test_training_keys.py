@@ -3,8 +3,9 @@ optimizers and transformers' schedules."""
 
 from __future__ import annotations
 
+import random
 import shutil
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from peft import PeftModel
 from transformers import get_scheduler
 
 from isthmus.data.silo_data import SiloData
-from isthmus.data.tokens import batches, collate
+from isthmus.data.tokens import Batch, batches, collate
 from isthmus.engines.export import export_adapter
 from isthmus.federation.aggregator import root_service
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
+from isthmus.report.progress import read_progress
 from isthmus.silo.join import join, load_tokenizer
 from isthmus.silo.trainer import train_step
 from isthmus.silo.worker import Worker
@@ -33,7 +35,6 @@ from tests.oracle.test_training import batches as even_batches
 from tests.oracle.twins import Tensors, assert_same, distance, load_lora, loopback, lora_of, ragged, with_lora
 
 ROUNDS, STEPS, RATE = 2, 3, 1e-2
-TOTAL = ROUNDS * STEPS
 KEYS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "linear": {"train": {"schedule": "linear"}},
@@ -47,6 +48,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "rslora": {"lora": {"rslora": True}},
     "all linear": {"lora": {"targets": "all-linear"}},
     "all linear, 16 bits": {"lora": {"targets": "all-linear", "rslora": True}, "model": {"dtype": "bfloat16"}},
+    "epochs": {"train": {"epochs": 3, "schedule": "linear", "warmup": 2, "batch": 3}},
     "replica": {
         "train": {"schedule": "linear", "warmup": 2, "weight_decay": 0.5, "max_grad_norm": 0.05},
         "trunk": {"adapter": "replica"},
@@ -56,6 +58,7 @@ KEYS: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(models: Models, folder: Path, sections: dict[str, Any]) -> Recipe:
+    train = sections.get("train", {})
     rows = [{"text": f"w{4 + 3 * n} w{9 + 2 * n} w{60 - n}", "reply": f"w{30 + n} w{12 + n}"} for n in range(8)]
     return make_recipe(
         models("llama"),
@@ -64,8 +67,9 @@ def recipe_of(models: Models, folder: Path, sections: dict[str, Any]) -> Recipe:
         federation={"lora": "plain"},
         silo=[{"name": "a", "train": str(write_rows(folder / "a.jsonl", rows))}],
         task={"prompt": "{text}", "answer": " {reply}"},
-        train={"rounds": ROUNDS, "steps": STEPS, "batch": 2, "learning_rate": RATE, "evaluate": False}
-        | sections.get("train", {}),
+        train={"rounds": ROUNDS, "batch": 2, "learning_rate": RATE, "evaluate": False}
+        | ({} if "epochs" in train else {"steps": STEPS})
+        | train,
         trunk=sections.get("trunk", {}),
     )
 
@@ -75,19 +79,33 @@ def federate(recipe: Recipe, run: RunDirectory) -> Tensors:
     trunk = TrunkService(recipe, run.role("trunk"))
     trunk.restore(run.completed())
     root = root_service(recipe, run.role("root"))
-    worker = Worker(recipe, "a", run.role("a"), trunk=loopback(trunk, "a", recipe), root=LoopbackChannel(root, "a"))
-    worker.run()
-    worker.close()
+
+    def train(name: str) -> Worker:
+        ways = {"trunk": loopback(trunk, name, recipe), "root": LoopbackChannel(root, name)}
+        worker = Worker(recipe, name, run.role(name), **ways)
+        worker.run()
+        worker.close()
+        return worker
+
+    names = [silo.name for silo in recipe.silo]
+    with ThreadPoolExecutor(len(names)) as threads:
+        worker, *_ = threads.map(train, names, timeout=60)
     trunk.stop()
     parts = (*worker._silo.parts, trunk._runner.part)
     return {name: tensor for part in parts for name, tensor in adapters.adapter_of(part).items()}
 
 
-def steps_of(recipe: Recipe) -> Iterator[Any]:
+def steps_of(recipe: Recipe) -> list[Batch]:
+    """The batches of all steps; with epochs three passes over eight rows in batches of at most three."""
     data = SiloData(recipe.silo[0], recipe, load_tokenizer(Path(recipe.model.path)))
-    for round in range(1, ROUNDS + 1):
-        drawn = batches(data.train, recipe.train.batch, f"{recipe.seed}/a/{round}")
-        yield from (collate(rows, data.pad) for rows in islice(drawn, STEPS))
+    if recipe.train.epochs is None:
+        seeds = [f"{recipe.seed}/a/{round}" for round in range(1, ROUNDS + 1)]
+        drawn = [rows for seed in seeds for rows in islice(batches(data.train, recipe.train.batch, seed), STEPS)]
+    else:
+        order = random.Random(f"{recipe.seed}/a")
+        passes = [order.sample(data.train, len(data.train)) for _ in range(recipe.train.epochs)]
+        drawn = [rows for one in passes for rows in (one[:3], one[3:6], one[6:])]
+    return [collate(rows, data.pad) for rows in drawn]
 
 
 def train_uncut(recipe: Recipe, start: Tensors) -> tuple[PeftModel, list[float]]:
@@ -107,11 +125,13 @@ def train_uncut(recipe: Recipe, start: Tensors) -> tuple[PeftModel, list[float]]
         )
     else:
         optimizer = torch.optim.AdamW(named.values(), lr=RATE, weight_decay=train.weight_decay)
-    warm = train.warmup if train.warmup >= 1 else -(-TOTAL * train.warmup // 1)
+    steps = steps_of(recipe)
+    total = len(steps)
+    warm = train.warmup if train.warmup >= 1 else -(-total * train.warmup // 1)
     name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-    schedule = get_scheduler(name, optimizer, num_warmup_steps=int(warm), num_training_steps=TOTAL)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=int(warm), num_training_steps=total)
     losses = []
-    for batch in steps_of(recipe):
+    for batch in steps:
         optimizer.zero_grad()
         loss = whole(**batch.inputs()).loss
         loss.backward()
@@ -140,7 +160,7 @@ def test_a_key_does_what_it_does_to_the_uncut_model(key: str, models: Models, tm
         assert_same(trained, {name: one.detach() for name, one in lora_of(whole).items()}, 2e-4)
 
 
-@pytest.mark.parametrize("key", ["cosine, a share of warm-up", "dropout"])
+@pytest.mark.parametrize("key", ["cosine, a share of warm-up", "epochs", "dropout"])
 def test_a_run_that_is_resumed_has_the_rates_and_masks_of_one_that_was_not(
     key: str, models: Models, tmp_path: Path
 ) -> None:
@@ -251,3 +271,22 @@ def test_the_uncut_model_with_the_exported_adapter_is_the_run(key: str, models: 
         assert distance(base, split) > 1e-3
     silo.close()
     trunk.stop()
+
+
+def test_silos_of_unequal_rows_make_as_many_passes(models: Models, tmp_path: Path) -> None:
+    """Nobody waits for the longer one, and every round ends for all."""
+    recipe = recipe_of(models, tmp_path, {"train": {"epochs": 2, "schedule": "cosine", "batch": 2}})
+    rows = [{"text": f"w{10 + n} w{11 + n}", "reply": f"w{40 + n}"} for n in range(3)]
+    short = recipe.silo[0].model_copy(update={"name": "b", "train": str(write_rows(tmp_path / "b.jsonl", rows))})
+    recipe = recipe.model_copy(update={"silo": (*recipe.silo, short)})
+    run = RunDirectory.create(tmp_path / "run", recipe)
+    federate(recipe, run)
+    for name, steps in (("a", 8), ("b", 4)):
+        lines = [one for one in read_journal(run.role(name).path / "metrics.jsonl") if one["event"] == "step"]
+        assert [(one["round"], one["step"]) for one in lines] == [
+            (round, step) for round in (1, 2) for step in range(1, steps // 2 + 1)
+        ]
+        assert read_progress(run, name, None).steps == steps
+    taken = [line["silos"] for line in read_journal(run.role("trunk").path / "metrics.jsonl")]
+    assert taken == [["a", "b"], ["a", "b"], ["a"], ["a"]] * ROUNDS
+    assert run.completed() == ROUNDS

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -34,7 +33,7 @@ from isthmus.audit.capture import (
 from isthmus.audit.public_text import SAMPLED_ROWS, read_lines, sample_public_text
 from isthmus.audit.target import Target
 from isthmus.data.silo_data import SiloData
-from isthmus.data.tokens import Tokens, batches
+from isthmus.data.tokens import Tokens
 from isthmus.errors import AttackError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.silo.join import load_tokenizer
@@ -235,9 +234,7 @@ class Scenario:
 
     def _trained_in(self, round: int) -> list[Tokens]:
         """The victim's rows in the steps of one round, each once."""
-        train = self._target.recipe.train
-        drawn = batches(self._data(self.victim).train, train.batch, f"{self._target.recipe.seed}/{self.victim}/{round}")
-        rows = {id(row): row for batch in islice(drawn, train.steps) for row in batch}
+        rows = {id(row): row for batch in self._data(self.victim).round_batches(round) for row in batch}
         return list(rows.values())
 
     def _colluding_pairs(self) -> tuple[KnownPair, ...]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from isthmus.data.templates import read_examples
-from isthmus.data.tokens import Tokens, tokenize
+from isthmus.data.tokens import Tokens, batches, epochs, tokenize
+from isthmus.errors import DataError
 from isthmus.privacy.sensitivity import Sensitivity
-from isthmus.recipe import Recipe, SiloSection
+from isthmus.recipe import Recipe, RoundSteps, SiloSection
 
 
 class SiloData:
@@ -49,7 +51,31 @@ class SiloData:
         self.choices = [
             tuple(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in recipe.task.choices
         ]
+        self._recipe = recipe
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+    def round_steps(self, round: int) -> RoundSteps:
+        """The silo's optimizer steps in a round.
+
+        Raises:
+            DataError: ``train.epochs`` leaves a round without a step.
+        """
+        steps, train = self._recipe.round_steps(self.name, round, len(self.train)), self._recipe.train
+        if steps.total < train.rounds:
+            raise DataError(
+                f"{len(self.train)} rows make {steps.total} steps in train.epochs = {train.epochs}, fewer than the "
+                f"{train.rounds} rounds",
+                remedy=f"lower train.rounds or train.batch, or raise train.epochs, for {self.name}",
+            )
+        return steps
+
+    def round_batches(self, round: int) -> list[list[Tokens]]:
+        """The rows of each of the silo's optimizer steps in a round, in an order that follows from the seed."""
+        recipe, steps = self._recipe, self.round_steps(round)
+        seed, size = f"{recipe.seed}/{self.name}", recipe.train.batch
+        if recipe.train.epochs is None:
+            return list(islice(batches(self.train, size, f"{seed}/{round}"), steps.count))
+        return list(islice(epochs(self.train, size, seed), steps.before, steps.before + steps.count))
 
     def evaluation_inputs(self, row: Tokens) -> list[Tokens]:
         """The rows that the model reads to score one row: the prompt alone where every choice is one token, the prompt

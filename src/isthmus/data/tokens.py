@@ -166,6 +166,15 @@ def batches(rows: list[Tokens], size: int, seed: str) -> Iterator[list[Tokens]]:
         waiting = waiting[size:]
 
 
+def epochs(rows: list[Tokens], size: int, seed: str) -> Iterator[list[Tokens]]:
+    """Endless passes over the rows, each in its own order fixed by the seed, in batches of ``size`` rows. The last
+    batch of a pass may be smaller."""
+    order = random.Random(seed)
+    while True:
+        drawn = order.sample(rows, len(rows))
+        yield from (drawn[start : start + size] for start in range(0, len(drawn), size))
+
+
 def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int, free_text: bool) -> Tokens:
     prompt: list[int] = tokenizer(example.prompt)["input_ids"]
     answer: list[int] = tokenizer(example.answer, add_special_tokens=False)["input_ids"]

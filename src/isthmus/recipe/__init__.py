@@ -4,7 +4,7 @@
 combination. A recipe is frozen: the copy in its run directory says what a run did.
 """
 
-from isthmus.recipe.recipe import Recipe
+from isthmus.recipe.recipe import Recipe, RoundSteps
 from isthmus.recipe.sections import (
     AsynchronousSection,
     BoundarySection,
@@ -55,6 +55,7 @@ __all__ = [
     "ReleaseSection",
     "RobustSection",
     "RootSection",
+    "RoundSteps",
     "SecureSection",
     "SensitivityClass",
     "SensitivitySection",

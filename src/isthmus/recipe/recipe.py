@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast, get_args, get_origin
 
@@ -17,7 +18,7 @@ from isthmus.recipe.checks.asynchrony import check_asynchrony
 from isthmus.recipe.checks.boundary import check_defence, check_release_once
 from isthmus.recipe.checks.budgets import check_budgets
 from isthmus.recipe.checks.evaluation import check_evaluation
-from isthmus.recipe.checks.local_steps import check_control, check_sharpness, check_steps
+from isthmus.recipe.checks.local_steps import check_control, check_epochs, check_sharpness, check_steps
 from isthmus.recipe.checks.masks import check_cohorts, check_compression
 from isthmus.recipe.checks.noise import check_noise
 from isthmus.recipe.checks.robustness import check_robustness
@@ -66,6 +67,18 @@ EXPECTED = {
 """By kind of complaint of pydantic: the values that are allowed."""
 
 
+@dataclass(frozen=True)
+class RoundSteps:
+    """A silo's optimizer steps in one round."""
+
+    count: int
+    """Steps in the round."""
+    before: int
+    """Steps in all rounds before."""
+    total: int
+    """Steps in the whole run."""
+
+
 class Recipe(Section):
     """A whole federation. Paths are relative to the folder of the recipe's file."""
 
@@ -105,6 +118,7 @@ class Recipe(Section):
         check_influence(federation, boundary.update)
         check_robustness(federation, tree)
         check_steps(self.train, silos, federation, self.trunk)
+        check_epochs(self.train, silos, federation, self.trunk)
         check_sharpness(self.train, boundary, self.lora, self.trunk)
         check_control(self.train, silos, edges, federation, self.privacy, self.sensitivity)
         check_noise(federation, boundary.update, edges, tree)
@@ -176,20 +190,33 @@ class Recipe(Section):
         own = {silo.name: silo.steps for silo in self.silo}.get(name)
         return own or self.train.steps
 
-    def rate(self, round: int, steps: Mapping[str, int]) -> float:
-        """Learning rate of an optimizer step in this round.
+    def round_steps(self, name: str, round: int, rows: int = 0) -> RoundSteps:
+        """This silo's steps in a round.
 
         Args:
-            steps: by silo that contributes, the number of its step within the round, from 1. The silo with most
-                steps in a round says how far the run is.
+            rows: number of its training rows; only ``train.epochs`` asks for it.
         """
-        name = max(steps, key=lambda silo: (self.steps(silo), steps[silo]))
-        own = self.steps(name)
-        return self.train.rate((round - 1) * own + steps[name], self.train.rounds * own)
+        train = self.train
+        if train.epochs is None:
+            own = self.steps(name)
+            return RoundSteps(own, (round - 1) * own, train.rounds * own)
+        total = train.epochs * -(-rows // train.batch)
+        before = total * (round - 1) // train.rounds
+        return RoundSteps(total * round // train.rounds - before, before, total)
 
-    def rates(self, name: str, round: int) -> list[float]:
-        """Learning rate of each of this silo's optimizer steps in this round."""
-        return [self.rate(round, {name: step}) for step in range(1, self.steps(name) + 1)]
+    def rate(self, steps: Iterable[tuple[RoundSteps, int]]) -> float:
+        """Learning rate of one optimizer step.
+
+        Args:
+            steps: of each silo that contributes, its steps in this round and the number of this one, from 1. The silo
+                with most steps in the run says how far it is.
+        """
+        plan, step = max(steps, key=lambda pair: (pair[0].total, pair[1]))
+        return self.train.rate(plan.before + step, plan.total)
+
+    def rates(self, plan: RoundSteps) -> list[float]:
+        """Learning rate of each of a silo's optimizer steps in a round."""
+        return [self.rate([(plan, step)]) for step in range(1, plan.count + 1)]
 
     def mean_reach(self, round: int) -> float:
         """τ of FedNova, by which the mean of normalized changes is multiplied: the mean over all silos of the recipe.
@@ -197,7 +224,9 @@ class Recipe(Section):
         The paper weighs it by the round's silos. It only sets the size of the step, and one that is known beforehand
         lets each silo multiply by it: no silo has to reveal how many steps it made.
         """
-        return sum(self.train.reach(self.rates(silo.name, round)) for silo in self.silo) / len(self.silo)
+        return sum(self.train.reach(self.rates(self.round_steps(silo.name, round))) for silo in self.silo) / len(
+            self.silo
+        )
 
     def of_silo(self, name: str) -> Recipe:
         """The same recipe with the adapter rank of this silo's bottom and top; their scale stays."""

@@ -63,13 +63,16 @@ def _whole_lines(console: Console) -> Iterator[None]:
 
 
 def _table(run: RunDirectory, recipe: Recipe) -> Table:
-    table = Table(title=f"{recipe.train.rounds} rounds of {recipe.train.steps} steps")
+    train = recipe.train
+    steps = f"of {train.steps} steps" if train.epochs is None else f"with {train.epochs} passes over the rows"
+    table = Table(title=f"{train.rounds} rounds {steps}")
     table.add_column("silo")
     for heading in ("step", "loss", "tokens/s", "up", "down", "epsilon"):
         table.add_column(heading, justify="right")
     table.add_column(f"held-out {'accuracy' if recipe.task.choices else 'loss'} after round 0, 1, …")
     table.add_column("gain", justify="right")
-    silos = [read_progress(run, silo.name, recipe.steps(silo.name)) for silo in recipe.silo]
+    own = train.epochs is not None
+    silos = [read_progress(run, silo.name, None if own else recipe.steps(silo.name)) for silo in recipe.silo]
     spread = spread_of(silos)
     for progress in silos:
         table.add_row(*_row(progress, recipe), "" if spread is None else _gain(spread, progress.name))
@@ -96,7 +99,9 @@ def _spread_text(spread: Spread) -> str:
 def _row(progress: SiloStatus, recipe: Recipe) -> tuple[str, ...]:
     return (
         progress.name,
-        f"{progress.steps}/{recipe.train.rounds * recipe.steps(progress.name)}",
+        str(progress.steps)
+        if recipe.train.epochs is not None
+        else f"{progress.steps}/{recipe.train.rounds * recipe.steps(progress.name)}",
         "" if progress.loss is None else f"{progress.loss:.3f}",
         "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:.0f}",
         megabytes(progress.sent_bytes),

@@ -31,18 +31,22 @@ class SiloStatus:
     """Held-out ``accuracy``, or ``loss`` and ``perplexity``, by number of finished rounds."""
 
 
-def read_progress(run: RunDirectory, name: str, steps_a_round: int) -> SiloStatus:
+def read_progress(run: RunDirectory, name: str, steps_a_round: int | None) -> SiloStatus:
     """One silo's progress so far.
 
     Args:
-        steps_a_round: optimizer steps of this silo in one round.
+        steps_a_round: optimizer steps of this silo in one round; None: they follow from its rows.
     """
     progress = SiloStatus(name)
     lines = read_journal(run.role(name).path / "metrics.jsonl")
     steps = [line for line in lines if line["event"] == "step"]
     if steps:
         last, recent = steps[-1], steps[-10:]
-        progress.steps = (last["round"] - 1) * steps_a_round + last["step"]
+        progress.steps = (
+            len({(line["round"], line["step"]) for line in steps})
+            if steps_a_round is None
+            else (last["round"] - 1) * steps_a_round + last["step"]
+        )
         progress.loss = last["loss"]
         progress.epsilon = math.inf if last.get("epsilon") is None else last["epsilon"]
         progress.skipped = sum(line.get("skipped", 0) for line in steps)

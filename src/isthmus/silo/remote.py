@@ -21,6 +21,7 @@ from isthmus.model.crossing import FreshExample, Outbound
 from isthmus.model.split import Reply
 from isthmus.privacy.events import Path
 from isthmus.privacy.subjects import Subjects
+from isthmus.recipe import RoundSteps
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.served import ServedRound
 from isthmus.silo.session import RemoteSession
@@ -221,10 +222,15 @@ class RoundsClient:
         self._channel = channel
         self._served = served or ServedRound()
 
-    def begin(self, round: int, participants: list[str]) -> None:
-        """Start a round, from 1, and wait until all participants have started it."""
+    def begin(self, round: int, participants: list[str], steps: RoundSteps | None = None) -> None:
+        """Start a round, from 1, and wait until all participants have started it.
+
+        Args:
+            steps: this silo's own; None: the recipe says how many.
+        """
         self._served.release()
-        self._channel.call(pb.Begin(round=round, participants=participants))
+        own = None if steps is None else pb.Steps(count=steps.count, before=steps.before, total=steps.total)
+        self._channel.call(pb.Begin(round=round, participants=participants, steps=own))
 
     def commit(self, round: int, step: int, weight: float) -> int:
         """End an optimizer step: wait until the trunk has updated its adapter with the gradients of this step.

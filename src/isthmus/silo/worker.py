@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from isthmus.data.tokens import Tokens, batches, collate
+from isthmus.data.tokens import Tokens, collate
 from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
 from isthmus.model.optim import set_rate
@@ -55,7 +55,7 @@ class Worker:
         trunk: Channel | None = None,
         root: Channel | None = None,
     ) -> None:
-        self._steps, self._rates, self._mean_reach = recipe.steps(name), recipe.rates, recipe.mean_reach
+        self._mean_reach = recipe.mean_reach
         self._recipe = recipe = recipe.of_silo(name)
         self._name = name
         self._directory = directory
@@ -123,18 +123,18 @@ class Worker:
         self._state_of_round = None
         self._begin(plan)
         self._aggregator.begin(plan, Layout.of(self._trained()))
-        self._silo.rounds.begin(plan.round, list(plan.participants))
-        drawn = batches(self._data.train, train.batch, f"{self._recipe.seed}/{self._name}/{plan.round}")
+        own = self._data.round_steps(plan.round)
+        self._silo.rounds.begin(plan.round, list(plan.participants), own if train.epochs is not None else None)
         steps: list[Step] = []
-        rates = self._rates(self._name, plan.round)
-        for number, rate in enumerate(rates, 1):
+        rates, batches = self._recipe.rates(own), self._data.round_batches(plan.round)
+        for number, (rate, drawn) in enumerate(zip(rates, batches, strict=True), 1):
             set_rate(self._optimizer, rate)
             with adapters.dropout(self._silo.model, f"{self._recipe.seed}/{self._name}/{plan.round}/{number}"):
-                steps.append(step := self._step(next(drawn)))
+                steps.append(step := self._step(drawn))
             self._silo.rounds.commit(plan.round, number, step.weight)
             self._note_step(plan.round, number, step)
         self._weigh_fairly(plan.round, steps)
-        weight, share = self._weights(steps)
+        weight, share = self._weights(steps, sum(map(len, batches)))
         if not self._aggregator.affordable():
             log.warning("round %d: the privacy budget does not allow an update", plan.round)
             weight = 0.0
@@ -174,10 +174,13 @@ class Worker:
         self._factor = fairness.factor(section, loss, self._factor)
         self._journal.append({"event": "fairness", "round": round, "loss": loss, "factor": self._factor})
 
-    def _weights(self, steps: Sequence[Step]) -> tuple[float, float]:
-        """This silo's weight in an open round, and its share in a masked one, from its steps."""
-        train = self._recipe.train
-        tokens, planned = sum(step.weight for step in steps), self._steps * train.batch
+    def _weights(self, steps: Sequence[Step], planned: int) -> tuple[float, float]:
+        """This silo's weight in an open round, and its share in a masked one, from its steps.
+
+        Args:
+            planned: rows of the round's batches.
+        """
+        tokens = sum(step.weight for step in steps)
         if self._recipe.federation.weights.kind == "equal":
             return (self._factor if tokens else 0.0), self._factor
         rows = planned - sum(step.skipped for step in steps)

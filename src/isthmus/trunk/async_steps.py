@@ -79,7 +79,7 @@ class AsyncSteps:
         """
 
         def step() -> pb.Stepped:
-            rate = self._recipe.rate(request.round, {peer: request.step})
+            rate = self._recipe.rate([(self._recipe.round_steps(peer, request.round), request.step)])
             self._training.step({peer: request.weight}, together=False, rate=rate)
             self._journal.append({"round": request.round, "step": request.step, "silos": [peer]})
             return pb.Stepped(contributors=1)

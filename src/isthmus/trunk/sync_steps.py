@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 
 from isthmus.errors import OutOfOrderError, ProtocolError, RoundLostError
-from isthmus.recipe import Recipe
+from isthmus.recipe import Recipe, RoundSteps
 from isthmus.storage.record import Journal
 from isthmus.trunk.scheduler import Scheduler
 from isthmus.trunk.training import TrunkTraining
@@ -39,8 +39,9 @@ class SyncSteps:
     def __init__(self, training: TrunkTraining, scheduler: Scheduler, recipe: Recipe, journal: Journal) -> None:
         self._training = training
         self._scheduler = scheduler
-        self._steps = recipe.steps
-        self._rate = recipe.rate
+        self._recipe = recipe
+        self._plans: dict[tuple[int, str], RoundSteps] = {}
+        """By round and silo, the silo's steps."""
         self._journal = journal
         self._lock = threading.Lock()
         self._round = 0
@@ -61,7 +62,9 @@ class SyncSteps:
             raise ProtocolError(
                 f"{peer} does not take part in round {request.round}", remedy="ask the root for the next plan"
             )
+        steps = self._steps_of(peer, request)
         with self._lock:
+            self._plans[request.round, peer] = steps
             running = request.round == self._round and peer not in self._done
             if running:
                 self._done[peer] = 0
@@ -86,7 +89,7 @@ class SyncSteps:
         with self._lock:
             if request.round != self._round or peer not in self._done:
                 raise round_lost(peer, request.round)
-            check_next(request, self._done[peer], self._steps(peer))
+            check_next(request, self._done[peer], self._most(peer))
         answer: Answer = Answer()
         if self._training.steps_together(request.step):
             self._commits.arrive(peer, Arrival(request, answer))
@@ -99,6 +102,7 @@ class SyncSteps:
             number, self._gathering = self._gathering, 0
             self._round = number
             self._done = dict.fromkeys(waiting, 0)
+            self._plans = {key: steps for key, steps in self._plans.items() if key[0] >= number}
             self._training.expected = len(waiting)
         self._commits.expect(waiting)
 
@@ -116,8 +120,9 @@ class SyncSteps:
             late = {peer: arrival for peer, arrival in arrivals.items() if arrival.request.round != number}
             arrivals = {peer: arrival for peer, arrival in arrivals.items() if peer not in late}
             self._done |= {peer: arrival.request.step for peer, arrival in arrivals.items()}
-            finished = {peer for peer, step in self._done.items() if step >= self._steps(peer)}
+            finished = {peer for peer, step in self._done.items() if step >= self._most(peer)}
             self._training.expected = self._at_work()
+            contributing = [(self._plans[number, peer], arrival.request.step) for peer, arrival in arrivals.items()]
         for peer, arrival in late.items():  # the round ended before they reached the barrier
             arrival.answer.set_exception(round_lost(peer, arrival.request.round))
         if not arrivals:
@@ -131,8 +136,7 @@ class SyncSteps:
 
         def step() -> pb.Stepped:
             weights = {peer: arrival.request.weight for peer, arrival in arrivals.items()}
-            steps = {peer: arrival.request.step for peer, arrival in arrivals.items()}
-            self._training.step(weights, rate=self._rate(number, steps))
+            self._training.step(weights, rate=self._recipe.rate(contributing))
             if finished & arrivals.keys():
                 self._training.save(number)
             self._journal.append(
@@ -146,10 +150,10 @@ class SyncSteps:
     def _step_alone(self, peer: str, arrival: Arrival) -> None:
         with self._lock:
             self._done[peer] = arrival.request.step
+            request = arrival.request
+            rate = self._recipe.rate([(self._plans[request.round, peer], request.step)])
 
         def step() -> pb.Stepped:
-            request = arrival.request
-            rate = self._rate(request.round, {peer: request.step})
             self._training.step({peer: request.weight}, together=False, rate=rate)
             return pb.Stepped(contributors=1)
 
@@ -157,7 +161,31 @@ class SyncSteps:
 
     def _at_work(self) -> int:
         """Number of silos of the running round that have not finished their steps."""
-        return sum(step < self._steps(peer) for peer, step in self._done.items())
+        return sum(step < self._most(peer) for peer, step in self._done.items())
+
+    def _most(self, peer: str) -> int:
+        """Optimizer steps of a silo of the running round."""
+        steps = self._plans.get((self._round, peer))
+        return 0 if steps is None else steps.count
+
+    def _steps_of(self, peer: str, request: pb.Begin) -> RoundSteps:
+        """A silo's steps in a round: its own with ``train.epochs``, else the recipe's.
+
+        Raises:
+            ProtocolError: it brings its own against the recipe, or none, or impossible ones.
+        """
+        own = request.steps
+        if request.HasField("steps") != (self._recipe.train.epochs is not None):
+            raise ProtocolError(
+                f"{peer} and the trunk differ in train.epochs", remedy="use the same recipe on both sides"
+            )
+        if not request.HasField("steps"):
+            return self._recipe.round_steps(peer, request.round)
+        if not 1 <= own.count <= own.total - own.before:
+            raise ProtocolError(
+                f"{peer} has {own.count} steps after {own.before} of {own.total}", remedy="update isthmus on both sides"
+            )
+        return RoundSteps(own.count, own.before, own.total)
 
 
 def check_next(request: pb.Commit, done: int, most: int) -> None:

@@ -148,14 +148,26 @@ class Pong(_message.Message):
     def __init__(self) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("round", "participants", "open")
+    __slots__ = ("round", "participants", "open", "steps")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     round: int
     participants: _containers.RepeatedScalarFieldContainer[str]
     open: bool
-    def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., open: _Optional[bool] = ...) -> None: ...
+    steps: Steps
+    def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., open: _Optional[bool] = ..., steps: _Optional[_Union[Steps, _Mapping]] = ...) -> None: ...
+
+class Steps(_message.Message):
+    __slots__ = ("count", "before", "total")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    before: int
+    total: int
+    def __init__(self, count: _Optional[int] = ..., before: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class Begun(_message.Message):
     __slots__ = ()

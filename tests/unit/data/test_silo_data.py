@@ -54,3 +54,30 @@ def test_longer_choices_are_read_with_the_prompt(tmp_path: Path, tokenizer: PreT
 def test_an_answer_that_is_no_choice_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="w9"):
         data_of(tmp_path, tokenizer, choices=["w7", "w8"])
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_passes_draw_every_row_as_often_over_all_rounds(
+    epochs: int, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [{"text": f"w{4 + number}", "label": "w9"} for number in range(7)]
+    silo = {"name": "a", "train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    task = {"prompt": "{text}", "answer": "{label}"}
+    recipe = make_recipe(Path("none"), silo=[silo], task=task, train={"epochs": epochs, "batch": 2, "rounds": 2})
+    data = SiloData(recipe.silo[0], recipe, tokenizer)
+    drawn = [batch for round in (1, 2) for batch in data.round_batches(round)]
+    passes = [drawn[start : start + 4] for start in range(0, len(drawn), 4)]
+    assert [list(map(len, one)) for one in passes] == [[2, 2, 2, 1]] * epochs
+    for one in passes:
+        assert sorted(row.prompt for batch in one for row in batch) == sorted(row.prompt for row in data.train)
+    assert epochs == 1 or passes[0] != passes[1]
+    assert data.round_batches(2) == drawn[2 * epochs :]
+
+
+def test_a_round_without_a_step_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    silo = {"name": "a", "train": str(write_rows(tmp_path / "rows.jsonl", ROWS))}
+    task = {"prompt": "{text}", "answer": "{label}"}
+    recipe = make_recipe(Path("none"), silo=[silo], task=task, train={"epochs": 1, "batch": 2, "rounds": 3})
+    with pytest.raises(DataError, match="fewer than the 3 rounds") as caught:
+        SiloData(recipe.silo[0], recipe, tokenizer).round_batches(1)
+    assert "lower train.rounds" in caught.value.remedy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,3 +102,41 @@ def test_gradients_for_other_tensors_are_refused(part: Part) -> None:
     replicas = ReplicaAdapters(part, TRAIN, EVERY)
     with pytest.raises(ValueError, match="zip"):
         replicas.step({"a": (1.0, gradients(part, 4.0)[:-1])}, together=False)
+
+
+@pytest.mark.parametrize("kind", ["shared", "replica"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_round_file_of_16_bit_adapters_is_read_into_fp32(part: Part, kind: str, dtype: torch.dtype) -> None:
+    """As versions wrote whose adapters had the base's type; Adam goes on from its moments in fp32."""
+    train = TrainSection(learning_rate=RATE, steps=STEPS)
+
+    def made() -> TrunkAdapter:
+        return SharedAdapter(part, train) if kind == "shared" else ReplicaAdapters(part, train, EVERY)
+
+    def narrowed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: narrowed(one) for key, one in value.items()}
+        return value.to(dtype) if torch.is_tensor(value) and value.ndim else value
+
+    adapter = made()
+    adapter.step({"a": (1.0, gradients(part, 4.0))}, together=True)
+    state = narrowed(adapter.state())
+    again = made()
+    again.load(state)
+    assert value(again, "a") == pytest.approx(value(adapter, "a"), rel=1e-2)
+    again.step({"a": (1.0, gradients(part, 4.0))}, together=True)
+    found = again.state()
+    optimizer = found["optimizer"] if kind == "shared" else found["optimizers"]["a"]
+    tensors = [*found["adapter"].values(), *(one for own in optimizer["state"].values() for one in own.values())]
+    assert {one.dtype for one in tensors} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["shared", "replica"])
+def test_a_step_has_its_rate_decay_and_largest_norm(part: Part, kind: str) -> None:
+    train = TrainSection(optimizer="sgd", learning_rate=RATE, steps=STEPS, max_grad_norm=1.0)
+    adapter = SharedAdapter(part, train) if kind == "shared" else ReplicaAdapters(part, train, EVERY)
+    count = sum(one.numel() for one in adapters.trainable(part).values())
+    adapter.step({"a": (1.0, gradients(part, 4.0))}, together=True, rate=0.25)
+    assert value(adapter, "a") == pytest.approx(-0.25 / count**0.5, rel=1e-5)
+    adapter.step({"a": (1.0, gradients(part, 4.0))}, together=True)
+    assert value(adapter, "a") == pytest.approx(-(0.25 + RATE) / count**0.5, rel=1e-5)

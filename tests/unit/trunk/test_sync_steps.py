@@ -137,8 +137,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(model: Path, tmp_path: Path) -> Iterator[Build]:
     built: list[Trunk] = []
 
-    def make(steps: int = 2, optimizer: str = "sgd") -> Trunk:
-        train = {"steps": steps, "optimizer": optimizer, "learning_rate": RATE, "evaluate": False}
+    def make(steps: int = 2, optimizer: str = "sgd", **more: Any) -> Trunk:
+        train = {"steps": steps, "optimizer": optimizer, "learning_rate": RATE, "evaluate": False, **more}
         recipe = make_recipe(model, silos=("a", "b"), train=train, trunk={"patience": LONG})
         built.append(Trunk(recipe, RunDirectory(tmp_path).role("trunk")))
         return built[-1]
@@ -294,3 +294,44 @@ def test_round_without_a_state(build: Build) -> None:
         assert "run directory" in caught.value.remedy
     assert_exact(trunk.adapter(), before)
     whole_round(trunk, a, b, 1)
+
+
+def test_silos_of_unequal_rows_bring_their_own_steps(build: Build) -> None:
+    """The shorter one is not waited for once it is done, and the rate is that of the one with most steps."""
+    trunk = build(steps=10, epochs=1, schedule="linear", rounds=2)
+    a, b = Silo(trunk, "a"), Silo(trunk, "b")
+    plans = {"a": pb.Steps(count=1, before=0, total=2), "b": pb.Steps(count=2, before=0, total=4)}
+    begins = [
+        silo.channel.submit(pb.Begin(round=1, participants=("a", "b"), steps=plans[name]))
+        for name, silo in (("a", a), ("b", b))
+    ]
+    for answer in begins:
+        answer.result(WAIT)
+    rates = []
+    step = trunk.service._training.step
+    trunk.service._training.step = lambda *given, rate, **how: (  # type: ignore[assignment, method-assign]
+        rates.append(rate),
+        step(*given, rate=rate, **how),
+    )
+    answers = [a.commit(1, weight=1.0), b.commit(1, weight=1.0)]
+    assert [answer.result(WAIT).contributors for answer in answers] == [2, 2]
+    assert b.commit(2, weight=1.0).result(WAIT).contributors == 1
+    assert rates == pytest.approx([RATE, RATE * 3 / 4])
+    assert trunk.directory.last_round() == 1
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps"),
+    [
+        (None, pb.Steps(count=2, before=0, total=4)),
+        (1, None),
+        (1, pb.Steps(count=0, before=0, total=4)),
+        (1, pb.Steps(count=3, before=2, total=4)),
+        (1, pb.Steps(count=1, before=4, total=2)),
+    ],
+)
+def test_steps_that_do_not_fit_the_recipe_are_refused(epochs: int | None, steps: pb.Steps | None, build: Build) -> None:
+    trunk = build(steps=10, epochs=epochs)
+    with pytest.raises(ProtocolError, match=r"train\.epochs|steps after") as caught:
+        Silo(trunk, "a").channel.call(pb.Begin(round=1, participants=("a", "b"), steps=steps))
+    assert caught.value.remedy

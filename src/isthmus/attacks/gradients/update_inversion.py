@@ -109,8 +109,8 @@ def _obstacles(knowledge: Knowledge, observed: ObservedUpdate) -> list[str]:
     reasons = []
     if len(observed.lengths) > 1:
         reasons.append(f"the update is of {len(observed.lengths)} rows: one text of the median length is searched for")
-    if train.steps > 1:
-        reasons.append(f"{train.steps} steps: the update is their sum, not one gradient")
+    if train.steps > 1 or train.epochs is not None:
+        reasons.append("the update is the sum of a round's steps, not one gradient")
     if train.optimizer != "sgd":
         reasons.append(f"{train.optimizer} scales each coordinate on its own: signs are compared, as after one step")
     if train.sharpness:

@@ -53,8 +53,9 @@ def _reference(knowledge: Knowledge, number: int) -> WholeModel:
         torch.manual_seed(draw.getrandbits(32))
         whole = WholeModel(untrained, noisy=True).eval()
         optimizer = build_optimizer(whole.adapter().values(), train)
-        for number in range(1, train.rounds * train.steps + 1):
-            set_rate(optimizer, train.rate(number, train.rounds * train.steps))
+        total = view.recipe.round_steps("", 1, len(rows)).total
+        for number in range(1, total + 1):
+            set_rate(optimizer, train.rate(number, total))
             optimizer.zero_grad()
             batch = draw.sample(rows, min(train.batch, len(rows)))
             weight = sum(len(row.answer) for row in batch)

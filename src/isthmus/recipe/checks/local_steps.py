@@ -31,6 +31,27 @@ def check_steps(
         )
 
 
+def check_epochs(
+    train: TrainSection, silos: tuple[SiloSection, ...], federation: FederationSection, trunk: TrunkSection
+) -> None:
+    """Refuse passes over the rows beside what must know every silo's number of steps."""
+    if train.epochs is None:
+        return
+    impossible = {
+        "a silo's passes take as many steps as its rows need; leave silo.steps out": any(silo.steps for silo in silos),
+        "replicas are averaged at the same steps of all silos, and silos have unequal rows; "
+        "set trunk.adapter = 'shared'": trunk.adapter == "replica",
+        "the mean of the silos' steps, by which a change is normalized, would reveal how many rows they have; "
+        "set federation.normalized = false": federation.normalized,
+        "silos with unequal rows go unequally far, and a control is computed from that; "
+        "set federation.control = 'none'": federation.control != "none",
+        "versions of a buffer are not rounds that every silo is in, so no silo would make just these passes; "
+        "leave federation.asynchronous.buffer out": federation.asynchronous.buffer is not None,
+    }
+    for reason in (reason for reason, present in impossible.items() if present):
+        raise ValueError(f"train.epochs: {reason}, or leave epochs out")
+
+
 def check_sharpness(train: TrainSection, boundary: BoundarySection, lora: LoraSection, trunk: TrunkSection) -> None:
     """Refuse a first pass of sharpness-aware steps that would train something, or give other outputs."""
     if not train.sharpness:

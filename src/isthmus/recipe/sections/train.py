@@ -18,6 +18,10 @@ class TrainSection(Section):
     """Rounds of training; each ends with an average of the silos' updates."""
     steps: Count = 10
     """Optimizer steps of each silo in a round, unless the silo has its own silo.steps."""
+    epochs: Count | None = Field(default=None, examples=[3])
+    """Passes over each silo's rows in the whole run, in place of steps: every row is drawn once before any comes again,
+    the last batch of a pass may be smaller, and the passes are divided evenly among the rounds. A silo with more rows
+    takes more steps; the others do not wait for it. Left out: steps says how long a round is."""
     batch: Count = 4
     """Rows in each optimizer step of each silo."""
     micro_batches: Annotated[int, Field(ge=1, le=64)] = 1
@@ -67,7 +71,9 @@ class TrainSection(Section):
             raise ValueError(
                 f"momentum: {self.optimizer!r} has its own averages; set train.optimizer = 'sgd', or leave momentum out"
             )
-        if self.warmup >= self.rounds * self.steps:
+        if self.epochs is not None and self.steps != type(self).model_fields["steps"].default:
+            raise ValueError("epochs: silos take as many steps as their rows need; leave train.steps out, or epochs")
+        if self.epochs is None and self.warmup >= self.rounds * self.steps:
             raise ValueError(
                 f"warmup: {self.warmup:g} steps of warm-up, but the run has {self.rounds * self.steps} in all; "
                 "lower train.warmup"

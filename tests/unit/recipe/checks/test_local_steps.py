@@ -51,6 +51,40 @@ REFUSED: list[Case] = [
         "give all silos as many steps",
         {"silo.1.steps": 2, "silo.2.steps": 2},
     ),
+    *(
+        ({"train.epochs": 2, **changes}, reason, remedy, mended)
+        for changes, reason, remedy, mended in [
+            ({"silo.0.steps": 3}, "as many steps as its rows need", "leave silo.steps out", {"silo.0.steps": OUT}),
+            (
+                {"trunk.adapter": "replica"},
+                "train.epochs: replicas",
+                "set trunk.adapter = 'shared'",
+                {"trunk.adapter": "shared"},
+            ),
+            (
+                {"federation.normalized": True},
+                "reveal how many rows",
+                "set federation.normalized = false",
+                {"federation.normalized": False},
+            ),
+            (
+                {"federation.asynchronous.buffer": 2},
+                "versions of a buffer are not rounds",
+                "leave federation.asynchronous.buffer out",
+                {"federation.asynchronous": OUT},
+            ),
+            (
+                {
+                    "federation.control": "scaffold",
+                    "federation.weights": "equal",
+                    "train.optimizer": "sgd",
+                },
+                "a control is computed from that",
+                "or leave epochs out",
+                {"train.epochs": OUT},
+            ),
+        ]
+    ),
     (
         {"federation.normalized": True, "federation.lora": "svd"},
         "federation.normalized: products of factors",

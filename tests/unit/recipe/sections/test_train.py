@@ -34,6 +34,12 @@ REFUSED: list[Case] = [
         "lower train.warmup",
         {"train.warmup": 39},
     ),
+    (
+        {"train.epochs": 2, "train.steps": 5},
+        "train.epochs: silos take as many steps as their rows need",
+        "leave train.steps out",
+        {"train.steps": OUT},
+    ),
 ]
 
 
@@ -99,8 +105,18 @@ def test_a_rate_follows_from_round_and_step() -> None:
     """A silo's own steps; of a step of several silos that of the one with most steps in a round."""
     values = {"train.schedule": "linear", "train.rounds": 2, "train.steps": 4, "train.learning_rate": 0.8}
     recipe = Recipe.of(changed(least(), values | {"silo.0.steps": 2}))
-    assert recipe.rates("a", 1) + recipe.rates("a", 2) == pytest.approx([0.8, 0.6, 0.4, 0.2])
-    assert recipe.rates("b", 2) == pytest.approx([0.4, 0.3, 0.2, 0.1])
-    assert recipe.rate(2, {"a": 2, "b": 1}) == pytest.approx(0.4)
-    assert recipe.rate(2, {"b": 2, "c": 3}) == pytest.approx(0.2)
-    assert recipe.train.reach(recipe.rates("b", 2)) == pytest.approx((0.4 + 0.3 + 0.2 + 0.1) / 0.8)
+    a, b, c = (recipe.round_steps(name, 2) for name in "abc")
+    assert recipe.rates(recipe.round_steps("a", 1)) + recipe.rates(a) == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert recipe.rates(b) == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert recipe.rate([(a, 2), (b, 1)]) == pytest.approx(0.4)
+    assert recipe.rate([(b, 2), (c, 3)]) == pytest.approx(0.2)
+    assert recipe.train.reach(recipe.rates(b)) == pytest.approx((0.4 + 0.3 + 0.2 + 0.1) / 0.8)
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 9), st.integers(1, 7))
+def test_passes_are_divided_evenly_among_the_rounds(rows: int, epochs: int, batch: int, rounds: int) -> None:
+    recipe = Recipe.of(changed(least(), {"train.epochs": epochs, "train.batch": batch, "train.rounds": rounds}))
+    plans = [recipe.round_steps("a", round, rows) for round in range(1, rounds + 1)]
+    assert sum(plan.count for plan in plans) == plans[0].total == epochs * math.ceil(rows / batch)
+    assert [plan.before for plan in plans] == [sum(one.count for one in plans[:at]) for at in range(rounds)]
+    assert max(plan.count for plan in plans) - min(plan.count for plan in plans) <= 1
