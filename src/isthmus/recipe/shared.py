@@ -61,7 +61,7 @@ _TABLES: dict[str, tuple[str, ...]] = {
     "model": ("bottom", "top", "dtype"),
     "lora": ("rank", "alpha", "rslora", "dropout", "targets", "freeze_bottom"),
     "train": (
-        *("rounds", "steps", "batch", "max_tokens"),
+        *("rounds", "steps", "epochs", "batch", "max_tokens"),
         *("optimizer", "learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"),
         *("momentum", "proximal", "sharpness"),
     ),
