@@ -256,7 +256,7 @@ def test_the_uncut_model_with_the_exported_adapter_is_the_run(key: str, models: 
     whole = PeftModel.from_pretrained(uncut(Path(recipe.model.path)), str(tmp_path / "out")).eval()
     assert_same({name: one.detach() for name, one in lora_of(whole).items()}, trained, 0.0)
     trunk = TrunkService(recipe, run.role("trunk"))
-    silo = join(recipe, "a", channel=loopback(trunk, "a", recipe))
+    silo = join(recipe, "a", channel=loopback(trunk, "a", recipe), fresh=True)
     for part in silo.parts:
         adapters.load_adapter(part, trained)
     batch = ragged("left", lengths=(12, 12))
