@@ -313,6 +313,9 @@ FORWARD = [
     ),
     data_row("position_ids", "gaps", input_ids=FULL, position_ids=torch.arange(12)[None] * 2),
     data_row("position_ids", "an offset", input_ids=FULL, position_ids=torch.arange(12)[None] + 3),
+    data_row(
+        "position_ids", "counting padding", input_ids=IDS, attention_mask=MASK, position_ids=torch.arange(20)[None]
+    ),
     data_row("position_ids", "descending", input_ids=FULL, position_ids=torch.arange(11, -1, -1)[None]),
     data_row("position_ids", "another length", input_ids=FULL, position_ids=torch.arange(11)[None]),
     data_row("position_ids", "floats", input_ids=FULL, position_ids=torch.arange(12.0)[None]),
@@ -524,6 +527,12 @@ GENERATE = [
     generate_row("prefix_allowed_tokens_fn", "", prefix_allowed_tokens_fn=lambda row, ids: [5, 6, 7]),
     generate_row("synced_gpus", "false", synced_gpus=False),
     generate_row("assistant_model", "an uncut model", inputs=ONE, assistant_model=assistant),
+    Row(
+        "generate",
+        "assistant_model",
+        "this model, for an uncut one",
+        lambda m, kit: kit.assistant.generate(**ONE, assistant_model=m, max_new_tokens=8, do_sample=False),
+    ),
     Row("generate", "streamer", "`TextStreamer`", streamed),
     generate_row("negative_prompt_ids", "with guidance", inputs=ONE, negative_prompt_ids=FULL[:1], guidance_scale=1.5),
     generate_row(
@@ -653,7 +662,7 @@ METHODS = [
     method_row("to", "a dtype", lambda m: m.to(torch.float16), REFUSED),
     *(refused_method(name) for name in ("half", "bfloat16", "double")),
     method_row("float", "of a model in fp32", lambda m: m.float()(input_ids=FULL).logits),
-    method_row("train", "the model has no dropout", lambda m: (m.train().training, m.eval().training)),
+    method_row("train", "the base model has no dropout", lambda m: (m.train().training, m.eval().training)),
     method_row("eval", "called", lambda m: m.eval().training),
     method_row("tie_weights", "called", lambda m: (m.tie_weights(), m(input_ids=FULL).logits)[1]),
     method_row("num_parameters", "called", lambda m: m.num_parameters(), OWN, "of bottom, top and their adapters"),

@@ -21,6 +21,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from isthmus.errors import DataError, NotSupportedError
 from isthmus.model.cache import SplitCache
 from isthmus.model.crossing import IGNORED
+from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.model.refusals import GENERATION_REFUSALS, HUB_MODE, refuse
 
@@ -107,7 +108,7 @@ def find_places(
     if position_ids is None:
         padded_left = attention_mask is not None and not bool(real_BP[:, 0].all())
         return Places(real_BP, None, attention_mask, counted_BL.clamp_min(0) if padded_left else None)
-    position_BL = _checked_positions(position_ids, batch, length)
+    position_BL = _checked_positions(position_ids, batch, length).to(new.device)
     real_BL = real_BP[:, past_BP.shape[1] :]
     if bool((position_BL == counted_BL)[real_BL].all()):
         return Places(real_BP, None, attention_mask, position_BL)
@@ -122,7 +123,7 @@ def _real(attention_mask: Any, batch: int, length: int, past_BP: torch.Tensor) -
     if attention_mask is None:
         real_BP = torch.ones(shape, dtype=torch.bool, device=past_BP.device)
     else:
-        real_BP = _checked_mask(attention_mask, shape, length)
+        real_BP = _checked_mask(attention_mask, shape, length).to(past_BP.device)
     if not torch.equal(real_BP[:, : past_BP.shape[1]], past_BP):
         raise NotSupportedError(
             "the attention mask contradicts the cache: it hides or shows other past tokens than before",
@@ -176,9 +177,9 @@ def _checked_positions(position_ids: Any, batch: int, length: int) -> torch.Tens
 
 
 def _starts(position_BL: torch.Tensor) -> torch.Tensor:
-    """True where positions start again at 0. All others must be one more than the one before."""
+    """True where positions start at 0, more than once in some row. All others must be one more than the one before."""
     follows_BL = torch.cat([position_BL[:, :1] < 0, position_BL[:, 1:] == position_BL[:, :-1] + 1], dim=1)
-    if not bool((follows_BL | (position_BL == 0)).all()):
+    if bool(follows_BL[:, 1:].all()) or not bool((follows_BL | (position_BL == 0)).all()):
         raise NotSupportedError(
             "position_ids have gaps, an offset or another order",
             remedy="leave position_ids out, or let them count 0, 1, 2, … from each sequence's first token, and on from "
@@ -346,18 +347,18 @@ def _check_range(ids: torch.Tensor, vocabulary: int, name: str) -> None:
         )
 
 
-def check_cache(cache: Any) -> SplitCache | None:
+def check_cache(cache: Any, bottom: Part) -> SplitCache | None:
     """A caller's ``past_key_values``.
 
     Raises:
-        NotSupportedError: it is no cache of a split model.
+        NotSupportedError: it is no cache of the split model with this bottom.
     """
-    if cache is None or isinstance(cache, SplitCache):
-        return cache
-    raise NotSupportedError(
-        f"past_key_values of type {type(cache).__name__} lack the trunk's part",
-        remedy="pass model.new_cache(), or the past_key_values of this model's last output",
-    )
+    remedy = "pass model.new_cache(), or the past_key_values of this model's last output"
+    if cache is not None and not isinstance(cache, SplitCache):
+        raise NotSupportedError(f"past_key_values of type {type(cache).__name__} lack the trunk's part", remedy=remedy)
+    if cache is not None and not cache.belongs_to(bottom):
+        raise NotSupportedError("past_key_values are another split model's", remedy=remedy)
+    return cache
 
 
 def check_generation(config: GenerationConfig) -> None:
@@ -372,18 +373,3 @@ def check_generation(config: GenerationConfig) -> None:
     mode = config.get_generation_mode()
     if mode not in DECODING:
         refuse(mode.value.replace("_", " "), HUB_MODE)
-
-
-def check_dropout(config: PreTrainedConfig) -> None:
-    """Refuse training of a model with dropout of its own.
-
-    Raises:
-        NotSupportedError: the configuration has a dropout or router noise above 0.
-    """
-    for name, value in config.to_dict().items():
-        random = "drop" in name and not name.startswith(("classifier", "summary"))
-        if (random or name == "router_jitter_noise") and isinstance(value, float) and value > 0:
-            raise NotSupportedError(
-                f"the model's configuration has {name} = {value}, and the trunk computes without dropout",
-                remedy=f"set {name} to 0 in the config.json of model.path, or train in eval mode (model.eval())",
-            )

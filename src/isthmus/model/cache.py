@@ -83,6 +83,10 @@ class SplitCache(Cache):
         self.bottom, self.top = (DynamicCache(config=part.config) for part in self._parts)
         return [*self.bottom.layers, *self.top.layers]
 
+    def belongs_to(self, bottom: Part) -> bool:
+        """Whether this is a cache of the model with this bottom."""
+        return self._parts[0] is bottom
+
     def start_transcript(self) -> Transcript:
         """Record all further hidden states exchanged with the trunk. An existing transcript is continued."""
         if self.transcript is None:

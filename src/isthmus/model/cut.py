@@ -168,6 +168,7 @@ def part_of_blocks(config: PreTrainedConfig, name: PartName, blocks: Sequence[in
         if values is not None:
             vars(model.config)[setting] = [values[number] for number in blocks]
     model.config.num_hidden_layers = len(blocks)
+    model.config.return_dict = True  # what a caller of the split model gets is decided there
     install(model, backbone)
     if name != "bottom":
         setattr(backbone, family.embedding, None)
@@ -192,8 +193,8 @@ def _renumbered(model: PreTrainedModel, uncut: nn.Module, blocks: Sequence[int])
 
 
 def _dropouts(config: PreTrainedConfig) -> dict[str, float]:
-    """The dropout probabilities of a configuration that are not zero."""
-    found = {name: value for name, value in vars(config).items() if "drop" in name or name.endswith("pdrop")}
+    """The dropout probabilities of a configuration, and its routers' noise, that are not zero."""
+    found = {name: value for name, value in vars(config).items() if "drop" in name or "jitter" in name}
     return {name: value for name, value in found.items() if isinstance(value, float) and value > 0}
 
 

@@ -26,7 +26,6 @@ from isthmus.model.arguments import (
     PACKED,
     Places,
     check_cache,
-    check_dropout,
     check_generation,
     check_labels,
     check_packed_arguments,
@@ -342,7 +341,11 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         places, packing, read = self._places(new, inputs, head, cache)
         rows = None if input_ids is None else read.rows(input_ids)
         inputs = {**places.inputs(), "use_cache": cache is not None}
-        if cache is None and rows is not None and self.boundary is not None and self.boundary.released is not None:
+        if cache is None and self.boundary is not None and self.boundary.released is not None:
+            if rows is None:
+                raise NotSupportedError(
+                    "boundary.release_once knows an example by its ids, and got embeddings", remedy="pass input_ids"
+                )
             return self._released_once(rows, packing, input_ids, inputs)
         h_BLD = self._through_bottom(cache, input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
         subjects = None
@@ -373,13 +376,19 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         """
         g_BLD, inputs = self._received(outbound, reply, head)
         past = None if outbound.cache is None else outbound.cache.top
-        output = self.top.model(inputs_embeds=g_BLD, past_key_values=past, return_dict=True, **inputs, **head)
+        output = self.top.model(inputs_embeds=g_BLD, past_key_values=past, **inputs, **head)
         if outbound.cache is not None:
             outbound.cache.drafted = False
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=outbound.cache)
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Write a PEFT adapter folder with the adapters of bottom and top. The base model is not copied."""
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **_: Any) -> None:
+        """Write a PEFT adapter folder with the adapters of bottom and top. The base model is not copied.
+
+        Raises:
+            NotSupportedError: it should go to the Hub.
+        """
+        if push_to_hub:
+            refuse("save_pretrained(push_to_hub=True)", REFUSALS["push_to_hub"])
         tensors = {name: tensor for part in self.ends for name, tensor in adapters.adapter_of(part).items()}
         lora = adapters.lora_of(self.ends)
         if lora is not None:
@@ -393,7 +402,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
             wanted: whether a caller that does not say so may want one. A session on the trunk costs memory there, so
                 there is none for a loss or with gradients.
         """
-        cache, asked = check_cache(given), inputs["use_cache"]
+        cache, asked = check_cache(given, self.bottom), inputs["use_cache"]
         inputs["use_cache"] = (
             bool(getattr(self.config, "use_cache", True) if asked is None else asked) or cache is not None
         )
@@ -473,7 +482,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         packing, cache, h_BLD = outbound.packing, outbound.cache, outbound.h_BLD
         assert packing is not None
         g_TD = reply.g_TD
-        if cache is not None and any(parameter.requires_grad for parameter in self.parameters()):
+        if cache is not None and torch.is_grad_enabled() and any(one.requires_grad for one in self.parameters()):
             g_TD = without_gradient(g_TD)
         if self._bottleneck is not None:
             h_TD = None if h_BLD is None else packing.pack(h_BLD)
@@ -583,17 +592,6 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         g_BLD = g_BLD[:, start:]
         positions_BL = (crossed_BL.cumsum(dim=1) - 1).clamp_min(0)[:, -g_BLD.shape[1] :]
         return g_BLD, {**inputs, "attention_mask": crossed_BL.long(), "position_ids": positions_BL}
-
-    def train(self, mode: bool = True) -> Self:
-        """As of any module.
-
-        Raises:
-            NotSupportedError: the model's configuration has dropout, which the trunk does not compute.
-        """
-        if mode:
-            check_dropout(self.config)
-        super().train(mode)
-        return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Moves the silo's parts to a device (``to``, ``cuda``, ``cpu``).

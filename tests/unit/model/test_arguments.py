@@ -13,7 +13,6 @@ from transformers import GenerationConfig
 from isthmus.errors import DataError, IsthmusError, NotSupportedError
 from isthmus.model.arguments import (
     check_cache,
-    check_dropout,
     check_generation,
     check_labels,
     check_packed_arguments,
@@ -21,6 +20,8 @@ from isthmus.model.arguments import (
     find_places,
     take_arguments,
 )
+from isthmus.model.cache import SplitCache
+from isthmus.model.cut import Cut, empty_part
 from isthmus.model.packing import Packing
 from tests.conftest import tiny_config
 
@@ -81,7 +82,9 @@ def test_positions_that_restart_are_sequences() -> None:
         ({"attention_mask": object()}, "kind object"),
         ({"position_ids": positions("024", "012")}, "gaps"),
         ({"position_ids": positions("123", "123")}, "gaps"),
-        ({"position_ids": positions("011", "012")}, "gaps"),
+        ({"position_ids": positions("023", "012")}, "gaps"),
+        ({"position_ids": positions("012", "012"), "attention_mask": mask("011", "111")}, "an offset"),
+        ({"position_ids": positions("012", "012"), "past_BP": mask("1", "1").bool()}, "an offset"),
         ({"position_ids": positions("010", "012"), "cached": True}, "cache"),
         ({"position_ids": positions("010", "012"), "attention_mask": mask("111", "111")}, "mask"),
         ({"position_ids": positions("010", "012"), "keeps_apart": False}, "family"),
@@ -160,9 +163,15 @@ def test_labels_are_of_the_kept_positions(keep: Any) -> None:
 
 
 def test_a_cache_is_a_split_models() -> None:
-    assert check_cache(None) is None
+    config = tiny_config("llama")
+    own, other = (empty_part(config, Cut(1, 1), "bottom") for _ in range(2))
+    cache = SplitCache(own, None, own)  # type: ignore[arg-type]
+    assert check_cache(None, own) is None
+    assert check_cache(cache, own) is cache
     with pytest.raises(NotSupportedError, match="tuple"):
-        check_cache(())
+        check_cache((), own)
+    with pytest.raises(NotSupportedError, match="another split model"):
+        check_cache(cache, other)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +182,3 @@ def test_a_generation_that_reaches_into_blocks_is_refused(settings: dict[str, An
     with pytest.raises(IsthmusError) as caught:
         check_generation(GenerationConfig(**settings))
     assert isinstance(caught.value, NotSupportedError)
-
-
-def test_a_model_with_dropout_does_not_train() -> None:
-    config = tiny_config("llama")
-    check_dropout(config)
-    config.attention_dropout = 0.1
-    with pytest.raises(NotSupportedError, match=r"attention_dropout = 0\.1"):
-        check_dropout(config)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.errors import DataError
+from isthmus.errors import DataError, NotSupportedError
 from isthmus.model.crossing import Outbound
 from isthmus.model.split import Reply
 from tests.conftest import VOCABULARY, Split, make_recipe, save_tiny_model, uncut
@@ -70,6 +70,42 @@ def test_what_is_saved_is_the_ends_adapters(folder: Path, split: Split, tmp_path
     model_of(folder, split).save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_configuration_that_asks_for_tuples_gets_them(split: Split, tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model", return_dict=False)
+    model = model_of(folder, split)
+    found = model(input_ids=IDS, labels=IDS, use_cache=False)  # with which the uncut llama fails
+    assert isinstance(found, tuple)
+    assert [one.shape for one in found] == [(), (2, 4, VOCABULARY)]
+
+
+def test_the_hub_is_refused(folder: Path, split: Split, tmp_path: Path) -> None:
+    with pytest.raises(NotSupportedError, match="push_to_hub"):
+        model_of(folder, split).save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_an_example_released_once_is_known_by_its_ids(folder: Path, split: Split) -> None:
+    recipe = make_recipe(folder, boundary={"release_once": True}, lora={"freeze_bottom": True})
+    model, _ = split(recipe, released=object())
+    with pytest.raises(NotSupportedError, match="release_once"):
+        model(inputs_embeds=torch.zeros(1, 3, 32), use_cache=False)
+
+
+def test_with_a_tail_logits_of_other_positions_are_refused(folder: Path, split: Split) -> None:
+    model = model_of(folder, split, boundary={"tail": 2})
+    with pytest.raises(NotSupportedError, match=r"boundary\.tail"):
+        model(input_ids=IDS, attention_mask=MASK, use_cache=False)
+    with pytest.raises(NotSupportedError, match=r"boundary\.tail"):
+        model(input_ids=IDS, labels=IDS[:, :1], use_cache=False, logits_to_keep=torch.tensor([1]))
+    assert model(input_ids=IDS, labels=IDS, use_cache=False).loss.isfinite()
+
+
+def test_the_guard_trains_with_ids_and_labels(folder: Path, split: Split) -> None:
+    defence = {"defence": {"answer": 1.0}, "residual": True, "forward": {"clip": 2.0, "noise": 1e-6}}
+    model = model_of(folder, split, boundary=defence)
+    with pytest.raises(NotSupportedError, match=r"boundary\.defence"):
+        model(input_ids=IDS, use_cache=False)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 3), torch.ones(1, 4)], ids=["short", "few"])
