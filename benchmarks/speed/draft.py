@@ -25,14 +25,15 @@ from benchmarks.common.proxy import CountingProxy
 from benchmarks.common.results import Results
 from isthmus.data.silo_data import SiloData
 from isthmus.demo.assets import smollm2
-from isthmus.engines.inference import load_draft, make_draft, open_silo
+from isthmus.engines.inference import load_draft, make_draft
 from isthmus.engines.local import at_address, create_run, run_federation, serving
 from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
 from isthmus.silo.drafting.draft import EXPECTED, Draft
 from isthmus.silo.drafting.draft_file import DRAFT_FILE
 from isthmus.silo.drafting.draft_length import AcceptanceRate
-from isthmus.silo.join import Silo, load_tokenizer
+from isthmus.silo.join import Silo, connect_silo, load_shared, load_tokenizer
+from isthmus.silo.served import SharedAdapters
 from isthmus.storage.record import RunDirectory
 
 DATA = Path(os.environ.get("ISTHMUS_DATA", "../shared/data")) / "mts_dialog"
@@ -57,7 +58,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # the trunk's process too: a core each, as if they were two machines
     with serving(run) as (_, address):
         proxy, ledger = CountingProxy(address, ROUND_TRIP / 2), MemoryLedger()
-        silo = open_silo(run, at_address(recipe, proxy.address), "clinic", ledger)
+        silo = connect_silo(at_address(recipe, proxy.address), "clinic", ledger=ledger)
+        load_shared(silo, SharedAdapters(ROUNDS, "", run.role("root").load_round(ROUNDS)["shared"]))
         rows = random.Random(0).sample(SiloData(recipe.party("clinic"), recipe, silo.tokenizer).held_out, PROMPTS)
         measured = measure(silo, ledger, ways(run, silo), [torch.tensor([row.prompt]) for row in rows])
         silo.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from isthmus.errors import RunError
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
 
@@ -44,10 +45,15 @@ def open_target(path: Path) -> Target:
     """The target at a path: a run directory, or a recipe file.
 
     Raises:
-        RunError: the folder is not a run directory.
+        RunError: the folder is not a run directory, or one party's own, which lacks the trunk's or the root's part.
         RecipeError: the file is not a valid recipe.
     """
     if path.is_dir():
         run = RunDirectory.open(path)
+        if run.deployed and not run.served_here:
+            raise RunError(
+                f"{run.path} lacks what the trunk or the root learned",
+                remedy="attack the run directory of 'isthmus run', or the recipe, which has not learned",
+            )
         return Target(run.recipe(), run)
     return Target(Recipe.read(path))

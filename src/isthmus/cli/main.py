@@ -35,16 +35,15 @@ def run(
     resume: Annotated[Optional[Path], typer.Option(help="Continue the run in this directory.")] = None,  # noqa: UP045
 ) -> None:
     """Run a whole federation on this machine."""
-    from isthmus.engines.local import create_run
+    from isthmus.engines.local import create_run, open_resumed
     from isthmus.errors import RecipeError
     from isthmus.recipe import Recipe
     from isthmus.report.live import run_with_progress
-    from isthmus.storage.record import RunDirectory
 
     if (recipe is None) == (resume is None):
         raise RecipeError("give either a recipe or --resume", remedy="isthmus run RECIPE, or isthmus run --resume DIR")
     if resume is not None:
-        directory = RunDirectory.open(resume)
+        directory = open_resumed(resume)
     else:
         assert recipe is not None
         directory = create_run(Recipe.read(recipe), run_dir)

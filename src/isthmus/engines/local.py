@@ -14,7 +14,7 @@ from isthmus.data.templates import read_examples
 from isthmus.engines.certificates import has_certificates, make_certificates
 from isthmus.engines.lifetime import Stopped
 from isthmus.engines.process import RoleProcess, stop
-from isthmus.errors import RecipeError
+from isthmus.errors import RecipeError, RunError
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.storage.record import RunDirectory
@@ -37,6 +37,21 @@ def create_run(recipe: Recipe, path: Path) -> RunDirectory:
             if file is not None:
                 read_examples(Path(file), recipe.task)
     return RunDirectory.create(path, local_recipe(recipe, path))
+
+
+def open_resumed(path: Path) -> RunDirectory:
+    """The run directory of a run to continue.
+
+    Raises:
+        RunError: the folder is not a run directory, or one party's own, whose role is started again by itself.
+    """
+    run = RunDirectory.open(path)
+    if run.deployed:
+        raise RunError(
+            f"{run.path} is the folder of a party that ran by itself",
+            remedy="start its role again, such as 'isthmus silo RECIPE NAME --run-dir DIR'",
+        )
+    return run
 
 
 def run_federation(

@@ -146,7 +146,8 @@ class RunDirectory:
     @property
     def deployed(self) -> bool:
         """Whether a party ran here by itself, so that the other parties' folders are missing."""
-        by_engine = (self.path / "logs").is_dir() or (self.path / "certificates").is_dir()
+        everyones = all((self.path / "certificates" / role).is_dir() for role in ("trunk", "root"))
+        by_engine = everyones or (self.path / "logs").is_dir()
         return not by_engine and any((self.path / role).is_dir() for role in ROLES)
 
     @property

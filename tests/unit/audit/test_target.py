@@ -35,3 +35,10 @@ def test_what_is_neither_is_refused(tmp_path: Path) -> None:
         open_target(tmp_path)
     with pytest.raises(RecipeError):
         open_target(tmp_path / "none.toml")
+
+
+def test_a_partys_own_folder_is_refused(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", make_recipe(Path("none")))
+    run.role("a").save_round(1, {})
+    with pytest.raises(RunError, match="lacks what the trunk or the root learned"):
+        open_target(run.path)

@@ -10,7 +10,7 @@ import pytest
 
 from isthmus.engines import local
 from isthmus.engines.lifetime import Stopped
-from isthmus.engines.local import at_address, at_edge, create_run, local_recipe, run_federation
+from isthmus.engines.local import at_address, at_edge, create_run, local_recipe, open_resumed, run_federation
 from isthmus.errors import DataError, IsthmusError, RecipeError, RunError
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
@@ -160,3 +160,14 @@ def test_certificates_are_made_once(run: RunDirectory, engine: Engine, monkeypat
         engine()
         run_federation(run)
     assert made == [run.path / "certificates"]
+
+
+def test_a_deployed_party_is_not_continued_as_a_whole_run(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", make_recipe(tmp_path / "model"))
+    assert open_resumed(run.path).path == run.path
+    (run.path / "silos" / "a").mkdir(parents=True)
+    with pytest.raises(RunError, match="a party that ran by itself") as refused:
+        open_resumed(run.path)
+    assert "isthmus silo" in refused.value.remedy
+    (run.path / "logs").mkdir()
+    assert open_resumed(run.path).path == run.path

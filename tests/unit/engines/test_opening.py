@@ -26,6 +26,7 @@ from isthmus.errors import (
     RecipeError,
     RunError,
 )
+from isthmus.model import adapters
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 from isthmus.silo.join import Silo
@@ -112,6 +113,22 @@ def test_an_opened_run_is_the_uncut_model_with_the_exported_adapter(mode: str, t
     with serving(run) as (_, address), open_run(alone, trunk=address) as silo:
         assert silo.name == "north"
         assert_exact(silo, run, tmp_path / "adapter")
+
+
+def test_a_silo_with_a_rank_of_its_own(tmp_path: Path) -> None:
+    """With the run's files it has the exported adapters; alone, those of its rank."""
+    silos = [{"name": "north", "train": "north.jsonl"}, {"name": "south", "train": "south.jsonl", "rank": 2}]
+    run = trained(tmp_path, federation={"lora": "svd"}, silo=silos)
+    with open_run(run.path, "south") as silo:
+        assert_exact(silo, run, tmp_path / "adapter")
+    alone = tmp_path / "alone"
+    shutil.copytree(run.role("south").path, alone / "silos" / "south")
+    shutil.copy(run.recipe_path, alone)
+    kept = RunDirectory(alone).role("south").shared.load_round(1)["shared"]
+    with serving(run) as (_, address), open_run(alone, trunk=address) as silo:
+        found = {name: one for part in silo.parts for name, one in adapters.trainable(part).items()}
+        assert {min(one.shape) for one in found.values()} == {2}
+        assert all(torch.equal(one, kept[name]) for name, one in found.items())
 
 
 def test_what_is_released_is_charged_and_remembered(run: RunDirectory) -> None:
