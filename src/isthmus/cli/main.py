@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from isthmus.cli.terminal import as_utf8, check_arguments, encoding_error, flush_output, prepare_output
 from isthmus.engines.lifetime import Stopped, end_with_engine, stoppable
 from isthmus.engines.threads import share_cores
 from isthmus.errors import IsthmusError
@@ -142,7 +144,8 @@ def generate(
     from isthmus.storage.record import RunDirectory
 
     run = RunDirectory.open(run_dir)
-    generate_text(run, prompt, silo, max_new_tokens=max_new_tokens, chat=chat, trunk=trunk, notify=_notify)
+    text = as_utf8(prompt)
+    generate_text(run, text, silo, max_new_tokens=max_new_tokens, chat=chat, trunk=trunk, notify=_notify)
 
 
 @app.command()
@@ -281,15 +284,24 @@ def _notify(message: str) -> None:
 def main() -> None:
     """Run the command. Errors of isthmus are printed without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    prepare_output()
     share_cores()
     end_with_engine()
-    sys.exit(_exit_code())
+    sys.exit(flush_output(_exit_code()))
 
 
 def _exit_code() -> int:
     try:
         with stoppable():
-            return app(standalone_mode=False) or 0
+            return app(check_arguments(sys.argv[1:]), standalone_mode=False) or 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: cannot write the output: {error.strerror}", file=sys.stderr, flush=True)
+        return 1
+    except UnicodeEncodeError as error:
+        print(f"error: {encoding_error(error)}", file=sys.stderr, flush=True)
+        return 1
     except IsthmusError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

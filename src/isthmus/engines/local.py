@@ -16,6 +16,7 @@ from isthmus.engines.lifetime import Stopped
 from isthmus.engines.process import RoleProcess, stop
 from isthmus.errors import RecipeError, RunError
 from isthmus.recipe import Recipe
+from isthmus.recipe.address import checked_address
 from isthmus.recipe.tree import ROOT
 from isthmus.storage.record import RunDirectory
 
@@ -123,10 +124,13 @@ def at_address(recipe: Recipe, address: str | None, roles: Collection[str] = ("t
     Args:
         address: ``host:port``; None: the recipe is returned unchanged.
         roles: the servers at this address: ``trunk``, ``root``, or names of edges.
+
+    Raises:
+        RecipeError: it is no ``host:port``; port 0 is allowed, for a server that chooses a free one.
     """
     if address is None:
         return recipe
-    new = {"address": address}
+    new = {"address": checked_address(address, any_port=True)}
     moved = {role: getattr(recipe, role).model_copy(update=new) for role in ("trunk", "root") if role in roles}
     edges = tuple(edge.model_copy(update=new) if edge.name in roles else edge for edge in recipe.edge)
     return recipe.model_copy(update={**moved, "edge": edges})

@@ -54,7 +54,7 @@ class RoleProcess:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=inherited,
-            env={**os.environ, ENGINE: str(os.getpid())},
+            env={**os.environ, ENGINE: str(os.getpid()), "PYTHONIOENCODING": "utf-8"},  # as the log and its reader
         )
         self._reader = threading.Thread(target=self._read, args=(output,), name=f"log of {title}", daemon=True)
         self._reader.start()

@@ -70,9 +70,8 @@ class Checkpoint:
         if not index.exists():
             raise _no_weights(self.folder)
         try:
-            listed = {
-                str(name): self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()
-            }
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listed = {str(name): self.folder / file for name, file in places.items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ModelError(f"cannot read {index}: {error}", remedy=REMEDY) from error
         return self._listed_files(index, listed)

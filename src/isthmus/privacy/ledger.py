@@ -280,7 +280,7 @@ def _parse_line(path: Path, number: int, line: bytes, last: str) -> dict[str, An
 
 def _read_head(path: Path) -> tuple[int, str]:
     try:
-        count, last = path.read_text().split()
+        count, last = path.read_text(encoding="utf-8").split()
         if int(count) < 1:
             raise ValueError(count)
         return int(count), last

@@ -13,6 +13,7 @@ import tomli_w
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from isthmus.errors import RecipeError
+from isthmus.recipe.address import NoAddress
 from isthmus.recipe.checks.aggregation import check_influence, check_products, check_ranks, check_weights
 from isthmus.recipe.checks.asynchrony import check_asynchrony
 from isthmus.recipe.checks.boundary import check_defence, check_release_once
@@ -134,10 +135,12 @@ class Recipe(Section):
             RecipeError: the file is missing, is not TOML, or has an unknown key or an impossible value.
         """
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error.strerror}", remedy="check the path") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path} is not UTF-8 text: {error}", remedy="save the file as UTF-8") from error
+        except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path} is not TOML: {error}", remedy="correct the line it names") from error
         return cls.of(values).anchored(path.resolve().parent)
 
@@ -266,7 +269,7 @@ def _explained(error: ValidationError) -> RecipeError:
         return RecipeError(f"unknown key {key!r}", remedy=f"did you mean {near[0]!r}? known: {', '.join(known)}")
     if first["type"] == "missing":
         return RecipeError(f"the key {key!r} is missing", remedy=f"add {key} to the recipe")
-    if first["type"] == "value_error":
+    if first["type"] == "value_error" and not isinstance(first["ctx"]["error"], NoAddress):
         reason, _, remedy = str(first["ctx"]["error"]).partition("; ")
         return RecipeError(f"{key}.{reason}" if first["loc"] else reason, remedy=remedy)
     return RecipeError(f"{key} = {first['input']!r}: expected {_expected(first)}", remedy=f"correct the value of {key}")
@@ -277,6 +280,8 @@ def _expected(complaint: Mapping[str, Any]) -> str:
     kind, context = complaint["type"], complaint.get("ctx", {})
     if kind == "string_pattern_mismatch":
         return PATTERNS[context["pattern"]]
+    if kind == "value_error":
+        return str(context["error"])
     return EXPECTED[kind].format(**context) if kind in EXPECTED else complaint["msg"]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from isthmus.recipe.address import NoAddress, address_problem
 
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -17,6 +19,15 @@ Device = Annotated[str, Field(pattern=DEVICE)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, Field(pattern=NAME)]
 Country = Annotated[str, Field(pattern=COUNTRY)]
+
+
+def _address(value: str) -> str:
+    if problem := address_problem(value):
+        raise NoAddress(problem)
+    return value
+
+
+ServerAddress = Annotated[str, AfterValidator(_address)]
 
 
 class Section(BaseModel):

@@ -182,7 +182,7 @@ class Records:
         if self._folder is None or self.sensitivity is None or not (path := self._folder / "sensitivity.json").exists():
             return None
         try:
-            kept = json.loads(path.read_text())
+            kept = json.loads(path.read_text(encoding="utf-8"))
             scale, same = float(kept["scale"]), kept["section"] == self.sensitivity.section.model_dump(mode="json")
             if not 0 < scale < float("inf"):
                 raise ValueError(scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import queue
 import secrets
 import threading
@@ -16,12 +17,17 @@ import grpc
 from google.protobuf.message import Message
 
 from isthmus.errors import FrameError, FrameSizeError, IdentityError, IsthmusError, PeerGoneError, ProtocolError
+from isthmus.recipe.address import is_loopback
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, check_size, settle, welcome_of
 from isthmus.wire.identity import Identity
 from isthmus.wire.server import INSTANCE_KEY, KEEPALIVE, METHOD_PATH
 
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+"""Variables of the environment that name a proxy, in gRPC's order."""
+EXEMPT = ("no_grpc_proxy", "no_proxy")
+"""Variables that name hosts to be reached without one, likewise."""
 PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Seconds between attempts to connect; the last one repeats."""
 log = logging.getLogger(__name__)
@@ -120,6 +126,7 @@ class GrpcChannel:
     def _options(self) -> tuple[tuple[str, Any], ...]:
         return (
             ("grpc.ssl_target_name_override", self._server),
+            ("grpc.enable_http_proxy", int(not is_loopback(self._address))),  # no proxy knows this machine's localhost
             ("grpc.max_receive_message_length", self._limit + 1024),
             ("grpc.max_send_message_length", self._limit + 1024),
             ("grpc.initial_reconnect_backoff_ms", 100),
@@ -144,10 +151,7 @@ class GrpcChannel:
                 pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
             waited = time.monotonic() - last_contact
             if error is None and waited > self._deadline:
-                error = PeerGoneError(
-                    f"no connection to {self._server} at {self._address} for {waited:.0f} s{reason}",
-                    remedy="start it again, check its address in the recipe and both certificates, then resume the run",
-                )
+                error = self._unreachable(waited, reason)
             if error is not None:
                 self._end(error)
             elif self._ended is None:
@@ -156,6 +160,14 @@ class GrpcChannel:
                         "no connection to %s at %s; trying for %.0f s", self._server, self._address, self._deadline
                     )
                 time.sleep(pause)
+
+    def _unreachable(self, waited: float, reason: str) -> PeerGoneError:
+        proxy = proxy_note(self._address)
+        return PeerGoneError(
+            f"no connection to {self._server} at {self._address}{proxy} for {waited:.0f} s{reason}",
+            remedy="start it again, check its address in the recipe and both certificates, then resume the run"
+            + ("; if no proxy is needed for this host, name it in no_proxy" if "through" in proxy else ""),
+        )
 
     def _stream(self) -> None:
         """Open a stream, send the greeting and all unanswered frames, then settle answers until the stream ends."""
@@ -219,6 +231,26 @@ class GrpcChannel:
             self._greeted.set_exception(error)
         for _, answer in pending.values():
             answer.set_exception(error)
+
+
+def proxy_note(address: str) -> str:
+    """How the environment's proxy settings bear on a connection to this address, as gRPC reads them; empty: not.
+
+    gRPC takes the first of ``PROXIES`` that is set, in lower case alone, unless ``no_proxy`` names the host. Loopback
+    addresses are reached directly.
+    """
+    if is_loopback(address):
+        return ""
+    host = address.rpartition(":")[0].strip("[]")
+    name = next((name for name in PROXIES if os.environ.get(name)), None)
+    if name is None:
+        upper = next((name.upper() for name in PROXIES if os.environ.get(name.upper())), None)
+        return f" without a proxy ({upper} is set, but gRPC reads {upper.lower()})" if upper else ""
+    exempt = next((os.environ[one] for one in EXEMPT if os.environ.get(one)), "")
+    if any(one.strip() and host.endswith(one.strip()) for one in exempt.split(",")):
+        return ""
+    proxy = os.environ[name].rpartition("@")[2].rpartition("//")[2]  # without a user's name and password
+    return f" through the proxy {proxy} (from {name})"
 
 
 def _drain(outbox: queue.SimpleQueue[bytes | None]) -> Iterator[bytes]:

@@ -134,6 +134,8 @@ def test_the_local_recipe_has_one_server_and_certificates_of_its_own(tmp_path: P
 def test_an_address_moves_who_is_named_and_nobody_else() -> None:
     recipe = make_recipe(Path("none"), silos=("a", "b", "c"), edge=EDGES)
     assert at_address(recipe, None) == recipe
+    with pytest.raises(RecipeError, match="the address 'there': expected host:port"):
+        at_address(recipe, "there")
     moved = at_address(recipe, "there:9", ("trunk", "left"))
     assert (moved.trunk.address, moved.root.address) == ("there:9", recipe.root.address)
     assert [edge.address for edge in moved.edge] == ["there:9", "localhost:2", "localhost:3"]

@@ -30,12 +30,9 @@ def recipe(folder: Path, tmp_path: Path) -> Recipe:
 
 
 def recipe_of(folder: Path, place: Path, **sections: Any) -> Recipe:
-    here = {"address": "localhost:0"}
-    recipe = make_recipe(
-        folder, silos=("a", "b"), wire={"certificates": str(place / "c")}, **{"trunk": here, "root": here, **sections}
-    )
+    recipe = make_recipe(folder, silos=("a", "b"), wire={"certificates": str(place / "c")}, **sections)
     make_certificates(recipe, place / "c")
-    return recipe
+    return recipe if sections else at_address(recipe, "localhost:0")
 
 
 @pytest.mark.parametrize(("asked", "services"), [(("trunk",), {"Trunk"}), (("trunk", "root"), {"Trunk", "Root"})])

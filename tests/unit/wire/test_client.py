@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import socket
+import threading
+from contextlib import closing, suppress
 
 import pytest
 
 from isthmus.errors import FrameSizeError, IdentityError, MismatchError, PeerGoneError, RunError
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
-from isthmus.wire.client import GrpcChannel
+from isthmus.wire.client import EXEMPT, PROXIES, GrpcChannel, proxy_note
 from isthmus.wire.frames import VERSION
 from isthmus.wire.identity import Authority
 from tests.conformance.test_channels import AUTHORITY, HANG, SILOS, Echo, number, serving
@@ -113,3 +115,93 @@ def test_a_frame_over_the_limit_is_not_sent() -> None:
 def test_nobody_at_the_address_is_named_after_the_deadline() -> None:
     with pytest.raises(PeerGoneError, match="no connection to trunk at localhost:1 for"):
         GrpcChannel("localhost:1", "Trunk", AUTHORITY.issue(SILO), deadline=0.1)
+
+
+class Proxy:
+    """An HTTP proxy that connects whatever it is asked for to one port of this machine."""
+
+    def __init__(self, port: int) -> None:
+        self.asked: list[str] = []
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                inward, _ = self._listener.accept()
+                request = inward.recv(4096).decode()
+                self.asked.append(request.split()[1])
+                outward = socket.create_connection(("127.0.0.1", self._target))
+                inward.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                for one, other in ((inward, outward), (outward, inward)):
+                    threading.Thread(target=_copy, args=(one, other), daemon=True).start()
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError), source, target:
+        while data := source.recv(65536):
+            target.sendall(data)
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*PROXIES, *EXEMPT):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize("name", PROXIES)
+def test_no_proxy_is_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "http://127.0.0.1:1")  # nobody is there
+    with serving({"Trunk": Echo()}) as server, closing(channel_to(server.port)) as channel:
+        assert channel.call(number(3)) == number(3)
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_another_machine_is_reached_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving({"Trunk": Echo()}) as server, closing(Proxy(server.port)) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://{proxy.address}")
+        identity, address = AUTHORITY.issue(SILO), f"trunk.example.org:{server.port}"
+        with closing(GrpcChannel(address, "Trunk", identity, deadline=HANG)) as channel:
+            assert channel.call(number(3)) == number(3)
+        assert set(proxy.asked) == {address}
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_a_proxy_that_is_not_there_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:1")
+    told = r"no connection to trunk at example\.org:7001 through the proxy 127\.0\.0\.1:1 \(from http_proxy\) for"
+    with pytest.raises(PeerGoneError, match=told) as caught:
+        GrpcChannel("example.org:7001", "Trunk", AUTHORITY.issue(SILO), deadline=0.1)
+    assert "no_proxy" in caught.value.remedy
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({}, ""),
+        ({"grpc_proxy": "a:1", "https_proxy": "b:1"}, " through the proxy a:1 (from grpc_proxy)"),
+        ({"https_proxy": "http://b:1", "http_proxy": "c:1"}, " through the proxy b:1 (from https_proxy)"),
+        ({"https_proxy": "b:1", "no_proxy": "other.org"}, " through the proxy b:1 (from https_proxy)"),
+        ({"https_proxy": "b:1", "no_proxy": "other.org, example.org"}, ""),
+        ({"https_proxy": "b:1", "no_proxy": ".org"}, ""),
+        ({"https_proxy": "b:1", "no_grpc_proxy": "example.org"}, ""),
+        ({"HTTPS_PROXY": "b:1"}, " without a proxy (HTTPS_PROXY is set, but gRPC reads https_proxy)"),
+    ],
+    ids=str,
+)
+def test_how_the_environment_bears_on_a_connection(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], told: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert proxy_note("example.org:7001") == told
+    assert proxy_note("localhost:7001") == ""

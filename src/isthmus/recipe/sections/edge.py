@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from isthmus.recipe.section import Count, Name, Positive, Section
+from isthmus.recipe.section import Count, Name, Positive, Section, ServerAddress
 
 
 class EdgeSection(Section):
@@ -13,7 +13,7 @@ class EdgeSection(Section):
 
     name: Name = Field(examples=["ward"])
     """Name of this edge: 1 to 63 lower-case letters, digits, "-" and "_", beginning with a letter or digit."""
-    address: str = Field(examples=["localhost:7101"])
+    address: ServerAddress = Field(examples=["localhost:7101"])
     """Host and port at which it listens."""
     silos: tuple[str, ...] = Field(default=(), strict=False, examples=[("north", "south")])
     """Its cohort: names of the silos whose updates it sums; with masks three or more."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from isthmus.recipe.section import Count, Positive, Section
+from isthmus.recipe.section import Count, Positive, Section, ServerAddress
 
 
 class RootSection(Section):
     """The aggregator at the top: it averages the updates and begins each round."""
 
-    address: str = "localhost:7001"
+    address: ServerAddress = "localhost:7001"
     """Host and port at which it listens. If trunk and root have one address, one process can serve both."""
     patience: Positive = 300.0
     """Seconds that the other silos wait for a slow one at the end of a round, counted from the first that is ready."""

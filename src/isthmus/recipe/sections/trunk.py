@@ -6,13 +6,13 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from isthmus.recipe.section import Amount, Count, Device, Dtype, Positive, Section
+from isthmus.recipe.section import Amount, Count, Device, Dtype, Positive, Section, ServerAddress
 
 
 class TrunkSection(Section):
     """The server that computes the model's middle blocks for all silos."""
 
-    address: str = "localhost:7001"
+    address: ServerAddress = "localhost:7001"
     """Host and port at which it listens."""
     device: Device = "cpu"
     """Where the trunk computes: "cpu", "cuda", "cuda:1", or "auto" for a CUDA device if there is one."""
