@@ -17,7 +17,7 @@ import grpc
 from google.protobuf.message import Message
 
 from isthmus.errors import FrameError, FrameSizeError, IdentityError, IsthmusError, PeerGoneError, ProtocolError
-from isthmus.recipe.address import is_loopback
+from isthmus.recipe.address import checked_address, is_loopback
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, check_size, settle, welcome_of
@@ -66,6 +66,7 @@ class GrpcChannel:
         limit: largest frame in bytes.
 
     Raises:
+        RecipeError: the address is no ``host:port``.
         IdentityError, MismatchError, PeerGoneError: the first connection failed.
     """
 
@@ -85,7 +86,7 @@ class GrpcChannel:
         self.received_bytes = 0
         self.welcome = pb.Welcome()
         self._accept = accept
-        self._address = address
+        self._address = checked_address(address)
         self._service = service
         self._server = server or service.lower()
         self._deadline = deadline

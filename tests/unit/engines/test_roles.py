@@ -62,7 +62,7 @@ def test_what_is_served_is_announced_until_it_is_stopped(
 
 def test_a_role_writes_the_recipe_beside_its_folder(recipe: Recipe, tmp_path: Path) -> None:
     """But the local engine's roles read that very file."""
-    run = roles.recorded(tmp_path / "recipe.toml", recipe, tmp_path / "run")
+    run = roles.recorded(tmp_path / "recipe.toml", at_address(recipe, "localhost:8"), tmp_path / "run")
     recipe = run.recipe()
     moved = at_address(recipe, "localhost:9")
     assert roles.recorded(run.recipe_path, moved, run.path).recipe() == recipe
@@ -77,13 +77,13 @@ def served(path: Path, *, number: int | None = None, monkeypatch: pytest.MonkeyP
             raise Stopped
 
     monkeypatch.setattr(roles, "threading", SimpleNamespace(Event=Ended))
-    roles.serve(path, Path("runs/trunk"), ("trunk",), None, number)
+    roles.serve(path, Path("runs/trunk"), ("trunk",), "localhost:0", number)
 
 
 def test_the_trunk_of_a_finished_run_is_served_and_says_what_to_do(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RunDirectory.create(tmp_path / "run", recipe)
+    run = RunDirectory.create(tmp_path / "run", at_address(recipe, "localhost:8"))
     with pytest.raises(RunError, match="holds no trunk"):
         served(run.path, monkeypatch=monkeypatch)
     with pytest.raises(RunError, match="not a run directory"):

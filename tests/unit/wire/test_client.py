@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 
 import pytest
 
-from isthmus.errors import FrameSizeError, IdentityError, MismatchError, PeerGoneError, RunError
+from isthmus.errors import FrameSizeError, IdentityError, MismatchError, PeerGoneError, RecipeError, RunError
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.client import EXEMPT, PROXIES, GrpcChannel, proxy_note
@@ -110,6 +110,12 @@ def test_a_frame_over_the_limit_is_not_sent() -> None:
             channel.submit(pb.Update(round=1, masked=bytes(5000)))
         assert channel.sent_bytes == before
         assert channel.call(number(1)) == number(1)
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:0", "http://localhost:1"])
+def test_an_address_that_is_none_is_not_tried(address: str) -> None:
+    with pytest.raises(RecipeError, match="expected "):
+        GrpcChannel(address, "Trunk", AUTHORITY.issue(SILO), deadline=HANG)
 
 
 def test_nobody_at_the_address_is_named_after_the_deadline() -> None:
