@@ -193,8 +193,13 @@ def uncut(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def targets_of(family: str) -> list[str]:
-    """Layers that get an adapter: phi3 has one projection for q, k and v; deepseek_v3 projects to latents first."""
-    named = {"phi3": ["qkv_proj", "o_proj"], "deepseek_v3": ["q_b_proj", "kv_b_proj"]}
+    """Layers that get an adapter: phi3 has one projection for q, k and v; deepseek_v3 projects to latents first; the
+    shared experts of llama4 take tokens without a dimension for rows."""
+    named = {
+        "phi3": ["qkv_proj", "o_proj"],
+        "deepseek_v3": ["q_b_proj", "kv_b_proj"],
+        "llama4_text": ["q_proj", "v_proj", "down_proj"],
+    }
     return named.get(family, ["q_proj", "v_proj"])
 
 

@@ -98,9 +98,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     text = config.get_text_config()
     for kind in (config.model_type, text.model_type):
         if kind not in FAMILIES:
-            known = ", ".join(sorted(FAMILIES))
+            known, why = ", ".join(sorted(FAMILIES)), ""
+            if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+                why = ": their linear attention keeps a state that can neither be shared in a pass nor go back"
             raise ModelError(
-                f"models of type {kind!r} are not supported", remedy=f"use a model of one of the types {known}"
+                f"models of type {kind!r} are not supported{why}", remedy=f"use a model of one of the types {known}"
             )
     for setting, meaning in REFUSED.items():
         if getattr(text, setting, False):

@@ -26,6 +26,9 @@ PROBE_ATTENTION = "isthmus_probe"
 LONGEST_PROBE = 1 << 17
 """Positions up to which a family's mask is compared with the known kinds."""
 
+USUAL = {"dropout", "scaling", "sliding_window", "is_causal", "position_ids", "use_cache"}
+"""Settings of an attention that masks and kernels here follow, or that change nothing."""
+
 MaskFunction = Callable[..., Any]
 """Transformers' form of a mask: whether a query may see a key, from the indices of batch row, head, query and key."""
 
@@ -55,11 +58,15 @@ class AttentionPlan:
     """Width of a head's key."""
     value_width: int
     """Width of a head's value."""
+    settings: frozenset[str] = frozenset()
+    """Names of settings, beyond the usual ones, that a block gives its attention."""
 
     @property
     def uniform(self) -> bool:
-        """Whether one kernel can compute all sequences of a pass: plain masks, keys as wide as values."""
-        return all(rule.plain for rule in self.rules) and self.key_width == self.value_width
+        """Whether one kernel can compute all sequences of a pass: plain masks, keys as wide as values, and nothing else
+        that changes attention."""
+        plain = all(rule.plain for rule in self.rules) and not self.settings
+        return plain and self.key_width == self.value_width
 
 
 def plan_attention(part: Part) -> AttentionPlan:
@@ -85,7 +92,7 @@ def plan_attention(part: Part) -> AttentionPlan:
             )
     finally:
         part.config._attn_implementation = own
-    return _plan(str(own), found.blocks, part)
+    return _plan(str(own), found, part)
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,8 @@ class _Findings:
     """Of each call of the attention: the block's index, its mask, and the heads and widths of its keys and values."""
     rules: dict[_Asked, MaskRule] = field(default_factory=dict)
     """The rule of each mask."""
+    settings: set[str] = field(default_factory=set)
+    """Names of settings that are not ``USUAL``."""
 
 
 @dataclass(frozen=True)
@@ -121,26 +130,28 @@ def _record(
     attention_mask: _Asked,
     *,
     sequences: _Findings,
-    **_: Any,
+    **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Registered in place of an attention; its output is zero."""
     if attention_mask not in sequences.rules:
         sequences.rules[attention_mask] = _classify(attention_mask, sequences.context, query_1HTd.device)
     rule = sequences.rules[attention_mask]
+    sequences.settings.update(name for name, value in settings.items() if value is not None and name not in USUAL)
     shape = key_1HTd.shape[1], key_1HTd.shape[-1], value_1HTd.shape[-1]
     sequences.blocks.append((module.layer_idx, rule, shape))
     heads, tokens = query_1HTd.shape[1:3]
     return query_1HTd.new_zeros(1, tokens, heads, value_1HTd.shape[-1]), None
 
 
-def _plan(attention: str, blocks: list[tuple[int, MaskRule, tuple[int, int, int]]], part: Part) -> AttentionPlan:
+def _plan(attention: str, found: _Findings, part: Part) -> AttentionPlan:
+    blocks = found.blocks
     expected = list(range(part.config.num_hidden_layers))
     if [index for index, _, _ in blocks] != expected or len({shape for _, _, shape in blocks}) != 1:
         raise ModelError(
             f"the attention of {part.config.model_type} models is not the same call in every block",
             remedy="use a model whose blocks all have transformers' attention with equal heads",
         )
-    return AttentionPlan(attention, tuple(rule for _, rule, _ in blocks), *blocks[0][2])
+    return AttentionPlan(attention, tuple(rule for _, rule, _ in blocks), *blocks[0][2], frozenset(found.settings))
 
 
 def _classify(asked: _Asked, context: int, device: torch.device) -> MaskRule:

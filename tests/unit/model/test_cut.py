@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from isthmus.errors import CutError, ModelError
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.cut import Cut, empty_part, load_part
+from isthmus.model.cut import Cut, empty_part, load_part, part_of_blocks
+from isthmus.model.families import FAMILIES, Family
 from tests.conftest import BLOCKS, save_tiny_model, tiny_config, uncut
 
 CUT = Cut(1, 2)
@@ -92,3 +93,47 @@ def test_a_tensor_of_another_shape_is_named(folder: Path, tmp_path: Path) -> Non
     checkpoint.config.intermediate_size = 64
     with pytest.raises(ModelError, match="mlp"):
         load_part(checkpoint, CUT, "trunk")
+
+
+@pytest.mark.parametrize(("family", "wide"), [("gpt_oss", "layernorm.weight"), ("deepseek_v3", "correction_bias")])
+def test_tensors_that_a_family_keeps_wide_stay_fp32(family: str, wide: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(str(save_tiny_model(family, tmp_path)))
+    whole = uncut(tmp_path, torch.float16).state_dict()
+    part = load_part(checkpoint, CUT, "trunk", dtype=torch.float16)
+    found = {name: tensor.dtype for name, tensor in part.model.state_dict().items()}
+    assert found == {name: whole[part.uncut_name(name)].dtype for name in found}
+    assert {dtype for name, dtype in found.items() if name.endswith(wide)} == {torch.float32}
+
+
+def test_a_base_models_dropout_is_off_and_said(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(str(save_tiny_model("phi", tmp_path, resid_pdrop=0.1, attention_dropout=0.2)))
+    with pytest.warns(UserWarning, match=r"resid_pdrop = 0.1.* is off in all parts, in training too"):
+        part = load_part(checkpoint, CUT, "trunk")
+    assert {one.p for one in part.model.modules() if isinstance(one, torch.nn.Dropout)} == {0.0}
+    assert part.config.attention_dropout == 0.0
+    assert part.whole.resid_pdrop == 0.1
+
+
+def test_blocks_are_the_uncut_models_and_share_the_parts_configuration() -> None:
+    part = empty_part(tiny_config("smollm3"), CUT, "trunk")
+    blocks = [block.self_attn for block in part.model.model.layers]
+    assert [block.layer_idx for block in blocks] == [0, 1]
+    assert [block.use_rope for block in blocks] == [1, 0]
+    assert all(block.config is part.config for block in blocks)
+
+
+def test_a_part_with_repeated_blocks_has_separate_copies() -> None:
+    part = part_of_blocks(tiny_config("llama"), "trunk", [1, 1])
+    first, second = part.model.model.layers
+    assert first is not second
+    assert first.self_attn.q_proj.weight is not second.self_attn.q_proj.weight
+
+
+def test_a_backbone_that_changes_its_input_is_refused_outside_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(str(save_tiny_model("granite", tmp_path)))
+    monkeypatch.setitem(FAMILIES, "granite", Family())
+    load_part(checkpoint, CUT, "bottom")
+    with pytest.raises(ModelError, match="changes hidden states before its first block"):
+        load_part(checkpoint, CUT, "top")

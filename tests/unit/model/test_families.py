@@ -38,3 +38,8 @@ def test_another_family_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(ModelError, match="'gpt2' are not supported") as caught:
         family_of(AutoConfig.for_model("gpt2"))
     assert all(name in caught.value.remedy for name in FAMILIES)
+
+
+def test_linear_attention_is_refused_with_the_reason() -> None:
+    with pytest.raises(ModelError, match="'qwen3_next' are not supported: their linear attention keeps a state"):
+        family_of(AutoConfig.for_model("qwen3_next"))

@@ -33,7 +33,8 @@ def trunk_of(family: str, folder: Path, **config: Any) -> Part:
 def test_windows_are_those_of_the_uncut_blocks(family: str, windows: list[int | None], tmp_path: Path) -> None:
     plan = plan_attention(trunk_of(family, tmp_path))
     assert [rule.window for rule in plan.rules] == windows
-    assert plan.uniform
+    assert plan.uniform == (family != "gpt_oss")
+    assert plan.settings == ({"s_aux"} if family == "gpt_oss" else set())
     assert (plan.heads, plan.key_width, plan.value_width) == (2, 8, 8)
     assert plan.attention == ("eager" if family == "gpt_oss" else "sdpa")
 

@@ -143,8 +143,9 @@ def restrict_head(top: Part, vocabulary: torch.Tensor) -> Part:
     model = copy.copy(top.model)
     model._modules = dict(model._modules)
     whole = model.get_submodule(top.family.head)
-    head = nn.Linear(whole.weight.shape[1], len(vocabulary), bias=False, device="meta")
-    head.weight = nn.Parameter(whole.weight[vocabulary].detach(), requires_grad=False)
+    head = nn.Linear(whole.weight.shape[1], len(vocabulary), bias=whole.bias is not None, device="meta")
+    for name, values in whole.named_parameters():
+        setattr(head, name, nn.Parameter(values[vocabulary].detach(), requires_grad=False))
     setattr(model, top.family.head, head)
     return Part("top", model, top.family, top.first_block, top.whole)
 
@@ -161,9 +162,9 @@ def _copied_blocks(bottom: Part, blocks: int) -> Part:
     part = part_of_blocks(bottom.whole, "trunk", sources)
     materialize_buffers(part.model)
     prefix = part.family.block_prefix()
-    weights = {name.replace(".base_layer", ""): tensor for name, tensor in bottom.model.named_parameters()}
+    weights = {name.replace(".base_layer", ""): tensor for name, tensor in bottom.model.state_dict().items()}
     copies: dict[str, torch.Tensor] = {}
-    for name, _ in part.model.named_parameters():
+    for name in part.model.state_dict():
         number, _, rest = name.removeprefix(prefix).partition(".")
         copies[name] = weights[f"{prefix}{sources[int(number)]}.{rest}"].detach().to(torch.float32, copy=True)
     part.model.load_state_dict(copies, strict=False, assign=True)
