@@ -60,7 +60,7 @@ def slow(part: Part, a_BP: torch.Tensor, **inputs: Any) -> torch.Tensor:
         part.config._attn_implementation = own
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=(*FAMILIES, "deepseek_v3", "llama4_text"))
 def bottom(request: pytest.FixtureRequest, models: Models) -> Part:
     return load_part(Checkpoint(str(models(request.param))), Cut(BLOCKS, 1), "bottom")
 

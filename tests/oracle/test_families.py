@@ -24,6 +24,7 @@ from isthmus.recipe import LoraSection
 from isthmus.silo.join import join
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.adapter import full_adapter
+from isthmus.trunk.attention_kernels import attend_padded
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.service import TrunkService
 from tests.conftest import MULTIMODAL, make_recipe, targets_of, uncut
@@ -49,6 +50,8 @@ ROUNDING = 2e-5
 """Relative to the largest value. Attention with a mask for padding and without one differ by this."""
 CHUNK = {"trunk": {"chunk": 16}}
 """Longer prompts are computed in pieces, in passes shared with other rows."""
+MIX = [[3, 40], [17, 1, 23]]
+"""Lengths of two silos' sequences."""
 Answers = Callable[[str], torch.Tensor]
 
 
@@ -117,23 +120,26 @@ def trunk_of(folder: Path, family: str) -> Runner:
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_a_pass_shared_with_others_is_each_sequence_alone(family: str, models: Models) -> None:
-    """Two silos with adapters of their own: outputs and gradients. Then pieces of cached sequences in mixed passes."""
+    """Two silos with adapters of their own: outputs and gradients. Then pieces of cached sequences in mixed passes.
+    Both once more as on an accelerator, if the family allows its kernel."""
     runner = trunk_of(models(family), family)
-    lengths = [[3, 40], [17, 1, 23]]
     h_TD = hidden(84)
     leaves = [moved(adapters.adapter_of(runner.part), seed) for seed in (1, 2)]
-    shared = gradients(runner, h_TD, lengths, leaves)
     pieces = torch.split(h_TD, [43, 41])
-    for number, one in enumerate(leaves):
-        alone = gradients(runner, pieces[number], [lengths[number]], [one])
-        assert_same({key: shared[number][key] for key in alone[0]}, alone[0], 10 * ROUNDING)
+    alone = [gradients(runner, h_ND, [own], [one])[0] for h_ND, own, one in zip(pieces, MIX, leaves, strict=True)]
     with torch.no_grad():
-        whole = [runner.full_pass(h_ND, [len(h_ND)]) for h_ND in torch.split(h_TD, [43, 41])]
-        caches = [runner.new_cache(), runner.new_cache()]
-        first = runner.cached_pass(torch.cat([h_TD[:20], h_TD[43:46]]), [20, 3], caches)
-        then = runner.cached_pass(torch.cat([h_TD[20:43], h_TD[46:84]]), [23, 38], caches)
+        whole = [runner.full_pass(h_ND, [len(h_ND)]) for h_ND in pieces]
+    for kernel in (None, attend_padded) if runner.plan.uniform else (None,):
+        runner._kernel, runner._groups._at_once = kernel, kernel is not None
+        shared = gradients(runner, h_TD, MIX, leaves)
+        assert_same(shared[0], alone[0], 10 * ROUNDING)
+        assert_same(shared[1], alone[1], 10 * ROUNDING)
+        with torch.no_grad():
+            caches = [runner.new_cache(), runner.new_cache()]
+            first = runner.cached_pass(torch.cat([h_TD[:20], h_TD[43:46]]), [20, 3], caches)
+            then = runner.cached_pass(torch.cat([h_TD[20:43], h_TD[46:84]]), [23, 38], caches)
         got = torch.cat([first[:20], then[:23]]), torch.cat([first[20:], then[23:]])
-        assert all(distance(one, other) <= ROUNDING for one, other in zip(got, whole, strict=True))
+        assert all(distance(one, other) <= 2 * ROUNDING for one, other in zip(got, whole, strict=True))
 
 
 def moved(adapter: Tensors, seed: int) -> Tensors:
