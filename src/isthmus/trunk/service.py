@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from google.protobuf.message import Message
 
-from isthmus.errors import MismatchError, ProtocolError
+from isthmus.errors import MismatchError, ModelError, ProtocolError
 from isthmus.model import adapters
 from isthmus.model.agreement import hello_of
 from isthmus.model.checkpoint import Checkpoint
@@ -52,6 +52,8 @@ class TrunkService:
         self._scheduler = Scheduler()
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
         runner = self._runner
+        if recipe.lora.start is not None:
+            _check_start(runner.part, directory, recipe.lora.start)
         self._kept = KeptExamples(directory.path / "kept", recipe, runner.crossing_width, runner.device)
         self._codecs = Codecs(recipe.boundary.codec, runner.crossing_width, runner.width, self._kept, runner.device)
         self._sessions = Sessions(self._runner, recipe.trunk)
@@ -172,6 +174,22 @@ def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:
     part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=find_device(recipe.trunk.device))
     adapters.add_trained_layers(part, recipe)
     return Runner(part, residual=recipe.boundary.residual)
+
+
+def _check_start(part: Part, directory: RoleDirectory, start: str) -> None:
+    """Check that a run goes on from the adapter that it began with: factors that never train are not in later rounds.
+
+    Raises:
+        ModelError: the folder ``lora.start`` has another adapter than at the run's first start.
+    """
+    if not directory.rounds():
+        return
+    began, own = directory.load_round(0)["adapter"], adapters.adapter_of(part)
+    if any(not torch.equal(began[name], one.cpu()) for name, one in own.items()):
+        raise ModelError(
+            f"{start} has another adapter than when this run began",
+            remedy="put the first one back, or start a new run",
+        )
 
 
 def _trunk_adapter(part: Part, recipe: Recipe) -> TrunkAdapter:

@@ -215,3 +215,15 @@ def test_adapters_that_a_merge_would_tear_are_refused(target: str, tmp_path: Pat
     with pytest.raises(NotSupportedError, match=target) as caught:
         shared_tensors(make_recipe(tied, lora={"targets": ["q_proj", target]}))
     assert f"leave {target} out of lora.targets" in caught.value.remedy
+
+
+def test_a_run_does_not_go_on_from_an_adapter_that_was_changed(model: Path, plain: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(plain, tmp_path / "adapter")
+    recipe, directory = recipe_of(model, folder), RoleDirectory(tmp_path / "trunk")
+    for _ in range(2):
+        TrunkService(recipe, directory).stop()
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: 2 * one for name, one in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ModelError, match="another adapter than when this run began") as caught:
+        TrunkService(recipe, directory)
+    assert "put the first one back" in caught.value.remedy

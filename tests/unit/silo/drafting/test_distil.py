@@ -21,10 +21,11 @@ ROWS = [Tokens([5, 6, 7], []), Tokens([9], []), Tokens([12, 13], [])]
 LONGEST = 4
 
 
-@pytest.fixture(scope="module")
-def silo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Silo]:
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def silo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Silo]:
     folder: Path = tmp_path_factory.mktemp("distil")
-    recipe = make_recipe(save_tiny_model("llama", folder / "model", initializer_range=0.3))
+    model = save_tiny_model("llama", folder / "model", initializer_range=0.3)
+    recipe = make_recipe(model, model={"dtype": request.param})
     service = TrunkService(recipe, RoleDirectory(folder / "trunk"))
     joined = join(recipe, "a", channel=loopback(service, "a", recipe))
     yield joined
