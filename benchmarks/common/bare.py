@@ -11,7 +11,7 @@ from isthmus.model.crossing import Outbound
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.remote import RemoteTrunk, RoundsClient
+from isthmus.silo.remote import RemoteTrunk
 from isthmus.wire.channel import Channel
 
 
@@ -24,7 +24,7 @@ class BareSilo:
 
     def __init__(self, channel: Channel, section: BoundarySection, width: int) -> None:
         self.trunk = RemoteTrunk(channel, Boundary(section), width)
-        self.rounds = RoundsClient(channel)
+        self.rounds = self.trunk.rounds
 
     def step(self, h_TD: torch.Tensor, lengths: list[int]) -> None:
         """A forward and a backward; the gradient is the answer, made small."""

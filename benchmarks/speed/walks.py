@@ -49,7 +49,7 @@ from isthmus.federation.aggregator import root_service
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting, join
-from isthmus.silo.remote import RoundsClient
+from isthmus.silo.rounds_client import RoundsClient
 from isthmus.silo.update import AggregatorClient
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory

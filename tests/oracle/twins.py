@@ -23,7 +23,8 @@ from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import greeting, join
-from isthmus.silo.remote import RemoteTrunk, RoundsClient
+from isthmus.silo.remote import RemoteTrunk
+from isthmus.silo.rounds_client import RoundsClient
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import Channel, LoopbackChannel
@@ -71,7 +72,7 @@ class Twins:
 
     @property
     def rounds(self) -> RoundsClient:
-        return RoundsClient(self.remote.channel)
+        return self.remote.rounds
 
     @property
     def boundary(self) -> Boundary:

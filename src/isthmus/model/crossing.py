@@ -57,6 +57,8 @@ class Outbound:
     """Bottom's output at all new positions."""
     like: torch.Tensor | None = None
     """A tensor with the device and dtype for the trunk's answer; None: those of ``h_TW``."""
+    supervised: int | None = None
+    """Number of tokens in the loss that the model computes; None if it computes none."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments that bottom and top have in common: mask, position ids, ``use_cache``."""
 
@@ -107,6 +109,15 @@ def prediction_targets(
         targets_BK = torch.nn.functional.pad(labels_BK[:, 1:], (0, 1), value=IGNORED)
     missing = real_BL.shape[1] - targets_BK.shape[1]
     return torch.nn.functional.pad(targets_BK, (missing, 0), value=IGNORED)
+
+
+def count_supervised(labels_BK: torch.Tensor | None, targets_BK: torch.Tensor | None) -> int | None:
+    """Number of tokens in the loss; None without labels and targets, which are as in ``crossing_positions``."""
+    if targets_BK is None:
+        if labels_BK is None:
+            return None
+        targets_BK = labels_BK[:, 1:]
+    return int((targets_BK != IGNORED).sum())
 
 
 def up_to_last_crossing(real_BL: torch.Tensor, crosses_BL: torch.Tensor) -> torch.Tensor:

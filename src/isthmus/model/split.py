@@ -9,14 +9,17 @@ Shapes: B rows, L new positions, T positions that cross, D the model's width, W 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.generic import can_return_tuple
 
 from isthmus.errors import DataError, ModelError, NotSupportedError
@@ -37,7 +40,14 @@ from isthmus.model.backbone import SplitBackbone
 from isthmus.model.bottleneck import Bottleneck
 from isthmus.model.cache import SplitCache, TrunkSession, without_gradient
 from isthmus.model.candidates import BoundedCandidates
-from isthmus.model.crossing import FreshExample, Outbound, crossing_positions, prediction_targets, up_to_last_crossing
+from isthmus.model.crossing import (
+    FreshExample,
+    Outbound,
+    count_supervised,
+    crossing_positions,
+    prediction_targets,
+    up_to_last_crossing,
+)
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.model.refusals import CLASS_REFUSALS, DTYPE, REFUSALS, refuse, refusing
@@ -276,6 +286,8 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, **packed}
         cache = self._cache(past_key_values, inputs, wanted=labels is None)
         outbound = self.outbound(input_ids, inputs, head, inputs_embeds=inputs_embeds, cache=cache)
+        if torch.is_grad_enabled():
+            outbound = replace(outbound, supervised=count_supervised(labels, kwargs.get("shift_labels")))
         return self.inbound(outbound, self.trunk(outbound), head)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -382,17 +394,44 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=outbound.cache)
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **_: Any) -> None:
-        """Write a PEFT adapter folder with the adapters of bottom and top. The base model is not copied.
+        """Write what was trained in bottom and top, and the number of the trunk's round that belongs to it.
+
+        The folder is a PEFT adapter of bottom and top (``isthmus export`` writes one of the whole model) beside
+        ``model.safetensors``, from which ``load_state_dict``, and so the Hugging Face ``Trainer``, brings back all
+        three parts. The base model is not copied.
 
         Raises:
             NotSupportedError: it should go to the Hub.
+            ProtocolError: the trunk cannot save its state now.
         """
         if push_to_hub:
             refuse("save_pretrained(push_to_hub=True)", REFUSALS["push_to_hub"])
+        folder = Path(save_directory)
         tensors = {name: tensor for part in self.ends for name, tensor in adapters.adapter_of(part).items()}
         lora = adapters.lora_of(self.ends)
         if lora is not None:
-            adapters.write_adapter(Path(save_directory), tensors, lora, self.config._name_or_path, whole=False)
+            adapters.write_adapter(folder, tensors, lora, self.config._name_or_path, whole=False)
+        trained = {name: one.detach().contiguous() for name, one in self._trained().items()}
+        assert isinstance(self.trunk, nn.Module)
+        trained |= self.trunk.state_dict(prefix="trunk.")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def enable_input_require_grads(self) -> None:
+        """With reentrant checkpointing, layers have gradients only if their input has: needed where bottom trains."""
+        if any(parameter.requires_grad for parameter in self.bottom.parameters()):
+            super().enable_input_require_grads()
+
+    @property
+    def _keys_to_ignore_on_save(self) -> list[str]:
+        """The names of a state dict that ``save_pretrained`` does not write; ``Trainer`` does not miss them."""
+        written = {*self._trained(), *dict(self.trunk.named_parameters(prefix="trunk"))}  # type: ignore[attr-defined]
+        return [name for name, _ in self.named_parameters(remove_duplicate=False) if name not in written]
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that the recipe added to bottom and top, by their name in a state dict."""
+        added = {id(one) for part in self.ends for one in adapters.adapter_parameters(part).values()}
+        return {name: one for name, one in self.named_parameters() if id(one) in added}
 
     def _cache(self, given: Any, inputs: dict[str, Any], *, wanted: bool) -> SplitCache | None:
         """The cache that a forward fills: the caller's, a new one, or None.

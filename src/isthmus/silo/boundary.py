@@ -69,6 +69,9 @@ class Boundary:
         """Held from the budget's check to the ledger's line: generations of several threads share both."""
         self.clips = section.forward.clip > 0
         """Whether hidden states are clipped before they leave."""
+        crossing: tuple[Path, ...] = ("forward", "gradient")
+        self.noised = any(self._mechanisms[path].event(path, 0, UPDATE_SUBJECTS, 0).noise for path in crossing)
+        """Whether noise is added to what a training step sends."""
         self.limited = self.budget.limited or self.records.limited
         """Whether a record or the silo has a privacy budget."""
         self.released_bytes: Counter[str] = Counter()

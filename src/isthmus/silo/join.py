@@ -10,7 +10,7 @@ import copy
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +38,8 @@ from isthmus.silo.defence.guard import Guard
 from isthmus.silo.defence.shield import Shield
 from isthmus.silo.records import Records
 from isthmus.silo.released import Released
-from isthmus.silo.remote import RemoteTrunk, RoundsClient
+from isthmus.silo.remote import RemoteTrunk
+from isthmus.silo.rounds_client import RoundsClient
 from isthmus.silo.secrets import open_ledger
 from isthmus.silo.served import ServedRound, SharedAdapters, require_finished, same_run
 from isthmus.storage.record import RoleDirectory, RunDirectory
@@ -60,8 +61,6 @@ class Silo:
     model: SplitForCausalLM
     tokenizer: PreTrainedTokenizerBase
     trunk: RemoteTrunk
-    rounds: RoundsClient
-    """Client of the trunk's rounds and optimizer steps."""
     boundary: Boundary
     """The exit of all tensors, with the ledger and the privacy budget."""
     served: ServedRound = field(default_factory=ServedRound)
@@ -74,6 +73,11 @@ class Silo:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+    @property
+    def rounds(self) -> RoundsClient:
+        """Client of the trunk's rounds and optimizer steps."""
+        return self.trunk.rounds
 
     @property
     def parts(self) -> tuple[Part, Part]:
@@ -104,6 +108,7 @@ def join(
     channel: Channel | None = None,
     releases: Path | None = None,
     records: Path | None = None,
+    participants: Sequence[str] = (),
 ) -> Silo:
     """Load bottom and top with the adapters of the trunk's round and connect to the trunk.
 
@@ -118,6 +123,8 @@ def join(
         channel: a connection to the trunk; None: one to the recipe's address.
         releases: folder for released examples (``boundary.release_once``); None: a temporary folder, deleted at exit.
         records: folder for the key of record names and the noise scale; None: they end with the process.
+        participants: names of the silos, this one included, whose own training loops step the trunk together; none:
+            this silo's alone.
 
     Raises:
         RecipeError: the recipe has privacy budgets, but there is no ledger that remembers what was spent.
@@ -144,6 +151,7 @@ def join(
         undo.callback(silo.close)
         if not fresh:
             _load_current(silo, recipe, directory)
+        silo.rounds.participants = list(participants)
         undo.pop_all()
     return silo
 
@@ -177,7 +185,8 @@ def connect_silo(
     )
     model = build_model(recipe, checkpoint, (bottom, top), channel, boundary)
     assert isinstance(model.trunk, RemoteTrunk)
-    return Silo(name, model, tokenizer, model.trunk, RoundsClient(channel, served), boundary, served)
+    model.trunk.rounds.served = served
+    return Silo(name, model, tokenizer, model.trunk, boundary, served)
 
 
 def load_shared(silo: Silo, shared: SharedAdapters) -> None:
@@ -287,6 +296,10 @@ def build_model(
     )
     with suppress(OSError):  # a model folder may lack a generation configuration
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    trained = [parameter for part in ends for parameter in adapters.trainable(part).values()]
+    cut = [recipe.model.bottom, recipe.model.top]
+    trunk.stand_in.watch(trained, {"base": checkpoint.fingerprint, "cut": cut})
+    model.register_load_state_dict_pre_hook(trunk.stand_in.restore)
     model.eval()
     return model
 

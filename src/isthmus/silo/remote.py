@@ -1,4 +1,4 @@
-"""The trunk as an autograd module whose forward and backward cross the wire, and a client of the trunk's rounds.
+"""The trunk as an autograd module whose forward and backward cross the wire.
 
 Shapes: T tokens of all sequences one after another, D the model's width, W the width that crosses.
 """
@@ -6,6 +6,7 @@ Shapes: T tokens of all sequences one after another, D the model's width, W the 
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -15,19 +16,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from isthmus.errors import UnknownExampleError
 from isthmus.model.crossing import FreshExample, Outbound
 from isthmus.model.split import Reply
 from isthmus.privacy.events import Path
 from isthmus.privacy.subjects import Subjects
-from isthmus.recipe import RoundSteps
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.served import ServedRound
+from isthmus.silo.rounds_client import RoundsClient
 from isthmus.silo.session import RemoteSession
+from isthmus.silo.stand_in import StandIn
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
 
+log = logging.getLogger(__name__)
 MAX_PENDING_EXAMPLES = 64
 """Largest number of examples sent to the trunk whose answers have not arrived."""
 
@@ -47,8 +50,12 @@ class PendingStep:
     """The records that the sequences belong to."""
     width: int
     """Width of the hidden states that were sent: W."""
+    tokens: int = 0
+    """Number of tokens in its loss; of all its tokens, if the model does not compute the loss."""
     reply: bool = True
     """Whether the answer holds a matrix."""
+    trains: bool = False
+    """Whether it is a backward that adds to the gradients of the trunk's adapter."""
     noise_TW: torch.Tensor | None = None
     """The noise and rounding error in the hidden states that were sent; None unless the bottleneck denoises."""
     request: pb.Forward | None = None
@@ -59,6 +66,8 @@ class PendingStep:
 
 class RemoteTrunk(nn.Module):
     """Implements ``model.split.TrunkModule`` over a channel: forwards, backwards, and sessions for generation.
+
+    Its only parameter is that of ``stand_in``, by which an optimizer of the whole model steps the trunk.
 
     Args:
         width: the model's width, D.
@@ -79,20 +88,30 @@ class RemoteTrunk(nn.Module):
         self._sessions = itertools.count(1)
         self._abandoned: deque[int] = deque()
         self._ascent_pass = False
-        # Autograd calls backward only if an input requires grad. With a frozen bottom only this one does.
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._warned = False
+        self.rounds = RoundsClient(channel)
+        self.stand_in = StandIn(self.rounds, trains=gradients, exact=not boundary.noised)
 
     def forward(self, outbound: Outbound) -> Reply:
-        """Send a batch and wait for the trunk's answer; with gradients enabled the answer is differentiable."""
+        """Send a batch and wait for the trunk's answer; with gradients enabled the answer is differentiable.
+
+        Raises:
+            ProtocolError: bottom and top were stepped since the last backward, the trunk was not.
+        """
+        self.stand_in.check_stepped()
         if outbound.cache is not None:
             session = outbound.cache.session
             assert isinstance(session, RemoteSession)
             return session.step(outbound)
         train = torch.is_grad_enabled() and self.wants_gradient(outbound)
+        if torch.is_autocast_enabled(self.stand_in.lora.device.type) and not self._warned:
+            self._warned = True
+            log.warning("mixed precision (autocast, bf16=True) is the silo's: the trunk computes in its own dtype")
         pending = self.send(outbound, train=train)
         if not train:
             return Reply(self._receive_matrix(pending), pending.noise_TW)
-        g_TD = _Crossing.apply(outbound.h_TW, self._anchor, self, pending)  # type: ignore[no-untyped-call]
+        # Autograd calls backward only if an input requires grad. With a frozen bottom only the stand-in does.
+        g_TD = _Crossing.apply(outbound.h_TW, self.stand_in.lora, self, pending)  # type: ignore[no-untyped-call]
         return Reply(g_TD, pending.noise_TW)
 
     def open_session(self) -> RemoteSession:
@@ -116,7 +135,7 @@ class RemoteTrunk(nn.Module):
     def wants_gradient(self, outbound: Outbound) -> bool:
         """Whether this batch's loss gradient crosses."""
         wanted = outbound.h_TW is not None and outbound.h_TW.requires_grad
-        return self.gradients and (wanted or not self._ascent_pass)
+        return self.gradients and (wanted or (self.stand_in.trains and not self._ascent_pass))
 
     def send(self, outbound: Outbound, *, train: bool = True) -> PendingStep:
         """Send a batch's hidden states, or the identifiers of its examples, without waiting for the answer.
@@ -133,6 +152,7 @@ class RemoteTrunk(nn.Module):
         shape, like = (sum(outbound.lengths), self._width), h_TW if outbound.like is None else outbound.like
         assert like is not None
         width = self._width if h_TW is None else h_TW.shape[1]
+        tokens = shape[0] if outbound.supervised is None else outbound.supervised
         if outbound.examples is not None:
             example_answers = self._send_examples(self._release_example(one, step) for one in outbound.fresh)
             request = pb.Forward(
@@ -140,14 +160,23 @@ class RemoteTrunk(nn.Module):
             )
             answer = self.channel.submit(request)
             return PendingStep(
-                step, "forward", answer, shape, like, subjects, width, request=request, example_answers=example_answers
+                step,
+                "forward",
+                answer,
+                shape,
+                like,
+                subjects,
+                width,
+                tokens,
+                request=request,
+                example_answers=example_answers,
             )
         assert h_TW is not None
         hidden = self._boundary.release(h_TW, "forward", step, subjects)
         request = pb.Forward(step=step, lengths=outbound.lengths, hidden=hidden, train=train, dropout=dropout)
         answer = self.channel.submit(request)
         noise_TW = self._boundary.added_noise(hidden, h_TW, subjects) if self._denoise else None
-        return PendingStep(step, "forward", answer, shape, like, subjects, width, noise_TW=noise_TW)
+        return PendingStep(step, "forward", answer, shape, like, subjects, width, tokens, noise_TW=noise_TW)
 
     def send_gradient(self, forward: PendingStep, gradient_TD: torch.Tensor, *, reply: bool) -> PendingStep:
         """Send the loss gradient of a forward's answer, without waiting for the answer.
@@ -161,20 +190,34 @@ class RemoteTrunk(nn.Module):
             BudgetExhausted: a record's privacy budget, or the silo's, does not allow the release. Nothing leaves.
         """
         gradient = self._boundary.release(gradient_TD, "gradient", forward.step, forward.subjects)
-        request = pb.Backward(step=forward.step, gradient=gradient, reply=reply, ascent_pass=self._ascent_pass)
-        shape = (len(gradient_TD), forward.width)
-        answer = self.channel.submit(request)
-        return PendingStep(forward.step, "gradient", answer, shape, gradient_TD, forward.subjects, forward.width, reply)
+        trains = self.stand_in.trains and not self._ascent_pass
+        request = pb.Backward(step=forward.step, gradient=gradient, reply=reply, ascent_pass=not trains)
+        if trains and (keep := self.stand_in.keep()) is not None:
+            request.keep = keep
+        return PendingStep(
+            forward.step,
+            "gradient",
+            self.channel.submit(request),
+            (len(gradient_TD), forward.width),
+            gradient_TD,
+            forward.subjects,
+            forward.width,
+            forward.tokens,
+            reply,
+            trains,
+        )
 
     def receive(self, pending: PendingStep) -> torch.Tensor | None:
         """Wait for the answer: ``[T, D]`` of a forward, ``[T, W]`` of a backward, None of a backward without reply."""
-        if pending.reply:
-            return self._receive_matrix(pending)
-        pending.answer.result()
-        return None
+        body = self._await_answer(pending)
+        if pending.trains:
+            self.stand_in.receive(body.norm, pending.tokens)
+        return self._decode(body, pending) if pending.reply else None
 
     def _receive_matrix(self, pending: PendingStep) -> torch.Tensor:
-        body = self._await_answer(pending)
+        return self._decode(self._await_answer(pending), pending)
+
+    def _decode(self, body: Any, pending: PendingStep) -> torch.Tensor:
         matrix = body.hidden if pending.path == "forward" else body.gradient
         return self._boundary.decode_reply(matrix, pending.path, pending.shape, pending.like)
 
@@ -208,44 +251,6 @@ class RemoteTrunk(nn.Module):
         return answers
 
 
-class RoundsClient:
-    """Client of the trunk's rounds and optimizer steps.
-
-    A training step is one or more forwards and backwards through the split model, whose gradients accumulate, and then
-    ``commit``.
-
-    Args:
-        served: the round of the silo's adapters; it is no longer checked once the silo trains.
-    """
-
-    def __init__(self, channel: Channel, served: ServedRound | None = None) -> None:
-        self._channel = channel
-        self._served = served or ServedRound()
-
-    def begin(self, round: int, participants: list[str], steps: RoundSteps | None = None) -> None:
-        """Start a round, from 1, and wait until all participants have started it.
-
-        Args:
-            steps: this silo's own; None: the recipe says how many.
-        """
-        self._served.release()
-        own = None if steps is None else pb.Steps(count=steps.count, before=steps.before, total=steps.total)
-        self._channel.call(pb.Begin(round=round, participants=participants, steps=own))
-
-    def commit(self, round: int, step: int, weight: float) -> int:
-        """End an optimizer step: wait until the trunk has updated its adapter with the gradients of this step.
-
-        Args:
-            round, step: both from 1.
-            weight: number of supervised tokens in the step.
-
-        Returns:
-            The number of silos whose gradients the trunk's step used.
-        """
-        stepped: pb.Stepped = self._channel.call(pb.Commit(round=round, step=step, weight=weight))
-        return stepped.contributors
-
-
 def _wait_for(answers: Iterable[Answer]) -> None:
     """Wait for all answers. Raises the first error among them."""
     for answer in answers:
@@ -263,6 +268,7 @@ class _Crossing(torch.autograd.Function):
         return trunk._receive_matrix(pending)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         returned = ctx.trunk.send_gradient(ctx.pending, gradient_TD, reply=ctx.needs_input_grad[0])
         return ctx.trunk.receive(returned), None, None, None

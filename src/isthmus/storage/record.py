@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -229,6 +230,20 @@ class RoundFiles:
                 f"no readable state of round {number} in {self.path.parent}", remedy="start a new run"
             ) from error
 
+    def digest(self, number: int) -> bytes:
+        """SHA-256 of the saved state after this round, as it lies on the disk.
+
+        Raises:
+            RunError: there is none, or it cannot be read.
+        """
+        path = self.path / f"round-{number:04d}.pt"
+        try:
+            return hashlib.sha256(path.read_bytes()).digest()
+        except OSError as error:
+            raise RunError(
+                f"no readable state of round {number} in {self.path.parent}", remedy="start a new run"
+            ) from error
+
     def last_round(self) -> int:
         """The last round with a saved state; 0 if there is none."""
         return max(self.rounds(), default=0)
@@ -259,6 +274,10 @@ class RoleDirectory:
     def load_round(self, number: int) -> dict[str, Any]:
         """The saved state after this round (see ``RoundFiles``)."""
         return self._rounds.load_round(number)
+
+    def digest(self, number: int) -> bytes:
+        """See ``RoundFiles.digest``."""
+        return self._rounds.digest(number)
 
     def last_round(self) -> int:
         """The last round with a saved state; 0 if there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from isthmus.model import adapters
 from isthmus.model.cut import Part
 from isthmus.model.optim import build_optimizer, set_rate
+from isthmus.model.optimizer_settings import OptimizerSettings
 from isthmus.recipe import TrainSection
 from isthmus.trunk.grouped_lora import Adapter
 
@@ -34,15 +35,21 @@ class TrunkAdapter(Protocol):
         ...
 
     def step(
-        self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool, rate: float | None = None
+        self,
+        gradients: Mapping[str, tuple[float, Gradients | None]],
+        *,
+        together: bool,
+        rate: float | None = None,
+        settings: OptimizerSettings | None = None,
     ) -> None:
-        """Take one optimizer step, with gradients of at most ``train.max_grad_norm``.
+        """Take one optimizer step, with gradients of at most ``train.max_grad_norm`` if the optimizer is the recipe's.
 
         Args:
             gradients: for each silo, its weight (supervised tokens; 0 without gradients) and its mean gradients over
                 them; None if it has none.
             together: whether these silos waited for one another at this step.
             rate: the step's learning rate; None: the recipe's ``train.learning_rate``.
+            settings: the optimizer to step with; None: the recipe's. An optimizer of another kind starts anew.
         """
         ...
 
@@ -66,7 +73,7 @@ class SharedAdapter:
         self._part = part
         self._train = train
         self._named = adapters.trainable(part)
-        self._optimizer = build_optimizer(self._named.values(), train)
+        self._optimizer = SteppingOptimizer(self._named.values(), train)
         self._version = 0
 
     def leaves(self, silo: str) -> dict[str, torch.Tensor]:
@@ -79,7 +86,12 @@ class SharedAdapter:
         return True
 
     def step(
-        self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool, rate: float | None = None
+        self,
+        gradients: Mapping[str, tuple[float, Gradients | None]],
+        *,
+        together: bool,
+        rate: float | None = None,
+        settings: OptimizerSettings | None = None,
     ) -> None:
         total = sum(weight for weight, _ in gradients.values())
         if not total:  # without gradients, momentum alone must not move the adapter
@@ -90,9 +102,7 @@ class SharedAdapter:
             means = list(torch._foreach_add(means, list(torch._foreach_mul(own, share))))
         for parameter, mean in zip(self._named.values(), means, strict=True):
             parameter.grad = mean
-        set_rate(self._optimizer, self._train.learning_rate if rate is None else rate)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._optimizer.step(rate, settings)
         self._version += 1
 
     def begin(self) -> None: ...
@@ -106,6 +116,54 @@ class SharedAdapter:
         self._version += 1
 
 
+class SteppingOptimizer:
+    """The optimizer of an adapter: the recipe's, or in open rounds that of the silos' own parameters.
+
+    Args:
+        parameters: of the adapter.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], train: TrainSection) -> None:
+        self._parameters = list(parameters)
+        self._train = train
+        self._followed: OptimizerSettings | None = None
+        self._optimizer = build_optimizer(self._parameters, train)
+
+    def step(self, rate: float | None, settings: OptimizerSettings | None) -> None:
+        """Take a step and drop the gradients.
+
+        Args:
+            rate: the learning rate of a step of the recipe's optimizer; None: ``train.learning_rate``.
+            settings: the optimizer, which starts anew if it is another than before; None: the recipe's.
+        """
+        self._follow(settings)
+        if settings is None:
+            set_rate(self._optimizer, self._train.learning_rate if rate is None else rate)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, with the settings if they are not the recipe's."""
+        state: dict[str, Any] = self._optimizer.state_dict()
+        return state if self._followed is None else {**state, "followed": asdict(self._followed)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the state by one that ``state_dict`` returned."""
+        followed = state.get("followed")
+        self._follow(None if followed is None else OptimizerSettings(**followed))
+        self._optimizer.load_state_dict({key: state[key] for key in ("state", "param_groups")})
+
+    def _follow(self, settings: OptimizerSettings | None) -> None:
+        if settings is None:
+            if self._followed is not None:
+                self._optimizer = build_optimizer(self._parameters, self._train)
+        elif self._followed is not None and settings.fits(self._optimizer):  # the recipe's would clip
+            settings.apply(self._optimizer)
+        else:
+            self._optimizer = settings.optimizer(self._parameters)
+        self._followed = settings
+
+
 @dataclass
 class Replica:
     """One silo's own adapter."""
@@ -114,7 +172,7 @@ class Replica:
     """Trainable parameters by their name in the uncut model."""
     base: dict[str, torch.Tensor]
     """The mean adapter from which the silo last started."""
-    optimizer: torch.optim.Optimizer
+    optimizer: SteppingOptimizer
     weight: float = 0.0
     """Supervised tokens since that start."""
     version: int = 0
@@ -152,16 +210,19 @@ class ReplicaAdapters:
         return step >= self._train.steps or step % self._every == 0
 
     def step(
-        self, gradients: Mapping[str, tuple[float, Gradients | None]], *, together: bool, rate: float | None = None
+        self,
+        gradients: Mapping[str, tuple[float, Gradients | None]],
+        *,
+        together: bool,
+        rate: float | None = None,
+        settings: OptimizerSettings | None = None,
     ) -> None:
         for silo, (weight, own) in gradients.items():
             replica = self._replica(silo)
             if own is not None:
                 for parameter, gradient in zip(replica.named.values(), own, strict=True):
                     parameter.grad = gradient
-                set_rate(replica.optimizer, self._train.learning_rate if rate is None else rate)
-                replica.optimizer.step()
-                replica.optimizer.zero_grad()
+                replica.optimizer.step(rate, settings)
             replica.weight += weight
             replica.version += 1
         if together:
@@ -206,7 +267,7 @@ class ReplicaAdapters:
         if silo not in self._replicas:
             base = {name: mean.detach().clone() for name, mean in self._mean.items()}
             named = {name: torch.nn.Parameter(one.clone()) for name, one in base.items()}
-            optimizer = build_optimizer(named.values(), self._train)
+            optimizer = SteppingOptimizer(named.values(), self._train)
             if silo in self._optimizers:
                 optimizer.load_state_dict(self._optimizers[silo])
             self._replicas[silo] = Replica(named, base, optimizer, version=self._loads * 2**32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from isthmus.errors import ProtocolError
+from isthmus.errors import NotSupportedError, ProtocolError
 from isthmus.recipe import Recipe
 from isthmus.storage.record import Journal, RoleDirectory
 from isthmus.trunk.scheduler import Scheduler
@@ -50,8 +50,11 @@ class AsyncSteps:
         A round beyond the recipe's last starts nothing and ends the rounds of all silos.
 
         Raises:
+            NotSupportedError: the round has no fixed number of steps.
             ProtocolError: the silo is not among the participants.
         """
+        if request.open:
+            raise _no_open_rounds()
         if peer not in request.participants:
             raise ProtocolError(
                 f"{peer} does not take part in round {request.round}", remedy="ask the root for the next plan"
@@ -69,6 +72,13 @@ class AsyncSteps:
             self._over = self._over or version >= self._recipe.train.rounds
             self._progress[peer] = CommitProgress(request.round)
             return self._scheduler.submit(begin)
+
+    def end(self, peer: str, request: pb.End) -> Answer:
+        """Raises ``NotSupportedError``: there are no open rounds here."""
+        raise _no_open_rounds()
+
+    def forget(self, peer: str) -> None:
+        """Nothing to note of another process of a silo: what the earlier one stepped stays."""
 
     def commit(self, peer: str, request: pb.Commit) -> Answer:
         """Take one step with this silo's gradients; answered once the adapter has stepped.
@@ -91,3 +101,10 @@ class AsyncSteps:
             check_next(request, progress.step, self._recipe.steps(peer))
             progress.step = request.step
             return self._scheduler.submit(step)
+
+
+def _no_open_rounds() -> NotSupportedError:
+    return NotSupportedError(
+        "a federation with a buffer (federation.asynchronous) cannot be trained by a loop of your own",
+        remedy="use a recipe without federation.asynchronous, or train with 'isthmus silo'",
+    )

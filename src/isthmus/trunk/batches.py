@@ -67,12 +67,13 @@ class Backwards:
                 if isinstance(result, Exception):
                     job.done.set_exception(result)
                 else:
-                    job.settle(partial(self._codecs.encode_gradient, result))
+                    job.settle(partial(self._codecs.encode_gradient, *result))
 
     def _backward(self, silo: str, request: pb.Backward) -> BackwardStep:
         rows = self._training.open_step(silo, request.step).rows
         gradient_TD = self._codecs.decode_gradient(request.gradient, rows)
-        return BackwardStep(silo, request.step, gradient_TD, request.reply, request.ascent_pass)
+        keep = request.keep if request.HasField("keep") else 1.0
+        return BackwardStep(silo, request.step, gradient_TD, request.reply, request.ascent_pass, keep)
 
     def _partners(self, job: Job) -> int:
         silo, request = job.request

@@ -66,11 +66,12 @@ class Codecs:
         """The answer to a forward or decoding step."""
         return pb.Hidden(hidden=codec.encode(h_TD, self._codec.forward_down))
 
-    def encode_gradient(self, gradient_TD: torch.Tensor | None) -> pb.Gradient:
-        """The answer to a backward; empty where ``gradient_TD`` is None, since the silo's bottom does not train."""
+    def encode_gradient(self, gradient_TD: torch.Tensor | None, norm: float) -> pb.Gradient:
+        """The answer to a backward; without a matrix where ``gradient_TD`` is None, since the silo's bottom does not
+        train."""
         if gradient_TD is None:
-            return pb.Gradient()
-        return pb.Gradient(gradient=codec.encode(gradient_TD, self._codec.gradient_down, self._generator))
+            return pb.Gradient(norm=norm)
+        return pb.Gradient(gradient=codec.encode(gradient_TD, self._codec.gradient_down, self._generator), norm=norm)
 
     def _decoded(self, matrix: pb.Matrix, rows: int, width: int, name: str) -> torch.Tensor:
         return codec.decode(matrix, rows=rows, width=width, codec=name, device=self._device)

@@ -78,6 +78,7 @@ class TrunkService:
             pb.Ping: lambda peer, request: answered(pb.Pong()),
             pb.Begin: self._steps.begin,
             pb.Commit: self._steps.commit,
+            pb.End: self._steps.end,
             pb.Keep: self._keep,
             pb.Forward: self._forward,
             pb.Backward: self._backward,
@@ -119,6 +120,7 @@ class TrunkService:
             )
         if self._instances.get(peer) != hello.instance:
             self._instances[peer] = hello.instance
+            self._steps.forget(peer)
             self._scheduler.submit(lambda: self._forget(peer))
         training = self._training
         return answered(pb.Welcome(completed=training.completed, training=training.moved, run=self._run))

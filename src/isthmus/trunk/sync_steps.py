@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from isthmus.errors import OutOfOrderError, ProtocolError, RoundLostError
+from isthmus.errors import IsthmusError, OutOfOrderError, ProtocolError, RoundLostError
+from isthmus.model.optimizer_settings import OptimizerSettings
 from isthmus.recipe import Recipe, RoundSteps
 from isthmus.storage.record import Journal
 from isthmus.trunk.scheduler import Scheduler
@@ -23,6 +25,32 @@ class Arrival:
     answer: Answer
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """A round that silos are about to begin."""
+
+    number: int
+    open: bool = False
+    """Whether the round has no fixed number of steps."""
+    participants: frozenset[str] = frozenset()
+    """The silos of an open round."""
+    start: int | None = None
+    """The saved round that an open one returns to first; None: it starts where the trunk is."""
+    digest: bytes = b""
+    """Expected digest of that round's saved state; empty: any."""
+
+
+@dataclass
+class OpenRound:
+    """A running round without a fixed number of steps."""
+
+    participants: frozenset[str]
+    start: int | None = None
+    """The saved round that it started from; None until the trunk is there."""
+    ended: set[str] = field(default_factory=set)
+    """The silos that wait for the others to end it."""
+
+
 class SyncSteps:
     """Answers ``Begin`` and ``Commit`` with two barriers: one at the start of a round, one at every optimizer step.
 
@@ -30,6 +58,10 @@ class SyncSteps:
     that a silo takes alone, between averages of replicas, have no barrier. A silo that has finished its steps is no
     longer waited for. Once the first silo has finished, the state is saved as the end of the round, from which trunk
     and root can continue whatever happens to the others.
+
+    An open round has no fixed number of steps. A silo trains in it with a training loop of its own, until it sends
+    ``End``; a third barrier waits for the ends of all. The trunk steps with the settings of the silos' own optimizers.
+    An open round whose silos have all been replaced by new processes is undone.
 
     Args:
         recipe: gives the silos' steps in a round, their learning rate, and the patience.
@@ -45,39 +77,120 @@ class SyncSteps:
         self._journal = journal
         self._lock = threading.Lock()
         self._round = 0
-        self._gathering = 0
+        self._open: OpenRound | None = None
+        """The running round, if it is open."""
+        self._gathering: Beginning | None = None
         self._done: dict[str, int] = {}
         """Number of optimizer steps that each silo has finished in this round."""
-        self._starts: Barrier[Answer] = Barrier(recipe.trunk.patience, self._start)
-        self._commits: Barrier[Arrival] = Barrier(recipe.trunk.patience, self._step)
+        patience = recipe.trunk.patience
+        self._starts: Barrier[Answer] = Barrier(patience, self._start)
+        self._commits: Barrier[Arrival] = Barrier(patience, self._step)
+        self._ends: Barrier[Answer] = Barrier(patience, self._end)
 
     def begin(self, peer: str, request: pb.Begin) -> Answer:
-        """Start a round; answered once all participants have come and the trunk is at the end of the previous round.
+        """Start a round; answered once all participants have come and the trunk is at the end of the previous round, or
+        of the round from which an open one starts.
 
         Raises:
-            ProtocolError: the silo is not among the participants.
+            ProtocolError: the silo is not among the participants, or another round is running or starting.
         """
         answer: Answer = Answer()
-        if peer not in request.participants:
+        participants = list(request.participants) or [peer]
+        if peer not in participants:
             raise ProtocolError(
                 f"{peer} does not take part in round {request.round}", remedy="ask the root for the next plan"
             )
-        steps = self._steps_of(peer, request)
+        steps = None if request.open else self._steps_of(peer, request)
         with self._lock:
-            self._plans[request.round, peer] = steps
-            running = request.round == self._round and peer not in self._done
-            if running:
+            if steps is not None:
+                self._plans[request.round, peer] = steps
+            beginning = self._open_beginning(request, participants) if request.open else Beginning(request.round)
+            joins = self._joins(peer, beginning)
+            if joins:
                 self._done[peer] = 0
-                self._training.begin(peer, request.round)
+                self._training.begin(peer, beginning.number)
                 self._training.expected = self._at_work()
-            elif request.round != self._gathering:
-                self._gathering = request.round
-                self._starts.expect(request.participants)
-        if running:  # late for the start: join the running round
-            answer.set_result(pb.Begun())
+                begun = self._begun()
+            elif beginning != self._gathering:
+                self._gathering = beginning
+                self._starts.expect(participants)
+        if joins:
+            self._ends.expect(self._done)
+            answer.set_result(begun)
         else:
             self._starts.arrive(peer, answer)
         return answer
+
+    def _open_beginning(self, request: pb.Begin, participants: list[str]) -> Beginning:
+        gathering, silos = self._gathering, frozenset(participants)
+        start = request.start if request.HasField("start") else None
+        beginning = Beginning(self._training.last_saved() + 1, True, silos, start, request.digest)
+        if (self._round and self._open is None) or (gathering is not None and not gathering.open):
+            raise ProtocolError(
+                "a round of the federation is running",
+                remedy="train with a loop of your own once the federation has finished, or start the trunk again",
+            )
+        if gathering not in (None, beginning):
+            raise ProtocolError(
+                "silos that train together differ in the round to start from, or in the silos that they name",
+                remedy="name the same silos in join(..., participants=...), and load the same checkpoint everywhere",
+            )
+        return beginning
+
+    def _joins(self, peer: str, beginning: Beginning) -> bool:
+        """Whether a silo that begins is late for a running round, and joins it."""
+        running = self._open
+        if not beginning.open:
+            return running is None and beginning.number == self._round and peer not in self._done
+        if running is None:
+            return False
+        own = running.participants == beginning.participants and peer not in self._done
+        if own and beginning.start in (None, running.start):
+            return True
+        if beginning.start is None:
+            raise ProtocolError(
+                f"{', '.join(sorted(self._done))} is training with the trunk",
+                remedy="wait until it has saved its model, or train together: join(..., participants=...)",
+            )
+        return False  # what was trained since the last saved round is given up
+
+    def _begun(self) -> pb.Begun:
+        """The answer to a silo that joins the running round."""
+        if self._open is None or self._open.start is None:
+            return pb.Begun()
+        start = self._open.start
+        return pb.Begun(round=self._round, start=start, digest=self._training.digest(start))
+
+    def end(self, peer: str, request: pb.End) -> Answer:
+        """End an open round for this silo; answered once all its silos have ended it and the trunk has saved it.
+
+        Raises:
+            RoundLostError: the silo is not in this round, or the round is not open.
+        """
+        with self._lock:
+            if self._open is None or request.round != self._round or peer not in self._done:
+                raise round_lost(peer, request.round)
+            self._open.ended.add(peer)
+            self._training.expected = self._at_work()
+        answer: Answer = Answer()
+        self._commits.dismiss(peer)
+        self._ends.arrive(peer, answer)
+        return answer
+
+    def forget(self, peer: str) -> None:
+        """Note that another process of a silo has connected. An open round of its earlier process alone is undone."""
+        with self._lock:
+            if self._open is None or self._done.pop(peer, None) is None:
+                return
+            self._open.ended.discard(peer)
+            alone, start = not self._done, self._open.start
+            if alone:
+                self._round, self._open = 0, None
+            self._training.expected = self._at_work()
+        self._commits.dismiss(peer)
+        self._ends.dismiss(peer)
+        if alone and start is not None:
+            self._scheduler.submit(lambda: self._training.restore(start))
 
     def commit(self, peer: str, request: pb.Commit) -> Answer:
         """Contribute this silo's gradients to the next step; answered once that step is done.
@@ -85,13 +198,20 @@ class SyncSteps:
         Raises:
             RoundLostError: the silo has not begun this round here.
             OutOfOrderError: the step is not the silo's next one.
+            ProtocolError: an open round's commit lacks the optimizer, or another has one.
         """
         with self._lock:
             if request.round != self._round or peer not in self._done:
                 raise round_lost(peer, request.round)
+            if request.HasField("optimizer") == (self._open is None):
+                raise ProtocolError(
+                    "open rounds step with the silo's optimizer, those of a federation with the recipe's",
+                    remedy="both sides must run the same version of isthmus",
+                )
             check_next(request, self._done[peer], self._most(peer))
+            together = self._open is not None or self._training.steps_together(request.step)
         answer: Answer = Answer()
-        if self._training.steps_together(request.step):
+        if together:
             self._commits.arrive(peer, Arrival(request, answer))
         else:
             self._step_alone(peer, Arrival(request, answer))
@@ -99,20 +219,48 @@ class SyncSteps:
 
     def _start(self, waiting: dict[str, Answer]) -> None:
         with self._lock:
-            number, self._gathering = self._gathering, 0
-            self._round = number
+            beginning, self._gathering = self._gathering, None
+            assert beginning is not None
+            self._round = beginning.number
+            self._open = OpenRound(beginning.participants) if beginning.open else None
             self._done = dict.fromkeys(waiting, 0)
-            self._plans = {key: steps for key, steps in self._plans.items() if key[0] >= number}
+            self._plans = {key: steps for key, steps in self._plans.items() if key[0] >= beginning.number}
             self._training.expected = len(waiting)
         self._commits.expect(waiting)
+        self._ends.expect(waiting)
 
         def restore() -> pb.Begun:
-            self._training.restore(number - 1)
+            self._training.restore(beginning.number - 1)
             for peer in waiting:
-                self._training.begin(peer, number)
+                self._training.begin(peer, beginning.number)
             return pb.Begun()
 
-        _answer_all(list(waiting.values()), self._scheduler, restore)
+        def start() -> pb.Begun:
+            begun = self._start_open(beginning)
+            for peer in waiting:
+                self._training.begin(peer, begun.round)
+            return begun
+
+        _answer_all(list(waiting.values()), self._scheduler, start if beginning.open else restore)
+
+    def _start_open(self, beginning: Beginning) -> pb.Begun:
+        try:
+            if beginning.start is None:
+                start, digest = self._training.start_here()
+            else:
+                start, digest = self._training.start_from(beginning.start, beginning.digest)
+        except IsthmusError:
+            with self._lock:
+                self._round, self._open = 0, None
+            raise
+        with self._lock:
+            self._open = OpenRound(beginning.participants, start)
+        return pb.Begun(round=beginning.number, start=start, digest=digest)
+
+    def _end(self, waiting: dict[str, Answer]) -> None:
+        with self._lock:
+            number, self._round, self._open = self._round, 0, None
+        _answer_all(list(waiting.values()), self._scheduler, lambda: pb.Ended(digest=self._training.save(number)))
 
     def _step(self, arrivals: dict[str, Arrival]) -> None:
         with self._lock:
@@ -121,22 +269,27 @@ class SyncSteps:
             arrivals = {peer: arrival for peer, arrival in arrivals.items() if peer not in late}
             self._done |= {peer: arrival.request.step for peer, arrival in arrivals.items()}
             finished = {peer for peer, step in self._done.items() if step >= self._most(peer)}
+            open = self._open is not None
             self._training.expected = self._at_work()
-            contributing = [(self._plans[number, peer], arrival.request.step) for peer, arrival in arrivals.items()]
+            own = {} if self._open is not None else arrivals
+            contributing = [(self._plans[number, peer], arrival.request.step) for peer, arrival in own.items()]
         for peer, arrival in late.items():  # the round ended before they reached the barrier
             arrival.answer.set_exception(round_lost(peer, arrival.request.round))
         if not arrivals:
             return
         for peer in finished:
             self._commits.dismiss(peer)
-        over = not self._commits.expected
+        over = not open and not self._commits.expected
         if over:
             with self._lock:
                 self._round = 0  # later commits belong to no round
 
         def step() -> pb.Stepped:
-            weights = {peer: arrival.request.weight for peer, arrival in arrivals.items()}
-            self._training.step(weights, rate=self._recipe.rate(contributing))
+            if open:
+                self._follow({peer: arrival.request for peer, arrival in arrivals.items()})
+            else:
+                weights = {peer: arrival.request.weight for peer, arrival in arrivals.items()}
+                self._training.step(weights, rate=self._recipe.rate(contributing))
             if finished & arrivals.keys():
                 self._training.save(number)
             self._journal.append(
@@ -146,6 +299,22 @@ class SyncSteps:
             return pb.Stepped(contributors=len(arrivals))
 
         _answer_all([arrival.answer for arrival in arrivals.values()], self._scheduler, step)
+
+    def _follow(self, requests: dict[str, pb.Commit]) -> None:
+        """Take a step of an open round with the settings that its silos agree on."""
+        own = [OptimizerSettings.received(request.optimizer) for request in requests.values()]
+        fresh = all(one.fresh for one in own)  # a late silo's is, the trunk's is not
+        settings = {replace(one, fresh=fresh) for one in own}
+        if len(settings) > 1:
+            raise ProtocolError(
+                f"the optimizers of {', '.join(sorted(requests))} differ in this step",
+                remedy="use the same optimizer, learning rate and schedule at all silos of an open round",
+            )
+        contributions = {
+            peer: (request.weight, request.scale if request.HasField("scale") else 1.0)
+            for peer, request in requests.items()
+        }
+        self._training.follow(contributions, settings.pop())
 
     def _step_alone(self, peer: str, arrival: Arrival) -> None:
         with self._lock:
@@ -161,10 +330,13 @@ class SyncSteps:
 
     def _at_work(self) -> int:
         """Number of silos of the running round that have not finished their steps."""
-        return sum(step < self._most(peer) for peer, step in self._done.items())
+        ended = set() if self._open is None else self._open.ended
+        return sum(step < self._most(peer) and peer not in ended for peer, step in self._done.items())
 
-    def _most(self, peer: str) -> int:
-        """Optimizer steps of a silo of the running round."""
+    def _most(self, peer: str) -> float:
+        """Largest number of optimizer steps of a silo in the running round."""
+        if self._open is not None:
+            return math.inf
         steps = self._plans.get((self._round, peer))
         return 0 if steps is None else steps.count
 
@@ -188,7 +360,7 @@ class SyncSteps:
         return RoundSteps(own.count, own.before, own.total)
 
 
-def check_next(request: pb.Commit, done: int, most: int) -> None:
+def check_next(request: pb.Commit, done: int, most: float) -> None:
     """Check that a commit is the silo's next step.
 
     Args:

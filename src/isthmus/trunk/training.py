@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from isthmus.errors import FrameError, OutOfOrderError, ProtocolError, RunError, UnknownStepError
+from isthmus.errors import FrameError, MismatchError, OutOfOrderError, ProtocolError, RunError, UnknownStepError
+from isthmus.model.optimizer_settings import OptimizerSettings
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.adapter import TrunkAdapter, full_adapter
 from isthmus.trunk.runner import Runner
@@ -43,6 +45,17 @@ class BackwardStep:
     """Whether the silo needs the gradient of its input."""
     ascent_pass: bool = False
     """Whether the adapter's gradients are left out."""
+    keep: float = 1.0
+    """Factor of the silo's gradients so far, before these are added."""
+
+
+class InputGradient(NamedTuple):
+    """The result of a backward."""
+
+    gradient_TD: torch.Tensor | None
+    """Gradient of the input; None if it was not asked for."""
+    norm: float
+    """L2 norm of the silo's gradients so far; 0 for an ascent pass."""
 
 
 @dataclass(eq=False)
@@ -82,7 +95,8 @@ class SiloState:
     open: dict[int, OpenStep] = field(default_factory=dict)
     """Open steps by number."""
     gradients: list[torch.Tensor] | None = None
-    """Sum of the gradients since the last optimizer step, one tensor for each parameter; None: no backward yet."""
+    """Sum of the gradients, one tensor for each parameter; None: no backward yet. A step of a round with a fixed number
+    of steps takes it away; in an open round the silo says what of it stays (``BackwardStep.keep``)."""
 
 
 class TrunkTraining:
@@ -167,7 +181,8 @@ class TrunkTraining:
         opened = self._silos.get(silo, SiloState()).open.get(step)
         if opened is None:
             raise UnknownStepError(
-                f"step {step} is not open on the trunk", remedy="start the round again with 'isthmus run --resume'"
+                f"step {step} is not open on the trunk",
+                remedy="do a forward again; if the trunk started again, the round too ('isthmus run --resume')",
             )
         return opened
 
@@ -179,17 +194,17 @@ class TrunkTraining:
             return 1
         return sum(opened.computed is computed for state in self._silos.values() for opened in state.open.values())
 
-    def backward(self, backwards: list[BackwardStep]) -> list[torch.Tensor | FrameError | None]:
+    def backward(self, backwards: list[BackwardStep]) -> list[InputGradient | FrameError]:
         """Run the backwards of open steps, those of one forward pass together.
 
         The adapter's gradients are added to each silo's sum, except for backwards with ``ascent_pass``.
 
         Returns:
-            For each backward the gradient of its input, ``[T, D]``; None if it was not asked for; an error if the
-            adapter's gradients are not finite, in which case the step stays open.
+            For each backward its result; an error if the adapter's gradients are not finite, in which case the step
+            stays open.
         """
         opened = [self._fresh(self.open_step(one.silo, one.step)) for one in backwards]
-        results: list[torch.Tensor | FrameError | None] = [None] * len(backwards)
+        results: list[InputGradient | FrameError] = [InputGradient(None, 0.0)] * len(backwards)
         for computed in {id(step.computed): step.computed for step in opened}.values():
             members = [number for number, step in enumerate(opened) if step.computed is computed]
             found = _gradients([opened[n] for n in members], [backwards[n] for n in members])
@@ -203,7 +218,7 @@ class TrunkTraining:
         return self._adapter.steps_together(step)
 
     def step(self, weights: Mapping[str, float], *, together: bool = True, rate: float | None = None) -> None:
-        """Take an optimizer step with these silos' gradients.
+        """Take an optimizer step with these silos' gradients, and forget them.
 
         Args:
             weights: supervised tokens of each silo.
@@ -218,10 +233,67 @@ class TrunkTraining:
             state.gradients = None
             state.open.clear()
 
-    def save(self, number: int) -> None:
-        """Save the state as the end of this round."""
+    def follow(self, contributions: Mapping[str, tuple[float, float]], settings: OptimizerSettings) -> None:
+        """Take an optimizer step of an open round. The silos' gradients stay, as those of parameters do.
+
+        Args:
+            contributions: weight of each silo, and the factor of its gradients.
+            settings: of the silos' own optimizers.
+        """
+        gradients = {}
+        for silo, (weight, scale) in contributions.items():
+            own = self._silos.setdefault(silo, SiloState()).gradients
+            scaled = own if own is None or scale == 1 else list(torch._foreach_mul(own, scale))
+            gradients[silo] = (weight, scaled)
+        self._adapter.step(gradients, together=True, settings=settings)
+        self._round = None
+
+    def save(self, number: int) -> bytes:
+        """Save the state as the end of this round. Returns the digest of the saved state."""
         self._store.save_round(number, self._adapter.state())
         self._round = self.completed = number
+        return self._store.digest(number)
+
+    def digest(self, number: int) -> bytes:
+        """The digest of a round's saved state."""
+        return self._store.digest(number)
+
+    def last_saved(self) -> int:
+        """The last round with a saved state."""
+        return self._store.last_round()
+
+    def start_here(self) -> tuple[int, bytes]:
+        """Start an open round from the present state. Gradients and open steps, which are of this state, stay.
+
+        Returns:
+            The round at whose end the adapter is, and the digest of its state.
+
+        Raises:
+            ProtocolError: the adapter is within a round of others.
+        """
+        if self._round is None:
+            raise ProtocolError(
+                "the trunk is within a round of another silo",
+                remedy="wait until that silo has saved its model, or name all silos in join(..., participants=...)",
+            )
+        self._adapter.begin()
+        return self._round, self._store.digest(self._round)
+
+    def start_from(self, number: int, digest: bytes) -> tuple[int, bytes]:
+        """Return to the end of this round, for an open round from there. All gradients and open steps are dropped.
+
+        Raises:
+            ProtocolError: there is no saved state of that round.
+            MismatchError: it has another digest.
+        """
+        found = self._store.digest(number) if number in self._store.rounds() else digest
+        if digest and found != digest:
+            raise MismatchError(
+                f"the trunk's round {number} is not the one that was saved with this model",
+                remedy="load a model that was trained with this trunk's run directory",
+            )
+        self.restore(number)
+        return number, found
 
     def restore(self, number: int) -> None:
         """Return to the end of this round and drop all open steps and gradients.
@@ -269,18 +341,23 @@ class TrunkTraining:
 
     def _collect(
         self, one: BackwardStep, input_gradient: torch.Tensor | None, gradients: list[torch.Tensor]
-    ) -> torch.Tensor | FrameError | None:
+    ) -> InputGradient | FrameError:
         state = self._silos[one.silo]
         if one.ascent_pass:
             del state.open[one.step]
-            return input_gradient
-        if state.gradients is not None:
-            gradients = list(torch._foreach_add(state.gradients, gradients))
-        if not torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all():
-            return FrameError(f"the gradients of step {one.step} are not finite", remedy="lower train.learning_rate")
+            return InputGradient(input_gradient, 0.0)
+        if state.gradients is not None and one.keep:
+            kept = state.gradients if one.keep == 1 else torch._foreach_mul(state.gradients, one.keep)
+            gradients = list(torch._foreach_add(kept, gradients))
+        norm = float(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm())
+        if not math.isfinite(norm):
+            return FrameError(
+                f"the gradients of step {one.step} are not finite",
+                remedy="lower the learning rate; in a loop of your own, use bf16 instead of fp16",
+            )
         del state.open[one.step]
         state.gradients = gradients
-        return input_gradient
+        return InputGradient(input_gradient, norm)
 
 
 def _gradients(

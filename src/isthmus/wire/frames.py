@@ -27,6 +27,8 @@ MAX_NAME = 64
 """Longest name of a run, in characters."""
 MAX_CERTIFICATE = 8192
 """Largest certificate or signature in bytes."""
+OPTIMIZERS = ("sgd", "adam", "adamw")
+"""Kinds of optimizers that a trunk can follow."""
 MAX_SHARE = 256
 """Largest encrypted share in bytes."""
 _REMEDY = "both sides must run the same version of isthmus"
@@ -125,6 +127,8 @@ def _keep(message: pb.Keep) -> None:
 def _backward(message: pb.Backward) -> None:
     if message.ascent_pass and not message.reply:
         raise _invalid("a backward that is neither learned from nor answered")
+    if not math.isfinite(message.keep):
+        raise _invalid(f"the factor {message.keep} of gradients")
 
 
 def _weight(message: Any) -> None:
@@ -148,13 +152,35 @@ def _commit(message: pb.Commit) -> None:
     _weight(message)
     if message.step <= 0:
         raise _invalid("optimizer step 0")
+    if not math.isfinite(message.scale):
+        raise _invalid(f"the factor {message.scale} of gradients")
+    if message.HasField("optimizer"):
+        _optimizer(message.optimizer)
+
+
+def _optimizer(message: pb.Optimizer) -> None:
+    if message.kind not in OPTIMIZERS:
+        raise _invalid(f"an optimizer of the kind {message.kind!r}; known are {', '.join(OPTIMIZERS)}")
+    for name in ("learning_rate", "weight_decay", "epsilon", "momentum", "dampening"):
+        if not 0 <= getattr(message, name) < math.inf:
+            raise _invalid(f"an optimizer whose {name} is {getattr(message, name)}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(message, name) < 1:
+            raise _invalid(f"an optimizer whose {name} is {getattr(message, name)}")
+    if message.nesterov and (not message.momentum or message.dampening):
+        raise _invalid("an optimizer with Nesterov momentum, but no momentum or with dampening")
 
 
 def _begin(message: pb.Begin) -> None:
-    if message.round <= 0:
-        raise _invalid("round 0")
-    if not 0 < len(message.participants) <= MAX_SEQUENCES:
+    if message.open == bool(message.round):
+        raise _invalid("an open round with a number" if message.open else "round 0")
+    if not message.open and (message.HasField("start") or message.digest):
+        raise _invalid("a round with a fixed number of steps and a start of its own")
+    least = 0 if message.open else 1
+    if not least <= len(message.participants) <= MAX_SEQUENCES:
         raise _invalid(f"{len(message.participants)} participants")
+    if len(message.digest) not in (0, KEY_BYTES):
+        raise _invalid(f"a digest of {len(message.digest)} bytes")
 
 
 def _end(message: pb.End) -> None:

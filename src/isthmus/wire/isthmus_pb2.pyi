@@ -148,16 +148,20 @@ class Pong(_message.Message):
     def __init__(self) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("round", "participants", "open", "steps")
+    __slots__ = ("round", "participants", "open", "start", "digest", "steps")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     round: int
     participants: _containers.RepeatedScalarFieldContainer[str]
     open: bool
+    start: int
+    digest: bytes
     steps: Steps
-    def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., open: _Optional[bool] = ..., steps: _Optional[_Union[Steps, _Mapping]] = ...) -> None: ...
+    def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., open: _Optional[bool] = ..., start: _Optional[int] = ..., digest: _Optional[bytes] = ..., steps: _Optional[_Union[Steps, _Mapping]] = ...) -> None: ...
 
 class Steps(_message.Message):
     __slots__ = ("count", "before", "total")
@@ -170,8 +174,14 @@ class Steps(_message.Message):
     def __init__(self, count: _Optional[int] = ..., before: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class Begun(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("round", "start", "digest")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    start: int
+    digest: bytes
+    def __init__(self, round: _Optional[int] = ..., start: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class End(_message.Message):
     __slots__ = ("round",)
@@ -180,8 +190,10 @@ class End(_message.Message):
     def __init__(self, round: _Optional[int] = ...) -> None: ...
 
 class Ended(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    def __init__(self, digest: _Optional[bytes] = ...) -> None: ...
 
 class Keep(_message.Message):
     __slots__ = ("example", "hidden")
@@ -218,32 +230,66 @@ class Hidden(_message.Message):
     def __init__(self, hidden: _Optional[_Union[Matrix, _Mapping]] = ...) -> None: ...
 
 class Backward(_message.Message):
-    __slots__ = ("step", "gradient", "reply", "ascent_pass")
+    __slots__ = ("step", "gradient", "reply", "ascent_pass", "keep")
     STEP_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
     ASCENT_PASS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     step: int
     gradient: Matrix
     reply: bool
     ascent_pass: bool
-    def __init__(self, step: _Optional[int] = ..., gradient: _Optional[_Union[Matrix, _Mapping]] = ..., reply: _Optional[bool] = ..., ascent_pass: _Optional[bool] = ...) -> None: ...
+    keep: float
+    def __init__(self, step: _Optional[int] = ..., gradient: _Optional[_Union[Matrix, _Mapping]] = ..., reply: _Optional[bool] = ..., ascent_pass: _Optional[bool] = ..., keep: _Optional[float] = ...) -> None: ...
 
 class Gradient(_message.Message):
-    __slots__ = ("gradient",)
+    __slots__ = ("gradient", "norm")
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
     gradient: Matrix
-    def __init__(self, gradient: _Optional[_Union[Matrix, _Mapping]] = ...) -> None: ...
+    norm: float
+    def __init__(self, gradient: _Optional[_Union[Matrix, _Mapping]] = ..., norm: _Optional[float] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("round", "step", "weight")
+    __slots__ = ("round", "step", "weight", "optimizer", "scale")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
     round: int
     step: int
     weight: float
-    def __init__(self, round: _Optional[int] = ..., step: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
+    optimizer: Optimizer
+    scale: float
+    def __init__(self, round: _Optional[int] = ..., step: _Optional[int] = ..., weight: _Optional[float] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., scale: _Optional[float] = ...) -> None: ...
+
+class Optimizer(_message.Message):
+    __slots__ = ("kind", "learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "amsgrad", "momentum", "dampening", "nesterov", "fresh")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    BETA1_FIELD_NUMBER: _ClassVar[int]
+    BETA2_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    AMSGRAD_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    DAMPENING_FIELD_NUMBER: _ClassVar[int]
+    NESTEROV_FIELD_NUMBER: _ClassVar[int]
+    FRESH_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    learning_rate: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    amsgrad: bool
+    momentum: float
+    dampening: float
+    nesterov: bool
+    fresh: bool
+    def __init__(self, kind: _Optional[str] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., epsilon: _Optional[float] = ..., amsgrad: _Optional[bool] = ..., momentum: _Optional[float] = ..., dampening: _Optional[float] = ..., nesterov: _Optional[bool] = ..., fresh: _Optional[bool] = ...) -> None: ...
 
 class Stepped(_message.Message):
     __slots__ = ("contributors",)

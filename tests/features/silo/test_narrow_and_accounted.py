@@ -14,7 +14,6 @@ from isthmus.model.bottleneck import DOWN, layer_weight, project
 from isthmus.privacy.analytic import gaussian_noise
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.ledger import MemoryLedger
-from isthmus.silo.remote import RoundsClient
 from isthmus.storage.record import RunDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -77,7 +76,7 @@ def test_a_records_budget_bears_so_many_steps(split: Split, folder: Path, gradie
     )
     ledger = MemoryLedger()
     model, _ = split(recipe, ledger=ledger, budget=Budget(recipe.privacy))
-    RoundsClient(model.trunk.channel).begin(1, ["a"])
+    model.trunk.rounds.begin(1, ["a"])
     batch = ragged("left", lengths=LENGTHS)
     rows = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     for _ in range(bears):

@@ -23,7 +23,6 @@ from isthmus.privacy.events import ALL
 from isthmus.privacy.ledger import MemoryLedger, read_ledger
 from isthmus.recipe import Recipe
 from isthmus.report.progress import read_progress
-from isthmus.silo.remote import RoundsClient
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory, read_journal
 from isthmus.trunk.service import TrunkService
@@ -61,7 +60,7 @@ def test_a_step_that_cannot_be_borne_is_refused_before_anything_leaves(split: Sp
     remote = model.trunk
     for seed in range(STEPS):
         model(**ragged("left")).loss.backward()
-        RoundsClient(remote.channel).begin(1, ["a"]) if seed == 0 else None
+        remote.rounds.begin(1, ["a"]) if seed == 0 else None
     noted, sent = len(ledger.releases), remote.channel.sent_bytes
     with pytest.raises(BudgetExhausted, match="another forward release of record") as caught:
         model(**ragged("left"))

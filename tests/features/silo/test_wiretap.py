@@ -20,7 +20,6 @@ from isthmus.model.split import SplitForCausalLM
 from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.remote import RoundsClient
 from isthmus.updates.flat import Layout
 from isthmus.wire import codec, frames
 from isthmus.wire import isthmus_pb2 as pb
@@ -34,13 +33,17 @@ GREEDY: dict[str, Any] = {"do_sample": False, "min_new_tokens": 40, "max_new_tok
 FIELDS: dict[type[Message], set[str]] = {
     pb.Forward: {"step", "lengths", "hidden", "train", "dropout", "examples"},
     pb.Keep: {"example", "hidden"},
-    pb.Backward: {"step", "gradient", "reply", "ascent_pass"},
+    pb.Backward: {"step", "gradient", "reply", "ascent_pass", "keep"},
     pb.Decode: {"session", "step", "lengths", "hidden", "forget", "rows", "drafted"},
     pb.Matrix: {"codec", "rows", "width", "data"},
-    pb.Begin: {"round", "participants", "open", "steps"},
+    pb.Begin: {"round", "participants", "open", "start", "digest", "steps"},
     pb.Steps: {"count", "before", "total"},
+    pb.Commit: {"round", "step", "weight", "optimizer", "scale"},
+    pb.Optimizer: {
+        *("kind", "learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "amsgrad"),
+        *("momentum", "dampening", "nesterov", "fresh"),
+    },
     pb.End: {"round"},
-    pb.Commit: {"round", "step", "weight"},
     pb.Close: {"session"},
     pb.Update: {"round", "weight", "tensors", "masked", "compressed", "quality", "learned", "silos"},
     pb.Deal: {"round", "sealed"},
@@ -114,7 +117,7 @@ def tapped(split: Split, recipe: Recipe, *, seed: int | None = 5) -> Tapped:
     ledger = MemoryLedger()
     model, _ = split(recipe, ledger=ledger, generator=generator)
     found = Tapped(model, Wiretap(model.trunk.channel), ledger)
-    model.trunk.channel = found.tap
+    model.trunk.channel = model.trunk.rounds._channel = found.tap
     model.bottom.family.backbone_of(model.bottom.model).register_forward_hook(found.keep_clean, with_kwargs=True)
     return found
 
@@ -146,13 +149,13 @@ def assert_noised(released: list[torch.Tensor], clean: list[torch.Tensor], noise
 
 def train(silo: Tapped, steps: int = 3, side: str = "left") -> Iterator[tuple[Inputs, torch.Tensor]]:
     """Training steps with the trunk; gives each batch and its clean loss gradient, packed."""
-    RoundsClient(silo.model.trunk.channel).begin(1, ["a"])
+    silo.model.trunk.rounds.begin(1, ["a"])
     for number in range(1, steps + 1):
         batch = ragged(side, seed=number)
         silo.model(**batch).loss.backward()
         h_TD = tensor_of(next(a for a in reversed(silo.tap.answers) if isinstance(a, pb.Hidden)).hidden)
         yield batch, clean_gradient(silo.model, batch, h_TD)
-        RoundsClient(silo.model.trunk.channel).commit(1, number, 7.0)
+        silo.model.trunk.rounds.commit(1, number, 7.0)
 
 
 def clean_gradient(model: SplitForCausalLM, batch: Inputs, h_TD: torch.Tensor) -> torch.Tensor:

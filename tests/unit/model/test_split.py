@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from isthmus.errors import DataError, NotSupportedError
 from isthmus.model.crossing import Outbound
@@ -66,10 +67,15 @@ def test_its_embedding_and_ends_are_the_silos(folder: Path, split: Split) -> Non
     assert model.ends == (model.bottom, model.top)
 
 
-def test_what_is_saved_is_the_ends_adapters(folder: Path, split: Split, tmp_path: Path) -> None:
-    model_of(folder, split).save_pretrained(tmp_path / "out")
+def test_what_is_saved_is_the_ends_adapters_and_the_trunks_round(folder: Path, split: Split, tmp_path: Path) -> None:
+    model = model_of(folder, split)
+    model.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    missing, unexpected = model.load_state_dict(saved, strict=False)
+    assert (set(missing), unexpected) == (set(model._keys_to_ignore_on_save), [])
+    assert all("lora_" in name or name.startswith("trunk.") for name in saved)
+    assert b'"round": 0' in bytes(saved["trunk.stand_in._extra_state"].tolist())
 
 
 def test_a_configuration_that_asks_for_tuples_gets_them(split: Split, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ class Party:
         self.silo: Silo = join(
             self.recipe, "a", ledger=self.ledger, channel=self.tap, releases=self.folder / "silo" / "released"
         )
+        self.silo.rounds.by_hand = True
         bottom = self.silo.model.bottom
         self.optimizer = torch.optim.SGD([p for p in self.silo.model.parameters() if p.requires_grad], lr=0.1)
         bottom.family.backbone_of(bottom.model).register_forward_hook(

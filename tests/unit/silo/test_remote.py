@@ -13,7 +13,7 @@ from isthmus.model.crossing import Outbound
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import BoundarySection, ReleaseSection
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.remote import RemoteTrunk, RoundsClient
+from isthmus.silo.remote import RemoteTrunk
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel, answered
@@ -92,7 +92,7 @@ def test_an_ascent_pass_is_told_as_one() -> None:
 
 def test_rounds_begin_and_commit_and_can_be_lost() -> None:
     trunk = Trunk()
-    rounds = RoundsClient(LoopbackChannel(trunk, "a"))
+    rounds = remote(trunk).rounds
     rounds.begin(2, ["a", "b"])
     assert rounds.commit(2, 1, 5.0) == 2
     assert [type(frame) for frame in trunk.seen] == [pb.Begin, pb.Commit]

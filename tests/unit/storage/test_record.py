@@ -134,6 +134,9 @@ def test_rounds_are_saved_loaded_and_listed(role: RoleDirectory) -> None:
     (role.path / "rounds" / ".round-0099.pt.part").write_text("")
     assert role.rounds() == {0, 3, 12345}
     assert role.last_round() == 12345
+    assert len({role.digest(number) for number in role.rounds()}) == len(role.rounds())
+    with pytest.raises(RunError, match="no readable state of round 2"):
+        role.digest(2)
     assert torch.equal(role.load_round(3)["w"], torch.full((2,), 3.0))
 
 

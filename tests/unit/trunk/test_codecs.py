@@ -38,8 +38,9 @@ def test_hidden_states_come_narrow_and_go_wide(codecs: Codecs) -> None:
 
 def test_gradients_come_and_go_wide(codecs: Codecs) -> None:
     assert torch.equal(codecs.decode_gradient(matrix(WIDTH, "fp16"), 3), torch.ones(3, WIDTH))
-    assert codecs.encode_gradient(torch.ones(3, WIDTH)).gradient.codec == "int8"
-    assert not codecs.encode_gradient(None).HasField("gradient")
+    answer = codecs.encode_gradient(torch.ones(3, WIDTH), 2.0)
+    assert (answer.gradient.codec, answer.norm) == ("int8", 2.0)
+    assert not codecs.encode_gradient(None, 2.0).HasField("gradient")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.errors import ProtocolError
+from isthmus.errors import MismatchError, ProtocolError, RoundLostError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
@@ -89,6 +89,16 @@ class Silo:
 
     def commit(self, step: int = 1, *, weight: float, round: int = 1) -> Answer:
         return self.channel.submit(pb.Commit(round=round, step=step, weight=weight))
+
+    def open(self, *participants: str, **start: Any) -> Answer:
+        return self.channel.submit(pb.Begin(open=True, participants=participants, **start))
+
+    def follow(self, step: int, *, weight: float = 1.0, round: int = 1, rate: float = RATE, **how: Any) -> Answer:
+        optimizer = pb.Optimizer(kind="sgd", learning_rate=rate)
+        return self.channel.submit(pb.Commit(round=round, step=step, weight=weight, optimizer=optimizer, **how))
+
+    def end(self, round: int = 1) -> Answer:
+        return self.channel.submit(pb.End(round=round))
 
 
 class Oracle:
@@ -335,3 +345,144 @@ def test_steps_that_do_not_fit_the_recipe_are_refused(epochs: int | None, steps:
     with pytest.raises(ProtocolError, match=r"train\.epochs|steps after") as caught:
         Silo(trunk, "a").channel.call(pb.Begin(round=1, participants=("a", "b"), steps=steps))
     assert caught.value.remedy
+
+
+def moved(trunk: Trunk, before: Tensors) -> Tensors:
+    trunk.settle()
+    return {name: tensor - before[name] for name, tensor in trunk.adapter().items()}
+
+
+def scaled(tensors: Tensors, factor: float) -> Tensors:
+    return {name: factor * tensor for name, tensor in tensors.items()}
+
+
+def test_an_open_round_steps_as_its_silo_says_and_keeps_gradients_until_they_are_dropped(build: Build) -> None:
+    trunk = build()
+    a, before = Silo(trunk, "a"), trunk.adapter()
+    a.work(WORK_A)  # before the round begins: the trunk is where it starts
+    begun = a.open().result(WAIT)
+    assert (begun.round, begun.start) == (1, 0)
+    a.follow(1).result(WAIT)
+    once = moved(trunk, before)
+    a.follow(2, rate=2 * RATE, scale=0.5).result(WAIT)
+    assert_same(moved(trunk, before), scaled(once, 2), 1e-4)
+    oracle = Oracle(trunk)
+    for step, keep in ((3, 0.0), (4, 1.0)):
+        number = a.forward(WORK_C)
+        gradient = codec.encode(tensors_of(WORK_C)[1], "fp32")
+        answer = a.channel.call(pb.Backward(step=number, gradient=gradient, reply=True, keep=keep))
+        kept = trunk.service._training._silos["a"].gradients
+        assert answer.norm == pytest.approx(float(torch.cat([one.flatten() for one in kept]).norm()))
+        if not keep:
+            a.follow(step).result(WAIT)
+            oracle.step((1, oracle.gradients(WORK_C)))
+            oracle.agrees(trunk)
+
+
+def test_open_rounds_are_numbered_saved_and_restored(build: Build) -> None:
+    trunk = build()
+    a = Silo(trunk, "a")
+    states, digests = [trunk.adapter()], []
+    for number in (1, 2):
+        begun = a.open().result(WAIT)
+        assert (begun.round, begun.start) == (number, number - 1)
+        a.work((number, (3,)))
+        a.follow(1, round=number).result(WAIT)
+        digests.append(a.end(number).result(WAIT).digest)
+        states.append(trunk.adapter())
+        assert_exact(trunk.directory.load_round(number)["adapter"], states[-1])
+    begun = a.open(start=1, digest=digests[0]).result(WAIT)
+    assert (begun.round, begun.start, begun.digest) == (3, 1, digests[0])
+    assert_exact(trunk.adapter(), states[1])
+    with pytest.raises(MismatchError, match="round 1 is not the one"):
+        a.open(start=1, digest=digests[1]).result(WAIT)
+    with pytest.raises(ProtocolError, match="no state of round 7"):
+        a.open(start=7).result(WAIT)
+    assert a.open(start=2).result(WAIT).round == 3
+    assert_exact(trunk.adapter(), states[2])
+
+
+def test_silos_of_an_open_round_step_and_end_together(build: Build) -> None:
+    trunk = build()
+    oracle = Oracle(trunk)
+    a, b = Silo(trunk, "a"), Silo(trunk, "b")
+    first = a.open("a", "b")
+    trunk.settle()
+    assert not first.done()
+    b.open("b", "a").result(WAIT)
+    for step in (1, 2, 3):  # more than the recipe's
+        a.work(WORK_A)
+        b.work(WORK_B)
+        waiting = a.follow(step, weight=3)
+        trunk.settle()
+        assert not waiting.done()
+        assert b.follow(step, weight=5).result(WAIT).contributors == 2
+        oracle.step((3, oracle.gradients(WORK_A)), (5, oracle.gradients(WORK_B)))
+        for silo in ("a", "b"):
+            trunk.service._training._silos[silo].gradients = None
+    oracle.agrees(trunk)
+    ending = a.end()
+    assert b.follow(4, weight=0).result(WAIT).contributors == 1
+    assert not ending.done()
+    assert b.end().result(WAIT).digest == ending.result(WAIT).digest == trunk.directory.digest(1)
+    with pytest.raises(RoundLostError):
+        b.follow(5).result(WAIT)
+
+
+def test_silos_that_differ_in_their_optimizers_are_told(build: Build) -> None:
+    trunk = build()
+    a, b = Silo(trunk, "a"), Silo(trunk, "b")
+    for answer in (a.open("a", "b"), b.open("a", "b")):
+        answer.result(WAIT)
+    for answer in (a.follow(1), b.follow(1, rate=2 * RATE)):
+        with pytest.raises(ProtocolError, match="optimizers of a, b differ"):
+            answer.result(WAIT)
+
+
+def test_a_new_process_undoes_its_open_round_or_joins_that_of_others(build: Build) -> None:
+    trunk = build()
+    a, before = Silo(trunk, "a"), trunk.adapter()
+    a.open().result(WAIT)
+    a.work(WORK_A)
+    a.follow(1).result(WAIT)
+    a = Silo(trunk, "a")
+    trunk.settle()
+    assert_exact(trunk.adapter(), before)
+    b = Silo(trunk, "b")
+    for answer in (a.open("a", "b"), b.open("a", "b")):
+        answer.result(WAIT)
+    a.work(WORK_A)
+    waiting = a.follow(1)
+    b = Silo(trunk, "b")
+    trunk.settle()
+    assert waiting.result(WAIT).contributors == 1
+    assert b.open("a", "b").result(WAIT).round == 1
+    b.work(WORK_B)
+    waiting = b.follow(1)
+    assert a.follow(2).result(WAIT).contributors == 2
+    ending = a.end()
+    trunk.settle()
+    assert not ending.done()
+    b.end().result(WAIT)
+
+
+def test_a_round_of_others_is_not_taken_over_unasked(build: Build) -> None:
+    trunk = build()
+    a, b = Silo(trunk, "a"), Silo(trunk, "b")
+    a.open().result(WAIT)
+    for participants in ((), ("a", "b")):
+        with pytest.raises(ProtocolError, match="a is training with the trunk"):
+            b.open(*participants).result(WAIT)
+    assert b.open(start=0).result(WAIT).round == 1
+    with pytest.raises(RoundLostError):
+        a.follow(1).result(WAIT)
+    with pytest.raises(ProtocolError, match="silos that train together differ"):
+        a.open("a", "b", start=0) and b.open("a", "b", start=1).result(WAIT)
+    trunk.service.restore(0)
+    a, b = begun(trunk)
+    with pytest.raises(ProtocolError, match="round of the federation is running"):
+        a.open().result(WAIT)
+    with pytest.raises(RoundLostError):
+        a.end().result(WAIT)
+    with pytest.raises(ProtocolError, match="the recipe's"):
+        a.follow(1).result(WAIT)

@@ -15,7 +15,7 @@ from isthmus.recipe import LoraSection, TrainSection
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.adapter import SharedAdapter
 from isthmus.trunk.runner import Runner
-from isthmus.trunk.training import OPEN_STEPS, BackwardStep, ForwardStep, TrunkTraining
+from isthmus.trunk.training import OPEN_STEPS, BackwardStep, ForwardStep, InputGradient, TrunkTraining
 from tests.conftest import save_tiny_model
 from tests.oracle.twins import random_b
 
@@ -48,7 +48,8 @@ def forward(training: TrunkTraining, *steps: tuple[str, int]) -> list[torch.Tens
 
 def backward(training: TrunkTraining, silo: str, step: int, gradient: torch.Tensor | None = None) -> object:
     given = hidden(1) if gradient is None else gradient
-    return training.backward([BackwardStep(silo, step, given, True, False)])[0]
+    result = training.backward([BackwardStep(silo, step, given, True, False)])[0]
+    return result.gradient_TD if isinstance(result, InputGradient) else result
 
 
 def values(training: TrunkTraining) -> torch.Tensor:

@@ -155,6 +155,21 @@ BROKEN += [
     ("keep", {"hidden": pb.Matrix()}, "an example of 0 tokens"),
     ("keep", {"hidden": pb.Matrix(rows=2**17 + 1)}, "an example of 131073 tokens"),
 ]
+ADAM = {"kind": "adam", "learning_rate": 0.1, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8}
+BROKEN += [
+    ("begin", {"open": True}, "an open round with a number"),
+    ("begin", {"start": 3}, "a start of its own"),
+    ("begin", {"open": True, "round": 0, "digest": bytes(31)}, "a digest of 31 bytes"),
+    ("backward", {"keep": math.nan}, "the factor nan"),
+    ("commit", {"scale": math.inf}, "the factor inf"),
+    ("commit", {"optimizer": pb.Optimizer(kind="lion")}, "kind 'lion'"),
+    ("commit", {"optimizer": pb.Optimizer(**ADAM | {"beta1": 1.0})}, "beta1 is 1"),
+    ("commit", {"optimizer": pb.Optimizer(kind="sgd", nesterov=True)}, "Nesterov"),
+    *(
+        ("commit", {"optimizer": pb.Optimizer(**ADAM | {"learning_rate": rate})}, "learning_rate")
+        for rate in (-1.0, math.nan, math.inf)
+    ),
+]
 BROKEN += [
     ("ready", {"keys": keys(sealing=bytes(31))}, "a key of 31 bytes"),
     ("ready", {"keys": keys(masking=b"")}, "a key of 0 bytes"),
