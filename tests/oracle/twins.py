@@ -20,6 +20,7 @@ from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Part
 from isthmus.model.split import SplitForCausalLM
+from isthmus.privacy.ledger import MemoryLedger
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import greeting, join
@@ -113,7 +114,7 @@ def make_twins(
         ends_train_a: make A trainable in bottom and top; otherwise only the trunk trains A.
     """
     service = TrunkService(recipe, RoleDirectory(store))
-    split = join(recipe, "a", channel=connect(service, "a", recipe)).model
+    split = join(recipe, "a", channel=connect(service, "a", recipe), ledger=MemoryLedger()).model
     twins = Twins(split, with_lora(uncut(Path(recipe.model.path), getattr(torch, recipe.model.dtype)), recipe), service)
     tensors = twins.split_adapter()
     if moved:
