@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers.integrations.peft import PeftAdapterMixin
 
 from isthmus.errors import IsthmusError, ModelError, NotSupportedError
@@ -122,3 +122,19 @@ def test_the_ends_of_another_recipe_are_refused(lora: Any, error: str, twins: Tw
         twins.split.load_adapter(tmp_path / "saved")
     assert isinstance(caught.value, ModelError | NotSupportedError)
     assert random_b(twins.split_adapter())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT")
+def test_a_prompt_that_peft_tunes_crosses_as_embeddings(tmp_path: Path) -> None:
+    """Virtual tokens change no layer, so they are the uncut model's; prefixes are caches, and refused."""
+    folder = save_tiny_model("llama", tmp_path / "model")
+    twins = make_twins(make_recipe(folder), tmp_path / "trunk", moved=False)
+    tuned = []
+    for model in (twins.split, uncut(folder)):
+        torch.manual_seed(0)
+        config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        tuned.append(get_peft_model(model, config).eval())
+    ids = torch.arange(4, 24).view(2, 10)
+    assert torch.equal(*(model(input_ids=ids).logits for model in tuned))
+    twins.close()

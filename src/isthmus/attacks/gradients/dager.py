@@ -119,7 +119,7 @@ class ExactSearch:
         if optimizer != "sgd":
             reasons.append(f"{optimizer} scales each coordinate on its own: an update's rows do not span the inputs")
         if steps > 1:
-            reasons.append(f"{steps} steps: the span mixes their tokens, and later blocks' inputs changed between them")
+            reasons.append("several steps: the span mixes their tokens, and later blocks' inputs changed between them")
         if not self._first:
             reasons.append("the first block's gradient is zero, or noise explains all of it")
         elif not any(span.exact for span in self._first):

@@ -57,7 +57,8 @@ def run_dager(knowledge: Knowledge) -> RecoveredTexts:
         )
     except DataError as error:
         raise AttackError(f"{error.message} in the update", remedy="use --attack gradient-matching") from error
-    notes = tuple(search.obstacles(steps=recipe.train.steps, optimizer=recipe.train.optimizer))
+    several = recipe.train.steps > 1 or recipe.train.epochs is not None
+    notes = tuple(search.obstacles(steps=2 if several else 1, optimizer=recipe.train.optimizer))
     whole = recipe.boundary.tail is None and bool(observed.lengths)
     texts = search.sequences(longest=max(observed.lengths) if whole else recipe.train.max_tokens)
     return RecoveredTexts(texts or [search.tokens() or search.tokens(LIKELIEST_TOKENS)], notes)
