@@ -7,6 +7,7 @@ Shapes: B rows, L positions, T positions that cross, D the model's width, V voca
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -347,7 +348,7 @@ def _uncut_results(
     checkpoint: Checkpoint, lora: LoraSection, tensors: Mapping[str, torch.Tensor], rows: dict[str, Inputs]
 ) -> _Results:
     """What the uncut model with plain peft adapters computes."""
-    whole: PreTrainedModel = uncut_class(checkpoint.config).from_pretrained(checkpoint.folder, dtype=torch.float32)
+    whole = _uncut_model(checkpoint)
     layers = sorted({name.rpartition(".lora_")[0] for name in tensors})
     inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layers), whole)
     named = {name.replace(".default", ""): one for name, one in whole.named_parameters() if "lora_" in name}
@@ -356,6 +357,23 @@ def _uncut_results(
             parameter.copy_(tensors[name])
     whole.requires_grad_(False).eval()
     return _results(whole, named, rows)
+
+
+def _uncut_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The uncut model in fp32; quantized weights are dequantized, on a machine with an accelerator too."""
+    config = copy.deepcopy(checkpoint.config)
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        config.quantization_config = {**dict(settings), "dequantize": True}
+    try:
+        model: PreTrainedModel = uncut_class(config).from_pretrained(
+            checkpoint.folder, config=config, dtype=torch.float32
+        )
+    except ImportError as error:  # what transformers needs for this kind of quantization
+        raise ModelError(
+            f"transformers cannot load {checkpoint.folder} uncut: {error}", remedy="install the package that it names"
+        ) from error
+    return model
 
 
 def _parts(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import isthmus.model.cut
 import isthmus.trunk.packed_attention
@@ -85,6 +87,22 @@ def test_a_window_longer_than_the_rows_is_said(folder: Path) -> None:
     result = check_model(str(folder), Cut(1, 1), length=12)
     assert result.equal
     assert "a window of 16 tokens; --length 32 checks beyond it" in result.note
+
+
+def test_a_quantized_folder_is_compared_with_its_dequantized_model(tmp_path: Path) -> None:
+    folder = save_vivid_model("llama", tmp_path)
+    stored: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if "proj" in name:
+            scales = torch.full([size // 16 for size in weight.shape], 0.01)
+            stored |= {name: (weight / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+        else:
+            stored[name] = weight
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert check_model(str(folder)).equal
 
 
 @pytest.mark.parametrize("text", ["2", "2,", "a,b", "-1,2", "2;3"])
