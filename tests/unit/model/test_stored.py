@@ -76,3 +76,26 @@ def test_a_multimodal_folder_is_read_under_its_old_and_new_names(tmp_path: Path,
     for name, parameter in part.model.named_parameters():
         assert part.uncut_name(name).startswith("model.language_model.layers.")
         assert torch.equal(parameter, whole.get_parameter(part.uncut_name(name)))
+
+
+def test_a_text_model_is_read_from_a_multimodal_folder(tmp_path: Path) -> None:
+    """llama4 as it is published: transformers' causal language model is its text part under names of its own."""
+    folder = save_tiny_model("llama4", tmp_path)
+    whole = copy.deepcopy(uncut(folder))
+    images = {"vision_model.class_embedding": torch.zeros(16)}
+    rewrite(folder, images | {f"language_model.{name}": one.clone() for name, one in whole.state_dict().items()})
+    for name in ("bottom", "trunk", "top"):
+        part = load_part(Checkpoint(str(folder)), Cut(1, 1), name)  # type: ignore[arg-type]
+        for own, parameter in part.model.named_parameters():
+            assert torch.equal(parameter, whole.get_parameter(part.uncut_name(own)))
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_model("gemma3", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "layers.2.self_attn.q_proj" in name and "vision" not in name)
+    old = name.replace("model.language_model.", "language_model.model.")
+    new = name.replace("language_model.model.", "model.language_model.")
+    rewrite(folder, tensors | {old: tensors[name], new: tensors[name].clone()})
+    with pytest.raises(ModelError, match="twice, as"):
+        load_part(Checkpoint(str(folder)), Cut(1, 1), "trunk")
