@@ -22,7 +22,7 @@ from isthmus.model.quantized import Stored, copying, stored_weights
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 """Keys of a configuration that change nothing of what the model computes."""
 _FOLDER = "give model.path a folder with config.json and model.safetensors (or its sharded index)"
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 
 
 class Checkpoint:
@@ -65,6 +65,7 @@ class Checkpoint:
             ModelError: there are none, or one is missing, incomplete or damaged.
         """
         single, index = self.folder / _SINGLE, self.folder / _INDEX
+        self._check_folder(single)
         if single.is_file():  # as transformers, which then ignores an index
             return dict.fromkeys(self._names_in(single), single)
         if not index.exists():
@@ -173,6 +174,20 @@ class Checkpoint:
             )
         return weight
 
+    def _check_folder(self, single: Path) -> None:
+        """Refuse a folder from which transformers loads other weights than those of the usual names."""
+        if named := getattr(self.config, "transformers_weights", None):
+            raise ModelError(
+                f"config.json in {self.folder} names {named} as its weights (transformers_weights)",
+                remedy=f"save a copy with the usual names: {copying(self.folder)}",
+            )
+        if any(path.exists() for path in (single, self.folder / _INDEX)) and (self.folder / _ADAPTER).exists():
+            raise ModelError(
+                f"{self.folder} holds {_ADAPTER} beside the weights; transformers would load the base model that it "
+                "names, and the adapter",
+                remedy=f"move {_ADAPTER} to a folder of its own; lora.start takes a PEFT adapter to start from",
+            )
+
     def _listed_files(self, index: Path, listed: Mapping[str, Path]) -> dict[str, Path]:
         """The file of each tensor, as the files themselves say, once they agree with the index."""
         if not listed:
@@ -229,7 +244,7 @@ def _no_weights(folder: Path) -> ModelError:
         remedy = "convert it, or give model.path the model's own folder of safetensors: " + copying(
             folder, extra=f", gguf_file={gguf[0]!r}"
         )
-    elif "adapter_config.json" in names:
+    elif _ADAPTER in names:
         found, remedy = "it holds an adapter alone", "give model.path the base model that adapter_config.json names"
     elif names & {"pytorch_model.bin", "pytorch_model.bin.index.json"}:
         found, remedy = "it has pytorch_model.bin alone", "save a copy as safetensors: " + copying(folder)

@@ -182,6 +182,14 @@ def test_folders_of_another_kind(folder: Path, file: str, told: str, remedy: str
     assert str(folder) in caught.value.message
 
 
+def test_folders_from_which_transformers_loads_other_weights(folder: Path) -> None:
+    configure(folder, transformers_weights="other.safetensors")
+    refused(folder, r"names other\.safetensors as its weights")
+    configure(folder, transformers_weights=None)
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, r"holds adapter_config\.json beside the weights")
+
+
 def test_a_file_that_changes_while_it_is_in_use(folder: Path) -> None:
     checkpoint = Checkpoint(str(folder))
     load_part(checkpoint, Cut(1, 2), "bottom")

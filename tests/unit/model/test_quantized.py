@@ -39,13 +39,18 @@ def configure(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def quantize(
-    original: Path, folder: Path, change: Callable[[str, torch.Tensor], Tensors], settings: dict[str, Any]
+    original: Path,
+    folder: Path,
+    change: Callable[[str, torch.Tensor], Tensors],
+    settings: dict[str, Any],
+    *,
+    of: Callable[[str], bool] = lambda name: "proj" in name,
 ) -> Path:
-    """A copy of a folder whose projections are stored as ``change`` says."""
+    """A copy of a folder whose projections, or other weights, are stored as ``change`` says."""
     shutil.copytree(original, folder)
     stored: Tensors = {}
     for name, weight in load_file(original / "model.safetensors").items():
-        stored |= change(name, weight) if "proj" in name else {name: weight}
+        stored |= change(name, weight) if of(name) else {name: weight}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     configure(folder, settings)
     return folder
@@ -97,6 +102,13 @@ def test_fp8_has_the_weights_that_transformers_computes(original: Path, tmp_path
     same(parts_of(folder), whole)
 
 
+def test_experts_in_fp8_have_the_weights_that_transformers_computes(tmp_path: Path) -> None:
+    original = save_tiny_model("mixtral", tmp_path / "model")
+    folder = quantize(original, tmp_path / "fp8", as_fp8, FP8, of=lambda name: ".experts." in name or "proj" in name)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    same(parts_of(folder), whole)
+
+
 def compressed(settings: dict[str, Any], strategy: str, *, symmetric: bool) -> dict[str, Any]:
     """The settings that the package compressed-tensors reads. Where it is installed, the test compares with it."""
     weights = {"num_bits": 8, "type": "int", "strategy": strategy, "symmetric": symmetric, "dynamic": False}
@@ -144,7 +156,7 @@ def test_mxfp4_has_the_weights_that_transformers_computes(tmp_path: Path) -> Non
         vocab_size=97,
         hidden_size=32,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
@@ -165,6 +177,7 @@ def test_mxfp4_has_the_weights_that_transformers_computes(tmp_path: Path) -> Non
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
     checkpoint = Checkpoint(str(tmp_path))
     same(checkpoint.read(sorted(checkpoint.weights)), whole)
+    same(parts_of(tmp_path), whole)
 
 
 @pytest.mark.parametrize(
