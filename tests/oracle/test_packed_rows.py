@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from isthmus.data.tokens import IGNORED
 from isthmus.errors import NotSupportedError
@@ -86,6 +87,18 @@ def test_loss_and_gradients_of_any_batch(twins: Twins, lengths: list[int], layou
     split, whole, crossed = loss_and_gradients(twins, batch)
     assert distance(split, whole) <= 1e-6
     assert crossed == lengths
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_rows_of_trls_collator(twins: Twins, multiple: int | None) -> None:
+    """With all that it adds for flash attention; filled up with tokens that are sequences of their own."""
+    texts = texts_of([9, 21, 4], 5)
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True, pad_to_multiple_of=multiple)
+    batch = collator([{"input_ids": ids} for ids, _ in texts])
+    assert {"cu_seq_lens_q", "max_length_q", "seq_idx"} < set(batch)
+    split, whole, crossed = loss_and_gradients(twins, batch)
+    assert distance(split, whole) <= 1e-6
+    assert crossed == [9, 21, 4] + ([] if multiple is None else [1] * 6)
 
 
 def test_packed_sequences_have_the_loss_of_rows_of_their_own(twins: Twins) -> None:
