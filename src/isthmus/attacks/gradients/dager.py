@@ -108,18 +108,19 @@ class ExactSearch:
         self._first = _covering_first([span for span in self.spans if span.of_token])
         self._deeper = [span for span in self.spans if not span.of_token and span.exact]
 
-    def obstacles(self, *, steps: int = 1, optimizer: str = "sgd") -> list[str]:
+    def obstacles(self, *, steps: int | None = 1, optimizer: str = "sgd") -> list[str]:
         """Reasons why the recovery is not exact, for people; empty if it is exact.
 
         Args:
-            steps: number of optimizer steps behind the update.
+            steps: number of optimizer steps behind the update; None: several.
             optimizer: name of the optimizer behind the update.
         """
         reasons = []
         if optimizer != "sgd":
             reasons.append(f"{optimizer} scales each coordinate on its own: an update's rows do not span the inputs")
-        if steps > 1:
-            reasons.append("several steps: the span mixes their tokens, and later blocks' inputs changed between them")
+        if steps != 1:
+            many = "several" if steps is None else steps
+            reasons.append(f"{many} steps: the span mixes their tokens, and later blocks' inputs changed between them")
         if not self._first:
             reasons.append("the first block's gradient is zero, or noise explains all of it")
         elif not any(span.exact for span in self._first):

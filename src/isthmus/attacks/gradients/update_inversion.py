@@ -57,8 +57,8 @@ def run_dager(knowledge: Knowledge) -> RecoveredTexts:
         )
     except DataError as error:
         raise AttackError(f"{error.message} in the update", remedy="use --attack gradient-matching") from error
-    several = recipe.train.steps > 1 or recipe.train.epochs is not None
-    notes = tuple(search.obstacles(steps=2 if several else 1, optimizer=recipe.train.optimizer))
+    steps = recipe.train.steps if recipe.train.epochs is None else None
+    notes = tuple(search.obstacles(steps=steps, optimizer=recipe.train.optimizer))
     whole = recipe.boundary.tail is None and bool(observed.lengths)
     texts = search.sequences(longest=max(observed.lengths) if whole else recipe.train.max_tokens)
     return RecoveredTexts(texts or [search.tokens() or search.tokens(LIKELIEST_TOKENS)], notes)
@@ -111,7 +111,8 @@ def _obstacles(knowledge: Knowledge, observed: ObservedUpdate) -> list[str]:
     if len(observed.lengths) > 1:
         reasons.append(f"the update is of {len(observed.lengths)} rows: one text of the median length is searched for")
     if train.steps > 1 or train.epochs is not None:
-        reasons.append("the update is the sum of a round's steps, not one gradient")
+        steps = "several" if train.epochs is not None else train.steps
+        reasons.append(f"{steps} steps: the update is their sum, not one gradient")
     if train.optimizer != "sgd":
         reasons.append(f"{train.optimizer} scales each coordinate on its own: signs are compared, as after one step")
     if train.sharpness:

@@ -132,7 +132,7 @@ def test_an_update_of_one_step_of_sgd_is_as_good_as_the_gradient(folder: Path) -
     assert sorted(search.sequences(longest=8)) == sorted(TOLD)
     several = ExactSearch(silo.bottom, silo.update(TEXTS, "sgd", 3))
     assert set(several.tokens()) == distinct(TOLD)  # the first block's inputs do not move as the adapter trains
-    assert "several steps" in several.obstacles(steps=3)[0]
+    assert "3 steps" in several.obstacles(steps=3)[0]
 
 
 def test_adamw_s_update_spans_something_else(folder: Path) -> None:
