@@ -173,7 +173,9 @@ def connect_silo(
     served = ServedRound()
     if channel is None:
         hello = greeting(checkpoint, recipe)
-        channel = connect(recipe, name, "Trunk", recipe.trunk.address, hello, accept=served.check)
+        opened = connect(recipe, name, "Trunk", recipe.trunk.address, hello, accept=served.check)
+        served.connect(opened, hello)
+        channel = opened
     ledger = ledger or MemoryLedger()
     silo_records = open_records(recipe, tokenizer, records)
     boundary = Boundary(

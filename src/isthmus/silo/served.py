@@ -9,6 +9,7 @@ import torch
 
 from isthmus.errors import RunError
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.client import GrpcChannel
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,42 @@ class SharedAdapters:
 class ServedRound:
     """The round of a silo's adapters. Once it is set, a trunk that serves another one is refused.
 
-    A trunk process may be replaced while the silo is connected; its successor may have another round's adapter.
+    A trunk process may be replaced while the silo is connected, and its successor have another round's adapter: the
+    silo refuses it. Or another silo trains, and the same trunk goes on: the trunk, which is told the round in the
+    greeting, then no longer answers this silo.
     """
 
     def __init__(self) -> None:
         self._welcome: pb.Welcome | None = None
+        self._channel: GrpcChannel | None = None
+        self._hello = pb.Hello()
+
+    def connect(self, channel: GrpcChannel, hello: pb.Hello) -> None:
+        """Tell the trunk at the other side of this channel, too, which round is set.
+
+        Args:
+            hello: the channel's greeting.
+        """
+        self._channel, self._hello = channel, hello
 
     def set(self, welcome: pb.Welcome) -> None:
-        """The ends have the adapters of the round of this welcome."""
+        """The ends have the adapters of the round of this welcome.
+
+        Raises:
+            RunError: the trunk has gone on since.
+        """
         self._welcome = welcome
+        if self._channel is not None:
+            hello = pb.Hello(ends=welcome.completed)
+            hello.MergeFrom(self._hello)
+            self._channel.greet_with(hello)
+            self._channel.call(hello)
 
     def release(self) -> None:
         """The silo trains from now on: the round is no longer checked."""
         self._welcome = None
+        if self._channel is not None:
+            self._channel.greet_with(self._hello)
 
     def check(self, welcome: pb.Welcome) -> None:
         """Check the welcome of a new connection.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from google.protobuf.message import Message
 
-from isthmus.errors import MismatchError, ModelError, ProtocolError
+from isthmus.errors import MismatchError, ModelError, ProtocolError, RunError
 from isthmus.model import adapters
 from isthmus.model.agreement import hello_of
 from isthmus.model.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.decoding import Decoding, SessionStep
 from isthmus.trunk.kept_examples import KeptExamples
 from isthmus.trunk.runner import Runner
-from isthmus.trunk.scheduler import SINGLE, Scheduler
+from isthmus.trunk.scheduler import SINGLE, JobKind, Scheduler
 from isthmus.trunk.sessions import Sessions
 from isthmus.trunk.sync_steps import SyncSteps
 from isthmus.trunk.training import TrunkTraining
@@ -73,10 +73,12 @@ class TrunkService:
         else:
             self._steps = AsyncSteps(self._training, self._scheduler, recipe, directory, journal)
         self._instances: dict[str, str] = {}
+        self._ends: dict[str, int] = {}
+        """The round of the adapters of each silo that infers and does not train."""
         self._answers: dict[type[Message], Callable[[str, Any], Answer]] = {
             pb.Hello: self._greet,
             pb.Ping: lambda peer, request: answered(pb.Pong()),
-            pb.Begin: self._steps.begin,
+            pb.Begin: self._begin,
             pb.Commit: self._steps.commit,
             pb.End: self._steps.end,
             pb.Keep: self._keep,
@@ -123,6 +125,10 @@ class TrunkService:
             self._steps.forget(peer)
             self._scheduler.submit(lambda: self._forget(peer))
         training = self._training
+        self._ends.pop(peer, None)
+        if hello.HasField("ends"):
+            training.require_round(peer, hello.ends)
+            self._ends[peer] = hello.ends
         return answered(pb.Welcome(completed=training.completed, training=training.moved, run=self._run))
 
     def _forget(self, peer: str) -> None:
@@ -139,15 +145,43 @@ class TrunkService:
 
         return self._scheduler.submit(job)
 
+    def _begin(self, peer: str, request: pb.Begin) -> Answer:
+        self._ends.pop(peer, None)
+        return self._steps.begin(peer, request)
+
     def _forward(self, peer: str, request: pb.Forward) -> Answer:
-        kind = self._forwards if request.train else self._evaluations
-        return self._scheduler.enqueue(kind, (peer, "train" if request.train else "evaluate"), (peer, request))
+        if request.train:
+            return self._scheduler.enqueue(self._forwards, (peer, "train"), (peer, request))
+        return self._inferred(peer, self._evaluations, (peer, "evaluate"), (peer, request))
 
     def _backward(self, peer: str, request: pb.Backward) -> Answer:
         return self._scheduler.enqueue(self._backwards, (peer, "train"), (peer, request))
 
     def _decode(self, peer: str, request: pb.Decode) -> Answer:
-        return self._scheduler.enqueue(self._decoding, (peer, "session", request.session), SessionStep(peer, request))
+        return self._inferred(peer, self._decoding, (peer, "session", request.session), SessionStep(peer, request))
+
+    def _inferred(self, peer: str, kind: JobKind, lane: tuple[Hashable, ...], request: Any) -> Answer:
+        """The answer to a request that does not train; an error if the adapter is or meanwhile was not of the round of
+        the silo's own."""
+        number = self._ends.get(peer)
+        if number is None:
+            return self._scheduler.enqueue(kind, lane, request)
+        self._training.require_round(peer, number)
+        changes, answer = self._training.changes, Answer()
+
+        def settle(done: Answer) -> None:
+            error = done.exception()
+            if error is None and self._training.changes != changes:
+                error = RunError(
+                    f"the trunk trained while it answered {peer}", remedy="wait until the rounds have finished"
+                )
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(done.result())
+
+        self._scheduler.enqueue(kind, lane, request).add_done_callback(settle)
+        return answer
 
     def _close(self, peer: str, request: pb.Close) -> Answer:
         def close() -> Message:

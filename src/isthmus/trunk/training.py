@@ -119,12 +119,26 @@ class TrunkTraining:
         """Number of silos in the running round."""
         self._round: int | None = 0
         """The round at whose end the adapter is; None within a round."""
+        self.changes = 0
+        """Number of times that the adapter has changed."""
         self.completed = 0
         """The last round that was saved or returned to."""
         if store.rounds():
             self._load(store.last_round())
         else:
             self.save(0)
+
+    def require_round(self, peer: str, number: int) -> None:
+        """Check that the adapter is still that of the end of this round, of which this silo's adapters are.
+
+        Raises:
+            RunError: it has been trained since, or is another round's.
+        """
+        if self.moved or self.completed != number:
+            raise RunError(
+                f"{peer} has the adapters of round {number}, the trunk has trained since",
+                remedy="wait until the rounds have finished, then open the run or join again",
+            )
 
     @property
     def moved(self) -> bool:
@@ -229,6 +243,7 @@ class TrunkTraining:
         gradients = {silo: (weight, states[silo].gradients) for silo, weight in weights.items()}
         self._adapter.step(gradients, together=together, rate=rate)
         self._round = None
+        self.changes += 1
         for state in states.values():
             state.gradients = None
             state.open.clear()
@@ -317,6 +332,7 @@ class TrunkTraining:
     def _load(self, number: int) -> None:
         self._adapter.load(self._store.load_round(number))
         self._round = self.completed = number
+        self.changes += 1
 
     def _pass(self, forwards: list[ForwardStep]) -> Pass:
         inputs = [

@@ -103,6 +103,10 @@ class GrpcChannel:
         threading.Thread(target=self._keep_streaming, name=f"to {service}", daemon=True).start()
         self._greeted.result()
 
+    def greet_with(self, greeting: Message) -> None:
+        """Begin every later stream with this request."""
+        self._greeting = frames.wrap(greeting).SerializeToString()
+
     def submit(self, request: Message) -> Answer:
         answer: Answer = Answer()
         with self._lock:

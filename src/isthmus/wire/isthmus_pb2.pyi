@@ -97,7 +97,7 @@ class Tensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "fingerprint", "bottom", "top", "instance", "keys")
+    __slots__ = ("version", "fingerprint", "bottom", "top", "instance", "keys", "ends")
     class KeysEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -111,13 +111,15 @@ class Hello(_message.Message):
     TOP_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
     version: int
     fingerprint: str
     bottom: int
     top: int
     instance: str
     keys: _containers.ScalarMap[str, str]
-    def __init__(self, version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., bottom: _Optional[int] = ..., top: _Optional[int] = ..., instance: _Optional[str] = ..., keys: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    ends: int
+    def __init__(self, version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., bottom: _Optional[int] = ..., top: _Optional[int] = ..., instance: _Optional[str] = ..., keys: _Optional[_Mapping[str, str]] = ..., ends: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("completed", "training", "run")

@@ -220,6 +220,31 @@ def test_a_trunk_of_another_round(run: RunDirectory, moved: Moved) -> None:
         pass
 
 
+def test_a_trunk_that_goes_on_does_not_answer_who_stays(run: RunDirectory) -> None:
+    """South trains a further round with the trunk that serves north, too: north's ends are of the round before."""
+    ids = torch.tensor([[5, 6, 7]])
+    copy = RunDirectory(run.path.parent / "goes-on")
+    shutil.copytree(run.path, copy.path)
+    with (
+        serving(copy) as (_, address),
+        open_run(copy.path, "north", trunk=address) as north,
+        open_run(copy.path, "south", trunk=address) as south,
+    ):
+        with torch.no_grad():
+            north.model(input_ids=ids)
+        south.rounds.begin(2, ["south"])
+        south.model(input_ids=ids, labels=ids).loss.backward()
+        south.rounds.commit(2, 1, 1.0)
+        for ask in (
+            lambda: north.model(input_ids=ids, use_cache=False),
+            lambda: north.model.generate(ids, max_new_tokens=2),
+        ):
+            with pytest.raises(RunError, match="north has the adapters of round 1"), torch.no_grad():
+                ask()
+        with torch.no_grad():
+            south.model(input_ids=ids)
+
+
 def test_what_a_silo_lacks_it_gets_from_the_root(run: RunDirectory, moved: Moved) -> None:
     folder = moved()
     shutil.rmtree(folder / "silos" / "north" / "shared")

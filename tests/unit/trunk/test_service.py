@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 
-from isthmus.errors import MismatchError, ProtocolError, UnknownSessionError
+from isthmus.errors import MismatchError, ProtocolError, RunError, UnknownSessionError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.silo.join import greeting
 from isthmus.trunk.service import TrunkService
@@ -66,3 +67,39 @@ def test_a_new_process_finds_nothing_open_and_the_same_one_everything(trunk: Tru
     trunk.service.handle("a", hello(trunk)).result(WAIT)
     with pytest.raises(UnknownSessionError):
         trunk.service.handle("a", decode(2, rows=1)).result(WAIT)
+
+
+def test_who_infers_with_a_rounds_ends_is_not_answered_by_another_rounds_trunk(trunk: Trunk) -> None:
+    """Until it begins a round itself; others are not concerned."""
+    service: TrunkService = trunk.service
+    service.handle("a", hello(trunk, ends=0)).result(WAIT)
+    service.handle("b", hello(trunk)).result(WAIT)
+    service.handle("a", decode()).result(WAIT)
+    service._training._round = None  # as after a step of b's
+    service._training.changes += 1
+    for request in (decode(1), pb.Forward(step=1, lengths=[2], hidden=decode().hidden)):
+        with pytest.raises(RunError, match="a has the adapters of round 0, the trunk has trained since") as refused:
+            service.handle("a", request)
+        assert refused.value.remedy
+    with pytest.raises(RunError, match="the trunk has trained since"):
+        service.handle("a", hello(trunk, ends=0))
+    service.handle("b", decode()).result(WAIT)
+    service._training._round = 0
+    with pytest.raises(RunError, match="adapters of round 3"):
+        service.handle("a", hello(trunk, ends=3))
+    service.handle("a", hello(trunk, ends=0)).result(WAIT)
+    service.handle("a", pb.Begin(round=1, participants=["a"])).result(WAIT)
+    service._training._round = None
+    service.handle("a", pb.Forward(step=1, lengths=[2], hidden=decode().hidden)).result(WAIT)
+
+
+def test_an_answer_during_which_the_trunk_trained_is_none(trunk: Trunk) -> None:
+    service: TrunkService = trunk.service
+    service.handle("a", hello(trunk, ends=0)).result(WAIT)
+    hold = threading.Event()
+    service._scheduler.submit(lambda: hold.wait(WAIT))
+    answer = service.handle("a", decode())
+    service._training.changes += 1
+    hold.set()
+    with pytest.raises(RunError, match="trained while it answered a"):
+        answer.result(WAIT)

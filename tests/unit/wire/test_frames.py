@@ -40,7 +40,7 @@ def keys(**parts: bytes) -> pb.SumKeys:
 
 
 VALID: dict[str, Message] = {
-    "hello": pb.Hello(version=frames.VERSION, fingerprint="f" * 64, bottom=1, top=1, instance="i"),
+    "hello": pb.Hello(version=frames.VERSION, fingerprint="f" * 64, bottom=1, top=1, ends=0, instance="i"),
     "welcome": pb.Welcome(completed=2, training=True, run="r"),
     "failure": pb.Failure(code="mismatch", message="no", remedy="do"),
     "ping": pb.Ping(),
