@@ -172,6 +172,9 @@ def test_a_model_saved_with_another_trunk_or_cut_is_refused(twins_of: BuildTwins
         other.split.load_state_dict(saved, strict=False)
     with pytest.raises(MismatchError, match=r"cut \[2, 1\], this one \[1, 1\]"):
         cut.split.load_state_dict(saved, strict=False)
+    rank = twins_of("llama", (2, 1), sections={"lora": {"rank": 4}})
+    with pytest.raises(MismatchError, match="rank 8, this one 4"):
+        rank.split.load_state_dict(saved, strict=False)
     with pytest.raises(MismatchError, match="which of the trunk's rounds"):
         cut.split.load_state_dict(cut.split_adapter(), strict=False)
     assert_same(cut.split_adapter(), before, 0.0)

@@ -20,7 +20,7 @@ from isthmus.model import adapters
 from isthmus.silo.join import join
 from tests.conftest import make_recipe
 from tests.oracle.conftest import BuildTwins, Models
-from tests.oracle.twins import Twins, assert_same, load_lora, loopback, lora_of, padded, ragged
+from tests.oracle.twins import Twins, assert_same, freeze_a, load_lora, loopback, lora_of, padded, ragged
 
 OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda them: torch.optim.SGD(them, lr=0.02, momentum=0.8),
@@ -55,9 +55,12 @@ def act(model: Any, optimizer: torch.optim.Optimizer, name: str, seed: int) -> f
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("seed", range(3))
-def test_random_loops(optimizer: str, seed: int, twins_of: BuildTwins) -> None:
+@pytest.mark.parametrize("adapter", ["shared", "replica"])
+def test_random_loops(optimizer: str, seed: int, adapter: str, twins_of: BuildTwins) -> None:
     """Gradients that are accumulated, dropped, clipped, scaled, stepped twice or never."""
-    twins = twins_of("llama", (2, 1), ends_train_a=True)
+    twins = twins_of("llama", (2, 1), ends_train_a=adapter == "shared", sections={"trunk": {"adapter": adapter}})
+    if adapter == "replica":  # A is frozen
+        freeze_a(twins.whole, lora_of(twins.whole))
     sides = [(model, OPTIMIZERS[optimizer](trained(model))) for model in twins.both]
     draw = random.Random(seed)
     acts = ["backward", "step", *(draw.choice(ACTS) for _ in range(25)), "backward", "step"]

@@ -257,7 +257,7 @@ class TrunkTraining:
         """
         gradients = {}
         for silo, (weight, scale) in contributions.items():
-            own = self._silos.setdefault(silo, SiloState()).gradients
+            own = self._silos.setdefault(silo, SiloState()).gradients if weight else None
             scaled = own if own is None or scale == 1 else list(torch._foreach_mul(own, scale))
             gradients[silo] = (weight, scaled)
         self._adapter.step(gradients, together=True, settings=settings)
