@@ -90,9 +90,10 @@ class AdapterMethods:
         for part in self.ends:
             adapters.load_adapter(part, folder.tensors)
         if not is_trainable:
-            for one in own.values():
+            model: Any = self
+            for one in (*own.values(), *model.trunk.parameters()):  # the trunk's stands for its adapter
                 one.requires_grad_(False)
-            self.eval()  # type: ignore[attr-defined]
+            model.eval()
 
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: dict[str, Any] | None = None
