@@ -87,6 +87,7 @@ class World:
         for part in (plain, self.service._runner.part):
             adapters.load_adapter(part, tensors)
             part.model.double()
+            part.config._experts_implementation = "eager"  # the grouped products of mixtures have no 64 bits
         self.service._runner.dtype = torch.float64
         self.alone = Alone(plain)
         hello = greeting(Checkpoint(recipe.model.path), recipe)

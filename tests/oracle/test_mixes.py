@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from isthmus.model.families import FAMILIES
+from tests.conftest import MULTIMODAL
 from tests.oracle.mixes import TOLERANCE, World
 from tests.oracle.ropes import OWN, ROPES, FirstState, save_roped_model
-from tests.oracle.twins import FAMILIES
 
-CASES = [*(("llama", kind) for kind in ROPES), ("phi3", "longrope"), *((family, OWN) for family in FAMILIES)]
+CASES = [*(("llama", kind) for kind in ROPES), ("phi3", "longrope")]
+CASES += [(family, OWN) for family in FAMILIES if family not in MULTIMODAL]
 BY_LENGTH = (("llama", "dynamic"), ("llama", "longrope"), ("phi3", "longrope"))
 MIXES, OF_FAMILY = 6, 3
 """Random mixes of each kind of rope, and of each family with its own."""

@@ -365,7 +365,8 @@ class TrunkTraining:
         if state.gradients is not None and one.keep:
             kept = state.gradients if one.keep == 1 else torch._foreach_mul(state.gradients, one.keep)
             gradients = list(torch._foreach_add(kept, gradients))
-        norm = float(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm())
+        wide = torch.promote_types(gradients[0].dtype, torch.float32)
+        norm = float(torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).norm())
         if not math.isfinite(norm):
             return FrameError(
                 f"the gradients of step {one.step} are not finite",
