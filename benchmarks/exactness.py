@@ -5,36 +5,46 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
 from benchmarks.common.results import Results
-from tests.oracle.mixes import TOLERANCE, World
+from tests.oracle.mixes import TEXT_FAMILIES, TOLERANCE, World
 from tests.oracle.ropes import OWN, ROPES, save_roped_model
-from tests.oracle.twins import FAMILIES
 
 MIXES = 1000
 """In all, in equal shares for the kinds of rope; as many again for the families."""
 UNIT = "10⁻⁹ of the largest value"
-KINDS = [*(("llama", kind) for kind in ROPES), ("phi3", "longrope")]
+WORKERS = len(os.sched_getaffinity(0))
+KINDS = [
+    *(("llama", kind) for kind in ROPES),
+    ("phi3", "longrope"),
+    ("gemma3_text", "dynamic"),
+    ("olmo3", "longrope"),
+]
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     logging.disable_progress_bar()
     results = Results("exactness", "make bench-exactness")
     measure(results, "rope kinds × pass mixes", KINDS)
-    measure(results, "families × pass mixes", [(family, OWN) for family in FAMILIES])
+    measure(results, "families × pass mixes", [(family, OWN) for family in TEXT_FAMILIES])
     print(f"written: {results.write(keep=True)}")
 
 
 def measure(results: Results, what: str, cases: list[tuple[str, str]], mixes: int = MIXES) -> None:
     """Failures and the largest distance over these cases, which share the mixes evenly."""
-    found = {case: distances(*case, -(-mixes // len(cases))) for case in cases}
+    with ProcessPoolExecutor(WORKERS, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        families, kinds = zip(*cases, strict=True)
+        found = dict(zip(cases, pool.map(distances, families, kinds, repeat(-(-mixes // len(cases)))), strict=True))
     every = [far for distances in found.values() for far in distances]
     results.add(what, len(every), "mixes", at_least=mixes)
     failures = sum(far > TOLERANCE for far in every)

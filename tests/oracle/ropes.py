@@ -39,10 +39,15 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 def save_roped_model(family: str, kind: str, folder: Path, **config: Any) -> Path:
-    """A tiny model in which everything matters, with this kind of rope, or its family's ("own")."""
+    """A tiny model in which everything matters, with this kind of rope, or its family's ("own").
+
+    Where layer types have their own, those with full attention get it.
+    """
     if kind == OWN:
         return save_vivid_model(family, folder, **config)
-    config["rope_parameters"] = {"rope_type": kind, **BASE, **ROPES[kind]}
+    parameters = {"rope_type": kind, **BASE, **ROPES[kind]}
+    by_layer = {name: one for name, one in tiny_config(family).rope_parameters.items() if isinstance(one, dict)}
+    config["rope_parameters"] = {**by_layer, "full_attention": parameters} if by_layer else parameters
     if kind == "dynamic":
         config["max_position_embeddings"] = SWITCH
     if hasattr(tiny_config(family), "original_max_position_embeddings"):

@@ -10,15 +10,20 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from isthmus.model.families import FAMILIES
-from tests.conftest import MULTIMODAL
-from tests.oracle.mixes import TOLERANCE, World
+from tests.oracle.mixes import TEXT_FAMILIES, TOLERANCE, World
 from tests.oracle.ropes import OWN, ROPES, FirstState, save_roped_model
 
-CASES = [*(("llama", kind) for kind in ROPES), ("phi3", "longrope")]
-CASES += [(family, OWN) for family in FAMILIES if family not in MULTIMODAL]
-BY_LENGTH = (("llama", "dynamic"), ("llama", "longrope"), ("phi3", "longrope"))
-MIXES, OF_FAMILY = 6, 3
+BY_LENGTH = (
+    ("llama", "dynamic"),
+    ("llama", "longrope"),
+    ("phi3", "longrope"),
+    ("gemma3_text", "dynamic"),
+    ("olmo3", "longrope"),
+)
+"""The last two have a rope for each layer type."""
+STATIC = [("llama", kind) for kind in ROPES if ("llama", kind) not in BY_LENGTH]
+CASES = [*STATIC, *BY_LENGTH, *((family, OWN) for family in TEXT_FAMILIES)]
+MIXES, OF_FAMILY = 5, 2
 """Random mixes of each kind of rope, and of each family with its own."""
 Build = Callable[[str, str], World]
 

@@ -147,6 +147,21 @@ def test_generation_across_the_switch(case: Case, length: int) -> None:
     assert torch.equal(beams, case.generated(inputs["input_ids"][0], num_beams=3))
 
 
+@pytest.mark.parametrize(("family", "kind"), [("gemma3_text", "dynamic"), ("olmo3", "longrope")])
+def test_ropes_of_layer_types(family: str, kind: str, built: Build) -> None:
+    """Bottom has no block of full attention, whose rope alone looks at lengths."""
+    case = built(family, kind)
+    batch = ragged("left", lengths=LENGTHS)
+    with torch.no_grad():
+        logits = case.split(**batch).logits
+        for row, real_L, ids_L in rows_of(batch):
+            assert distance(logits[row][real_L], case.alone(input_ids=ids_L[None]).logits[0]) <= TOLERANCE
+    inputs = prompts((12,))
+    for way in ({}, {"prompt_lookup_num_tokens": 4}):
+        split = generate(case.split, inputs, ANSWER, do_sample=False, **way)
+        assert torch.equal(split, case.generated(inputs["input_ids"][0]))
+
+
 def test_rows_that_cross_the_switch_at_different_times(case: Case) -> None:
     batch = prompts((5, 12, 30))
     split = generate(case.split, batch, ANSWER, do_sample=False)
