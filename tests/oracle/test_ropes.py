@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from isthmus.errors import NotSupportedError
 from isthmus.model import adapters
 from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import Recipe
@@ -196,6 +197,26 @@ def test_all_positions_are_released_again_where_the_family_drops_its_cache(built
         generate(case.split, prompts((SWITCH - 2,)), 6, do_sample=False)
         again = SWITCH + 1 if family == "phi3" else 1
         assert crossed(case.twins)[before:] == [SWITCH - 2, 1, 1, again, 1, 1]
+
+
+def test_a_conversation_goes_on_with_its_cache(case: Case) -> None:
+    """Its second turn crosses the switch."""
+    settings = {"do_sample": False, "return_dict_in_generate": True}
+    case.first_state.restore()
+    answers = []
+    for model in case.twins.both:
+        inputs = prompts((7,))
+        first = generate(model, inputs, 5, **settings)
+        ids_1L = torch.cat([first.sequences, prompts((8,), seed=1)["input_ids"]], dim=1)
+        inputs = {"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L)}
+        answers.append(generate(model, inputs, 5, past_key_values=first.past_key_values, **settings).sequences)
+    assert torch.equal(*answers)
+
+
+def test_ensembles_with_an_assistant_are_refused(case: Case) -> None:
+    drafts = {"assistant_model": case.twins.whole, "assistant_ensemble_weight": 0.2}
+    with pytest.raises(NotSupportedError, match="assistant_ensemble_weight"):
+        generate(case.split, prompts((5,)), 3, do_sample=False, **drafts)
 
 
 class Loses(LogitsProcessor):

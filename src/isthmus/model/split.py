@@ -658,8 +658,16 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
             made = assistant.candidates(cache, settings["logits_processor"], settings["generation_config"])
         else:
             made = super()._get_candidate_generator(**settings)
+        if not self._by_length:
+            return made
+        if settings["generation_config"].assistant_ensemble_weight is not None:
+            raise NotSupportedError(
+                "with assistant_ensemble_weight drafts change the answer, and how many there may be depends on this"
+                " model's rope",
+                remedy="leave assistant_ensemble_weight out",
+            )
         padding = 0 if mask_BP is None else int((mask_BP == 0).sum())
-        return BoundedCandidates(made, cache, self._recomputed_after, padding) if self._by_length else made
+        return BoundedCandidates(made, cache, self._recomputed_after, padding)
 
     def prepare_inputs_for_generation(
         self,
