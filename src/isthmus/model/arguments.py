@@ -212,6 +212,24 @@ def _check_packed(
         )
 
 
+def check_counted(places: Places, floor_scale: int) -> None:
+    """Refuse what a family sees that scales attention by a place in the row (llama4), where a trunk knows sequences.
+
+    Args:
+        floor_scale: the number of places in a row from which on they have an effect.
+
+    Raises:
+        NotSupportedError: a row of that length begins with padding, or holds several sequences.
+    """
+    shifted = places.starts_BL is not None or not bool(places.real_BP[:, 0].all())
+    if shifted and places.real_BP.shape[1] >= floor_scale:
+        raise NotSupportedError(
+            f"this family's attention counts the padding, or the other sequences, that come before a token in its row, "
+            f"from {floor_scale} positions on",
+            remedy="pass rows of equal length, rows padded on the right, or one row at a time",
+        )
+
+
 def check_packed_arguments(arguments: dict[str, Any], packing: Packing) -> None:
     """Compare the arguments of ``PACKED``, which collators add for flash attention, with the sequences.
 

@@ -29,6 +29,7 @@ from isthmus.model.arguments import (
     PACKED,
     Places,
     check_cache,
+    check_counted,
     check_generation,
     check_labels,
     check_packed_arguments,
@@ -464,6 +465,8 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
             cached=bool(inputs.get("use_cache")) or cache is not None,
             keeps_apart=self.bottom.family.keeps_apart,
         )
+        if self.bottom.family.counts_past and self.bottom.config.attn_temperature_tuning:
+            check_counted(places, self.bottom.config.floor_scale)
         crosses_BL = real_BL = places.real_of(new.shape[1])
         if places.starts_BL is not None:
             self._check_packed()

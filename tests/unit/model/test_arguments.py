@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from isthmus.errors import DataError, IsthmusError, NotSupportedError
 from isthmus.model.arguments import (
     check_cache,
+    check_counted,
     check_generation,
     check_labels,
     check_packed_arguments,
@@ -93,6 +94,14 @@ def test_positions_that_restart_are_sequences() -> None:
 def test_what_breaks_the_rule_is_refused(arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(NotSupportedError, match=match):
         find_places(IDS, **arguments)
+
+
+def test_places_in_a_row_count_only_where_nothing_comes_before_a_sequence() -> None:
+    check_counted(find_places(IDS, mask("110", "111")), 3)
+    check_counted(find_places(IDS, mask("011", "111")), 4)
+    for shifted in (find_places(IDS, mask("011", "111")), find_places(IDS, None, positions("010", "012"))):
+        with pytest.raises(NotSupportedError, match="from 3 positions on"):
+            check_counted(shifted, 3)
 
 
 @pytest.mark.parametrize(
