@@ -49,7 +49,9 @@ def recipe(model: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrunkService]:
-    started = TrunkService(make_recipe(model), RunDirectory(tmp_path_factory.mktemp("run")).role("trunk"))
+    started = TrunkService(
+        make_recipe(model, silos=("a", "b")), RunDirectory(tmp_path_factory.mktemp("run")).role("trunk")
+    )
     yield started
     started.stop()
 
