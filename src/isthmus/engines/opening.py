@@ -132,7 +132,7 @@ def _other_round(run: RunDirectory, name: str, number: int, error: IsthmusError)
     return RunError(
         f"the trunk serves round {number}; of adapters {name} has {rounds} in {run.path}, and the root gives none: "
         f"{error.message}",
-        remedy="start the root, which has the others, or let the trunk serve an earlier round: "
+        remedy="start the root or the edge, which has the others, or let the trunk serve an earlier round: "
         "'isthmus trunk RUN_DIR --round NUMBER'",
     )
 

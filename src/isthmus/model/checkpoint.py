@@ -262,7 +262,10 @@ def _locate(path: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise ModelError(f"the model folder {path} does not exist", remedy=_FOLDER)
+        raise ModelError(
+            f"the model folder {path} does not exist",
+            remedy=f"{_FOLDER}; if it was moved after a run, in the run directory's recipe.toml too",
+        )
     from huggingface_hub import snapshot_download
 
     try:

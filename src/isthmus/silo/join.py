@@ -256,7 +256,7 @@ def _load_current(silo: Silo, recipe: Recipe, directory: RoleDirectory | None) -
         raise RunError(
             f"the trunk has learned {welcome.completed} rounds, but {silo.name} has no adapters of that round: "
             f"{error.message}",
-            remedy="open the silo's run directory with isthmus.open, or start the root; "
+            remedy=f"open the silo's run directory with isthmus.open, or start {recipe.tree.parent(silo.name)}; "
             "fresh=True keeps untrained ends",
         ) from error
     if directory is not None:

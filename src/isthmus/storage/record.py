@@ -86,8 +86,7 @@ class RunDirectory:
                 f"{path} already holds a run",
                 remedy=f"continue it with 'isthmus run --resume {path}', or name another directory",
             )
-        with writing(run.recipe_path) as temporary:
-            temporary.write_text(recipe.toml(), encoding="utf-8")
+        run._write(recipe)
         return run
 
     @classmethod
@@ -121,6 +120,14 @@ class RunDirectory:
                     f"{self.path} holds a run of another recipe: {', '.join(other)} differs",
                     remedy="name another directory with --run-dir",
                 )
+        self._write(recipe)
+
+    def _write(self, recipe: Recipe) -> None:
+        """Write the recipe. Certificates inside the directory get a relative path, so that it can be moved."""
+        certificates = Path(recipe.wire.certificates)
+        if certificates.is_relative_to(self.path):
+            inside = {"certificates": str(certificates.relative_to(self.path))}
+            recipe = recipe.model_copy(update={"wire": recipe.wire.model_copy(update=inside)})
         with writing(self.recipe_path) as temporary:
             temporary.write_text(recipe.toml(), encoding="utf-8")
 

@@ -21,7 +21,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from isthmus.errors import IdentityError
 
 _SIGNATURE = ec.ECDSA(hashes.SHA256())
-_REMEDY = "make certificates with 'isthmus certificates RECIPE' and give each party its folder"
+_REMEDY = (
+    "make certificates with 'isthmus certificates RECIPE' and give each party its folder; "
+    "wire.certificates in the recipe names the folder that holds it"
+)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def test_an_opened_run_is_the_uncut_model_with_the_exported_adapter(mode: str, t
         assert_exact(silo, run, tmp_path / "adapter")
     alone = tmp_path / "alone"
     shutil.copytree(run.role("north").path, alone / "silos" / "north")
-    shutil.copy(run.recipe_path, alone)
+    RunDirectory(alone).record(run.recipe())
     with serving(run) as (_, address), open_run(alone, trunk=address) as silo:
         assert silo.name == "north"
         assert_exact(silo, run, tmp_path / "adapter")
@@ -123,7 +123,7 @@ def test_a_silo_with_a_rank_of_its_own(tmp_path: Path) -> None:
         assert_exact(silo, run, tmp_path / "adapter")
     alone = tmp_path / "alone"
     shutil.copytree(run.role("south").path, alone / "silos" / "south")
-    shutil.copy(run.recipe_path, alone)
+    RunDirectory(alone).record(run.recipe())
     kept = RunDirectory(alone).role("south").shared.load_round(1)["shared"]
     with serving(run) as (_, address), open_run(alone, trunk=address) as silo:
         found = {name: one for part in silo.parts for name, one in adapters.trainable(part).items()}

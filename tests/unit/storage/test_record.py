@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from isthmus.engines.local import local_recipe
 from isthmus.errors import DiskFullError, RunError
 from isthmus.recipe import Recipe
 from isthmus.report.progress import read_progress
@@ -94,6 +95,16 @@ def test_a_role_by_itself_writes_its_recipe(tmp_path: Path, recipe: Recipe) -> N
         run.record(other)
     assert "--run-dir" in refused.value.remedy
     assert run.recipe().train.rounds == 7
+
+
+def test_certificates_inside_the_directory_move_with_it(tmp_path: Path, recipe: Recipe) -> None:
+    created = RunDirectory.create(tmp_path / "run", local_recipe(recipe, tmp_path / "run"))
+    deployed = RunDirectory(tmp_path / "party")
+    deployed.record(local_recipe(recipe, tmp_path / "party"))
+    for run in (created, deployed):
+        assert run.recipe().wire == local_recipe(recipe, run.path).wire
+        moved = RunDirectory.open(run.path.rename(tmp_path / f"moved-{run.path.name}"))
+        assert moved.recipe().wire == local_recipe(recipe, moved.path).wire
 
 
 def test_what_a_party_has_and_what_the_engine(run: RunDirectory) -> None:
