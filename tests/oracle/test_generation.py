@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from isthmus.privacy.events import Release
-from tests.conftest import uncut
+from tests.conftest import make_recipe, uncut
 from tests.oracle.conftest import BuildTwins, Models
-from tests.oracle.twins import CUTS, FAMILIES, Inputs, Twins, prompts
+from tests.oracle.twins import CUTS, FAMILIES, Inputs, Twins, make_twins, prompts
 
 LENGTH, SHORT = 200, 60
 """Tokens of an answer at one cut of each family, and at its others: more than the sliding windows' 16 in any case."""
@@ -78,6 +79,15 @@ def test_prompt_lookup(family: str, twins_of: BuildTwins) -> None:
     split, whole = (generate(model, inputs, 24, prompt_lookup_num_tokens=4, do_sample=False) for model in twins.both)
     assert torch.equal(split, whole)
     assert max(crossed(twins)[1:]) > 1
+
+
+def test_drafts_end_where_the_context_does(models: Models, tmp_path: Path) -> None:
+    """Looked-up tokens may reach beyond the last token that is asked for; the trunk takes none beyond the context."""
+    twins = make_twins(make_recipe(models("llama", max_position_embeddings=40)), tmp_path)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8] * 9]), "attention_mask": torch.ones(1, 36, dtype=torch.long)}
+    split, whole = (generate(model, inputs, 4, prompt_lookup_num_tokens=5, do_sample=False) for model in twins.both)
+    assert torch.equal(split, whole)
+    twins.close()
 
 
 @pytest.mark.parametrize("family", CACHES)

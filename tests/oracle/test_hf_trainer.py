@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "as they come": {},
     "adam": {"optim": "adamw_torch", "weight_decay": 0.1, "adam_beta2": 0.9, "warmup_steps": 2},
     "sgd": {**SGD, "max_grad_norm": 2.0, "lr_scheduler_type": "cosine", "optim_args": "momentum=0.9"},
+    "labels smoothed": {**SGD, "label_smoothing_factor": 0.2},
     "unclipped": {**SGD, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"},
 }
 

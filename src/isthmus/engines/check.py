@@ -25,6 +25,7 @@ from isthmus.model.crossing import IGNORED, Outbound
 from isthmus.model.cut import Cut, Part, PartName, empty_part, load_part
 from isthmus.model.families import family_of, uncut_class, uncut_shapes
 from isthmus.model.packing import Packing
+from isthmus.model.rope import by_length, context_length
 from isthmus.model.split import Reply, SplitForCausalLM
 from isthmus.recipe import LoraSection
 from isthmus.trunk.adapter import full_adapter
@@ -37,6 +38,8 @@ GRADIENTS = 1e-3
 """Largest allowed difference of a tensor's gradient, relative to its norm."""
 ANSWER = 16
 """Tokens generated for each prompt."""
+SHORTEST = 2
+"""Tokens of the shortest row: with one there is nothing to predict."""
 PIECE = 16
 """Tokens of a prompt that the trunk computes in one pass."""
 STRANGERS = (7, 19)
@@ -106,7 +109,7 @@ def check_model(path: str, cut: Cut | None = None, length: int = 64) -> Check:
     Args:
         path: a model folder or id.
         cut: by default a third of the blocks at either end.
-        length: number of tokens of the longest row.
+        length: number of tokens of the longest row; less where the model's context is too short for it.
 
     Raises:
         ModelError: the model is not supported, or its folder is incomplete.
@@ -119,6 +122,7 @@ def check_model(path: str, cut: Cut | None = None, length: int = 64) -> Check:
     cut = cut or Cut(max(1, blocks // 3), max(1, blocks // 3))
     lora = LoraSection(rank=4, alpha=8.0, targets=tuple(_adapted_layers(config)))
     tensors = _adapter_values(config, cut, lora)
+    length = _longest(config, length)
     rows = _rows(config, length)
     expected = _uncut_results(checkpoint, lora, tensors, rows)
     runner, ends = _parts(checkpoint, cut, lora, tensors)
@@ -128,7 +132,9 @@ def check_model(path: str, cut: Cut | None = None, length: int = 64) -> Check:
         split = SplitForCausalLM(config.get_text_config(), ends[0], trunk, ends[1]).eval()
         parts = [ends[0], runner.part, ends[1]]
         named = {name: one for part in parts for name, one in adapters.adapter_parameters(part).items()}
-        found += _compared(_results(split, named, rows), expected, ", in passes shared with a silo" * shared)
+        found += _compared(
+            _results(split, named, rows, alone=False), expected, ", in passes shared with a silo" * shared
+        )
     return Check(path, cut, length, tuple(found), _window_beyond(config, runner, length))
 
 
@@ -239,24 +245,43 @@ class _Results:
     """Their logits."""
 
 
-def _results(model: Any, named: Mapping[str, nn.Parameter], rows: dict[str, Inputs]) -> _Results:
-    """Logits, gradients and greedy tokens of a model whose adapter parameters are ``named``."""
+def _results(model: Any, named: Mapping[str, nn.Parameter], rows: dict[str, Inputs], *, alone: bool) -> _Results:
+    """Logits, gradients and greedy tokens of a model whose adapter parameters are ``named``.
+
+    Args:
+        alone: compute each row in a batch of its own, without padding; the loss is that of all rows.
+    """
     logits = {}
     for side, batch in rows.items():
         for parameter in named.values():
             parameter.grad = None
             parameter.requires_grad_()
-        output = model(**batch, use_cache=False)
-        output.loss.backward()
-        logits[side] = output.logits.detach()[batch["attention_mask"].bool()]
+        seen = []
+        for piece in _single(batch) if alone else [batch]:
+            output = model(**piece, use_cache=False)
+            (output.loss * (_supervised(piece) / _supervised(batch))).backward()
+            seen.append(output.logits.detach()[piece["attention_mask"].bool()])
+        logits[side] = torch.cat(seen)
     gradients = {name: one.grad.clone() for name, one in named.items() if one.grad is not None}
     prompts = {key: rows["left"][key] for key in ("input_ids", "attention_mask")}
     model.generation_config = GenerationConfig(  # nothing of the folder's: no penalties, no end before the last token
         max_new_tokens=ANSWER, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True
     )
     with torch.no_grad():
-        answer = model.generate(**prompts)
-    return _Results(logits, gradients, answer.sequences[:, -ANSWER:], torch.stack(answer.logits))
+        answers = [model.generate(**piece) for piece in (_single(prompts) if alone else [prompts])]
+    tokens_BA = torch.cat([answer.sequences[:, -ANSWER:] for answer in answers])
+    return _Results(logits, gradients, tokens_BA, torch.cat([torch.stack(one.logits) for one in answers], dim=1))
+
+
+def _supervised(batch: Inputs) -> int:
+    """Number of predictions that the loss is the mean of."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def _single(batch: Inputs) -> list[Inputs]:
+    """Each row of a batch as one without padding."""
+    real_BL = batch["attention_mask"].bool()
+    return [{key: one[row, real].unsqueeze(0) for key, one in batch.items()} for row, real in enumerate(real_BL)]
 
 
 def _compared(found: _Results, expected: _Results, suffix: str) -> list[Comparison]:
@@ -292,12 +317,22 @@ def _gradients_apart(actual: torch.Tensor | None, expected: torch.Tensor | None)
     return difference if difference == difference else float("inf")
 
 
+def _longest(config: PreTrainedConfig, length: int) -> int:
+    """Number of tokens of the longest row: ``length``, or less if an answer to it would leave the model's context."""
+    context = context_length(config)
+    if context < SHORTEST + ANSWER:
+        raise ModelError(
+            f"the model's context of {context} tokens is too short to compare answers of {ANSWER} tokens",
+            remedy=f"compare a model whose max_position_embeddings is at least {SHORTEST + ANSWER}",
+        )
+    return max(SHORTEST, min(length, context - ANSWER))
+
+
 def _rows(config: PreTrainedConfig, length: int) -> dict[str, Inputs]:
-    """Rows of random tokens, padded on the left and on the right, with labels."""
+    """Rows of random tokens, padded on the left and on the right, with labels; the longest has ``length``."""
     text = config.get_text_config()
-    length = min(length, text.max_position_embeddings - ANSWER)
     draw = torch.Generator().manual_seed(0)
-    lengths = [max(2, length // 9), length, max(2, length // 3)]
+    lengths = [max(SHORTEST, length // 9), length, max(SHORTEST, length // 3)]
     texts = [torch.randint(text.vocab_size, (one,), generator=draw) for one in lengths]
     return {side: _padded(texts, lengths, pad_left=side == "left") for side in ("left", "right")}
 
@@ -347,7 +382,11 @@ def _adapter_values(config: PreTrainedConfig, cut: Cut, lora: LoraSection) -> di
 def _uncut_results(
     checkpoint: Checkpoint, lora: LoraSection, tensors: Mapping[str, torch.Tensor], rows: dict[str, Inputs]
 ) -> _Results:
-    """What the uncut model with plain peft adapters computes."""
+    """What the uncut model with plain peft adapters computes.
+
+    Where a token depends on the length of its row (``model.rope``), each row is alone: the uncut model would take the
+    longest row's length for all of a batch.
+    """
     whole = _uncut_model(checkpoint)
     layers = sorted({name.rpartition(".lora_")[0] for name in tensors})
     inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layers), whole)
@@ -356,7 +395,7 @@ def _uncut_results(
         for name, parameter in named.items():
             parameter.copy_(tensors[name])
     whole.requires_grad_(False).eval()
-    return _results(whole, named, rows)
+    return _results(whole, named, rows, alone=by_length(checkpoint.config))
 
 
 def _uncut_model(checkpoint: Checkpoint) -> PreTrainedModel:

@@ -55,8 +55,8 @@ def add_adapter(part: Part, lora: LoraSection, seed: int, *, freeze_a: bool) -> 
             f"the {part.name} has no layers named {', '.join(absent)}",
             remedy="name layers of this model in lora.targets",
         )
-    _refuse_experts(_peft_config(lora, ALL_LINEAR if lora.all_linear else list(lora.targets)), part)
     targets = _linear_layers(part) if lora.all_linear else list(lora.targets)
+    _refuse_experts(_peft_config(lora, ALL_LINEAR if lora.all_linear else targets), part, targets)
     try:
         inject_adapter_in_model(_peft_config(lora, targets), part.model)
     except ValueError as error:
@@ -255,20 +255,30 @@ def _absent(part: Part, targets: Iterable[str]) -> list[str]:
     return [one for one in targets if one not in elsewhere and not any(name.endswith(f".{one}") for name in names)]
 
 
-def _refuse_experts(config: LoraConfig, part: Part) -> None:
+def _refuse_experts(config: LoraConfig, part: Part, targets: Iterable[str]) -> None:
     """Raise ``ModelError`` if peft would adapt a mixture's experts or router, which it does by other code than linear
-    layers."""
+    layers, or not at all: a router whose result is more than a linear layer's.
+
+    Args:
+        targets: the names of the layers that ``config`` adapts.
+    """
     converted = copy.deepcopy(config)
     try:
         convert_peft_config_for_transformers(converted, part.model, None)
         found = bool(converted.target_parameters)
     except ValueError:  # one of two names that experts keep in one tensor
         found = True
-    if found:
+    named = tuple(f".{target}" for target in targets)
+    own = [name for name, one in part.model.named_modules() if f".{name}".endswith(named) and _has_own_forward(one)]
+    if found or own:
         raise ModelError(
-            f"lora.targets has experts of a {part.config.model_type} model, which are not linear layers",
+            f"lora.targets has experts or routers of a {part.config.model_type} model, which are not linear layers",
             remedy="name layers of the attention in lora.targets",
         )
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 def _check_embedding(part: Part, lora: LoraSection) -> None:

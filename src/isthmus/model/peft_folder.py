@@ -133,6 +133,11 @@ class PeftFolder:
                 f"the recipe's lora.targets are {', '.join(sorted(wanted))}",
                 remedy="give lora.targets the adapter's layers, or start from another adapter",
             )
+        if copied := [name for name in self.tensors if ".base_layer." in name]:
+            raise ModelError(
+                f"the adapter in {self.path} has weights of the base model beside it: {copied[0]}",
+                remedy="save it without them: peft's save_pretrained(..., save_embedding_layers=False)",
+            )
         for what, names in {
             "lacks": expected.keys() - self.tensors.keys(),
             "has beyond what the recipe trains": self.tensors.keys() - expected.keys(),

@@ -40,7 +40,7 @@ from isthmus.model.arguments import (
 from isthmus.model.backbone import SplitBackbone
 from isthmus.model.bottleneck import Bottleneck
 from isthmus.model.cache import SplitCache, TrunkSession, without_gradient
-from isthmus.model.candidates import BoundedCandidates
+from isthmus.model.candidates import BoundedCandidates, CandidatesByLength
 from isthmus.model.crossing import (
     FreshExample,
     Outbound,
@@ -52,7 +52,7 @@ from isthmus.model.crossing import (
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.model.refusals import CLASS_REFUSALS, DTYPE, REFUSALS, refuse, refusing
-from isthmus.model.rope import by_length, given_lengths, recomputed_after
+from isthmus.model.rope import by_length, context_length, given_lengths, recomputed_after
 from isthmus.privacy.subjects import Subjects
 
 Rows = list[list[int]]
@@ -215,6 +215,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         self.shield = shield
         self.guard = guard
         self._by_length = by_length(config)
+        self._context = context_length(config)
         self._recomputed_after = None if tail is not None else recomputed_after(top.model)
 
     @classmethod
@@ -635,6 +636,10 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         positions_BL = (crossed_BL.cumsum(dim=1) - 1).clamp_min(0)[:, -g_BLD.shape[1] :]
         return g_BLD, {**inputs, "attention_mask": crossed_BL.long(), "position_ids": positions_BL}
 
+    def _get_name(self) -> str:
+        """The name of the family's causal language model: by it, ``Trainer`` knows that its smoothed labels shift."""
+        return self.top.model._get_name()  # type: ignore[no-any-return]
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Moves the silo's parts to a device (``to``, ``cuda``, ``cpu``).
 
@@ -661,16 +666,16 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
             made = assistant.candidates(cache, settings["logits_processor"], settings["generation_config"])
         else:
             made = super()._get_candidate_generator(**settings)
+        padding = 0 if mask_BP is None else int((mask_BP == 0).sum())
         if not self._by_length:
-            return made
+            return BoundedCandidates(made, self._context, padding)
         if settings["generation_config"].assistant_ensemble_weight is not None:
             raise NotSupportedError(
                 "with assistant_ensemble_weight drafts change the answer, and how many there may be depends on this"
                 " model's rope",
                 remedy="leave assistant_ensemble_weight out",
             )
-        padding = 0 if mask_BP is None else int((mask_BP == 0).sum())
-        return BoundedCandidates(made, cache, self._recomputed_after, padding)
+        return CandidatesByLength(made, self._context, padding, cache, self._recomputed_after)
 
     def prepare_inputs_for_generation(
         self,
@@ -709,16 +714,3 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-
-def _real(attention_mask: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """Mask of the new positions with real tokens, ``[B, L]`` bool, checked against the batch's shape."""
-    batch, length = new.shape[:2]
-    if attention_mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=new.device)
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-        raise DataError(
-            f"the attention mask has shape {tuple(attention_mask.shape)} for {batch} rows of {length} new tokens",
-            remedy="pass a 2-D mask over all positions so far, 1 for real tokens and 0 for padding",
-        )
-    return attention_mask[:, -length:].bool()

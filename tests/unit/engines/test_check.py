@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import isthmus.model.cut
 import isthmus.trunk.packed_attention
 from isthmus.cli.main import main
 from isthmus.engines.check import check_model, parse_cut
-from isthmus.errors import CutError
+from isthmus.errors import CutError, ModelError
 from isthmus.model.cut import Cut
 from isthmus.model.families import FAMILIES, Family
 from tests.oracle.twins import save_vivid_model
@@ -103,6 +104,42 @@ def test_a_quantized_folder_is_compared_with_its_dequantized_model(tmp_path: Pat
     settings["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
     (folder / "config.json").write_text(json.dumps(settings))
     assert check_model(str(folder)).equal
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 24,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "partial_rotary_factor": 1.0,
+}
+
+
+@pytest.mark.parametrize("length", [20, 60])
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [("llama", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}), ("llama", LONGROPE), ("phi3", LONGROPE)],
+)
+def test_rows_on_both_sides_of_a_rope_s_switch(family: str, rope: dict[str, Any], length: int, tmp_path: Path) -> None:
+    """The uncut model takes the longest row's frequencies for all of a batch: it is asked for each row alone."""
+    context = 24 if rope["rope_type"] == "dynamic" else 96
+    settings = {"rope_parameters": rope, "max_position_embeddings": context, "original_max_position_embeddings": 24}
+    result = check_model(str(save_vivid_model(family, tmp_path, **settings)), Cut(1, 2), length)
+    assert result.equal, result.verdict
+
+
+def test_the_verdict_says_how_long_rows_were(tmp_path: Path) -> None:
+    folder = str(save_vivid_model("llama", tmp_path, blocks=3, max_position_embeddings=40))
+    assert "rows of up to 24 tokens" in check_model(folder, length=600).verdict
+    assert "rows of up to 2 tokens" in check_model(folder, length=1).verdict
+
+
+def test_a_context_without_room_for_an_answer_is_refused(tmp_path: Path) -> None:
+    folder = save_vivid_model("llama", tmp_path, blocks=3, max_position_embeddings=17)
+    with pytest.raises(ModelError, match="context of 17 tokens is too short"):
+        check_model(str(folder))
 
 
 @pytest.mark.parametrize("text", ["2", "2,", "a,b", "-1,2", "2;3"])

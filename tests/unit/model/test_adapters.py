@@ -19,7 +19,7 @@ from isthmus.errors import ModelError
 from isthmus.federation.planner import shared_tensors
 from isthmus.model import adapters, families
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.cut import Cut, Part, empty_part, load_part
+from isthmus.model.cut import Cut, Part, empty_part, load_part, part_of_blocks
 from isthmus.recipe import LoraSection
 from isthmus.silo.join import load_ends
 from tests.conftest import make_recipe, save_tiny_model, targets_of, tiny_config, uncut
@@ -278,13 +278,11 @@ def test_rank_alpha_scale_the_update(folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, of transformers
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_all_linear_are_the_layers_that_peft_takes(family: str) -> None:
-    """A family's text part, but for mixtures whose experts peft adapts by other code: these are refused."""
+    """A family's text part, but for mixtures that are refused."""
     config, lora, found = tiny_config(family), LoraSection(rank=2, targets=("all-linear",)), set()
     parts = [empty_part(config, CUT, name) for name in ("bottom", "trunk", "top")]  # type: ignore[arg-type]
     for part in parts:
-        if family in ("deepseek_v3", "mixtral", "qwen3_moe"):
-            with pytest.raises(ModelError, match="experts"):
-                adapters.add_adapter(part, lora, 0, freeze_a=False)
+        if family in ("deepseek_v3", "llama4", "llama4_text", "mixtral", "qwen3_moe"):
             continue
         adapters.add_adapter(part, lora, 0, freeze_a=False)
         found |= set(adapters.adapter_parameters(part))
@@ -292,3 +290,17 @@ def test_all_linear_are_the_layers_that_peft_takes(family: str) -> None:
         model = families.uncut_shapes(copy.deepcopy(config))
         names = lora_of(get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")))
         assert found == {name for name in names if "vision_tower" not in name and "projector" not in name}
+
+
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [
+        *((family, "all-linear") for family in ("deepseek_v3", "llama4_text", "mixtral", "qwen3_moe")),
+        ("llama4_text", "router"),
+    ],
+)
+def test_experts_and_routers_are_refused(family: str, target: str) -> None:
+    """peft adapts experts by other code, and llama4's router not at all: it gives more than a linear layer."""
+    part = part_of_blocks(tiny_config(family), "trunk", range(4))
+    with pytest.raises(ModelError, match=f"experts or routers of a {family} model"):
+        adapters.add_adapter(part, LoraSection(rank=2, targets=(target,)), 0, freeze_a=False)

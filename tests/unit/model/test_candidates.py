@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.model.candidates import BoundedCandidates
+from isthmus.model.candidates import BoundedCandidates, CandidatesByLength
 
-DRAFTS = 6
+DRAFTS, CONTEXT = 6, 20
 
 
 class Always:
@@ -38,6 +38,8 @@ class Always:
         (8, 9, 12, 2, 5),
         (12, 13, 12, 0, DRAFTS),  # the text itself is beyond
         (3, 4, 12, 0, DRAFTS),
+        (16, 17, 12, 0, 3),  # the context ends
+        (16, 17, None, 1, 4),
     ],
 )
 def test_drafts_stay_on_one_side_of_the_switch(
@@ -45,10 +47,19 @@ def test_drafts_stay_on_one_side_of_the_switch(
 ) -> None:
     cache: Any = SimpleNamespace(drafted=None, get_seq_length=lambda: past)
     inner: Any = Always()
-    bounded = BoundedCandidates(inner, cache, switch, padding)
+    bounded = CandidatesByLength(inner, CONTEXT, padding, cache, switch)
     ids, logits = bounded.get_candidates(torch.zeros(1, length, dtype=torch.long))
     assert ids.shape == (1, length + expected)
     assert (0 if logits is None else logits.shape[1]) == expected
     assert cache.drafted == (expected > 0)
     bounded.update_candidate_strategy(ids, None, 2)
     assert inner.matches == [2]
+
+
+@pytest.mark.parametrize(
+    ("length", "padding", "expected"), [(5, 0, DRAFTS), (17, 0, 3), (17, 2, 5), (20, 0, 0), (21, 0, 0)]
+)
+def test_drafts_stay_within_the_context(length: int, padding: int, expected: int) -> None:
+    inner: Any = Always()
+    ids, _ = BoundedCandidates(inner, CONTEXT, padding).get_candidates(torch.zeros(1, length, dtype=torch.long))
+    assert ids.shape == (1, length + expected)

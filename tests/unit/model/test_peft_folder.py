@@ -208,6 +208,16 @@ def test_layers_that_the_recipe_leaves_out_are_refused(model: Path, plain: Path)
         shared_tensors(recipe_of(model, plain, freeze_bottom=True))
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_base_weights_beside_the_adapter_are_refused_with_how_to_leave_them_out(model: Path, tmp_path: Path) -> None:
+    """peft copies the base's head into the folder where the head has an adapter."""
+    targets = ["q_proj", "lm_head"]
+    start = save_adapter(model, tmp_path, target_modules=targets)
+    with pytest.raises(ModelError, match=r"weights of the base model beside it: lm_head\.base_layer") as caught:
+        adapters.starting_tensors(uncut(model).config, recipe_of(model, start, targets=targets))
+    assert "save_embedding_layers=False" in caught.value.remedy
+
+
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_adapters_that_a_merge_would_tear_are_refused(target: str, tmp_path: Path) -> None:
     """Merged into tied weights, a head's adapter would change the embedding, too; the embedding is not linear."""
