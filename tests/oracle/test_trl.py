@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from isthmus.errors import NotSupportedError
 from isthmus.silo.join import load_tokenizer
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.twins import Twins
@@ -149,3 +150,13 @@ def test_mixed_precision_is_the_silos_alone(twins: Twins, tmp_path: Path, caplog
     split, whole = losses(sft(text), twins, tmp_path, bf16=True)
     assert split[0] == pytest.approx(whole[0], rel=0.01)
     assert sum("mixed precision" in message for message in caplog.messages) == 1
+
+
+def test_a_mixture_trains_without_the_loss_of_its_routers(twins_of: BuildTwins, tmp_path: Path) -> None:
+    """TRL adds a balancing loss over the routers of all blocks, unless its coefficient is 0."""
+    twins = twins_of("qwen3_moe", (2, 1), moved=False, ends_train_a=True)
+    with pytest.raises(NotSupportedError, match="output_router_logits") as caught:
+        losses(sft(text), twins, tmp_path)
+    assert "router_aux_loss_coef=0.0" in caught.value.remedy
+    split, whole = losses(sft(text, router_aux_loss_coef=0.0), twins, tmp_path)
+    assert split == pytest.approx(whole, rel=1e-5, abs=1e-6)

@@ -294,10 +294,14 @@ def take_arguments(arguments: dict[str, Any], config: PreTrainedConfig) -> tuple
 
 
 def _refuse_outputs(name: str, outputs: str) -> NoReturn:
+    elsewhere = (
+        "TRL's trainers ask for them unless router_aux_loss_coef=0.0"
+        if name == "output_router_logits"
+        else "bottom's output is model.bottom.hidden(...), the last hidden states are those of model.base_model(...)"
+    )
     raise NotSupportedError(
         f"{name}: {outputs} of the trunk's blocks are not in the silo",
-        remedy=f"leave {name} out, in the model's configuration, too; bottom's output is model.bottom.hidden(...), "
-        "the last hidden states are those of model.base_model(...)",
+        remedy=f"leave {name} out, in the model's configuration, too; {elsewhere}",
     )
 
 
