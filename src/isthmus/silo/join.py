@@ -298,10 +298,10 @@ def build_model(
     )
     with suppress(OSError):  # a model folder may lack a generation configuration
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-    trained = [parameter for part in ends for parameter in adapters.trainable(part).values()]
+    added = {name: parameter for part in ends for name, parameter in adapters.adapter_parameters(part).items()}
     lora = recipe.lora.model_dump(mode="json", include={"rank", "alpha", "targets"})
     cut = [recipe.model.bottom, recipe.model.top]
-    trunk.stand_in.watch(trained, {"base": checkpoint.fingerprint, "cut": cut, **lora})
+    trunk.stand_in.watch(added, {"base": checkpoint.fingerprint, "cut": cut, **lora})
     model.register_load_state_dict_pre_hook(trunk.stand_in.restore)
     model.eval()
     return model

@@ -49,7 +49,9 @@ class StandIn(nn.Module):
         """The gradient after the last backward; None: the trunk has none of this silo's gradients."""
         self._tokens = self._weight = 0
         """Tokens in the gradients since the last step; and in those of the last step."""
-        self._parameters_of_ends: list[weakref.ref[nn.Parameter]] = []
+        self._parameters_of_ends: dict[str, weakref.ref[nn.Parameter]] = {}
+        self._trained_kinds: set[str] = set()
+        """The kinds of tensors, of those that blocks have, that the recipe trains in bottom or top."""
         self._base: dict[str, Any] = {}
         self._versions = 0
         self._settings: OptimizerSettings | None = None
@@ -62,14 +64,15 @@ class StandIn(nn.Module):
         """Whether the trunk's adapter trains: whoever freezes ``lora`` freezes it."""
         return self.lora.requires_grad
 
-    def watch(self, parameters: Iterable[nn.Parameter], base: Mapping[str, Any]) -> None:
+    def watch(self, parameters: Mapping[str, nn.Parameter], base: Mapping[str, Any]) -> None:
         """Set what the trunk's state belongs to.
 
         Args:
-            parameters: those that train in bottom and top.
+            parameters: all that the recipe added to bottom and top, by their names in the uncut model.
             base: what identifies the model: a saved state must have the same.
         """
-        self._parameters_of_ends = [weakref.ref(parameter) for parameter in parameters]
+        self._parameters_of_ends = {name: weakref.ref(parameter) for name, parameter in parameters.items()}
+        self._trained_kinds = {_kind(name) for name, parameter in parameters.items() if parameter.requires_grad} - {""}
         self._base = dict(base)
 
     def check_stepped(self) -> None:
@@ -116,6 +119,44 @@ class StandIn(nn.Module):
         self.lora.grad = self._given.clone()
         self._tokens += tokens
         self._due, self._versions = True, self._count_changes()
+
+    def check_rates(self, groups: Iterable[dict[str, Any]], own: dict[str, Any]) -> None:
+        """Check that A and B have the same learning rates: the trunk steps both of its factors with one.
+
+        A group without parameters counts, too: there may be those of a factor that trains on the trunk alone.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            own: the one of the stand-in.
+
+        Raises:
+            NotSupportedError: they have not.
+        """
+        rates = {id(one): float(group["lr"]) for group in groups for one in group["params"]}
+        held = {name: rates.get(id(reference())) for name, reference in self._parameters_of_ends.items()}
+        a, b = ({rate for name, rate in held.items() if f"lora_{one}" in name and rate is not None} for one in "AB")
+        empty = {float(group["lr"]) for group in groups if not group["params"]} - {float(own["lr"])}
+        if (a and b and a != b) or empty:
+            raise NotSupportedError(
+                "the optimizer has learning rates of their own for A and B (LoRA+), and the trunk takes one for both",
+                remedy="give A and B the same learning rate, and leave empty parameter groups out",
+            )
+
+    def check_kinds(self) -> None:
+        """Check that nobody froze a kind of the ends' tensors, such as every A or every v_proj: the trunk's would train
+        on. Whole parts may be frozen.
+
+        Raises:
+            NotSupportedError: somebody did.
+        """
+        held = {name: reference() for name, reference in self._parameters_of_ends.items()}
+        training = {_kind(name) for name, one in held.items() if one is not None and one.requires_grad}
+        frozen = sorted(self._trained_kinds - training)
+        if frozen and self._trained_kinds & training:
+            raise NotSupportedError(
+                f"{', '.join(frozen)} of bottom and top were frozen, and the trunk's train on",
+                remedy="leave layers out in the recipe's lora.targets, or freeze whole parts",
+            )
 
     def prepare(self, settings: OptimizerSettings) -> None:
         """Note what an optimizer is about to step the stand-in with."""
@@ -199,8 +240,14 @@ class StandIn(nn.Module):
         return float(factors[0])
 
     def _count_changes(self) -> int:
-        alive = (reference() for reference in self._parameters_of_ends)
+        alive = (reference() for reference in self._parameters_of_ends.values())
         return sum(parameter._version for parameter in alive if parameter is not None)
+
+
+def _kind(name: str) -> str:
+    """Layer and factor of a tensor that every block has, such as ``q_proj.lora_A``; empty: it is of no block."""
+    *path, layer, factor, _ = ["", "", *name.split(".")]
+    return f"{layer}.{factor}" if any(map(str.isdecimal, path)) and "lora_" in factor else ""
 
 
 class StandInParameter(nn.Parameter):
@@ -222,6 +269,8 @@ def _held(optimizer: torch.optim.Optimizer) -> Iterable[tuple[StandIn, dict[str,
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Check that the trunk can follow, before the optimizer changes anything."""
     for owner, group in _held(optimizer):
+        owner.check_kinds()
+        owner.check_rates(optimizer.param_groups, group)
         owner.prepare(OptimizerSettings.of(optimizer, group, owner.lora))
 
 

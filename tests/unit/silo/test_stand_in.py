@@ -92,6 +92,35 @@ def test_what_the_trunk_cannot_follow_is_refused_before_anything_changes(folder:
     assert "max_grad_norm" in refused.value.remedy
 
 
+@pytest.mark.parametrize("lora", ["plain", "frozen-a"])
+def test_rates_of_their_own_for_a_and_b_are_refused(lora: str, folder: Path, split: Split) -> None:
+    """LoRA+, as peft builds it: A's group is empty where the ends train B alone. Rates by part are the caller's."""
+    model, _ = split(make_recipe(folder, federation={"lora": lora}))
+    backward(model)
+    of_b = [one for name, one in model.named_parameters() if one.requires_grad and "lora_A" not in name]
+    of_a = [one for name, one in model.named_parameters() if one.requires_grad and "lora_A" in name]
+    assert bool(of_a) == (lora == "plain")
+    with pytest.raises(NotSupportedError, match=r"LoRA\+"):
+        torch.optim.SGD([{"params": of_a, "lr": 0.01}, {"params": of_b, "lr": 0.16}]).step()
+    torch.optim.SGD([{"params": model.trunk.parameters()}, {"params": trained(model.top), "lr": 0.1}], lr=0.2).step()
+
+
+@pytest.mark.parametrize("kind", ["lora_A", "v_proj"])
+def test_freezing_a_kind_of_tensors_is_refused(kind: str, folder: Path, split: Split) -> None:
+    """The uncut model's middle blocks would be frozen, too. To freeze bottom is the caller's choice."""
+    model, _ = split(make_recipe(folder, federation={"lora": "plain"}))
+    model.bottom.requires_grad_(False)
+    backward(model)
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if kind in name:
+            parameter.requires_grad_(False)
+    backward(model)
+    with pytest.raises(NotSupportedError, match=f"{kind}.* were frozen, and the trunk's train on"):
+        optimizer.step()
+
+
 def test_the_factor_of_clipped_gradients_does_not_cross_where_noise_is_added(
     folder: Path, split: Split, caplog: pytest.LogCaptureFixture
 ) -> None:
