@@ -128,12 +128,13 @@ class Recipe(Section):
         return self
 
     @classmethod
-    def read(cls, path: Path) -> Recipe:
+    def read(cls, path: Path | str) -> Recipe:
         """The recipe in a TOML file, its paths made absolute.
 
         Raises:
             RecipeError: the file is missing, is not TOML, or has an unknown key or an impossible value.
         """
+        path = Path(path)
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:

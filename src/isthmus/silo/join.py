@@ -99,7 +99,7 @@ class Silo:
 
 
 def join(
-    recipe: Recipe,
+    recipe: Recipe | Path | str,
     name: str,
     *,
     fresh: bool = False,
@@ -116,6 +116,7 @@ def join(
     machine, call ``isthmus.open``.
 
     Args:
+        recipe: the recipe, or its file.
         name: the silo's name in the recipe.
         fresh: keep the initial adapters, whatever the trunk has learned.
         run_dir: folder that remembers: ledger, privacy budgets, names of records, released examples.
@@ -131,6 +132,7 @@ def join(
         RunError: the trunk has learned, and the root does not give the ends of that round; or the trunk trains.
         IsthmusError: the model folder, device, certificates or trunk cannot be used; its type says which.
     """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     recipe.party(name)
     undo, directory = ExitStack(), None
     if run_dir is not None:

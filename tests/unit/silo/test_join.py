@@ -50,6 +50,16 @@ def test_a_silo_holds_its_ends_and_notes_in_memory(silo: Silo) -> None:
     assert len(silo.boundary.ledger.releases) == 1
 
 
+def test_a_recipe_may_be_named_by_its_file(folder: Path, tmp_path: Path) -> None:
+    recipe, file = make_recipe(folder).anchored(tmp_path), tmp_path / "recipe.toml"
+    file.write_text(recipe.toml(), encoding="utf-8")
+    service = TrunkService(recipe, RoleDirectory(tmp_path / "trunk"))
+    for named in (file, str(file)):
+        with join(named, "a", channel=loopback(service, "a", recipe)) as silo:
+            assert silo.name == "a"
+    service.stop()
+
+
 def test_its_rows_are_known_to_its_register(silo: Silo, folder: Path, tmp_path: Path) -> None:
     rows = str(write_rows(tmp_path / "rows.jsonl", [{"prompt": "w5 w6", "answer": "w7"}]))
     recipe = make_recipe(folder, silo=[{"name": "a", "train": rows}])
