@@ -10,9 +10,8 @@ from isthmus.errors import ProtocolError
 from isthmus.federation.buffered import Buffered
 from isthmus.federation.planner import EdgePlanner, Planner, RootPlanner, shared_tensors
 from isthmus.federation.rounds import Aggregator, Rounds
-from isthmus.model.agreement import agreed_keys
+from isthmus.model.agreement import agreed_keys, check_agreed
 from isthmus.recipe import Recipe
-from isthmus.recipe.shared import check_shared
 from isthmus.recipe.tree import ROOT
 from isthmus.storage.record import RoleDirectory
 from isthmus.wire import isthmus_pb2 as pb
@@ -37,7 +36,7 @@ class GreetedAggregator:
 
     def handle(self, peer: str, request: Message) -> Answer:
         if isinstance(request, pb.Hello):
-            check_shared(peer, request.keys, self._title, self._keys)
+            check_agreed(peer, request.keys, self._title, self._keys)
             self._greeted.add(peer)
             return answered(pb.Welcome())
         if peer not in self._greeted and not isinstance(request, pb.Ping):

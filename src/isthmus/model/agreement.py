@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
+from collections.abc import Mapping
+from pathlib import Path
 
 from isthmus.model.adapters import start_digest
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.recipe.shared import shared_keys
+from isthmus.recipe.shared import check_shared, shared_keys
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 
 CONFIG, START = "the digest of config.json", "the digest of the adapter at lora.start"
+TOKENIZER = "the digest of tokenizer.json"
+_TOKENS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+"""Keys of tokenizer.json that fix which numbers a text becomes."""
 
 
 def agreed_keys(recipe: Recipe, checkpoint: Checkpoint | None = None) -> dict[str, str]:
-    """What all parties must have alike: the recipe's shared keys, and by their digests the model's configuration and
-    the adapter that all start from.
+    """What all parties must have alike: the recipe's shared keys, and by their digests the model's configuration, the
+    tokenizer if the folder has its tokenizer.json, and the adapter that all start from.
 
     Args:
         checkpoint: of the recipe's model, if there is one already.
@@ -28,7 +34,19 @@ def agreed_keys(recipe: Recipe, checkpoint: Checkpoint | None = None) -> dict[st
     """
     checkpoint = checkpoint or Checkpoint(recipe.model.path)
     start = {} if recipe.lora.start is None else {START: _short(start_digest(recipe))}
-    return {**shared_keys(recipe), CONFIG: _short(checkpoint.config_digest), **start}
+    tokenizer = _tokenizer(checkpoint.folder)
+    return {**shared_keys(recipe), CONFIG: _short(checkpoint.config_digest), **tokenizer, **start}
+
+
+def check_agreed(peer: str, theirs: Mapping[str, str], here: str, own: Mapping[str, str]) -> None:
+    """Compare what two parties have (``agreed_keys``); tokenizers only if both have one, as a server needs none.
+
+    Raises:
+        MismatchError: as ``check_shared``.
+    """
+    alone = {TOKENIZER} - (theirs.keys() & own.keys())
+    theirs, own = ({key: value for key, value in keys.items() if key not in alone} for keys in (theirs, own))
+    check_shared(peer, theirs, here, own)
 
 
 def hello_of(recipe: Recipe, checkpoint: Checkpoint | None = None) -> pb.Hello:
@@ -45,6 +63,16 @@ def hello_of(recipe: Recipe, checkpoint: Checkpoint | None = None) -> pb.Hello:
         instance=secrets.token_hex(8),
         keys=agreed_keys(recipe, checkpoint),
     )
+
+
+def _tokenizer(folder: Path) -> dict[str, str]:
+    """Its digest; nothing if there is no such file, or none that a silo could use."""
+    try:
+        read = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        written = json.dumps([read[key] for key in _TOKENS], sort_keys=True)
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return {TOKENIZER: _short(hashlib.sha256(written.encode()).hexdigest())}
 
 
 def _short(digest: str) -> str:

@@ -11,12 +11,11 @@ from google.protobuf.message import Message
 
 from isthmus.errors import MismatchError, ModelError, ProtocolError, RunError
 from isthmus.model import adapters
-from isthmus.model.agreement import hello_of
+from isthmus.model.agreement import check_agreed, hello_of
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import find_device
 from isthmus.recipe import Recipe
-from isthmus.recipe.shared import check_shared
 from isthmus.storage.record import RoleDirectory, disk_errors, writing
 from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
 from isthmus.trunk.async_steps import AsyncSteps
@@ -114,7 +113,7 @@ class TrunkService:
                 f"{peer} and the trunk have different base models (configuration or weights differ)",
                 remedy="give both sides the same files at model.path",
             )
-        check_shared(peer, hello.keys, "the trunk", self._hello.keys)
+        check_agreed(peer, hello.keys, "the trunk", self._hello.keys)
         if (hello.bottom, hello.top) != (self._hello.bottom, self._hello.top):
             raise MismatchError(
                 f"{peer} cuts at ({hello.bottom}, {hello.top}), the trunk at ({self._hello.bottom}, {self._hello.top})",

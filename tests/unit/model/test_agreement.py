@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from isthmus.errors import MismatchError
-from isthmus.model.agreement import CONFIG, START, agreed_keys, hello_of
+from isthmus.model.agreement import CONFIG, START, TOKENIZER, agreed_keys, check_agreed, hello_of
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe.shared import check_shared, shared_keys
 from isthmus.wire import frames
@@ -55,3 +55,23 @@ def test_another_configuration_is_told_without_the_weights(tmp_path: Path) -> No
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     with pytest.raises(MismatchError, match=CONFIG):
         check_shared("a", first, "the root", agreed_keys(make_recipe(other)))
+
+
+def test_tokenizers_are_compared_where_both_have_one(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    other, bare = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("other", "bare"))
+    (bare / "tokenizer.json").unlink()
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(tokenizer | {"truncation": None, "padding": None}, indent=1), encoding="utf-8")
+    ours, same, none = (agreed_keys(make_recipe(one)) for one in (folder, other, bare))
+    assert ours == same
+    assert ours.keys() - none.keys() == {TOKENIZER}
+    first, second, *_ = vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    swapped = agreed_keys(make_recipe(other))
+    with pytest.raises(MismatchError, match=TOKENIZER):
+        check_agreed("a", swapped, "the trunk", ours)
+    check_agreed("a", swapped, "the trunk", none)
+    check_agreed("a", none, "the trunk", ours)
