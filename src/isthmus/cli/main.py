@@ -284,6 +284,7 @@ def _notify(message: str) -> None:
 def main() -> None:
     """Run the command. Errors of isthmus are printed without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its own lines about a handshake; the error says what is wrong
     prepare_output()
     share_cores()
     end_with_engine()

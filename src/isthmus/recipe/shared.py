@@ -120,7 +120,8 @@ def check_shared(peer: str, theirs: Mapping[str, str], here: str, own: Mapping[s
     more = "".join(f"; {one}" for one in others[:9]) + (f"; and {len(others) - 9} more" if len(others) > 9 else "")
     raise MismatchError(
         f"{peer} has {first}{more}",
-        remedy="give all parties the same values of these keys in their recipes",
+        remedy="give all parties the same values of these keys in their recipes, "
+        "and the same files where it is a digest",
     )
 
 

@@ -91,12 +91,18 @@ def assert_exact(silo: Silo, run: RunDirectory, out: Path) -> None:
     assert torch.equal(silo.model.generate(**prompts(), **greedy), whole.generate(**prompts(), **greedy))
 
 
+THREE, ROWS = ("north", "south", "east"), ("north", "south", "south")
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "alternating": {"federation": {"lora": "alternating"}, "train": {**SHORT, "rounds": 2}},
     "frozen-a": {"federation": {"lora": "frozen-a"}},
     "replicas": {"federation": {"lora": "frozen-a"}, "trunk": {"adapter": "replica"}},
     "frozen bottom": {"lora": {"freeze_bottom": True}},
+    "buffered": {"federation": {"asynchronous": {"buffer": 1}}},
+    "masked": {
+        "federation": {"secure": {"masks": True}},
+        "silo": [{"name": name, "train": f"{row}.jsonl"} for name, row in zip(THREE, ROWS, strict=True)],
+    },
 }
 
 
