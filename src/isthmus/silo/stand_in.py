@@ -142,6 +142,19 @@ class StandIn(nn.Module):
                 remedy="give A and B the same learning rate, and leave empty parameter groups out",
             )
 
+    def check_gradients(self) -> None:
+        """Check that the trunk's gradients were not left out where those of bottom and top are there.
+
+        Raises:
+            NotSupportedError: they were, as by ``torch.autograd.grad``, which does not know them.
+        """
+        ends = (reference() for reference in self._parameters_of_ends.values())
+        if self._due and self.lora.grad is None and any(one is not None and one.grad is not None for one in ends):
+            raise NotSupportedError(
+                "gradients of bottom and top were set by hand, without the trunk's",
+                remedy="compute them with loss.backward(), and drop them with zero_grad() of all parameters",
+            )
+
     def check_kinds(self) -> None:
         """Check that nobody froze a kind of the ends' tensors, such as every A or every v_proj: the trunk's would train
         on. Whole parts may be frozen.
@@ -269,6 +282,7 @@ def _held(optimizer: torch.optim.Optimizer) -> Iterable[tuple[StandIn, dict[str,
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Check that the trunk can follow, before the optimizer changes anything."""
     for owner, group in _held(optimizer):
+        owner.check_gradients()
         owner.check_kinds()
         owner.check_rates(optimizer.param_groups, group)
         owner.prepare(OptimizerSettings.of(optimizer, group, owner.lora))

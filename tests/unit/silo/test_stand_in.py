@@ -121,6 +121,17 @@ def test_freezing_a_kind_of_tensors_is_refused(kind: str, folder: Path, split: S
         optimizer.step()
 
 
+def test_gradients_set_by_hand_are_refused_where_the_trunk_s_is_left_out(folder: Path, split: Split) -> None:
+    """torch.autograd.grad gives the silo's gradients alone."""
+    model, _ = split(make_recipe(folder))
+    loss = model(input_ids=IDS, labels=IDS).loss
+    found = torch.autograd.grad(loss, trained(model), allow_unused=True)
+    for parameter, gradient in zip(trained(model), found, strict=True):
+        parameter.grad = gradient
+    with pytest.raises(NotSupportedError, match="set by hand"):
+        torch.optim.SGD(trained(model), lr=0.1).step()
+
+
 def test_the_factor_of_clipped_gradients_does_not_cross_where_noise_is_added(
     folder: Path, split: Split, caplog: pytest.LogCaptureFixture
 ) -> None:
