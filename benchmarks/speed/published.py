@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from isthmus.model.cache import TrunkSession
-from isthmus.model.crossing import Outbound
-from isthmus.model.split import Reply
+from isthmus.model.crossing import Outbound, Reply
 from isthmus.silo.remote import RemoteTrunk
 from isthmus.wire import isthmus_pb2 as pb
 

@@ -21,12 +21,12 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from isthmus.errors import CutError, ModelError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.crossing import IGNORED, Outbound
+from isthmus.model.crossing import IGNORED, Outbound, Reply
 from isthmus.model.cut import Cut, Part, PartName, empty_part, load_part
 from isthmus.model.families import family_of, uncut_class, uncut_shapes
 from isthmus.model.packing import Packing
 from isthmus.model.rope import by_length, context_length
-from isthmus.model.split import Reply, SplitForCausalLM
+from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import LoraSection
 from isthmus.trunk.adapter import full_adapter
 from isthmus.trunk.packed_attention import SequenceCache

@@ -1,4 +1,4 @@
-"""A batch on its way to the trunk: the positions that cross, their packing, and the state that the silo keeps.
+"""A batch on its way to the trunk and back: the positions that cross, the state that the silo keeps, and the answer.
 
 Shapes: B rows, L new positions, K the last positions (those that labels are given for), T positions that cross (row
 after row), D the model's width, W the width that crosses.
@@ -7,7 +7,7 @@ after row), D the model's width, W the width that crosses.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,6 +61,15 @@ class Outbound:
     """Number of tokens in the loss that the model computes; None if it computes none."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments that bottom and top have in common: mask, position ids, ``use_cache``."""
+
+
+class Reply(NamedTuple):
+    """The trunk's answer to an ``Outbound``."""
+
+    g_TD: torch.Tensor
+    """The trunk's output, differentiable if gradients are enabled and there is no cache."""
+    noise_TW: torch.Tensor | None = None
+    """The noise and rounding error in the hidden states that crossed; None unless the bottleneck denoises."""
 
 
 def crossing_positions(

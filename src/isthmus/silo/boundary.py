@@ -129,9 +129,9 @@ class Boundary:
         decoded = codec.decode(matrix, rows=rows, width=width, codec=self._codec.forward_up, device=h_TW.device)
         return decoded.to(h_TW) - self.clipped(h_TW.detach(), "forward", subjects)
 
-    def clipped(self, h_TD: torch.Tensor, path: Path, subjects: Subjects) -> torch.Tensor:
+    def clipped(self, h_TW: torch.Tensor, path: Path, subjects: Subjects) -> torch.Tensor:
         """The tensor clipped as a release on this path would clip it, in its own dtype; differentiable."""
-        return self._mechanisms[path].clipped(h_TD, subjects).to(h_TD.dtype)
+        return self._mechanisms[path].clipped(h_TW, subjects).to(h_TW.dtype)
 
     def simulated(self, h_TD: torch.Tensor, path: Path, subjects: Subjects) -> torch.Tensor:
         """The tensor clipped and noised as in a release, float32. It is not charged, so it must stay in the silo."""

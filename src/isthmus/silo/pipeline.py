@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from isthmus.data.tokens import Batch
-from isthmus.model.crossing import Outbound
-from isthmus.model.split import Reply, SplitForCausalLM
+from isthmus.model.crossing import Outbound, Reply
+from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.remote import PendingStep, RemoteTrunk
 from isthmus.silo.trainer import Step
 

@@ -19,8 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from isthmus.errors import UnknownExampleError
-from isthmus.model.crossing import FreshExample, Outbound
-from isthmus.model.split import Reply
+from isthmus.model.crossing import FreshExample, Outbound, Reply
 from isthmus.privacy.events import Path
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from isthmus.errors import UnknownSessionError
-from isthmus.model.crossing import Outbound
-from isthmus.model.split import Reply
+from isthmus.model.crossing import Outbound, Reply
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.records import SequenceHistory

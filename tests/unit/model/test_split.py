@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from isthmus.errors import DataError, NotSupportedError
-from isthmus.model.crossing import Outbound
-from isthmus.model.split import Reply
+from isthmus.model.crossing import Outbound, Reply
 from tests.conftest import VOCABULARY, Split, make_recipe, save_tiny_model, uncut
 
 IDS = torch.tensor([[0, 5, 6, 7], [8, 9, 10, 11]])

@@ -16,9 +16,8 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from isthmus.errors import DataError
-from isthmus.model.crossing import Outbound
+from isthmus.model.crossing import Outbound, Reply
 from isthmus.model.cut import Part, materialize_buffers, part_of_blocks
-from isthmus.model.split import Reply
 
 
 class Bridge(nn.Module):
