@@ -1,6 +1,6 @@
 """The boundary: the silo's only exit for tensors. It checks budgets, clips, adds noise, encodes, and records releases.
 
-Shapes: T tokens, D width, P parameters.
+Shapes: T tokens, D width, W width that crosses, P parameters.
 """
 
 from __future__ import annotations
