@@ -1,4 +1,4 @@
-"""The terminal: output in whatever encoding it has, arguments that are not UTF-8, a pipe that nobody reads any more."""
+"""The terminal: output in whatever encoding it has, arguments that are not UTF-8, a closed pipe."""
 
 from __future__ import annotations
 
