@@ -30,14 +30,13 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from isthmus.errors import ProtocolError
 from isthmus.updates import shamir
+from isthmus.updates.graph import quorum, sparse_graph
 from isthmus.updates.quantize import Words
 
 FEWEST = 3
 """Members of a sum: of two, each would learn the other's numbers."""
 COMPLETE = 128
 """Members up to which all are each other's neighbours."""
-DEGREE = 64
-"""Neighbours of a member of a larger sum."""
 KEY = 32
 STREAM_PIECE = 2**14
 """Words of all streams that are added before the next ones."""
@@ -67,7 +66,7 @@ class Terms:
     context: bytes
     adverts: Mapping[str, Advert]
     degree: int | None = None
-    """Neighbours of a member; None: all others, or ``DEGREE`` of very many."""
+    """Neighbours of a member; None: all others, or of very many as few as is safe (see ``sparse_graph``)."""
 
     def __post_init__(self) -> None:
         if len(self.adverts) < FEWEST:
@@ -89,7 +88,7 @@ class Terms:
     def neighbours(self, name: str) -> list[str]:
         """Those on both sides of a member around the circle; neighbours of each other, therefore."""
         count = len(self.order)
-        wanted = self.degree or (count if count <= COMPLETE else DEGREE)
+        wanted = self.degree or (count if count <= COMPLETE else sparse_graph(count).degree)
         if wanted >= count - 1:
             return [other for other in self.order if other != name]
         place = self.order.index(name)
@@ -101,10 +100,11 @@ class Terms:
 
     @cached_property
     def threshold(self) -> int:
-        """Holders who must reveal their share of a secret. More than half, so that no two disjoint groups of holders
-        reveal a member's seed and its key. Among complete neighbours all but a third."""
-        holders = len(self.neighbours(self.order[0])) + 1
-        return holders - holders // 3 if holders == len(self.order) else holders // 2 + 1
+        """Holders who must reveal their share of a secret: more than two thirds, so that less than a third of them,
+        lying to the others, never get a member's seed and its key; in large sums as many as ``sparse_graph`` says."""
+        if self.degree is None and len(self.order) > COMPLETE:
+            return sparse_graph(len(self.order)).threshold
+        return quorum(len(self.neighbours(self.order[0])) + 1)
 
     def holders(self, name: str) -> list[str]:
         """The holders of shares of a member's secrets: its neighbours and itself."""
