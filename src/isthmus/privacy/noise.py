@@ -6,8 +6,10 @@ Shapes: T rows, D width.
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import threading
+import weakref
 from typing import Protocol
 
 import numpy as np
@@ -49,9 +51,14 @@ class SecretNoise:
     """
 
     def __init__(self) -> None:
+        self.rekey()
+        _secret_noises.add(self)
+
+    def rekey(self) -> None:
+        """Draw from a new key from here on. A forked child does so by itself, or it would repeat its parent's draws."""
         key, start = secrets.token_bytes(32), secrets.token_bytes(16)
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(start)).encryptor()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # a new one: at a fork, another thread may have held the old one
 
     def normal(self, rows: int, width: int) -> torch.Tensor:
         pairs = -(-rows * width // 2)
@@ -98,7 +105,25 @@ class SeededNoise:
 
 def secret_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator seeded by the operating system, for draws that need not be secret, such as random rounding."""
-    return torch.Generator(device).manual_seed(secrets.randbits(63))
+    generator = torch.Generator(device).manual_seed(secrets.randbits(63))
+    _secret_generators.add(generator)
+    return generator
+
+
+_secret_noises: weakref.WeakSet[SecretNoise] = weakref.WeakSet()
+_secret_generators: weakref.WeakSet[torch.Generator] = weakref.WeakSet()
+
+
+def _part_from_parent() -> None:
+    """In a forked child: give every source of its own draws, other than the parent's."""
+    for noise in _secret_noises:
+        noise.rekey()
+    for generator in _secret_generators:
+        if generator.device.type == "cpu":  # CUDA cannot be used in a forked child at all
+            generator.manual_seed(secrets.randbits(63))
+
+
+os.register_at_fork(after_in_child=_part_from_parent)
 
 
 def _uniform(bits: bytearray, count: int) -> torch.Tensor:
