@@ -42,7 +42,7 @@ class Aggregator(ABC):
     """A node that plans rounds and takes updates: the root, or an edge. Implements ``wire.channel.Service``."""
 
     def handle(self, peer: str, request: Message) -> Answer:
-        if isinstance(request, (pb.Update, pb.Deal, pb.Reveal)):
+        if isinstance(request, (pb.Update, pb.Deal, pb.Agree, pb.Reveal)):
             return self.contribute(peer, request)
         if isinstance(request, pb.Ready):
             return self.ready(peer, request)
@@ -57,7 +57,7 @@ class Aggregator(ABC):
         """Answer a child that asks for work with its plan, once there is one."""
 
     @abstractmethod
-    def contribute(self, peer: str, request: pb.Update | pb.Deal | pb.Reveal) -> Answer:
+    def contribute(self, peer: str, request: pb.Update | pb.Deal | pb.Agree | pb.Reveal) -> Answer:
         """Take a child's message to the round that it trains in."""
 
     @abstractmethod
@@ -131,7 +131,7 @@ class Rounds(Aggregator):
             self._advance()
         return answer
 
-    def contribute(self, peer: str, request: pb.Update | pb.Deal | pb.Reveal) -> Answer:
+    def contribute(self, peer: str, request: pb.Update | pb.Deal | pb.Agree | pb.Reveal) -> Answer:
         """A child's message to the round under way.
 
         Raises:

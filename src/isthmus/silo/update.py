@@ -35,7 +35,7 @@ from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
 from isthmus.wire.identity import Identity
-from isthmus.wire.sum_keys import sign_keys, verify_keys
+from isthmus.wire.sum_keys import sign_keys, sign_survivors, signers, verify_keys
 
 Tensors = Mapping[str, torch.Tensor]
 log = logging.getLogger(__name__)
@@ -157,6 +157,7 @@ class MaskedUpdates:
         self._boundary, self._channel, self._identity, self._compression = boundary, channel, identity, compression
         self._feedback, self._exact = compression.feedback(), compression.exact
         self._member = Member(identity.name)
+        self._keys: dict[str, pb.SumKeys] = {}
         self._format: SumFormat | None = None
         self._dealt: Answer | None = None
         self.received: Callable[[], Tensors] | None = None
@@ -177,14 +178,16 @@ class MaskedUpdates:
             if name != self._identity.name:  # ``deal`` compares its own with what it offered
                 verify_keys(self._identity, name, keys)
         adverts = {name: Advert(keys.sealing, keys.masking, keys.commitment) for name, keys in plan.keys.items()}
+        self._keys = dict(plan.keys)
         sealed = self._member.deal(Terms(plan.sum, adverts))
         self._format = self._compression.sum_format(layout, plan.round, len(plan.keys), plan.clip)
-        self._dealt = self._channel.submit(pb.Deal(round=plan.round, sealed=sealed))
+        deal = pb.Deal(round=plan.round, sealed=sealed, commitments=self._member.commitments)
+        self._dealt = self._channel.submit(deal)
 
     def pack(self, plan: pb.Plan, change: Tensors, weight: float, share: float, quality: float = 0.0) -> pb.Update:
         assert self._dealt is not None
         assert self._format is not None
-        self._member.accept(dict(self._dealt.result().sealed))  # type: ignore[attr-defined]
+        self._accept(self._dealt.result())
         self.received = None
         if weight:
             update = self._released(plan.round, self._format, self._format.layout.row(change), share)
@@ -205,7 +208,24 @@ class MaskedUpdates:
         if self._feedback is not None:
             self._feedback.load_state_dict(state)
 
+    def _accept(self, dealt: Any) -> None:
+        self._member.accept(dict(dealt.sealed), dict(dealt.commitments))
+        for problem in self._member.suspects.values():
+            log.warning("%s; going on without them", problem)
+
     def _reveal(self, update: pb.Update, living: pb.Survivors) -> None:
+        """Reveal shares once enough silos have signed that they were told of the same survivors."""
+        self._member.settle(living.alive, living.dropped)
+        digest, needed = self._member.terms.digest, self._member.terms.quorum
+        signature = sign_survivors(self._identity, digest, living)
+        agreed: Any = self._channel.call(pb.Agree(round=update.round, signature=signature))
+        signed = signers(self._identity, self._keys, dict(agreed.signatures), digest, living, needed)
+        if len(signed) < needed:
+            raise ProtocolError(
+                f"{len(signed)} silos signed that they were told of the same survivors, {needed} are needed: nothing "
+                "is revealed",
+                remedy="ask the other silos' logs which survivors they were told; leave this aggregator if they differ",
+            )
         shares = self._member.reveal(living.alive, living.dropped)
         self._channel.call(pb.Reveal(round=update.round, shares=shares))
 

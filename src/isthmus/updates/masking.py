@@ -38,6 +38,7 @@ FEWEST = 3
 COMPLETE = 128
 """Members up to which all are each other's neighbours."""
 KEY = 32
+_LEAVE = "leave this aggregator"
 STREAM_PIECE = 2**14
 """Words of all streams that are added before the next ones."""
 
@@ -74,6 +75,21 @@ class Terms:
                 f"a masked sum of {len(self.adverts)} silos would reveal what each one sent",
                 remedy=f"let {FEWEST} or more silos take part, or leave the masks out of the recipe",
             )
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of all terms: parties with the same digest were told the same."""
+        found = hashlib.sha256(hashlib.sha256(self.context).digest())
+        for name, advert in sorted(self.adverts.items()):
+            found.update(hashlib.sha256(name.encode()).digest())
+            for part in (advert.sealing, advert.masking, advert.promise):
+                found.update(hashlib.sha256(part).digest())
+        return found.digest()
+
+    @cached_property
+    def quorum(self) -> int:
+        """Members who must live, and agree who else does, before anyone reveals a share."""
+        return quorum(len(self.adverts))
 
     @cached_property
     def order(self) -> tuple[str, ...]:
@@ -121,15 +137,22 @@ class Pair:
 
 @dataclass
 class Member:
-    """One silo's side of one sum. The order of calls: ``advert``, ``deal``, ``accept``, ``mask``, ``reveal``."""
+    """One silo's side of one sum. The order of calls: ``advert``, ``deal``, ``accept``, ``mask``, ``settle``,
+    ``reveal``."""
 
     name: str
+    terms: Terms = field(init=False)
+    commitments: dict[str, bytes] = field(default_factory=dict)
+    """By holder, the digests of the shares that this member dealt to it."""
+    suspects: dict[str, str] = field(default_factory=dict)
+    """Dealers whose shares are none, with what is wrong; this member has nothing to reveal of them."""
     _sealing: X25519PrivateKey = field(default_factory=X25519PrivateKey.generate)
     _masking: X25519PrivateKey = field(default_factory=X25519PrivateKey.generate)
     _seed: bytes = field(default_factory=lambda: secrets.token_bytes(KEY))
     _sealing_keys: dict[str, bytes] = field(default_factory=dict)
     _held: dict[str, Pair] = field(default_factory=dict)
     _peers: list[str] = field(default_factory=list)
+    _settled: tuple[frozenset[str], frozenset[str]] | None = None
     _revealed: bool = False
 
     @property
@@ -148,76 +171,110 @@ class Member:
         """
         if terms.adverts.get(self.name) != self.advert:
             raise ProtocolError(f"a sum without the keys of {self.name}", remedy="ask for the next plan")
-        self._terms = terms
+        self.terms = terms
         points = {holder: terms.point[holder] for holder in terms.holders(self.name)}
         seeds, keys = (
             shamir.split(secret, points.values(), terms.threshold)
             for secret in (self._seed, self._masking.private_bytes_raw())
         )
         pairs = {holder: Pair(seeds[point], keys[point]) for holder, point in points.items()}
+        self.commitments = {holder: commitment(pair) for holder, pair in pairs.items()}
         self._held[self.name] = pairs.pop(self.name)
         return {holder: self._seal(holder, pair) for holder, pair in pairs.items()}
 
-    def accept(self, sealed: Mapping[str, bytes]) -> None:
+    def accept(self, sealed: Mapping[str, bytes], commitments: Mapping[str, bytes]) -> None:
         """Accept the shares that neighbours sealed for this member. Neighbours that sent none take no part in the sum.
 
+        Shares that were altered, sealed for another or are not what their dealer committed itself to are not accepted,
+        and their dealers are ``suspects``. They stay in the sum all the same: the other holders' shares are enough.
+
+        Args:
+            commitments: the dealers' to these shares.
+
         Raises:
-            ProtocolError: one was altered, sealed for another member, or not a neighbour's; or they are too few.
+            ProtocolError: one is not a neighbour's; or they are too few.
         """
-        neighbours = self._terms.neighbours(self.name)
+        neighbours = self.terms.neighbours(self.name)
         if foreign := sealed.keys() - set(neighbours):
             raise ProtocolError(f"shares of {min(foreign)!r}, no neighbour", remedy="leave that silo out")
         self._require(len(sealed) + 1, "dealt shares")
-        self._held |= {name: self._open(name, data) for name, data in sealed.items()}
+        for name, data in sealed.items():
+            try:
+                pair = self._open(name, data)
+                if commitment(pair) != commitments.get(name):
+                    raise ProtocolError(f"the shares of {name} are not those it committed to", remedy="leave it out")
+                self._held[name] = pair
+            except ProtocolError as error:
+                self.suspects[name] = error.message
         self._peers = [name for name in neighbours if name in sealed]
 
     def mask(self, words_W: Words) -> None:
         """Add all of this member's masks to these words."""
-        add(words_W, {self._seed: True} | pair_seeds(self._masking, self._terms, self.name, self._peers))
+        add(words_W, {self._seed: True} | pair_seeds(self._masking, self.terms, self.name, self._peers))
+
+    def settle(self, alive: Iterable[str], dead: Iterable[str]) -> None:
+        """Take these for the members whose numbers came and whose did not, once and for all.
+
+        Raises:
+            ProtocolError: somebody is on both lists or on neither, this member is dead, too few live, or other lists
+                were settled on before.
+        """
+        alive, dead = frozenset(alive), frozenset(dead)
+        if both := alive & dead:
+            raise ProtocolError(f"{min(both)} is said to live and to be dead", remedy=_LEAVE)
+        if missing := {self.name, *self._peers} - alive - dead:
+            raise ProtocolError(f"it is not said whether {min(missing)} lives", remedy=_LEAVE)
+        if self.name not in alive:
+            raise ProtocolError(f"{self.name} is said to be dead", remedy="ask for the next plan")
+        if hidden := alive & set(self.terms.neighbours(self.name)) - set(self._peers):
+            raise ProtocolError(f"{min(hidden)} is said to live, but its shares never came", remedy=_LEAVE)
+        self._require(len(alive & {self.name, *self._peers}), "living neighbours")
+        if (count := len(alive & self.terms.adverts.keys())) < self.terms.quorum:
+            raise ProtocolError(
+                f"{count} living silos where {self.terms.quorum} are needed", remedy="wait for more silos to take part"
+            )
+        if self._settled not in (None, (alive, dead)):
+            raise ProtocolError("other silos are said to live than before", remedy=_LEAVE)
+        self._settled = alive, dead
 
     def reveal(self, alive: Iterable[str], dead: Iterable[str]) -> dict[str, bytes]:
         """Shares, by the name of the member whose secret they are of: of a living one's seed, of a dead one's key.
+
+        To be called only when a ``Terms.quorum`` of members is known to have settled on the same.
 
         Args:
             alive, dead: members whose numbers came, and whose did not.
 
         Raises:
-            ProtocolError: somebody is on both lists or on neither, this member is dead, too few live, or it was asked
-                before.
+            ProtocolError: see ``settle``; or it was asked before.
         """
-        alive, dead = set(alive), set(dead)
-        if both := alive & dead:
-            raise ProtocolError(f"{min(both)} is said to live and to be dead", remedy="leave this aggregator")
-        if missing := self._held.keys() - alive - dead:
-            raise ProtocolError(f"it is not said whether {min(missing)} lives", remedy="leave this aggregator")
-        if self.name not in alive:
-            raise ProtocolError(f"{self.name} is said to be dead", remedy="ask for the next plan")
-        self._require(len(alive & self._held.keys()), "living neighbours")
+        alive, dead = frozenset(alive), frozenset(dead)
         if self._revealed:
             raise ProtocolError("shares are given out once a sum", remedy="ask for the next plan")
+        self.settle(alive, dead)
         self._revealed = True
         return {name: pair.seed if name in alive else pair.key for name, pair in self._held.items()}
 
     def summed(self, alive: Iterable[str]) -> int:
         """Members whose numbers are in the sum if these are alive. A member knows which of its neighbours sent shares,
         and their masks cancel in no sum without their numbers; about other members it believes the aggregator."""
-        unknown = self._terms.adverts.keys() - set(self._terms.neighbours(self.name))
-        return len(set(alive) & (self._held.keys() | unknown))
+        unknown = self.terms.adverts.keys() - set(self.terms.neighbours(self.name))
+        return len(set(alive) & ({self.name, *self._peers} | unknown))
 
     def _require(self, count: int, what: str) -> None:
-        if count < self._terms.threshold:
+        if count < self.terms.threshold:
             raise ProtocolError(
-                f"{count} {what} where {self._terms.threshold} are needed", remedy="wait for more silos to take part"
+                f"{count} {what} where {self.terms.threshold} are needed", remedy="wait for more silos to take part"
             )
 
     def _seal(self, holder: str, pair: Pair) -> bytes:
         cipher = ChaCha20Poly1305(self._sealing_key(holder))
-        return cipher.encrypt(way(self.name, holder), pair.seed + pair.key, self._terms.context)
+        return cipher.encrypt(way(self.name, holder), pair.seed + pair.key, self.terms.context)
 
     def _open(self, dealer: str, data: bytes) -> Pair:
         cipher = ChaCha20Poly1305(self._sealing_key(dealer))
         try:
-            plain = cipher.decrypt(way(dealer, self.name), data, self._terms.context)
+            plain = cipher.decrypt(way(dealer, self.name), data, self.terms.context)
         except InvalidTag as error:
             raise ProtocolError(f"the shares of {dealer} were altered on their way", remedy="leave it out") from error
         if len(plain) != 2 * shamir.SHARE:
@@ -226,9 +283,14 @@ class Member:
 
     def _sealing_key(self, other: str) -> bytes:
         if other not in self._sealing_keys:
-            public = self._terms.adverts[other].sealing
-            self._sealing_keys[other] = agree(self._sealing, public, self._terms.context, "seal", self.name, other)
+            public = self.terms.adverts[other].sealing
+            self._sealing_keys[other] = agree(self._sealing, public, self.terms.context, "seal", self.name, other)
         return self._sealing_keys[other]
+
+
+def commitment(pair: Pair) -> bytes:
+    """What a dealer commits itself to: the digests of the two shares, which are too random to be guessed from them."""
+    return hashlib.sha256(pair.seed).digest() + hashlib.sha256(pair.key).digest()
 
 
 def pair_seeds(key: X25519PrivateKey, terms: Terms, name: str, peers: Iterable[str]) -> dict[bytes, bool]:

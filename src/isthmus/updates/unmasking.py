@@ -6,7 +6,7 @@ Shapes: W words.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -21,17 +21,20 @@ class Unmasking:
     """Adds masked numbers, then takes the masks off their sum.
 
     Args:
-        dealt: the members whose shares were passed on; those alone may be in the sum.
+        dealt: the members whose shares were passed on, each with its commitments to them by holder; those alone may be
+            in the sum.
         count: W.
     """
 
-    def __init__(self, terms: Terms, dealt: Iterable[str], count: int) -> None:
+    def __init__(self, terms: Terms, dealt: Mapping[str, Mapping[str, bytes]], count: int) -> None:
         self._terms = terms
-        self._dealt = frozenset(dealt)
+        self._dealt = dict(dealt)
         self._total_W: Words = np.zeros(count, np.uint64)
         self.alive: set[str] = set()
         self._shares: dict[str, dict[int, bytes]] = {name: {} for name in self._dealt}
         self._revealed: set[str] = set()
+        self.liars: dict[str, set[str]] = {}
+        """Members that revealed false shares, with whose secrets' these were; they are left out."""
 
     @property
     def dead(self) -> set[str]:
@@ -56,11 +59,14 @@ class Unmasking:
         """
         if name not in self.alive or name in self._revealed:
             raise ProtocolError(f"shares of {name} are not expected", remedy="ask for the next plan")
-        if foreign := shares.keys() - (set(self._terms.holders(name)) & self._dealt):
+        if foreign := shares.keys() - (set(self._terms.holders(name)) & self._dealt.keys()):
             raise ProtocolError(f"{name} holds no share of {min(foreign)!r}", remedy="leave it out")
         self._revealed.add(name)
         for owner, share in shares.items():
-            self._shares[owner][self._terms.point[name]] = share
+            if hashlib.sha256(share).digest() == self._committed(owner, name):
+                self._shares[owner][self._terms.point[name]] = share
+            else:
+                self.liars.setdefault(name, set()).add(owner)
 
     def total(self) -> Words:
         """The sum of the living members' numbers.
@@ -74,6 +80,10 @@ class Unmasking:
                 left |= pair_seeds(self._key_of(name), self._terms, name, peers)
         add(self._total_W, left)
         return self._total_W
+
+    def _committed(self, owner: str, holder: str) -> bytes:
+        both = self._dealt[owner][holder]
+        return both[: len(both) // 2] if owner in self.alive else both[len(both) // 2 :]
 
     def _masks_left(self, dead: str) -> Sequence[str]:
         """The living who added a mask for this member that nothing cancels."""

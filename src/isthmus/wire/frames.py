@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from isthmus.errors import FrameError, IsthmusError, by_code
 from isthmus.wire import isthmus_pb2 as pb
 
-VERSION = 3
+VERSION = 4
 """Version of the protocol."""
 MAX_SEQUENCES = 4096
 MAX_SILOS = 2**20
@@ -242,6 +242,15 @@ def _secrets(message: Any) -> None:
     longest = max(map(len, parts.values()))
     if longest > MAX_SHARE:
         raise _invalid(f"a share of {longest} bytes")
+    if isinstance(message, pb.Deal) and any(len(one) != 2 * KEY_BYTES for one in message.commitments.values()):
+        raise _invalid(f"a commitment of other than {2 * KEY_BYTES} bytes")
+
+
+def _agree(message: pb.Agree) -> None:
+    if message.round <= 0:
+        raise _invalid("round 0")
+    if not 0 < len(message.signature) <= MAX_CERTIFICATE:
+        raise _invalid(f"a signature of {len(message.signature)} bytes")
 
 
 _RULES: dict[str, Callable[[Any], None]] = {
@@ -259,4 +268,5 @@ _RULES: dict[str, Callable[[Any], None]] = {
     "adapters": _run,
     "deal": _secrets,
     "reveal": _secrets,
+    "agree": _agree,
 }

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("id", "acked", "hello", "welcome", "failure", "ping", "pong", "begin", "begun", "forward", "hidden", "backward", "gradient", "commit", "stepped", "keep", "kept", "end", "ended", "decode", "close", "closed", "ready", "plan", "update", "accepted", "deal", "dealt", "survivors", "reveal", "current", "adapters")
+    __slots__ = ("id", "acked", "hello", "welcome", "failure", "ping", "pong", "begin", "begun", "forward", "hidden", "backward", "gradient", "commit", "stepped", "keep", "kept", "end", "ended", "decode", "close", "closed", "ready", "plan", "update", "accepted", "deal", "dealt", "survivors", "reveal", "current", "adapters", "agree", "agreed")
     ID_FIELD_NUMBER: _ClassVar[int]
     ACKED_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,8 @@ class Frame(_message.Message):
     REVEAL_FIELD_NUMBER: _ClassVar[int]
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    AGREE_FIELD_NUMBER: _ClassVar[int]
+    AGREED_FIELD_NUMBER: _ClassVar[int]
     id: int
     acked: int
     hello: Hello
@@ -72,7 +74,9 @@ class Frame(_message.Message):
     reveal: Reveal
     current: Current
     adapters: Adapters
-    def __init__(self, id: _Optional[int] = ..., acked: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., deal: _Optional[_Union[Deal, _Mapping]] = ..., dealt: _Optional[_Union[Dealt, _Mapping]] = ..., survivors: _Optional[_Union[Survivors, _Mapping]] = ..., reveal: _Optional[_Union[Reveal, _Mapping]] = ..., current: _Optional[_Union[Current, _Mapping]] = ..., adapters: _Optional[_Union[Adapters, _Mapping]] = ...) -> None: ...
+    agree: Agree
+    agreed: Agreed
+    def __init__(self, id: _Optional[int] = ..., acked: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., deal: _Optional[_Union[Deal, _Mapping]] = ..., dealt: _Optional[_Union[Dealt, _Mapping]] = ..., survivors: _Optional[_Union[Survivors, _Mapping]] = ..., reveal: _Optional[_Union[Reveal, _Mapping]] = ..., current: _Optional[_Union[Current, _Mapping]] = ..., adapters: _Optional[_Union[Adapters, _Mapping]] = ..., agree: _Optional[_Union[Agree, _Mapping]] = ..., agreed: _Optional[_Union[Agreed, _Mapping]] = ...) -> None: ...
 
 class Matrix(_message.Message):
     __slots__ = ("codec", "rows", "width", "data")
@@ -428,8 +432,15 @@ class SumKeys(_message.Message):
     def __init__(self, sealing: _Optional[bytes] = ..., masking: _Optional[bytes] = ..., commitment: _Optional[bytes] = ..., certificate: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Deal(_message.Message):
-    __slots__ = ("round", "sealed")
+    __slots__ = ("round", "sealed", "commitments")
     class SealedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    class CommitmentsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -438,12 +449,14 @@ class Deal(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
     ROUND_FIELD_NUMBER: _ClassVar[int]
     SEALED_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENTS_FIELD_NUMBER: _ClassVar[int]
     round: int
     sealed: _containers.ScalarMap[str, bytes]
-    def __init__(self, round: _Optional[int] = ..., sealed: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+    commitments: _containers.ScalarMap[str, bytes]
+    def __init__(self, round: _Optional[int] = ..., sealed: _Optional[_Mapping[str, bytes]] = ..., commitments: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class Dealt(_message.Message):
-    __slots__ = ("sealed",)
+    __slots__ = ("sealed", "commitments")
     class SealedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -451,9 +464,18 @@ class Dealt(_message.Message):
         key: str
         value: bytes
         def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    class CommitmentsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
     SEALED_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENTS_FIELD_NUMBER: _ClassVar[int]
     sealed: _containers.ScalarMap[str, bytes]
-    def __init__(self, sealed: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+    commitments: _containers.ScalarMap[str, bytes]
+    def __init__(self, sealed: _Optional[_Mapping[str, bytes]] = ..., commitments: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class Survivors(_message.Message):
     __slots__ = ("alive", "dropped")
@@ -462,6 +484,27 @@ class Survivors(_message.Message):
     alive: _containers.RepeatedScalarFieldContainer[str]
     dropped: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, alive: _Optional[_Iterable[str]] = ..., dropped: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Agree(_message.Message):
+    __slots__ = ("round", "signature")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    signature: bytes
+    def __init__(self, round: _Optional[int] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Agreed(_message.Message):
+    __slots__ = ("signatures",)
+    class SignaturesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+    signatures: _containers.ScalarMap[str, bytes]
+    def __init__(self, signatures: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class Reveal(_message.Message):
     __slots__ = ("round", "shares")

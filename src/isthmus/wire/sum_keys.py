@@ -1,8 +1,11 @@
-"""Signed key offers: a silo's fresh keys for one masked sum, so that a relaying aggregator cannot substitute its
-own."""
+"""What silos sign for one masked sum: their fresh keys, so that a relaying aggregator cannot substitute its own, and
+who is in the sum, so that it cannot say this to one and that to another."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from isthmus.errors import IdentityError
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.identity import Identity
 
@@ -17,6 +20,47 @@ def sign_keys(identity: Identity, *, sealing: bytes, masking: bytes, commitment:
 def verify_keys(identity: Identity, name: str, keys: pb.SumKeys) -> None:
     """Raise ``IdentityError`` unless the party of this name in the federation has signed the keys."""
     identity.verify(name, keys.certificate, keys.signature, _signed_bytes(name, keys))
+
+
+def sign_survivors(identity: Identity, digest: bytes, living: pb.Survivors) -> bytes:
+    """This party's signature of who is in a sum.
+
+    Args:
+        digest: of all terms of the sum.
+    """
+    return identity.sign(_survivors_bytes(identity.name, digest, living))
+
+
+def signers(
+    identity: Identity,
+    keys: Mapping[str, pb.SumKeys],
+    signatures: Mapping[str, bytes],
+    digest: bytes,
+    living: pb.Survivors,
+    enough: int,
+) -> set[str]:
+    """The silos in a sum that have signed that exactly these are in it; no more than ``enough`` are looked for.
+
+    Args:
+        keys: of all silos in the sum, already verified.
+        digest: of all terms of the sum.
+    """
+    found = set[str]()
+    for name in sorted(set(living.alive) & signatures.keys() & keys.keys()):
+        if len(found) == enough:
+            break
+        try:
+            signed = _survivors_bytes(name, digest, living)
+            identity.verify(name, keys[name].certificate, signatures[name], signed)
+        except IdentityError:
+            continue  # it signed something else: it does not count
+        found.add(name)
+    return found
+
+
+def _survivors_bytes(name: str, digest: bytes, living: pb.Survivors) -> bytes:
+    lists = pb.Survivors(alive=sorted(living.alive), dropped=sorted(living.dropped)).SerializeToString()
+    return b"\0".join((b"isthmus survivors of one sum", name.encode(), digest + lists))
 
 
 def _signed_bytes(name: str, keys: pb.SumKeys) -> bytes:

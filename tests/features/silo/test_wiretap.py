@@ -46,7 +46,8 @@ FIELDS: dict[type[Message], set[str]] = {
     pb.End: {"round"},
     pb.Close: {"session"},
     pb.Update: {"round", "weight", "tensors", "masked", "compressed", "quality", "learned", "silos"},
-    pb.Deal: {"round", "sealed"},
+    pb.Deal: {"round", "sealed", "commitments"},
+    pb.Agree: {"round", "signature"},
     pb.Reveal: {"round", "shares"},
     pb.Tensor: {"name", "shape", "data"},
 }

@@ -1,4 +1,4 @@
-"""Collecting under masks: three turns, all of whom are waited for; of too few nothing is known."""
+"""Collecting under masks: four turns, all of whom are waited for; of too few nothing is known."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ NAMES = ("a", "b", "c", "d")
 FORMAT = SumFormat(Layout({"x": (3,)}), Ring(len(NAMES), 1.0))
 
 
+def shares_in(dealt: Any) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    return dict(dealt.sealed), dict(dealt.commitments)
+
+
 class Cohort:
     """A collection and its members."""
 
@@ -35,14 +39,16 @@ class Cohort:
 
     def deal(self, *names: str) -> dict[str, Answer]:
         terms: Terms = self.masked.terms
-        return {
-            name: self.masked.handle(name, pb.Deal(round=1, sealed=self.members[name].deal(terms))) for name in names
+        sealed = {name: self.members[name].deal(terms) for name in names}
+        deals = {
+            name: pb.Deal(round=1, sealed=sealed[name], commitments=self.members[name].commitments) for name in names
         }
+        return {name: self.masked.handle(name, deal) for name, deal in deals.items()}
 
     def send(self, dealt: dict[str, Answer], *names: str) -> dict[str, Answer]:
         answers = {}
         for name in names:
-            self.members[name].accept(dict(dealt[name].result(0).sealed))  # type: ignore[attr-defined]
+            self.members[name].accept(*shares_in(dealt[name].result(0)))
             whole = np.concatenate([np.full(3, 5, np.int32), FORMAT.ring.encode_share(1.0)])
             words = FORMAT.ring.pack(whole)
             self.members[name].mask(words)
@@ -51,15 +57,19 @@ class Cohort:
         return answers
 
     def reveal(self, sent: dict[str, Answer], *names: str) -> dict[str, Answer]:
+        survivors: dict[str, Any] = {name: sent[name].result(0) for name in names}
+        agreed = {name: self.masked.handle(name, pb.Agree(round=1, signature=name.encode())) for name in names}
         answers = {}
         for name in names:
-            living: Any = sent[name].result(0)
+            answered: Any = agreed[name].result(0)
+            assert dict(answered.signatures) == {other: other.encode() for other in names}
+            living = survivors[name]
             shares = self.members[name].reveal(living.alive, living.dropped)
             answers[name] = self.masked.handle(name, pb.Reveal(round=1, shares=shares))
         return answers
 
 
-def test_the_sum_is_known_after_three_turns() -> None:
+def test_the_sum_is_known_after_four_turns() -> None:
     cohort = Cohort()
     answers = cohort.reveal(cohort.send(cohort.deal(*NAMES), *NAMES), *NAMES)
     (found,) = cohort.found
@@ -99,6 +109,9 @@ def test_what_is_not_due_is_refused() -> None:
         cohort.masked.handle("a", pb.Ready())
     with pytest.raises(ProtocolError, match="dealt to others"):
         cohort.masked.handle("a", pb.Deal(round=1, sealed={"stranger": b""}))
+    sealed = cohort.members["a"].deal(cohort.masked.terms)
+    with pytest.raises(ProtocolError, match="did not commit"):
+        cohort.masked.handle("a", pb.Deal(round=1, sealed=sealed, commitments={"a": bytes(64)}))
     with pytest.raises(ProtocolError, match="no more to send"):
         cohort.masked.handle("stranger", pb.Deal(round=1))
     dealt = cohort.deal(*NAMES)

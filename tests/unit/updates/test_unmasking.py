@@ -23,8 +23,11 @@ class Sum:
         self.terms = Terms(secrets.token_bytes(16), {name: one.advert for name, one in self.members.items()})
         dealt = {name: one.deal(self.terms) for name, one in self.members.items()}
         for name, member in self.members.items():
-            member.accept({dealer: sealed[name] for dealer, sealed in dealt.items() if name in sealed})
-        self.unmasking = Unmasking(self.terms, NAMES, COUNT)
+            dealers = [dealer for dealer in NAMES if dealer != name]
+            commitments = {dealer: self.members[dealer].commitments[name] for dealer in dealers}
+            member.accept({dealer: dealt[dealer][name] for dealer in dealers}, commitments)
+        commitments_of_all = {name: one.commitments for name, one in self.members.items()}
+        self.unmasking = Unmasking(self.terms, commitments_of_all, COUNT)
         self.plain = {name: np.full(COUNT, 10 ** (2 + place), np.uint64) for place, name in enumerate(NAMES)}
 
     def send(self, *names: str) -> None:

@@ -79,6 +79,8 @@ VALID: dict[str, Message] = {
     "deal": pb.Deal(round=3, sealed={"b": bytes(82)}),
     "dealt": pb.Dealt(sealed={"a": bytes(82)}),
     "survivors": pb.Survivors(alive=["a"], dropped=["b"]),
+    "agree": pb.Agree(round=3, signature=b"s"),
+    "agreed": pb.Agreed(signatures={"a": b"s"}),
     "reveal": pb.Reveal(round=3, shares={"a": bytes(33)}),
 }
 SERIALIZED = [frames.wrap(body, id=5, acked=3).SerializeToString() for body in VALID.values()]
@@ -180,6 +182,9 @@ BROKEN += [
     ("update", {"masked": b"m", "tensors": None, "quality": 0.0}, "a weight beside a masked"),
     ("update", {"learned": True}, "beside no masked update"),
     ("update", {"silos": 3}, "beside no masked update"),
+    ("agree", {"round": 0}, "round 0"),
+    ("agree", {"signature": b""}, "a signature of 0 bytes"),
+    ("deal", {"commitments": {"b": b"short"}}, "a commitment of other than 64 bytes"),
     (
         "update",
         {"masked": b"m", "tensors": None, "quality": 0.0, "weight": 0.0, "learned": True, "silos": 3},

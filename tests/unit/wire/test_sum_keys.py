@@ -7,7 +7,7 @@ import pytest
 from isthmus.errors import IdentityError
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.identity import Authority, Identity
-from isthmus.wire.sum_keys import sign_keys, verify_keys
+from isthmus.wire.sum_keys import sign_keys, sign_survivors, signers, verify_keys
 
 AUTHORITY = Authority()
 ANN, BOB = AUTHORITY.issue("ann"), AUTHORITY.issue("bob")
@@ -34,3 +34,16 @@ def test_an_offer_of_another_party_or_authority_is_not() -> None:
         verify_keys(BOB, "ann", keys(BOB))
     with pytest.raises(IdentityError):
         verify_keys(BOB, "ann", keys(Authority().issue("ann")))
+
+
+def test_only_those_who_signed_these_very_survivors_count() -> None:
+    offers = {"ann": keys(), "bob": keys(BOB)}
+    living, others = pb.Survivors(alive=["bob", "ann"], dropped=["eve"]), pb.Survivors(alive=["ann", "bob", "eve"])
+    signatures = {"ann": sign_survivors(ANN, b"terms", living), "bob": sign_survivors(BOB, b"terms", living)}
+    same = pb.Survivors(alive=["ann", "bob"], dropped=["eve"])
+    assert signers(ANN, offers, signatures, b"terms", same, 2) == {"ann", "bob"}
+    assert signers(ANN, offers, signatures, b"terms", same, 1) == {"ann"}
+    assert signers(ANN, offers, signatures, b"terms", others, 3) == set()
+    assert signers(ANN, offers, signatures, b"other terms", living, 3) == set()
+    assert signers(ANN, offers, signatures | {"bob": signatures["ann"]}, b"terms", living, 3) == {"ann"}
+    assert signers(ANN, offers, {"eve": signatures["ann"]}, b"terms", living, 3) == set()
