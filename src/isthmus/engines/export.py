@@ -19,7 +19,8 @@ def export_adapter(run: RunDirectory, out: Path) -> int:
         The number of finished rounds behind the adapter.
 
     Raises:
-        RunError: the run has no finished round, or trained tensors that the uncut model does not have.
+        RunError: the run has no finished round, its last one is damaged, or it trained tensors that the
+            uncut model does not have.
     """
     recipe = run.recipe()
     boundary = recipe.boundary
@@ -38,10 +39,12 @@ def final_adapter(run: RunDirectory) -> tuple[int, dict[str, torch.Tensor]]:
     """The last round that both trunk and root have saved, and its adapter tensors by uncut name.
 
     Raises:
-        RunError: the run has no finished round, or the folder lacks the adapters of trunk or root.
+        RunError: the run has no finished round, its last one is damaged, or
+            the folder lacks the adapters of trunk or root.
     """
-    trunk, root, number = run.role("trunk"), run.role("root"), run.completed()
+    trunk, root = run.role("trunk"), run.role("root")
     _require_both(run)
+    number = min(max(one.rounds(), default=0) for one in (trunk, root))  # a damaged one is refused, not passed over
     if number == 0:
         raise RunError(f"{run.path} holds no finished round", remedy="let the run finish a round first")
     recipe = run.recipe()

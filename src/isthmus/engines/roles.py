@@ -160,7 +160,7 @@ def _listen(server: Server, address: str, result: Callable[[], str | None]) -> N
 
 def _result(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> str | None:
     """What to do with the last round, once all these roles have saved it."""
-    number = min(run.role(role).last_round() for role in roles)
+    number = min(max(run.role(role).rounds(), default=0) for role in roles)  # called often: reads no file
     if number < recipe.train.rounds:
         return None
     folders = "" if run.served_here else " (it takes the folders of trunk and root, copied into one)"
@@ -193,14 +193,17 @@ def start_server(
         if number is not None and number not in directory.rounds():
             saved = ", ".join(map(str, sorted(directory.rounds()))) or "none"
             raise RunError(f"the trunk has not saved round {number}", remedy=f"name one of these: {saved}")
-        services["Trunk"] = trunk = TrunkService(recipe, directory)
-        peers["Trunk"] = [silo.name for silo in recipe.silo]
         if number is None and run.role("root").path.exists():
             number = run.completed()  # one run directory: the trunk's adapter must be of the root's round
+        services["Trunk"] = trunk = TrunkService(recipe, directory)
+        peers["Trunk"] = [silo.name for silo in recipe.silo]
         if number is not None:
             trunk.restore(number)
     if "root" in roles:
-        services["Root"] = GreetedAggregator(recipe, ROOT, root_service(recipe, run.role("root"), identity))
+        directory = run.role("root")
+        if "trunk" in roles:
+            directory.until = run.completed()  # the root must go on from a round that the trunk has, too
+        services["Root"] = GreetedAggregator(recipe, ROOT, root_service(recipe, directory, identity))
         peers["Root"] = recipe.tree.node(ROOT).children
     address = getattr(recipe, roles[0]).address
     server = Server(services, identity, peers, address, recipe.wire.max_frame_bytes)

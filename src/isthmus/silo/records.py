@@ -184,7 +184,7 @@ class Records:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             scale, same = float(kept["scale"]), kept["section"] == self.sensitivity.section.model_dump(mode="json")
-            if not 0 < scale < float("inf"):
+            if kept["digest"] != _digest(kept["scale"], kept["section"]) or not 0 < scale < float("inf"):
                 raise ValueError(scale)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise RunError(f"{path} is damaged", remedy="delete it: it is computed again from the data") from error
@@ -196,7 +196,8 @@ class Records:
             path = self._folder / "sensitivity.json"
             section = self.sensitivity.section.model_dump(mode="json")
             with disk_errors(path), writing(path) as temporary:
-                temporary.write_text(json.dumps({"scale": scale, "section": section}))
+                kept = {"scale": scale, "section": section, "digest": _digest(scale, section)}
+                temporary.write_text(json.dumps(kept))
 
 
 class SequenceHistory:
@@ -272,6 +273,11 @@ class SequenceHistory:
         self._detokenizers = [self._detokenizers[row].copy() for row in rows] if self._detokenizers else []
         if self._lengths is not None:
             self._lengths = [self._lengths[row] for row in rows]
+
+
+def _digest(scale: float, section: object) -> str:
+    """SHA-256 of a stored noise scale and the section it was computed with."""
+    return hashlib.sha256(json.dumps([scale, section], sort_keys=True).encode()).hexdigest()
 
 
 def _crossing_classes(rows: Iterable[Tokens], tail: int | None) -> Iterable[int]:

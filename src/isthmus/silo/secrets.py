@@ -6,9 +6,11 @@ import hashlib
 import secrets
 from pathlib import Path
 
+from isthmus.errors import RunError
 from isthmus.privacy.ledger import FileLedger
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RoleDirectory, disk_errors, read_journal, writing
+from isthmus.storage.sealed import DamagedError, seal, unseal
 
 
 def read_secret(path: Path) -> bytes:
@@ -16,14 +18,19 @@ def read_secret(path: Path) -> bytes:
 
     Raises:
         DiskFullError, RunError: the file cannot be read or written.
+        RunError: the file is damaged: another key would give records and examples other names.
     """
     with disk_errors(path):
-        if path.exists():
-            return path.read_bytes()
-        with writing(path) as temporary:
-            temporary.touch(mode=0o600)
-            temporary.write_bytes(secrets.token_bytes(32))
-        return path.read_bytes()
+        if not path.exists():
+            with writing(path) as temporary:
+                temporary.write_bytes(seal(secrets.token_bytes(32)))
+        try:
+            return bytes(unseal(path.read_bytes()))
+        except DamagedError as error:
+            raise RunError(
+                f"the key {path} cannot be used: {error}",
+                remedy="restore it from a backup; without it start a new run, as budgets are counted by its names",
+            ) from error
 
 
 def open_ledger(directory: RoleDirectory, recipe: Recipe, name: str) -> FileLedger:

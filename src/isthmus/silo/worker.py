@@ -228,7 +228,7 @@ class Worker:
     def _continue_from(self, completed: int) -> None:
         """Restore the silo's state after this round, or after the last one before it that this silo took part in; the
         initial state, if there is none."""
-        completed = max((number for number in self._directory.rounds() if number <= completed), default=0)
+        completed = self._directory.last_round(completed)
         if self._state_of_round == completed:
             return
         self._optimizer = self._local.optimizer()

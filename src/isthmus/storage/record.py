@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -22,6 +23,9 @@ from typing import Any
 
 from isthmus.errors import DiskFullError, RunError
 from isthmus.recipe import Recipe
+from isthmus.storage.sealed import DamagedError, seal, unseal
+
+log = logging.getLogger(__name__)
 
 ROLES = ("trunk", "root", "edges", "silos")
 """Folders of a run directory, which a role creates once its model and identity are valid."""
@@ -35,6 +39,8 @@ LOCK_SECONDS = 15.0
 LONGEST_LINE = 2**20
 """Largest number of bytes of a journal's line."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PRIVATE = 0o600
+"""Mode of the files: hidden states, adapters and journals are for the party that wrote them."""
 ROUND_FILE = re.compile(r"round-(\d{4,})\.pt")
 
 
@@ -45,6 +51,7 @@ class RunDirectory:
 
         recipe.toml                       the recipe as it is run, with every key
         lock                              locked while a run is going on
+        ROLE.lock                         locked while a role that was started by itself is going on
         certificates/PARTY/               ca.pem, cert.pem and key.pem, made by the local engine
         logs/ROLE.log                     output of each process; trunk.log is the trunk's and the root's
         trunk/run                         random name of the run, made with the first adapter
@@ -67,7 +74,8 @@ class RunDirectory:
         attack.json                       results of ``isthmus attack``
         demo.json                         results of ``isthmus demo``
 
-    Files are written atomically; a journal's incomplete last line is dropped. Rounds are kept and never replaced.
+    Files are written atomically, for their owner alone; a journal's incomplete last line is dropped. Rounds are kept.
+    Each has a checksum: a run goes on from the last round that trunk and root can both read, and saves later ones anew.
     """
 
     def __init__(self, path: Path) -> None:
@@ -148,8 +156,13 @@ class RunDirectory:
         return RoleDirectory(self.path / "edges" / name)
 
     def completed(self) -> int:
-        """The last round that both trunk and root have saved. After an interruption the trunk may have one more."""
-        return min(self.role("trunk").last_round(), self.role("root").last_round())
+        """The last round of which both trunk and root have an undamaged state. Either may have later ones: the trunk
+        after an interruption, both if the other's is damaged."""
+        trunk, root = self.role("trunk"), self.role("root")
+        number = min(trunk.last_round(), root.last_round())
+        while number and (found := min(trunk.last_round(number), root.last_round(number))) < number:
+            number = found
+        return number
 
     @property
     def deployed(self) -> bool:
@@ -168,12 +181,13 @@ class RunDirectory:
         return [silo.name for silo in self.recipe().silo if self.role(silo.name).path.is_dir()]
 
     @contextmanager
-    def locked(self, *, shared: bool = False, seconds: float | None = None) -> Iterator[int]:
+    def locked(self, *, shared: bool = False, seconds: float | None = None, role: str = "") -> Iterator[int]:
         """Lock the directory against other runs within the ``with`` block.
 
         Args:
             shared: lock it against runs, but not against others that use its result.
             seconds: longest time to wait for the lock; None: ``LOCK_SECONDS``.
+            role: lock this role alone (a process that serves it by itself); empty: the directory.
 
         Yields:
             A file descriptor. Processes that inherit it share the lock, which ends with the last of them.
@@ -182,13 +196,16 @@ class RunDirectory:
             RunError: another process still holds the lock after that time.
         """
         with disk_errors(self.path):
-            file = (self.path / "lock").open("w")
+            place = self.path / (f"{role}.lock" if role else "lock")
+            file = os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT, PRIVATE), "w")
         with file:
             end = time.monotonic() + (LOCK_SECONDS if seconds is None else seconds)
             while not _lock(file.fileno(), fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
                 if time.monotonic() > end:
                     raise RunError(
-                        f"another run is still going on in {self.path}"
+                        f"another process of {role} uses {self.path}"
+                        if role
+                        else f"another run is still going on in {self.path}"
                         if shared
                         else f"another run is still going on in {self.path}, or its result is in use",
                         remedy="wait until it ends, or stop its processes",
@@ -207,6 +224,8 @@ class RoundFiles:
     def __init__(self, path: Path, keep: int | None = None) -> None:
         self.path = path
         self._keep = keep
+        self._good: set[int] = set()
+        """Rounds whose files were written or verified here."""
 
     def save_round(self, number: int, state: dict[str, Any]) -> None:
         """Save the state after this round atomically."""
@@ -214,27 +233,31 @@ class RoundFiles:
 
         content = io.BytesIO()  # torch's own writer reports a full disk by various errors
         torch.save(state, content)
-        with writing(self.path / f"round-{number:04d}.pt") as temporary:
-            temporary.write_bytes(content.getbuffer())
+        with writing(self._file(number)) as temporary:
+            temporary.write_bytes(seal(content.getbuffer()))
+        self._good.add(number)
         if self._keep is not None:
             for old in sorted(self.rounds())[: -self._keep]:
-                (self.path / f"round-{old:04d}.pt").unlink(missing_ok=True)
+                self._file(old).unlink(missing_ok=True)
 
     def load_round(self, number: int) -> dict[str, Any]:
         """The saved state after this round.
 
         Raises:
-            RunError: there is none, or it cannot be read.
+            RunError: there is none, it cannot be read, or it is damaged.
         """
         import torch
 
-        path = self.path / f"round-{number:04d}.pt"
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+            content = io.BytesIO(self._content(number))
+            state: dict[str, Any] = torch.load(content, weights_only=True, map_location="cpu")
             return state
         except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            why = f": {error}" if isinstance(error, DamagedError) else ""
             raise RunError(
-                f"no readable state of round {number} in {self.path.parent}", remedy="start a new run"
+                f"no readable state of round {number} in {self.path.parent}: {self._file(number)}{why}",
+                remedy="start the role or 'isthmus run --resume' again, which goes on from the last undamaged round; "
+                "or restore the file from a backup, or start a new run",
             ) from error
 
     def digest(self, number: int) -> bytes:
@@ -243,20 +266,48 @@ class RoundFiles:
         Raises:
             RunError: there is none, or it cannot be read.
         """
-        path = self.path / f"round-{number:04d}.pt"
         try:
-            return hashlib.sha256(path.read_bytes()).digest()
+            return hashlib.sha256(self._file(number).read_bytes()).digest()
         except OSError as error:
             raise RunError(
                 f"no readable state of round {number} in {self.path.parent}", remedy="start a new run"
             ) from error
 
-    def last_round(self) -> int:
-        """The last round with a saved state; 0 if there is none."""
-        return max(self.rounds(), default=0)
+    def last_round(self, until: int | None = None) -> int:
+        """The last round with an undamaged state; 0 if there is none. A damaged one is passed over and logged.
+
+        Args:
+            until: the last round to look at; None: all.
+        """
+        damaged: list[str] = []
+        for number in sorted(self.rounds(), reverse=True):
+            if (until is None or number <= until) and self._undamaged(number, damaged):
+                break
+        else:
+            number = 0
+        if damaged:
+            log.warning("%s; going on from round %d", "; ".join(damaged), number)
+        return number
+
+    def _undamaged(self, number: int, damaged: list[str]) -> bool:
+        """Whether the round's file is as it was saved; if not, what is wrong is appended to ``damaged``."""
+        if number not in self._good:
+            try:
+                self._content(number)
+            except (OSError, DamagedError) as error:
+                damaged.append(f"{self._file(number)} is passed over: {error}")
+                return False
+            self._good.add(number)
+        return True
+
+    def _content(self, number: int) -> memoryview:
+        return unseal(self._file(number).read_bytes())
+
+    def _file(self, number: int) -> Path:
+        return self.path / f"round-{number:04d}.pt"
 
     def rounds(self) -> set[int]:
-        """All rounds with a saved state."""
+        """All rounds with a saved state, damaged or not."""
         names = self.path.iterdir() if self.path.is_dir() else ()
         return {int(match[1]) for name in names if (match := ROUND_FILE.fullmatch(name.name))}
 
@@ -267,6 +318,8 @@ class RoleDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rounds = RoundFiles(path / "rounds")
+        self.until: int | None = None
+        """Later rounds are passed over when the role starts, as another role cannot go on from them; None: none are."""
         self.shared = RoundFiles(path / "shared", keep=2)
         """A silo's: the shared adapters of the last rounds, as ``shared``, and the name of the trunk's run, ``run``."""
 
@@ -277,6 +330,7 @@ class RoleDirectory:
     def save_round(self, number: int, state: dict[str, Any]) -> None:
         """Save the state after this round atomically. Files of earlier rounds are kept."""
         self._rounds.save_round(number, state)
+        self.until = None
 
     def load_round(self, number: int) -> dict[str, Any]:
         """The saved state after this round (see ``RoundFiles``)."""
@@ -286,12 +340,12 @@ class RoleDirectory:
         """See ``RoundFiles.digest``."""
         return self._rounds.digest(number)
 
-    def last_round(self) -> int:
-        """The last round with a saved state; 0 if there is none."""
-        return self._rounds.last_round()
+    def last_round(self, until: int | None = None) -> int:
+        """The last round with an undamaged state, up to ``until`` (see ``RoundFiles``)."""
+        return self._rounds.last_round(self.until if until is None else until)
 
     def rounds(self) -> set[int]:
-        """All rounds with a saved state."""
+        """All rounds with a saved state, damaged or not."""
         return self._rounds.rounds()
 
 
@@ -301,8 +355,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            private_folder(path.parent)
+            path.touch(mode=PRIVATE)
             _drop_incomplete_line(path)
 
     def append(self, values: dict[str, Any]) -> None:
@@ -318,11 +372,27 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a journal; none if the file does not exist."""
+    """The complete lines of a journal; none if the file does not exist.
+
+    Raises:
+        RunError: a line is damaged.
+    """
     if not path.exists():
         return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_journal_line(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _journal_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise RunError(
+            f"line {number} of {path} is damaged", remedy="restore the file from a backup, or delete the line"
+        )
+    return values
 
 
 def _drop_incomplete_line(path: Path) -> None:
@@ -336,17 +406,27 @@ def _drop_incomplete_line(path: Path) -> None:
         file.truncate(start + tail.rfind(b"\n") + 1)
 
 
+def private_folder(path: Path) -> None:
+    """Create this folder and those above it that do not exist, for their owner alone."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    path.mkdir(exist_ok=True)  # a file of that name is an error
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A temporary path that replaces ``path`` atomically when the ``with`` block ends without an error.
+    """A temporary path that replaces ``path`` atomically when the ``with`` block ends without an error. The file and
+    the folders that are created for it are for their owner alone.
 
     Raises:
         DiskFullError, RunError: see ``disk_errors``.
     """
     temporary = path.with_name(f".{path.name}.part")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
         try:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT, PRIVATE))
             yield temporary
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import OrderedDict
 from pathlib import Path
 
 from isthmus.storage.record import disk_errors, writing
+from isthmus.storage.sealed import SEAL_BYTES, DamagedError, seal, unseal
+
+log = logging.getLogger(__name__)
 
 FILE_NAME = re.compile(r"[0-9a-f]{16}")
 
 
 class Store:
-    """Byte strings by 64-bit number. Files are written atomically and remain after the process ends.
+    """Byte strings by 64-bit number. Files are written atomically, with a checksum, and remain after the process ends.
 
     Args:
         folder: the folder of the files, created with the first. Only one store may use it at a time.
@@ -42,15 +46,22 @@ class Store:
         return self._bound is None or size <= self._bound
 
     def read(self, number: int) -> bytes | None:
-        """The value, which becomes the most recently used; None if it is not in the store."""
+        """The value, which becomes the most recently used; None if it is not in the store.
+
+        A damaged file is removed, and that is logged.
+        """
         if number not in self._sizes:
             return None
         path = self._path(number)
         try:
-            value = path.read_bytes()
+            value = bytes(unseal(path.read_bytes()))
             os.utime(path)  # the order of use remains after the process ends
         except OSError:  # the file was lost or removed
             self._forget(number)
+            return None
+        except DamagedError as error:
+            log.warning("%s is removed: %s", path, error)
+            self._remove(number)
             return None
         self._sizes.move_to_end(number)
         return value
@@ -68,7 +79,7 @@ class Store:
         while not self.fits(self.bytes + len(value)):
             self._remove(next(iter(self._sizes)))
         with writing(self._path(number)) as temporary:
-            temporary.write_bytes(value)
+            temporary.write_bytes(seal(value))
         self._sizes[number] = len(value)
         self.bytes += len(value)
 
@@ -91,7 +102,7 @@ def _sizes(folder: Path) -> OrderedDict[int, int]:
     for path in folder.iterdir() if folder.is_dir() else ():
         if FILE_NAME.fullmatch(path.name):
             stat = path.stat()
-            found.append((stat.st_mtime_ns, int(path.name, 16), stat.st_size))
+            found.append((stat.st_mtime_ns, int(path.name, 16), max(0, stat.st_size - SEAL_BYTES)))
         elif FILE_NAME.fullmatch(path.name.removeprefix(".").removesuffix(".part")):
             path.unlink(missing_ok=True)
     return OrderedDict((number, size) for _, number, size in sorted(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -194,14 +195,22 @@ def run_name(directory: RoleDirectory) -> str:
     """The random name of the trunk's run, by which a silo recognizes the trunk that it was trained with.
 
     Raises:
-        DiskFullError, RunError: it cannot be read or written.
+        DiskFullError, RunError: it cannot be read or written, or is damaged.
     """
     path = directory.path / "run"
     with disk_errors(path):
         if not path.exists():
             with writing(path) as temporary:
-                temporary.write_text(secrets.token_hex(8), encoding="utf-8")
-        return path.read_text(encoding="utf-8").strip()
+                name = secrets.token_hex(8)
+                temporary.write_text(f"{name} {_check_of(name)}\n", encoding="ascii")
+        name, _, check = path.read_text(encoding="ascii", errors="replace").strip().partition(" ")
+    if check != _check_of(name):
+        raise RunError(f"the run's name in {path} is damaged", remedy="restore the file from a backup")
+    return name
+
+
+def _check_of(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.errors import DiskFullError, RunError
+from isthmus.storage.sealed import SEAL_BYTES
 from isthmus.storage.store import Store
 
 LARGEST = 2**64 - 1
 
 
 def files(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in folder.iterdir()}
+    return {path.name: path.stat().st_size - SEAL_BYTES for path in folder.iterdir()}
 
 
 def test_values_come_back_and_outlast_the_store(tmp_path: Path) -> None:

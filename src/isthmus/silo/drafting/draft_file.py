@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -34,7 +35,11 @@ def save(path: Path, draft: Draft, corpus: Corpus) -> None:
     tensors[TEXTS] = torch.tensor([token for ids, _ in corpus for token in ids], dtype=torch.int64)
     tensors[SIZES] = torch.tensor([[len(ids), start] for ids, start in corpus], dtype=torch.int64).reshape(-1, 2)
     with writing(path) as temporary:
-        save_file(tensors, temporary, metadata={"blocks": str(draft.trunk.blocks)})
+        save_file(
+            tensors,
+            temporary,
+            metadata={"blocks": str(draft.trunk.blocks), "digest": _digest(draft.trunk.blocks, tensors)},
+        )
 
 
 def load(path: Path, model: SplitForCausalLM) -> Draft:
@@ -47,6 +52,8 @@ def load(path: Path, model: SplitForCausalLM) -> Draft:
         with safe_open(path, "pt") as file:
             blocks = int((file.metadata() or {})["blocks"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if _digest(blocks, tensors) != (file.metadata() or {})["digest"]:
+                raise ValueError("its checksum does not match: it is damaged")
         vocabulary, sizes = tensors.pop(WORDS), tensors.pop(SIZES).tolist()
         texts = tensors.pop(TEXTS).split([length for length, _ in sizes])
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
@@ -62,3 +69,12 @@ def load(path: Path, model: SplitForCausalLM) -> Draft:
         raise ModelError(f"the draft in {path} uses tokens outside the model's vocabulary", remedy=_REMEDY)
     corpus = [(ids.tolist(), start) for ids, (_, start) in zip(texts, sizes, strict=True)]
     return Draft(model, bridge.to(model.device), vocabulary.to(model.device), corpus)
+
+
+def _digest(blocks: int, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of everything in the file."""
+    digest = hashlib.sha256(str(blocks).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

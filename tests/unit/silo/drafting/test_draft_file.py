@@ -45,6 +45,13 @@ def test_half_a_file(file: Path, model: SplitForCausalLM) -> None:
     refused(file, model, "no usable draft")
 
 
+def test_a_flipped_bit_of_a_weight(file: Path, model: SplitForCausalLM) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    refused(file, model, "checksum does not match")
+
+
 def test_no_file(file: Path, model: SplitForCausalLM) -> None:
     refused(file.with_name("none"), model, "no usable draft")
 
@@ -65,9 +72,8 @@ def test_a_tensor_is_missing(file: Path, model: SplitForCausalLM, name: str) -> 
 
 @pytest.mark.parametrize("words", [[], [-1], [10_000]])
 def test_words_that_the_model_lacks(file: Path, model: SplitForCausalLM, words: list[int]) -> None:
-    save_file(
-        load_file(file) | {draft_file.WORDS: torch.tensor(words, dtype=torch.int64)}, file, metadata={"blocks": "1"}
-    )
+    tensors = load_file(file) | {draft_file.WORDS: torch.tensor(words, dtype=torch.int64)}
+    save_file(tensors, file, metadata={"blocks": "1", "digest": draft_file._digest(1, tensors)})
     refused(file, model, "tokens outside the model's vocabulary")
 
 

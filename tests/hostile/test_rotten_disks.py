@@ -1,0 +1,118 @@
+"""A disk that rots: whatever bit of a saved file flips, no other values are loaded; a run goes on from good rounds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from isthmus.errors import IsthmusError, RunError
+from isthmus.federation.planner import RootPlanner
+from isthmus.silo.secrets import read_secret
+from isthmus.storage.record import Journal, RoleDirectory, RunDirectory, read_journal
+from isthmus.storage.store import Store
+from isthmus.trunk.service import run_name
+from tests.conftest import make_recipe
+
+FLIPS = 250
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def saved_round(folder: Path) -> tuple[Path, Callable[[], object]]:
+    RoleDirectory(folder).save_round(3, {"w": torch.arange(40.0), "run": "name"})
+    return folder / "rounds" / "round-0003.pt", lambda: str(RoleDirectory(folder).load_round(3))
+
+
+def stored(folder: Path) -> tuple[Path, Callable[[], object]]:
+    Store(folder).write(7, bytes(range(100)))
+    return folder / f"{7:016x}", lambda: Store(folder).read(7)
+
+
+def key(folder: Path) -> tuple[Path, Callable[[], object]]:
+    read_secret(folder / "record-key")
+    return folder / "record-key", lambda: read_secret(folder / "record-key")
+
+
+def name(folder: Path) -> tuple[Path, Callable[[], object]]:
+    run_name(RoleDirectory(folder))
+    return folder / "run", lambda: run_name(RoleDirectory(folder))
+
+
+@pytest.mark.parametrize("kind", [saved_round, stored, key, name])
+def test_no_flipped_bit_loads_other_values(
+    tmp_path: Path, kind: Callable[[Path], tuple[Path, Callable[[], object]]]
+) -> None:
+    """1,000 random flips over the four kinds of files. What is loaded is what was saved, or nothing is."""
+    path, load = kind(tmp_path / "folder")
+    whole, value, draw = path.read_bytes(), load(), random.Random(0)
+    messages: set[bool] = set()
+    for _ in range(FLIPS):
+        flip(path, draw.randrange(8 * len(whole)))
+        try:
+            loaded = load()
+        except IsthmusError as error:
+            loaded = None
+            messages.add(str(path) in error.message and bool(error.remedy))
+        assert loaded in (value, None)
+        path.write_bytes(whole)
+    assert False not in messages
+
+
+def test_a_cut_round_is_refused_by_name_and_passed_over_at_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, load = saved_round(tmp_path)
+    RoleDirectory(tmp_path).save_round(2, {"w": torch.zeros(1)})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RunError, match=r"round-0003\.pt.*damaged or cut off"):
+        load()
+    assert RoleDirectory(tmp_path).last_round() == 2
+    assert "round-0003.pt is passed over" in caplog.text
+    assert "going on from round 2" in caplog.text
+
+
+def test_trunk_and_root_go_back_to_a_round_that_both_can_read(tmp_path: Path) -> None:
+    """The trunk's round 4 is damaged, and the root's round 3: both go on from round 2."""
+    run = RunDirectory.create(tmp_path / "run", make_recipe(Path("/models/tiny"), silos=("a", "b")))
+    for role in ("trunk", "root"):
+        for number in range(1, 5):
+            run.role(role).save_round(number, {"shared": {"w": torch.full((1,), float(number))}})
+    flip(run.path / "trunk/rounds/round-0004.pt", 999)
+    flip(run.path / "root/rounds/round-0003.pt", 999)
+    assert run.completed() == 2
+    root = run.role("root")
+    root.until = run.completed()
+    planner = RootPlanner(run.recipe(), {"w": torch.zeros(1)}, root)
+    assert planner.completed == 2
+    assert planner.shared["w"].item() == 2
+    root.save_round(3, {"shared": {}})
+    assert run.role("root").last_round(3) == 3
+
+
+def test_a_damaged_line_of_a_journal_is_named(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    for number in range(3):
+        journal.append({"n": number})
+    flip(tmp_path / "metrics.jsonl", 8 * 9 + 7)
+    with pytest.raises(RunError, match=r"line 2 of .*metrics\.jsonl is damaged"):
+        read_journal(tmp_path / "metrics.jsonl")
+
+
+def test_what_a_role_writes_is_for_its_owner_alone(tmp_path: Path) -> None:
+    role = RoleDirectory(tmp_path / "run" / "silos" / "a")
+    role.save_round(1, {"w": torch.zeros(1)})
+    role.shared.save_round(1, {"w": torch.zeros(1)})
+    role.journal("metrics").append({"n": 1})
+    Store(role.path / "released").write(1, b"states")
+    read_secret(role.path / "records" / "record-key")
+    run_name(role)
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
