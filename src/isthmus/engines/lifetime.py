@@ -37,10 +37,20 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class _Engine:
+    started = False
+
+
+def by_engine() -> bool:
+    """Whether an engine started this process. The engine holds the run directory's lock then."""
+    return _Engine.started
+
+
 def end_with_engine() -> None:
     """If an engine started this process, send SIGTERM to this process as soon as the engine has ended."""
     engine = os.environ.pop(ENGINE, None)
     if engine is not None:
+        _Engine.started = True
         threading.Thread(target=_follow, args=(int(engine),), name="engine watch", daemon=True).start()
 
 

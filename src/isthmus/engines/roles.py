@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
-from isthmus.engines.lifetime import Stopped
+from isthmus.engines.lifetime import Stopped, by_engine
 from isthmus.engines.local import at_address
 from isthmus.engines.process import LISTENING
 from isthmus.engines.threads import set_threads
@@ -17,7 +17,7 @@ from isthmus.model.agreement import hello_of
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.silo.worker import Worker
-from isthmus.storage.record import RunDirectory
+from isthmus.storage.record import RunDirectory, private_folder
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import Service
 from isthmus.wire.client import GrpcChannel
@@ -64,6 +64,27 @@ def serve(path: Path, run_dir: Path, roles: tuple[str, ...], address: str | None
         serve_roles(at_address(recipe, address, roles), recorded(path, recipe, run_dir), roles, number)
 
 
+@contextmanager
+def alone(run: RunDirectory, roles: tuple[str, ...]) -> Iterator[None]:
+    """Lock these roles of a run directory against other processes of them, and the directory against a local engine.
+
+    A process that an engine started does without: the engine has the directory's lock.
+
+    Args:
+        roles: ``trunk``, ``root``, or names of edges and silos.
+
+    Raises:
+        RunError: another process still has the directory or one of the roles after ``LOCK_SECONDS``.
+    """
+    with ExitStack() as locks:
+        if not by_engine():
+            private_folder(run.path)
+            locks.enter_context(run.locked(shared=True))
+            for role in roles:
+                locks.enter_context(run.locked(role=role))
+        yield
+
+
 def serve_roles(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...], number: int | None = None) -> None:
     """Serve ``trunk``, ``root`` or both until ``Stopped``.
 
@@ -73,6 +94,7 @@ def serve_roles(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...], numbe
 
     Raises:
         RecipeError: two roles, but the recipe has them at two addresses.
+        RunError: another process serves one of the roles from this directory.
     """
     if len({getattr(recipe, role).address for role in roles}) > 1:
         raise RecipeError(
@@ -80,7 +102,7 @@ def serve_roles(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...], numbe
             remedy="give both the same address in the recipe, or start the root by 'isthmus root'",
         )
     set_threads(recipe)
-    with suppress(Stopped):
+    with suppress(Stopped), alone(run, roles):
         server, services = start_server(recipe, run, roles, number)
         try:
             _listen(server, getattr(recipe, roles[0]).address, lambda: _result(recipe, run, roles))
@@ -113,10 +135,14 @@ def serve_run(path: Path, roles: tuple[str, ...], address: str | None, number: i
 
 
 def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
-    """Serve the edge ``name`` until ``Stopped``."""
+    """Serve the edge ``name`` until ``Stopped``.
+
+    Raises:
+        RunError: another process serves it from this directory.
+    """
     node = recipe.tree.node(name)
     set_threads(recipe)
-    with suppress(Stopped):
+    with suppress(Stopped), alone(run, (name,)):
         identity = Identity.load(Path(recipe.wire.certificates), name)
         parent = recipe.tree.parent(name)
         wire, above = recipe.wire, recipe.tree.node(parent).address
@@ -212,13 +238,14 @@ def start_server(
 
 
 def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
-    """Run the silo ``name`` until the federation has finished."""
+    """Run the silo ``name`` until the federation has finished.
+
+    Raises:
+        RunError: another process runs it in this directory.
+    """
     set_threads(recipe)
-    worker = Worker(recipe, name, run.role(name))
-    try:
+    with alone(run, (name,)), closing(Worker(recipe, name, run.role(name))) as worker:
         worker.run()
-    finally:
-        worker.close()
     trunk = "" if run.served_here else ", while the trunk runs"
     print(
         f"{_finished(recipe)}\n"
