@@ -215,6 +215,17 @@ def test_a_liar_about_shares_is_named_and_the_round_goes_on(
     federation.assert_learned(dict.fromkeys(NAMES, 1.0))
 
 
+@pytest.mark.parametrize("field", ["sealing", "masking"])
+def test_a_key_with_which_nothing_can_be_agreed_is_refused_before_it_reaches_the_others(
+    federation: Federation, field: str
+) -> None:
+    keys = federation.silos["a"].updates.offer()
+    setattr(keys, field, bytes(32))
+    with pytest.raises(ProtocolError, match="nothing can be agreed"):
+        federation.root.rounds.ready("a", pb.Ready(keys=keys))
+    assert federation.finish(federation.begin()) == dict.fromkeys(NAMES)
+
+
 def test_a_dealer_of_shares_other_than_it_committed_to_is_named_and_the_round_goes_on(
     federation: Federation, caplog: pytest.LogCaptureFixture
 ) -> None:

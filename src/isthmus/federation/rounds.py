@@ -18,7 +18,7 @@ from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.updates.compression import Compression, Compressor
 from isthmus.updates.flat import Layout
-from isthmus.updates.masking import Advert
+from isthmus.updates.masking import Advert, check_usable
 from isthmus.updates.sums import SumFormat
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
@@ -112,7 +112,8 @@ class Rounds(Aggregator):
         """A child asks for work; answered with a plan once the next round begins, or the federation is over.
 
         Raises:
-            ProtocolError: it is no child of this node's; or updates are to be masked, and it offers no keys.
+            ProtocolError: it is no child of this node's; or updates are to be masked, and it offers no keys, or some
+                with which the others could not go on.
             IdentityError: it has not signed its keys. The other silos would refuse them, and the round with them.
         """
         if peer not in (*self._node.children, *self._node.wards):
@@ -121,6 +122,9 @@ class Rounds(Aggregator):
             raise ProtocolError(f"{peer} offers no keys", remedy="give all parties one recipe")
         if self._identity is not None and request.HasField("keys"):
             verify_keys(self._identity, peer, request.keys)
+        if self._offers_keys:
+            for public in (request.keys.sealing, request.keys.masking):
+                check_usable(public)
         answer: Answer = Answer()
         with self._lock:
             self._planner.meet(peer, request.run)

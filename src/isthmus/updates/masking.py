@@ -317,6 +317,11 @@ def agree(key: X25519PrivateKey, public: bytes, context: bytes, purpose: str, na
     return HKDF(hashes.SHA256(), KEY, salt=context, info=info).derive(shared)
 
 
+def check_usable(public: bytes) -> None:
+    """Raise ``ProtocolError`` if nothing can be agreed with this public key: with it no other member could go on."""
+    agree(X25519PrivateKey.generate(), public, b"", "check", "", "")
+
+
 def stream(seed: bytes, count: int) -> Words:
     """So many pseudorandom words: AES-256 in counter mode, as GCM counts.
 
