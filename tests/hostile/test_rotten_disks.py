@@ -11,6 +11,7 @@ import torch
 
 from isthmus.errors import IsthmusError, RunError
 from isthmus.federation.planner import RootPlanner
+from isthmus.silo.join import SharedAdapters, keep_shared
 from isthmus.silo.secrets import read_secret
 from isthmus.storage.record import Journal, RoleDirectory, RunDirectory, read_journal
 from isthmus.storage.store import Store
@@ -69,8 +70,8 @@ def test_no_flipped_bit_loads_other_values(
 def test_a_cut_round_is_refused_by_name_and_passed_over_at_the_next_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, load = saved_round(tmp_path)
     RoleDirectory(tmp_path).save_round(2, {"w": torch.zeros(1)})
+    path, load = saved_round(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RunError, match=r"round-0003\.pt.*damaged or cut off"):
         load()
@@ -93,8 +94,17 @@ def test_trunk_and_root_go_back_to_a_round_that_both_can_read(tmp_path: Path) ->
     planner = RootPlanner(run.recipe(), {"w": torch.zeros(1)}, root)
     assert planner.completed == 2
     assert planner.shared["w"].item() == 2
-    root.save_round(3, {"shared": {}})
-    assert run.role("root").last_round(3) == 3
+    for role in ("trunk", "root"):
+        run.role(role).save_round(3, {"shared": {}})
+    run.role("trunk").save_round(4, {})
+    assert run.completed() == 3, "the root's old round 4 does not follow from its new round 3"
+
+
+def test_a_round_that_is_trained_again_is_kept_again(tmp_path: Path) -> None:
+    silo = RoleDirectory(tmp_path)
+    for value in (1.0, 2.0):
+        keep_shared(silo, SharedAdapters(4, "run", {"w": torch.full((1,), value)}))
+    assert silo.shared.load_round(4)["shared"]["w"].item() == 2
 
 
 def test_a_damaged_line_of_a_journal_is_named(tmp_path: Path) -> None:

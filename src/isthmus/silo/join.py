@@ -236,7 +236,7 @@ def fetch_shared(silo: Silo, recipe: Recipe) -> SharedAdapters:
 
 def keep_shared(directory: RoleDirectory, shared: SharedAdapters) -> None:
     """Save the adapters of a round in the silo's directory, so that the silo can be opened when the root is gone."""
-    if shared.completed and shared.completed not in directory.shared.rounds():
+    if shared.completed and not _kept(directory, shared):
         directory.shared.save_round(shared.completed, {"shared": dict(shared.tensors), "run": shared.run})
 
 
@@ -430,3 +430,14 @@ def _open_released(recipe: Recipe, bottom: Part, checkpoint: Checkpoint, folder:
     released = Released(Path(temporary), bottom, recipe, checkpoint.fingerprint)
     weakref.finalize(released, shutil.rmtree, temporary, ignore_errors=True)
     return released
+
+
+def _kept(directory: RoleDirectory, shared: SharedAdapters) -> bool:
+    """Whether these are the round's kept adapters: a run that went back to an earlier round has it once more."""
+    with suppress(RunError):
+        if shared.completed in directory.shared.rounds():
+            kept = directory.shared.load_round(shared.completed)["shared"]
+            return kept.keys() == shared.tensors.keys() and all(
+                torch.equal(one, shared.tensors[name].cpu()) for name, one in kept.items()
+            )
+    return False

@@ -240,6 +240,12 @@ class RoundFiles:
             for old in sorted(self.rounds())[: -self._keep]:
                 self._file(old).unlink(missing_ok=True)
 
+    def remove_after(self, number: int) -> None:
+        """Remove the files of all rounds after this one."""
+        for later in [one for one in self.rounds() if one > number]:
+            self._file(later).unlink(missing_ok=True)
+            self._good.discard(later)
+
     def load_round(self, number: int) -> dict[str, Any]:
         """The saved state after this round.
 
@@ -328,7 +334,9 @@ class RoleDirectory:
         return Journal(self.path / f"{name}.jsonl")
 
     def save_round(self, number: int, state: dict[str, Any]) -> None:
-        """Save the state after this round atomically. Files of earlier rounds are kept."""
+        """Save the state after this round atomically. Files of earlier rounds are kept; later ones, which were passed
+        over when the role started, are removed: they do not follow from this one."""
+        self._rounds.remove_after(number)
         self._rounds.save_round(number, state)
         self.until = None
 
