@@ -12,6 +12,13 @@ The units of protection, in increasing order:
 Neighbours have equal lengths and equal noise factors. An observer sees both, and neither is protected here. A factor
 depends on the text, so the size of the noise shows where sensitive rows are.
 
+Gaussian noise with a clip is added on a grid, since sums in floating point have tell-tale lowest bits (Mironov 2012).
+The grid's step is a power of two, about 2⁻¹² of the noise. The vector is clipped in float64 and cut to whole steps
+towards zero, so that its norm cannot grow past the clip. Then a discrete Gaussian draw is added, of the stated
+deviation: its zero-concentrated privacy is exactly that of the real-valued mechanism (Canonne, Kamath and Steinke
+2020), and with thousands of steps to a deviation so is, to many digits, its epsilon at a delta. Charges are therefore
+those of the Gaussian mechanism. Every result is a whole number of steps below 2²⁴, exact in float32.
+
 Shapes: T rows of all sequences one after another, S sequences, D width.
 """
 
@@ -27,10 +34,20 @@ import torch
 
 from isthmus.privacy import events
 from isthmus.privacy.analytic import gaussian_noise
+from isthmus.privacy.discrete import discrete_gaussian
 from isthmus.privacy.events import Charge, Path, Release, merged
 from isthmus.privacy.noise import Noise
 from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import ReleaseSection
+
+FINENESS = 2.0**-12
+"""The step of a grid in deviations of its noise, before it is rounded down to a power of two."""
+LARGEST_STEPS = 2.0**24
+"""Numbers of steps up to this one are exact in float32."""
+TAIL = 12.0
+"""Deviations that a grid has room for; a draw lies beyond with probability 4e-33, and is then cut off."""
+WITHIN = 1 - 2.0**-40
+"""Part of the clip that float64 clips to, so that rounding cannot exceed it."""
 
 
 class Mechanism(Protocol):
@@ -52,6 +69,10 @@ class Mechanism(Protocol):
             subjects: the records that the rows belong to; its factors multiply each row's noise.
             noise: the source of random numbers.
         """
+        ...
+
+    def simulate(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
+        """Like ``secure``, but with noise that is drawn faster and in floating point; the result must not leave."""
         ...
 
     def event(self, path: Path, step: int, subjects: Subjects, width: int) -> Release:
@@ -118,7 +139,14 @@ class Gaussian(_Charging):
         return _clip_rows(h_TD.to(torch.float32), self.clip)
 
     def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
-        """The clipped and noised tensor, float32 ``[T, D]``, detached."""
+        """The clipped and noised tensor, float32 ``[T, D]``, detached; whole steps of a grid if clipped and noised."""
+        if not (self.clip and self.noise):
+            return self.simulate(h_TD, subjects, noise)
+        values_TD = _clip_rows(_exact(h_TD), self.clip * WITHIN)
+        return _add_steps(values_TD, self.clip, self.noise, subjects, noise).to(h_TD.device)
+
+    def simulate(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
+        """The clipped and noised tensor with noise in floating point, float32 ``[T, D]``, detached."""
         return _add_normal(self.clipped(h_TD.detach(), subjects), self.noise, subjects, noise)
 
     def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
@@ -149,18 +177,27 @@ class SequenceGaussian(_Charging):
 
     def clipped(self, h_TD: torch.Tensor, subjects: Subjects) -> torch.Tensor:
         """The tensor with each sequence clipped, float32 ``[T, D]``, differentiable."""
-        h_TD = h_TD.to(torch.float32)
+        return self._clip(h_TD.to(torch.float32), subjects, self.clip)
+
+    def _clip(self, h_TD: torch.Tensor, subjects: Subjects, clip: float) -> torch.Tensor:
         norms_T = h_TD.norm(dim=1).double()
         if subjects.factors_T is not None:
             norms_T = norms_T / subjects.factors_T.to(norms_T)
         pieces = torch.split(norms_T, list(subjects.lengths))
         norms_S = torch.stack([piece.norm() for piece in pieces]).clamp_min(1e-30)
-        scale_S = (self.clip / norms_S).clamp_max(1.0).to(torch.float32)
+        scale_S = (clip / norms_S).clamp_max(1.0).to(h_TD.dtype)
         lengths_S = torch.tensor(subjects.lengths, device=h_TD.device)
         return h_TD * scale_S.repeat_interleave(lengths_S).unsqueeze(1)
 
     def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
-        """The clipped and noised tensor, float32 ``[T, D]``, detached."""
+        """The clipped and noised tensor, float32 ``[T, D]``, detached; whole steps of a grid if noised."""
+        if not self.noise:
+            return self.simulate(h_TD, subjects, noise)
+        values_TD = self._clip(_exact(h_TD), subjects, self.clip * WITHIN)
+        return _add_steps(values_TD, self.clip, self.noise, subjects, noise).to(h_TD.device)
+
+    def simulate(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
+        """The clipped and noised tensor with noise in floating point, float32 ``[T, D]``, detached."""
         return _add_normal(self.clipped(h_TD.detach(), subjects), self.noise, subjects, noise)
 
     def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
@@ -175,6 +212,9 @@ class Metric(_Charging):
     The privacy loss between two rows at distance d is at most epsilon·d; with clipping it is at most 2·clip·epsilon
     between any two rows, with delta 0; without clipping it is unbounded. The noise has a uniform direction and a length
     from Gamma(D, 1/epsilon). ``epsilon`` has the inverse of the tensor's units; a row's factor divides it.
+
+    Limitation: the sum is rounded to float32, so the bound holds for real numbers but not for an observer who exploits
+    the lowest bits (Mironov 2012).
     """
 
     clip: float
@@ -201,6 +241,10 @@ class Metric(_Charging):
             length_T = length_T * subjects.factors_T.to(length_T)
         length_T /= direction_TD.norm(dim=1).clamp_min(1e-30)
         return h_TD + (direction_TD * length_T.unsqueeze(1)).to(h_TD.device)
+
+    def simulate(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
+        """The same as ``secure``: this noise is not on a grid."""
+        return self.secure(h_TD, subjects, noise)
 
     def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
         """The pure epsilon of all rows; infinite without clipping."""
@@ -243,3 +287,42 @@ def _add_normal(h_TD: torch.Tensor, deviation: float, subjects: Subjects, noise:
     if subjects.factors_T is not None:
         drawn_TD = drawn_TD * subjects.factors_T.to(drawn_TD).unsqueeze(1)
     return h_TD + deviation * drawn_TD.to(h_TD.device)
+
+
+def grid_step(clip: float, deviation: float, factors: Sequence[float] = (1.0,)) -> float:
+    """The step of the grid on which a release's noise is added: a power of two.
+
+    Args:
+        clip: largest L2 norm of a unit.
+        deviation: of the noise on rows of factor 1.
+        factors: the rows' noise factors.
+    """
+    largest = clip * max(1.0, *factors) + TAIL * deviation * max(factors)
+    fine = 2.0 ** math.floor(math.log2(deviation * min(factors) * FINENESS))
+    return max(fine, 2.0 ** math.ceil(math.log2(largest / LARGEST_STEPS)))
+
+
+def _exact(h_TD: torch.Tensor) -> torch.Tensor:
+    """The tensor as float64, on the CPU if its device has no such numbers."""
+    return (h_TD.detach().cpu() if h_TD.device.type == "mps" else h_TD.detach()).double()
+
+
+def _add_steps(
+    values_TD: torch.Tensor, clip: float, deviation: float, subjects: Subjects, noise: Noise
+) -> torch.Tensor:
+    """Cut clipped values, float64, to a grid towards zero and add discrete Gaussian noise on it; float32."""
+    if not values_TD.numel():
+        return values_TD.to(torch.float32)
+    factors_T = torch.ones(len(values_TD), dtype=torch.float64)
+    if subjects.factors_T is not None:
+        factors_T = subjects.factors_T.detach().cpu().double()
+    factors = sorted(set(factors_T.tolist()))
+    step = grid_step(clip, deviation, factors)
+    steps_TD = (values_TD / step).trunc_()  # a division by a power of two is exact
+    drawn_TD = torch.empty(values_TD.shape, dtype=torch.float64)
+    for factor in factors:
+        rows = (factors_T == factor).nonzero()[:, 0]
+        drawn = discrete_gaussian(noise, deviation * factor / step, len(rows) * values_TD.shape[1])
+        drawn_TD[rows] = torch.from_numpy(drawn).view(len(rows), -1).double()
+    steps_TD += drawn_TD.to(steps_TD.device)
+    return steps_TD.clamp_(-LARGEST_STEPS, LARGEST_STEPS).mul_(step).to(torch.float32)

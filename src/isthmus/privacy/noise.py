@@ -45,9 +45,9 @@ class SecretNoise:
     give no such guarantee. Normal draws use the Box-Muller transform with 53 bits for the radius and 32 for the angle,
     so tails reach 8.6 deviations (probability 1e-17 beyond); 32 bits would cut them at 6.7.
 
-    Limitation: noise and tensor are added in float32, whose spacing depends on the sum. Mironov (2012) shows that the
-    exact outputs of such an addition can reveal more than the real-valued mechanism does, in the lowest bits of the
-    fraction. Coarser codecs hide these bits; no guarantee here covers an adversary that exploits them.
+    Limitation: ``normal`` and ``gamma`` are floating-point numbers. Mironov (2012) shows that the exact sum of such a
+    draw and a tensor can reveal more than the real-valued mechanism does, in the lowest bits of the fraction.
+    Mechanisms with a clip therefore add whole steps of a grid, drawn from ``words`` (``discrete``).
     """
 
     def __init__(self) -> None:

@@ -135,7 +135,7 @@ class Boundary:
 
     def simulated(self, h_TD: torch.Tensor, path: Path, subjects: Subjects) -> torch.Tensor:
         """The tensor clipped and noised as in a release, float32. It is not charged, so it must stay in the silo."""
-        return self._mechanisms[path].secure(h_TD, subjects, self._noise)
+        return self._mechanisms[path].simulate(h_TD, subjects, self._noise)
 
     def release_update(self, row_P: torch.Tensor, step: int, encode: Callable[[torch.Tensor], pb.Update]) -> pb.Update:
         """Clip, noise and encode an adapter update.
