@@ -22,7 +22,7 @@ from isthmus.wire.sum_keys import sign_keys
 from tests.conftest import make_recipe, save_tiny_model
 
 SILOS = ("a", "b", "c")
-KEYS = {"sealing": bytes(32), "masking": bytes(32), "commitment": bytes(32)}
+KEYS = {"sealing": bytes([9]) + bytes(31), "masking": bytes([9]) + bytes(31), "commitment": bytes([9]) + bytes(31)}
 
 
 @pytest.fixture(scope="module")
