@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -125,6 +126,8 @@ class FileLedger:
         self.path = path
         self._process = os.getpid()
         self._clock = clock
+        self._lock = threading.Lock()
+        """Held from reading the last line's hash to writing the head: a line between them would break the chain."""
         self._files: list[int] = []
         self._closing = weakref.finalize(self, _close, self._files)
         try:
@@ -149,9 +152,11 @@ class FileLedger:
                 f"{self.path} was opened by the parent process; a forked process cannot write to it",
                 remedy="send from the process that joined, or join after the fork, with a run directory of its own",
             )
-        if not self._files:
-            raise LedgerError(f"{self.path} is closed", remedy="join again before you send")
-        self._append({"release": release_to_json(release)})
+        values = {"release": release_to_json(release)}
+        with self._lock:
+            if not self._files:
+                raise LedgerError(f"{self.path} is closed", remedy="join again before you send")
+            self._append(values)
 
     def history(self) -> Iterator[Release]:
         return read_ledger(self.path).releases()
