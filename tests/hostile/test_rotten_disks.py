@@ -107,6 +107,17 @@ def test_a_round_that_is_trained_again_is_kept_again(tmp_path: Path) -> None:
     assert silo.shared.load_round(4)["shared"]["w"].item() == 2
 
 
+def test_the_disk_is_bounded_by_the_rounds_that_are_kept(tmp_path: Path) -> None:
+    """Round 0, by which a run's start is checked, stays; with two rounds kept a damaged one leaves a good one."""
+    role = RoleDirectory(tmp_path)
+    role.keep = 2
+    for number in range(50):
+        role.save_round(number, {"w": torch.full((1,), float(number))})
+    assert role.rounds() == {0, 48, 49}
+    flip(tmp_path / "rounds/round-0049.pt", 999)
+    assert RoleDirectory(tmp_path).last_round() == 48
+
+
 def test_a_damaged_line_of_a_journal_is_named(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "metrics.jsonl")
     for number in range(3):

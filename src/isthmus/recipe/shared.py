@@ -27,6 +27,7 @@ FREE: dict[str, str] = {
     "threads": _OWN_MACHINE,
     "model.path": "a place on each party's machine; the files are compared by their fingerprint",
     "lora.start": "a place on each party's machine; the adapters in it are compared by their digest",
+    "train.keep_rounds": "how much of its own disk each party gives to earlier rounds; training reads the last ones",
     "train.micro_batches": "how a silo cuts its steps into frames; the step is the same",
     "train.evaluate": "each silo measures on its own held-out rows, for itself",
     "sensitivity.function": _OWN_FILE,

@@ -240,6 +240,12 @@ class RoundFiles:
             for old in sorted(self.rounds())[: -self._keep]:
                 self._file(old).unlink(missing_ok=True)
 
+    def remove_before(self, number: int, keep: int) -> None:
+        """Remove the files of all rounds up to this one but round 0 and the last ``keep``."""
+        for old in sorted(one for one in self.rounds() if 0 < one <= number)[:-keep]:
+            self._file(old).unlink(missing_ok=True)
+            self._good.discard(old)
+
     def remove_after(self, number: int) -> None:
         """Remove the files of all rounds after this one."""
         for later in [one for one in self.rounds() if one > number]:
@@ -324,6 +330,8 @@ class RoleDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rounds = RoundFiles(path / "rounds")
+        self.keep: int | None = None
+        """Number of last rounds that are kept besides round 0, the start; None: all."""
         self.until: int | None = None
         """Later rounds are passed over when the role starts, as another role cannot go on from them; None: none are."""
         self.shared = RoundFiles(path / "shared", keep=2)
@@ -334,10 +342,12 @@ class RoleDirectory:
         return Journal(self.path / f"{name}.jsonl")
 
     def save_round(self, number: int, state: dict[str, Any]) -> None:
-        """Save the state after this round atomically. Files of earlier rounds are kept; later ones, which were passed
-        over when the role started, are removed: they do not follow from this one."""
+        """Save the state after this round atomically. Files of earlier rounds are kept, or the last ``keep`` of them;
+        later ones, which were passed over when the role started, are removed: they do not follow from this one."""
         self._rounds.remove_after(number)
         self._rounds.save_round(number, state)
+        if self.keep is not None:
+            self._rounds.remove_before(number, self.keep)
         self.until = None
 
     def load_round(self, number: int) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class TrunkService:
         self._sessions = Sessions(self._runner, recipe.trunk)
         self._decoding = Decoding(self._runner, self._sessions, self._codecs, recipe.trunk.chunk)
         adapter = _trunk_adapter(self._runner.part, recipe)
+        directory.keep = recipe.train.keep_rounds
         self._training = self._scheduler.submit(
             lambda: TrunkTraining(self._runner, adapter, directory, recipe.seed)
         ).result()

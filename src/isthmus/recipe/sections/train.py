@@ -16,6 +16,9 @@ class TrainSection(Section):
 
     rounds: Count = 4
     """Rounds of training; each ends with an average of the silos' updates."""
+    keep_rounds: Annotated[int, Field(ge=2)] | None = Field(default=None, examples=[10])
+    """Last rounds whose files each party keeps, besides round 0, the start; older ones are removed, and so bound the
+    disk. A model that was saved in a loop of your own goes on only from a round that the trunk keeps. Left out: all."""
     steps: Count = 10
     """Optimizer steps of each silo in a round, unless the silo has its own silo.steps."""
     epochs: Count | None = Field(default=None, examples=[3])
