@@ -12,7 +12,7 @@ import torch
 from isthmus.errors import IsthmusError, RunError
 from isthmus.federation.planner import RootPlanner
 from isthmus.silo.join import SharedAdapters, keep_shared
-from isthmus.silo.secrets import read_secret
+from isthmus.silo.secrets import open_ledger, read_secret
 from isthmus.storage.record import Journal, RoleDirectory, RunDirectory, read_journal
 from isthmus.storage.store import Store
 from isthmus.trunk.service import run_name
@@ -129,6 +129,7 @@ def test_a_damaged_line_of_a_journal_is_named(tmp_path: Path) -> None:
 
 def test_what_a_role_writes_is_for_its_owner_alone(tmp_path: Path) -> None:
     role = RoleDirectory(tmp_path / "run" / "silos" / "a")
+    open_ledger(role, make_recipe(Path("/models/tiny"), silos=("a", "b")), "a").close()
     role.save_round(1, {"w": torch.zeros(1)})
     role.shared.save_round(1, {"w": torch.zeros(1)})
     role.journal("metrics").append({"n": 1})

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from isthmus.engines.lifetime import ENGINE
 from isthmus.errors import IsthmusError, PeerGoneError, RunError
-from isthmus.storage.record import disk_errors
+from isthmus.storage.record import PRIVATE, disk_errors, private_folder
 
 LISTENING = "listening at "
 """First words of the line that a server prints when it is ready; ``host:port`` follows."""
@@ -45,8 +45,8 @@ class RoleProcess:
         self._last: deque[str] = deque(maxlen=LAST_LINES)
         self._address: Future[str] = Future()
         with disk_errors(log):
-            log.parent.mkdir(parents=True, exist_ok=True)
-            output = log.open("ab", buffering=0)
+            private_folder(log.parent)
+            output = os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE), "ab", buffering=0)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "isthmus", *arguments],
             stdin=subprocess.DEVNULL,

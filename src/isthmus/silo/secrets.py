@@ -9,7 +9,7 @@ from pathlib import Path
 from isthmus.errors import RunError
 from isthmus.privacy.ledger import FileLedger
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RoleDirectory, disk_errors, read_journal, writing
+from isthmus.storage.record import RoleDirectory, disk_errors, private_folder, read_journal, writing
 from isthmus.storage.sealed import DamagedError, seal, unseal
 
 
@@ -44,6 +44,8 @@ def open_ledger(directory: RoleDirectory, recipe: Recipe, name: str) -> FileLedg
         LedgerError: the ledger was changed or deleted, another process has it open, or the clock is behind its last
             entry.
     """
+    with disk_errors(directory.path):
+        private_folder(directory.path)
     optional = [section for section in (recipe.federation.noise, recipe.federation.clip) if section is not None]
     sections = (recipe.model, recipe.boundary, recipe.privacy, *optional)
     settings = "\n".join(section.model_dump_json() for section in sections)
