@@ -104,6 +104,7 @@ class Detected:
 
 def changed_boundary(recipe: Recipe, changed: Values) -> Recipe:
     values = recipe.model_dump(exclude_none=True)
+    values.pop("privacy", None)  # not every rung has a clip and noise
     values["boundary"] |= changed
     values["boundary"] = {key: value for key, value in values["boundary"].items() if value is not None}
     return Recipe.of(values)

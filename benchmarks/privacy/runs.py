@@ -55,6 +55,7 @@ def recipe_of(change: Change) -> Recipe:
 
 def undefended(values: Values, noise: float = 0.0, cut: tuple[int, int] | None = None) -> None:
     """Plain split learning with this noise on hidden states."""
+    values.pop("privacy", None)  # without a clip no budget can hold
     values["boundary"] = {path: {"noise": 0.0} for path in ("forward", "gradient", "update")}
     values["boundary"]["forward"]["noise"] = noise
     if cut is not None:
