@@ -274,4 +274,4 @@ def test_nothing_of_it_is_on_disk_but_key_scale_and_section(start: Start, tmp_pa
     start().train()
     kept = tmp_path / "running0" / "silo" / "records"
     assert {path.name for path in kept.iterdir()} == {"record-key", "sensitivity.json"}
-    assert set(json.loads((kept / "sensitivity.json").read_text())) == {"scale", "section"}
+    assert set(json.loads((kept / "sensitivity.json").read_text())) == {"scale", "section", "digest"}
