@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import statistics
 import subprocess
 import threading
@@ -27,7 +28,7 @@ from isthmus.federation.collection import Collected, Done
 from isthmus.federation.masked import Masked
 from isthmus.recipe import BoundarySection, FederationSection, SecureSection
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import MaskedUpdates
+from isthmus.silo.update import Cohort, MaskedUpdates
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Advert
@@ -37,7 +38,7 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer, LoopbackChannel
 from isthmus.wire.identity import Authority, Identity
-from isthmus.wire.sum_keys import verify_keys
+from isthmus.wire.sum_keys import plan_digest, verify_keys
 
 PARAMETERS = 460_800
 """Of a rank-8 adapter on all projections of SmolLM2-135M's two ends, about."""
@@ -139,10 +140,11 @@ class Root:
         adverts = {name: Advert(one.sealing, one.masking, one.commitment) for name, one in self.keys.items()}
         layout, ring = Layout({"x": (PARAMETERS,)}), Ring(len(adverts), RANGE)
         sums = SumFormat(layout, ring)
-        self.collection = Masked(adverts, sums, lambda fire: Barrier(600.0, fire), done, fewest=3)
-        plan = pb.Plan(round=1, participants=sorted(adverts), sum=self.collection.terms.context)
+        plan = pb.Plan(round=1, participants=sorted(adverts), sum=secrets.token_bytes(16))
         for name, keys in self.keys.items():
             plan.keys[name].CopyFrom(keys)
+        context = plan_digest(plan)
+        self.collection = Masked(adverts, sums, lambda fire: Barrier(600.0, fire), done, context=context, fewest=3)
         return plan.SerializeToString()
 
 
@@ -156,7 +158,10 @@ def ours(silos: int) -> list[Sum]:
     channels = {name: LoopbackChannel(root, name) for name in names}
     section = BoundarySection.model_validate({path: {"noise": 0.0} for path in ("forward", "gradient", "update")})
     exact = Compression(FederationSection(secure=SecureSection(masks=True, range=RANGE)))
-    updates = {name: MaskedUpdates(Boundary(section), channels[name], identities[name], exact) for name in names}
+    cohort = Cohort(frozenset(names), 3)
+    updates = {
+        name: MaskedUpdates(Boundary(section), channels[name], identities[name], exact, cohort) for name in names
+    }
     return [summed(root, channels, updates, changes) for _ in range(2)]
 
 

@@ -28,7 +28,7 @@ from isthmus.federation.collection import Collected
 from isthmus.federation.planner import EdgePlanner, RootPlanner
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import MaskedUpdates
+from isthmus.silo.update import Cohort, MaskedUpdates
 from isthmus.storage.record import RoleDirectory
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
@@ -97,7 +97,13 @@ class Tree:
         self._channels = {name: LoopbackChannel(nodes[self.recipe.tree.parent(name)], name) for name in self._names}
         boundary, compression = Boundary(self.recipe.boundary), Compression(self.recipe.federation)
         self._updates = {
-            name: MaskedUpdates(boundary, channel, identities[name], compression)
+            name: MaskedUpdates(
+                boundary,
+                channel,
+                identities[name],
+                compression,
+                Cohort.of(self.recipe.tree.node(self.recipe.tree.parent(name))),
+            )
             for name, channel in self._channels.items()
         }
         draw = np.random.default_rng(0)

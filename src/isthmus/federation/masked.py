@@ -6,7 +6,6 @@ Shapes: K numbers that cross, S digits of a share.
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 
 from google.protobuf.message import Message
@@ -32,6 +31,7 @@ class Masked:
     Args:
         adverts: the participants' public keys, by name.
         sums: the format of the sum.
+        context: digest of the plan that the participants get, from which their masks follow.
         fewest: living silos that a sum needs before it may be known.
     """
 
@@ -42,9 +42,10 @@ class Masked:
         barrier: MakeBarrier,
         done: Done,
         *,
+        context: bytes,
         fewest: int,
     ) -> None:
-        self.terms = Terms(secrets.token_bytes(16), adverts)
+        self.terms = Terms(context, adverts)
         self._sums, self._new_barrier, self._done, self._fewest = sums, barrier, done, fewest
         self._sealed: dict[str, dict[str, bytes]] = {}
         self._commitments: dict[str, dict[str, bytes]] = {}

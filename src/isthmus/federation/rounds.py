@@ -4,6 +4,7 @@ finished. The same for the root, whose children are silos or edges, and for ever
 from __future__ import annotations
 
 import enum
+import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +25,7 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.identity import Identity
-from isthmus.wire.sum_keys import verify_keys
+from isthmus.wire.sum_keys import plan_digest, verify_keys
 
 
 class Phase(enum.Enum):
@@ -194,10 +195,10 @@ class Rounds(Aggregator):
         self.phase, self._round = Phase.TRAINING, plan.round
         if self._offers_keys:
             keys = {peer: self._asked[peer].keys for peer in participants}
-            self._collection = masked = self._masked(keys, plan)
-            plan.sum = masked.terms.context
+            plan.sum = secrets.token_bytes(16)
             for peer, offered in keys.items():
                 plan.keys[peer].CopyFrom(offered)
+            self._collection = self._masked(keys, plan)
         elif self._masks:
             sums = self._format(participants[0], plan.round, len(self._silos), plan.clip)
             self._collection = Sums(participants, sums, self._barrier, self._end)
@@ -214,7 +215,8 @@ class Rounds(Aggregator):
     def _masked(self, keys: Mapping[str, pb.SumKeys], plan: pb.Plan) -> Masked:
         adverts = {peer: Advert(one.sealing, one.masking, one.commitment) for peer, one in keys.items()}
         sums = self._format(next(iter(keys)), plan.round, len(keys), plan.clip)
-        return Masked(adverts, sums, self._barrier, self._end, fewest=self._node.minimum)
+        context = plan_digest(self._planner.own(plan, next(iter(keys))))  # under masks all children get the same
+        return Masked(adverts, sums, self._barrier, self._end, context=context, fewest=self._node.minimum)
 
     def _format(self, peer: str, round: int, silos: int, clip: float = 0.0) -> SumFormat:
         """The format of a sum of so many silos' numbers, this child's among them."""

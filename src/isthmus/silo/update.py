@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,18 +25,19 @@ from isthmus.privacy.events import ALL, Charge, Release
 from isthmus.privacy.noise import Noise, SecretNoise
 from isthmus.recipe import ClipSection, Recipe
 from isthmus.recipe.sections.federation.clip import LONGEST, SHORTEST
+from isthmus.recipe.tree import Node
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import connect
 from isthmus.updates.compression import Compression, Compressor
 from isthmus.updates.flat import Layout
-from isthmus.updates.masking import Advert, Member, Terms
+from isthmus.updates.masking import FEWEST, Advert, Member, Terms
 from isthmus.updates.quantize import Whole, shortened
 from isthmus.updates.sums import SumFormat
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel
 from isthmus.wire.identity import Identity
-from isthmus.wire.sum_keys import sign_keys, sign_survivors, signers, verify_keys
+from isthmus.wire.sum_keys import plan_digest, sign_keys, sign_survivors, signers, verify_keys
 
 Tensors = Mapping[str, torch.Tensor]
 log = logging.getLogger(__name__)
@@ -147,14 +149,52 @@ class OpenUpdates:
         return pb.Update(compressed=data)
 
 
+@dataclass(frozen=True)
+class Cohort:
+    """The silos that may be in a masked sum with this one, by its own recipe, whatever an aggregator says."""
+
+    silos: frozenset[str]
+    minimum: int
+    """Fewest silos of a sum."""
+
+    @classmethod
+    def of(cls, node: Node) -> Cohort:
+        """The silos of an aggregator: its own, and those that turn to it when their edge fails."""
+        return cls(frozenset((*node.children, *node.wards)), max(node.minimum, FEWEST))
+
+    def check(self, plan: pb.Plan) -> None:
+        """Check the members of a plan's sum.
+
+        Raises:
+            ProtocolError: one is no silo of this cohort, or does not take part; or they are too few.
+        """
+        if foreign := plan.keys.keys() - self.silos:
+            raise ProtocolError(
+                f"a plan for a sum with {min(foreign)!r}, which is no silo of this cohort in the recipe",
+                remedy="leave this aggregator, or give all parties one recipe",
+            )
+        if absent := plan.keys.keys() - set(plan.participants):
+            raise ProtocolError(
+                f"a plan with keys of {min(absent)!r}, which does not take part", remedy="give all parties one recipe"
+            )
+        if len(plan.keys) < self.minimum:
+            raise ProtocolError(
+                f"a plan for a sum of {len(plan.keys)} silos, the recipe needs {self.minimum}",
+                remedy="leave this aggregator, or give all parties one recipe",
+            )
+
+
 class MaskedUpdates:
     """Updates of which the aggregator sees the sum alone, by masks that cancel in it (see ``updates.masking``).
 
     Each round has fresh keys. The shares of other silos' secrets that this silo holds are forgotten with the round.
     """
 
-    def __init__(self, boundary: Boundary, channel: Channel, identity: Identity, compression: Compression) -> None:
+    def __init__(
+        self, boundary: Boundary, channel: Channel, identity: Identity, compression: Compression, cohort: Cohort
+    ) -> None:
         self._boundary, self._channel, self._identity, self._compression = boundary, channel, identity, compression
+        self._cohort = cohort
         self._feedback, self._exact = compression.feedback(), compression.exact
         self._member = Member(identity.name)
         self._keys: dict[str, pb.SumKeys] = {}
@@ -172,14 +212,13 @@ class MaskedUpdates:
 
     def begin(self, plan: pb.Plan, layout: Layout) -> None:
         """Send shares of this silo's secrets; the other silos' shares arrive while this one trains."""
-        if not set(plan.keys) <= set(plan.participants):
-            raise ProtocolError("a plan with keys of silos that do not take part", remedy="give all parties one recipe")
+        self._cohort.check(plan)
         for name, keys in plan.keys.items():
             if name != self._identity.name:  # ``deal`` compares its own with what it offered
                 verify_keys(self._identity, name, keys)
         adverts = {name: Advert(keys.sealing, keys.masking, keys.commitment) for name, keys in plan.keys.items()}
         self._keys = dict(plan.keys)
-        sealed = self._member.deal(Terms(plan.sum, adverts))
+        sealed = self._member.deal(Terms(plan_digest(plan), adverts))
         self._format = self._compression.sum_format(layout, plan.round, len(plan.keys), plan.clip)
         deal = pb.Deal(round=plan.round, sealed=sealed, commitments=self._member.commitments)
         self._dealt = self._channel.submit(deal)
@@ -265,12 +304,13 @@ class NoisedUpdates(MaskedUpdates):
         channel: Channel,
         identity: Identity,
         compression: Compression,
+        cohort: Cohort,
         *,
         noise: SumNoise,
         clip: ClipSection,
         fewest: int,
     ) -> None:
-        super().__init__(boundary, channel, identity, compression)
+        super().__init__(boundary, channel, identity, compression, cohort)
         self._noise, self._clip, self._fewest = noise, clip, fewest
 
     def affordable(self) -> bool:
@@ -346,7 +386,7 @@ class AggregatorClient:
         self._recipe, self._name, self._boundary = recipe, name, boundary
         self._aggregator = recipe.tree.parent(name)
         self._channel = channel or self._connect()
-        self._updates = updates_of(recipe, name, boundary, self._channel)
+        self._updates = updates_of(recipe, name, boundary, self._channel, self._aggregator)
 
     def ask(self, completed: int, run: str = "") -> pb.Plan:
         """The next plan; the sibling's if the edge is gone or has too few silos left.
@@ -410,7 +450,7 @@ class AggregatorClient:
         self._channel.close()
         self._aggregator, state = sibling, self._updates.state_dict()
         self._channel = self._connect()
-        self._updates = updates_of(self._recipe, self._name, self._boundary, self._channel)
+        self._updates = updates_of(self._recipe, self._name, self._boundary, self._channel, self._aggregator)
         self._updates.load_state_dict(state)
 
     def _sibling(self) -> str | None:
@@ -433,8 +473,8 @@ class AggregatorClient:
             raise RoundLostError(gone.message, remedy="ask its sibling for the next plan") from gone
 
 
-def updates_of(recipe: Recipe, name: str, boundary: Boundary, channel: Channel) -> Updates:
-    """The silo's updates as the recipe wants them: open, masked, or noised as a sum.
+def updates_of(recipe: Recipe, name: str, boundary: Boundary, channel: Channel, aggregator: str) -> Updates:
+    """The silo's updates to this aggregator as the recipe wants them: open, masked, or noised as a sum.
 
     Raises:
         IdentityError: they are to be masked, and the silo's certificate is unusable.
@@ -443,16 +483,22 @@ def updates_of(recipe: Recipe, name: str, boundary: Boundary, channel: Channel) 
     if not recipe.federation.secure.masks:
         return OpenUpdates(boundary, channel, compression)
     identity = Identity.load(Path(recipe.wire.certificates), name)
+    cohort = Cohort.of(recipe.tree.node(aggregator))
     if compression.noise is None:
-        return MaskedUpdates(boundary, channel, identity, compression)
-    return noised_updates(recipe, boundary, channel, identity, compression)
+        return MaskedUpdates(boundary, channel, identity, compression, cohort)
+    return noised_updates(recipe, boundary, channel, identity, compression, cohort)
 
 
 def noised_updates(
-    recipe: Recipe, boundary: Boundary, channel: Channel, identity: Identity, compression: Compression
+    recipe: Recipe,
+    boundary: Boundary,
+    channel: Channel,
+    identity: Identity,
+    compression: Compression,
+    cohort: Cohort,
 ) -> NoisedUpdates:
     """Updates of a recipe whose masked sums have noise of their own."""
     assert compression.noise is not None
     assert recipe.federation.clip is not None
     noise, clip, fewest = compression.noise, recipe.federation.clip, recipe.tree.smallest()
-    return NoisedUpdates(boundary, channel, identity, compression, noise=noise, clip=clip, fewest=fewest)
+    return NoisedUpdates(boundary, channel, identity, compression, cohort, noise=noise, clip=clip, fewest=fewest)

@@ -141,6 +141,10 @@ class Worker:
             weight = 0.0
         made = [rate for rate, step in zip(rates, steps, strict=True) if step.loss is not None]
         change = self._change(plan.round, shared, made)
+        if not all(one.isfinite().all() for one in change.values()):
+            log.error("round %d: training diverged, the update is not finite; nothing of it leaves", plan.round)
+            change, weight = {name: torch.zeros_like(one) for name, one in change.items()}, 0.0
+            self._optimizer = self._local.optimizer()  # its moments are not finite either
         try:
             update = self._aggregator.pack(plan, change, weight, share, self._quality() if weight else 0.0)
             if self._control is not None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from isthmus.errors import FrameError, RecipeError
+from isthmus.errors import DataError, FrameError, RecipeError
 from isthmus.privacy.noise import Noise, SecretNoise
 
 Whole = npt.NDArray[np.int32]
@@ -105,7 +105,12 @@ class Ring:
         Args:
             draws: of the rounding; secret ones by default.
             out: where they are put.
+
+        Raises:
+            DataError: a value is NaN or infinite; as the largest number it would move everybody's parameters.
         """
+        if not np.isfinite(values_P).all():
+            raise DataError("an update is not finite", remedy="lower the learning rate: training has diverged")
         draws = draws or SecretNoise()
         whole_P = np.empty(len(values_P), np.int32) if out is None else out
         for start in range(0, len(values_P), ROUNDING_PIECE):

@@ -3,11 +3,22 @@ who is in the sum, so that it cannot say this to one and that to another."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 from isthmus.errors import IdentityError
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.identity import Identity
+
+
+def plan_digest(plan: pb.Plan) -> bytes:
+    """SHA-256 of all that a plan says, adapters and keys included, as its receiver got it.
+
+    The masks of a sum follow from it: what silos send that were told different things adds up to noise. A root could
+    otherwise tell one silo's update from the others' by giving these adapters with which they cannot learn (Pasquini,
+    Francati and Ateniese 2022).
+    """
+    return hashlib.sha256(b"isthmus plan\0" + plan.SerializeToString(deterministic=True)).digest()
 
 
 def sign_keys(identity: Identity, *, sealing: bytes, masking: bytes, commitment: bytes) -> pb.SumKeys:

@@ -20,7 +20,7 @@ from isthmus.federation.planner import EdgePlanner, RootPlanner
 from isthmus.federation.rounds import Aggregator
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import MaskedUpdates, OpenUpdates, Updates
+from isthmus.silo.update import Cohort, MaskedUpdates, OpenUpdates, Updates
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
@@ -105,7 +105,8 @@ class Tree:
         channel = LoopbackChannel(self.nodes[self.recipe.tree.parent(name)], name)
         boundary, compression = Boundary(self.recipe.boundary), Compression(self.recipe.federation, self.recipe.seed)
         if self.recipe.federation.secure.masks:
-            return MaskedUpdates(boundary, channel, IDENTITIES[name], compression), channel
+            cohort = Cohort.of(self.recipe.tree.node(self.recipe.tree.parent(name)))
+            return MaskedUpdates(boundary, channel, IDENTITIES[name], compression, cohort), channel
         return OpenUpdates(boundary, channel, compression), channel
 
     def work(self, name: str, drops: bool = False) -> list[Any]:

@@ -18,7 +18,7 @@ from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import MaskedUpdates
+from isthmus.silo.update import Cohort, MaskedUpdates
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
@@ -69,7 +69,9 @@ class Silo:
         self.channel = LoopbackChannel(root, name)
         self.boundary = Boundary(recipe.boundary)
         compression = Compression(recipe.federation, recipe.seed)
-        self.updates = MaskedUpdates(self.boundary, self.channel, identity or IDENTITIES[name], compression)
+        self.updates = MaskedUpdates(
+            self.boundary, self.channel, identity or IDENTITIES[name], compression, Cohort.of(recipe.tree.node("root"))
+        )
 
     def ask(self) -> Answer:
         return self.channel.submit(pb.Ready(keys=self.updates.offer()))
@@ -295,7 +297,7 @@ def test_a_root_that_puts_in_its_own_keys_is_found_out(federation: Federation) -
     with pytest.raises(IdentityError, match="is not valid for the data"):
         federation.silos["a"].updates.begin(plans["a"], Layout(SHAPES))
     plans["c"].participants.remove("b")
-    with pytest.raises(ProtocolError, match="keys of silos that do not take part"):
+    with pytest.raises(ProtocolError, match="which does not take part"):
         federation.silos["c"].updates.begin(plans["c"], Layout(SHAPES))
 
 

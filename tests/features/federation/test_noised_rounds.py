@@ -24,7 +24,7 @@ from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 from isthmus.silo import update
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import Updates, noised_updates
+from isthmus.silo.update import Cohort, Updates, noised_updates
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
@@ -48,7 +48,14 @@ class NoisedSilo(Silo):
         self.channel = LoopbackChannel(root, name)
         self.boundary = Boundary(recipe.boundary, budget=Budget(recipe.privacy))
         compression = Compression.of(recipe)
-        self.updates = noised_updates(recipe, self.boundary, self.channel, identity or IDENTITIES[name], compression)
+        self.updates = noised_updates(
+            recipe,
+            self.boundary,
+            self.channel,
+            identity or IDENTITIES[name],
+            compression,
+            Cohort.of(recipe.tree.node("root")),
+        )
 
 
 class Noised(Federation):
@@ -460,7 +467,8 @@ class NoisedTree(Tree):
         boundary = Boundary(self.recipe.boundary)
         self.__dict__.setdefault("boundaries", {})[name] = boundary
         compression = Compression.of(self.recipe)
-        return noised_updates(self.recipe, boundary, channel, EDGED[name], compression), channel
+        cohort = Cohort.of(self.recipe.tree.node(self.recipe.tree.parent(name)))
+        return noised_updates(self.recipe, boundary, channel, EDGED[name], compression, cohort), channel
 
 
 @pytest.mark.parametrize("quantile", [None, 0.5])

@@ -99,20 +99,21 @@ def test_what_did_not_cross_is_in_the_state_and_comes_later(tmp_path: Path) -> N
 )
 def test_updates_are_sent_as_the_recipe_says(tmp_path: Path, federation: dict[str, Any], kind: type) -> None:
     recipe = recipe_of(tmp_path, **federation)
-    made = updates_of(recipe, "a", Boundary(recipe.boundary), LoopbackChannel(Aggregator(), "a"))
+    made = updates_of(recipe, "a", Boundary(recipe.boundary), LoopbackChannel(Aggregator(), "a"), "root")
     assert type(made) is kind
     assert (made.offer() is None) == (kind is OpenUpdates)
 
 
 def test_a_masked_update_takes_the_others_own_keys(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, secure=True)
-    updates = updates_of(recipe, "a", Boundary(recipe.boundary), LoopbackChannel(Aggregator(), "a"))
+    updates = updates_of(recipe, "a", Boundary(recipe.boundary), LoopbackChannel(Aggregator(), "a"), "root")
     keys = updates.offer()
     assert keys is not None
     with pytest.raises(ProtocolError):
         updates.begin(pb.Plan(round=1, participants=["a"], keys={"a": keys, "b": keys}), LAYOUT)
+    everyone = dict.fromkeys("abc", keys)
     with pytest.raises(IdentityError):
-        updates.begin(pb.Plan(round=1, participants=["a", "b"], keys={"a": keys, "b": keys}), LAYOUT)
+        updates.begin(pb.Plan(round=1, participants=everyone, keys=everyone), LAYOUT)
 
 
 def test_a_lone_aggregator_that_is_gone_is_the_error_and_one_with_a_sibling_loses_the_round(tmp_path: Path) -> None:
