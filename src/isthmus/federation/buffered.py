@@ -19,7 +19,7 @@ from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostEr
 from isthmus.federation.collection import Collected, change_of
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.planner import RootPlanner
-from isthmus.federation.rounds import Aggregator
+from isthmus.federation.rounds import Aggregator, check_named
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.updates.compression import Compression
@@ -73,6 +73,7 @@ class Buffered(Aggregator):
         """
         if peer not in self._node.children:
             raise ProtocolError(f"{peer} is no child of {self._node.name}", remedy="give all parties one recipe")
+        check_named(peer, request.silos, (peer,))
         answer: Answer = Answer()
         with self._lock:
             self._planner.meet(peer, request.run)

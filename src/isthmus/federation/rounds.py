@@ -7,7 +7,7 @@ import enum
 import secrets
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from google.protobuf.message import Message
 
@@ -71,6 +71,21 @@ class Aggregator(ABC):
         """Whether a child has been told that no round is left."""
 
 
+def check_named(peer: str, named: Sequence[str], allowed: Iterable[str]) -> None:
+    """Check the silos that a party names: a name that is none would be waited for, or fill the plan of every silo.
+
+    Raises:
+        ProtocolError: one is not allowed, or is named twice.
+    """
+    if foreign := set(named) - set(allowed):
+        raise ProtocolError(
+            f"{peer} names {min(foreign)[:64]!r}, which is no silo below it in the recipe",
+            remedy="give all parties one recipe",
+        )
+    if len(set(named)) < len(named):
+        raise ProtocolError(f"{peer} names a silo twice", remedy="name each silo once")
+
+
 class Rounds(Aggregator):
     """Synchronous rounds. Every request changes the phase under one lock; a round is on disk before it is answered.
 
@@ -91,6 +106,8 @@ class Rounds(Aggregator):
         self._masks, self._compression = recipe.federation.secure.masks, Compression.of(recipe)
         self._offers_keys = self._masks and recipe.tree.leaf(name)
         self._silos = frozenset(silo.name for silo in recipe.silo)
+        self._below = {child: recipe.tree.below(child) for child in (*self._node.children, *self._node.wards)}
+        """By child, the silos that may be below it."""
         self._lock = threading.RLock()
         self._waiting: dict[str, Answer] = {}
         self._asked: dict[str, pb.Ready] = {}
@@ -113,12 +130,13 @@ class Rounds(Aggregator):
         """A child asks for work; answered with a plan once the next round begins, or the federation is over.
 
         Raises:
-            ProtocolError: it is no child of this node's; or updates are to be masked, and it offers no keys, or some
-                with which the others could not go on.
+            ProtocolError: it is no child of this node's, or names silos that cannot be below it; or updates are to be
+                masked, and it offers no keys, or some with which the others could not go on.
             IdentityError: it has not signed its keys. The other silos would refuse them, and the round with them.
         """
         if peer not in (*self._node.children, *self._node.wards):
             raise ProtocolError(f"{peer} is no child of {self._node.name}", remedy="give all parties one recipe")
+        check_named(peer, request.silos, self._below[peer])
         if self._offers_keys and not request.HasField("keys"):
             raise ProtocolError(f"{peer} offers no keys", remedy="give all parties one recipe")
         if self._identity is not None and request.HasField("keys"):

@@ -86,6 +86,13 @@ class Tree:
         """Whether the children of this node are silos."""
         return not set(self._children(name)) & self._edges.keys()
 
+    def below(self, name: str) -> frozenset[str]:
+        """The silos whose updates can reach this edge: those under it, and those that may turn to it or to an edge
+        under it. Of a silo: itself."""
+        if name in self.silos:
+            return frozenset({name})
+        return frozenset(self.node(name).wards).union(*map(self.below, self._children(name)))
+
     def fewest(self, name: str = ROOT) -> int:
         """Fewest silos with which a round can still be finished, at best."""
         if name in self.silos:

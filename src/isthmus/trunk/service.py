@@ -73,6 +73,7 @@ class TrunkService:
             self._steps = SyncSteps(self._training, self._scheduler, recipe, journal)
         else:
             self._steps = AsyncSteps(self._training, self._scheduler, recipe, directory, journal)
+        self._silos = frozenset(silo.name for silo in recipe.silo)
         self._instances: dict[str, str] = {}
         self._ends: dict[str, int] = {}
         """The round of the adapters of each silo that infers and does not train."""
@@ -147,6 +148,13 @@ class TrunkService:
         return self._scheduler.submit(job)
 
     def _begin(self, peer: str, request: pb.Begin) -> Answer:
+        if foreign := set(request.participants) - self._silos:
+            raise ProtocolError(
+                f"{peer} names {min(foreign)[:64]!r} as a participant, which is no silo of the recipe",
+                remedy="name silos of the recipe, each once",
+            )
+        if len(set(request.participants)) < len(request.participants):
+            raise ProtocolError(f"{peer} names a participant twice", remedy="name silos of the recipe, each once")
         self._ends.pop(peer, None)
         return self._steps.begin(peer, request)
 
