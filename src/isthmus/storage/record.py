@@ -332,6 +332,8 @@ class RoleDirectory:
         self._rounds = RoundFiles(path / "rounds")
         self.keep: int | None = None
         """Number of last rounds that are kept besides round 0, the start; None: all."""
+        self._saved = False
+        """Whether this process has saved a round."""
         self.until: int | None = None
         """Later rounds are passed over when the role starts, as another role cannot go on from them; None: none are."""
         self.shared = RoundFiles(path / "shared", keep=2)
@@ -342,9 +344,12 @@ class RoleDirectory:
         return Journal(self.path / f"{name}.jsonl")
 
     def save_round(self, number: int, state: dict[str, Any]) -> None:
-        """Save the state after this round atomically. Files of earlier rounds are kept, or the last ``keep`` of them;
-        later ones, which were passed over when the role started, are removed: they do not follow from this one."""
-        self._rounds.remove_after(number)
+        """Save the state after this round atomically. Files of earlier rounds are kept, or the last ``keep`` of them.
+        Later ones that the role passed over when it started are removed with its first round: they do not follow from
+        it. Rounds without waiting may be saved in another order afterwards."""
+        if not self._saved:
+            self._rounds.remove_after(number)
+        self._saved = True
         self._rounds.save_round(number, state)
         if self.keep is not None:
             self._rounds.remove_before(number, self.keep)

@@ -287,3 +287,14 @@ def test_progress_totals_over_restarts(run: RunDirectory) -> None:
 def test_progress_of_a_silo_that_has_written_nothing(run: RunDirectory) -> None:
     progress = read_progress(run, "a", steps_a_round=2)
     assert (progress.steps, progress.loss, progress.sent_bytes, progress.scores) == (0, None, 0, {})
+
+
+def test_later_rounds_are_removed_with_the_first_that_a_process_saves_and_no_others(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        RoleDirectory(tmp_path).save_round(number, {})
+    directory = RoleDirectory(tmp_path)
+    directory.save_round(2, {})
+    assert directory.rounds() == {1, 2}
+    for number in (5, 4, 3):  # as the trunk's, where rounds do not wait for a slow silo
+        directory.save_round(number, {})
+    assert directory.rounds() == {1, 2, 3, 4, 5}
