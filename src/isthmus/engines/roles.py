@@ -227,7 +227,7 @@ def start_server(
             trunk.restore(number)
     if "root" in roles:
         directory = run.role("root")
-        if "trunk" in roles:
+        if "trunk" in roles and recipe.federation.asynchronous.buffer is None:
             directory.until = run.completed()  # the root must go on from a round that the trunk has, too
         services["Root"] = GreetedAggregator(recipe, ROOT, root_service(recipe, directory, identity))
         peers["Root"] = recipe.tree.node(ROOT).children
