@@ -17,7 +17,7 @@ from isthmus import errors
 from isthmus.errors import FrameError, FrameSizeError, IsthmusError, MismatchError, PeerGoneError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.channel import Answer, Channel, LoopbackChannel, Service
+from isthmus.wire.channel import Answer, Channel, LoopbackChannel, Service, answered
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import Authority, Identity
 from isthmus.wire.server import Server
@@ -32,7 +32,8 @@ KINDS = errors._tree(IsthmusError)
 
 
 class Echo:
-    """Notes each request, then answers ``Ping`` with ``Pong`` and all else with itself, or as ``how`` does."""
+    """Notes each request, then answers ``Ping`` with ``Pong``, ``Hello`` with ``Welcome`` and all else with
+    itself, or as ``how`` does."""
 
     def __init__(self, how: Callable[[Message], Answer] | None = None) -> None:
         self.peers: list[str] = []
@@ -66,7 +67,8 @@ class Late(Echo):
 
 def echoed(request: Message) -> Answer:
     answer: Answer = Answer()
-    answer.set_result(pb.Pong() if isinstance(request, pb.Ping) else request)
+    known = {pb.Ping: pb.Pong(), pb.Hello: pb.Welcome()}
+    answer.set_result(known.get(type(request), request))
     return answer
 
 
@@ -108,9 +110,9 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def number(value: int) -> pb.Ready:
-    """A request that is told from others, and so is its echo."""
-    return pb.Ready(completed=value)
+def number(value: int) -> pb.Adapters:
+    """A body that is told from others, and so is its echo. It is no request, so that any answer to it is allowed."""
+    return pb.Adapters(completed=value)
 
 
 def of_size(size: int, *, id: int = 1) -> pb.Gradient:
@@ -208,7 +210,7 @@ def test_a_malformed_request_never_reaches_the_service(connect: Connect, malform
 
 def test_a_malformed_answer_is_an_error(connect: Connect) -> None:
     def how(request: Message) -> Answer:
-        return echoed(pb.Hello(version=99) if request == number(1) else request)
+        return answered(pb.Hello(version=99)) if request == number(1) else echoed(request)
 
     with pytest.raises(FrameError):
         ask(connect(Echo(how)), number(1))
@@ -281,7 +283,7 @@ def test_threads_get_their_own_answers_in_their_own_order(connect: Connect) -> N
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(take_part, range(4)))
-    seen = [body.completed for body in service.requests if isinstance(body, pb.Ready)]
+    seen = [body.completed for body in service.requests if isinstance(body, pb.Adapters)]
     assert len(seen) == 200
     assert sorted(seen, key=lambda value: value // 1000) == sorted(seen), "each thread's in its order"
 

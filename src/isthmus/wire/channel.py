@@ -79,7 +79,7 @@ class LoopbackChannel:
         self.sent_bytes += len(data)
         answer: Answer = Future()
         served = answer_request(self._service, self._peer, frames.parse(data))
-        served.add_done_callback(lambda done: self._receive(answer, done.result()))
+        served.add_done_callback(lambda done: self._receive(answer, done.result(), type(request)))
         return answer
 
     def call(self, request: Message) -> Any:
@@ -87,9 +87,9 @@ class LoopbackChannel:
 
     def close(self) -> None: ...
 
-    def _receive(self, answer: Answer, data: bytes) -> None:
+    def _receive(self, answer: Answer, data: bytes, request: type[Message]) -> None:
         self.received_bytes += len(data)
-        settle(answer, frames.parse(data))
+        settle(answer, frames.parse(data), request)
 
 
 def answered(body: Message) -> Answer:
@@ -113,15 +113,16 @@ def check_size(size: int, limit: int) -> None:
         )
 
 
-def settle(answer: Answer, frame: pb.Frame) -> None:
-    """Settle an answer with a received frame: its body, the error it reports, or ``FrameError`` if it is malformed."""
+def settle(answer: Answer, frame: pb.Frame, request: type[Message]) -> None:
+    """Settle the answer to a request of this kind with a received frame: its body, the error it reports,
+    ``FrameError`` if it is malformed, or ``ProtocolError`` if such a request is not answered so."""
     try:
         body = frames.checked(frame)
+        if isinstance(body, pb.Failure):
+            raise frames.reported_error(body)
+        frames.check_answer(request, body)
     except IsthmusError as error:
         answer.set_exception(error)
-        return
-    if isinstance(body, pb.Failure):
-        answer.set_exception(frames.reported_error(body))
     else:
         answer.set_result(body)
 

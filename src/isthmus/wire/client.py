@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -30,8 +31,19 @@ EXEMPT = ("no_grpc_proxy", "no_proxy")
 """Variables that name hosts to be reached without one, likewise."""
 PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Seconds between attempts to connect; the last one repeats."""
+SMALL = 256
+"""Bytes of a frame that takes no time on a slow line. That such a one goes is no sign of life."""
 log = logging.getLogger(__name__)
-_TLS_WORDS = ("handshake", "CERTIFICATE", "SSL", "certificate", "Peer name", "Hostname Verification")
+_DISTRUST = (
+    "CERTIFICATE_",
+    "BAD_SIGNATURE",
+    "_ALERT_",
+    "certificate verify failed",
+    "Peer name",
+    "Hostname Verification",
+)
+"""What is in gRPC's words if one side does not trust the other. A failed handshake alone may be a proxy's: one that
+answers for a server that restarts speaks no TLS."""
 _FATAL: dict[grpc.StatusCode, tuple[type[IsthmusError], str]] = {
     grpc.StatusCode.PERMISSION_DENIED: (IdentityError, "use the certificate of a silo in the recipe"),
     grpc.StatusCode.UNAUTHENTICATED: (IdentityError, "use a certificate of this federation"),
@@ -52,7 +64,9 @@ class GrpcChannel:
     """A channel over gRPC with mTLS.
 
     Frames without an answer when the stream breaks are sent again, byte for byte, on the next stream; the server
-    answers each id once. After ``deadline`` seconds without a connection all pending requests fail.
+    answers each id once. After ``deadline`` seconds without a connection all pending requests fail; so they do when a
+    server that holds the connection has not answered the greeting by then, or is silent for as long, a ping unanswered.
+    Requests that wait for others may take any time, as long as pings are answered.
 
     Args:
         address: ``host:port`` of the server.
@@ -62,7 +76,7 @@ class GrpcChannel:
         greeting: the first request on every stream; an error in answer ends the channel.
         accept: called with the answer to the greeting on every stream; an ``IsthmusError`` that it raises ends the
             channel. None: every answer is accepted.
-        deadline: seconds to keep trying to connect.
+        deadline: seconds to keep trying to connect, and to bear a server's silence.
         limit: largest frame in bytes.
 
     Raises:
@@ -91,21 +105,28 @@ class GrpcChannel:
         self._server = server or service.lower()
         self._deadline = deadline
         self._limit = limit
-        self._greeting = frames.wrap(greeting or pb.Ping()).SerializeToString()
+        self._greet: Message = greeting or pb.Ping()
         self._metadata = ((INSTANCE_KEY, secrets.token_hex(8)),)
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
-        self._pending: dict[int, tuple[bytes, Answer]] = {}
+        self._pending: dict[int, tuple[bytes, type[Message], Answer]] = {}
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._ended: IsthmusError | None = None
+        self._over = threading.Event()
+        """Set at the channel's end."""
+        self._moved = time.monotonic()
+        """When a frame last came, one of more than ``SMALL`` bytes went, or the first request began to wait."""
+        self._opened: float | None = None
+        """When the stream was opened whose greeting is not answered yet."""
         self._grpc = grpc.secure_channel(address, identity.client_credentials(), options=self._options())
         self._greeted: Answer = Answer()
         threading.Thread(target=self._keep_streaming, name=f"to {service}", daemon=True).start()
+        threading.Thread(target=self._keep_listening, name=f"silence of {service}", daemon=True).start()
         self._greeted.result()
 
     def greet_with(self, greeting: Message) -> None:
         """Begin every later stream with this request."""
-        self._greeting = frames.wrap(greeting).SerializeToString()
+        self._greet = greeting
 
     def submit(self, request: Message) -> Answer:
         answer: Answer = Answer()
@@ -116,7 +137,9 @@ class GrpcChannel:
             acked = next(iter(self._pending), id) - 1
             data = frames.wrap(request, id=id, acked=acked).SerializeToString()
             check_size(len(data), self._limit)
-            self._pending[id] = (data, answer)
+            if not self._pending:
+                self._moved = time.monotonic()
+            self._pending[id] = (data, type(request), answer)
             self.sent_bytes += len(data)
             self._outbox.put(data)
         return answer
@@ -177,31 +200,66 @@ class GrpcChannel:
     def _stream(self) -> None:
         """Open a stream, send the greeting and all unanswered frames, then settle answers until the stream ends."""
         outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        outbox.put(self._greeting)
+        greeting = self._greet
+        outbox.put(frames.wrap(greeting).SerializeToString())
+        self._opened = self._moved = time.monotonic()
         with self._lock:
-            for data, _ in self._pending.values():
+            for data, _, _ in self._pending.values():
                 outbox.put(data)
             self._outbox = outbox
         open_stream = self._grpc.stream_stream(METHOD_PATH.format(self._service), None, None)  # raw bytes both ways
         try:
-            for data in open_stream(_drain(outbox), metadata=self._metadata):
+            for data in open_stream(self._drain(outbox), metadata=self._metadata):
                 self.received_bytes += len(data)
-                self._receive(frames.parse(data))
+                self._moved = time.monotonic()
+                self._receive(frames.parse(data), type(greeting))
         finally:
+            self._opened = None
             outbox.put(None)
 
-    def _receive(self, frame: pb.Frame) -> None:
+    def _drain(self, outbox: queue.SimpleQueue[bytes | None]) -> Iterator[bytes]:
+        while (data := outbox.get()) is not None:
+            if len(data) > SMALL:
+                self._moved = time.monotonic()
+            yield data
+
+    def _keep_listening(self) -> None:
+        """End the channel if the server is silent: it may hold the connection and answer nothing."""
+        asked = 0.0
+        while not self._over.wait(self._deadline / 8):
+            now, opened, moved = time.monotonic(), self._opened, self._moved
+            waits = bool(self._pending) or opened is not None
+            silent = now - (opened if opened is not None else moved)
+            if not waits or silent < self._deadline / 2:
+                continue
+            if silent > self._deadline:
+                self._end(self._silence(silent))
+                self._grpc.close()
+            elif opened is None and asked != moved:
+                with suppress(IsthmusError):  # ended meanwhile
+                    self.submit(pb.Ping())
+                asked = moved
+
+    def _silence(self, seconds: float) -> PeerGoneError:
+        return PeerGoneError(
+            f"{self._server} at {self._address} holds the connection, but has not answered for {seconds:.0f} s",
+            remedy="start it again and resume the run; if the network is slow, raise wire.deadline",
+        )
+
+    def _receive(self, frame: pb.Frame, greeting: type[Message]) -> None:
         if frame.id == 0:
-            self._welcomed(frame)
+            self._welcomed(frame, greeting)
             return
         with self._lock:
-            _, answer = self._pending.pop(frame.id, (b"", None))
-        if answer is not None:
-            settle(answer, frame)
+            known = self._pending.pop(frame.id, None)
+        if known is not None:
+            _, request, answer = known
+            settle(answer, frame, request)
 
-    def _welcomed(self, frame: pb.Frame) -> None:
+    def _welcomed(self, frame: pb.Frame, greeting: type[Message]) -> None:
+        self._opened = None
         verdict: Answer = Answer()
-        settle(verdict, frame)
+        settle(verdict, frame, greeting)
         try:
             self.welcome = welcome_of(verdict.result())
             if self._accept is not None:
@@ -218,7 +276,7 @@ class GrpcChannel:
         if status in _FATAL:
             kind, remedy = _FATAL[status]
             return kind(f"{self._server} at {self._address} refused the connection: {details}", remedy=remedy)
-        if status is grpc.StatusCode.UNAVAILABLE and any(word in details for word in _TLS_WORDS):
+        if status is grpc.StatusCode.UNAVAILABLE and any(word in details for word in _DISTRUST):
             return IdentityError(
                 f"no trusted connection to {self._server} at {self._address}: {details[:200]}",
                 remedy="both sides need certificates of the same authority, made by 'isthmus certificates'",
@@ -232,9 +290,10 @@ class GrpcChannel:
             self._ended = error
             pending, self._pending = self._pending, {}
             self._outbox.put(None)
+            self._over.set()
         if not self._greeted.done():
             self._greeted.set_exception(error)
-        for _, answer in pending.values():
+        for _, _, answer in pending.values():
             answer.set_exception(error)
 
 
@@ -256,8 +315,3 @@ def proxy_note(address: str) -> str:
         return ""
     proxy = os.environ[name].rpartition("@")[2].rpartition("//")[2]  # without a user's name and password
     return f" through the proxy {proxy} (from {name})"
-
-
-def _drain(outbox: queue.SimpleQueue[bytes | None]) -> Iterator[bytes]:
-    while (data := outbox.get()) is not None:
-        yield data

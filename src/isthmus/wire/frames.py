@@ -8,7 +8,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
-from isthmus.errors import FrameError, IsthmusError, by_code
+from isthmus.errors import FrameError, IsthmusError, ProtocolError, by_code
 from isthmus.wire import isthmus_pb2 as pb
 
 VERSION = 4
@@ -31,6 +31,25 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 """Kinds of optimizers that a trunk can follow."""
 MAX_SHARE = 256
 """Largest encrypted share in bytes."""
+ANSWERS: dict[type[Message], tuple[type[Message], ...]] = {
+    pb.Hello: (pb.Welcome,),
+    pb.Ping: (pb.Pong,),
+    pb.Begin: (pb.Begun,),
+    pb.Forward: (pb.Hidden,),
+    pb.Backward: (pb.Gradient,),
+    pb.Commit: (pb.Stepped,),
+    pb.Keep: (pb.Kept,),
+    pb.End: (pb.Ended,),
+    pb.Decode: (pb.Hidden,),
+    pb.Close: (pb.Closed,),
+    pb.Ready: (pb.Plan,),
+    pb.Update: (pb.Accepted, pb.Survivors),
+    pb.Deal: (pb.Dealt,),
+    pb.Agree: (pb.Agreed,),
+    pb.Reveal: (pb.Accepted,),
+    pb.Current: (pb.Adapters,),
+}
+"""By kind of request, the answers that it may get; beside them, a ``Failure``."""
 _REMEDY = "both sides must run the same version of isthmus"
 _FIELDS = {field.message_type: field.name for field in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}
 
@@ -73,6 +92,21 @@ def checked(frame: pb.Frame) -> Message:
     if rule := _RULES.get(kind):
         rule(body)
     return body
+
+
+def check_answer(request: type[Message], body: Message) -> None:
+    """Check that a request of this kind may be answered with this body.
+
+    Raises:
+        ProtocolError: it may not.
+    """
+    allowed = ANSWERS.get(request)
+    if allowed is not None and not isinstance(body, allowed):
+        raise ProtocolError(
+            f"{request.__name__} was answered with {type(body).__name__}; "
+            f"expected {' or '.join(kind.__name__ for kind in allowed)}",
+            remedy=_REMEDY,
+        )
 
 
 def failure(error: IsthmusError) -> pb.Failure:

@@ -70,7 +70,7 @@ def test_a_malformed_frame_is_refused_before_the_service_sees_it() -> None:
     service, answer = Echo(), Answer()
     served = answer_request(service, "ann", pb.Frame(id=1))
     assert not service.seen
-    settle(answer, frames.parse(served.result()))
+    settle(answer, frames.parse(served.result()), pb.Ping)
     assert isinstance(answer.exception(), FrameError)
-    settle(empty := Answer(), pb.Frame(id=1))
+    settle(empty := Answer(), pb.Frame(id=1), pb.Ping)
     assert isinstance(empty.exception(), FrameError)

@@ -1,0 +1,168 @@
+"""Servers, and what stands before them, that answer with nothing, with something else, or for another: the channel
+ends with a named error or keeps trying, and never hangs."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+
+from isthmus.errors import PeerGoneError, ProtocolError
+from isthmus.wire import frames
+from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.channel import Answer, LoopbackChannel, answered
+from isthmus.wire.frames import ANSWERS
+from tests.conformance.test_channels import HANG, TRUNK, Echo, Late, joined, serving
+
+SOON = 0.4
+"""A deadline that tests wait for."""
+
+
+class Mute:
+    """A real gRPC server that accepts every stream, answers the first so many frames with pongs, then nothing."""
+
+    def __init__(self, answers: int) -> None:
+        self._answers, self._over = answers, threading.Event()
+        self._server = grpc.server(ThreadPoolExecutor(4))
+        methods = {"Trunk": grpc.stream_stream_rpc_method_handler(self._stream)}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("isthmus.Wire", methods),))
+        self.port = self._server.add_secure_port("localhost:0", TRUNK.server_credentials())
+        self._server.start()
+
+    def close(self) -> None:
+        self._over.set()
+        self._server.stop(0).wait()
+
+    def _stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        for _ in range(self._answers):
+            id = frames.parse(next(requests)).id
+            yield frames.wrap(pb.Pong(), id=id).SerializeToString()
+        self._over.wait(HANG)
+
+
+def test_a_server_that_accepts_and_never_greets_is_named() -> None:
+    with closing(Mute(0)) as mute, pytest.raises(PeerGoneError, match="has not answered") as caught:
+        joined(mute.port, deadline=SOON)
+    assert "wire.deadline" in caught.value.remedy
+
+
+def test_a_server_that_falls_silent_fails_what_waits_and_what_comes() -> None:
+    with closing(Mute(1)) as mute, closing(joined(mute.port, deadline=SOON)) as channel:
+        waiting = [channel.submit(pb.Ready()), channel.submit(pb.Current())]
+        for answer in waiting:
+            with pytest.raises(PeerGoneError, match="has not answered"):
+                answer.result(HANG)
+        with pytest.raises(PeerGoneError, match="has not answered"):
+            channel.submit(pb.Ready())
+
+
+def test_who_waits_for_others_may_wait_as_long_as_pings_are_answered() -> None:
+    service = Late()
+    with serving({"Trunk": service}) as server, closing(joined(server.port, deadline=SOON)) as channel:
+        waiting = channel.submit(pb.Ready())
+        time.sleep(3 * SOON)
+        assert not waiting.done()
+        service.held.pop()[1].set_result(pb.Plan(round=4))
+        assert waiting.result(HANG) == pb.Plan(round=4)
+
+
+def test_a_channel_that_asks_nothing_is_kept_however_long() -> None:
+    with serving({"Trunk": Echo()}) as server, closing(joined(server.port, deadline=SOON)) as channel:
+        before = channel.sent_bytes
+        time.sleep(3 * SOON)
+        assert channel.sent_bytes == before
+        assert channel.call(pb.Ping()) == pb.Pong()
+
+
+class Front:
+    """Answers every connection to a port with these bytes, as a proxy does whose server restarts."""
+
+    def __init__(self, data: bytes) -> None:
+        self.asked = threading.Event()
+        self._data = data
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                with self._listener.accept()[0] as one:
+                    one.recv(4096)
+                    one.sendall(self._data)
+                self.asked.set()
+
+
+@pytest.mark.parametrize("data", [b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n", b""])
+def test_a_proxys_refusal_is_tried_again_until_the_server_is_there(data: bytes) -> None:
+    front = Front(data)
+    with ThreadPoolExecutor(1) as threads:
+        joining = threads.submit(joined, front.port)
+        assert front.asked.wait(HANG)
+        front.close()
+        with serving({"Trunk": Echo()}, address=f"127.0.0.1:{front.port}"), closing(joining.result(HANG)) as channel:
+            assert channel.call(pb.Ping()) == pb.Pong()
+
+
+def test_a_proxy_that_only_refuses_is_named_at_the_deadline() -> None:
+    front = Front(b"HTTP/1.1 503 Service Unavailable\r\n\r\n")
+    with closing(front), pytest.raises(PeerGoneError, match="no connection to trunk"):
+        joined(front.port, deadline=SOON)
+
+
+class Wrong:
+    """Answers pings with pongs, and all else with this body."""
+
+    def __init__(self, body: Message) -> None:
+        self._body = body
+
+    def handle(self, peer: str, request: Message) -> Answer:
+        return answered(pb.Pong() if isinstance(request, pb.Ping) else self._body)
+
+
+REQUESTS = [
+    pb.Begin(round=1, participants=["a"]),
+    pb.Commit(round=1, step=1),
+    pb.Close(),
+    pb.Ready(),
+    pb.Update(round=1),
+    pb.Current(),
+    pb.End(round=1),
+]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
+def test_an_answer_of_another_kind_is_named(request_: Message) -> None:
+    wrong = pb.Gradient(norm=1.0)
+    told = f"{type(request_).__name__} was answered with Gradient; expected {ANSWERS[type(request_)][0].__name__}"
+    with serving({"Trunk": Wrong(wrong)}) as server, closing(joined(server.port)) as channel:
+        for one in (channel, LoopbackChannel(Wrong(wrong), "a")):
+            with pytest.raises(ProtocolError, match=told):
+                one.call(request_)
+        assert channel.call(pb.Ping()) == pb.Pong()  # and goes on
+
+
+def test_a_greeting_answered_with_another_kind_ends_the_channel() -> None:
+    hello = pb.Hello(version=frames.VERSION)
+    told = "Hello was answered with Pong; expected Welcome"
+    with serving({"Trunk": Wrong(pb.Pong())}) as server, pytest.raises(ProtocolError, match=told):
+        joined(server.port, greeting=hello)
+
+
+def test_every_request_has_its_answers() -> None:
+    """Each body of a frame is a request of the table, an answer to one, or a failure."""
+    bodies = {field.message_type.name for field in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}
+    answers = {kind.__name__ for kinds in ANSWERS.values() for kind in kinds}
+    assert {kind.__name__ for kind in ANSWERS} | answers | {"Failure"} == bodies
