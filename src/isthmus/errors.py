@@ -10,8 +10,7 @@
     ├── RunError             a run directory is missing, incomplete or in use
     │   ├── DiskFullError    the disk is full
     │   └── LedgerError      a ledger was truncated or edited, or holds an event that cannot be accounted
-    │       ├── LedgerTakenError  another process has the ledger open
-    │       └── ClockError        the clock is behind the ledger's last entry
+    │       └── LedgerTakenError  another process has the ledger open
     ├── BudgetExhausted      a release would exceed the privacy budget of a record or of the silo
     ├── IdentityError        a certificate is missing, expired, of another authority, or not authorized
     ├── AttackError          this adversary, or these rows, do not allow the attack
@@ -130,12 +129,6 @@ class LedgerTakenError(LedgerError):
     """Another process has the ledger open."""
 
     code = "ledger-taken"
-
-
-class ClockError(LedgerError):
-    """The clock is behind the ledger's last entry."""
-
-    code = "clock"
 
 
 class BudgetExhausted(IsthmusError):  # noqa: N818 (not a failure, but an agreed limit)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import threading
@@ -29,13 +30,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
-from isthmus.errors import ClockError, LedgerError, LedgerTakenError
+from isthmus.errors import LedgerError, LedgerTakenError
 from isthmus.privacy import events
 from isthmus.privacy.events import Charge, Release
 from isthmus.storage.record import disk_errors
 
 GENESIS = "0" * 64
 """The previous hash of the first line."""
+log = logging.getLogger(__name__)
 CLOCK_TOLERANCE = 1.0
 """Seconds by which a clock may be set back without an error, as time synchronization does."""
 HEAD_BYTES = 96
@@ -111,7 +113,6 @@ class FileLedger:
     Raises:
         LedgerError: the file was truncated or edited, or belongs to another silo.
         LedgerTakenError: another process has it open.
-        ClockError: the clock is behind the last entry.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class FileLedger:
         return contents
 
     def _begin(self, contents: LedgerContents, silo: str, recipe: str, begun: bool) -> None:
-        """Check the owner and the clock; write the first line, or a line for a changed recipe."""
+        """Check the owner; warn of a clock that is behind; write the first line, or a line for a changed recipe."""
         owner = contents.lines[0]["silo"] if contents.lines else silo
         if owner != silo:
             raise LedgerError(
@@ -192,9 +193,11 @@ class FileLedger:
         if begun and not any("release" in line for line in contents.lines):
             raise LedgerError(f"releases were made in this run, but {self.path} holds none", remedy=RESTORE)
         if self._clock() < self._time - CLOCK_TOLERANCE:
-            raise ClockError(
-                f"the clock is {self._time - self._clock():.0f} s behind the last entry of {self.path}",
-                remedy="correct the clock; if that entry's clock was ahead, wait that long, or start a new run",
+            log.warning(
+                "the clock is %.0f s behind the last entry of %s; entries say so and keep their order, charges are the "
+                "same",
+                self._time - self._clock(),
+                self.path,
             )
         recipes = [line["recipe"] for line in contents.lines if "recipe" in line]
         if not recipes:
@@ -207,7 +210,7 @@ class FileLedger:
         now = math.floor(self._clock() * 1000) / 1000
         entry: dict[str, Any] = {"seq": self._count, "time": max(now, self._time), "prev": self._last}
         if now < self._time - CLOCK_TOLERANCE:
-            entry["behind"] = round(self._time - now, 3)  # the clock was set back during this run
+            entry["behind"] = round(self._time - now, 3)  # the clock was set back, or had been ahead
         line = json.dumps(entry | values, allow_nan=False).encode()
         with disk_errors(self.path):
             self._write(line + b"\n")

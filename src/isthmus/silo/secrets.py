@@ -41,8 +41,7 @@ def open_ledger(directory: RoleDirectory, recipe: Recipe, name: str) -> FileLedg
         name: the silo's name in the recipe.
 
     Raises:
-        LedgerError: the ledger was changed or deleted, another process has it open, or the clock is behind its last
-            entry.
+        LedgerError: the ledger was changed or deleted, or another process has it open.
     """
     with disk_errors(directory.path):
         private_folder(directory.path)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from isthmus.errors import ClockError, DiskFullError, LedgerError, LedgerTakenError
+from isthmus.errors import DiskFullError, LedgerError, LedgerTakenError
 from isthmus.privacy.accountant import Accountant
 from isthmus.privacy.events import Charge, Release
 from isthmus.privacy.ledger import GENESIS, FileLedger, Ledger, MemoryLedger, head_of, read_ledger, release_to_json
@@ -282,12 +282,18 @@ def test_another_recipe_is_noted(written: Path) -> None:
     assert [line["recipe"] for line in read_ledger(written).lines if "recipe" in line] == ["r1", "r2"]
 
 
-def test_a_clock_behind_the_last_entry_is_refused(written: Path) -> None:
+def test_a_clock_behind_the_last_entry_is_noted_and_locks_nobody_out(
+    written: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     last = read_ledger(written).time
-    with pytest.raises(ClockError, match="3600 s behind") as caught:
-        reopened(written, clock=lambda: last - 3600)
-    assert "clock" in caught.value.remedy
     reopened(written, clock=lambda: last - 0.5).close()  # no more than clocks are set by themselves
+    assert not caplog.records
+    ledger = reopened(written, clock=lambda: last - 7200)
+    assert "7200 s behind the last entry" in caplog.text
+    before = len(read_ledger(written).lines)
+    ledger.record(release(6))
+    (line,) = read_ledger(written).lines[before:]
+    assert (line["time"], line["behind"]) == (last, pytest.approx(7200, abs=0.01))
 
 
 def test_a_clock_that_steps_back_while_we_run_is_noted_and_borne(path: Path) -> None:
