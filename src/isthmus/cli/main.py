@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from isthmus.cli.terminal import as_utf8, check_arguments, encoding_error, flush_output, prepare_output
+from isthmus.cli.terminal import as_utf8, check_arguments, encoding_error, flush_output, prepare_log, prepare_output
 from isthmus.engines.lifetime import Stopped, end_with_engine, stoppable
 from isthmus.engines.threads import share_cores
 from isthmus.errors import IsthmusError
@@ -286,6 +286,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its own lines about a handshake; the error says what is wrong
     prepare_output()
+    prepare_log()
     share_cores()
     end_with_engine()
     sys.exit(flush_output(_exit_code()))

@@ -1,9 +1,10 @@
-"""The terminal: output in whatever encoding it has, arguments that are not UTF-8, a closed pipe."""
+"""The terminal: output in whatever encoding it has, the log with times, arguments that are not UTF-8, a closed pipe."""
 
 from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
 
@@ -20,6 +21,17 @@ def prepare_output() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the process ends)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def prepare_log() -> None:
+    """Show isthmus's log on standard error, from state changes up, each line with its time and time zone."""
+    log = logging.getLogger("isthmus")
+    if log.handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S %z"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
 
 
 def flush_output(code: int) -> int:

@@ -4,6 +4,7 @@ finished. The same for the root, whose children are silos or edges, and for ever
 from __future__ import annotations
 
 import enum
+import logging
 import secrets
 import threading
 from abc import ABC, abstractmethod
@@ -26,6 +27,8 @@ from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.identity import Identity
 from isthmus.wire.sum_keys import plan_digest, verify_keys
+
+log = logging.getLogger(__name__)
 
 
 class Phase(enum.Enum):
@@ -86,8 +89,18 @@ def check_named(peer: str, named: Sequence[str], allowed: Iterable[str]) -> None
         raise ProtocolError(f"{peer} names a silo twice", remedy="name each silo once")
 
 
+def named(peers: Iterable[str]) -> str:
+    """The names of peers for a log, no more than ten of them."""
+    names = sorted(peers)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return (", ".join(names[:10]) or "nobody") + more
+
+
 class Rounds(Aggregator):
     """Synchronous rounds. Every request changes the phase under one lock; a round is on disk before it is answered.
+
+    A root over silos that has fewer than its minimum waits until enough have asked. In a tree the silos that ask get
+    ``QuorumError``, so that they can turn to a sibling, and the node gathers again. Each change is logged.
 
     Args:
         planner: plans rounds, and takes what was collected in them.
@@ -103,6 +116,10 @@ class Rounds(Aggregator):
         """The error that every child gets once the phase is ``FAILED``."""
         self._planner = planner
         self._node = recipe.tree.node(name)
+        self._waits = name == ROOT and recipe.tree.leaf(name)
+        """Whether this node waits where children are too few."""
+        self._lacking = False
+        """Whether it does so now."""
         self._masks, self._compression = recipe.federation.secure.masks, Compression.of(recipe)
         self._offers_keys = self._masks and recipe.tree.leaf(name)
         self._silos = frozenset(silo.name for silo in recipe.silo)
@@ -185,6 +202,8 @@ class Rounds(Aggregator):
             elif self.phase is Phase.FAILED:
                 assert self._error is not None
                 self._give_up(self._error)
+            elif self.phase is Phase.GATHERING and self._lacking:
+                self._ask_if_enough()
             elif self.phase is Phase.GATHERING:
                 self._gathering.expect(self._gathering.expected | self._waiting.keys())
                 for peer in list(self._waiting):
@@ -192,25 +211,29 @@ class Rounds(Aggregator):
 
     def _gather(self, peers: Iterable[str]) -> None:
         """Gather these children, and any other that asks, for the next round."""
-        self.phase, self._collection = Phase.GATHERING, None
+        self.phase, self._collection, self._lacking = Phase.GATHERING, None, False
         self._gathering = self._barrier(lambda arrived: self._ask(sorted(arrived)))
-        self._gathering.expect(peers)
+        expected = set(peers)
+        self._log("gathering; expected: %s", named(expected))
+        self._gathering.expect(expected)
         self._advance()
 
     def _ask(self, present: list[str]) -> None:
         if len(present) < self._node.minimum:
-            self._fail(len(present))
+            self._miss(present)
             return
-        self.phase = Phase.ASKING
+        self.phase, self._lacking = Phase.ASKING, False
         silos = {silo for peer in present for silo in (self._asked[peer].silos or [peer])}
         self._when_there(lambda: self._planner.plan(silos), lambda plan: self._begin(present, plan))
 
     def _begin(self, participants: list[str], plan: pb.Plan) -> None:
         if not plan.round:
             self.phase, self._last = Phase.FINISHED, plan
+            self._log("finished after %d rounds", plan.completed)
             self._advance()
             return
         self.phase, self._round = Phase.TRAINING, plan.round
+        self._log("round %d begins with %s; missing: %s", plan.round, named(participants), self._missing(participants))
         if self._offers_keys:
             keys = {peer: self._asked[peer].keys for peer in participants}
             plan.sum = secrets.token_bytes(16)
@@ -265,11 +288,16 @@ class Rounds(Aggregator):
         if isinstance(
             collected, IsthmusError
         ):  # the sum is not known: the same round again, with the children that ask
+            self._log("round %d is lost: %s", self._round, collected.message, level=logging.WARNING)
             self._gather(self._node.children)
             return
         if len(collected.weights) < self._node.minimum:
-            self._fail(len(collected.weights))
+            if self._offers_keys:  # all are there, but too few have learned something: again it would be no other
+                self._give_up(self._too_few(len(collected.weights)))
+            else:
+                self._miss(sorted(collected.weights))
             return
+        self._log("round %d: %s contributed", self._round, named(collected.weights))
         self.phase, self._collection = Phase.CONCLUDING, None
         # the next round does not wait again for a child that sent nothing in this one
         self._when_there(
@@ -287,7 +315,10 @@ class Rounds(Aggregator):
                     return
                 error = answer.exception()
                 if isinstance(error, RoundLostError):
+                    self._log("round %d is lost: %s", self._round, error.message, level=logging.WARNING)
                     self._gather(self._node.children)
+                elif isinstance(error, QuorumError) and self._node.name != ROOT:
+                    self._turn_away(error)
                 elif isinstance(error, IsthmusError):
                     self._give_up(error)
                 else:
@@ -312,16 +343,47 @@ class Rounds(Aggregator):
 
         return Barrier(self._node.patience, fire_in_turn)
 
-    def _fail(self, present: int) -> None:
-        self._give_up(
-            QuorumError(
-                f"{present} silos are left, the recipe needs {self._node.minimum}",
-                remedy="start the missing silos, then continue with 'isthmus run --resume'",
-            )
+    def _miss(self, present: list[str]) -> None:
+        """Fewer than the minimum are left: wait for more, or send those that are there away and gather again."""
+        if not self._waits:
+            self._turn_away(self._too_few(len(present)))
+            return
+        told = "%d of at least %d silos are left; waiting; missing: %s"
+        self._log(told, len(present), self._node.minimum, self._missing(present), level=logging.WARNING)
+        self.phase, self._collection, self._lacking = Phase.GATHERING, None, True
+        self._turn += 1
+        self._ask_if_enough()
+
+    def _ask_if_enough(self) -> None:
+        if len(self._waiting) >= self._node.minimum:
+            self._ask(sorted(self._waiting))
+        else:
+            self._log("waiting for silos; missing: %s", self._missing(self._waiting))
+
+    def _turn_away(self, error: IsthmusError) -> None:
+        """Answer those that wait with this error, and gather again."""
+        self._log("%s; gathering again", error.message, level=logging.WARNING)
+        waiting, self._waiting = self._waiting, {}
+        self._gather(self._node.children)
+        for answer in waiting.values():
+            answer.set_exception(error)
+
+    def _too_few(self, present: int) -> QuorumError:
+        return QuorumError(
+            f"{present} silos are left, the recipe needs {self._node.minimum}",
+            remedy="start the missing silos, then continue with 'isthmus run --resume'",
         )
+
+    def _missing(self, present: Iterable[str]) -> str:
+        return named(set(self._node.children) - set(present))
+
+    def _log(self, told: str, *values: object, level: int = logging.INFO) -> None:
+        log.log(level, f"%s: {told}", self._node.name, *values)
 
     def _give_up(self, error: IsthmusError) -> None:
         with self._lock:
+            if self.phase is not Phase.FAILED:
+                self._log("failed: %s", error.message, level=logging.ERROR)
             self.phase, self._collection, self._error = Phase.FAILED, None, error
             self._turn += 1
             waiting, self._waiting = self._waiting, {}

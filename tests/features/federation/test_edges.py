@@ -273,7 +273,7 @@ def test_an_edge_that_starts_again_asks_as_a_silo_would(tmp_path: Path) -> None:
         torch.testing.assert_close(tree.planner.shared[key], tensor, rtol=1e-6, atol=1e-7)
 
 
-def test_a_cohort_that_is_too_small_ends_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_silos_of_a_cohort_that_was_too_small_may_come_again_and_the_rest_goes_on(tmp_path: Path) -> None:
     tree = Tree(tmp_path, WARDS, patience=SOON)
     with ThreadPoolExecutor(8) as threads:
         others = [threads.submit(tree.work, name) for name in "efgh"]
@@ -283,6 +283,9 @@ def test_a_cohort_that_is_too_small_ends_and_the_rest_goes_on(tmp_path: Path) ->
                 one.result(WAIT)
         for one in others:
             assert [plan.round for plan in one.result(WAIT)] == [1, 2, 0]
+        back = [threads.submit(tree.work, name) for name in "abcd"]  # late, but the edge still answers
+        for one in back:
+            assert [plan.round for plan in one.result(WAIT)] == [0]
     for key, tensor in tree.mean("efgh").items():
         assert (tree.planner.shared[key] - 2 * tensor).abs().max() < 1e-3
 

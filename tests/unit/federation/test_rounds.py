@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 from isthmus.errors import DiskFullError, FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.planner import RootPlanner
-from isthmus.federation.rounds import Rounds
+from isthmus.federation.rounds import Phase, Rounds
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -53,6 +55,13 @@ def constant(value: float) -> Tensors:
 def update(round: int, value: float = 1.0, weight: float = 1.0, tensors: Tensors | None = None) -> pb.Update:
     named = codec.encode_named(constant(value) if tensors is None else tensors)
     return pb.Update(round=round, weight=weight, tensors=named)
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
 
 
 def shared(plan: Any) -> Tensors:
@@ -182,18 +191,40 @@ def test_silent_silo_comes_again(build: Build) -> None:
 
 
 @pytest.mark.parametrize("when", ["gathering", "training"])
-def test_quorum_is_lost(build: Build, store: RoleDirectory, when: str) -> None:
+def test_a_lost_quorum_is_waited_for(
+    build: Build, store: RoleDirectory, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "isthmus")
     rounds = build("a", "b", patience=SOON)
     if when == "training":
         plans(rounds, "a", "b")
         rounds.contribute("a", update(1))
-    for silo in ("a", "a", "b"):  # who waits, and who asks later
-        with pytest.raises(QuorumError, match="1 silos are left, the recipe needs 2") as caught:
-            rounds.ready(silo, pb.Ready()).result(WAIT)
-        assert "--resume" in caught.value.remedy
+    waiting = rounds.ready("a", pb.Ready())
+    until(lambda: "1 of at least 2 silos are left; waiting; missing: b" in caplog.text)
+    assert not waiting.done()
+    assert rounds.phase is Phase.GATHERING
     with pytest.raises(RoundLostError):
         rounds.contribute("b", update(1))
     assert store.last_round() == 0
+    back = rounds.ready("b", pb.Ready())
+    for plan in (waiting.result(WAIT), back.result(WAIT)):
+        assert_plan(plan, 1, 0, ["a", "b"], 0.0)
+    for number in (1, 2):
+        for silo in ("a", "b"):
+            rounds.contribute(silo, update(number))
+        plans(rounds, "a", "b")
+    told = [record.getMessage() for record in caplog.records]
+    assert "root: round 1 begins with a, b; missing: nobody" in told
+    assert "root: round 2: a, b contributed" in told
+    assert told[-1] == "root: finished after 2 rounds"
+
+
+def test_of_three_enough_are_two_and_the_third_is_not_waited_for(build: Build) -> None:
+    rounds = build("a", "b", "c", minimum=2, patience=SOON)
+    waiting = rounds.ready("a", pb.Ready())
+    until(lambda: rounds._lacking)
+    assert_plan(rounds.ready("b", pb.Ready()).result(WAIT), 1, 0, ["a", "b"], 0.0)
+    assert waiting.done()
 
 
 def test_resume(build: Build) -> None:
