@@ -23,12 +23,19 @@ def prepare_output() -> None:
             stream.reconfigure(errors="replace")
 
 
+class _StandardError(logging.Handler):
+    """Writes to what is standard error at that time, which a caller in this process may have replaced."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def prepare_log() -> None:
     """Show isthmus's log on standard error, from state changes up, each line with its time and time zone."""
     log = logging.getLogger("isthmus")
     if log.handlers:
         return
-    handler = logging.StreamHandler()
+    handler = _StandardError()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S %z"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
