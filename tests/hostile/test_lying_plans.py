@@ -7,6 +7,7 @@ The root puts in keys of its own as a participant's, asks for sums of too few, o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,6 +65,16 @@ def test_a_sum_of_fewer_than_the_recipes_minimum_is_refused(tmp_path: Any) -> No
     del plan.keys["d"]
     with pytest.raises(ProtocolError, match="a sum of 3 silos, the recipe needs 4"):
         begin(federation, plan)
+
+
+def test_no_share_is_revealed_for_fewer_survivors_than_the_recipes_minimum(tmp_path: Any) -> None:
+    federation = Federation(RoleDirectory(tmp_path), minimum=4, patience=1.0)
+    rounds = federation.root.rounds
+    rounds._node = replace(rounds._node, minimum=3)  # the root's; the silos go by the recipe's
+    ended = federation.finish(federation.begin(), ("a", "b", "c"))
+    assert all("3 silos that live, the recipe needs 4" in str(error) for error in ended.values())
+    assert not any(isinstance(request, pb.Reveal) for _, request in federation.root.seen)
+    assert all(not tensor.any() for tensor in federation.root.planner.shared.values())
 
 
 def other_adapters(plan: pb.Plan) -> None:

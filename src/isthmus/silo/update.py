@@ -255,6 +255,11 @@ class MaskedUpdates:
     def _reveal(self, update: pb.Update, living: pb.Survivors) -> None:
         """Reveal shares once enough silos have signed that they were told of the same survivors."""
         self._member.settle(living.alive, living.dropped)
+        if (count := self._member.summed(living.alive)) < self._cohort.minimum:  # the plan's sum was of as many
+            raise ProtocolError(
+                f"a sum of {count} silos that live, the recipe needs {self._cohort.minimum}",
+                remedy="leave this aggregator: it should have begun the round again",
+            )
         digest, needed = self._member.terms.digest, self._member.terms.quorum
         signature = sign_survivors(self._identity, digest, living)
         agreed: Any = self._channel.call(pb.Agree(round=update.round, signature=signature))
