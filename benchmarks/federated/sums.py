@@ -24,11 +24,12 @@ from google.protobuf.message import Message
 
 from benchmarks.common.results import Results
 from isthmus.errors import IsthmusError
-from isthmus.federation.collection import Collected, Done
+from isthmus.federation.collection import Collected, Done, MakeBarrier
 from isthmus.federation.masked import Masked
 from isthmus.recipe import BoundarySection, FederationSection, SecureSection
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import Cohort, MaskedUpdates
+from isthmus.silo.cohort import Cohort
+from isthmus.silo.update import MaskedUpdates
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Advert
@@ -38,7 +39,7 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer, LoopbackChannel
 from isthmus.wire.identity import Authority, Identity
-from isthmus.wire.sum_keys import plan_digest, verify_keys
+from isthmus.wire.sum_keys import plan_digest, signers, verify_keys
 
 PARAMETERS = 460_800
 """Of a rank-8 adapter on all projections of SmolLM2-135M's two ends, about."""
@@ -144,8 +145,12 @@ class Root:
         for name, keys in self.keys.items():
             plan.keys[name].CopyFrom(keys)
         context = plan_digest(plan)
-        self.collection = Masked(adverts, sums, lambda fire: Barrier(600.0, fire), done, context=context, fewest=3)
+        make: MakeBarrier = lambda fire: Barrier(600.0, fire)  # noqa: E731
+        self.collection = Masked(adverts, sums, make, done, context=context, fewest=3, verify=self._verify)
         return plan.SerializeToString()
+
+    def _verify(self, peer: str, signature: bytes, digest: bytes, living: pb.Survivors) -> None:
+        assert signers(self._identity, self.keys, {peer: signature}, digest, living, enough=1)
 
 
 def ours(silos: int) -> list[Sum]:

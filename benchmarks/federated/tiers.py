@@ -28,7 +28,8 @@ from isthmus.federation.collection import Collected
 from isthmus.federation.planner import EdgePlanner, RootPlanner
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import Cohort, MaskedUpdates
+from isthmus.silo.cohort import Cohort
+from isthmus.silo.update import MaskedUpdates
 from isthmus.storage.record import RoleDirectory
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout

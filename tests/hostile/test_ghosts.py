@@ -51,7 +51,7 @@ def test_an_edge_names_silos_that_it_may_have(named: list[str], tmp_path: Path) 
     service = root(recipe, tmp_path)
     with pytest.raises(ProtocolError, match="names"):
         service.handle("left", pb.Ready(silos=named))
-    with pytest.raises(ProtocolError, match="'c', which is no silo below it"):
+    with pytest.raises(ProtocolError, match="'c', which is no silo that it may name"):
         service.handle("left", pb.Ready(silos=["a", "c"]))
     answers = [service.handle("left", pb.Ready(silos=["b"])), service.handle("right", pb.Ready(silos=["a", "c", "d"]))]
     plan: Any = answers[0].result(10)
@@ -65,7 +65,7 @@ def test_the_trunk_waits_for_silos_of_the_recipe_alone(named: list[str], tmp_pat
     try:
         hello = greeting(Checkpoint(recipe.model.path), recipe)
         a, b = (LoopbackChannel(service, name, greeting=hello) for name in ("a", "b"))
-        with pytest.raises(ProtocolError, match="participant"):
+        with pytest.raises(ProtocolError, match="a names"):
             a.call(pb.Begin(round=1, participants=named))
         begun = [channel.submit(pb.Begin(round=1, participants=["a", "b"])) for channel in (a, b)]
         assert all(isinstance(answer.result(30), pb.Begun) for answer in begun)

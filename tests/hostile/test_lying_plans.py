@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.errors import DataError, ProtocolError
+from isthmus.errors import DataError, IdentityError, ProtocolError
 from isthmus.storage.record import RoleDirectory
 from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Member
@@ -63,7 +63,7 @@ def test_a_sum_of_fewer_than_the_recipes_minimum_is_refused(tmp_path: Any) -> No
     federation = Federation(RoleDirectory(tmp_path), minimum=4)
     plan = federation.plans()["a"]
     del plan.keys["d"]
-    with pytest.raises(ProtocolError, match="a sum of 3 silos, the recipe needs 4"):
+    with pytest.raises(ProtocolError, match="3 silos in a plan's sum, the recipe needs 4"):
         begin(federation, plan)
 
 
@@ -72,9 +72,51 @@ def test_no_share_is_revealed_for_fewer_survivors_than_the_recipes_minimum(tmp_p
     rounds = federation.root.rounds
     rounds._node = replace(rounds._node, minimum=3)  # the root's; the silos go by the recipe's
     ended = federation.finish(federation.begin(), ("a", "b", "c"))
-    assert all("3 silos that live, the recipe needs 4" in str(error) for error in ended.values())
+    assert all("3 silos survive, the recipe needs 4" in str(error) for error in ended.values())
     assert not any(isinstance(request, pb.Reveal) for _, request in federation.root.seen)
     assert all(not tensor.any() for tensor in federation.root.planner.shared.values())
+
+
+def forge(name: str) -> Callable[[str, Any], None]:
+    """Acts for this silo without its signature: the keys may be known from a round that it dropped out of."""
+
+    def lie(peer: str, request: Any) -> None:
+        if peer == name and isinstance(request, pb.Agree):
+            request.signature = b"forged"
+
+    return lie
+
+
+def test_a_silo_without_a_signature_does_not_count(tmp_path: Any) -> None:
+    federation = Federation(RoleDirectory(tmp_path), minimum=4, patience=1.0)
+    federation.root.lie = forge("d")
+    ended = federation.finish(federation.begin())
+    assert all("3 silos signed that their change is in the sum" in str(ended[name]) for name in "abc")
+    assert not any(isinstance(request, pb.Reveal) and peer != "d" for peer, request in federation.root.seen)
+    assert all(not tensor.any() for tensor in federation.root.planner.shared.values())
+
+
+def test_the_only_silo_with_a_change_is_not_read(tmp_path: Any) -> None:
+    federation = Federation(RoleDirectory(tmp_path), patience=1.0)
+
+    def lie(peer: str, request: Any) -> None:
+        if isinstance(request, pb.Update):
+            request.learned = True
+
+    federation.root.lie = lie
+    ended = federation.finish(federation.begin(), weight={"a": 3.0, "b": 0.0, "c": 0.0, "d": 0.0})
+    assert all("1 silos signed that their change is in the sum" in str(error) for error in ended.values())
+    assert not any(isinstance(request, pb.Reveal) for _, request in federation.root.seen)
+
+
+def test_a_silo_that_signs_nothing_ends_the_round_of_nobody_else(tmp_path: Any) -> None:
+    federation = Federation(RoleDirectory(tmp_path), patience=1.0)
+    federation.root.rounds._identity = IDENTITIES["root"]  # an honest root
+    federation.root.lie = forge("d")
+    ended = federation.finish(federation.begin())
+    assert isinstance(ended["d"], IdentityError)
+    assert [ended[name] for name in "abc"] == [None] * 3
+    federation.assert_learned(dict.fromkeys(NAMES, 1.0))
 
 
 def other_adapters(plan: pb.Plan) -> None:

@@ -195,7 +195,7 @@ def test_silos_that_were_told_different_survivors_reveal_nothing(federation: Fed
         silo.channel._service = Liar(federation.root, told)  # type: ignore[assignment]
     ended = federation.finish(federation.begin())
     assert all(isinstance(error, ProtocolError) for error in ended.values())
-    assert "2 silos signed that they were told of the same survivors, 3 are needed" in str(ended["a"])
+    assert "2 silos signed the same lists of survivors, 3 are needed" in str(ended["a"])
     assert not any(isinstance(request, pb.Reveal) for _, request in federation.root.seen)
 
 

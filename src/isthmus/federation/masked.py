@@ -20,6 +20,8 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
 
 log = logging.getLogger(__name__)
+Verify = Callable[[str, bytes, bytes, pb.Survivors], None]
+"""Raises unless this silo made this signature of the terms with this digest and of these survivors."""
 
 
 class Masked:
@@ -33,6 +35,7 @@ class Masked:
         sums: the format of the sum.
         context: digest of the plan that the participants get, from which their masks follow.
         fewest: living silos that a sum needs before it may be known.
+        verify: checks a silo's signature before others get it: a false one would end the round for them.
     """
 
     def __init__(
@@ -44,9 +47,11 @@ class Masked:
         *,
         context: bytes,
         fewest: int,
+        verify: Verify,
     ) -> None:
         self.terms = Terms(context, adverts)
         self._sums, self._new_barrier, self._done, self._fewest = sums, barrier, done, fewest
+        self._verify, self._living = verify, pb.Survivors()
         self._sealed: dict[str, dict[str, bytes]] = {}
         self._commitments: dict[str, dict[str, bytes]] = {}
         self._signatures: dict[str, bytes] = {}
@@ -98,6 +103,7 @@ class Masked:
             self._unmasking.add(peer, self._sums.ring.read(masked, self._sums.size))
             self._weights[peer] = 1.0 if request.learned else 0.0
         elif isinstance(request, pb.Agree):
+            self._verify(peer, request.signature, self.terms.digest, self._living)
             self._signatures[peer] = request.signature
         elif isinstance(request, pb.Reveal):
             assert self._unmasking is not None
@@ -130,14 +136,14 @@ class Masked:
         if len(learned) < self._fewest:  # of so few no sum may be known
             self._end(Collected(learned or dict.fromkeys(sorted(alive), 0.0), ()))
             return
-        living = pb.Survivors(alive=sorted(alive), dropped=sorted(self._unmasking.dead))
+        self._living = living = pb.Survivors(alive=sorted(alive), dropped=sorted(self._unmasking.dead))
         for answer in self._next(pb.Agree, alive - self._lost, self._pass_signatures).values():
             answer.set_result(living)
 
     def _pass_signatures(self) -> None:
         """No more signatures of the survivors will come: each silo gets all others', to compare with its own."""
         signed = self._signatures.keys() - self._lost
-        if len(signed) < self.terms.quorum:
+        if len(signed) < max(self._fewest, self.terms.quorum):
             self._fail(f"{len(signed)} silos signed who is in it")
             return
         agreed = pb.Agreed(signatures=self._signatures)

@@ -8,16 +8,16 @@ import logging
 import secrets
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from google.protobuf.message import Message
 
-from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
+from isthmus.errors import IdentityError, IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.collection import Collected, Collection, Open, Sums
 from isthmus.federation.masked import Masked
 from isthmus.federation.planner import Planner
 from isthmus.recipe import Recipe
-from isthmus.recipe.tree import ROOT
+from isthmus.recipe.tree import ROOT, check_named
 from isthmus.updates.compression import Compression, Compressor
 from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Advert, check_usable
@@ -26,13 +26,15 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.identity import Identity
-from isthmus.wire.sum_keys import plan_digest, verify_keys
+from isthmus.wire.sum_keys import plan_digest, signers, verify_keys
 
 log = logging.getLogger(__name__)
 
 
 class Phase(enum.Enum):
     GATHERING = "gathering"
+    WAITING = "waiting"
+    """A root over silos: for more of them, as fewer than its minimum are there."""
     ASKING = "asking"
     """An edge: for its parent's plan."""
     TRAINING = "training"
@@ -74,28 +76,6 @@ class Aggregator(ABC):
         """Whether a child has been told that no round is left."""
 
 
-def check_named(peer: str, named: Sequence[str], allowed: Iterable[str]) -> None:
-    """Check the silos that a party names: a name that is none would be waited for, or fill the plan of every silo.
-
-    Raises:
-        ProtocolError: one is not allowed, or is named twice.
-    """
-    if foreign := set(named) - set(allowed):
-        raise ProtocolError(
-            f"{peer} names {min(foreign)[:64]!r}, which is no silo below it in the recipe",
-            remedy="give all parties one recipe",
-        )
-    if len(set(named)) < len(named):
-        raise ProtocolError(f"{peer} names a silo twice", remedy="name each silo once")
-
-
-def named(peers: Iterable[str]) -> str:
-    """The names of peers for a log, no more than ten of them."""
-    names = sorted(peers)
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return (", ".join(names[:10]) or "nobody") + more
-
-
 class Rounds(Aggregator):
     """Synchronous rounds. Every request changes the phase under one lock; a round is on disk before it is answered.
 
@@ -118,8 +98,6 @@ class Rounds(Aggregator):
         self._node = recipe.tree.node(name)
         self._waits = name == ROOT and recipe.tree.leaf(name)
         """Whether this node waits where children are too few."""
-        self._lacking = False
-        """Whether it does so now."""
         self._masks, self._compression = recipe.federation.secure.masks, Compression.of(recipe)
         self._offers_keys = self._masks and recipe.tree.leaf(name)
         self._silos = frozenset(silo.name for silo in recipe.silo)
@@ -202,7 +180,7 @@ class Rounds(Aggregator):
             elif self.phase is Phase.FAILED:
                 assert self._error is not None
                 self._give_up(self._error)
-            elif self.phase is Phase.GATHERING and self._lacking:
+            elif self.phase is Phase.WAITING:
                 self._ask_if_enough()
             elif self.phase is Phase.GATHERING:
                 self._gathering.expect(self._gathering.expected | self._waiting.keys())
@@ -211,10 +189,10 @@ class Rounds(Aggregator):
 
     def _gather(self, peers: Iterable[str]) -> None:
         """Gather these children, and any other that asks, for the next round."""
-        self.phase, self._collection, self._lacking = Phase.GATHERING, None, False
+        self.phase, self._collection = Phase.GATHERING, None
         self._gathering = self._barrier(lambda arrived: self._ask(sorted(arrived)))
         expected = set(peers)
-        self._log("gathering; expected: %s", named(expected))
+        self._log("gathering; expected: %s", _names(expected))
         self._gathering.expect(expected)
         self._advance()
 
@@ -222,7 +200,7 @@ class Rounds(Aggregator):
         if len(present) < self._node.minimum:
             self._miss(present)
             return
-        self.phase, self._lacking = Phase.ASKING, False
+        self.phase = Phase.ASKING
         silos = {silo for peer in present for silo in (self._asked[peer].silos or [peer])}
         self._when_there(lambda: self._planner.plan(silos), lambda plan: self._begin(present, plan))
 
@@ -233,7 +211,7 @@ class Rounds(Aggregator):
             self._advance()
             return
         self.phase, self._round = Phase.TRAINING, plan.round
-        self._log("round %d begins with %s; missing: %s", plan.round, named(participants), self._missing(participants))
+        self._log("round %d begins with %s; missing: %s", plan.round, _names(participants), self._missing(participants))
         if self._offers_keys:
             keys = {peer: self._asked[peer].keys for peer in participants}
             plan.sum = secrets.token_bytes(16)
@@ -257,7 +235,15 @@ class Rounds(Aggregator):
         adverts = {peer: Advert(one.sealing, one.masking, one.commitment) for peer, one in keys.items()}
         sums = self._format(next(iter(keys)), plan.round, len(keys), plan.clip)
         context = plan_digest(self._planner.own(plan, next(iter(keys))))  # under masks all children get the same
-        return Masked(adverts, sums, self._barrier, self._end, context=context, fewest=self._node.minimum)
+        fewest = self._node.minimum
+        return Masked(
+            adverts, sums, self._barrier, self._end, context=context, fewest=fewest, verify=self._verify_survivors
+        )
+
+    def _verify_survivors(self, peer: str, signature: bytes, digest: bytes, living: pb.Survivors) -> None:
+        keys = {peer: self._asked[peer].keys}
+        if self._identity and not signers(self._identity, keys, {peer: signature}, digest, living, enough=1):
+            raise IdentityError(f"{peer} did not sign these survivors", remedy="ask for the next plan")
 
     def _format(self, peer: str, round: int, silos: int, clip: float = 0.0) -> SumFormat:
         """The format of a sum of so many silos' numbers, this child's among them."""
@@ -297,7 +283,7 @@ class Rounds(Aggregator):
             else:
                 self._miss(sorted(collected.weights))
             return
-        self._log("round %d: %s contributed", self._round, named(collected.weights))
+        self._log("round %d: %s contributed", self._round, _names(collected.weights))
         self.phase, self._collection = Phase.CONCLUDING, None
         # the next round does not wait again for a child that sent nothing in this one
         self._when_there(
@@ -348,9 +334,9 @@ class Rounds(Aggregator):
         if not self._waits:
             self._turn_away(self._too_few(len(present)))
             return
-        told = "%d of at least %d silos are left; waiting; missing: %s"
-        self._log(told, len(present), self._node.minimum, self._missing(present), level=logging.WARNING)
-        self.phase, self._collection, self._lacking = Phase.GATHERING, None, True
+        message = "%d silos are left, the recipe needs %d; waiting; missing: %s"
+        self._log(message, len(present), self._node.minimum, self._missing(present), level=logging.WARNING)
+        self.phase, self._collection = Phase.WAITING, None
         self._turn += 1
         self._ask_if_enough()
 
@@ -375,10 +361,10 @@ class Rounds(Aggregator):
         )
 
     def _missing(self, present: Iterable[str]) -> str:
-        return named(set(self._node.children) - set(present))
+        return _names(set(self._node.children) - set(present))
 
-    def _log(self, told: str, *values: object, level: int = logging.INFO) -> None:
-        log.log(level, f"%s: {told}", self._node.name, *values)
+    def _log(self, message: str, *values: object, level: int = logging.INFO) -> None:
+        log.log(level, f"%s: {message}", self._node.name, *values)
 
     def _give_up(self, error: IsthmusError) -> None:
         with self._lock:
@@ -389,3 +375,10 @@ class Rounds(Aggregator):
             waiting, self._waiting = self._waiting, {}
         for answer in waiting.values():
             answer.set_exception(error)
+
+
+def _names(peers: Iterable[str]) -> str:
+    """The names of peers for a log, no more than ten of them."""
+    names = sorted(peers)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return (", ".join(names[:10]) or "nobody") + more

@@ -39,7 +39,7 @@ GENESIS = "0" * 64
 """The previous hash of the first line."""
 log = logging.getLogger(__name__)
 CLOCK_TOLERANCE = 1.0
-"""Seconds by which a clock may be set back without an error, as time synchronization does."""
+"""Seconds by which a clock may be set back without a note, as time synchronization does."""
 HEAD_BYTES = 96
 """Fixed length of a head, so that it can be overwritten in place."""
 RESTORE = "restore the ledger and its head from a backup, or start a new run: the charges are unknown otherwise"

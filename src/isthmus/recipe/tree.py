@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from isthmus.errors import RecipeError
+from isthmus.errors import ProtocolError, RecipeError
 from isthmus.recipe.sections import EdgeSection, RootSection, SiloSection
 
 ROOT = "root"
@@ -110,3 +111,18 @@ class Tree:
     def _patience(self, edge: EdgeSection) -> float:
         """Left out, a quarter of the parent's: under masks an edge waits three times before its parent hears of it."""
         return edge.patience or self.node(self.parent(edge.name)).patience / 4
+
+
+def check_named(peer: str, named: Sequence[str], allowed: Iterable[str]) -> None:
+    """Check the silos that a party names: a name that is none would be waited for, or fill the plan of every silo.
+
+    Raises:
+        ProtocolError: one is not allowed, or is named twice.
+    """
+    if foreign := set(named) - set(allowed):
+        raise ProtocolError(
+            f"{peer} names {min(foreign)[:64]!r}, which is no silo that it may name by the recipe",
+            remedy="give all parties one recipe",
+        )
+    if len(set(named)) < len(named):
+        raise ProtocolError(f"{peer} names a silo twice", remedy="name each silo once")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,12 +24,12 @@ from isthmus.privacy.events import ALL, Charge, Release
 from isthmus.privacy.noise import Noise, SecretNoise
 from isthmus.recipe import ClipSection, Recipe
 from isthmus.recipe.sections.federation.clip import LONGEST, SHORTEST
-from isthmus.recipe.tree import Node
 from isthmus.silo.boundary import Boundary
+from isthmus.silo.cohort import Cohort
 from isthmus.silo.join import connect
 from isthmus.updates.compression import Compression, Compressor
 from isthmus.updates.flat import Layout
-from isthmus.updates.masking import FEWEST, Advert, Member, Terms
+from isthmus.updates.masking import Advert, Member, Terms
 from isthmus.updates.quantize import Whole, shortened
 from isthmus.updates.sums import SumFormat
 from isthmus.wire import codec
@@ -149,41 +148,6 @@ class OpenUpdates:
         return pb.Update(compressed=data)
 
 
-@dataclass(frozen=True)
-class Cohort:
-    """The silos that may be in a masked sum with this one, by its own recipe, whatever an aggregator says."""
-
-    silos: frozenset[str]
-    minimum: int
-    """Fewest silos of a sum."""
-
-    @classmethod
-    def of(cls, node: Node) -> Cohort:
-        """The silos of an aggregator: its own, and those that turn to it when their edge fails."""
-        return cls(frozenset((*node.children, *node.wards)), max(node.minimum, FEWEST))
-
-    def check(self, plan: pb.Plan) -> None:
-        """Check the members of a plan's sum.
-
-        Raises:
-            ProtocolError: one is no silo of this cohort, or does not take part; or they are too few.
-        """
-        if foreign := plan.keys.keys() - self.silos:
-            raise ProtocolError(
-                f"a plan for a sum with {min(foreign)!r}, which is no silo of this cohort in the recipe",
-                remedy="leave this aggregator, or give all parties one recipe",
-            )
-        if absent := plan.keys.keys() - set(plan.participants):
-            raise ProtocolError(
-                f"a plan with keys of {min(absent)!r}, which does not take part", remedy="give all parties one recipe"
-            )
-        if len(plan.keys) < self.minimum:
-            raise ProtocolError(
-                f"a plan for a sum of {len(plan.keys)} silos, the recipe needs {self.minimum}",
-                remedy="leave this aggregator, or give all parties one recipe",
-            )
-
-
 class MaskedUpdates:
     """Updates of which the aggregator sees the sum alone, by masks that cancel in it (see ``updates.masking``).
 
@@ -253,23 +217,32 @@ class MaskedUpdates:
             log.warning("%s; going on without them", problem)
 
     def _reveal(self, update: pb.Update, living: pb.Survivors) -> None:
-        """Reveal shares once enough silos have signed that they were told of the same survivors."""
+        """Reveal shares once enough silos have signed that they received the same lists of survivors.
+
+        Raises:
+            ProtocolError: too few have, or too few of these have a change in the sum.
+        """
         self._member.settle(living.alive, living.dropped)
-        if (count := self._member.summed(living.alive)) < self._cohort.minimum:  # the plan's sum was of as many
-            raise ProtocolError(
-                f"a sum of {count} silos that live, the recipe needs {self._cohort.minimum}",
-                remedy="leave this aggregator: it should have begun the round again",
-            )
-        digest, needed = self._member.terms.digest, self._member.terms.quorum
-        signature = sign_survivors(self._identity, digest, living)
+        self._cohort.require(self._member.summed(living.alive), "survive")
+        digest, quorum = self._member.terms.digest, self._member.terms.quorum
+        signature = sign_survivors(self._identity, digest, living, learned=update.learned)
         agreed: Any = self._channel.call(pb.Agree(round=update.round, signature=signature))
-        signed = signers(self._identity, self._keys, dict(agreed.signatures), digest, living, needed)
-        if len(signed) < needed:
+        signed = signers(
+            self._identity,
+            self._keys,
+            dict(agreed.signatures),
+            digest,
+            living,
+            enough=quorum,
+            changes=self._cohort.minimum,
+        )
+        if len(signed) < quorum:
             raise ProtocolError(
-                f"{len(signed)} silos signed that they were told of the same survivors, {needed} are needed: nothing "
-                "is revealed",
-                remedy="ask the other silos' logs which survivors they were told; leave this aggregator if they differ",
+                f"{len(signed)} silos signed the same lists of survivors, {quorum} are needed: nothing is revealed",
+                remedy="compare the lists in the other silos' logs; leave this aggregator if they differ",
             )
+        # a signature proves a silo behind the numbers: keys alone may be ones of an earlier round, known by now
+        self._cohort.require(sum(signed.values()), "signed that their change is in the sum")
         shares = self._member.reveal(living.alive, living.dropped)
         self._channel.call(pb.Reveal(round=update.round, shares=shares))
 
@@ -313,10 +286,9 @@ class NoisedUpdates(MaskedUpdates):
         *,
         noise: SumNoise,
         clip: ClipSection,
-        fewest: int,
     ) -> None:
         super().__init__(boundary, channel, identity, compression, cohort)
-        self._noise, self._clip, self._fewest = noise, clip, fewest
+        self._noise, self._clip = noise, clip
 
     def affordable(self) -> bool:
         return self._noise.central or self._boundary.update_affordable(Charge(ALL, concentrated=self._noise.loss))
@@ -331,16 +303,6 @@ class NoisedUpdates(MaskedUpdates):
         if not (SHORTEST <= plan.clip <= LONGEST if follows else plan.clip == self._clip.norm):
             raise ProtocolError(f"a plan with the clip {plan.clip}", remedy="give all parties one recipe")
         super().begin(plan, layout)
-
-    def send(self, update: pb.Update) -> None:
-        living = self._channel.call(update)
-        if isinstance(living, pb.Survivors):
-            if (count := self._member.summed(living.alive)) < self._fewest:
-                raise ProtocolError(
-                    f"a sum of {count} silos has less noise than that of the {self._fewest} that it needs",
-                    remedy="leave this aggregator: it should have begun the round again",
-                )
-            self._reveal(update, living)
 
     def _released(self, round: int, sums: SumFormat, row_P: torch.Tensor, share: float) -> pb.Update:
         short_K, within = shortened(sums.project(row_P.nan_to_num(0.0, 0.0, 0.0)), sums.ring.range)
@@ -505,5 +467,5 @@ def noised_updates(
     """Updates of a recipe whose masked sums have noise of their own."""
     assert compression.noise is not None
     assert recipe.federation.clip is not None
-    noise, clip, fewest = compression.noise, recipe.federation.clip, recipe.tree.smallest()
-    return NoisedUpdates(boundary, channel, identity, compression, cohort, noise=noise, clip=clip, fewest=fewest)
+    noise, clip = compression.noise, recipe.federation.clip
+    return NoisedUpdates(boundary, channel, identity, compression, cohort, noise=noise, clip=clip)

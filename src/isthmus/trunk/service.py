@@ -17,6 +17,7 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import find_device
 from isthmus.recipe import Recipe
+from isthmus.recipe.tree import check_named
 from isthmus.storage.record import RoleDirectory, disk_errors, writing
 from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
 from isthmus.trunk.async_steps import AsyncSteps
@@ -73,7 +74,7 @@ class TrunkService:
             self._steps = SyncSteps(self._training, self._scheduler, recipe, journal)
         else:
             self._steps = AsyncSteps(self._training, self._scheduler, recipe, directory, journal)
-        self._silos = frozenset(silo.name for silo in recipe.silo)
+        self._silos = frozenset(recipe.tree.silos)
         self._instances: dict[str, str] = {}
         self._ends: dict[str, int] = {}
         """The round of the adapters of each silo that infers and does not train."""
@@ -148,13 +149,7 @@ class TrunkService:
         return self._scheduler.submit(job)
 
     def _begin(self, peer: str, request: pb.Begin) -> Answer:
-        if foreign := set(request.participants) - self._silos:
-            raise ProtocolError(
-                f"{peer} names {min(foreign)[:64]!r} as a participant, which is no silo of the recipe",
-                remedy="name silos of the recipe, each once",
-            )
-        if len(set(request.participants)) < len(request.participants):
-            raise ProtocolError(f"{peer} names a participant twice", remedy="name silos of the recipe, each once")
+        check_named(peer, request.participants, self._silos)
         self._ends.pop(peer, None)
         return self._steps.begin(peer, request)
 

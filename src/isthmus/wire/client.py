@@ -32,7 +32,7 @@ EXEMPT = ("no_grpc_proxy", "no_proxy")
 PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Seconds between attempts to connect; the last one repeats."""
 SMALL = 256
-"""Bytes of a frame that takes no time on a slow line. That such a one goes is no sign of life."""
+"""Bytes of a frame that takes no time on a slow line. That such a one goes does not show that the server is alive."""
 log = logging.getLogger(__name__)
 _DISTRUST = (
     "CERTIFICATE_",
@@ -76,7 +76,7 @@ class GrpcChannel:
         greeting: the first request on every stream; an error in answer ends the channel.
         accept: called with the answer to the greeting on every stream; an ``IsthmusError`` that it raises ends the
             channel. None: every answer is accepted.
-        deadline: seconds to keep trying to connect, and to bear a server's silence.
+        deadline: seconds to keep trying to connect, and to wait for a silent server.
         limit: largest frame in bytes.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 
 from isthmus.errors import IdentityError
 from isthmus.wire import isthmus_pb2 as pb
@@ -33,13 +34,14 @@ def verify_keys(identity: Identity, name: str, keys: pb.SumKeys) -> None:
     identity.verify(name, keys.certificate, keys.signature, _signed_bytes(name, keys))
 
 
-def sign_survivors(identity: Identity, digest: bytes, living: pb.Survivors) -> bytes:
+def sign_survivors(identity: Identity, digest: bytes, living: pb.Survivors, *, learned: bool) -> bytes:
     """This party's signature of who is in a sum.
 
     Args:
         digest: of all terms of the sum.
+        learned: whether the party's own numbers in it are a change, not zeros.
     """
-    return identity.sign(_survivors_bytes(identity.name, digest, living))
+    return identity.sign(_survivors_bytes(identity.name, digest, living, learned))
 
 
 def signers(
@@ -48,30 +50,36 @@ def signers(
     signatures: Mapping[str, bytes],
     digest: bytes,
     living: pb.Survivors,
+    *,
     enough: int,
-) -> set[str]:
-    """The silos in a sum that have signed that exactly these are in it; no more than ``enough`` are looked for.
+    changes: int = 0,
+) -> dict[str, bool]:
+    """The silos in a sum that have signed that exactly these are in it, and whether they signed that their numbers are
+    a change. A signature of anything else does not count.
 
     Args:
         keys: of all silos in the sum, already verified.
         digest: of all terms of the sum.
+        enough, changes: how many signatures are looked for, and how many of a change; no more are verified.
     """
-    found = set[str]()
+    found: dict[str, bool] = {}
     for name in sorted(set(living.alive) & signatures.keys() & keys.keys()):
-        if len(found) == enough:
+        if len(found) >= enough and sum(found.values()) >= changes:
             break
-        try:
-            signed = _survivors_bytes(name, digest, living)
-            identity.verify(name, keys[name].certificate, signatures[name], signed)
-        except IdentityError:
-            continue  # it signed something else: it does not count
-        found.add(name)
+        for learned in (True, False):
+            signed = _survivors_bytes(name, digest, living, learned)
+            with suppress(IdentityError):
+                identity.verify(name, keys[name].certificate, signatures[name], signed)
+                found[name] = learned
+                break
     return found
 
 
-def _survivors_bytes(name: str, digest: bytes, living: pb.Survivors) -> bytes:
+def _survivors_bytes(name: str, digest: bytes, living: pb.Survivors, learned: bool) -> bytes:
     lists = pb.Survivors(alive=sorted(living.alive), dropped=sorted(living.dropped)).SerializeToString()
-    return b"\0".join((b"isthmus survivors of one sum", name.encode(), digest + lists))
+    return b"\0".join(
+        (b"isthmus survivors of one sum", name.encode(), b"a change" if learned else b"zeros", digest + lists)
+    )
 
 
 def _signed_bytes(name: str, keys: pb.SumKeys) -> bytes:

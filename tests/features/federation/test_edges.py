@@ -20,7 +20,8 @@ from isthmus.federation.planner import EdgePlanner, RootPlanner
 from isthmus.federation.rounds import Aggregator
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import Cohort, MaskedUpdates, OpenUpdates, Updates
+from isthmus.silo.cohort import Cohort
+from isthmus.silo.update import MaskedUpdates, OpenUpdates, Updates
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout

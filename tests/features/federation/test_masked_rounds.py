@@ -18,7 +18,8 @@ from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import Cohort, MaskedUpdates
+from isthmus.silo.cohort import Cohort
+from isthmus.silo.update import MaskedUpdates
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout

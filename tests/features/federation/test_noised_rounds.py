@@ -24,7 +24,8 @@ from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 from isthmus.silo import update
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import Cohort, Updates, noised_updates
+from isthmus.silo.cohort import Cohort
+from isthmus.silo.update import Updates, noised_updates
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
@@ -266,7 +267,7 @@ def test_a_silo_gives_no_share_for_a_sum_of_too_few(store: RoleDirectory) -> Non
     rounds._node = replace(rounds._node, minimum=3)  # a root that goes on with fewer than the recipe says
     ended = federation.finish(federation.begin(), NAMES[:3])
     assert all(isinstance(ended[name], ProtocolError) for name in NAMES[:3])
-    assert "less noise than that of the 4" in str(ended["a"])
+    assert "3 silos survive, the recipe needs 4" in str(ended["a"])
     assert not any(isinstance(request, pb.Reveal) for _, request in federation.root.seen)
 
 

@@ -35,7 +35,9 @@ class Cohort:
         adverts = {name: one.advert for name, one in self.members.items()}
         self.found: list[Collected | IsthmusError] = []
         make: Any = lambda fire: Barrier(600.0, fire)  # noqa: E731
-        self.masked = Masked(adverts, FORMAT, make, self.found.append, context=bytes(32), fewest=3)
+        self.masked = Masked(
+            adverts, FORMAT, make, self.found.append, context=bytes(32), fewest=3, verify=lambda *_: None
+        )
 
     def deal(self, *names: str) -> dict[str, Answer]:
         terms: Terms = self.masked.terms

@@ -200,9 +200,9 @@ def test_a_lost_quorum_is_waited_for(
         plans(rounds, "a", "b")
         rounds.contribute("a", update(1))
     waiting = rounds.ready("a", pb.Ready())
-    until(lambda: "1 of at least 2 silos are left; waiting; missing: b" in caplog.text)
+    until(lambda: "1 silos are left, the recipe needs 2; waiting; missing: b" in caplog.text)
     assert not waiting.done()
-    assert rounds.phase is Phase.GATHERING
+    assert rounds.phase is Phase.WAITING
     with pytest.raises(RoundLostError):
         rounds.contribute("b", update(1))
     assert store.last_round() == 0
@@ -213,16 +213,16 @@ def test_a_lost_quorum_is_waited_for(
         for silo in ("a", "b"):
             rounds.contribute(silo, update(number))
         plans(rounds, "a", "b")
-    told = [record.getMessage() for record in caplog.records]
-    assert "root: round 1 begins with a, b; missing: nobody" in told
-    assert "root: round 2: a, b contributed" in told
-    assert told[-1] == "root: finished after 2 rounds"
+    messages = [record.getMessage() for record in caplog.records]
+    assert "root: round 1 begins with a, b; missing: nobody" in messages
+    assert "root: round 2: a, b contributed" in messages
+    assert messages[-1] == "root: finished after 2 rounds"
 
 
 def test_of_three_enough_are_two_and_the_third_is_not_waited_for(build: Build) -> None:
     rounds = build("a", "b", "c", minimum=2, patience=SOON)
     waiting = rounds.ready("a", pb.Ready())
-    until(lambda: rounds._lacking)
+    until(lambda: rounds.phase is Phase.WAITING)
     assert_plan(rounds.ready("b", pb.Ready()).result(WAIT), 1, 0, ["a", "b"], 0.0)
     assert waiting.done()
 

@@ -39,11 +39,12 @@ def test_an_offer_of_another_party_or_authority_is_not() -> None:
 def test_only_those_who_signed_these_very_survivors_count() -> None:
     offers = {"ann": keys(), "bob": keys(BOB)}
     living, others = pb.Survivors(alive=["bob", "ann"], dropped=["eve"]), pb.Survivors(alive=["ann", "bob", "eve"])
-    signatures = {"ann": sign_survivors(ANN, b"terms", living), "bob": sign_survivors(BOB, b"terms", living)}
+    signatures = {one.name: sign_survivors(one, b"terms", living, learned=one is ANN) for one in (ANN, BOB)}
     same = pb.Survivors(alive=["ann", "bob"], dropped=["eve"])
-    assert signers(ANN, offers, signatures, b"terms", same, 2) == {"ann", "bob"}
-    assert signers(ANN, offers, signatures, b"terms", same, 1) == {"ann"}
-    assert signers(ANN, offers, signatures, b"terms", others, 3) == set()
-    assert signers(ANN, offers, signatures, b"other terms", living, 3) == set()
-    assert signers(ANN, offers, signatures | {"bob": signatures["ann"]}, b"terms", living, 3) == {"ann"}
-    assert signers(ANN, offers, {"eve": signatures["ann"]}, b"terms", living, 3) == set()
+    assert signers(ANN, offers, signatures, b"terms", same, enough=2) == {"ann": True, "bob": False}
+    assert signers(ANN, offers, signatures, b"terms", same, enough=1, changes=1) == {"ann": True}
+    assert signers(ANN, offers, signatures, b"terms", same, enough=1, changes=2) == {"ann": True, "bob": False}
+    assert signers(ANN, offers, signatures, b"terms", others, enough=3) == {}
+    assert signers(ANN, offers, signatures, b"other terms", living, enough=3) == {}
+    assert signers(ANN, offers, signatures | {"bob": signatures["ann"]}, b"terms", living, enough=3) == {"ann": True}
+    assert signers(ANN, offers, {"eve": signatures["ann"]}, b"terms", living, enough=3) == {}
