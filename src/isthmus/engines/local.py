@@ -52,6 +52,7 @@ def open_resumed(path: Path) -> RunDirectory:
             f"{run.path} is the folder of a party that ran by itself",
             remedy="start its role again, such as 'isthmus silo RECIPE NAME --run-dir DIR'",
         )
+    run.completed()  # warns here of damaged rounds that the roles pass over: their own warnings go to their logs
     return run
 
 

@@ -173,3 +173,16 @@ def test_a_deployed_party_is_not_continued_as_a_whole_run(tmp_path: Path) -> Non
     assert "isthmus silo" in refused.value.remedy
     (run.path / "logs").mkdir()
     assert open_resumed(run.path).path == run.path
+
+
+def test_a_damaged_round_is_said_to_whoever_continues_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = RunDirectory.create(tmp_path / "run", make_recipe(tmp_path / "model"))
+    (run.path / "logs").mkdir()  # as the local engine does
+    for role in ("trunk", "root"):
+        for number in (1, 2):
+            run.role(role).save_round(number, {})
+    damaged = run.path / "trunk/rounds/round-0002.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    open_resumed(run.path)
+    assert f"{damaged} is passed over" in caplog.text
+    assert "going on from round 1" in caplog.text
