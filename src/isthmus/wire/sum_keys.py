@@ -41,7 +41,7 @@ def sign_survivors(identity: Identity, digest: bytes, living: pb.Survivors, *, l
         digest: of all terms of the sum.
         learned: whether the party's own numbers in it are a change, not zeros.
     """
-    return identity.sign(_survivors_bytes(identity.name, digest, living, learned))
+    return identity.sign(_survivors_bytes(identity.name, digest, _lists(living), learned))
 
 
 def signers(
@@ -63,11 +63,12 @@ def signers(
         enough, changes: how many signatures are looked for, and how many of a change; no more are verified.
     """
     found: dict[str, bool] = {}
+    lists = _lists(living)
     for name in sorted(set(living.alive) & signatures.keys() & keys.keys()):
         if len(found) >= enough and sum(found.values()) >= changes:
             break
         for learned in (True, False):
-            signed = _survivors_bytes(name, digest, living, learned)
+            signed = _survivors_bytes(name, digest, lists, learned)
             with suppress(IdentityError):
                 identity.verify(name, keys[name].certificate, signatures[name], signed)
                 found[name] = learned
@@ -75,8 +76,11 @@ def signers(
     return found
 
 
-def _survivors_bytes(name: str, digest: bytes, living: pb.Survivors, learned: bool) -> bytes:
-    lists = pb.Survivors(alive=sorted(living.alive), dropped=sorted(living.dropped)).SerializeToString()
+def _lists(living: pb.Survivors) -> bytes:
+    return pb.Survivors(alive=sorted(living.alive), dropped=sorted(living.dropped)).SerializeToString()
+
+
+def _survivors_bytes(name: str, digest: bytes, lists: bytes, learned: bool) -> bytes:
     return b"\0".join(
         (b"isthmus survivors of one sum", name.encode(), b"a change" if learned else b"zeros", digest + lists)
     )
