@@ -1,6 +1,6 @@
 """Flower's SecAgg+ on this machine: its own client and server code, messages passed from hand to hand in one process.
 
-Runs in an environment of its own, without isthmus. ``python benchmarks/federated/flower_sums.py SILOS PARAMETERS
+Runs in an environment of its own, without isthmus. ``python -P benchmarks/federated/flower_sums.py SILOS PARAMETERS
 DROPPED SHARES THRESHOLD`` prints one JSON object. Each message takes the bytes it has on Flower's wire and is parsed
 from them again.
 
