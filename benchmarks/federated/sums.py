@@ -79,7 +79,7 @@ def complete(silos: int) -> Graph:
 
 
 def sparse(shares: int, threshold: int, comment: str = "") -> Graph:
-    """Each silo masks with some others only, as SecAgg+ is meant to be used; isthmus has its complete graph beside it."""
+    """Each silo masks with some others only, as SecAgg+ is meant to be used, beside isthmus with its complete graph."""
     return Graph(f"Flower's SecAgg+ with {shares} shares, threshold {threshold}{comment}", shares, threshold)
 
 
