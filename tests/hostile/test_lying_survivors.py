@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.errors import IsthmusError, ProtocolError
+from isthmus.errors import IsthmusError, ProtocolError, RoundLostError
 from isthmus.storage.record import RoleDirectory
+from isthmus.updates import shamir
+from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Advert, Member, Pair, Terms
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
-from tests.features.federation.test_masked_rounds import NAMES, Federation, Root
+from tests.features.federation.test_masked_rounds import NAMES, WAIT, Federation, Root
 
 Lists = tuple[frozenset[str], frozenset[str]]
 SEED, KEY = b"seed", b"key"
@@ -237,3 +240,62 @@ def test_a_dealer_of_shares_other_than_it_committed_to_is_named_and_the_round_go
     assert federation.finish(federation.begin()) == dict.fromkeys(NAMES)
     assert "the shares of d are not those it committed to" in caplog.text
     federation.assert_learned(dict.fromkeys(NAMES, 1.0))
+
+
+def split_another_secret(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """d's shares are those that it committed itself to; of another secret than it promised."""
+    updates, split = federation.silos["d"].updates, shamir.split
+
+    def begin(plan: pb.Plan, layout: Layout) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(shamir, "split", lambda secret, points, threshold: split(bytes(32), points, threshold))
+            type(updates).begin(updates, plan, layout)
+
+    monkeypatch.setattr(updates, "begin", begin)
+
+
+def seal_nothing(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can open what d seals, so that nobody has anything of it to reveal."""
+
+    def lie(peer: str, request: Message) -> None:
+        if isinstance(request, pb.Deal) and peer == "d":
+            for holder in "abc":
+                request.sealed[holder] = bytes(len(request.sealed[holder]))
+
+    federation.root.lie = lie
+
+
+@pytest.mark.parametrize("cheat", [split_another_secret, seal_nothing])
+def test_a_dealer_of_shares_of_no_secret_costs_one_round_and_is_left_out(
+    federation: Federation,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    cheat: Callable[[Federation, pytest.MonkeyPatch], None],
+) -> None:
+    cheat(federation, monkeypatch)
+    ended = federation.finish(federation.begin())
+    assert all(isinstance(error, RoundLostError) for error in ended.values())
+    assert "d dealt shares of no secret and is left out" in caplog.text
+    with pytest.raises(ProtocolError, match="d dealt shares of no secret"):
+        federation.silos.pop("d").ask().result(WAIT)
+    assert federation.finish(federation.begin("abc"), "abc") == dict.fromkeys("abc")
+    federation.assert_learned(dict.fromkeys("abc", 1.0))
+
+
+def test_withholding_shares_of_another_does_not_get_it_left_out(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of four may collude. The sum is lost as a second one drops out; whose fault it is, nobody can tell."""
+
+    def lie(peer: str, request: Message) -> None:
+        if isinstance(request, pb.Reveal) and peer == "a":
+            del request.shares["d"]
+        if isinstance(request, pb.Reveal) and peer == "b":
+            raise ProtocolError("dropped out", remedy="")
+
+    federation.root.lie = lie
+    ended = federation.finish(federation.begin())
+    assert isinstance(ended["c"], RoundLostError)
+    assert "left out" not in caplog.text
+    federation.root.lie = lambda peer, request: None
+    assert federation.finish(federation.begin()) == dict.fromkeys(NAMES)

@@ -56,6 +56,8 @@ class Masked:
         self._commitments: dict[str, dict[str, bytes]] = {}
         self._signatures: dict[str, bytes] = {}
         self._unmasking: Unmasking | None = None
+        self.frauds: set[str] = set()
+        """Once the round has failed, the silos that dealt shares of no secret: with them the next one would, too."""
         self._weights: dict[str, float] = {}
         self._waiting: dict[str, Answer] = {}
         self._expected: type[Message] = pb.Deal
@@ -155,6 +157,7 @@ class Masked:
         try:
             total_KS = self._sums.ring.unpack(self._unmasking.total(), self._sums.size)
         except ProtocolError as error:
+            self.frauds = self._unmasking.frauds()
             liars = f"; false shares came from {', '.join(sorted(who))}" if (who := self._unmasking.liars) else ""
             self._fail(error.message + liars)
             return

@@ -105,6 +105,8 @@ class Rounds(Aggregator):
         """By child, the silos that may be below it."""
         self._lock = threading.RLock()
         self._waiting: dict[str, Answer] = {}
+        self._barred: set[str] = set()
+        """Silos whose shares are of no secret: every masked sum with them would be lost."""
         self._asked: dict[str, pb.Ready] = {}
         """By child, its last ``Ready``."""
         self._round = 0
@@ -126,11 +128,16 @@ class Rounds(Aggregator):
 
         Raises:
             ProtocolError: it is no child of this node's, or names silos that cannot be below it; or updates are to be
-                masked, and it offers no keys, or some with which the others could not go on.
+                masked, and it offers no keys, or some with which the others could not go on, or a sum was lost by it.
             IdentityError: it has not signed its keys. The other silos would refuse them, and the round with them.
         """
         if peer not in (*self._node.children, *self._node.wards):
             raise ProtocolError(f"{peer} is no child of {self._node.name}", remedy="give all parties one recipe")
+        if peer in self._barred:
+            raise ProtocolError(
+                f"{peer} dealt shares of no secret, by which a sum was lost: no other is made with it",
+                remedy="run the released program there, then start this aggregator again",
+            )
         check_named(peer, request.silos, self._below[peer])
         if self._offers_keys and not request.HasField("keys"):
             raise ProtocolError(f"{peer} offers no keys", remedy="give all parties one recipe")
@@ -191,7 +198,7 @@ class Rounds(Aggregator):
         """Gather these children, and any other that asks, for the next round."""
         self.phase, self._collection = Phase.GATHERING, None
         self._gathering = self._barrier(lambda arrived: self._ask(sorted(arrived)))
-        expected = set(peers)
+        expected = set(peers) - self._barred
         self._log("gathering; expected: %s", _names(expected))
         self._gathering.expect(expected)
         self._advance()
@@ -275,6 +282,7 @@ class Rounds(Aggregator):
             collected, IsthmusError
         ):  # the sum is not known: the same round again, with the children that ask
             self._log("round %d is lost: %s", self._round, collected.message, level=logging.WARNING)
+            self._bar(self._collection.frauds if isinstance(self._collection, Masked) else set())
             self._gather(self._node.children)
             return
         if len(collected.weights) < self._node.minimum:
@@ -289,6 +297,11 @@ class Rounds(Aggregator):
         self._when_there(
             lambda: self._planner.conclude(self._round, collected), lambda _: self._gather(collected.weights)
         )
+
+    def _bar(self, frauds: set[str]) -> None:
+        if frauds:
+            self._log("%s dealt shares of no secret and is left out", _names(frauds), level=logging.ERROR)
+            self._barred |= frauds
 
     def _when_there(self, ask: Callable[[], Answer], go_on: Callable[[pb.Plan], None]) -> None:
         """Go on with the planner's answer, unless the phase has ended by then. A round that is lost begins again."""

@@ -122,6 +122,13 @@ class Terms:
             return sparse_graph(len(self.order)).threshold
         return quorum(len(self.neighbours(self.order[0])) + 1)
 
+    @property
+    def colluding(self) -> int:
+        """The most of a member's holders that may be on the aggregator's side: fewer than a third of all members are,
+        and of a few neighbours always too few to reveal alone."""
+        complete = len(self.neighbours(self.order[0])) + 1 == len(self.order)
+        return (len(self.order) - 1) // 3 if complete else self.threshold - 1
+
     def holders(self, name: str) -> list[str]:
         """The holders of shares of a member's secrets: its neighbours and itself."""
         return [name, *self.neighbours(name)]

@@ -81,6 +81,24 @@ class Unmasking:
         add(self._total_W, left)
         return self._total_W
 
+    def frauds(self) -> set[str]:
+        """Members that dealt shares of no secret, so that the sum is not known: what was revealed of theirs is what
+        they committed themselves to and no secret, or more holders than may collude received nothing to reveal."""
+        return {name for name in self._dealt if self._defrauds(name)}
+
+    def _defrauds(self, name: str) -> bool:
+        lied = {holder for holder, owners in self.liars.items() if name in owners}
+        answered = self._revealed.intersection(self._terms.holders(name)) - lied
+        if len(answered) - len(self._shares[name]) > self._terms.colluding:
+            return True
+        if len(self._shares[name]) < self._terms.threshold or (name in self.dead and not self._masks_left(name)):
+            return False
+        try:
+            self._seed_of(name) if name in self.alive else self._key_of(name)
+        except ProtocolError:
+            return True
+        return False
+
     def _committed(self, owner: str, holder: str) -> bytes:
         both = self._dealt[owner][holder]
         return both[: len(both) // 2] if owner in self.alive else both[len(both) // 2 :]

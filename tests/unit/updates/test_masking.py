@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.errors import ProtocolError
-from isthmus.updates.masking import Member, Terms, stream
+from isthmus.updates.graph import sparse_graph
+from isthmus.updates.masking import Advert, Member, Terms, stream
 from isthmus.updates.quantize import Words
 from isthmus.updates.unmasking import Unmasking
 
@@ -129,6 +130,12 @@ def test_neighbours_are_each_others(count: int, degree: int | None) -> None:
         assert name not in neighbours
         assert all(name in terms.neighbours(other) for other in neighbours)
         assert 3 * terms.threshold > 2 * len(terms.holders(name))
+
+
+@pytest.mark.parametrize(("count", "most"), [(3, 0), (4, 1), (100, 33), (200, sparse_graph(200).threshold - 1)])
+def test_of_the_holders_of_a_secret_fewer_than_a_third_of_all_or_than_can_reveal_collude(count: int, most: int) -> None:
+    terms = Terms(b"", {f"{number}": Advert(b"", b"", b"") for number in range(count)})
+    assert terms.colluding == most
 
 
 def test_what_a_member_sends_looks_like_noise_and_never_twice_the_same() -> None:
