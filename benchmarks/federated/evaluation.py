@@ -104,7 +104,7 @@ class Evaluator:
             told = batch.targets != IGNORED
             logits_KV = output.logits[told]
             right += int((self._guess(logits_KV) == batch.targets[told]).sum())
-            loss += float(output.loss) * batch.supervised
+            loss += float(output.loss) * batch.weight
             count += batch.supervised
         return Score(loss / count, right / count, count)
 

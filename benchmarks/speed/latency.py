@@ -71,7 +71,7 @@ class Steps:
         self._number = 0
         self._optimizer = torch.optim.AdamW([p for p in silo.model.parameters() if p.requires_grad], lr=1e-5)
         ids, mask = torch.randint(100, 40_000, (ROWS, LENGTH)), torch.ones(ROWS, LENGTH, dtype=torch.long)
-        self._batch = Batch(ids, mask, positions(mask), ids)
+        self._batch = Batch(ids, mask, positions(mask), ids, torch.zeros(len(ids), dtype=torch.long))
         silo.rounds.begin(1, ["bench"])
 
     def take(self, micro_batches: int) -> float:

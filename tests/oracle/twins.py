@@ -208,7 +208,13 @@ def ragged(side: str, seed: int = 0, lengths: tuple[int, ...] = (3, 40, 23)) -> 
 def batch_of(rows: Inputs) -> Batch:
     """The same rows as the silo's own training takes them."""
     targets = torch.cat([rows["labels"][:, 1:], torch.full((len(rows["labels"]), 1), IGNORED)], dim=1)
-    return Batch(rows["input_ids"], rows["attention_mask"], rows["position_ids"], targets)
+    return Batch(
+        rows["input_ids"],
+        rows["attention_mask"],
+        rows["position_ids"],
+        targets,
+        torch.zeros(len(targets), dtype=torch.long),
+    )
 
 
 def prompts(lengths: tuple[int, ...] = (3, 40, 23), seed: int = 0) -> Inputs:

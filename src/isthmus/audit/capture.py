@@ -74,7 +74,7 @@ class ZeroTrunk:
 def capture_rows(target: Target, name: str, rows: Sequence[Tokens]) -> Captured:
     """Frames of one forward and backward pass of a silo over each row, without optimizer steps.
 
-    Batches have the recipe's size. Each crossing's weight is its batch's number of supervised tokens.
+    Batches have the recipe's size. Each crossing's weight is its batch's, as the commit states it.
 
     Args:
         name: the silo.
@@ -85,7 +85,7 @@ def capture_rows(target: Target, name: str, rows: Sequence[Tokens]) -> Captured:
             silo.model.zero_grad()
             batch = collate(list(rows[start : start + size]), _pad(silo)).to(silo.model.device)
             silo.model(**batch.inputs()).loss.backward()
-            weights += [float(batch.supervised)] * len(batch.input_ids)
+            weights += [float(batch.weight)] * len(batch.input_ids)
         crossings = zip(crossings_of(name, tap.exchanges), weights, strict=True)
         weighed = tuple(replace(crossing, weight=weight) for crossing, weight in crossings)
         return Captured(weighed, tuple(tuple(row.input) for row in rows))

@@ -183,14 +183,17 @@ class Judge:
 
 
 def _text(rows: Sequence[Tokens]) -> list[list[bool]] | None:
-    """Masks of the tokens outside the template, that is outside the ends that all prompts share; None if they share
-    no end, or if all prompts are equal."""
+    """Masks of the tokens outside filler and template, that is outside the ends that all prompts share; None if they
+    share no end, or if all prompts are equal."""
     prompts = [row.prompt for row in rows]
     before, after = _shared(prompts), _shared([prompt[::-1] for prompt in prompts])
     if len(set(map(tuple, prompts))) == 1 or not before + after:
         return None
     return [
-        [before <= place < len(row.prompt) - after or place >= len(row.prompt) for place in range(len(row.input))]
+        [
+            before <= place < len(row.prompt) - after or len(row.prompt) <= place < len(row.input) - len(row.filler)
+            for place in range(len(row.input))
+        ]
         for row in rows
     ]
 

@@ -277,11 +277,12 @@ class Scenario:
         """Public text in the recipe's template. The answer is the first choice or, with free text, the last token."""
         template, longest = template_of(self._target.recipe.task, self.tokenizer), self._target.recipe.train.max_tokens
         if self.choices:
-            room = longest - len(self.choices[0])
-            return Tokens(list(template.filled(text))[-room:], list(self.choices[0]))
+            filled, first = max(map(len, self.choices)), list(self.choices[0])
+            filler = (self._data(self.victim).pad,) * (filled - len(first))
+            return Tokens(list(template.filled(text))[filled - longest :], first, filler=filler)
         tokens = list(template.filled(text))[:longest]
         return Tokens(tokens[:-1], tokens[-1:])
 
 
 def _token_rows(rows: Sequence[Tokens]) -> tuple[TokenRow, ...]:
-    return tuple(TokenRow(tuple(row.prompt), tuple(row.answer)) for row in rows)
+    return tuple(TokenRow(tuple(row.prompt), tuple(row.answer), row.filler) for row in rows)

@@ -41,18 +41,28 @@ class SiloData:
         longest, free_text = recipe.train.max_tokens, not recipe.task.choices
         fields = recipe.sensitivity.fields if recipe.sensitivity and sensitivity else {}
 
-        def read(path: str) -> list[Tokens]:
-            examples = read_examples(Path(path), recipe.task, fields)
-            return tokenize(examples, tokenizer, longest, free_text=free_text, sensitivity=sensitivity)
-
         self.name = section.name
-        self.train = read(section.train)
-        self.held_out = read(section.held_out) if section.held_out else []
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self.choices = [
             tuple(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in recipe.task.choices
         ]
+        filled = max(map(len, self.choices), default=0)  # a row's length does not depend on which choice is right
+
+        def read(path: str) -> list[Tokens]:
+            examples = read_examples(Path(path), recipe.task, fields)
+            return tokenize(
+                examples,
+                tokenizer,
+                longest,
+                free_text=free_text,
+                filled=filled,
+                pad=self.pad,
+                sensitivity=sensitivity,
+            )
+
+        self.train = read(section.train)
+        self.held_out = read(section.held_out) if section.held_out else []
         self._recipe = recipe
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def round_steps(self, round: int) -> RoundSteps:
         """The silo's optimizer steps in a round.

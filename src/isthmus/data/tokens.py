@@ -27,11 +27,22 @@ class Tokens:
     answer: list[int]
     classes: tuple[int, ...] | None = None
     """Sensitivity class of each token of prompt + answer (see ``privacy.sensitivity``); None: not classified."""
+    filler: tuple[int, ...] = ()
+    """Tokens after the answer that have no loss: with them the answers to a prompt are equally long. Attention is
+    causal, so they do not change the answer's loss."""
 
     @property
     def input(self) -> list[int]:
-        """The tokens that the model reads: prompt and answer without the answer's last token, which is only a label."""
-        return self.prompt + self.answer[:-1]
+        """The tokens that the model reads: prompt, answer without its last token, which is only a label, and filler."""
+        return [*self.prompt, *self.answer[:-1], *self.filler]
+
+    @property
+    def input_classes(self) -> tuple[int, ...]:
+        """Sensitivity class of each token of ``input``, of filler that of the answer's last token; empty without
+        classes."""
+        if self.classes is None:
+            return ()
+        return self.classes[: len(self.input) - len(self.filler)] + self.classes[-1:] * len(self.filler)
 
     def crossing(self, tail: int | None) -> int:
         """Number of the input's last tokens whose hidden states cross to the trunk.
@@ -58,11 +69,19 @@ class Batch:
     """``[B, L]``."""
     targets: torch.Tensor
     """``[B, K]``: the next token at each of the last K positions, or ``IGNORED``."""
+    filler: torch.Tensor
+    """``[B]``: number of tokens after each row's answer."""
 
     @property
     def supervised(self) -> int:
-        """Number of tokens with a loss: the weight of this batch."""
+        """Number of tokens with a loss."""
         return int((self.targets != IGNORED).sum())
+
+    @property
+    def weight(self) -> int:
+        """Number of tokens of all answers with their filler, by which the summed loss is divided. It crosses, and with
+        choices it follows from the number of rows alone."""
+        return self.supervised + int(self.filler.sum())
 
     @property
     def tokens(self) -> int:
@@ -71,16 +90,12 @@ class Batch:
 
     def parts(self, count: int) -> list[Batch]:
         """This batch split by rows into at most ``count`` batches of nearly equal size."""
-        tensors = (self.input_ids, self.attention_mask, self.position_ids, self.targets)
-        return [
-            Batch(*piece)
-            for piece in zip(*(tensor.tensor_split(min(count, len(tensor))) for tensor in tensors), strict=True)
-        ]
+        pieces = (tensor.tensor_split(min(count, len(tensor))) for tensor in self._tensors())
+        return [Batch(*piece) for piece in zip(*pieces, strict=True)]
 
     def to(self, device: torch.device) -> Batch:
         """This batch with its tensors on ``device``."""
-        tensors = (self.input_ids, self.attention_mask, self.position_ids, self.targets)
-        return Batch(*(tensor.to(device) for tensor in tensors))
+        return Batch(*(tensor.to(device) for tensor in self._tensors()))
 
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments for a causal model's forward with a loss."""
@@ -101,7 +116,12 @@ class Batch:
 
     def supervision(self) -> dict[str, Any]:
         """The keyword arguments that a causal model's forward needs for the loss alone."""
-        return {"labels": self.targets, "shift_labels": self.targets, "logits_to_keep": self.targets.shape[1]}
+        keep = self.targets.shape[1]
+        loss = {"labels": self.targets, "shift_labels": self.targets, "logits_to_keep": keep}
+        return loss | ({"num_items_in_batch": self.weight} if bool(self.filler.any()) else {})
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.input_ids, self.attention_mask, self.position_ids, self.targets, self.filler
 
 
 def tokenize(
@@ -110,20 +130,24 @@ def tokenize(
     max_tokens: int,
     *,
     free_text: bool,
+    filled: int = 0,
+    pad: int = 0,
     sensitivity: Sensitivity | None = None,
 ) -> list[Tokens]:
     """Examples as token ids, in their order.
 
     Args:
-        max_tokens: longest prompt and answer together; a longer prompt loses its beginning.
+        max_tokens: longest prompt, answer and filler together; a longer prompt loses its beginning.
         free_text: append the end-of-text token to answers.
+        filled: least number of tokens of an answer with its filler.
+        pad: token id of the filler.
         sensitivity: classifies each token; None: ``Tokens.classes`` stays None.
 
     Raises:
         DataError: an answer leaves no room for a prompt, a prompt or an answer has no token, or the silo's own
             sensitivity function failed.
     """
-    rows = [_tokens(example, tokenizer, max_tokens, free_text) for example in examples]
+    rows = [_tokens(example, tokenizer, max_tokens, free_text, filled, pad) for example in examples]
     if sensitivity is None:
         return rows
     pairs = zip(rows, examples, strict=True)
@@ -138,16 +162,16 @@ def collate(rows: list[Tokens], pad: int) -> Batch:
     """
     inputs = [row.input for row in rows]
     length = max(map(len, inputs))
-    keep = max(1, *(len(row.answer) for row in rows))
+    keep = max(1, *(len(row.answer) + len(row.filler) for row in rows))
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
     targets = torch.full((len(rows), keep), IGNORED)
     for number, (row, tokens) in enumerate(zip(rows, inputs, strict=True)):
         ids[number, -len(tokens) :] = torch.tensor(tokens)
         mask[number, -len(tokens) :] = 1
-        if row.answer:
-            targets[number, -len(row.answer) :] = torch.tensor(row.answer)
-    return Batch(ids, mask, positions(mask), targets)
+        end = keep - len(row.filler)
+        targets[number, end - len(row.answer) : end] = torch.tensor(row.answer, dtype=torch.long)
+    return Batch(ids, mask, positions(mask), targets, torch.tensor([len(row.filler) for row in rows]))
 
 
 def positions(mask_BL: torch.Tensor) -> torch.Tensor:
@@ -175,18 +199,21 @@ def epochs(rows: list[Tokens], size: int, seed: str) -> Iterator[list[Tokens]]:
         yield from (drawn[start : start + size] for start in range(0, len(drawn), size))
 
 
-def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int, free_text: bool) -> Tokens:
+def _tokens(
+    example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int, free_text: bool, filled: int, pad: int
+) -> Tokens:
     prompt: list[int] = tokenizer(example.prompt)["input_ids"]
     answer: list[int] = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
     if free_text and tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
-    room = max_tokens - len(answer)
+    room = max_tokens - max(len(answer), filled)
     if not prompt or not answer or room < 1:
         raise DataError(
-            f"a row has {len(prompt)} prompt and {len(answer)} answer tokens; train.max_tokens is {max_tokens}",
+            f"a row has {len(prompt)} prompt and {max(len(answer), filled)} answer tokens; "
+            f"train.max_tokens is {max_tokens}",
             remedy="raise train.max_tokens, or remove rows without text",
         )
-    return Tokens(prompt[-room:], answer)
+    return Tokens(prompt[-room:], answer, filler=(pad,) * (filled - len(answer)))
 
 
 def _classes(

@@ -238,7 +238,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
             input_ids: ``[B, L]``; None if ``inputs_embeds`` ``[B, L, D]`` are given.
             inputs: ``attention_mask``, ``position_ids`` and ``use_cache`` as in ``forward``, and ``arguments.PACKED``.
             head: ``labels``, ``shift_labels`` and ``logits_to_keep`` as in ``forward``.
-            share: the batch's share of the step's supervised tokens; the factor of the guard's gradient.
+            share: the batch's share of the step's weight; the factor of the guard's gradient.
 
         Raises:
             DataError: the mask's shape does not fit, or a row has no token.

@@ -26,7 +26,7 @@ class MicroBatch:
 
     batch: Batch
     share: float
-    """Its share of the step's supervised tokens, 0 to 1."""
+    """Its share of the step's weight, 0 to 1."""
     outbound: Outbound
     """The batch as it was sent, with the state that the silo keeps."""
     leaf_BLD: torch.Tensor | None
@@ -41,12 +41,12 @@ def pipelined_step(model: SplitForCausalLM, optimizer: torch.optim.Optimizer, ba
     assert isinstance(trunk, RemoteTrunk)
     started = time.perf_counter()
     optimizer.zero_grad()
-    parts = [_send(model, trunk, part, part.supervised / batch.supervised) for part in batch.parts(micro_batches)]
+    parts = [_send(model, trunk, part, part.weight / batch.weight) for part in batch.parts(micro_batches)]
     losses = [_finish_forward(model, trunk, part) for part in parts]
     for part in parts:
         _finish_backward(part, trunk.receive(part.pending) if trunk.wants_gradient(part.outbound) else None)
     optimizer.step()
-    return Step(sum(losses), batch.supervised, batch.tokens, time.perf_counter() - started)
+    return Step(sum(losses), batch.weight, batch.tokens, time.perf_counter() - started)
 
 
 def _send(model: SplitForCausalLM, trunk: RemoteTrunk, batch: Batch, share: float) -> MicroBatch:

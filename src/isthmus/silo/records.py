@@ -39,7 +39,8 @@ class KnownPrompt:
     classes: tuple[int, ...] = ()
     """Sensitivity class of each of the prompt's tokens; empty without sensitivity."""
     answers: list[tuple[TokenIds, tuple[int, ...]]] = field(default_factory=list)
-    """Token ids and sensitivity classes of each answer; empty without sensitivity."""
+    """Token ids and sensitivity classes of each answer, and of what is read of it in training; empty without
+    sensitivity."""
     found: set[int] = field(default_factory=set)
     """All sensitivity classes in prompt and answers."""
 
@@ -88,6 +89,8 @@ class Records:
                 known.classes = tuple(map(max, known.classes, own)) if known.classes else own
                 known.found |= set(row.classes)
                 known.answers.append((row.answer, row.classes[known.length :]))
+                if row.filler:
+                    known.answers.append((row.input[known.length :], row.input_classes[known.length :]))
         self._lengths = sorted({known.length for known in self._known.values()})
         self._classes.cache_clear()
         if self.sensitivity is not None and self._scale is None:
@@ -283,7 +286,4 @@ def _digest(scale: float, section: object) -> str:
 def _crossing_classes(rows: Iterable[Tokens], tail: int | None) -> Iterable[int]:
     """Sensitivity classes of the tokens that cross in training: all but a row's last, and only the prompt's tail."""
     for row in rows:
-        prompt = len(row.prompt)
-        first = 0 if tail is None else max(0, prompt - tail)
-        last = max(first + 1, prompt + len(row.answer) - 1)
-        yield from (row.classes or ())[first:last]
+        yield from row.input_classes[len(row.input) - row.crossing(tail) :]

@@ -61,7 +61,7 @@ class RoundsClient:
 
         Args:
             round, step: both from 1.
-            weight: number of supervised tokens in the step.
+            weight: number of tokens of the step's answers with their filler.
 
         Returns:
             The number of silos whose gradients the trunk's step used.

@@ -22,9 +22,9 @@ class Step:
     """The result of one optimizer step."""
 
     loss: float | None
-    """Mean loss per supervised token; None if all rows were skipped."""
+    """Summed loss divided by ``weight``; None if all rows were skipped."""
     weight: int
-    """Number of supervised tokens."""
+    """Number of tokens of the answers, with their filler."""
     tokens: int
     """Number of tokens without padding."""
     seconds: float
@@ -34,13 +34,13 @@ class Step:
 
 
 def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch) -> Step:
-    """One forward, backward and optimizer step on the mean loss of the batch's supervised tokens."""
+    """One forward, backward and optimizer step on the batch's loss, the mean over the tokens of ``batch.weight``."""
     started = time.perf_counter()
     optimizer.zero_grad()
     loss = model(**batch.inputs()).loss
     loss.backward()
     optimizer.step()
-    return Step(float(loss.detach()), batch.supervised, batch.tokens, time.perf_counter() - started)
+    return Step(float(loss.detach()), batch.weight, batch.tokens, time.perf_counter() - started)
 
 
 @torch.no_grad()
@@ -56,9 +56,7 @@ def evaluate(
         size: rows per batch.
     """
     model.eval()
-    rows = sorted(
-        data.held_out if rows is None else rows, key=lambda row: len(row.prompt) + len(row.answer)
-    )  # little padding in a batch
+    rows = sorted(data.held_out if rows is None else rows, key=lambda row: len(row.input))  # little padding in a batch
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
     return _accuracy(model, data, chunks) if data.choices else _loss(model, data, chunks)
 
@@ -92,6 +90,6 @@ def _loss(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]]) ->
     total, weight = 0.0, 0
     for rows in chunks:
         batch = collate(rows, data.pad).to(model.device)
-        total += float(model(**batch.inputs(), use_cache=False).loss) * batch.supervised
+        total += float(model(**batch.inputs(), use_cache=False).loss) * batch.weight
         weight += batch.supervised
     return {"loss": total / weight, "perplexity": math.exp(min(total / weight, 50.0))}

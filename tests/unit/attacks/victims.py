@@ -48,12 +48,13 @@ def step(
     clip: float = 0.0,
     noise: float = 0.0,
     seed: int = 0,
+    filler: int = 0,
 ) -> Seen:
-    """The trunk's result for one row and the secured gradient that comes back."""
-    ids = torch.tensor([prompt + answer])
+    """The trunk's result for one row, with so much filler, and the secured gradient that comes back."""
+    ids = torch.tensor([prompt + answer + [0] * filler])
     h_1LD = parts.bottom.hidden(input_ids=ids, use_cache=False)
     g_1LD = parts.trunk.hidden(inputs_embeds=h_1LD, use_cache=False).detach().requires_grad_()
     logits_LV = parts.top.model(inputs_embeds=g_1LD, use_cache=False).logits[0]
-    loss = cross_entropy(logits_LV[len(prompt) - 1 : -1], torch.tensor(answer), reduction="sum") / weight
+    loss = cross_entropy(logits_LV[len(prompt) - 1 :][: len(answer)], torch.tensor(answer), reduction="sum") / weight
     (e_1LD,) = torch.autograd.grad(loss, g_1LD)
     return Seen(g_1LD[0].detach(), secured(e_1LD[0], clip, noise, torch.Generator().manual_seed(seed)))

@@ -51,6 +51,12 @@ def test_longer_choices_are_read_with_the_prompt(tmp_path: Path, tokenizer: PreT
     assert data.evaluation_inputs(data.train[0]) == [Tokens([5, 6], [7, 4]), Tokens([5, 6], [9, 4])]
 
 
+def test_shorter_choices_are_filled_up(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = data_of(tmp_path, tokenizer, held_out=True, choices=["w7", "w9", "w9 w4 w8"])
+    assert data.train == data.held_out == [Tokens([5, 6], [7], filler=(0, 0)), Tokens([8], [9], filler=(0, 0))]
+    assert data.evaluation_inputs(data.train[0]) == [Tokens([5, 6], list(choice)) for choice in data.choices]
+
+
 def test_an_answer_that_is_no_choice_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="w9"):
         data_of(tmp_path, tokenizer, choices=["w7", "w8"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ from isthmus.silo.trainer import evaluate, train_step
 from tests.conftest import make_recipe, save_tiny_model, uncut, write_rows
 
 IDS = st.lists(st.integers(3, 96), min_size=1, max_size=6)
-ROWS = st.lists(st.builds(Tokens, IDS, IDS), min_size=1, max_size=5)
+FILLER = st.lists(st.just(1), max_size=3).map(tuple)
+ROWS = st.lists(st.builds(Tokens, IDS, IDS, st.none(), FILLER), min_size=1, max_size=5)
 EOS = 2
 
 
@@ -63,6 +65,24 @@ def test_a_long_prompt_loses_its_beginning(folder: Path) -> None:
     assert tokens_of(folder, "w4 w5", "w9", 3) == Tokens([4, 5], [9])
 
 
+def test_answers_are_filled_up_and_prompts_cut_alike(folder: Path) -> None:
+    examples = [Example("w4 w5 w6 w7 w8", "w9"), Example("w4 w5 w6 w7 w8", "w10 w11 w12")]
+    short, long = tokenize(examples, load_tokenizer(folder), 6, free_text=False, filled=3, pad=1)
+    assert short == Tokens([6, 7, 8], [9], filler=(1, 1))
+    assert long == Tokens([6, 7, 8], [10, 11, 12])
+    assert (short.input, long.input) == ([6, 7, 8, 1, 1], [6, 7, 8, 10, 11])
+    assert [row.crossing(tail) for row in (short, long) for tail in (None, 1)] == [5, 3] * 2
+    with pytest.raises(DataError, match="3 answer tokens"):
+        tokenize(examples[:1], load_tokenizer(folder), 3, free_text=False, filled=3)
+
+
+def test_filler_has_the_class_of_the_answers_last_token() -> None:
+    assert Tokens([5, 6], [7, 8], (0, 1, 2, 3), (9,)).input_classes == (0, 1, 2, 3)
+    assert Tokens([5, 6], [7], (0, 1, 2), (9, 9)).input_classes == (0, 1, 2, 2)
+    assert Tokens([5, 6], [7, 8], (0, 1, 2, 3)).input_classes == (0, 1, 2)
+    assert Tokens([5, 6], [7]).input_classes == ()
+
+
 def test_free_text_ends_with_the_end_token_within_the_limit(folder: Path) -> None:
     assert tokens_of(folder, "w4 w5 w6", "w9", 4, free=True) == Tokens([5, 6], [9, EOS])
 
@@ -82,18 +102,21 @@ def test_rows_that_cannot_be_used(folder: Path, prompt: str, answer: str, most: 
 def test_collate_pads_on_the_left_and_keeps_the_last_answer_token_as_a_target(rows: list[Tokens]) -> None:
     batch = collate(rows, 0)
     keep = batch.targets.shape[1]
-    assert keep == max(len(row.answer) for row in rows)
+    assert keep == max(len(row.answer) + len(row.filler) for row in rows)
     for row, ids, mask, place, targets in zip(
         rows, batch.input_ids, batch.attention_mask, batch.position_ids, batch.targets, strict=True
     ):
-        whole = row.prompt + row.answer[:-1]
+        whole = row.prompt + row.answer[:-1] + list(row.filler)
         blank = len(ids) - len(whole)
         assert ids.tolist() == [0] * blank + whole
         assert mask.tolist() == [0] * blank + [1] * len(whole)
         assert place.tolist() == [0] * blank + list(range(len(whole)))
-        assert targets.tolist() == [IGNORED] * (keep - len(row.answer)) + row.answer
+        before = keep - len(row.answer) - len(row.filler)
+        assert targets.tolist() == [IGNORED] * before + row.answer + [IGNORED] * len(row.filler)
     assert batch.supervised == sum(len(row.answer) for row in rows)
-    assert batch.tokens == sum(len(row.prompt) + len(row.answer) - 1 for row in rows)
+    assert batch.tokens == sum(len(row.input) for row in rows)
+    assert batch.weight == sum(len(row.answer) + len(row.filler) for row in rows)
+    assert sum(part.weight for part in batch.parts(2)) == batch.weight
 
 
 def test_positions_of_any_mask() -> None:
@@ -136,6 +159,8 @@ def test_loss_of_a_batch_is_the_mean_over_its_answer_tokens(model: PreTrainedMod
     rows = [Tokens([5, 6, 7, 8], [9]), Tokens([10], [11, 12, 13]), Tokens([14, 15], [16, 2])]
     manual = -torch.cat([log_probabilities(model, row) for row in rows]).mean()
     assert float(model(**collate(rows, 0).inputs()).loss) == pytest.approx(float(manual), rel=1e-5)
+    filled = [replace(row, filler=(0,) * (3 - len(row.answer))) for row in rows]
+    assert float(model(**collate(filled, 0).inputs()).loss) == pytest.approx(float(manual) * 6 / 9, rel=1e-5)
 
 
 def test_a_train_step_reports_and_steps(folder: Path) -> None:

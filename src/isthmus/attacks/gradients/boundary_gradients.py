@@ -82,9 +82,9 @@ def recover_responses(knowledge: Knowledge) -> RecoveredTokens:
 
 
 def _at_answers(gradients: list[torch.Tensor], choices: list[list[int]]) -> torch.Tensor:
-    """Each row's gradient at the beginning of the shortest possible answer, ``[N, D]``."""
+    """Each row's gradient at the beginning of its answer, which is filled up to the longest, ``[N, D]``."""
     rows = [closed(e_LD) for e_LD in gradients]
-    return answer_gradients(torch.cat(rows), [len(row) for row in rows], min(map(len, choices)))
+    return answer_gradients(torch.cat(rows), [len(row) for row in rows], max(map(len, choices)))
 
 
 def _classifier(knowledge: Knowledge, choices: list[list[int]]) -> LabelClassifier:
@@ -119,9 +119,9 @@ def _likeliest_choice(knowledge: Knowledge, g_LD: torch.Tensor, choices: list[li
     """The index of the choice with the largest log-probability by top."""
     logits_LV = knowledge.top.model(inputs_embeds=g_LD.unsqueeze(0), use_cache=False).logits[0]
     log_probabilities_LV = logits_LV.float().log_softmax(dim=1)
+    answer_KV = log_probabilities_LV[len(g_LD) - max(map(len, choices)) :]  # with filler after a shorter choice
     likelihoods = [
-        float(log_probabilities_LV[len(g_LD) - len(choice) :].gather(1, torch.tensor(choice).unsqueeze(1)).sum())
-        for choice in choices
+        float(answer_KV[: len(choice)].gather(1, torch.tensor(choice).unsqueeze(1)).sum()) for choice in choices
     ]
     return max(range(len(choices)), key=likelihoods.__getitem__)
 

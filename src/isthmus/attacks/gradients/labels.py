@@ -39,7 +39,7 @@ def answer_gradients(e_TD: torch.Tensor, lengths: Sequence[int], answer: int = 1
     Args:
         e_TD: the received gradients of all rows, concatenated.
         lengths: number of positions of each row.
-        answer: number of tokens of an answer, with which the row ends.
+        answer: number of tokens of an answer with its filler, with which the row ends.
 
     Raises:
         DataError: a row is too short to hold prompt and answer.
@@ -137,14 +137,14 @@ def match_choices(
         top: the adversary's top.
         g_LD: the trunk's result for the row.
         e_LD: the received gradient for the row.
-        choices: the tokens of each possible answer, with one of which the row ends.
-        weight: number of supervised tokens of the batch, from the commit; None: unknown, only directions are compared.
+        choices: the tokens of each possible answer; the row ends with one of them, filled up to the longest.
+        weight: the batch's, from the commit; None: unknown, only directions are compared.
         clip: the recipe's clipping norm of gradients; 0: none.
     """
     lens = Lens(top, g_LD)
-    distances = []
+    first, distances = lens.length - 1 - max(map(len, choices)), []
     for choice in choices:
-        at_S = torch.arange(lens.length - 1 - len(choice), lens.length - 1)
+        at_S = torch.arange(first, first + len(choice))
         expected_LD = clipped(lens.gradient(at_S, torch.tensor(choice), weight or 1.0), clip if weight else 0.0)
         if weight is None:
             distances.append(-float((expected_LD * e_LD).sum() / expected_LD.norm().clamp_min(1e-30)))

@@ -136,6 +136,7 @@ def _matched(
         known = {} if knowledge.ending is None else {length - 1: knowledge.ending}
     else:
         count = len(answer)
+        length -= max(map(len, knowledge.choices)) - count  # without the filler after a shorter choice
         known = {length - count + place: token for place, token in enumerate(answer)}
 
     def labelled(x_LD: torch.Tensor) -> torch.Tensor:

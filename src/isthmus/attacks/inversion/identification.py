@@ -27,7 +27,7 @@ def identify_rows(knowledge: Knowledge) -> CandidateRanks:
     """
     view = knowledge.view.needs("crossings", "pairs", "candidates")
     likelihood = BoundaryLikelihood(knowledge)
-    texts = [(*row.prompt, *row.answer[:-1]) for row in view.candidates]
+    texts = [(*row.prompt, *row.answer[:-1], *row.filler) for row in view.candidates]
     whole = all(len(pair.tokens) == pair.crossing.length for pair in view.pairs)
     expected: dict[int, tuple[list[int], torch.Tensor]] = {}
     ranked = []

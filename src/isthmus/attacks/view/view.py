@@ -80,6 +80,7 @@ class TokenRow:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    filler: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

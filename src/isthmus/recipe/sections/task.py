@@ -18,7 +18,8 @@ class TaskSection(Section):
     answer: str = "{answer}"
     """Template of the text that the model learns to write after the prompt."""
     choices: tuple[str, ...] = Field(default=(), strict=False)
-    """The possible answers of a classification task, for instance [" positive", " negative"]. Empty: free text."""
+    """The possible answers of a classification task, for instance [" positive", " negative"]. Empty: free text.
+    Shorter ones are filled up to the longest, so that no length or weight tells which one a row has."""
 
     @property
     def fields(self) -> frozenset[str]:

@@ -96,7 +96,7 @@ class Guard:
             rows: token ids of each row up to the last that crosses.
             targets_T: the token that each vector should predict, or ``IGNORED``.
             subjects: the records that the rows belong to.
-            share: the batch's share of the step's supervised tokens, 0 to 1.
+            share: the batch's share of the step's weight, 0 to 1.
         """
         boundary, z_TW = self._boundary, packing.pack(h_BLD)
         if self._bottleneck is not None:

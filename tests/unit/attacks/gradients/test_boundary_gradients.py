@@ -16,18 +16,21 @@ from isthmus.errors import AttackError
 from tests.conftest import make_recipe
 from tests.unit.attacks.attacked import Attacked, random_rows
 
-CHOICES = {"w40": 40, "w71": 71}
 END = 2
 """Closes every answer in free text."""
 
 
-@pytest.fixture
-def labelled(attacked_model: Path) -> tuple[View, list[int]]:
+@pytest.fixture(params=[{"w40": [40], "w71": [71]}, {"w40 w9": [40, 9], "w71": [71]}], ids=["equal", "unequal"])
+def labelled(attacked_model: Path, request: pytest.FixtureRequest) -> tuple[View, list[int]]:
     """Rows whose answers are choices, and which."""
-    recipe = make_recipe(attacked_model, silos=("a", "b"), task={"choices": list(CHOICES)})
+    recipe = make_recipe(attacked_model, silos=("a", "b"), task={"choices": list(request.param)})
     right = [number % 2 for number in range(6)]
-    tokens = list(CHOICES.values())
-    rows = [Tokens(row.prompt, [tokens[one]]) for row, one in zip(random_rows(6, 1), right, strict=True)]
+    tokens = list(request.param.values())
+    longest = max(map(len, tokens))
+    rows = [
+        Tokens(row.prompt, tokens[one], filler=(0,) * (longest - len(tokens[one])))
+        for row, one in zip(random_rows(6, 1), right, strict=True)
+    ]
     captured = capture_rows(Target(recipe), "a", rows)
     return trunk_view(recipe, attacked_model, captured.crossings, (), {}), right
 

@@ -57,7 +57,7 @@ def test_matching_finds_every_label_in_clean_gradients(parts_of: PartsOf, clip: 
 def test_matching_takes_answers_of_several_tokens(parts_of: PartsOf) -> None:
     parts, choices = parts_of("llama"), [[40, 9], [71], [40, 10]]
     for label, choice in enumerate(choices):
-        seen = step(parts, [9, 30, 22, 61, 30], choice, weight=WEIGHT)
+        seen = step(parts, [9, 30, 22, 61, 30], choice, weight=WEIGHT, filler=2 - len(choice))
         assert match_choices(parts.top, seen.g_LD, seen.e_LD, choices, weight=WEIGHT) == label
 
 

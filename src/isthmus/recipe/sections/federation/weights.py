@@ -16,10 +16,11 @@ class WeightsSection(Section):
     main = "kind"
 
     kind: Literal["examples", "equal", "agreement", "inverse-variance", "quality"] = "examples"
-    """"examples": by the supervised tokens that it trained on; with masks by the share of its planned rows. "equal":
-    all alike. "agreement": by how far its change points where the others' do. "inverse-variance": by one over the
-    variance of its change around the mean. "quality": by how well the adapters that it trained do on its own held-out
-    rows, and in how many rounds it took part. The last three are experimental: not measured on a real model."""
+    """"examples": by its answers' tokens (task.choices all count as the longest); with masks by the share of its
+    planned rows. "equal": all alike. "agreement": by how far its change points where the others' do.
+    "inverse-variance": by one over the variance of its change around the mean. "quality": by how well the adapters
+    that it trained do on its own held-out rows, and in how many rounds it took part. The last three are
+    experimental: not measured on a real model."""
     bound: Bound = 2.0
     """Largest weight of a silo, as a multiple of an equal share; "agreement", "inverse-variance" and "quality"."""
 
