@@ -103,15 +103,21 @@ class SeededNoise:
         return drawn.cpu().numpy().astype("<u4").view("<u8").reshape(count)
 
 
-def secret_generator(device: torch.device | str = "cpu") -> torch.Generator:
+class SecretGenerator(torch.Generator):
+    """A torch generator that can be found again after a fork: older versions of torch keep no weak references to their
+    own."""
+
+
+def secret_generator(device: torch.device | str = "cpu") -> SecretGenerator:
     """A torch generator seeded by the operating system, for draws that need not be secret, such as random rounding."""
-    generator = torch.Generator(device).manual_seed(secrets.randbits(63))
+    generator = SecretGenerator(device)
+    generator.manual_seed(secrets.randbits(63))
     _secret_generators.add(generator)
     return generator
 
 
 _secret_noises: weakref.WeakSet[SecretNoise] = weakref.WeakSet()
-_secret_generators: weakref.WeakSet[torch.Generator] = weakref.WeakSet()
+_secret_generators: weakref.WeakSet[SecretGenerator] = weakref.WeakSet()
 
 
 def _part_from_parent() -> None:

@@ -390,7 +390,10 @@ def _gradients(
         given.append(one.gradient_TD.to(outputs[-1]))
         leaves = [] if one.ascent_pass else computed.leaves[step.place]
         wanted.append([*([computed.inputs[step.place]] if one.reply else []), *leaves])
-    found = iter(torch.autograd.grad(outputs, [tensor for tensors in wanted for tensor in tensors], given))
+    inputs = [tensor for tensors in wanted for tensor in tensors]
+    # in this thread: autograd has one thread a device, which a silo's backward in the same process may hold
+    with torch.autograd.set_multithreading_enabled(False):
+        found = iter(torch.autograd.grad(outputs, inputs, given))
     results: list[tuple[torch.Tensor | None, list[torch.Tensor]]] = []
     for tensors, one in zip(wanted, backwards, strict=True):
         gradients = [next(found) for _ in tensors]
