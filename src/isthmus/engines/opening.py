@@ -107,7 +107,7 @@ def _load_trained(silo: Silo, recipe: Recipe, run: RunDirectory) -> None:
     found = _saved(run, silo.name, welcome.completed)
     if found is None:
         try:
-            found = fetch_shared(silo, recipe)
+            found = fetch_shared(silo, recipe, None if run.served_here else run.role(silo.name))
         except IsthmusError as error:
             raise _other_round(run, silo.name, welcome.completed, error) from error
     load_shared(silo, found)

@@ -51,6 +51,7 @@ FREE: dict[str, str] = {
     "root.patience": _WAIT,
     "edge.address": _REACH,
     "edge.patience": _WAIT,
+    "federation.max_change": "a silo's own limit on what it accepts; nobody else acts on it",
     "silo.train": _OWN_FILE,
     "silo.held_out": _OWN_FILE,
     "silo.device": _OWN_MACHINE,

@@ -33,6 +33,7 @@ from isthmus.privacy.budget import Budget
 from isthmus.privacy.ledger import Ledger, MemoryLedger
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe
+from isthmus.silo.accepted import AcceptedAdapters
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.defence.guard import Guard
 from isthmus.silo.defence.shield import Shield
@@ -216,11 +217,24 @@ def load_shared(silo: Silo, shared: SharedAdapters) -> None:
     silo.served.set(welcome)
 
 
-def fetch_shared(silo: Silo, recipe: Recipe) -> SharedAdapters:
+def accepted_adapters(recipe: Recipe, silo: Silo, directory: RoleDirectory | None) -> AcceptedAdapters:
+    """What a silo whose adapters are still the initial ones accepts from the root.
+
+    Args:
+        directory: the silo's, in which earlier adapters may be kept.
+    """
+    initial = {name: one for part in silo.parts for name, one in adapters.trainable(part).items()}
+    return AcceptedAdapters(recipe, initial, directory)
+
+
+def fetch_shared(silo: Silo, recipe: Recipe, directory: RoleDirectory | None) -> SharedAdapters:
     """The shared adapters after the last finished round, from the root or the silo's edge.
 
+    Args:
+        directory: as of ``accepted_adapters``.
+
     Raises:
-        IsthmusError: it cannot be reached, or it has adapters of other shapes.
+        IsthmusError: it cannot be reached, it has adapters of other shapes, or ones that the silo does not accept.
     """
     parent = recipe.tree.parent(silo.name)
     seconds = min(FETCH_SECONDS, recipe.wire.deadline)
@@ -231,7 +245,9 @@ def fetch_shared(silo: Silo, recipe: Recipe) -> SharedAdapters:
     finally:
         channel.close()
     tensors = codec.decode_named(answer.adapters, adapters.shared_shapes(silo.parts))
-    return SharedAdapters(answer.completed, answer.run, tensors)
+    shared = SharedAdapters(answer.completed, answer.run, tensors)
+    accepted_adapters(recipe, silo, directory).accept(shared)
+    return shared
 
 
 def keep_shared(directory: RoleDirectory, shared: SharedAdapters) -> None:
@@ -252,7 +268,7 @@ def _load_current(silo: Silo, recipe: Recipe, directory: RoleDirectory | None) -
         silo.served.set(welcome)
         return
     try:
-        shared = fetch_shared(silo, recipe)
+        shared = fetch_shared(silo, recipe, directory)
         load_shared(silo, shared)
     except IsthmusError as error:
         raise RunError(

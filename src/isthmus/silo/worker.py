@@ -19,7 +19,7 @@ from isthmus.model.optim import set_rate
 from isthmus.recipe import Recipe
 from isthmus.silo import fairness
 from isthmus.silo.control import silo_control
-from isthmus.silo.join import connect_silo, keep_shared, load_data
+from isthmus.silo.join import accepted_adapters, connect_silo, keep_shared, load_data
 from isthmus.silo.local_steps import LocalSteps
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.secrets import open_ledger
@@ -75,6 +75,7 @@ class Worker:
         }
         """The parameters that train in some round, by uncut name."""
         self._shapes = adapters.shared_shapes(self._silo.parts)
+        self._accepted = accepted_adapters(recipe, self._silo, directory)
         self._control = silo_control(recipe, name)
         self._local = LocalSteps(self._parameters, recipe.train, self._control)
         self._optimizer = self._local.optimizer()
@@ -95,8 +96,10 @@ class Worker:
             run = self._silo.trunk.channel.welcome.run
             plan = self._aggregator.ask(completed, run)
             shared = codec.decode_named(plan.adapters, self._shapes)
+            received = SharedAdapters(plan.completed, run, shared)
+            self._accepted.accept(received)
             self._load(shared)
-            keep_shared(self._directory, SharedAdapters(plan.completed, run, shared))
+            keep_shared(self._directory, received)
             if self._recipe.federation.asynchronous.buffer is not None and not plan.round:
                 # no silo trains on the last version, but the trunk must know that it is there
                 self._silo.rounds.begin(plan.completed + 1, [self._name])

@@ -11,9 +11,6 @@ import torch
 
 from isthmus.recipe import OptimizerSection
 
-LEARNING_RATES = {"momentum": 1.0, "adagrad": 1e-3, "adam": 1e-3, "yogi": 1e-3}
-"""Learning rates where the recipe names none. Scaled steps are about as large as the rate: small, as adapters are."""
-
 
 class ServerOptimizer(Protocol):
     """Takes each round's change for a gradient, with the sign reversed."""
@@ -37,7 +34,7 @@ class MomentumOptimizer:
     """Earlier rounds' changes go on in later steps (FedAvgM, Hsu et al. 2019)."""
 
     def __init__(self, section: OptimizerSection) -> None:
-        self._rate, self._beta = _rate(section), section.momentum
+        self._rate, self._beta = section.rate, section.momentum
         self._velocity_P: torch.Tensor | None = None
 
     def step(self, change_P: torch.Tensor) -> torch.Tensor:
@@ -59,7 +56,7 @@ class Adaptive:
     """
 
     def __init__(self, section: OptimizerSection) -> None:
-        self._kind, self._rate, self._tau = section.kind, _rate(section), section.adaptivity
+        self._kind, self._rate, self._tau = section.kind, section.rate, section.adaptivity
         self._beta1 = 0.0 if section.kind == "adagrad" else section.momentum
         self._beta2 = section.second_momentum
         self._first_P: torch.Tensor | None = None
@@ -93,7 +90,3 @@ def optimizer_of(section: OptimizerSection) -> ServerOptimizer | None:
     if section.kind == "none":
         return None
     return MomentumOptimizer(section) if section.kind == "momentum" else Adaptive(section)
-
-
-def _rate(section: OptimizerSection) -> float:
-    return LEARNING_RATES[section.kind] if section.learning_rate is None else section.learning_rate

@@ -33,6 +33,11 @@ def check_products(federation: FederationSection, edges: tuple[EdgeSection, ...]
             "federation.lora: the root multiplies each silo's factors, and edges pass on cohorts' means; "
             "set federation.lora = 'alternating', or leave [[edge]] out"
         )
+    if federation.max_change is not None:
+        raise ValueError(
+            "federation.max_change: with lora = 'svd' each round has new factors, however little their product "
+            "changes; leave max_change out, or set federation.lora = 'alternating'"
+        )
     present = {
         "weights": federation.weights.kind != "examples",
         "optimizer": federation.optimizer.kind != "none",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from isthmus.recipe.section import Section
+from pydantic import Field
+
+from isthmus.recipe.section import Positive, Section
 from isthmus.recipe.sections.federation.asynchronous import AsynchronousSection
 from isthmus.recipe.sections.federation.clip import ClipSection
 from isthmus.recipe.sections.federation.compression import CompressionSection
@@ -39,6 +41,10 @@ class FederationSection(Section):
     """"scaffold": the difference between a silo's gradients and the mean, as earlier rounds showed it, is taken out of
     its steps (SCAFFOLD, Karimireddy et al. 2020, option II). Needs sgd and equal weights; not with compression, edges
     or a robust rule. It doubles the download, not the update. Experimental: not measured on a real model."""
+    max_change: Positive | None = Field(default=None, examples=[1.0])
+    """Largest L2 norm of the change of the shared adapters in one round that a silo accepts from the root. Left out:
+    what the recipe implies (a clip of open updates, the range of masked ones, or the rate of adam or adagrad), else no
+    bound."""
     weights: WeightsSection = WeightsSection()
     fairness: FairnessSection = FairnessSection()
     optimizer: OptimizerSection = OptimizerSection()

@@ -16,6 +16,8 @@ OPTIMIZER_KEYS = {
     "yogi": {"learning_rate", "momentum", "second_momentum", "adaptivity"},
 }
 """The keys that each optimizer takes."""
+LEARNING_RATES = {"none": 1.0, "momentum": 1.0, "adagrad": 1e-3, "adam": 1e-3, "yogi": 1e-3}
+"""Learning rates where the recipe names none. Scaled steps are about as large as the rate: small, as adapters are."""
 
 
 class OptimizerSection(Section):
@@ -44,3 +46,8 @@ class OptimizerSection(Section):
         for name in sorted(changed - OPTIMIZER_KEYS[self.kind]):
             raise ValueError(f"{name}: the optimizer {self.kind!r} does not take it; leave {name} out")
         return self
+
+    @property
+    def rate(self) -> float:
+        """Factor of each step."""
+        return LEARNING_RATES[self.kind] if self.learning_rate is None else self.learning_rate
