@@ -88,7 +88,7 @@ class RemoteTrunk(nn.Module):
         self._abandoned: deque[int] = deque()
         self._ascent_pass = False
         self._warned = False
-        self.rounds = RoundsClient(channel)
+        self.rounds = RoundsClient(channel, gradients=gradients)
         self.stand_in = StandIn(self.rounds, trains=gradients, exact=not boundary.noised)
 
     def forward(self, outbound: Outbound) -> Reply:
@@ -151,7 +151,7 @@ class RemoteTrunk(nn.Module):
         shape, like = (sum(outbound.lengths), self._width), h_TW if outbound.like is None else outbound.like
         assert like is not None
         width = self._width if h_TW is None else h_TW.shape[1]
-        tokens = shape[0] if outbound.supervised is None else outbound.supervised
+        tokens = shape[0] if outbound.supervised is None else min(outbound.supervised, shape[0])  # labels of padding
         if outbound.examples is not None:
             example_answers = self._send_examples(self._release_example(one, step) for one in outbound.fresh)
             request = pb.Forward(

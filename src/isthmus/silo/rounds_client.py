@@ -30,10 +30,11 @@ class RoundsClient:
     Args:
         participants: the silos that train together in open rounds, each step of which waits for all of them; none: this
             silo alone.
+        gradients: whether loss gradients leave the silo; without them its steps weigh nothing on the trunk.
     """
 
-    def __init__(self, channel: Channel, participants: list[str] | None = None) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel, participants: list[str] | None = None, *, gradients: bool = True) -> None:
+        self._channel, self._gradients = channel, gradients
         self.participants = participants or []
         self.served = ServedRound()
         """The round of the silo's adapters; it is no longer checked once the silo trains."""
@@ -61,12 +62,14 @@ class RoundsClient:
 
         Args:
             round, step: both from 1.
-            weight: number of tokens of the step's answers with their filler.
+            weight: number of tokens of the step's answers with their filler; the trunk refuses more than it counted in
+                the silo's backwards, or than ``train.batch`` rows can have.
 
         Returns:
             The number of silos whose gradients the trunk's step used.
         """
-        stepped: pb.Stepped = self._channel.call(pb.Commit(round=round, step=step, weight=weight))
+        own = weight if self._gradients else 0
+        stepped: pb.Stepped = self._channel.call(pb.Commit(round=round, step=step, weight=own))
         return stepped.contributors
 
     def step(self, weight: float, settings: OptimizerSettings, scale: float | None) -> None:

@@ -236,7 +236,7 @@ class StandIn(nn.Module):
         """By what the stand-in's gradient was multiplied since the last backward; 0 if it was dropped.
 
         Raises:
-            NotSupportedError: its two numbers were multiplied by different factors.
+            NotSupportedError: its two numbers were multiplied by different factors, or by one below 0 or above 1.
         """
         grad, given = self.lora.grad, self._given
         if grad is None:
@@ -249,6 +249,11 @@ class StandIn(nn.Module):
             raise NotSupportedError(
                 "gradients were changed in another way than by a common factor, which the trunk cannot follow",
                 remedy="clip by norm (max_grad_norm), not by value",
+            )
+        if not 0 <= factors[0] <= 1:
+            raise NotSupportedError(
+                f"gradients were multiplied by {factors[0]:g}, the trunk's may be made smaller alone",
+                remedy="multiply the loss before loss.backward()",
             )
         return float(factors[0])
 

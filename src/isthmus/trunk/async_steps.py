@@ -9,7 +9,7 @@ from isthmus.errors import NotSupportedError, ProtocolError
 from isthmus.recipe import Recipe
 from isthmus.storage.record import Journal, RoleDirectory
 from isthmus.trunk.scheduler import Scheduler
-from isthmus.trunk.sync_steps import check_next, round_lost
+from isthmus.trunk.sync_steps import check_next, check_weight, round_lost
 from isthmus.trunk.training import TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
@@ -86,6 +86,7 @@ class AsyncSteps:
         Raises:
             RoundLostError: the silo has not begun this round here, or the last version is published.
             OutOfOrderError: the step is not the silo's next one.
+            ProtocolError: it claims more tokens than are in the silo's gradients.
         """
 
         def step() -> pb.Stepped:
@@ -99,6 +100,8 @@ class AsyncSteps:
             if self._over or progress is None or progress.round != request.round:
                 raise round_lost(peer, request.round)
             check_next(request, progress.step, self._recipe.steps(peer))
+            most = min(self._training.counted(peer), self._recipe.train.step_tokens)
+            check_weight(peer, request.weight, most)
             progress.step = request.step
             return self._scheduler.submit(step)
 

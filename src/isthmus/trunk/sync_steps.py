@@ -198,7 +198,8 @@ class SyncSteps:
         Raises:
             RoundLostError: the silo has not begun this round here.
             OutOfOrderError: the step is not the silo's next one.
-            ProtocolError: an open round's commit lacks the optimizer, or another has one.
+            ProtocolError: an open round's commit lacks the optimizer, or another has one; or it claims more tokens than
+                are in the silo's gradients.
         """
         with self._lock:
             if request.round != self._round or peer not in self._done:
@@ -209,6 +210,8 @@ class SyncSteps:
                     remedy="both sides must run the same version of isthmus",
                 )
             check_next(request, self._done[peer], self._most(peer))
+            most = math.inf if self._open is not None else self._recipe.train.step_tokens
+            check_weight(peer, request.weight, min(self._training.counted(peer), most))
             together = self._open is not None or self._training.steps_together(request.step)
         answer: Answer = Answer()
         if together:
@@ -379,6 +382,22 @@ def check_next(request: pb.Commit, done: int, most: float) -> None:
         raise OutOfOrderError(
             f"received optimizer step {request.step}; a round has {most}",
             remedy="use the same train.steps on both sides",
+        )
+
+
+def check_weight(peer: str, weight: float, most: float) -> None:
+    """Check that a commit weighs no more than the trunk counted: a silo's weight is its share of everybody's step.
+
+    Args:
+        most: tokens in the silo's gradients.
+
+    Raises:
+        ProtocolError: it weighs more.
+    """
+    if weight > most:
+        raise ProtocolError(
+            f"{peer} claims {weight:g} tokens in this step, its gradients may weigh {most:g}",
+            remedy="claim the supervised tokens of the backwards since the last step; update isthmus on both sides",
         )
 
 

@@ -97,6 +97,14 @@ class SiloState:
     gradients: list[torch.Tensor] | None = None
     """Sum of the gradients, one tensor for each parameter; None: no backward yet. A step of a round with a fixed number
     of steps takes it away; in an open round the silo says what of it stays (``BackwardStep.keep``)."""
+    tokens: int = 0
+    """Tokens of the backwards in ``gradients`` since the last step."""
+    stepped_tokens: int = 0
+    """Those of the last step, in an open round, whose gradients stay: a silo may step with them again."""
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients, and how many tokens are in them."""
+        self.gradients, self.tokens, self.stepped_tokens = None, 0, 0
 
 
 class TrunkTraining:
@@ -227,6 +235,12 @@ class TrunkTraining:
                 results[number] = self._collect(backwards[number], input_gradient, gradients)
         return results
 
+    def counted(self, silo: str) -> int:
+        """Tokens in this silo's gradients, as many as its next step may weigh: of its backwards since the last step,
+        or of that step if none has come since. May be called from any thread."""
+        state = self._silos.get(silo, SiloState())
+        return state.tokens or state.stepped_tokens
+
     def steps_together(self, step: int) -> bool:
         """Whether the silos step together at this optimizer step of a round."""
         return self._adapter.steps_together(step)
@@ -245,7 +259,7 @@ class TrunkTraining:
         self._round = None
         self.changes += 1
         for state in states.values():
-            state.gradients = None
+            state.drop_gradients()
             state.open.clear()
 
     def follow(self, contributions: Mapping[str, tuple[float, float]], settings: OptimizerSettings) -> None:
@@ -262,6 +276,8 @@ class TrunkTraining:
             gradients[silo] = (weight, scaled)
         self._adapter.step(gradients, together=True, settings=settings)
         self._round = None
+        for state in (self._silos[silo] for silo in contributions if silo in self._silos):
+            state.stepped_tokens, state.tokens = state.tokens or state.stepped_tokens, 0
 
     def save(self, number: int) -> bytes:
         """Save the state as the end of this round. Returns the digest of the saved state."""
@@ -318,7 +334,7 @@ class TrunkTraining:
         """
         for state in self._silos.values():
             state.open.clear()
-            state.gradients = None
+            state.drop_gradients()
         if self._round == number:
             self._adapter.begin()
             return
@@ -373,7 +389,10 @@ class TrunkTraining:
                 remedy="lower the learning rate; in a loop of your own, use bf16 instead of fp16",
             )
         del state.open[one.step]
+        if not one.keep:
+            state.drop_gradients()
         state.gradients = gradients
+        state.tokens += len(one.gradient_TD)
         return InputGradient(input_gradient, norm)
 
 

@@ -161,8 +161,13 @@ def _keep(message: pb.Keep) -> None:
 def _backward(message: pb.Backward) -> None:
     if message.ascent_pass and not message.reply:
         raise _invalid("a backward that is neither learned from nor answered")
-    if not math.isfinite(message.keep):
-        raise _invalid(f"the factor {message.keep} of gradients")
+    _factor(message.keep)
+
+
+def _factor(factor: float) -> None:
+    """Clipping and averaging make gradients smaller: one beyond 1 would make a silo's count for more than others'."""
+    if not 0 <= factor <= 1:
+        raise _invalid(f"the factor {factor} of gradients; it may be 0 to 1")
 
 
 def _weight(message: Any) -> None:
@@ -186,8 +191,7 @@ def _commit(message: pb.Commit) -> None:
     _weight(message)
     if message.step <= 0:
         raise _invalid("optimizer step 0")
-    if not math.isfinite(message.scale):
-        raise _invalid(f"the factor {message.scale} of gradients")
+    _factor(message.scale)
     if message.HasField("optimizer"):
         _optimizer(message.optimizer)
 

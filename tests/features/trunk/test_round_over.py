@@ -54,7 +54,7 @@ def test_a_commit_that_the_rounds_end_overtakes(model: Path, tmp_path: Path) -> 
     drill = Drill(recipe, tmp_path)
     a, b = (drill.silos[name] for name in "ab")
     drill.begin(names=("a", "b"))
-    results([a.commit(1, 2.0), b.commit(1, 2.0)])
+    results([a.commit(1, 0.0), b.commit(1, 0.0)])
     before, rounds = drill.adapter(), drill.directory.load_round(0)
     a.work(WORK)
     late: Answer = Answer()

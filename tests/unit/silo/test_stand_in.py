@@ -92,6 +92,18 @@ def test_what_the_trunk_cannot_follow_is_refused_before_anything_changes(folder:
     assert "max_grad_norm" in refused.value.remedy
 
 
+def test_gradients_that_were_made_larger_are_refused(folder: Path, split: Split) -> None:
+    model, _ = split(make_recipe(folder))
+    for factor in (2.0, -1.0):
+        backward(model)
+        for one in trained(model):
+            one.grad = factor * one.grad
+        with pytest.raises(NotSupportedError, match=f"multiplied by {factor:g}") as refused:
+            torch.optim.SGD(trained(model), lr=0.1).step()
+        assert "the loss" in refused.value.remedy
+        model.zero_grad()
+
+
 @pytest.mark.parametrize("lora", ["plain", "frozen-a"])
 def test_rates_of_their_own_for_a_and_b_are_refused(lora: str, folder: Path, split: Split) -> None:
     """LoRA+, as peft builds it: A's group is empty where the ends train B alone. Rates by part are the caller's."""

@@ -190,9 +190,9 @@ def test_step_is_the_mean_by_tokens(build: Build) -> None:
         first = a.commit(step, weight=3)
         trunk.settle()
         assert not first.done()
-        assert b.commit(step, weight=5).result(WAIT).contributors == 2
+        assert b.commit(step, weight=4).result(WAIT).contributors == 2
         assert first.result(WAIT).contributors == 2
-        oracle.step((3, oracle.gradients(WORK_A)), (5, oracle.gradients(WORK_B)))
+        oracle.step((3, oracle.gradients(WORK_A)), (4, oracle.gradients(WORK_B)))
         oracle.agrees(trunk)
     assert_exact(trunk.directory.load_round(1)["adapter"], trunk.adapter())
 
@@ -225,10 +225,10 @@ def test_slow_silo_joins_the_next_step(build: Build) -> None:
     trunk.patience(LONG)
     b.backward(late, WORK_B)  # its forward was with the old weights
     a.work(WORK_C)
-    waiting = b.commit(1, weight=5)
+    waiting = b.commit(1, weight=4)
     assert a.commit(2, weight=2).result(WAIT).contributors == 2
     assert waiting.result(WAIT).contributors == 2
-    oracle.step((5, oracle.gradients(WORK_B)), (2, oracle.gradients(WORK_C)))
+    oracle.step((4, oracle.gradients(WORK_B)), (2, oracle.gradients(WORK_C)))
     oracle.agrees(trunk)
 
     end = trunk.directory.load_round(1)["adapter"]  # b has a step to go, but if it dies a's round is over
@@ -323,8 +323,11 @@ def test_silos_of_unequal_rows_bring_their_own_steps(build: Build) -> None:
         rates.append(rate),
         step(*given, rate=rate, **how),
     )
+    a.work(WORK_A)
+    b.work(WORK_B)
     answers = [a.commit(1, weight=1.0), b.commit(1, weight=1.0)]
     assert [answer.result(WAIT).contributors for answer in answers] == [2, 2]
+    b.work(WORK_B)
     assert b.commit(2, weight=1.0).result(WAIT).contributors == 1
     assert rates == pytest.approx([RATE, RATE * 3 / 4])
     assert trunk.directory.last_round() == 1
@@ -416,8 +419,8 @@ def test_silos_of_an_open_round_step_and_end_together(build: Build) -> None:
         waiting = a.follow(step, weight=3)
         trunk.settle()
         assert not waiting.done()
-        assert b.follow(step, weight=5).result(WAIT).contributors == 2
-        oracle.step((3, oracle.gradients(WORK_A)), (5, oracle.gradients(WORK_B)))
+        assert b.follow(step, weight=4).result(WAIT).contributors == 2
+        oracle.step((3, oracle.gradients(WORK_A)), (4, oracle.gradients(WORK_B)))
         for silo in ("a", "b"):
             trunk.service._training._silos[silo].gradients = None
     oracle.agrees(trunk)
@@ -434,6 +437,8 @@ def test_silos_that_differ_in_their_optimizers_are_told(build: Build) -> None:
     a, b = Silo(trunk, "a"), Silo(trunk, "b")
     for answer in (a.open("a", "b"), b.open("a", "b")):
         answer.result(WAIT)
+    a.work(WORK_A)
+    b.work(WORK_B)
     for answer in (a.follow(1), b.follow(1, rate=2 * RATE)):
         with pytest.raises(ProtocolError, match="optimizers of a, b differ"):
             answer.result(WAIT)

@@ -84,6 +84,23 @@ def test_a_step_moves_the_adapter_and_drops_what_is_open(training: TrunkTraining
         training.open_step("a", 2)
 
 
+def test_the_tokens_of_a_silos_gradients_are_counted(training: TrunkTraining) -> None:
+    assert training.counted("a") == 0
+    for step in (1, 2):
+        forward(training, ("a", step))
+        assert training.counted("a") == 5 * (step - 1)
+        backward(training, "a", step)
+    forward(training, ("a", 3), ("b", 3))
+    training.backward([BackwardStep("a", 3, hidden(), True, ascent_pass=True)])
+    assert (training.counted("a"), training.counted("b")) == (10, 0)
+    training.step({"a": 10.0})
+    assert training.counted("a") == 0
+    forward(training, ("a", 4))
+    backward(training, "a", 4)
+    training.restore(0)
+    assert training.counted("a") == 0
+
+
 def test_a_round_is_restored_and_an_unknown_one_refused(training: TrunkTraining) -> None:
     before = values(training)
     forward(training, ("a", 1))

@@ -83,6 +83,11 @@ class TrainSection(Section):
             )
         return self
 
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens of one silo in one optimizer step: of ``batch`` rows as long as rows may be."""
+        return self.batch * self.max_tokens
+
     def rate(self, step: int, total: int) -> float:
         """The learning rate of one optimizer step, equal to that of ``transformers.get_scheduler``.
 
