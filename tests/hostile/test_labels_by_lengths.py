@@ -7,6 +7,7 @@ lengths alone which one a row has, to the trunk and, in a silo's weight, to the 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from isthmus.data.tokens import Batch, Tokens, collate
 from isthmus.federation.aggregator import root_service
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
+from isthmus.privacy.subjects import Subjects
 from isthmus.recipe import Recipe
+from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import greeting, load_tokenizer
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import train_step
@@ -186,6 +189,49 @@ def test_no_assignment_of_labels_shows(folder: Path, tmp_path_factory: pytest.Te
     base = tmp_path_factory.mktemp("labels")
     expected = sent_in_a_run(folder, base / "expected", EVERY_LABEL_ALIKE[0])
     assert sent_in_a_run(folder, base / "other", labels) == expected
+
+
+SENSITIVE: dict[str, Any] = {
+    "field": {"fields": {"label": "high"}},
+    "one choice's word": {"detectors": {"name": "high"}},
+    "prompt and choice together": {"function": "tests.hostile.test_labels_by_lengths:pairs"},
+}
+
+
+def pairs(text: str) -> list[tuple[int, int, str]]:
+    """A sensitivity function: the last word of some prompts with the first of some answers."""
+    return [(one.start(), one.end(), "high") for one in re.finditer(r"w(13|38)(w6[13]|w71)", text)]
+
+
+@pytest.mark.parametrize("choices", [CHOICES, LONE], ids=["unequal", "one token"])
+@pytest.mark.parametrize("kind", SENSITIVE)
+def test_no_label_shows_in_noise_or_budgets(
+    kind: str, choices: Sequence[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By sensitivity a token's class says how much noise it gets, and what budget its record has."""
+    names = tmp_path / "names.txt"
+    names.write_text("w62\nw71\n")
+    section = {**SENSITIVE[kind], "classes": {"high": {"noise": 3.0, "epsilon": 3e7}}}
+    if "detectors" in section:
+        section["names"] = str(names)
+    noised = {"boundary": dict.fromkeys(("forward", "gradient"), NOISED)}
+    given: list[Any] = []
+    release = Boundary.release
+
+    def noted(self: Boundary, h_TD: torch.Tensor, path: Any, step: int, subjects: Subjects) -> Any:
+        assert subjects.factors_T is not None
+        given[-1].append((path, step, subjects.lengths, subjects.factors_T.tolist(), subjects.budgets))
+        return release(self, h_TD, path, step, subjects)
+
+    monkeypatch.setattr(Boundary, "release", noted)
+    for number, labels in enumerate([*EVERY_LABEL_ALIKE, *MIXED]):
+        given.append([])
+        sections = {**noised, "sensitivity": section, "task": {"choices": choices}}
+        sent_in_a_run(folder, tmp_path / str(number), labels, **sections)
+    assert given[0]
+    assert all(one == given[0] for one in given)
+    found = {factor for *_, factors, _ in given[0] for factor in factors}
+    assert len(found) == (2 if choices == CHOICES or "together" in kind else 1)
 
 
 def tokens_of(recipe: Recipe) -> list[Tokens]:

@@ -46,7 +46,6 @@ class SiloData:
         self.choices = [
             tuple(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in recipe.task.choices
         ]
-        filled = max(map(len, self.choices), default=0)  # a row's length does not depend on which choice is right
 
         def read(path: str) -> list[Tokens]:
             examples = read_examples(Path(path), recipe.task, fields)
@@ -55,7 +54,7 @@ class SiloData:
                 tokenizer,
                 longest,
                 free_text=free_text,
-                filled=filled,
+                choices=recipe.task.choices,
                 pad=self.pad,
                 sensitivity=sensitivity,
             )
@@ -86,6 +85,24 @@ class SiloData:
         if recipe.train.epochs is None:
             return list(islice(batches(self.train, size, f"{seed}/{round}"), steps.count))
         return list(islice(epochs(self.train, size, seed), steps.before, steps.before + steps.count))
+
+    def known_rows(self) -> list[Tokens]:
+        """All rows. Of classified rows whose answers are choices, one with each choice: they have the same classes."""
+        return [known for row in (*self.train, *self.held_out) for known in self._with_each_choice(row)]
+
+    def _with_each_choice(self, row: Tokens) -> list[Tokens]:
+        if row.classes is None or not self.choices:
+            return [row]
+        prompt, longest = row.classes[: len(row.prompt)], max(map(len, self.choices))
+        return [
+            Tokens(
+                row.prompt,
+                list(choice),
+                prompt + row.classes[-1:] * len(choice),
+                (self.pad,) * (longest - len(choice)),
+            )
+            for choice in self.choices
+        ]
 
     def evaluation_inputs(self, row: Tokens) -> list[Tokens]:
         """The rows that the model reads to score one row: the prompt alone where every choice is one token, the prompt

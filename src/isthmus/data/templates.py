@@ -26,6 +26,12 @@ class Example:
     spans: tuple[FieldSpan, ...] = ()
     """Places, in prompt + answer, of the fields that have a sensitivity class."""
 
+    def answered(self, answer: str) -> Example:
+        """The example with another answer, all of which has the classes of this one's fields."""
+        start = len(self.prompt)
+        spans = [span if span[0] < start else (start, start + len(answer), span[2]) for span in self.spans]
+        return Example(self.prompt, answer, tuple(spans))
+
 
 def read_examples(path: Path, task: TaskSection, classes: Mapping[str, str] | None = None) -> list[Example]:
     """The examples of a JSONL file, in its order.

@@ -6,7 +6,7 @@ Shapes: B rows, L positions (padded on the left, so that every row ends at the s
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,7 +130,7 @@ def tokenize(
     max_tokens: int,
     *,
     free_text: bool,
-    filled: int = 0,
+    choices: Sequence[str] = (),
     pad: int = 0,
     sensitivity: Sensitivity | None = None,
 ) -> list[Tokens]:
@@ -139,7 +139,8 @@ def tokenize(
     Args:
         max_tokens: longest prompt, answer and filler together; a longer prompt loses its beginning.
         free_text: append the end-of-text token to answers.
-        filled: least number of tokens of an answer with its filler.
+        choices: the possible answers. A shorter one is filled up to the longest, and a row's classes are the same
+            whichever is right.
         pad: token id of the filler.
         sensitivity: classifies each token; None: ``Tokens.classes`` stays None.
 
@@ -147,11 +148,12 @@ def tokenize(
         DataError: an answer leaves no room for a prompt, a prompt or an answer has no token, or the silo's own
             sensitivity function failed.
     """
+    filled = max((len(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices), default=0)
     rows = [_tokens(example, tokenizer, max_tokens, free_text, filled, pad) for example in examples]
     if sensitivity is None:
         return rows
     pairs = zip(rows, examples, strict=True)
-    return [replace(row, classes=_classes(row, example, tokenizer, sensitivity)) for row, example in pairs]
+    return [replace(row, classes=_row_classes(row, example, tokenizer, sensitivity, choices)) for row, example in pairs]
 
 
 def collate(rows: list[Tokens], pad: int) -> Batch:
@@ -214,6 +216,23 @@ def _tokens(
             remedy="raise train.max_tokens, or remove rows without text",
         )
     return Tokens(prompt[-room:], answer, filler=(pad,) * (filled - len(answer)))
+
+
+def _row_classes(
+    row: Tokens,
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    sensitivity: Sensitivity,
+    choices: Sequence[str],
+) -> tuple[int, ...]:
+    """Sensitivity class of each token of prompt + answer. With choices noise would tell which is right: a prompt's
+    token has the greatest of its classes with any of them, an answer's token the greatest in any of them."""
+    if not choices:
+        return _classes(row, example, tokenizer, sensitivity)
+    each = [_classes(row, example.answered(choice), tokenizer, sensitivity) for choice in choices]
+    prompt = len(row.prompt)
+    answer = max(number for classes in each for number in classes[prompt:])
+    return (*map(max, *(classes[:prompt] for classes in each)), *(answer,) * len(row.answer))
 
 
 def _classes(

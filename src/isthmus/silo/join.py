@@ -359,7 +359,7 @@ def load_data(recipe: Recipe, name: str, silo: Silo) -> SiloData:
     """
     records = silo.boundary.records
     data = SiloData(recipe.party(name), recipe, silo.tokenizer, records.sensitivity)
-    records.add_rows([*data.train, *data.held_out], data.train, recipe.boundary.tail)
+    records.add_rows(data.known_rows(), data.train, recipe.boundary.tail)
     return data
 
 

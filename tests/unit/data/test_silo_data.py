@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Tokens
 from isthmus.errors import DataError
+from isthmus.privacy.sensitivity import Sensitivity
 from tests.conftest import make_recipe, save_tiny_tokenizer, write_rows
 
 ROWS = [{"text": "w5 w6", "label": "w7"}, {"text": "w8", "label": "w9"}]
@@ -55,6 +56,22 @@ def test_shorter_choices_are_filled_up(tmp_path: Path, tokenizer: PreTrainedToke
     data = data_of(tmp_path, tokenizer, held_out=True, choices=["w7", "w9", "w9 w4 w8"])
     assert data.train == data.held_out == [Tokens([5, 6], [7], filler=(0, 0)), Tokens([8], [9], filler=(0, 0))]
     assert data.evaluation_inputs(data.train[0]) == [Tokens([5, 6], list(choice)) for choice in data.choices]
+
+
+def test_a_rows_classes_are_those_of_the_worst_choice(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("w4\n")
+    section = {"detectors": {"name": "high"}, "names": str(names), "classes": {"high": {"noise": 2.0}}}
+    path = str(write_rows(tmp_path / "rows.jsonl", ROWS))
+    task = {"prompt": "{text}", "answer": " {label}", "choices": [" w7", " w9", " w9 w4 w8"]}
+    recipe = make_recipe(Path("none"), silo=[{"name": "a", "train": path}], task=task, sensitivity=section)
+    assert recipe.sensitivity is not None
+    data = SiloData(recipe.silo[0], recipe, tokenizer, Sensitivity(recipe.sensitivity))
+    assert [row.classes for row in data.train] == [(0, 0, 1), (0, 1)]
+    first, *_, last = data.known_rows()
+    assert first == data.train[0]
+    assert last == Tokens([8], [9, 4, 8], (0, 1, 1, 1))
+    assert len(data.known_rows()) == 6
 
 
 def test_an_answer_that_is_no_choice_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

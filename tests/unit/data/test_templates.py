@@ -145,3 +145,9 @@ def test_any_fields_text_is_at_its_place(row: dict[str, str]) -> None:
         (row["c"], "3"),
         (row["a"], "1"),
     ]
+
+
+def test_another_answer_has_the_classes_of_the_fields_in_this_one() -> None:
+    example = Example("ab cd", " yes", ((0, 2, "high"), (6, 9, "low")))
+    assert example.answered(" no way") == Example("ab cd", " no way", ((0, 2, "high"), (5, 12, "low")))
+    assert Example("ab", "c").answered("d") == Example("ab", "d")

@@ -28,6 +28,7 @@ IDS = st.lists(st.integers(3, 96), min_size=1, max_size=6)
 FILLER = st.lists(st.just(1), max_size=3).map(tuple)
 ROWS = st.lists(st.builds(Tokens, IDS, IDS, st.none(), FILLER), min_size=1, max_size=5)
 EOS = 2
+CHOICES = ("w9", "w10 w11 w12")
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +68,13 @@ def test_a_long_prompt_loses_its_beginning(folder: Path) -> None:
 
 def test_answers_are_filled_up_and_prompts_cut_alike(folder: Path) -> None:
     examples = [Example("w4 w5 w6 w7 w8", "w9"), Example("w4 w5 w6 w7 w8", "w10 w11 w12")]
-    short, long = tokenize(examples, load_tokenizer(folder), 6, free_text=False, filled=3, pad=1)
+    short, long = tokenize(examples, load_tokenizer(folder), 6, free_text=False, choices=CHOICES, pad=1)
     assert short == Tokens([6, 7, 8], [9], filler=(1, 1))
     assert long == Tokens([6, 7, 8], [10, 11, 12])
     assert (short.input, long.input) == ([6, 7, 8, 1, 1], [6, 7, 8, 10, 11])
     assert [row.crossing(tail) for row in (short, long) for tail in (None, 1)] == [5, 3] * 2
     with pytest.raises(DataError, match="3 answer tokens"):
-        tokenize(examples[:1], load_tokenizer(folder), 3, free_text=False, filled=3)
+        tokenize(examples[:1], load_tokenizer(folder), 3, free_text=False, choices=CHOICES)
 
 
 def test_filler_has_the_class_of_the_answers_last_token() -> None:
