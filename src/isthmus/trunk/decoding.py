@@ -118,7 +118,7 @@ class Decoding:
             if step.session is None:
                 step.begin(self._sessions, self._codecs)
             assert step.session is not None
-            return step.session.busy or self._sessions.admit(step.session, step.request.lengths)
+            return self._sessions.admit(step.session, step.request.lengths)
         except Exception as error:
             job.done.set_exception(error)
             return False

@@ -71,6 +71,9 @@ class Scheduler:
     """
 
     def __init__(self) -> None:
+        self.tidy: Callable[[], float | None] = lambda: None
+        """Called on the compute thread after each turn; returns the seconds after which to call it again, if nothing
+        else happens."""
         self._arriving: SimpleQueue[Job | None] = SimpleQueue()
         self._waiting: list[Job] = []
         self._stopped = False
@@ -104,7 +107,8 @@ class Scheduler:
         pause: float | None = None
         while not self._stopped:
             self._receive(pause)
-            pause = self._turn()
+            pauses = self._turn(), self.tidy()
+            pause = min((one for one in pauses if one is not None), default=None)
 
     def _receive(self, pause: float | None) -> None:
         """Move arrived jobs to the waiting ones.

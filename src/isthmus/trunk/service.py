@@ -57,7 +57,8 @@ class TrunkService:
             _check_start(runner.part, directory, recipe.lora.start)
         self._kept = KeptExamples(directory.path / "kept", recipe, runner.crossing_width, runner.device)
         self._codecs = Codecs(recipe.boundary.codec, runner.crossing_width, runner.width, self._kept, runner.device)
-        self._sessions = Sessions(self._runner, recipe.trunk)
+        self._sessions = Sessions(self._runner, recipe.trunk, len(recipe.silo))
+        self._scheduler.tidy = self._sessions.expire
         self._decoding = Decoding(self._runner, self._sessions, self._codecs, recipe.trunk.chunk)
         adapter = _trunk_adapter(self._runner.part, recipe)
         directory.keep = recipe.train.keep_rounds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +14,9 @@ from isthmus.trunk.runner import Runner
 from isthmus.wire import isthmus_pb2 as pb
 
 EVICTION_GRACE = 2.0
-"""Seconds after its last step during which a session is not evicted; new sessions wait instead."""
+"""Seconds after its last step during which a session is not evicted, unless its silo has more than its share."""
+LONG_IDLE = 10
+"""Times ``EVICTION_GRACE`` after which a session makes room even if its silo has no more than its share."""
 SessionKey = tuple[str, int]
 """The silo's certified name and the number that the silo chose, so that it cannot name another silo's session."""
 
@@ -34,7 +36,7 @@ class Session:
     croppable: int = 0
     """Number of positions that can be dropped from the end of every row."""
     busy: bool = False
-    """Whether a step is being computed; the session is not evicted meanwhile."""
+    """Whether a step has begun and is not done."""
 
     @property
     def nbytes(self) -> int:
@@ -54,16 +56,46 @@ class Session:
             own.reserve(own.length + new)
 
 
+@dataclass
+class Limit:
+    """What all silos hold of one resource, sessions or bytes, and how much they may."""
+
+    most: int
+    silos: int
+    held: Counter[str]
+    """By silo."""
+
+    @property
+    def share(self) -> int:
+        """An equal part for each silo; 0 if there is less than one for each."""
+        return self.most // self.silos
+
+    def missing(self, more: int) -> int:
+        """How much must be freed for this much more; at most 0 if nothing."""
+        return self.held.total() + more - self.most
+
+    def within(self, silo: str, more: int = 0) -> bool:
+        """Whether the silo has no more than its share, with this much more."""
+        return self.held[silo] + more <= max(self.share, 1)
+
+
 class Sessions:
     """All sessions, least recently used first.
 
     At most ``trunk.sessions`` are held in ``trunk.session_bytes`` of memory, each for ``trunk.lease`` seconds after its
-    last step.
+    last step. Each silo has an equal share of both. What others leave unused may be used by anyone, until a silo that
+    stays within its share needs it: it takes from silos that exceed theirs, whether those sessions are in use or not.
+
+    Args:
+        silos: number of silos of the recipe.
     """
 
-    def __init__(self, runner: Runner, section: TrunkSection, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, runner: Runner, section: TrunkSection, silos: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._runner = runner
         self._section = section
+        self._silos = silos
         self._clock = clock
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
 
@@ -84,7 +116,7 @@ class Sessions:
             FrameError: the positions or rows do not exist, or the session would exceed the model's context or the
                 trunk's memory.
         """
-        self._expire()
+        self.expire()
         key = (peer, request.session)
         session = self._find(key, request) if request.step else self._new(key, request)
         if request.step:
@@ -99,7 +131,7 @@ class Sessions:
         return session
 
     def admit(self, session: Session, lengths: Sequence[int]) -> bool:
-        """Allocate memory for this many more tokens in each row; idle sessions are evicted for it.
+        """Allocate memory for this many more tokens in each row; other sessions are evicted for it.
 
         Returns:
             Whether there is enough memory.
@@ -108,8 +140,10 @@ class Sessions:
             UnknownSessionError: the session itself was evicted meanwhile.
         """
         known = self._sessions.get(session.key) is session
-        if session.step and not known:
+        if (session.step or session.busy) and not known:
             raise UnknownSessionError("the session was evicted", remedy="send its frames again from the first")
+        if session.busy:
+            return True
         if not self._make_room(session, session.bytes_for(lengths) - (session.nbytes if known else 0), int(not known)):
             return False
         session.grow(lengths)
@@ -173,27 +207,52 @@ class Sessions:
         session.rows = [session.rows[row] for row in rows]
 
     def _make_room(self, session: Session, nbytes: int, sessions: int) -> bool:
-        """Evict other idle sessions, least recently used first, until this many more bytes and sessions fit.
+        """Evict other sessions until this many more bytes and sessions fit. Never call it during a pass.
 
         Returns:
             Whether they fit; if not, no session was evicted.
         """
-        nbytes += self.nbytes - self._section.session_bytes
-        sessions += len(self._sessions) - self._section.sessions
-        idle_since, chosen = self._clock() - EVICTION_GRACE, []
-        for key, one in self._sessions.items():
-            if nbytes <= 0 and sessions <= 0:
-                break
-            if one is not session and not one.busy and one.last_used <= idle_since:
-                chosen.append(key)
-                nbytes, sessions = nbytes - one.nbytes, sessions - 1
-        if nbytes > 0 or sessions > 0:
+        silo, chosen = session.key[0], set()
+        memory = Limit(self._section.session_bytes, self._silos, self._held(lambda one: one.nbytes))
+        places = Limit(self._section.sessions, self._silos, self._held(lambda one: 1))
+        wanted = ((memory, nbytes), (places, sessions))
+        for takes in (self._takes, self._clears):
+            for key, one in sorted(self._sessions.items(), key=lambda item: item[1].busy):  # the others stay in order
+                short = [(limit, more) for limit, more in wanted if limit.missing(more) > 0]
+                if one is session or key in chosen or not any(takes(silo, *each, one) for each in short):
+                    continue
+                chosen.add(key)
+                memory.held[key[0]] -= one.nbytes
+                places.held[key[0]] -= 1
+        if any(limit.missing(more) > 0 for limit, more in wanted):
             return False
         for key in chosen:
             del self._sessions[key]
         return True
 
-    def _expire(self) -> None:
-        oldest = self._clock() - self._section.lease
-        for key in [key for key, one in self._sessions.items() if one.last_used < oldest and not one.busy]:
+    def _takes(self, silo: str, limit: Limit, more: int, session: Session) -> bool:
+        """Whether a silo that stays within its share takes this session from one that exceeds its own."""
+        return limit.within(silo, more) and silo != session.key[0] and not limit.within(session.key[0])
+
+    def _clears(self, silo: str, limit: Limit, more: int, session: Session) -> bool:
+        """Whether this session has been idle for so long that it makes room."""
+        idle = self._clock() - session.last_used
+        if session.busy or idle < EVICTION_GRACE:
+            return False
+        owner = session.key[0]
+        return owner == silo or limit.held[owner] > limit.share or idle >= LONG_IDLE * EVICTION_GRACE
+
+    def _held(self, size: Callable[[Session], int]) -> Counter[str]:
+        """The sum of this over each silo's sessions."""
+        held: Counter[str] = Counter()
+        for (silo, _), session in self._sessions.items():
+            held[silo] += size(session)
+        return held
+
+    def expire(self) -> float | None:
+        """Free the sessions whose lease is over. Returns the seconds until the next one's is; None: there is none."""
+        now, lease = self._clock(), self._section.lease
+        for key in [key for key, one in self._sessions.items() if one.last_used + lease < now and not one.busy]:
             del self._sessions[key]
+        left = [one.last_used + lease - now for one in self._sessions.values() if not one.busy]
+        return min(left) + 1e-3 if left else None  # past the end, not at it

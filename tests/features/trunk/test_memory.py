@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,16 @@ import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from isthmus.errors import FrameError
+from isthmus.errors import FrameError, UnknownSessionError
 from isthmus.recipe import Recipe
 from isthmus.trunk import sessions
 from isthmus.trunk.service import TrunkService
 from tests.conftest import Split, make_recipe
-from tests.oracle.twins import distance, prompts
+from tests.oracle.twins import prompts
 from tests.unit.trunk.talk import (
     BYTES,
     ONE,
     SOON,
-    TOLERANCE,
     WAIT,
     Build,
     Story,
@@ -50,8 +50,11 @@ def test_memory_never_exceeds_the_budget(build: Build, grace: None) -> None:
 
     def tell(number: int) -> None:
         silo = silos[number % 3]
-        for got, wanted in zip(silo.tell(number, stories[number]), expected[number], strict=True):
-            assert distance(decoded(got), wanted) <= TOLERANCE
+        while True:
+            answers = silo.tell(number, stories[number])
+            with suppress(UnknownSessionError):  # another silo needed its share: replayed
+                assert_equal(answers, expected[number])
+                break
         silo.close(number)
 
     with ThreadPoolExecutor(len(stories)) as threads:

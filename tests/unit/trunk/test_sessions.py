@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import TimeoutError as NoAnswer
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.decoding import Decoding, SessionStep
 from isthmus.trunk.scheduler import Job
 from isthmus.trunk.service import TrunkService
-from isthmus.trunk.sessions import EVICTION_GRACE, Sessions
+from isthmus.trunk.sessions import EVICTION_GRACE, LONG_IDLE, Sessions
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import LoopbackChannel
@@ -81,7 +82,7 @@ def decode(sessions: Sessions, peer: str, session: int, step: int, lengths: tupl
 
 
 def made(service: TrunkService, clock: Clock, **section: Any) -> Sessions:
-    return Sessions(service._runner, TrunkSection(**section), clock)
+    return Sessions(service._runner, TrunkSection(**section), 2, clock)
 
 
 def test_lease_ends(service: TrunkService) -> None:
@@ -103,19 +104,68 @@ def test_lease_ends(service: TrunkService) -> None:
     assert len(sessions) == 0
 
 
-def test_longest_unused_makes_room(service: TrunkService) -> None:
+def test_longest_unused_of_the_silo_itself_makes_room(service: TrunkService) -> None:
+    """The other silo has no more than its share."""
+    clock = Clock()
+    sessions = made(service, clock, sessions=3)
+    decode(sessions, "a", 1, 0)
+    decode(sessions, "b", 1, 0)
+    decode(sessions, "a", 2, 0)
+    decode(sessions, "a", 1, 1)
+    clock.now = EVICTION_GRACE
+    decode(sessions, "a", 3, 0)
+    with pytest.raises(UnknownSessionError):
+        decode(sessions, "a", 2, 1)
+    decode(sessions, "b", 1, 1)
+    decode(sessions, "a", 1, 2)
+    assert len(sessions) == 3
+
+
+def test_a_silo_within_its_share_takes_from_one_that_exceeds_it(service: TrunkService) -> None:
+    """At once, and the session that the other used last stays."""
+    sessions = made(service, Clock(), sessions=4)
+    for number in range(4):
+        decode(sessions, "a", number, 0)
+    for number in range(2):
+        decode(sessions, "b", number, 0)
+    assert set(sessions._sessions) == {("a", 2), ("a", 3), ("b", 0), ("b", 1)}
+    with pytest.raises(NoAnswer):  # no answer: it waits
+        decode(sessions, "b", 2, 0)
+    with pytest.raises(UnknownSessionError):
+        decode(sessions, "a", 0, 1)
+
+
+def test_bytes_are_shared_as_sessions_are(service: TrunkService) -> None:
+    limit = 2 * service._runner.new_cache().bytes_for(2)
+    sessions = made(service, Clock(), session_bytes=limit)
+    decode(sessions, "a", 1, 0)
+    decode(sessions, "a", 2, 0)
+    decode(sessions, "b", 1, 0)
+    assert set(sessions._sessions) == {("a", 2), ("b", 1)}
+    assert sessions.nbytes <= limit
+
+
+def test_what_lay_idle_for_long_makes_room_for_anyone(service: TrunkService) -> None:
     clock = Clock()
     sessions = made(service, clock, sessions=2)
     decode(sessions, "a", 1, 0)
     decode(sessions, "b", 1, 0)
-    decode(sessions, "a", 1, 1)
-    clock.now = EVICTION_GRACE
-    decode(sessions, "a", 2, 0)
-    with pytest.raises(UnknownSessionError):
-        decode(sessions, "b", 1, 1)
-    decode(sessions, "a", 1, 2)
-    decode(sessions, "a", 2, 1)
-    assert len(sessions) == 2
+    clock.now = LONG_IDLE * EVICTION_GRACE
+    decode(sessions, "b", 1, 1)
+    decode(sessions, "b", 2, 0)
+    assert set(sessions._sessions) == {("b", 1), ("b", 2)}
+
+
+def test_expiry_says_when_the_next_lease_ends(service: TrunkService) -> None:
+    clock = Clock()
+    sessions = made(service, clock, lease=10.0)
+    assert sessions.expire() is None
+    decode(sessions, "a", 1, 0)
+    clock.now = 4.0
+    assert sessions.expire() == pytest.approx(6.0, abs=0.01)
+    clock.now = 10.5
+    assert sessions.expire() is None
+    assert len(sessions) == 0
 
 
 def test_step_0_begins_anew_without_evicting(service: TrunkService) -> None:

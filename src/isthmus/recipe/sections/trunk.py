@@ -23,11 +23,10 @@ class TrunkSection(Section):
     lease: Positive = 600.0
     """Seconds that an inference session is kept without a request."""
     sessions: Count = 64
-    """Inference sessions kept at a time. The session that was unused longest makes room; if all are in use, a new one
-    waits."""
+    """Inference sessions kept at a time. Each silo is entitled to an equal share, and may use what others leave unused.
+    The session that was unused longest makes room; if there is none, a new one waits."""
     session_bytes: Count = 4 * 2**30
-    """Bytes of the trunk's device for the KV caches of all inference sessions. The session that was unused longest
-    makes room."""
+    """Bytes of the trunk's device for the KV caches of all inference sessions, shared as trunk.sessions are."""
     chunk: Count = 512
     """Tokens of a long prompt computed in one pass, so that other sessions' next tokens need not wait for all of it."""
     adapter: Literal["shared", "replica"] = "shared"
