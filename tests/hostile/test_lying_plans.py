@@ -21,7 +21,7 @@ from isthmus.updates.quantize import Ring
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.identity import Identity
 from isthmus.wire.sum_keys import plan_digest, sign_keys
-from tests.features.federation.test_masked_rounds import AUTHORITY, IDENTITIES, NAMES, Federation
+from tests.features.federation.test_masked_rounds import AUTHORITY, IDENTITIES, NAMES, WAIT, Federation
 
 
 @pytest.fixture
@@ -147,8 +147,10 @@ def test_of_silos_that_were_told_different_things_nothing_is_learned(
     assert all(ended.values())  # silo a reveals nothing; what the others reveal leaves their masks with it in the sum
     assert not any(peer == "a" and isinstance(request, pb.Reveal) for peer, request in federation.root.seen)
     assert all(not tensor.any() for tensor in federation.root.planner.shared.values())
-    assert federation.finish(federation.begin()) == dict.fromkeys(NAMES)  # normal service afterwards
-    federation.assert_learned(dict.fromkeys(NAMES, 1.0))
+    with pytest.raises(ProtocolError, match="a dealt shares of no secret"):  # by what an honest half of the root sees
+        federation.silos.pop("a").ask().result(WAIT)
+    assert federation.finish(federation.begin("bcd"), "bcd") == dict.fromkeys("bcd")  # normal service afterwards
+    federation.assert_learned(dict.fromkeys("bcd", 1.0))
 
 
 def test_any_part_of_a_plan_changes_its_digest() -> None:

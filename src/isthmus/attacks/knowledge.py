@@ -65,7 +65,7 @@ class Knowledge:
     """
 
     def __init__(self, view: View, references: int = 0, device: torch.device = CPU) -> None:
-        self.view, self.references, self._device = view.to(device), references, device
+        self.view, self.references, self.device = view.to(device), references, device
         self._checkpoint = Checkpoint(str(view.folder))
 
     @cached_property
@@ -135,7 +135,7 @@ class Knowledge:
     @cached_property
     def language_model(self) -> Any:
         """The uncut public base model in fp32."""
-        return public_model(self.view.folder).to(self._device)
+        return public_model(self.view.folder).to(self.device)
 
     @cached_property
     def embedding(self) -> torch.Tensor:
@@ -162,7 +162,7 @@ class Knowledge:
         return self.bottom.hidden(input_ids=ids_BL, use_cache=False)[0].float()
 
     def _loaded(self, name: PartName, dtype: torch.dtype = torch.float32) -> Part:
-        return load_part(self._checkpoint, self.cut, name, dtype=dtype, device=self._device)
+        return load_part(self._checkpoint, self.cut, name, dtype=dtype, device=self.device)
 
 
 def public_model(folder: Path) -> Any:

@@ -47,7 +47,7 @@ def run_published_decoder(knowledge: Knowledge, settings: PublishedSettings = Pu
             ``boundary.tail``.
     """
     view = knowledge.view.needs("crossings", "pairs")
-    decoder = load_part(Checkpoint(str(view.folder)), Cut(1, knowledge.cut.bottom), "top")
+    decoder = load_part(Checkpoint(str(view.folder)), Cut(1, knowledge.cut.bottom), "top", device=knowledge.device)
     if view.pairs[0].crossing.hidden_LD.shape[1] != decoder.config.hidden_size or any(
         len(pair.tokens) != pair.crossing.length for pair in view.pairs
     ):

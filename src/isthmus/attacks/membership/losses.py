@@ -48,7 +48,7 @@ def _reference(knowledge: Knowledge, number: int) -> WholeModel:
     view, train = knowledge.view, knowledge.view.recipe.train
     draw = random.Random(f"reference/{view.recipe.seed}/{number}")
     rows = draw.sample(view.reference_rows, max(1, len(view.reference_rows) // 2))
-    untrained = Knowledge(replace(view, adapters={}, trunk_adapter={}))
+    untrained = Knowledge(replace(view, adapters={}, trunk_adapter={}), device=knowledge.device)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw.getrandbits(32))
         whole = WholeModel(untrained, noisy=True).eval()
