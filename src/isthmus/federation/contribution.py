@@ -20,7 +20,7 @@ class Contribution:
 
     name: str
     weight: float
-    """Its weight in the mean: supervised tokens, or under masks the sum of the silos' shares. Above 0."""
+    """Its weight in the mean: tokens of its answers, or under masks the sum of the silos' shares. Above 0."""
     change: Mapping[str, torch.Tensor]
     quality: float = 0.0
     """The quality of the silo's model on its held-out rows, 0 to 1, where the recipe weighs by it."""

@@ -45,7 +45,7 @@ class TrunkAdapter(Protocol):
         """Take one optimizer step, with gradients of at most ``train.max_grad_norm`` if the optimizer is the recipe's.
 
         Args:
-            gradients: for each silo, its weight (supervised tokens; 0 without gradients) and its mean gradients over
+            gradients: for each silo, its weight (answers' tokens; 0 without gradients) and its mean gradients over
                 them; None if it has none.
             together: whether these silos waited for one another at this step.
             rate: the step's learning rate; None: the recipe's ``train.learning_rate``.
@@ -67,7 +67,7 @@ class TrunkAdapter(Protocol):
 
 
 class SharedAdapter:
-    """One adapter and one optimizer; a step uses the mean of the silos' gradients, weighted by supervised tokens."""
+    """One adapter and one optimizer; a step uses the mean of the silos' gradients, weighted by answers' tokens."""
 
     def __init__(self, part: Part, train: TrainSection) -> None:
         self._part = part
@@ -180,7 +180,7 @@ class Replica:
 
 
 class ReplicaAdapters:
-    """An adapter and an optimizer for each silo, averaged by supervised tokens every ``every`` steps.
+    """An adapter and an optimizer for each silo, averaged by answers' tokens every ``every`` steps.
 
     LoRA's A is frozen and equal for all, so the mean of the B gives exactly the mean of the products BA (FFA-LoRA, Sun
     et al. 2024). A silo that is late for an average keeps its steps and contributes them to the next.

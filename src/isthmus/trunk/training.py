@@ -249,7 +249,7 @@ class TrunkTraining:
         """Take an optimizer step with these silos' gradients, and forget them.
 
         Args:
-            weights: supervised tokens of each silo.
+            weights: tokens of each silo's answers.
             together: whether the silos waited for one another at this step.
             rate: the step's learning rate; None: the recipe's ``train.learning_rate``.
         """

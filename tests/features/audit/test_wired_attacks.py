@@ -112,6 +112,19 @@ def test_labels_by_command(
     assert written["trunk+silo", "choices"]["figures"]["accuracy"]["value"] == 1.0
 
 
+def test_labels_and_texts_of_choices_of_unequal_lengths(attacked_model: Path, tmp_path: Path) -> None:
+    """They are filled up: gradients still tell the label, and a text among candidates is still found."""
+    unequal = {"w40": "w40", "w71": "w71 w9", "w12": "w12 w9 w30"}
+
+    def rows(count: int, seed: int) -> list[dict[str, Any]]:
+        return [{**row, "answer": unequal[row["answer"]]} for row in labelled(count, seed)]
+
+    source = federation(attacked_model, tmp_path, rows, task={"choices": list(unequal.values())})
+    for adversary in ("trunk", "trunk+silo"):
+        assert value(found(source, "labels", adversary)["choices"], "accuracy") == 1.0
+    assert value(found(source, "identify", "trunk+silo")["candidates"], "top1") > 0.9
+
+
 @pytest.mark.parametrize(
     "boundary",
     [{"residual": True}, {"width": 8}, {"tail": 1}, {"tail": 2, "residual": True}],
