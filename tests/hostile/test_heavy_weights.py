@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from isthmus.errors import FrameError, IsthmusError, ProtocolError
+from isthmus.federation.aggregator import aggregator_of
+from isthmus.federation.planner import RootPlanner
+from isthmus.federation.rounds import Aggregator
+from isthmus.storage.record import RoleDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
-from tests.conftest import save_tiny_model
+from tests.conftest import make_recipe, save_tiny_model
 from tests.unit.trunk.drill import Drill, Silo, Work, recipe_of, results, tensors_of
 from tests.unit.trunk.talk import WAIT
 
@@ -163,3 +167,65 @@ def test_a_heavy_commit_of_asynchronous_steps_is_refused(model: Path, tmp_path: 
     refused(bad.commit(1, 5.0), ProtocolError, "bad claims 5 tokens.*may weigh 4")
     assert bad.commit(1, 4.0).result(WAIT).contributors == 1
     drill.service.stop()
+
+
+def change(value: float, weight: float, round: int = 1) -> pb.Update:
+    return pb.Update(round=round, weight=weight, tensors=codec.encode_named({"x": torch.full((3,), value)}))
+
+
+def root(federation: dict[str, Any], folder: Path, **more: Any) -> Aggregator:
+    train = {"rounds": 2, "steps": 3, "batch": BATCH, "max_tokens": LONGEST, "evaluate": False}
+    recipe = make_recipe(Path("none"), silos=(GOOD, BAD, "third"), train=train, federation=federation, **more)
+    return aggregator_of(recipe, "root", RootPlanner(recipe, {"x": torch.zeros(3)}, RoleDirectory(folder)), None)
+
+
+def plans(service: Aggregator, *children: str) -> list[Any]:
+    return results([service.handle(child, pb.Ready()) for child in children])
+
+
+def current(service: Aggregator) -> Any:
+    return service.handle(GOOD, pb.Current()).result(WAIT)
+
+
+@pytest.mark.parametrize("heavy", [1e300, 97.0])
+@pytest.mark.parametrize("asynchronous", [None, {"buffer": 3}], ids=["rounds", "buffered"])
+def test_an_update_weighs_no_more_than_the_recipes_rows(
+    asynchronous: dict[str, int] | None, heavy: float, tmp_path: Path
+) -> None:
+    """Three steps of two rows of sixteen tokens."""
+    means = []
+    for lies in (False, True):
+        service = root({"asynchronous": asynchronous} if asynchronous else {}, tmp_path / str(lies))
+        plans(service, GOOD, BAD, "third")
+        if lies:
+            with pytest.raises(ProtocolError, match=r"bad claims the weight .* it is 96 at most") as caught:
+                service.handle(BAD, change(1e6, heavy))
+            assert caught.value.remedy
+        results(
+            [service.handle(name, change(value, 96.0)) for name, value in ((GOOD, 1.0), (BAD, 2.0), ("third", 6.0))]
+        )
+        means.append(current(service).adapters)
+    assert list(means[0]) == list(means[1])
+    assert torch.equal(codec.decode_named(means[1], {"x": (3,)})["x"], torch.full((3,), 3.0))
+
+
+def test_where_all_weigh_alike_nobody_claims_more_than_one(tmp_path: Path) -> None:
+    service = root({"weights": "equal"}, tmp_path)
+    plans(service, GOOD, BAD, "third")
+    with pytest.raises(ProtocolError, match="by the recipe it is 1 at most"):
+        service.handle(BAD, change(1e6, 1.5))
+    results([service.handle(name, change(3.0, 1.0)) for name in (GOOD, BAD, "third")])
+    assert current(service).completed == 1
+
+
+def test_an_edges_sum_weighs_no_more_than_the_silos_that_may_be_below_it(tmp_path: Path) -> None:
+    edges = [
+        {"name": "left", "address": "localhost:1", "silos": [GOOD, BAD]},
+        {"name": "right", "address": "localhost:2", "silos": ["third"]},
+    ]
+    service = root({}, tmp_path, edge=edges)
+    results([service.handle("left", pb.Ready(silos=[GOOD, BAD])), service.handle("right", pb.Ready(silos=["third"]))])
+    with pytest.raises(ProtocolError, match=r"left claims the weight 193 .* it is 192 at most"):
+        service.handle("left", change(1.0, 193.0))
+    results([service.handle("left", change(1.0, 192.0)), service.handle("right", change(1.0, 96.0))])
+    assert current(service).completed == 1

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from google.protobuf.message import Message
 
 from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
-from isthmus.federation.collection import Collected, change_of
+from isthmus.federation.collection import Collected, change_of, check_claim
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Aggregator
@@ -54,6 +54,7 @@ class Buffered(Aggregator):
         self._size, self._oldest = recipe.federation.asynchronous.buffer, recipe.federation.asynchronous.staleness
         self._compression = Compression.of(recipe)
         self._node = recipe.tree.node(ROOT)
+        self._heaviest = {silo: recipe.most_weight([silo]) for silo in self._node.children}
         self._planner = planner
         self._lock = threading.RLock()
         self._training: dict[str, int] = {}
@@ -87,7 +88,8 @@ class Buffered(Aggregator):
 
         Raises:
             RoundLostError: it is not of the plan that the silo has, or that is too old by now.
-            ProtocolError: the silo's update is in the buffer already; or this is no open update.
+            ProtocolError: the silo's update is in the buffer already; or this is no open update, or claims too large a
+                weight.
             FrameError: other tensors than the shared ones.
         """
         if not isinstance(request, pb.Update) or request.masked:
@@ -128,6 +130,7 @@ class Buffered(Aggregator):
 
     def _held(self, peer: str, update: pb.Update) -> Held:
         staleness = self._staleness(update.round)
+        check_claim(peer, update.weight, self._heaviest[peer])
         if not update.weight:
             return Held(0.0, staleness, None)
         layout = self._planner.layout(peer, update.round)

@@ -8,6 +8,7 @@ Shapes: K numbers that cross of an update, S digits of a share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -77,6 +78,7 @@ class Open:
     Args:
         layouts: of the participants' updates, by participant.
         compressors: decode the updates of the participants that compress theirs; the others' come in full, by name.
+        heaviest: by participant, the largest weight that it may claim; the others may claim any.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class Open:
         done: Done,
         *,
         compressors: Mapping[str, Compressor] | None = None,
+        heaviest: Mapping[str, float] | None = None,
     ) -> None:
         self._layouts, self._compressors, self._done = layouts, compressors or {}, done
+        self._heaviest = heaviest or {}
         self._awaited = set(layouts)
         self._weights: dict[str, float] = {}
         self._contributions: dict[str, Contribution] = {}
@@ -119,6 +123,7 @@ class Open:
     def _take(self, peer: str, request: pb.Update) -> None:
         if request.masked:
             raise ProtocolError("this federation's updates are open", remedy="give all parties one recipe")
+        check_claim(peer, request.weight, self._heaviest.get(peer, math.inf))
         if request.weight:
             change = change_of(request, self._layouts[peer], self._compressors.get(peer))
             self._contributions[peer] = Contribution(peer, request.weight, change, request.quality)
@@ -128,6 +133,19 @@ class Open:
 
     def _collected(self, weights: dict[str, float]) -> Collected:
         return Collected(weights, tuple(self._contributions[peer] for peer in sorted(self._contributions)))
+
+
+def check_claim(peer: str, weight: float, most: float) -> None:
+    """Check that an open update weighs no more than the recipe lets it.
+
+    Raises:
+        ProtocolError: it weighs more.
+    """
+    if weight > most:
+        raise ProtocolError(
+            f"{peer} claims the weight {weight:g} for its update; by the recipe it is {most:g} at most",
+            remedy="claim the tokens of the round's answers; update isthmus on both sides",
+        )
 
 
 def change_of(update: pb.Update, layout: Layout, compressor: Compressor | None) -> Mapping[str, torch.Tensor]:

@@ -103,6 +103,7 @@ class Rounds(Aggregator):
         self._silos = frozenset(silo.name for silo in recipe.silo)
         self._below = {child: recipe.tree.below(child) for child in (*self._node.children, *self._node.wards)}
         """By child, the silos that may be below it."""
+        self._heaviest = {child: recipe.most_weight(silos) for child, silos in self._below.items()}
         self._lock = threading.RLock()
         self._waiting: dict[str, Answer] = {}
         self._barred: set[str] = set()
@@ -231,7 +232,7 @@ class Rounds(Aggregator):
         else:
             layouts = {peer: self._planner.layout(peer, plan.round) for peer in participants}
             compressors = self._compressors(layouts, plan.round)
-            self._collection = Open(layouts, self._barrier, self._end, compressors=compressors)
+            self._collection = Open(layouts, self._barrier, self._end, compressors=compressors, heaviest=self._heaviest)
         self._answer(participants, plan)
 
     def _answer(self, peers: Iterable[str], plan: pb.Plan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -193,6 +194,15 @@ class Recipe(Section):
         """Optimizer steps of this silo in a round."""
         own = {silo.name: silo.steps for silo in self.silo}.get(name)
         return own or self.train.steps
+
+    def most_weight(self, silos: Iterable[str]) -> float:
+        """Largest weight in a round of an update of these silos together: every row of every step as long as rows may
+        be. With ``train.epochs`` infinite, since a silo alone knows how many rows it has."""
+        if self.federation.weights.kind == "equal":
+            return float(len(set(silos)))
+        if self.train.epochs is not None:
+            return math.inf
+        return float(sum(self.steps(silo) for silo in silos) * self.train.step_tokens)
 
     def round_steps(self, name: str, round: int, rows: int = 0) -> RoundSteps:
         """This silo's steps in a round.
