@@ -9,22 +9,25 @@ makes a smaller step.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
-from isthmus.errors import IsthmusError, ProtocolError, QuorumError, RoundLostError
+from isthmus.errors import IsthmusError, ProtocolError, RoundLostError
 from isthmus.federation.collection import Collected, change_of, check_claim
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.planner import RootPlanner
-from isthmus.federation.rounds import Aggregator
+from isthmus.federation.rounds import Aggregator, listed
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT, check_named
 from isthmus.updates.compression import Compression
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Buffered(Aggregator):
 
     A silo gets the newest version whenever it asks, unless its update is in the buffer: then it gets the version that
     comes of it. So no silo is in a version twice, nor trains on one twice, however fast it is; and nobody waits for one
-    that is slow as long as ``federation.asynchronous.buffer`` others are there.
+    that is slow as long as ``federation.asynchronous.buffer`` others are there. A buffer that is not full after the
+    root's patience makes a version as soon as it holds the root's minimum. Each version is logged.
 
     The buffer is not on disk. A root that starts again has the last version, and no silo has an update in it: who asks
     trains again, and an update that was begun before is refused by name.
@@ -62,6 +66,8 @@ class Buffered(Aggregator):
         self._buffer: dict[str, Held] = {}
         self._clock: threading.Timer | None = None
         """Ends the wait for a full buffer; runs from the buffer's first update on."""
+        self._late = False
+        """Whether patience has ended with fewer than the minimum in the buffer: that many are enough now."""
         self._waiting: dict[str, Answer] = {}
         self._error: IsthmusError | None = None
         """The error that ended the rounds; every silo that asks gets it."""
@@ -100,7 +106,7 @@ class Buffered(Aggregator):
             del self._training[peer]
             if len(self._buffer) == 1:
                 self._start_clock()
-            if len(self._buffer) >= self._size:
+            if len(self._buffer) >= (self._node.minimum if self._late else self._size):
                 self._publish()
         return answered(pb.Accepted())
 
@@ -143,6 +149,7 @@ class Buffered(Aggregator):
         """Make a version of what is in the buffer, on disk before anyone hears of it."""
         assert self._clock is not None
         self._clock.cancel()
+        self._late = False
         held, self._buffer = dict(sorted(self._buffer.items())), {}
         collected = Collected(
             weights={peer: one.weight for peer, one in held.items()},
@@ -151,7 +158,9 @@ class Buffered(Aggregator):
         )
         try:
             self._planner.conclude(self._planner.completed + 1, collected)
+            log.info("%s: version %d, of %s", ROOT, self._planner.completed, listed(held))
         except IsthmusError as error:
+            log.error("%s: failed: %s", ROOT, error.message)
             self._error = error
         self._answer()
 
@@ -173,18 +182,19 @@ class Buffered(Aggregator):
         self._clock.start()
 
     def _lose_patience(self, version: int) -> None:
-        """The buffer is not full in time: what is in it is enough, or the federation ends."""
+        """The buffer is not full in time: what is in it is enough, or the first updates that make up the minimum."""
         with self._lock:
             if version != self._planner.completed or self._error is not None:
                 return
             if len(self._buffer) >= self._node.minimum:
                 self._publish()
                 return
-            self._error = QuorumError(
-                f"{len(self._buffer)} updates came in {self._node.patience:g} seconds, a version takes "
-                f"{self._node.minimum}",
-                remedy="start the missing silos, then continue with 'isthmus run --resume'; "
-                "or lower federation.asynchronous.buffer",
+            self._late = True
+            log.warning(
+                "%s: %d updates came in %g seconds, a version takes %d; waiting; missing: %s",
+                ROOT,
+                len(self._buffer),
+                self._node.patience,
+                self._node.minimum,
+                listed(set(self._node.children) - self._buffer.keys()),
             )
-            self._buffer = {}
-            self._answer()

@@ -200,7 +200,7 @@ class Rounds(Aggregator):
         self.phase, self._collection = Phase.GATHERING, None
         self._gathering = self._barrier(lambda arrived: self._ask(sorted(arrived)))
         expected = set(peers) - self._barred
-        self._log("gathering; expected: %s", _names(expected))
+        self._log("gathering; expected: %s", listed(expected))
         self._gathering.expect(expected)
         self._advance()
 
@@ -219,7 +219,7 @@ class Rounds(Aggregator):
             self._advance()
             return
         self.phase, self._round = Phase.TRAINING, plan.round
-        self._log("round %d begins with %s; missing: %s", plan.round, _names(participants), self._missing(participants))
+        self._log("round %d begins with %s; missing: %s", plan.round, listed(participants), self._missing(participants))
         if self._offers_keys:
             keys = {peer: self._asked[peer].keys for peer in participants}
             plan.sum = secrets.token_bytes(16)
@@ -292,7 +292,7 @@ class Rounds(Aggregator):
             else:
                 self._miss(sorted(collected.weights))
             return
-        self._log("round %d: %s contributed", self._round, _names(collected.weights))
+        self._log("round %d: %s contributed", self._round, listed(collected.weights))
         self.phase, self._collection = Phase.CONCLUDING, None
         # the next round does not wait again for a child that sent nothing in this one
         self._when_there(
@@ -301,7 +301,7 @@ class Rounds(Aggregator):
 
     def _bar(self, frauds: set[str]) -> None:
         if frauds:
-            self._log("%s dealt shares of no secret and is left out", _names(frauds), level=logging.ERROR)
+            self._log("%s dealt shares of no secret and is left out", listed(frauds), level=logging.ERROR)
             self._barred |= frauds
 
     def _when_there(self, ask: Callable[[], Answer], go_on: Callable[[pb.Plan], None]) -> None:
@@ -375,7 +375,7 @@ class Rounds(Aggregator):
         )
 
     def _missing(self, present: Iterable[str]) -> str:
-        return _names(set(self._node.children) - set(present))
+        return listed(set(self._node.children) - set(present))
 
     def _log(self, message: str, *values: object, level: int = logging.INFO) -> None:
         log.log(level, f"%s: {message}", self._node.name, *values)
@@ -391,7 +391,7 @@ class Rounds(Aggregator):
             answer.set_exception(error)
 
 
-def _names(peers: Iterable[str]) -> str:
+def listed(peers: Iterable[str]) -> str:
     """The names of peers for a log, no more than ten of them."""
     names = sorted(peers)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.errors import DiskFullError, FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
+from isthmus.errors import DiskFullError, FrameError, IsthmusError, ProtocolError, RoundLostError
 from isthmus.federation.buffered import Buffered
 from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
@@ -252,18 +252,26 @@ def test_patience_ends_with_enough(build: Build, store: RoleDirectory) -> None:
     assert [list(line["weights"]) for line in journal(store)] == [["a"], ["a"]]
 
 
-def test_patience_ends_with_too_few(build: Build, store: RoleDirectory) -> None:
-    buffered = build("a", "b", buffer=2, patience=SOON)
-    plan(buffered, "a"), plan(buffered, "b")
+def test_a_lost_quorum_is_waited_for(build: Build, store: RoleDirectory, caplog: pytest.LogCaptureFixture) -> None:
+    buffered = build("a", "b", "c", buffer=3, minimum=2, patience=SOON)
+    for silo in "abc":
+        plan(buffered, silo)
     time.sleep(4 * SOON)  # nobody has contributed: the clock stands
+    assert not caplog.records
     buffered.contribute("a", update(1))
-    for silo in ("a", "a", "b"):  # who waits, and who asks later
-        with pytest.raises(QuorumError, match=r"1 updates came in 0\.05 seconds, a version takes 2") as caught:
-            plan(buffered, silo)
-        assert "--resume" in caught.value.remedy
-    with pytest.raises(RoundLostError):
-        buffered.contribute("b", update(1))
-    assert store.last_round() == 0
+    waiting = buffered.ready("a", pb.Ready())
+    time.sleep(4 * SOON)
+    assert not waiting.done()
+    assert "1 updates came in 0.05 seconds, a version takes 2; waiting; missing: b, c" in caplog.text
+    assert plan(buffered, "b").round == 1  # it came back
+    buffered.contribute("b", update(1))
+    assert_plan(waiting.result(WAIT), 2, 1, ["a"], 1.0)
+    for silo in "bc":
+        plan(buffered, silo)
+    for silo in "abc":  # with all there again, the buffer is filled
+        assert store.last_round() == 1
+        buffered.contribute(silo, update(2))
+    assert store.last_round() == 2
 
 
 def test_patience_that_ends_just_as_the_buffer_is_full(build: Build) -> None:
