@@ -20,9 +20,9 @@ from isthmus.errors import IsthmusError, ProtocolError, RoundLostError
 from isthmus.federation.collection import Collected, change_of, check_claim
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.planner import RootPlanner
-from isthmus.federation.rounds import Aggregator, listed
+from isthmus.federation.rounds import Aggregator
 from isthmus.recipe import Recipe
-from isthmus.recipe.tree import ROOT, check_named
+from isthmus.recipe.tree import ROOT, check_named, listed
 from isthmus.updates.compression import Compression
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered

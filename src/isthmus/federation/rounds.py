@@ -17,7 +17,7 @@ from isthmus.federation.collection import Collected, Collection, Open, Sums
 from isthmus.federation.masked import Masked
 from isthmus.federation.planner import Planner
 from isthmus.recipe import Recipe
-from isthmus.recipe.tree import ROOT, check_named
+from isthmus.recipe.tree import ROOT, check_named, listed
 from isthmus.updates.compression import Compression, Compressor
 from isthmus.updates.flat import Layout
 from isthmus.updates.masking import Advert, check_usable
@@ -389,10 +389,3 @@ class Rounds(Aggregator):
             waiting, self._waiting = self._waiting, {}
         for answer in waiting.values():
             answer.set_exception(error)
-
-
-def listed(peers: Iterable[str]) -> str:
-    """The names of peers for a log, no more than ten of them."""
-    names = sorted(peers)
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return (", ".join(names[:10]) or "nobody") + more

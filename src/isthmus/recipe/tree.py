@@ -126,3 +126,10 @@ def check_named(peer: str, named: Sequence[str], allowed: Iterable[str]) -> None
         )
     if len(set(named)) < len(named):
         raise ProtocolError(f"{peer} names a silo twice", remedy="name each silo once")
+
+
+def listed(peers: Iterable[str]) -> str:
+    """The names of peers for a log, no more than ten of them."""
+    names = sorted(peers)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return (", ".join(names[:10]) or "nobody") + more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from isthmus.trunk.sync_steps import check_next, check_weight, round_lost
 from isthmus.trunk.training import TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,6 +71,7 @@ class AsyncSteps:
                 self._training.save(version)
             return pb.Begun()
 
+        log.info("trunk: %s begins round %d", peer, request.round)
         with self._lock:
             self._over = self._over or version >= self._recipe.train.rounds
             self._progress[peer] = CommitProgress(request.round)

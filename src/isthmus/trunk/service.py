@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -32,6 +33,8 @@ from isthmus.trunk.sync_steps import SyncSteps
 from isthmus.trunk.training import TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
+
+log = logging.getLogger(__name__)
 
 
 class TrunkService:
@@ -125,6 +128,7 @@ class TrunkService:
                 remedy="use the same recipe on both sides",
             )
         if self._instances.get(peer) != hello.instance:
+            log.info("trunk: %s has connected%s", peer, " with another process" if peer in self._instances else "")
             self._instances[peer] = hello.instance
             self._steps.forget(peer)
             self._scheduler.submit(lambda: self._forget(peer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from dataclasses import dataclass, field, replace
@@ -9,12 +10,15 @@ from dataclasses import dataclass, field, replace
 from isthmus.errors import IsthmusError, OutOfOrderError, ProtocolError, RoundLostError
 from isthmus.model.optimizer_settings import OptimizerSettings
 from isthmus.recipe import Recipe, RoundSteps
+from isthmus.recipe.tree import listed
 from isthmus.storage.record import Journal
 from isthmus.trunk.scheduler import Scheduler
 from isthmus.trunk.training import TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,7 +65,7 @@ class SyncSteps:
 
     An open round has no fixed number of steps. A silo trains in it with a training loop of its own, until it sends
     ``End``; a third barrier waits for the ends of all. The trunk steps with the settings of the silos' own optimizers.
-    An open round whose silos have all been replaced by new processes is undone.
+    An open round whose silos have all been replaced by new processes is undone. What changes for the silos is logged.
 
     Args:
         recipe: gives the silos' steps in a round, their learning rate, and the patience.
@@ -82,6 +86,8 @@ class SyncSteps:
         self._gathering: Beginning | None = None
         self._done: dict[str, int] = {}
         """Number of optimizer steps that each silo has finished in this round."""
+        self._missed: set[str] = set()
+        """Silos of this round that a step went on without."""
         patience = recipe.trunk.patience
         self._starts: Barrier[Answer] = Barrier(patience, self._start)
         self._commits: Barrier[Arrival] = Barrier(patience, self._step)
@@ -115,6 +121,7 @@ class SyncSteps:
                 self._gathering = beginning
                 self._starts.expect(participants)
         if joins:
+            log.info("trunk: %s joins round %d", peer, beginning.number)
             self._ends.expect(self._done)
             answer.set_result(begun)
         else:
@@ -190,6 +197,7 @@ class SyncSteps:
         self._commits.dismiss(peer)
         self._ends.dismiss(peer)
         if alone and start is not None:
+            log.warning("trunk: another process of %s has connected; its round is undone", peer)
             self._scheduler.submit(lambda: self._training.restore(start))
 
     def commit(self, peer: str, request: pb.Commit) -> Answer:
@@ -226,9 +234,10 @@ class SyncSteps:
             assert beginning is not None
             self._round = beginning.number
             self._open = OpenRound(beginning.participants) if beginning.open else None
-            self._done = dict.fromkeys(waiting, 0)
+            self._done, self._missed = dict.fromkeys(waiting, 0), set()
             self._plans = {key: steps for key, steps in self._plans.items() if key[0] >= beginning.number}
             self._training.expected = len(waiting)
+        log.info("trunk: round %d begins with %s", beginning.number, listed(waiting))
         self._commits.expect(waiting)
         self._ends.expect(waiting)
 
@@ -263,6 +272,7 @@ class SyncSteps:
     def _end(self, waiting: dict[str, Answer]) -> None:
         with self._lock:
             number, self._round, self._open = self._round, 0, None
+        log.info("trunk: %s ended round %d", listed(waiting), number)
         _answer_all(list(waiting.values()), self._scheduler, lambda: pb.Ended(digest=self._training.save(number)))
 
     def _step(self, arrivals: dict[str, Arrival]) -> None:
@@ -270,6 +280,8 @@ class SyncSteps:
             number = self._round
             late = {peer: arrival for peer, arrival in arrivals.items() if arrival.request.round != number}
             arrivals = {peer: arrival for peer, arrival in arrivals.items() if peer not in late}
+            missed = {peer for peer in self._done if peer not in arrivals and self._works(peer)} - self._missed
+            self._missed = (self._missed | missed) - arrivals.keys()
             self._done |= {peer: arrival.request.step for peer, arrival in arrivals.items()}
             finished = {peer for peer, step in self._done.items() if step >= self._most(peer)}
             open = self._open is not None
@@ -280,10 +292,13 @@ class SyncSteps:
             arrival.answer.set_exception(round_lost(peer, arrival.request.round))
         if not arrivals:
             return
+        if missed:
+            log.warning("trunk: round %d goes on without %s", number, listed(missed))
         for peer in finished:
             self._commits.dismiss(peer)
         over = not open and not self._commits.expected
         if over:
+            log.info("trunk: round %d is over", number)
             with self._lock:
                 self._round = 0  # later commits belong to no round
 
@@ -333,8 +348,12 @@ class SyncSteps:
 
     def _at_work(self) -> int:
         """Number of silos of the running round that have not finished their steps."""
+        return sum(map(self._works, self._done))
+
+    def _works(self, peer: str) -> bool:
+        """Whether this silo of the running round has not finished its steps."""
         ended = set() if self._open is None else self._open.ended
-        return sum(step < self._most(peer) and peer not in ended for peer, step in self._done.items())
+        return self._done[peer] < self._most(peer) and peer not in ended
 
     def _most(self, peer: str) -> float:
         """Largest number of optimizer steps of a silo in the running round."""

@@ -195,7 +195,7 @@ def test_a_lost_quorum_is_waited_for(
     build: Build, store: RoleDirectory, when: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "isthmus")
-    rounds = build("a", "b", patience=SOON)
+    rounds = build("a", "b", patience=10 * SOON)
     if when == "training":
         plans(rounds, "a", "b")
         rounds.contribute("a", update(1))

@@ -6,6 +6,7 @@ import pytest
 
 from isthmus.errors import RecipeError
 from isthmus.recipe import Recipe
+from isthmus.recipe.tree import listed
 from tests.unit.recipe.refusals import least
 
 LEAST = least()
@@ -33,3 +34,11 @@ def test_an_edge_that_is_not_there() -> None:
     with pytest.raises(RecipeError, match="no edge 'east'") as caught:
         Recipe.of(LEAST).tree.node("east")
     assert caught.value.remedy == "use one of: none"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "nobody"), (2, "silo-00, silo-01"), (12, ", ".join(f"silo-{n:02}" for n in range(10)) + " and 2 more")],
+)
+def test_parties_are_listed_for_a_log(count: int, text: str) -> None:
+    assert listed({f"silo-{number:02}" for number in range(count)}) == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,8 @@ def test_gradients_accumulate(build: Build) -> None:
     oracle.agrees(trunk)
 
 
-def test_slow_silo_joins_the_next_step(build: Build) -> None:
+def test_slow_silo_joins_the_next_step(build: Build, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     trunk = build()
     oracle = Oracle(trunk)
     a, b = begun(trunk)
@@ -240,9 +242,12 @@ def test_slow_silo_joins_the_next_step(build: Build) -> None:
     assert_exact(trunk.directory.load_round(1)["adapter"], trunk.adapter())
     lines = read_journal(trunk.directory.path / "metrics.jsonl")
     assert [line["silos"] for line in lines] == [["a"], ["a", "b"], ["b"]]
+    said = [record.getMessage() for record in caplog.records if record.name == "isthmus.trunk.sync_steps"]
+    assert said == [f"trunk: round 1 {what}" for what in ("begins with a, b", "goes on without b", "is over")]
 
 
-def test_latecomer_joins_the_round_under_way(build: Build) -> None:
+def test_latecomer_joins_the_round_under_way(build: Build, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     trunk = build(steps=1)
     oracle = Oracle(trunk)
     a, b = Silo(trunk, "a"), Silo(trunk, "b")
@@ -251,6 +256,7 @@ def test_latecomer_joins_the_round_under_way(build: Build) -> None:
     trunk.patience(LONG)
     a.work(WORK_A)
     b.begin().result(WAIT)
+    assert "trunk: b joins round 1" in caplog.text
     b.work(WORK_B)
     waiting = b.commit(weight=1)
     assert a.commit(weight=1).result(WAIT).contributors == 2
@@ -444,7 +450,9 @@ def test_silos_that_differ_in_their_optimizers_are_told(build: Build) -> None:
             answer.result(WAIT)
 
 
-def test_a_new_process_undoes_its_open_round_or_joins_that_of_others(build: Build) -> None:
+def test_a_new_process_undoes_its_open_round_or_joins_that_of_others(
+    build: Build, caplog: pytest.LogCaptureFixture
+) -> None:
     trunk = build()
     a, before = Silo(trunk, "a"), trunk.adapter()
     a.open().result(WAIT)
@@ -452,6 +460,7 @@ def test_a_new_process_undoes_its_open_round_or_joins_that_of_others(build: Buil
     a.follow(1).result(WAIT)
     a = Silo(trunk, "a")
     trunk.settle()
+    assert "trunk: another process of a has connected; its round is undone" in caplog.text
     assert_exact(trunk.adapter(), before)
     b = Silo(trunk, "b")
     for answer in (a.open("a", "b"), b.open("a", "b")):
