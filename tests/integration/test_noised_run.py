@@ -63,7 +63,7 @@ def test_silos_noise_their_sum_and_a_run_cut_off_goes_on_with_its_clip(
         assert update["releases"] == norm["releases"]
         assert ROUNDS <= update["releases"] <= ROUNDS + 1  # the round that was cut off may have been repeated
         assert EPSILON / 2 < update["worst"]["value"] < EPSILON * 1.3
-        assert all("in a sum with 3 honest silos" in one for one in update["mechanisms"])
+        assert all("in masked sums of 3 silos or more, 3 of them honest" in one for one in update["mechanisms"])
     assert_no_traceback(run)
 
 

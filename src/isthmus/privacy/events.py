@@ -62,6 +62,9 @@ class Release:
     honest: int = 0
     """For a ``summed`` release, the smallest number of honest silos (silos that keep their noise secret) in any sum
     that contains it; ``noise`` and ``charges`` are those of that sum. 0: they are of the silo's own noise alone."""
+    summed: int = 0
+    """For an update under masks, the fewest silos in any sum that contains it: for fewer the silo reveals nothing by
+    which it could be read. 0: who receives the release can read it alone."""
 
 
 def merged(charges: Iterable[Charge]) -> tuple[Charge, ...]:

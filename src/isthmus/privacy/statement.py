@@ -139,6 +139,9 @@ def _described(release: Release) -> str:
     noise = f"noise {release.noise:.3g}" if release.noise else "no noise"
     unit = f" a {release.unit}" if release.mechanism == "dp_gaussian" else ""
     silos = f" in a sum with {release.honest} honest silos" if release.honest > 1 else ""
+    if release.summed:
+        honest = f", {release.honest} of them honest" if release.honest else ""
+        silos = f" in masked sums of {release.summed} silos or more{honest}"
     return f"{release.mechanism}{unit}, {clip}, {noise}{silos}"
 
 

@@ -137,17 +137,20 @@ class Boundary:
         """The tensor clipped and noised as in a release, float32. It is not charged, so it must stay in the silo."""
         return self._mechanisms[path].simulate(h_TD, subjects, self._noise)
 
-    def release_update(self, row_P: torch.Tensor, step: int, encode: Callable[[torch.Tensor], pb.Update]) -> pb.Update:
+    def release_update(
+        self, row_P: torch.Tensor, step: int, encode: Callable[[torch.Tensor], pb.Update], *, summed: int = 0
+    ) -> pb.Update:
         """Clip, noise and encode an adapter update.
 
         Args:
             row_P: the update as one row.
             encode: makes the frame from the noised row, float32 ``[P]`` on the CPU.
+            summed: as in ``Release``.
 
         Raises:
             BudgetExhausted: the silo's privacy budget does not allow it. Nothing is charged or leaves.
         """
-        event = replace(self._update_event, step=step, width=len(row_P))
+        event = replace(self._update_event, step=step, width=len(row_P), summed=summed)
         with self._one_at_a_time:
             if self.budget.limited:
                 self.budget.require(event, UPDATE_SUBJECTS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -247,7 +248,9 @@ class MaskedUpdates:
         self._channel.call(pb.Reveal(round=update.round, shares=shares))
 
     def _released(self, round: int, sums: SumFormat, row_P: torch.Tensor, share: float) -> pb.Update:
-        return self._boundary.release_update(row_P, round, lambda secured_P: self._written(sums, secured_P, share))
+        return self._boundary.release_update(
+            row_P, round, lambda secured_P: self._written(sums, secured_P, share), summed=self._cohort.minimum
+        )
 
     def _zeros(self, sums: SumFormat) -> Whole:
         """The numbers of a silo without a change."""
@@ -336,6 +339,7 @@ class NoisedUpdates(MaskedUpdates):
         events = [self._noise.update(ring.levels, count).event("update", round, count, ring.range, ring.step)]
         if sums.indicators:
             events.append(self._noise.norm(ring.levels).event("norm", round, 1, ring.range, 0.5 / ring.levels))
+        events = [replace(event, summed=self._cohort.minimum) for event in events]
         return [without_noise(event) for event in events] if self._noise.central else events
 
 

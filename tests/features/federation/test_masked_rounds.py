@@ -184,6 +184,7 @@ def test_where_factors_alternate_a_sum_is_of_one(store: RoleDirectory) -> None:
         federation.changes = {name: {moved: change[moved]} for name, change in all_changes.items()}
         assert federation.finish(federation.begin()) == dict.fromkeys(NAMES)
         (*_, last) = federation.silos["a"].boundary.ledger.releases
+        assert last.summed == 3  # the recipe's minimum
         assert last.width == sent
     for key, actual in federation.root.planner.shared.items():
         expected = sum((change[key] / len(NAMES) for change in all_changes.values()), torch.zeros_like(actual))

@@ -237,7 +237,7 @@ def test_the_ledger_notes_the_sums_guarantee_before_the_frame_leaves(store: Role
     assert seen == [1 + adaptive] * 4
     update, *norms = federation.released()
     assert (update.path, update.mechanism, update.rows, update.width) == ("update", "summed", 1, COUNT)
-    assert (update.clip, update.honest) == (CLIP, 3)
+    assert (update.clip, update.honest, update.summed) == (CLIP, 3, 3)
     assert update.size == len(next(r for _, r in federation.root.seen if isinstance(r, pb.Update)).masked)
     assert [(one.path, one.width, one.honest) for one in norms] == [("norm", 1, 3)] * adaptive
     whole = Accountant(DELTA, federation.released()).silo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_each_path_is_told_with_its_mechanisms(tmp_path: Path) -> None:
     assert told.paths["forward"].median is not None
     assert told.paths["update"].median is None
     assert "gradient" not in told.paths
+
+
+@pytest.mark.parametrize(
+    ("summed", "honest", "told"),
+    [
+        (0, 0, ""),
+        (5, 0, " in masked sums of 5 silos or more"),
+        (5, 4, " in masked sums of 5 silos or more, 4 of them honest"),
+    ],
+)
+def test_the_size_of_the_sums_that_hide_an_update_is_told(tmp_path: Path, summed: int, honest: int, told: str) -> None:
+    one = replace(update(), mechanism="summed" if honest else "gaussian", summed=summed, honest=honest)
+    (mechanism,) = stated(tmp_path, one).paths["update"].mechanisms
+    assert mechanism.endswith(f"noise 2{told}")
 
 
 def test_an_unbounded_epsilon_is_null_in_json(tmp_path: Path) -> None:
