@@ -14,6 +14,7 @@ import pytest
 import torch
 from google.protobuf.message import Message
 
+from isthmus.attacks.steering import steer
 from isthmus.errors import FrameError, IsthmusError, ProtocolError
 from isthmus.federation.aggregator import root_service
 from isthmus.model.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel, Service, answered
 from tests.conftest import make_recipe, save_tiny_model, write_rows
+from tests.unit.attacks.steered import accuracies, knowledge_of, scenario
 
 ROUNDS = 3
 Lie = Callable[[Any], None]
@@ -196,3 +198,30 @@ def test_adapters_that_were_refused_are_not_kept(model: Path, tmp_path: Path) ->
     with parties(recipe, run, far) as (worker, _), pytest.raises(ProtocolError):
         worker.run()
     assert RoleDirectory(run.role("a").path).shared.rounds() == set()
+
+
+DEFENDED = {"bounded": {"federation": {"max_change": 0.05}}, "frozen": {"lora": {"freeze_bottom": True}}}
+
+
+@pytest.fixture(scope="module")
+def undefended(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    made = scenario(model, tmp_path_factory.mktemp("undefended"), "steering")
+    return accuracies(made, steer(knowledge_of(made, "root+trunk")))
+
+
+def test_without_a_defence_one_vector_tells_an_attribute(undefended: dict[str, float]) -> None:
+    assert undefended["steered"] >= 0.85
+    assert undefended["unsteered"] <= 0.7
+
+
+@pytest.mark.parametrize("defence", list(DEFENDED))
+def test_with_one_it_tells_what_it_told_before(
+    model: Path, tmp_path: Path, undefended: dict[str, float], defence: str
+) -> None:
+    made = scenario(model, tmp_path, "steering", **DEFENDED[defence])
+    guesses = steer(knowledge_of(made, "root+trunk"))
+    found = accuracies(made, guesses)
+    assert found["unsteered"] == undefended["unsteered"]
+    assert found["steered"] <= found["unsteered"] + 0.1
+    if defence == "frozen":
+        assert guesses.by["steered"] == guesses.by["unsteered"]

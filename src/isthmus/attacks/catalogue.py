@@ -15,6 +15,7 @@ from isthmus.attacks.inversion.transformer import invert_by_transformer
 from isthmus.attacks.knowledge import Knowledge
 from isthmus.attacks.membership.losses import infer_membership
 from isthmus.attacks.recovered import Recovered, RecoveredTokens
+from isthmus.attacks.steering import steer
 
 Inversion = Callable[[Knowledge], list[list[int]]]
 Attack = Callable[[Knowledge], Recovered]
@@ -49,6 +50,9 @@ ATTACKS: dict[str, Attack] = {
     "dager": run_dager,
     "gradient-matching": match_gradients,
     "membership": infer_membership,
+    "steering": steer,
 }
+ACTIVE = ("steering",)
+"""Attacks that change what the victim computes, and read one vector of each of its training rows."""
 DEFAULT_ATTACKS = ("linear", "matching", "transformer")
 """The default of ``isthmus attack``. The other attacks take longer, need another view, or serve comparison."""

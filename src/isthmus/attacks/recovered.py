@@ -49,4 +49,14 @@ class CandidateRanks:
     by_row: list[list[int]]
 
 
-Recovered = RecoveredTokens | LabelGuesses | RecoveredTexts | MembershipScores | CandidateRanks
+@dataclass(frozen=True)
+class AttributeGuesses:
+    """For every sequence in the view whether its row has a token of a list before its last one, by method."""
+
+    by: dict[str, list[bool]]
+    tokens: frozenset[int]
+    """The list."""
+    notes: tuple[str, ...] = ()
+
+
+Recovered = RecoveredTokens | LabelGuesses | RecoveredTexts | MembershipScores | CandidateRanks | AttributeGuesses

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from isthmus.attacks.catalogue import ATTACKS
+from isthmus.attacks.catalogue import ACTIVE, ATTACKS
 from isthmus.attacks.knowledge import Knowledge
 from isthmus.attacks.score import Figure
 from isthmus.attacks.view.view import ADVERSARIES
@@ -124,8 +124,9 @@ def _check(plan: AttackPlan) -> None:
         raise AttackError(
             f"{plan.rows} rows and {plan.own_rows} own rows", remedy="use at least 1 row and at least 2 own rows"
         )
-    if plan.inference and "identify" in plan.attacks:
-        raise AttackError("the attack identify chooses among training rows", remedy="leave out --inference")
+    trained = [name for name in plan.attacks if name in ("identify", *ACTIVE)]
+    if plan.inference and trained:
+        raise AttackError(f"the attack {trained[0]} is of training rows", remedy="leave out --inference")
 
 
 def _saved(path: Path) -> list[dict[str, Any]]:

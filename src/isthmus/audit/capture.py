@@ -17,14 +17,15 @@ from google.protobuf.message import Message
 from isthmus.attacks.view.frames import crossings_of, observed_updates
 from isthmus.attacks.view.tap import Tap
 from isthmus.attacks.view.view import Crossing, KnownPair, ObservedUpdate
-from isthmus.audit.target import Target
+from isthmus.audit.target import Target, Tensors
 from isthmus.data.tokens import Tokens, collate
 from isthmus.errors import AttackError, ProtocolError
 from isthmus.federation.aggregator import root_service
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.silo.join import Silo, connect_silo, greeting, load_data
+from isthmus.silo.join import Silo, accepted_adapters, connect_silo, greeting, load_data
+from isthmus.silo.served import SharedAdapters
 from isthmus.silo.trainer import evaluate
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RoleDirectory
@@ -71,16 +72,21 @@ class ZeroTrunk:
         raise ProtocolError(f"ZeroTrunk does not answer {type(request).__name__}", remedy="use TrunkService")
 
 
-def capture_rows(target: Target, name: str, rows: Sequence[Tokens]) -> Captured:
+def capture_rows(target: Target, name: str, rows: Sequence[Tokens], given: SharedAdapters | None = None) -> Captured:
     """Frames of one forward and backward pass of a silo over each row, without optimizer steps.
 
     Batches have the recipe's size. Each crossing's weight is its batch's, as the commit states it.
 
     Args:
         name: the silo.
+        given: as of ``tapped_silo``.
     """
     size, weights = target.recipe.train.batch, list[float]()
-    with torch.enable_grad(), restored_trunk(target) as service, tapped_silo(target, name, service) as (silo, tap):
+    with (
+        torch.enable_grad(),
+        restored_trunk(target) as service,
+        tapped_silo(target, name, service, given) as (silo, tap),
+    ):
         for start in range(0, len(rows), size):
             silo.model.zero_grad()
             batch = collate(list(rows[start : start + size]), _pad(silo)).to(silo.model.device)
@@ -133,7 +139,7 @@ def capture_round(target: Target, name: str) -> tuple[ObservedUpdate, ...]:
     Raises:
         AttackError: the silo's LoRA rank is not the recipe's ``lora.rank``.
     """
-    recipe = _alone(target, name)
+    recipe = training_alone(target, name, target.completed + 1)
     if recipe.of_silo(name).lora.rank != recipe.lora.rank:
         raise AttackError(
             f"{name} has its own LoRA rank, {recipe.of_silo(name).lora.rank}",
@@ -155,15 +161,22 @@ def capture_round(target: Target, name: str) -> tuple[ObservedUpdate, ...]:
 
 
 @contextmanager
-def tapped_silo(target: Target, name: str, service: Service) -> Iterator[tuple[Silo, Tap]]:
-    """A silo with the target's adapters, connected to ``service`` through a tap; yields both."""
+def tapped_silo(
+    target: Target, name: str, service: Service, given: SharedAdapters | None = None
+) -> Iterator[tuple[Silo, Tap]]:
+    """A silo with the target's adapters, connected to ``service`` through a tap; yields both.
+
+    Args:
+        given: adapters of a later round that it accepts as its worker does, in the target's place; None: none.
+    """
     recipe = target.recipe
     hello = greeting(Checkpoint(recipe.model.path), recipe)
     with tempfile.TemporaryDirectory() as temporary:
         tap = Tap(LoopbackChannel(service, name, greeting=hello, limit=recipe.wire.max_frame_bytes))
         silo = connect_silo(recipe, name, channel=tap, releases=Path(temporary) / "released")
+        accepted = _accepted(target, silo, given) if given is not None else target.shared()
         for part in silo.parts:
-            adapters.load_adapter(part, target.shared())
+            adapters.load_adapter(part, accepted)
         try:
             yield silo, tap
         finally:
@@ -189,12 +202,28 @@ def restored_trunk(target: Target, recipe: Recipe | None = None) -> Iterator[Tru
             service.stop()
 
 
-def _alone(target: Target, name: str) -> Recipe:
-    """The target's recipe with one more round and this silo only."""
+def training_alone(target: Target, name: str, rounds: int) -> Recipe:
+    """The target's recipe with so many rounds and this silo only."""
     recipe = target.recipe
-    train = recipe.train.model_copy(update={"rounds": target.completed + 1, "evaluate": False})
+    train = recipe.train.model_copy(update={"rounds": rounds, "evaluate": False})
     root = recipe.root.model_copy(update={"minimum": None})
     return recipe.model_copy(update={"train": train, "root": root, "silo": (recipe.party(name),)})
+
+
+def _accepted(target: Target, silo: Silo, given: SharedAdapters) -> Tensors:
+    """These adapters after a silo that has the target's has accepted them from a root.
+
+    Raises:
+        ProtocolError, FrameError: it refuses them.
+    """
+    train = target.recipe.train.model_copy(update={"rounds": max(given.completed, target.recipe.train.rounds)})
+    recipe = target.recipe.model_copy(update={"train": train})
+    received = codec.decode_named(codec.encode_named(given.tensors), adapters.shared_shapes(silo.parts))
+    checks = accepted_adapters(recipe, silo, None)
+    if target.completed:
+        checks.accept(SharedAdapters(target.completed, "", target.shared()))
+    checks.accept(SharedAdapters(given.completed, "", received))
+    return received
 
 
 def _generate(silo: Silo, row: Tokens) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from isthmus.attacks.gradients.labels import relabel_clusters
 from isthmus.attacks.membership.inference import separation
 from isthmus.attacks.recovered import (
+    AttributeGuesses,
     CandidateRanks,
     LabelGuesses,
     MembershipScores,
@@ -43,8 +44,8 @@ class AttackResult:
     """Duration of the attack, without capturing."""
     tokens: str
     """The scored part. Recovered tokens: ``all``; ``text`` (without the template, the ends that all prompts share);
-    ``sensitive``; ``response``; ``update`` (the rows behind an update). Identification: ``candidates``. Labels and
-    membership: the method's name, or ``strongest`` for the best method."""
+    ``sensitive``; ``response``; ``update`` (the rows behind an update). Identification: ``candidates``. Labels,
+    attributes and membership: the method's name, or ``strongest`` for the best method."""
     figures: dict[str, Figure]
     """Scores by name (see ``attack.FIGURE_COLUMNS``)."""
     notes: tuple[str, ...] = ()
@@ -90,6 +91,8 @@ class Judge:
             return sum(map(len, scenario.membership_rows)), self._membership(recovered)
         if isinstance(recovered, CandidateRanks):
             return len(scenario.rows), self._identified(recovered)
+        if isinstance(recovered, AttributeGuesses):
+            return len(scenario.rows), self._attribute(recovered)
         return len(scenario.rows), self._response(recovered) if recovered.response else self._tokens(recovered)
 
     def _tokens(self, recovered: RecoveredTokens) -> Scored:
@@ -135,6 +138,15 @@ class Judge:
         yield "strongest", figures[best], (best, *recovered.notes)
         for method, one in figures.items():
             yield method, one, ()
+
+    def _attribute(self, recovered: AttributeGuesses) -> Scored:
+        """Accuracy of each method, beside always saying what most rows are."""
+        truth = [not recovered.tokens.isdisjoint(row[:-1]) for row in self.scenario.captured.truth]
+        commonest = max(truth, key=truth.count)
+        chance = share([one == commonest for one in truth])
+        for method, guesses in recovered.by.items():
+            accuracy = share([one == two for one, two in zip(guesses, truth, strict=True)])
+            yield method, {"accuracy": accuracy, "chance": chance}, recovered.notes
 
     def _texts(self, recovered: RecoveredTexts) -> Scored:
         """Scores of each row behind the update against the recovered text most like it, which favours the attack."""

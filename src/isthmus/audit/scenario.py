@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from isthmus.attacks.catalogue import DEFAULT_ATTACKS, INVERSIONS
+from isthmus.attacks.catalogue import ACTIVE, DEFAULT_ATTACKS, INVERSIONS
 from isthmus.attacks.score import Figure, share
 from isthmus.attacks.template import template_of
 from isthmus.attacks.view.view import (
@@ -20,8 +20,10 @@ from isthmus.attacks.view.view import (
     aggregator_view,
     colluding_view,
     outsider_view,
+    steering_view,
     trunk_view,
 )
+from isthmus.audit.active import steering_of
 from isthmus.audit.capture import (
     Captured,
     capture_answers,
@@ -180,13 +182,16 @@ class Scenario:
         alone = trunk_view(recipe, self._folder, self.captured.crossings, (), target.trunk_adapter())
         if adversary == "trunk":
             return replace(alone, pairs=self._public_pairs() if self._learns else ())
+        if adversary == "root+trunk":
+            steering = steering_of(target, self.victim, self._rows)
+            return steering_view(alone, self._public_pairs() if self._learns else (), target.shared(), steering)
         candidates = _token_rows(self.candidates) if "identify" in self._plan.attacks else ()
         return colluding_view(alone, self._colluding_pairs(), target.shared(), self._training_pairs(), candidates)
 
     @property
     def _learns(self) -> bool:
         """Whether an attack of the plan learns the boundary from the adversary's own rows."""
-        return any(name in INVERSIONS or name == "identify" for name in self._plan.attacks)
+        return any(name in INVERSIONS or name in ("identify", *ACTIVE) for name in self._plan.attacks)
 
     @property
     def _draws(self) -> int:

@@ -199,7 +199,8 @@ def export_run(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="The f
 def attack(
     target: Annotated[Path, typer.Argument(help="A run directory, or a recipe that has not run.")],
     adversary: Annotated[
-        list[str], typer.Option(help="The adversary: trunk, trunk+silo, aggregator or outsider; repeatable.")
+        list[str],
+        typer.Option(help="The adversary: trunk, trunk+silo, root+trunk, aggregator or outsider; repeatable."),
     ] = ["trunk+silo"],  # noqa: B006
     attack: Annotated[
         Optional[list[str]],  # noqa: UP045

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.attacks.recovered import CandidateRanks, LabelGuesses, MembershipScores, RecoveredTokens
+from isthmus.attacks.recovered import AttributeGuesses, CandidateRanks, LabelGuesses, MembershipScores, RecoveredTokens
 from isthmus.attacks.score import share
 from isthmus.audit.judge import AttackResult, Judge
 from isthmus.data.tokens import Tokens
@@ -72,3 +72,12 @@ def test_identified_rows_stand_beside_chance() -> None:
 def test_a_result_of_too_few_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         results(CandidateRanks([[2]]))
+
+
+def test_attributes_stand_beside_what_most_rows_are() -> None:
+    found = results(
+        AttributeGuesses({"steered": [True, True, False], "unsteered": [False] * 3}, frozenset({20, 21, 9}))
+    )
+    assert found["steered"].figures["accuracy"].value == 1.0
+    assert found["unsteered"].figures["accuracy"].value == pytest.approx(1 / 3)
+    assert found["unsteered"].figures["chance"].value == pytest.approx(2 / 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from isthmus.audit.attack import run_attacks
 from isthmus.audit.scenario import AttackPlan, Scenario
 from isthmus.audit.target import Target
 from isthmus.errors import AttackError, RecipeError
@@ -27,6 +28,14 @@ def test_each_adversary_sees_its_own(two_silos: Target) -> None:
     made = scenario(two_silos, attacks=("lens",))
     assert not made.view("trunk").pairs
     assert made.view("outsider").crossings == ()
+    assert made.view("trunk").steering is None
+    assert not made.view("root+trunk").pairs
+
+
+def test_of_rows_that_were_generated_no_active_attack_is_made(two_silos: Target) -> None:
+    made = AttackPlan(("root+trunk",), ("steering",), inference=True)
+    with pytest.raises(AttackError, match="the attack steering is of training rows"):
+        run_attacks(two_silos, made, lambda message: None)
 
 
 def test_candidates_hold_the_attacked_rows_in_no_telling_order(two_silos: Target) -> None:

@@ -110,7 +110,7 @@ class _Reading:
         if request.examples:
             rows = [self.kept[example] for example in request.examples]
         else:
-            rows = _sequences(request.hidden, request.lengths)
+            rows = sequences_of(request.hidden, request.lengths)
         answers = _split(answer.hidden if answer else None, request.lengths)
         self.steps[request.step] = [
             Crossing(self.sender, "train" if request.train else "evaluate", request.step, row, back, round=self.round)
@@ -137,8 +137,8 @@ class _Reading:
     def _decode(self, request: pb.Decode, answer: pb.Hidden | None) -> None:
         if answer is None:
             return  # the trunk has lost the session: the silo sends the same frames again
-        new = _sequences(request.hidden, request.lengths)
-        back = _sequences(answer.hidden, request.lengths)
+        new = sequences_of(request.hidden, request.lengths)
+        back = sequences_of(answer.hidden, request.lengths)
         if request.step == 0:
             self.sessions[request.session] = _Session(new, back, [[] for _ in new])
             return
@@ -164,10 +164,11 @@ class _Reading:
 
 def _split(matrix: pb.Matrix | None, lengths: Sequence[int]) -> list[torch.Tensor] | list[None]:
     """A matrix split into sequences, ``[L, D]`` each; a None per sequence without a matrix."""
-    return [None] * len(lengths) if matrix is None else _sequences(matrix, lengths)
+    return [None] * len(lengths) if matrix is None else sequences_of(matrix, lengths)
 
 
-def _sequences(matrix: pb.Matrix, lengths: Sequence[int]) -> list[torch.Tensor]:
+def sequences_of(matrix: pb.Matrix, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """A matrix from a frame split into its sequences, ``[L, D]`` each in fp32."""
     return list(torch.split(matrix_of(matrix), list(lengths)))
 
 

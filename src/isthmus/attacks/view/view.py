@@ -5,6 +5,8 @@
 ``trunk+silo``  the same; from one colluding silo: the adapters of bottom and top, its own rows with their crossings
                 (as many as it sends through its boundary), and its own training steps; to identify rows, a list of
                 candidates
+``root+trunk``  as ``trunk``, with a root that lies: the adapters of bottom and top; what crosses under adapters that
+                it gives the victim
 ``aggregator``  each silo's update with round and weight; the shared adapters; pooled with the trunk: sequence lengths
 ``outsider``    the final adapters; candidates for membership; rows of the same kind from a colluding silo
 ==============  ==================================================================================================
@@ -17,7 +19,7 @@ Shapes: L vectors of one sequence that crossed (with ``boundary.tail`` fewer tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,7 +29,7 @@ import torch
 from isthmus.errors import AttackError
 from isthmus.recipe import Recipe
 
-Adversary = Literal["trunk", "trunk+silo", "aggregator", "outsider"]
+Adversary = Literal["trunk", "trunk+silo", "root+trunk", "aggregator", "outsider"]
 ADVERSARIES: tuple[Adversary, ...] = get_args(Adversary)
 CrossingKind = Literal["train", "evaluate", "inference"]
 Tensors = Mapping[str, torch.Tensor]
@@ -99,6 +101,19 @@ class ObservedUpdate:
 
 
 @dataclass(frozen=True, eq=False)
+class Steering:
+    """What a root that lies can do: give the victim adapters, and see what crosses under them."""
+
+    adapters: Tensors
+    """All that the root publishes, as of the last round, by uncut name."""
+    reach: float | None
+    """How far from these the victim accepts others: the L2 norm of the change; None: however far."""
+    give: Callable[[Tensors], tuple[Crossing, ...]]
+    """Gives the victim these adapters; returns what crosses of its attacked rows. Raises what a victim raises
+    that refuses them."""
+
+
+@dataclass(frozen=True, eq=False)
 class View:
     """The data that one adversary sees. Fields that it does not see are empty."""
 
@@ -123,6 +138,8 @@ class View:
     """The adapters of bottom and top by uncut name, as far as the adversary knows them."""
     trunk_adapter: Tensors = field(default_factory=dict)
     """The trunk's adapter by uncut name, if the adversary knows it."""
+    steering: Steering | None = None
+    """What the adversary can do as a root that lies."""
 
     def needs(self, *fields: str) -> View:
         """This view, after a check that none of these fields is empty.
@@ -145,7 +162,11 @@ class View:
 
 
 def trunk_view(
-    recipe: Recipe, folder: Path, crossings: tuple[Crossing, ...], pairs: tuple[KnownPair, ...], trunk_adapter: Tensors
+    recipe: Recipe,
+    folder: Path,
+    crossings: tuple[Crossing, ...],
+    pairs: tuple[KnownPair, ...],
+    trunk_adapter: Tensors,
 ) -> View:
     """The view of the trunk alone.
 
@@ -180,6 +201,17 @@ def colluding_view(
         training_pairs=training_pairs,
         candidates=candidates,
     )
+
+
+def steering_view(alone: View, pairs: tuple[KnownPair, ...], adapters: Tensors, steering: Steering) -> View:
+    """The view of the trunk with a root that lies.
+
+    Args:
+        alone: the view of the trunk alone.
+        pairs: the adversary's own text, crossed by a bottom that it has made itself.
+        adapters: those of bottom and top after the last finished round; none before the first.
+    """
+    return replace(alone, adversary="root+trunk", pairs=pairs, adapters=adapters, steering=steering)
 
 
 def aggregator_view(recipe: Recipe, folder: Path, updates: tuple[ObservedUpdate, ...], shared: Tensors) -> View:

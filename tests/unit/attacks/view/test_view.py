@@ -166,6 +166,7 @@ def test_a_view_knows_no_silos_files(two_silos: Target) -> None:
         "updates",
         "adapters",
         "trunk_adapter",
+        "steering",
     }
 
 
