@@ -338,7 +338,7 @@ def serve(pipe: Connection, recipe: Recipe, shape: Shape, folder: str) -> None:
     """Be the trunk until the other end of the pipe closes; tells it the address."""
     checkpoint = checkpoint_of(shape, recipe.trunk.device)
     service = TrunkService(recipe, RoleDirectory(Path(folder) / "trunk"), checkpoint=checkpoint)
-    identity = Identity.load(Path(recipe.wire.certificates), "trunk")
+    identity = Identity.load(Path(recipe.wire.certificates), "trunk", "trunk")
     names = tuple(silo.name for silo in recipe.silo)
     server = Server({"Trunk": service}, identity, {"Trunk": names}, "localhost:0", recipe.wire.max_frame_bytes)
     server.start()

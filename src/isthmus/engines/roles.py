@@ -143,7 +143,7 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
     node = recipe.tree.node(name)
     set_threads(recipe)
     with suppress(Stopped), alone(run, (name,)):
-        identity = Identity.load(Path(recipe.wire.certificates), name)
+        identity = Identity.load(Path(recipe.wire.certificates), name, "edge")
         parent = recipe.tree.parent(name)
         wire, above = recipe.wire, recipe.tree.node(parent).address
         channel = GrpcChannel(
@@ -211,7 +211,7 @@ def start_server(
     Raises:
         RunError: the trunk has not saved that round.
     """
-    identity = Identity.load(Path(recipe.wire.certificates), roles[0])
+    identity = Identity.load(Path(recipe.wire.certificates), roles[0], "trunk" if roles[0] == "trunk" else "root")
     services: dict[str, Service] = {}
     peers: dict[str, Collection[str]] = {}
     if "trunk" in roles:

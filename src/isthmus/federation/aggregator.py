@@ -60,7 +60,7 @@ def aggregator_of(recipe: Recipe, name: str, planner: Planner, identity: Identit
     if recipe.federation.asynchronous.buffer is not None and isinstance(planner, RootPlanner):
         return Buffered(recipe, planner)
     if recipe.federation.secure.masks and identity is None:
-        identity = Identity.load(Path(recipe.wire.certificates), name)
+        identity = Identity.load(Path(recipe.wire.certificates), name, "root" if name == ROOT else "edge")
     return Rounds(recipe, planner, name, identity)
 
 

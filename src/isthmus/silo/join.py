@@ -407,7 +407,7 @@ def connect(
     Raises:
         IsthmusError: the silo's certificate is missing or unusable.
     """
-    identity = Identity.load(Path(recipe.wire.certificates), name)
+    identity = Identity.load(Path(recipe.wire.certificates), name, "silo")
     return GrpcChannel(
         address,
         service,

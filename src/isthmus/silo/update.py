@@ -453,7 +453,7 @@ def updates_of(recipe: Recipe, name: str, boundary: Boundary, channel: Channel, 
     compression = Compression.of(recipe)
     if not recipe.federation.secure.masks:
         return OpenUpdates(boundary, channel, compression)
-    identity = Identity.load(Path(recipe.wire.certificates), name)
+    identity = Identity.load(Path(recipe.wire.certificates), name, "silo")
     cohort = Cohort.of(recipe.tree.node(aggregator))
     if compression.noise is None:
         return MaskedUpdates(boundary, channel, identity, compression, cohort)

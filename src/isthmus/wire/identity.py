@@ -1,15 +1,19 @@
 """Identities: one certificate for each party, all signed by the federation's certificate authority.
 
-A party's name is the common name of its certificate, never a field of a message. Silos check that the server's
-certificate was issued to ``trunk`` or ``root``; the server checks that the silo's name is in the recipe.
+A party's name is the common name of its certificate, never a field of a message, and its role is the certificate's
+organizational unit. TLS itself lets a silo's certificate only connect and that of trunk or root only serve, by the
+extended key usage; an edge's does both. Silos check that the server's certificate was issued to ``trunk``, ``root`` or
+the edge of the recipe; the server checks role and name of who connects; and of silos alone a signature counts.
 """
 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, cast
 
 import grpc
 from cryptography import x509
@@ -20,6 +24,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from isthmus.errors import IdentityError
 
+Role = Literal["silo", "edge", "trunk", "root"]
+_SERVES, _CONNECTS = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
+_USAGES: dict[Role, list[x509.ObjectIdentifier]] = {
+    "silo": [_CONNECTS],
+    "edge": [_SERVES, _CONNECTS],
+    "trunk": [_SERVES],
+    "root": [_SERVES],
+}
 _SIGNATURE = ec.ECDSA(hashes.SHA256())
 _REMEDY = (
     "make certificates with 'isthmus certificates RECIPE' and give each party its folder; "
@@ -46,12 +58,12 @@ class Identity:
     """Cache of the last valid certificate of each name, as PEM and parsed."""
 
     @classmethod
-    def load(cls, folder: Path, name: str) -> Identity:
-        """The identity in ``folder/name``.
+    def load(cls, folder: Path, name: str, role: Role) -> Identity:
+        """The identity in ``folder/name``, of a party with this role.
 
         Raises:
-            IdentityError: a file is missing or unreadable, or the certificate is expired, of another authority or of
-                another party.
+            IdentityError: a file is missing or unreadable, or the certificate is expired, of another authority, of
+                another party or for another role.
         """
         place = folder / name
         try:
@@ -59,17 +71,18 @@ class Identity:
         except OSError as error:
             raise IdentityError(f"no certificate of {name}: cannot read {error.filename}", remedy=_REMEDY) from error
         identity = cls(name, *parts)
-        identity.check()
+        identity.check(role)
         return identity
 
-    def check(self) -> None:
-        """Raise ``IdentityError`` unless the certificate is this party's, valid now and signed by the authority."""
+    def check(self, role: Role) -> None:
+        """Raise ``IdentityError`` unless the certificate is this party's, for this role, valid now and signed by the
+        authority."""
         try:
             certificate = x509.load_pem_x509_certificate(self.certificate)
             key = serialization.load_pem_private_key(self.key, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise IdentityError(f"the certificate or key of {self.name} is damaged", remedy=_REMEDY) from error
-        self._check_certificate(certificate, self.name)
+        self._check_certificate(certificate, self.name, role)
         if key.public_key() != certificate.public_key():
             raise IdentityError(f"the certificate of {self.name} belongs to another key", remedy=_REMEDY)
 
@@ -78,14 +91,15 @@ class Identity:
         return self._key.sign(data, _SIGNATURE)
 
     def verify(self, name: str, certificate: bytes, signature: bytes, data: bytes) -> None:
-        """Check another party's signature.
+        """Check a silo's signature.
 
         Args:
-            name: the party's name.
+            name: the silo's name.
             certificate: its PEM certificate, as received.
 
         Raises:
-            IdentityError: the certificate is not valid for this name, or the signature does not match the data.
+            IdentityError: the certificate is not valid for a silo of this name, or the signature does not match the
+                data.
         """
         text, loaded = self._read.get(name, (b"", None))
         try:
@@ -94,7 +108,7 @@ class Identity:
             key = loaded.public_key()
         except (ValueError, UnsupportedAlgorithm) as error:
             raise IdentityError(f"the certificate of {name} is damaged", remedy=_REMEDY) from error
-        self._check_certificate(loaded, name)
+        self._check_certificate(loaded, name, "silo")
         self._read[name] = certificate, loaded
         try:
             if not isinstance(key, ec.EllipticCurvePublicKey):
@@ -119,14 +133,16 @@ class Identity:
         except (ValueError, UnsupportedAlgorithm) as error:
             raise IdentityError("the authority's certificate is damaged", remedy=_REMEDY) from error
 
-    def _check_certificate(self, certificate: x509.Certificate, name: str) -> None:
-        """Raise ``IdentityError`` unless the certificate has this name, is valid now and is signed by the authority."""
+    def _check_certificate(self, certificate: x509.Certificate, name: str, role: Role) -> None:
+        """Raise ``IdentityError`` unless the certificate has this name and role, is valid now and is signed by the
+        authority."""
         now = datetime.datetime.now(datetime.UTC)
         if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
             end = certificate.not_valid_after_utc.date()
             raise IdentityError(f"the certificate of {name} is not valid now (it ends {end})", remedy=_REMEDY)
         if common_name(certificate) != name:
             raise IdentityError(f"the certificate of {name} is {common_name(certificate)}'s", remedy=_REMEDY)
+        check_role(certificate, (role,))
         if certificate in self._issued:
             return
         try:
@@ -156,21 +172,24 @@ class Authority:
     def __init__(self, *, days: float = 365.0) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._days = days
-        self._certificate = self._sign(
-            "isthmus federation", self._key, x509.BasicConstraints(ca=True, path_length=0), names=()
-        )
+        self._certificate = self._sign("isthmus federation", self._key, x509.BasicConstraints(ca=True, path_length=0))
 
-    def issue(self, name: str, *, also: tuple[str, ...] = (), days: float | None = None) -> Identity:
+    def issue(
+        self, name: str, role: Role | None = None, *, also: tuple[str, ...] = (), days: float | None = None
+    ) -> Identity:
         """A new identity for this party.
 
         Args:
             name: the party's name.
+            role: by default that of the name: of trunk and root their own, of any other a silo's.
             also: further host names for which a server may use the certificate.
             days: validity from now; negative: already expired.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         constraints = x509.BasicConstraints(ca=False, path_length=None)
-        certificate = self._sign(name, key, constraints, names=(name, *also), days=days)
+        if role is None:
+            role = cast(Role, name) if name in ("trunk", "root") else "silo"
+        certificate = self._sign(name, key, constraints, role=role, names=(name, *also), days=days)
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
@@ -182,7 +201,8 @@ class Authority:
         key: ec.EllipticCurvePrivateKey,
         constraints: x509.BasicConstraints,
         *,
-        names: tuple[str, ...],
+        role: Role | None = None,
+        names: tuple[str, ...] = (),
         days: float | None = None,
     ) -> x509.Certificate:
         now = datetime.datetime.now(datetime.UTC)
@@ -190,7 +210,7 @@ class Authority:
         issuer = name if constraints.ca else common_name(self._certificate)
         builder = (
             x509.CertificateBuilder()
-            .subject_name(_x509_name(name))
+            .subject_name(_x509_name(name, role))
             .issuer_name(_x509_name(issuer))
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
@@ -199,11 +219,10 @@ class Authority:
             .add_extension(constraints, critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         )
-        if names:
-            usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        if role is not None:
             builder = builder.add_extension(
                 x509.SubjectAlternativeName([x509.DNSName(other) for other in names]), critical=False
-            ).add_extension(x509.ExtendedKeyUsage(usage), critical=False)
+            ).add_extension(x509.ExtendedKeyUsage(_USAGES[role]), critical=False)
         return builder.sign(self._key, hashes.SHA256())
 
 
@@ -225,8 +244,24 @@ def common_name(certificate: x509.Certificate) -> str:
     return str(names[0].value) if names else ""
 
 
-def _x509_name(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+def check_role(certificate: x509.Certificate, roles: Collection[Role]) -> None:
+    """Check what the certificate says that its party is.
+
+    Raises:
+        IdentityError: it has none of these roles.
+    """
+    found = [str(one.value) for one in certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)]
+    if not set(found) & set(roles):
+        stated = f"that of the {found[0][:64]}" if found else "one without a role"
+        raise IdentityError(
+            f"the certificate of {common_name(certificate)[:64]} is {stated}, {' or '.join(roles)} is needed",
+            remedy=_REMEDY,
+        )
+
+
+def _x509_name(name: str, role: Role | None = None) -> x509.Name:
+    unit = [] if role is None else [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role)]
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name), *unit])
 
 
 def _pem(certificate: x509.Certificate) -> bytes:

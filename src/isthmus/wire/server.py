@@ -11,16 +11,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import grpc
+from cryptography import x509
 
 from isthmus.errors import FrameError, IdentityError, IsthmusError, ProtocolError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Service, answer_request
-from isthmus.wire.identity import Identity
+from isthmus.wire.identity import Identity, Role, check_role
 
 METHOD_PATH = "/isthmus.Wire/{}"
 INSTANCE_KEY = "isthmus-instance"
 """Metadata key of the client object's random name, which distinguishes a new client from a reconnected one."""
+CLIENTS: dict[str, tuple[Role, ...]] = {"Trunk": ("silo",), "Root": ("silo", "edge")}
+"""Whose certificates connect to a service."""
 MAX_UNACKED = 1024
 """Largest number of answers that a client has not acknowledged."""
 KEEPALIVE = (
@@ -157,12 +160,14 @@ class Server:
             outbox.put(None)
 
     def _inbox(self, service: str, context: grpc.ServicerContext) -> Inbox:
-        names: Sequence[bytes] = context.auth_context().get("x509_common_name", [])  # type: ignore[assignment]
+        seen: Mapping[str, Sequence[bytes]] = context.auth_context()  # type: ignore[assignment]
+        names = seen.get("x509_common_name", ())
         peer = names[0].decode() if names else ""
         if peer not in self._peers[service]:
             raise IdentityError(
                 f"{peer[:64]!r} may not connect to this {service.lower()}", remedy="list it in the recipe"
             )
+        check_role(x509.load_pem_x509_certificate(seen["x509_pem_cert"][0]), CLIENTS[service])
         instance = str(dict(context.invocation_metadata()).get(INSTANCE_KEY, ""))
         with self._lock:
             inbox = self._inboxes.get((service, peer))

@@ -139,7 +139,7 @@ def nameless() -> bytes:
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     identity = AUTHORITY.issue("a")
     save_identity(identity, tmp_path)
-    assert Identity.load(tmp_path, "a") == identity
+    assert Identity.load(tmp_path, "a", "silo") == identity
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FILES)
 
 
@@ -159,13 +159,13 @@ def test_an_absent_file_is_named(tmp_path: Path, file: str) -> None:
     save_identity(AUTHORITY.issue("a"), tmp_path)
     (tmp_path / "a" / file).unlink()
     with pytest.raises(IdentityError, match=file) as refused:
-        Identity.load(tmp_path, "a")
+        Identity.load(tmp_path, "a", "silo")
     assert "isthmus certificates" in refused.value.remedy
 
 
 def test_a_party_without_a_folder(tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="no certificate of a"):
-        Identity.load(tmp_path, "a")
+        Identity.load(tmp_path, "a", "silo")
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -176,7 +176,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, file: str, content: bytes | s
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
     with pytest.raises(IdentityError, match="damaged") as refused:
-        Identity.load(tmp_path, "a")
+        Identity.load(tmp_path, "a", "silo")
     assert refused.value.remedy
 
 
@@ -194,7 +194,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, file: str, content: bytes | s
 def test_a_certificate_that_does_not_fit_is_refused(tmp_path: Path, identity: Identity, told: str) -> None:
     save_identity(identity, tmp_path)
     with pytest.raises(IdentityError, match=told) as refused:
-        Identity.load(tmp_path, "a")
+        Identity.load(tmp_path, "a", "silo")
     assert refused.value.remedy
 
 
@@ -248,7 +248,7 @@ def test_parties_of_one_authority_talk() -> None:
 @pytest.mark.parametrize("name", ["c", "trunk", "root", "A", ""])
 def test_a_certified_name_that_the_recipe_does_not_list(name: str) -> None:
     service = Echo()
-    certified = AUTHORITY.issue(name or "a b")
+    certified = AUTHORITY.issue(name or "a b", "silo")
     with serving({"Trunk": service}) as server:
         error = refusal(server.port, certified)
     assert isinstance(error, IdentityError)
