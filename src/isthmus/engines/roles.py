@@ -158,7 +158,7 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
         edge = edge_service(recipe, name, run.edge(name), channel, identity)
         service = GreetedAggregator(recipe, name, edge)
         peers = {"Root": (*node.children, *node.wards)}
-        server = Server({"Root": service}, identity, peers, node.address, wire.max_frame_bytes)
+        server = Server({"Root": service}, identity, peers, node.address, wire.max_frame_bytes, 2 * wire.deadline)
         server.start()
         try:
             over = f"{_finished(recipe)}; nothing is left to do here"
@@ -232,7 +232,8 @@ def start_server(
         services["Root"] = GreetedAggregator(recipe, ROOT, root_service(recipe, directory, identity))
         peers["Root"] = recipe.tree.node(ROOT).children
     address = getattr(recipe, roles[0]).address
-    server = Server(services, identity, peers, address, recipe.wire.max_frame_bytes)
+    wire = recipe.wire
+    server = Server(services, identity, peers, address, wire.max_frame_bytes, 2 * wire.deadline)
     server.start()
     return server, services
 

@@ -52,7 +52,7 @@ _FATAL: dict[grpc.StatusCode, tuple[type[IsthmusError], str]] = {
         "send less at a time, or raise wire.max_frame_bytes on both sides",
     ),
     grpc.StatusCode.INVALID_ARGUMENT: (FrameError, "both sides must run the same version of isthmus"),
-    grpc.StatusCode.FAILED_PRECONDITION: (ProtocolError, "ask for less at a time"),
+    grpc.StatusCode.FAILED_PRECONDITION: (ProtocolError, "stop the other processes that use this certificate"),
     grpc.StatusCode.UNIMPLEMENTED: (
         PeerGoneError,
         "another program listens at this address; correct the address in the recipe",

@@ -4,28 +4,26 @@ once."""
 from __future__ import annotations
 
 import errno
-import queue
 import socket
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from cryptography import x509
 
-from isthmus.errors import FrameError, IdentityError, IsthmusError, ProtocolError
-from isthmus.wire import frames
-from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.channel import Service, answer_request
+from isthmus.errors import FrameError, IdentityError, IsthmusError
+from isthmus.wire.channel import Service
 from isthmus.wire.identity import Identity, Role, check_role
+from isthmus.wire.inbox import MAX_INSTANCES, Inbox, PeerAccount, Stream
 
 METHOD_PATH = "/isthmus.Wire/{}"
 INSTANCE_KEY = "isthmus-instance"
 """Metadata key of the client object's random name, which distinguishes a new client from a reconnected one."""
 CLIENTS: dict[str, tuple[Role, ...]] = {"Trunk": ("silo",), "Root": ("silo", "edge")}
 """Whose certificates connect to a service."""
-MAX_UNACKED = 1024
-"""Largest number of answers that a client has not acknowledged."""
+MAX_INSTANCE = 64
+"""Longest such name, in characters."""
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -33,39 +31,6 @@ KEEPALIVE = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
-
-
-class Inbox:
-    """The requests of one client to one service. A request that is received again gets the same answer again."""
-
-    def __init__(self, service: Service, peer: str, instance: str) -> None:
-        self.instance = instance
-        self._service = service
-        self._peer = peer
-        self._answers: dict[int, Future[bytes]] = {}
-        self._last = 0
-        self._lock = threading.Lock()  # a broken stream may still be read beside its successor
-
-    def receive(self, frame: pb.Frame, outbox: queue.SimpleQueue[bytes | None]) -> None:
-        """Answer a frame through the outbox, now or later. The greeting, id 0, is processed anew each time.
-
-        Raises:
-            ProtocolError: the client has more than ``MAX_UNACKED`` unacknowledged answers.
-        """
-        with self._lock:
-            for known in [known for known in self._answers if known <= frame.acked]:
-                del self._answers[known]
-            if len(self._answers) > MAX_UNACKED:
-                raise ProtocolError(f"more than {MAX_UNACKED} answers are not acknowledged", remedy="read the answers")
-            answer = self._answers.get(frame.id)
-            if answer is None:
-                if 0 < frame.id <= self._last:
-                    return
-                answer = answer_request(self._service, self._peer, frame)
-                if frame.id:
-                    self._last = frame.id
-                    self._answers[frame.id] = answer
-        answer.add_done_callback(lambda done: outbox.put(done.result()))
 
 
 class Server:
@@ -77,6 +42,8 @@ class Server:
         peers: for each service, the names of the parties that may connect.
         address: ``host:port`` to listen at; port 0 chooses a free port.
         limit: largest frame in bytes.
+        grace: seconds after which the answers to a client that does not reconnect are freed. It should exceed the time
+            for which clients try.
 
     Raises:
         IsthmusError: the host is unknown, or the port is in use.
@@ -89,15 +56,23 @@ class Server:
         peers: Mapping[str, Collection[str]],
         address: str,
         limit: int,
+        grace: float = 120.0,
     ) -> None:
         self._services = services
         self._peers = {service: frozenset(names) for service, names in peers.items()}
-        self._inboxes: dict[tuple[str, str], Inbox] = {}
-        self._lock = threading.Lock()
-        threads = ThreadPoolExecutor(2 * sum(map(len, self._peers.values())) + 8, thread_name_prefix="stream")
+        self._accounts = {
+            (name, peer): PeerAccount(service, peer, limit, grace)
+            for name, service in services.items()
+            for peer in self._peers[name]
+        }
+        streams = MAX_INSTANCES * len(self._accounts)  # and a few that end or are refused
+        threads = ThreadPoolExecutor(streams + 8, thread_name_prefix="stream")
         options = (
             ("grpc.max_receive_message_length", limit + 1024),
             ("grpc.max_send_message_length", limit + 1024),
+            ("grpc.max_metadata_size", 8192),
+            ("grpc.max_concurrent_streams", 8),
+            ("grpc.server_handshake_timeout_ms", 20_000),
             ("grpc.so_reuseport", 0),
             *KEEPALIVE,
         )
@@ -122,6 +97,10 @@ class Server:
         """Stop listening. Open streams end after ``grace`` seconds."""
         self._server.stop(grace).wait()
 
+    def held(self, service: str, peer: str) -> int:
+        """Bytes of requests and answers that are held for a peer of a service."""
+        return self._accounts[service, peer].held
+
     def _stream_of(self, name: str):  # type: ignore[no-untyped-def]
         def stream(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             return self._stream(name, requests, context)
@@ -129,37 +108,40 @@ class Server:
         return stream
 
     def _stream(self, name: str, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        stream = Stream(context.cancel)
         try:
-            inbox = self._inbox(name, context)
-        except IdentityError as error:
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
-        outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        broken: list[IsthmusError] = []
-        reader = threading.Thread(target=self._read, args=(requests, inbox, outbox, broken), daemon=True)
-        reader.start()
-        while (data := outbox.get()) is not None:
-            yield data
-        if broken:
-            context.abort(broken[0].status, str(broken[0]))
+            inbox, ended = self._account(name, context).connect(_instance(context), stream)
+        except IsthmusError as error:
+            context.abort(_status(error), str(error))
+        for one in ended:
+            one.cancel()
+        context.add_callback(lambda: inbox.leave(stream))
+        name = f"requests of {inbox.peer}"
+        threading.Thread(target=self._read, args=(requests, inbox, stream, ended), name=name, daemon=True).start()
+        try:
+            while (data := inbox.next(stream)) is not None:
+                yield data
+        finally:
+            inbox.leave(stream)
+        if stream.error is not None:
+            context.abort(stream.error.status, str(stream.error))
 
-    def _read(
-        self,
-        requests: Iterator[bytes],
-        inbox: Inbox,
-        outbox: queue.SimpleQueue[bytes | None],
-        broken: list[IsthmusError],
-    ) -> None:
+    def _read(self, requests: Iterator[bytes], inbox: Inbox, stream: Stream, before: Sequence[Stream]) -> None:
+        for one in before:
+            one.read.wait()  # requests reach the service in their order, over streams
+        error: IsthmusError | None = None
         try:
             for data in requests:
-                inbox.receive(frames.parse(data), outbox)
-        except (FrameError, ProtocolError) as error:
-            broken.append(error)
+                inbox.receive(data, stream)
+        except FrameError as malformed:
+            error = malformed
         except Exception:
             pass  # gRPC ends a request iterator with a bare exception when the stream is gone
         finally:
-            outbox.put(None)
+            stream.read.set()
+            inbox.end(stream, error)
 
-    def _inbox(self, service: str, context: grpc.ServicerContext) -> Inbox:
+    def _account(self, service: str, context: grpc.ServicerContext) -> PeerAccount:
         seen: Mapping[str, Sequence[bytes]] = context.auth_context()  # type: ignore[assignment]
         names = seen.get("x509_common_name", ())
         peer = names[0].decode() if names else ""
@@ -168,12 +150,26 @@ class Server:
                 f"{peer[:64]!r} may not connect to this {service.lower()}", remedy="list it in the recipe"
             )
         check_role(x509.load_pem_x509_certificate(seen["x509_pem_cert"][0]), CLIENTS[service])
-        instance = str(dict(context.invocation_metadata()).get(INSTANCE_KEY, ""))
-        with self._lock:
-            inbox = self._inboxes.get((service, peer))
-            if inbox is None or inbox.instance != instance:
-                inbox = self._inboxes[service, peer] = Inbox(self._services[service], peer, instance)
-            return inbox
+        return self._accounts[service, peer]
+
+
+def _instance(context: grpc.ServicerContext) -> str:
+    """The client's name for itself.
+
+    Raises:
+        FrameError: it is too long.
+    """
+    instance = str(dict(context.invocation_metadata()).get(INSTANCE_KEY, ""))
+    if len(instance) > MAX_INSTANCE:
+        raise FrameError(
+            f"a client's name of {len(instance)} characters", remedy="both sides must run the same version of isthmus"
+        )
+    return instance
+
+
+def _status(error: IsthmusError) -> grpc.StatusCode:
+    """The status of a stream that is not accepted."""
+    return grpc.StatusCode.PERMISSION_DENIED if isinstance(error, IdentityError) else error.status
 
 
 def _checked_address(address: str) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import queue
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
@@ -14,11 +12,11 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from isthmus.errors import FrameError, FrameSizeError, IsthmusError, MismatchError, PeerGoneError, ProtocolError
+from isthmus.errors import FrameError, FrameSizeError, IsthmusError, MismatchError, PeerGoneError
 from isthmus.wire import client, frames, server
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
-from isthmus.wire.server import MAX_UNACKED, Inbox, Server
+from isthmus.wire.server import Server
 from tests.conformance.test_channels import (
     AUTHORITY,
     HANG,
@@ -273,12 +271,18 @@ def test_a_client_that_starts_anew_is_served_anew() -> None:
     assert handled(service) == [number(1), number(2)]
 
 
-def test_more_unread_answers_than_allowed_end_the_channel() -> None:
-    service = Echo(lambda request: echoed(request) if isinstance(request, pb.Ping) else Answer())
+def test_thousands_of_requests_may_be_under_way() -> None:
+    """A lost session's frames are all sent again at once."""
+    service = Late()
     with serving({"Trunk": service}) as server, closing(joined(server.port)) as channel:
-        answers = [channel.submit(number(value)) for value in range(MAX_UNACKED + 2)]
-        with pytest.raises(ProtocolError):
-            answers[-1].result(HANG)
+        first = channel.submit(number(0))
+        until(lambda: service.held)
+        service.answer()
+        assert first.result(HANG) == number(0)
+        answers = [channel.submit(number(value)) for value in range(3000)]
+        until(lambda: len(service.held) == 3000)
+        service.answer(reversed)
+        assert [answer.result(HANG).completed for answer in answers] == list(range(3000))
 
 
 def test_an_address_that_is_taken() -> None:
@@ -286,42 +290,3 @@ def test_an_address_that_is_taken() -> None:
     with serving(services) as server, pytest.raises(IsthmusError, match="cannot listen") as refused:
         Server(services, TRUNK, {"Trunk": SILOS}, f"localhost:{server.port}", LIMIT)
     assert refused.value.remedy
-
-
-def test_inbox_answers_an_id_once_and_frees_what_is_acked() -> None:
-    service, outbox = Echo(), queue.SimpleQueue[Any]()
-    inbox = Inbox(service, "a", "i")
-    for id, acked in [(1, 0), (1, 0), (2, 0), (3, 2), (1, 0), (2, 0), (3, 0)]:
-        inbox.receive(frames.wrap(number(id), id=id, acked=acked), outbox)
-    assert [frames.parse(outbox.get()).id for _ in range(outbox.qsize())] == [1, 1, 2, 3, 3]
-    assert service.requests == [number(1), number(2), number(3)]
-
-
-def test_inbox_keeps_no_more_than_so_many_unread_answers() -> None:
-    service, outbox = Echo(), queue.SimpleQueue[Any]()
-    inbox = Inbox(service, "a", "i")
-    for id in range(1, MAX_UNACKED + 2):
-        inbox.receive(frames.wrap(number(id), id=id), outbox)
-    with pytest.raises(ProtocolError) as refused:
-        inbox.receive(frames.wrap(number(0), id=MAX_UNACKED + 2), outbox)
-    assert refused.value.remedy
-    inbox.receive(frames.wrap(number(0), id=MAX_UNACKED + 2, acked=MAX_UNACKED), outbox)
-    assert len(service.requests) == MAX_UNACKED + 2
-
-
-def test_inbox_handles_once_what_two_streams_bring_at_once() -> None:
-    def how(request: Message) -> Answer:
-        time.sleep(0.001)
-        return echoed(request)
-
-    service, outbox = Echo(how), queue.SimpleQueue[Any]()
-    inbox = Inbox(service, "a", "i")
-
-    def bring(_: int) -> None:
-        for id in range(1, 101):
-            inbox.receive(frames.wrap(number(id), id=id), outbox)
-
-    with ThreadPoolExecutor(3) as threads:
-        list(threads.map(bring, range(3)))
-    assert service.requests == list(map(number, range(1, 101)))
-    assert outbox.qsize() == 300
