@@ -213,8 +213,9 @@ class Metric(_Charging):
     between any two rows, with delta 0; without clipping it is unbounded. The noise has a uniform direction and a length
     from Gamma(D, 1/epsilon). ``epsilon`` has the inverse of the tensor's units; a row's factor divides it.
 
-    Limitation: the sum is rounded to float32, so the bound holds for real numbers but not for an observer who exploits
-    the lowest bits (Mironov 2012).
+    With a clip the sum, computed in float64, is rounded to a grid as fine as those of Gaussian noise, so that its lowest
+    bits tell nothing (Mironov 2012). The bound holds for real numbers: the draws themselves are of finite precision,
+    about 2⁻²⁴ of the noise, far below a step.
     """
 
     clip: float
@@ -232,19 +233,29 @@ class Metric(_Charging):
         return _clip_rows(h_TD.to(torch.float32), self.clip)
 
     def secure(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
-        """The clipped and noised tensor, float32 ``[T, D]``, detached."""
-        h_TD = self.clipped(h_TD.detach(), subjects)
-        rows, width = h_TD.shape
-        direction_TD = noise.normal(rows, width)
-        length_T = noise.gamma(rows, width) / self.epsilon
-        if subjects.factors_T is not None:
-            length_T = length_T * subjects.factors_T.to(length_T)
-        length_T /= direction_TD.norm(dim=1).clamp_min(1e-30)
-        return h_TD + (direction_TD * length_T.unsqueeze(1)).to(h_TD.device)
+        """The clipped and noised tensor, float32 ``[T, D]``, detached; whole steps of a grid if clipped."""
+        if not (self.clip and h_TD.numel()):
+            return self.simulate(h_TD, subjects, noise)
+        values_TD = _clip_rows(_exact(h_TD), self.clip * WITHIN)
+        values_TD += self._drawn(h_TD, subjects, noise).to(values_TD.device)
+        factors = [1.0] if subjects.factors_T is None else subjects.factors_T.tolist()
+        step = grid_step(self.clip, math.sqrt(h_TD.shape[1] + 1) / self.epsilon, factors)
+        return _whole(values_TD / step, step).to(h_TD.device)
 
     def simulate(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
-        """The same as ``secure``: this noise is not on a grid."""
-        return self.secure(h_TD, subjects, noise)
+        """The clipped and noised tensor in floating point, float32 ``[T, D]``, detached."""
+        h_TD = self.clipped(h_TD.detach(), subjects)
+        return h_TD + self._drawn(h_TD, subjects, noise).to(h_TD)
+
+    def _drawn(self, h_TD: torch.Tensor, subjects: Subjects, noise: Noise) -> torch.Tensor:
+        """The noise, float64 ``[T, D]`` on the CPU."""
+        rows, width = h_TD.shape
+        direction_TD = noise.normal(rows, width).double()
+        length_T = noise.gamma(rows, width).double() / self.epsilon
+        if subjects.factors_T is not None:
+            length_T *= subjects.factors_T.to(length_T)
+        length_T /= direction_TD.norm(dim=1).clamp_min(1e-30)
+        return direction_TD * length_T.unsqueeze(1)
 
     def charge(self, record: str, rows: int, factors_T: torch.Tensor | None) -> Charge:
         """The pure epsilon of all rows; infinite without clipping."""
@@ -325,4 +336,9 @@ def _add_steps(
         drawn = discrete_gaussian(noise, deviation * factor / step, len(rows) * values_TD.shape[1])
         drawn_TD[rows] = torch.from_numpy(drawn).view(len(rows), -1).double()
     steps_TD += drawn_TD.to(steps_TD.device)
-    return steps_TD.clamp_(-LARGEST_STEPS, LARGEST_STEPS).mul_(step).to(torch.float32)
+    return _whole(steps_TD, step)
+
+
+def _whole(steps_TD: torch.Tensor, step: float) -> torch.Tensor:
+    """Values given in steps, float64, rounded to whole ones; exact in float32."""
+    return steps_TD.round_().clamp_(-LARGEST_STEPS, LARGEST_STEPS).mul_(step).to(torch.float32)
