@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from isthmus.errors import IsthmusError, OutOfOrderError, ProtocolError, RoundLostError
@@ -37,11 +40,19 @@ class Beginning:
     open: bool = False
     """Whether the round has no fixed number of steps."""
     participants: frozenset[str] = frozenset()
-    """The silos of an open round."""
+    """The silos that one of them names."""
     start: int | None = None
     """The saved round that an open one returns to first; None: it starts where the trunk is."""
     digest: bytes = b""
     """Expected digest of that round's saved state; empty: any."""
+
+
+@dataclass
+class Asked:
+    """One silo's request to begin a round, which waits for those of the others."""
+
+    beginning: Beginning
+    answer: Answer
 
 
 @dataclass
@@ -62,6 +73,10 @@ class SyncSteps:
     that a silo takes alone, between averages of replicas, have no barrier. A silo that has finished its steps is no
     longer waited for. Once the first silo has finished, the state is saved as the end of the round, from which trunk
     and root can continue whatever happens to the others.
+
+    A silo that asks for a round takes none away from others. Of several numbers the one begins that most silos ask for,
+    of those the largest. While others are at work, it waits, unless more silos ask for it than are at work (or as many,
+    for the next round after theirs is saved), or these have not stepped for as long as it waits.
 
     An open round has no fixed number of steps. A silo trains in it with a training loop of its own, until it sends
     ``End``; a third barrier waits for the ends of all. The trunk steps with the settings of the silos' own optimizers.
@@ -84,12 +99,20 @@ class SyncSteps:
         self._open: OpenRound | None = None
         """The running round, if it is open."""
         self._gathering: Beginning | None = None
+        self._asks: dict[str, Beginning] = {}
+        """By silo that waits for a round of the federation, what it asks for."""
+        self._asked_since = 0.0
+        """When the first of them asked."""
+        self._participants: frozenset[str] = frozenset()
+        """All silos that were named for the running round."""
+        self._heard: dict[str, float] = {}
+        """By silo, the time of its last step or begin."""
         self._done: dict[str, int] = {}
         """Number of optimizer steps that each silo has finished in this round."""
         self._missed: set[str] = set()
         """Silos of this round that a step went on without."""
         patience = recipe.trunk.patience
-        self._starts: Barrier[Answer] = Barrier(patience, self._start)
+        self._starts: Barrier[Asked] = Barrier(patience, self._start)
         self._commits: Barrier[Arrival] = Barrier(patience, self._step)
         self._ends: Barrier[Answer] = Barrier(patience, self._end)
 
@@ -98,7 +121,9 @@ class SyncSteps:
         of the round from which an open one starts.
 
         Raises:
-            ProtocolError: the silo is not among the participants, or another round is running or starting.
+            ProtocolError: the silo is not among the participants, another round is running or starting, or the trunk
+                has no state to begin from.
+            RoundLostError: more silos, or as many, begin another.
         """
         answer: Answer = Answer()
         participants = list(request.participants) or [peer]
@@ -107,26 +132,55 @@ class SyncSteps:
                 f"{peer} does not take part in round {request.round}", remedy="ask the root for the next plan"
             )
         steps = None if request.open else self._steps_of(peer, request)
+        if not request.open:
+            self._training.require_saved(request.round - 1)
         with self._lock:
             if steps is not None:
                 self._plans[request.round, peer] = steps
-            beginning = self._open_beginning(request, participants) if request.open else Beginning(request.round)
+            named = Beginning(request.round, participants=frozenset(participants))
+            beginning = self._open_beginning(request, participants) if request.open else named
             joins = self._joins(peer, beginning)
             if joins:
                 self._done[peer] = 0
+                self._heard[peer] = time.monotonic()
                 self._training.begin(peer, beginning.number)
                 self._training.expected = self._at_work()
                 begun = self._begun()
-            elif beginning != self._gathering:
+            else:
+                opens = beginning.open and beginning != self._gathering
                 self._gathering = beginning
-                self._starts.expect(participants)
+                if not beginning.open:
+                    self._asked_since = self._asked_since if self._asks else time.monotonic()
+                    self._asks[peer] = beginning
         if joins:
             log.info("trunk: %s joins round %d", peer, beginning.number)
             self._ends.expect(self._done)
             answer.set_result(begun)
-        else:
-            self._starts.arrive(peer, answer)
+            return answer
+        if opens:  # without the lock: what is told whom to expect may fire at once
+            self._starts.expect(participants)
+        self._expect_starts()
+        self._starts.arrive(peer, Asked(beginning, answer))
         return answer
+
+    def _expect_starts(self) -> None:
+        """Wait for the silos that most of those name which ask for the round that most ask for; and for others that are
+        at work, if they are in its way."""
+        with self._lock:
+            if not self._asks:
+                return
+            beginning, asking = _most_asked(self._asks)
+            named = Counter(self._asks[peer].participants for peer in asking)
+            most = max(named, key=lambda silos: (named[silos], len(silos)))
+            expected = most | self._in_the_way(beginning.number, asking)
+        self._starts.expect(expected)
+
+    def _in_the_way(self, number: int, asking: set[str]) -> frozenset[str]:
+        """The silos at work that do not ask for this round, unless more silos ask for it than they are; or as many, and
+        it is the next after theirs, which is saved."""
+        others = self._workers() - asking
+        follows = number == self._round + 1 and self._training.completed == self._round
+        return others if len(asking) < len(others) + (not follows) else frozenset()
 
     def _open_beginning(self, request: pb.Begin, participants: list[str]) -> Beginning:
         gathering, silos = self._gathering, frozenset(participants)
@@ -148,7 +202,8 @@ class SyncSteps:
         """Whether a silo that begins is late for a running round, and joins it."""
         running = self._open
         if not beginning.open:
-            return running is None and beginning.number == self._round and peer not in self._done
+            same = beginning.number == self._round and beginning.participants <= self._participants
+            return running is None and same and peer not in self._done
         if running is None:
             return False
         own = running.participants == beginning.participants and peer not in self._done
@@ -199,6 +254,7 @@ class SyncSteps:
         if alone and start is not None:
             log.warning("trunk: another process of %s has connected; its round is undone", peer)
             self._scheduler.submit(lambda: self._training.restore(start))
+        self._expect_starts()
 
     def commit(self, peer: str, request: pb.Commit) -> Answer:
         """Contribute this silo's gradients to the next step; answered once that step is done.
@@ -220,6 +276,7 @@ class SyncSteps:
             check_next(request, self._done[peer], self._most(peer))
             most = math.inf if self._open is not None else self._recipe.train.step_tokens
             check_weight(peer, request.weight, min(self._training.counted(peer), most))
+            self._heard[peer] = time.monotonic()
             together = self._open is not None or self._training.steps_together(request.step)
         answer: Answer = Answer()
         if together:
@@ -228,10 +285,26 @@ class SyncSteps:
             self._step_alone(peer, Arrival(request, answer))
         return answer
 
-    def _start(self, waiting: dict[str, Answer]) -> None:
+    def _start(self, asked: dict[str, Asked]) -> None:
+        beginning, chosen = _most_asked({peer: one.beginning for peer, one in asked.items()})
+        waiting = {peer: asked[peer].answer for peer in chosen}
+        for peer in asked.keys() - chosen:
+            asked[peer].answer.set_exception(round_lost(peer, asked[peer].beginning.number))
         with self._lock:
-            beginning, self._gathering = self._gathering, None
-            assert beginning is not None
+            begins = self._gives_way(beginning, chosen)
+            answered = asked.keys() if begins else asked.keys() - chosen
+            self._asks = {peer: one for peer, one in self._asks.items() if peer not in answered}
+            self._asked_since = time.monotonic()
+        if not begins:
+            log.warning("trunk: %s would begin round %d, others are at work", listed(waiting), beginning.number)
+            self._expect_starts()
+            for peer in chosen:
+                self._starts.arrive(peer, asked[peer])
+            return
+        with self._lock:
+            self._gathering = None
+            self._participants = beginning.participants
+            self._heard |= dict.fromkeys(waiting, time.monotonic())
             self._round = beginning.number
             self._open = OpenRound(beginning.participants) if beginning.open else None
             self._done, self._missed = dict.fromkeys(waiting, 0), set()
@@ -255,6 +328,11 @@ class SyncSteps:
 
         _answer_all(list(waiting.values()), self._scheduler, start if beginning.open else restore)
 
+    def _gives_way(self, beginning: Beginning, asking: set[str]) -> bool:
+        """Whether the running round ends for one that is asked for: those in its way have stood still since."""
+        others = frozenset() if beginning.open else self._in_the_way(beginning.number, asking)
+        return all(self._heard.get(peer, 0.0) < self._asked_since for peer in others)
+
     def _start_open(self, beginning: Beginning) -> pb.Begun:
         try:
             if beginning.start is None:
@@ -274,15 +352,17 @@ class SyncSteps:
             number, self._round, self._open = self._round, 0, None
         log.info("trunk: %s ended round %d", listed(waiting), number)
         _answer_all(list(waiting.values()), self._scheduler, lambda: pb.Ended(digest=self._training.save(number)))
+        self._expect_starts()
 
     def _step(self, arrivals: dict[str, Arrival]) -> None:
         with self._lock:
             number = self._round
             late = {peer: arrival for peer, arrival in arrivals.items() if arrival.request.round != number}
             arrivals = {peer: arrival for peer, arrival in arrivals.items() if peer not in late}
-            missed = {peer for peer in self._done if peer not in arrivals and self._works(peer)} - self._missed
+            missed = self._workers() - arrivals.keys() - self._missed
             self._missed = (self._missed | missed) - arrivals.keys()
             self._done |= {peer: arrival.request.step for peer, arrival in arrivals.items()}
+            self._heard |= dict.fromkeys(arrivals, time.monotonic())
             finished = {peer for peer, step in self._done.items() if step >= self._most(peer)}
             open = self._open is not None
             self._training.expected = self._at_work()
@@ -317,6 +397,8 @@ class SyncSteps:
             return pb.Stepped(contributors=len(arrivals))
 
         _answer_all([arrival.answer for arrival in arrivals.values()], self._scheduler, step)
+        if over:
+            self._expect_starts()  # who waits for another round need not wait for this one any more
 
     def _follow(self, requests: dict[str, pb.Commit]) -> None:
         """Take a step of an open round with the settings that its silos agree on."""
@@ -348,12 +430,14 @@ class SyncSteps:
 
     def _at_work(self) -> int:
         """Number of silos of the running round that have not finished their steps."""
-        return sum(map(self._works, self._done))
+        return len(self._workers())
 
-    def _works(self, peer: str) -> bool:
-        """Whether this silo of the running round has not finished its steps."""
+    def _workers(self) -> frozenset[str]:
+        """The silos of the running round that have not finished their steps."""
+        if not self._round:
+            return frozenset()
         ended = set() if self._open is None else self._open.ended
-        return self._done[peer] < self._most(peer) and peer not in ended
+        return frozenset(peer for peer, step in self._done.items() if step < self._most(peer) and peer not in ended)
 
     def _most(self, peer: str) -> float:
         """Largest number of optimizer steps of a silo in the running round."""
@@ -423,6 +507,16 @@ def check_weight(peer: str, weight: float, most: float) -> None:
 def round_lost(peer: str, round: int) -> RoundLostError:
     """The error for a request of a round that this silo has not begun, or that is over."""
     return RoundLostError(f"{peer} is not in round {round}", remedy="ask the root for the next plan")
+
+
+def _most_asked(asked: Mapping[str, Beginning]) -> tuple[Beginning, set[str]]:
+    """What most silos ask to begin, the largest number of several, for all silos that these name; and these silos."""
+    groups: dict[tuple[bool, int], set[str]] = {}
+    for peer, one in asked.items():
+        groups.setdefault((not one.open, one.number), set()).add(peer)
+    _, chosen = max(groups.items(), key=lambda group: (len(group[1]), group[0]))
+    beginnings = [asked[peer] for peer in sorted(chosen)]
+    return replace(beginnings[0], participants=frozenset().union(*(one.participants for one in beginnings))), chosen
 
 
 def _answer_all(answers: list[Answer], scheduler: Scheduler, job) -> None:  # type: ignore[no-untyped-def]

@@ -148,6 +148,17 @@ class TrunkTraining:
                 remedy="wait until the rounds have finished, then open the run or join again",
             )
 
+    def require_saved(self, number: int) -> None:
+        """Check that there is a saved state of the end of this round. May be called from any thread.
+
+        Raises:
+            ProtocolError: there is none.
+        """
+        if number not in self._store.rounds():
+            raise ProtocolError(
+                f"the trunk has no state of round {number}", remedy="start trunk and root from the same run directory"
+            )
+
     @property
     def moved(self) -> bool:
         """Whether the adapter has changed since the end of round ``completed``."""

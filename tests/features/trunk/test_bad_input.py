@@ -170,7 +170,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     model = save_tiny_model(
         "llama", tmp_path_factory.mktemp("model"), blocks=3, max_position_embeddings=CONTEXT, initializer_range=0.3
     )
-    return make_recipe(model, silos=("good", "bad"), train={"steps": 1, "evaluate": False})
+    trunk = {"patience": 0.05}  # bad is named for a round that it joins late
+    return make_recipe(model, silos=("good", "bad"), train={"steps": 1, "evaluate": False}, trunk=trunk)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,7 @@ def good_silo(service: TrunkService, hello: pb.Hello, meanwhile: Callable[[], No
     """A training step and a session; something happens in the midst of both. Returns the answers and the adapter."""
     channel = LoopbackChannel(service, "good", greeting=hello)
     session = {"session": GOOD_SESSION}
-    answers = [channel.call(request) for request in (decode(**session), begin("good"), forward(), forward(2))]
+    answers = [channel.call(request) for request in (decode(**session), JOIN, forward(), forward(2))]
     meanwhile()
     rest = (backward(), backward(2), decode(1, **session), commit(), decode(2, **session), forward(3, train=False))
     answers += [channel.call(request) for request in rest]
