@@ -11,15 +11,22 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
+import torch
 from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.silo.join import greeting
+from isthmus.storage.record import RunDirectory
+from isthmus.trunk.service import TrunkService
+from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Service, answered
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.inbox import COST, FRAMES, KEPT
 from isthmus.wire.server import Server
 from tests.conformance.test_channels import HANG, TRUNK, Echo, Late, ask, echoed, joined, number, until
+from tests.conftest import make_recipe, save_tiny_model
 from tests.hostile.test_many_streams import Raw
 from tests.unit.wire.test_identity import Forwarder
 
@@ -216,3 +223,32 @@ def test_who_waits_for_room_is_told_that_the_server_lives(monkeypatch: pytest.Mo
             service.answer()
             time.sleep(0.01)
         assert [answer.result(HANG) for answer in answers] == [large(value) for value in range(6)]
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TrunkService, pb.Hello]]:
+    recipe = make_recipe(save_tiny_model("llama", tmp_path_factory.mktemp("model"), blocks=3), silos=("a", "b"))
+    service = TrunkService(recipe, RunDirectory(tmp_path_factory.mktemp("run")).role("trunk"))
+    yield service, greeting(Checkpoint(recipe.model.path), recipe)
+    service.stop()
+
+
+def test_a_trunks_unread_answers_leave_another_silo_its_own(trunk: tuple[TrunkService, pb.Hello]) -> None:
+    service, hello = trunk
+    lengths = [32] * 128
+    wide = pb.Forward(lengths=lengths, hidden=codec.encode(torch.ones(sum(lengths), 32), "fp32"))
+    narrow = pb.Forward(lengths=[5], hidden=codec.encode(torch.ones(5, 32), "fp32"))
+    with watched(service, grace=0.1) as (server, held), closing(joined(server.port, greeting=hello)) as good:
+        alone = good.call(narrow)
+        with closing(Raw(server.port, limit=LIMIT)) as raw:
+            raw.send(hello)
+            assert raw.read().HasField("welcome")
+            for step in range(1, 121):
+                wide.step = step
+                raw.send(wide, id=0 if step % 2 else step)
+            for _ in range(10):
+                assert good.call(narrow) == alone
+            steady(held)
+            assert good.call(narrow) == alone
+        until(lambda: server.held("Trunk", "b") == 0)
+        assert LIMIT // 2 < max(held) <= MOST

@@ -99,7 +99,7 @@ class PeerAccount:
 
     def connect(self, instance: str, stream: Stream) -> tuple[Inbox, list[Stream]]:
         """The inbox of a client, which has this stream from now on, and the streams that must be ended for it: the
-        client's last one, and that of the client that was longest without a new one if there are too many.
+        client's last one and, if there are too many clients, that of one without a stream or else of the oldest.
 
         Raises:
             ProtocolError: the client is one that had to make room.
@@ -118,7 +118,7 @@ class PeerAccount:
             self._inboxes[instance] = inbox
             ended = [inbox.replace(stream)]
             if len(self._inboxes) > MAX_INSTANCES:
-                oldest = next(iter(self._inboxes))
+                oldest = min(self._inboxes, key=lambda name: self._inboxes[name].stream is not None)  # the first such
                 self._refused.append(oldest)
                 ended.append(self._inboxes.pop(oldest).replace(None))
             self.changed.notify_all()
@@ -152,7 +152,8 @@ class Inbox:
         self._sent: dict[int, bytes] = {}
         self.unsent_bytes = 0
         self.sent_bytes = 0
-        self._open: set[int] = set()
+        self._open: dict[int, int] = {}
+        """Ids of requests being answered, and how many bytes their answers are expected to have."""
         self._last = 0
         self._acked = 0
         self._gone = False
@@ -188,14 +189,14 @@ class Inbox:
             expected = account.expect(kind, size)
             account.open += size + COST
             account.expected += expected
+            self._open[frame.id] = expected
             if frame.id:
                 self._last = frame.id
-                self._open.add(frame.id)
                 stream.waiting.add(frame.id)
             else:
                 account.greeting = True
         answer = answer_request(account.service, account.peer, frame)
-        answer.add_done_callback(lambda done: self._finish(frame.id, kind, size, expected, stream, done))
+        answer.add_done_callback(lambda done: self._finish(frame.id, kind, size, stream, done))
 
     def next(self, stream: Stream) -> bytes | None:
         """Wait for the next frame to send on this stream; None: it has ended."""
@@ -252,6 +253,8 @@ class Inbox:
     def free(self) -> None:
         """Forget all answers, also those to come until there is another stream; under the account's lock."""
         self._gone = True
+        self._account.expected -= sum(self._open.values())
+        self._open = dict.fromkeys(self._open, 0)
         self._unsent.clear()
         self._sent.clear()
         self.unsent_bytes = self.sent_bytes = 0
@@ -296,13 +299,12 @@ class Inbox:
                 stream.ready.append(id)
                 self._account.changed.notify_all()
 
-    def _finish(self, id: int, kind: str, size: int, expected: int, stream: Stream, done: Future[bytes]) -> None:
+    def _finish(self, id: int, kind: str, size: int, stream: Stream, done: Future[bytes]) -> None:
         data, account = done.result(), self._account
         with account.changed:
             account.open -= size + COST
-            account.expected -= expected
+            account.expected -= self._open.pop(id)
             account.learn(kind, size, data)
-            self._open.discard(id)
             if id == 0:
                 account.greeting = False
                 if not stream.replaced:

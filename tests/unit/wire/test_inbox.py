@@ -208,6 +208,29 @@ def test_clients_beyond_the_allowed_make_room_for_good() -> None:
     assert not any(stream.replaced for stream in streams[1:])
 
 
+def test_a_client_without_a_stream_makes_room_before_an_older_one() -> None:
+    one = account()
+    lasting = connected(one, "lasting")[1]
+    for number_ in range(5):
+        inbox, stream = connected(one, f"i{number_}")
+        inbox.leave(stream)
+    assert not lasting.replaced
+
+
+def test_requests_of_processes_that_are_gone_expect_no_answers() -> None:
+    """A silo that starts again and again while its root waits for others is heard each time."""
+    service = Late()
+    one = account(service)
+    one.learn("adapters", 1, bytes(LIMIT))
+    for number_ in range(20):
+        inbox, stream = connected(one, f"i{number_}")
+        inbox.receive(request(1), stream)
+        inbox.leave(stream)
+    assert len(service.held) == 20
+    service.answer()
+    assert (one.open, one.expected) == (0, 0)
+
+
 def test_no_lock_is_held_while_a_service_handles() -> None:
     """A request of one peer may settle those of others, whose answers then arrive in the same thread."""
     accounts: list[PeerAccount] = []
