@@ -229,3 +229,35 @@ def test_an_edges_sum_weighs_no_more_than_the_silos_that_may_be_below_it(tmp_pat
         service.handle("left", change(1.0, 193.0))
     results([service.handle("left", change(1.0, 192.0)), service.handle("right", change(1.0, 96.0))])
     assert current(service).completed == 1
+
+
+@pytest.mark.parametrize("claim", [in_a_round, in_an_open_round])
+def test_a_gradient_of_any_length_counts_for_as_much_as_the_longest_that_may_be(claim: Claim, build: Build) -> None:
+    """And honest ones that are shorter step exactly as without the bound."""
+    longest, moved = 0.5, {}
+    for times in (1e-9, 1.0, 1e6, 1e12):
+        drill = build(max_silo_norm=longest)
+        good, bad = begun(drill, claim)
+        before = drill.adapter()
+        good.work(GOODS)
+        bad.forward(BADS).result(WAIT)
+        bad.backward(bad.last, BADS, times=times).result(WAIT)
+        results([claim(good, 8.0), claim(bad, 4.0)])
+        after = drill.adapter()
+        moved[times] = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    apart = [float((moved[times] - moved[1e-9]).norm()) for times in (1.0, 1e6, 1e12)]
+    assert apart[1] == pytest.approx(apart[2], rel=1e-3)
+    assert max(apart) <= 1.001 * 0.1 * longest * 4 / 12  # the rate, the bound, its share of the tokens
+
+
+def test_gradients_within_the_bound_are_left_as_they_are(build: Build) -> None:
+    adapters = []
+    for bound in (None, 1e6):
+        drill = build(max_silo_norm=bound)
+        good, bad = begun(drill, in_a_round)
+        for step in (1, 2):
+            good.work(GOODS)
+            bad.work(BADS)
+            results([good.commit(step, 8.0), bad.commit(step, 4.0)])
+        adapters.append(drill.adapter())
+    assert all(torch.equal(adapters[1][name], tensor) for name, tensor in adapters[0].items())

@@ -77,7 +77,7 @@ _TABLES: dict[str, tuple[str, ...]] = {
     "sensitivity": ("detectors", "detected", "fields", "attention", "classes"),
     "privacy": ("delta",),
     "wire": ("max_frame_bytes",),
-    "trunk": ("dtype", "adapter", "average_every"),
+    "trunk": ("dtype", "adapter", "average_every", "max_silo_norm"),
     "root": ("minimum",),
     "federation": ("lora", "normalized", "control"),
     "federation.weights": ("kind", "bound"),

@@ -66,7 +66,7 @@ class TrunkService:
         adapter = _trunk_adapter(self._runner.part, recipe)
         directory.keep = recipe.train.keep_rounds
         self._training = self._scheduler.submit(
-            lambda: TrunkTraining(self._runner, adapter, directory, recipe.seed)
+            lambda: TrunkTraining(self._runner, adapter, directory, recipe.seed, longest=recipe.trunk.max_silo_norm)
         ).result()
         self._forwards = Forwards(self._training, self._codecs, recipe.trunk)
         self._backwards = Backwards(self._training, self._codecs, recipe.trunk)

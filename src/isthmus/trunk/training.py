@@ -113,14 +113,23 @@ class TrunkTraining:
     Args:
         store: the directory for the state at the end of each round; round 0 is the untrained adapter.
         seed: the recipe's, of the dropout masks.
+        longest: largest L2 norm of a silo's gradients in a step, to which longer ones are scaled; None: no bound.
     """
 
-    def __init__(self, runner: Runner, adapter: TrunkAdapter, store: RoleDirectory, seed: int = 0) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        adapter: TrunkAdapter,
+        store: RoleDirectory,
+        seed: int = 0,
+        *,
+        longest: float | None = None,
+    ) -> None:
         self._runner = runner
         self._adapter = adapter
         self._store = store
         self._silos: dict[str, SiloState] = {}
-        self._seed = seed
+        self._seed, self._longest = seed, longest
         self._masks: dict[str, tuple[int, int]] = {}
         """By silo: its round, and the forwards with dropout in it."""
         self.expected = 1
@@ -265,7 +274,7 @@ class TrunkTraining:
             rate: the step's learning rate; None: the recipe's ``train.learning_rate``.
         """
         states = {silo: self._silos.setdefault(silo, SiloState()) for silo in weights}
-        gradients = {silo: (weight, states[silo].gradients) for silo, weight in weights.items()}
+        gradients = {silo: (weight, self._bounded(states[silo].gradients)) for silo, weight in weights.items()}
         self._adapter.step(gradients, together=together, rate=rate)
         self._round = None
         self.changes += 1
@@ -284,7 +293,7 @@ class TrunkTraining:
         for silo, (weight, scale) in contributions.items():
             own = self._silos.setdefault(silo, SiloState()).gradients if weight else None
             scaled = own if own is None or scale == 1 else list(torch._foreach_mul(own, scale))
-            gradients[silo] = (weight, scaled)
+            gradients[silo] = (weight, self._bounded(scaled))
         self._adapter.step(gradients, together=True, settings=settings)
         self._round = None
         for state in (self._silos[silo] for silo in contributions if silo in self._silos):
@@ -382,6 +391,12 @@ class TrunkTraining:
             opened.version = self._adapter.version(opened.forward.silo)
         return opened
 
+    def _bounded(self, gradients: list[torch.Tensor] | None) -> list[torch.Tensor] | None:
+        """A silo's gradients, no longer than may be."""
+        if gradients is None or self._longest is None or (norm := _norm(gradients)) <= self._longest:
+            return gradients
+        return list(torch._foreach_mul(gradients, self._longest / norm))
+
     def _collect(
         self, one: BackwardStep, input_gradient: torch.Tensor | None, gradients: list[torch.Tensor]
     ) -> InputGradient | FrameError:
@@ -392,8 +407,7 @@ class TrunkTraining:
         if state.gradients is not None and one.keep:
             kept = state.gradients if one.keep == 1 else torch._foreach_mul(state.gradients, one.keep)
             gradients = list(torch._foreach_add(kept, gradients))
-        wide = torch.promote_types(gradients[0].dtype, torch.float32)
-        norm = float(torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).norm())
+        norm = _norm(gradients)
         if not math.isfinite(norm):
             return FrameError(
                 f"the gradients of step {one.step} are not finite",
@@ -405,6 +419,12 @@ class TrunkTraining:
         state.gradients = gradients
         state.tokens += len(one.gradient_TD)
         return InputGradient(input_gradient, norm)
+
+
+def _norm(gradients: list[torch.Tensor]) -> float:
+    """L2 norm of all these numbers."""
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    return float(torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).norm())
 
 
 def _gradients(

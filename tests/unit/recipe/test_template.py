@@ -25,7 +25,7 @@ EXPERIMENTAL = {
     *("federation.lora", "federation.normalized", "federation.control"),
     *(f"federation.{table}.kind" for table in ("weights", "fairness", "optimizer", "compression")),
     *("federation.robust.rule", "federation.robust.trusted", "federation.asynchronous.buffer"),
-    *("federation.clip.quantile", "silo.rank"),
+    *("federation.clip.quantile", "silo.rank", "trunk.max_silo_norm"),
 }
 """Keys of which the whole feature, or some values, have no recorded benefit on a real model."""
 

@@ -35,6 +35,10 @@ class TrunkSection(Section):
     average_every: Count | None = Field(default=None, examples=[2])
     """Optimizer steps between two averages of the replicas; only with adapter = "replica". Left out: one average, at
     the end of each round."""
+    max_silo_norm: Positive | None = Field(default=None, examples=[1.0])
+    """Largest L2 norm of one silo's gradients in a step of the trunk. Longer ones are scaled down to it before the mean
+    is taken: whatever a silo sends, it moves the mean by this times its share of the tokens at most. Left out: no
+    bound. Experimental: not measured on a real model."""
     together: Count = 8
     """Most silos whose requests are computed in one pass. 1: one after another."""
     gather: Amount = 0.05
