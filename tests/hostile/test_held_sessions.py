@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import UnknownSessionError
+from isthmus.trunk import sessions
 from tests.conftest import make_recipe, save_tiny_model
 from tests.unit.trunk.talk import BYTES, ONE, WAIT, Trunk, decoded, prompt
 
@@ -19,6 +20,12 @@ SHARE = HELD // 2
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions have no time of their own."""
+    monkeypatch.setattr(sessions, "EVICTION_GRACE", 0.0)
 
 
 @pytest.fixture
@@ -36,7 +43,7 @@ def owners(trunk: Trunk) -> list[str]:
     return [silo for silo, _ in trunk.service._sessions._sessions]
 
 
-def test_a_silo_gets_its_share_though_another_keeps_all_sessions_in_use(trunk: Trunk) -> None:
+def test_a_silo_gets_its_share_though_another_keeps_all_sessions_in_use(trunk: Trunk, soon: None) -> None:
     good, greedy = trunk.silo("good"), trunk.silo("greedy")
     for number in range(HELD):
         decoded(greedy.send(number, 0, prompt(2)))
@@ -63,7 +70,7 @@ def test_a_silo_that_holds_too_much_takes_nothing_from_others(trunk: Trunk) -> N
     assert sum(answer.done() for answer in waiting) <= SHARE
 
 
-def test_unfinished_steps_do_not_hold_a_session_against_a_share(model: Path, tmp_path: Path) -> None:
+def test_unfinished_steps_do_not_hold_a_session_against_a_share(model: Path, tmp_path: Path, soon: None) -> None:
     trunk = trunk_of(model, tmp_path, sessions=4, chunk=16)
     good, greedy = trunk.silo("good"), trunk.silo("greedy")
     with trunk.held():

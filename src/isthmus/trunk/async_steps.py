@@ -75,7 +75,7 @@ class AsyncSteps:
         with self._lock:
             self._over = self._over or version >= self._recipe.train.rounds
             self._progress[peer] = CommitProgress(request.round)
-            return self._scheduler.submit(begin)
+            return self._scheduler.submit_urgent(begin)
 
     def end(self, peer: str, request: pb.End) -> Answer:
         """Raises ``NotSupportedError``: there are no open rounds here."""
@@ -107,7 +107,7 @@ class AsyncSteps:
             most = min(self._training.counted(peer), self._recipe.train.step_tokens)
             check_weight(peer, request.weight, most)
             progress.step = request.step
-            return self._scheduler.submit(step)
+            return self._scheduler.submit_urgent(step)
 
 
 def _no_open_rounds() -> NotSupportedError:

@@ -1,24 +1,28 @@
 """The scheduler's job kinds for training frames: forward, backward and evaluation passes batched over silos.
 
-A job's request is ``(silo, message)``; its answer is a message.
+A job's request is ``(silo, message)``, or an ``Evaluation``; its answer is a message. If a pass fails, each of its jobs
+is computed by itself, so that the one that is to blame is refused alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from google.protobuf.message import Message
 
 from isthmus.recipe import TrunkSection
 from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.runner import Runner
-from isthmus.trunk.scheduler import Job
-from isthmus.trunk.training import BackwardStep, ForwardStep, TrunkTraining
+from isthmus.trunk.scheduler import Job, fair_shares
+from isthmus.trunk.training import BackwardStep, ForwardStep, Pass, TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Forwards:
@@ -35,10 +39,8 @@ class Forwards:
 
     def run(self, jobs: list[Job]) -> None:
         read = _read(jobs, self._forward)
-        if read:
-            outputs = self._training.forward([forward for _, forward in read])
-            for (job, _), output_TD in zip(read, outputs, strict=True):
-                job.settle(partial(self._codecs.encode_hidden, output_TD))
+        for job, output_TD in _computed(read, self._training.forward):
+            job.settle(partial(self._codecs.encode_hidden, output_TD))
 
     def _forward(self, silo: str, request: pb.Forward) -> ForwardStep:
         lengths = list(request.lengths)
@@ -58,16 +60,34 @@ class Backwards:
         self._section = section
 
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
-        return _gathered(jobs, self._partners(jobs[0]), self._section, now)
+        pause = self._section.gather
+        for job in jobs:
+            chosen, left = self._partners(job, jobs, now)
+            if chosen:
+                return chosen, 0.0
+            pause = min(pause, left)
+        return [], pause
+
+    def _partners(self, job: Job, jobs: list[Job], now: float) -> tuple[list[Job], float]:
+        """The backwards of one forward pass to run now; a step that is not open runs alone, to be refused."""
+        computed = self._pass_of(job)
+        if computed is None:
+            return [job], 0.0
+        silo, request = job.request
+        partners = [other for other in jobs if self._pass_of(other) is computed]
+        return _gathered(partners, self._training.partners(silo, request.step), self._section, now)
+
+    def _pass_of(self, job: Job) -> Pass | None:
+        silo, request = job.request
+        return self._training.pass_of(silo, request.step)
 
     def run(self, jobs: list[Job]) -> None:
         read = _read(jobs, self._backward)
-        if read:
-            for (job, _), result in zip(read, self._training.backward([one for _, one in read]), strict=True):
-                if isinstance(result, Exception):
-                    job.done.set_exception(result)
-                else:
-                    job.settle(partial(self._codecs.encode_gradient, *result))
+        for job, result in _computed(read, self._training.backward):
+            if isinstance(result, Exception):
+                job.done.set_exception(result)
+            else:
+                job.settle(partial(self._codecs.encode_gradient, *result))
 
     def _backward(self, silo: str, request: pb.Backward) -> BackwardStep:
         rows = self._training.open_step(silo, request.step).rows
@@ -75,14 +95,29 @@ class Backwards:
         keep = request.keep if request.HasField("keep") else 1.0
         return BackwardStep(silo, request.step, gradient_TD, request.reply, request.ascent_pass, keep)
 
-    def _partners(self, job: Job) -> int:
-        silo, request = job.request
-        return self._training.partners(silo, request.step)
+
+@dataclass(eq=False)
+class Evaluation:
+    """An evaluation pass of a silo, and how far it is."""
+
+    silo: str
+    request: pb.Forward
+    pending: list[torch.Tensor] | None = None
+    """Hidden states of each sequence that is not computed yet, ``[tokens, D]``; None: not decoded yet."""
+    results: list[torch.Tensor] = field(default_factory=list)
+
+    def take(self, room: int) -> list[torch.Tensor]:
+        """The next sequences, as many as have room, but at least one."""
+        taken: list[torch.Tensor] = []
+        while self.pending and (not taken or len(self.pending[0]) <= room):
+            taken.append(self.pending.pop(0))
+            room -= len(taken[-1])
+        return taken
 
 
 class Evaluations:
-    """Forward passes without a graph, through the adapter that inference uses. All waiting ones are computed
-    together."""
+    """Forward passes without a graph, through the adapter that inference uses. All waiting ones are computed together,
+    ``trunk.chunk`` tokens at a time, so that nobody waits for all of a large one."""
 
     def __init__(self, runner: Runner, codecs: Codecs, section: TrunkSection) -> None:
         self._runner = runner
@@ -94,18 +129,31 @@ class Evaluations:
 
     @torch.no_grad()
     def run(self, jobs: list[Job]) -> None:
-        read = _read(jobs, self._rows)
-        if read:
-            lengths = [length for _, (_, own) in read for length in own]
-            h_TD = self._runner.full_pass(torch.cat([h_TD for _, (h_TD, _) in read]), lengths)
-            outputs = torch.split(h_TD, [sum(own) for _, (_, own) in read])
-            for (job, _), output_TD in zip(read, outputs, strict=True):
-                job.settle(partial(self._codecs.encode_hidden, output_TD))
+        read = _read(jobs, self._begin)
+        wanted = {number: sum(map(len, one.pending or [])) for number, (_, one) in enumerate(read)}
+        shares = fair_shares(wanted, self._section.chunk)
+        pieces = [(job, one.take(shares[number])) for number, (job, one) in enumerate(read)]
+        for job, outputs in _computed(pieces, self._pass):
+            one: Evaluation = job.request
+            one.results += outputs
+            if not one.pending:
+                job.settle(partial(self._encoded, one))
 
-    def _rows(self, silo: str, request: pb.Forward) -> tuple[torch.Tensor, list[int]]:
-        lengths = list(request.lengths)
-        self._runner.check_context(lengths)
-        return self._codecs.decode_forward(silo, request), lengths
+    def _begin(self, one: Evaluation) -> Evaluation:
+        if one.pending is None:
+            lengths = list(one.request.lengths)
+            self._runner.check_context(lengths)
+            one.pending = list(torch.split(self._codecs.decode_forward(one.silo, one.request), lengths))
+        return one
+
+    def _pass(self, pieces: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        rows = [row for piece in pieces for row in piece]
+        lengths = [len(row) for row in rows]
+        outputs = iter(torch.split(self._runner.full_pass(torch.cat(rows), lengths), lengths))
+        return [[next(outputs) for _ in piece] for piece in pieces]
+
+    def _encoded(self, one: Evaluation) -> Message:
+        return self._codecs.encode_hidden(torch.cat(one.results))
 
 
 def _gathered(jobs: list[Job], expected: int, section: TrunkSection, now: float) -> tuple[list[Job], float]:
@@ -117,12 +165,26 @@ def _gathered(jobs: list[Job], expected: int, section: TrunkSection, now: float)
     return [], left
 
 
-def _read(jobs: list[Job], read: Callable[[str, Any], T]) -> list[tuple[Job, T]]:
+def _read(jobs: list[Job], read: Callable[..., T]) -> list[tuple[Job, T]]:
     """The jobs whose requests ``read`` accepts, each with its result. Other jobs get the error as their answer."""
     found = []
     for job in jobs:
         try:
-            found.append((job, read(*job.request)))
+            found.append((job, read(*job.request) if isinstance(job.request, tuple) else read(job.request)))
         except Exception as error:
             job.done.set_exception(error)
     return found
+
+
+def _computed(read: Sequence[tuple[Job, T]], compute: Callable[[list[T]], Sequence[R]]) -> list[tuple[Job, R]]:
+    """Each job's result, computed together; if that fails, each by itself. A job that fails by itself gets the error as
+    its answer."""
+    if not read:
+        return []
+    try:
+        return list(zip([job for job, _ in read], compute([one for _, one in read]), strict=True))
+    except Exception as error:
+        if len(read) == 1:
+            read[0][0].done.set_exception(error)
+            return []
+    return [found for one in read for found in _computed([one], compute)]

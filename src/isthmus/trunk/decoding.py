@@ -6,6 +6,7 @@ Shapes: T tokens, D width.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from functools import partial
 import torch
 
 from isthmus.trunk.codecs import Codecs
+from isthmus.trunk.packed_attention import SequenceCache
 from isthmus.trunk.runner import Runner
-from isthmus.trunk.scheduler import Job
+from isthmus.trunk.scheduler import Job, fair_shares
 from isthmus.trunk.sessions import Session, Sessions
 from isthmus.wire import isthmus_pb2 as pb
 
@@ -69,6 +71,12 @@ class Chunk:
     row: int
     size: int
 
+    @property
+    def cache(self) -> SequenceCache:
+        """The row's cache."""
+        assert self.step.session is not None
+        return self.step.session.rows[self.row]
+
 
 class Decoding:
     """The job kind of inference steps. A job's request is a ``SessionStep``; its answer is a message.
@@ -91,20 +99,31 @@ class Decoding:
         missing = self._answered - {job.lane for job in jobs}
         if missing and now < self._until:
             return [], self._until - now
-        return [job for job in jobs if self._ready(job)], RETRY_SECONDS
+        ready, full = [], set()
+        for job in sorted(jobs, key=lambda job: job.since):  # whoever has waited for memory longest gets it first
+            new = not job.request.request.step
+            if new and job.silo in full:
+                continue  # the silo's first new session that found no memory waits for it before the others
+            if self._ready(job):
+                ready.append(job)
+            elif new and not job.done.done():
+                full.add(job.silo)
+        return ready, RETRY_SECONDS
 
     @torch.inference_mode()
     def run(self, jobs: list[Job]) -> None:
-        steps: list[SessionStep] = [job.request for job in jobs]
         started = time.monotonic()
+        chunks = self._chunks([job.request for job in jobs])
+        lengths = [(chunk.cache, chunk.cache.length) for chunk in chunks]
         try:
-            self._advance(self._chunks(steps))
+            self._advance(chunks)
         except Exception:
-            for step in steps:  # their caches may be half written
-                self._sessions.close(step.silo, step.request.session)
-            raise
-        for job, step in zip(jobs, steps, strict=True):
-            if not any(map(len, step.pending)):
+            for cache, length in lengths:
+                cache.crop(length)
+            self._advance_alone(jobs, chunks)
+        for job in jobs:
+            step: SessionStep = job.request
+            if not job.done.done() and not any(map(len, step.pending)):
                 assert step.session is not None
                 self._sessions.finish(step.session, list(step.request.lengths))
                 job.settle(partial(self._codecs.encode_hidden, step.result))
@@ -124,21 +143,48 @@ class Decoding:
             return False
 
     def _chunks(self, steps: list[SessionStep]) -> list[Chunk]:
-        """The chunks of the next pass: all short rows whole, and long rows in the room that is left, at least half of
-        ``chunk`` tokens."""
+        """The chunks of the next pass. Silos share ``chunk`` tokens: of each silo first short rows whole, then long
+        rows in the room that is left. A silo alone gets all its short rows, and at least half of ``chunk`` of long
+        ones."""
+        own: dict[str, list[SessionStep]] = {}
+        for step in steps:
+            own.setdefault(step.silo, []).append(step)
+        if len(own) == 1:
+            return self._chunks_of(steps, self._chunk, whole=True)
+        wanted = {silo: sum(map(len, itertools.chain(*(step.pending for step in mine)))) for silo, mine in own.items()}
+        shares = fair_shares(wanted, max(self._chunk, len(own)))
+        return [chunk for silo, mine in own.items() for chunk in self._chunks_of(mine, shares[silo])]
+
+    def _chunks_of(self, steps: list[SessionStep], room: int, *, whole: bool = False) -> list[Chunk]:
         rest = [(step, row, len(tokens)) for step in steps for row, tokens in enumerate(step.pending) if len(tokens)]
-        chunks = [Chunk(*one) for one in rest if one[2] <= SHORT_ROW]
-        room = max(self._chunk - sum(chunk.size for chunk in chunks), self._chunk // 2, SHORT_ROW)
+        chunks, half = [], self._chunk // 2
+        for step, row, tokens in rest:
+            if tokens <= SHORT_ROW and (whole or room > 0):
+                chunks.append(Chunk(step, row, tokens))
+                room -= tokens
+        room = max(room, half, SHORT_ROW) if whole else room
         for step, row, tokens in rest:
             if tokens > SHORT_ROW and room > 0:
                 chunks.append(Chunk(step, row, min(tokens, room)))
                 room -= tokens
         return chunks
 
+    def _advance_alone(self, jobs: list[Job], chunks: list[Chunk]) -> None:
+        """Compute each step's chunks by themselves; a step that fails is refused alone, and its session is closed."""
+        for job in jobs:
+            step: SessionStep = job.request
+            try:
+                self._advance([chunk for chunk in chunks if chunk.step is step])
+            except Exception as error:
+                self._sessions.close(step.silo, step.request.session)
+                job.done.set_exception(error)
+
     def _advance(self, chunks: list[Chunk]) -> None:
+        if not chunks:
+            return
         sizes = [chunk.size for chunk in chunks]
         taken = [chunk.step.pending[chunk.row][: chunk.size] for chunk in chunks]
-        caches = [chunk.step.session.rows[chunk.row] for chunk in chunks if chunk.step.session is not None]
+        caches = [chunk.cache for chunk in chunks]
         ends = [chunk.step.ends[chunk.row] for chunk in chunks]
         results = torch.split(self._runner.cached_pass(torch.cat(taken), sizes, caches, ends), sizes)
         for chunk, result_TD in zip(chunks, results, strict=True):

@@ -1,14 +1,23 @@
-"""The scheduler: the one thread that computes on the trunk, and batches the requests of many silos."""
+"""The scheduler: the one thread that computes on the trunk, and batches the requests of many silos in turn."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+from isthmus.errors import ProtocolError
+
+T = TypeVar("T")
+QUEUED_JOBS = 1024
+"""Largest number of a silo's waiting jobs."""
+QUEUED_BYTES = 2**28
+"""Largest number of bytes of a silo's waiting jobs, unless the scheduler is given another."""
 
 
 @dataclass(eq=False)
@@ -17,8 +26,8 @@ class Job:
 
     Args:
         lane: the silo and a name. Jobs of one lane run in order, one at a time. An empty lane is a barrier: the job
-        runs
-            after all earlier jobs and before all later ones.
+            runs after all earlier jobs and before all later ones.
+        urgent: whether it runs before all others, in order of arrival; its lane is empty.
     """
 
     kind: JobKind
@@ -27,6 +36,12 @@ class Job:
     done: Future[Any] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
     """Time of its arrival, or of its last turn."""
+    urgent: bool = False
+
+    @property
+    def silo(self) -> Hashable:
+        """The silo that it is of; None without a lane."""
+        return self.lane[0] if self.lane else None
 
     def settle(self, answer: Callable[[], Any]) -> None:
         """Set the future to the result of ``answer``, or to the error it raises."""
@@ -40,8 +55,8 @@ class JobKind(Protocol):
     """A kind of job: how its jobs are chosen and computed together."""
 
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
-        """The jobs to run now, chosen among the first ones of each lane. If there are none, also the seconds after
-        which to ask again."""
+        """The jobs to run now, chosen among the first ones of each lane, those of the silo whose turn it is first. If
+        there are none, also the seconds after which to ask again."""
         ...
 
     def run(self, jobs: list[Job]) -> None:
@@ -63,41 +78,110 @@ class SingleJobs:
 SINGLE = SingleJobs()
 
 
+def fair_shares(wanted: Mapping[T, int], room: int) -> dict[T, int]:
+    """Divide room among those that want some: equal parts, and what one leaves goes to the others."""
+    shares = {}
+    for place, (one, amount) in enumerate(sorted(wanted.items(), key=lambda item: item[1])):
+        shares[one] = min(amount, -(-room // (len(wanted) - place)))
+        room -= shares[one]
+    return shares
+
+
 class Scheduler:
     """Runs all work on the trunk's tensors in one thread, so that none of it needs a lock.
 
     This includes loading the model: OpenMP keeps a pool of threads for each thread that ever computed, and with more
     threads than cores it stops spinning between kernels, which makes compute a fifth slower.
+
+    Silos take turns: the one whose last turn is longest ago comes first, so that a request waits for at most one turn
+    of each other silo, however many requests of theirs came earlier.
+
+    Args:
+        queued_bytes: the most bytes of a silo's waiting jobs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, queued_bytes: int = QUEUED_BYTES) -> None:
+        self._queued_bytes = queued_bytes
         self.tidy: Callable[[], float | None] = lambda: None
         """Called on the compute thread after each turn; returns the seconds after which to call it again, if nothing
         else happens."""
         self._arriving: SimpleQueue[Job | None] = SimpleQueue()
         self._waiting: list[Job] = []
+        self._running: Job | None = None
+        """The job without a lane that is being run."""
+        self._turns: Counter[Hashable] = Counter()
+        """Number of each silo's last turn."""
+        self._lock = threading.Lock()
+        self._jobs: Counter[Hashable] = Counter()
+        """Number of each silo's jobs that are not done."""
+        self._bytes: Counter[Hashable] = Counter()
+        """Bytes of these jobs."""
         self._stopped = False
         threading.Thread(target=self._work, name="trunk compute", daemon=True).start()
 
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
         """Call ``work`` alone, after all earlier jobs and before all later ones. The future gives its result or
         error."""
-        return self.enqueue(SINGLE, (), work)
+        return self._put(Job(SINGLE, (), work))
 
-    def enqueue(self, kind: JobKind, lane: tuple[Hashable, ...], request: Any) -> Future[Any]:
-        """Add a job, to be computed together with others of its kind."""
+    def submit_urgent(self, work: Callable[[], Any]) -> Future[Any]:
+        """Call ``work`` alone, before all other jobs. For what follows from a job that has had its turn."""
+        return self._put(Job(SINGLE, (), work, urgent=True))
+
+    def enqueue(self, kind: JobKind, lane: tuple[Hashable, ...], request: Any, nbytes: int = 0) -> Future[Any]:
+        """Add a job, to be computed together with others of its kind.
+
+        Args:
+            nbytes: bytes of the request.
+
+        Raises:
+            ProtocolError: ``QUEUED_JOBS`` jobs of the silo wait, or too many bytes beside other jobs of it.
+        """
         job = Job(kind, lane, request)
+        with self._lock:
+            self._check_room(job.silo, nbytes)
+            self._jobs[job.silo] += 1
+            self._bytes[job.silo] += nbytes
+        job.done.add_done_callback(lambda _: self._leave(job.silo, nbytes))
+        return self._put(job)
+
+    def _put(self, job: Job) -> Future[Any]:
         self._arriving.put(job)
         return job.done
+
+    @property
+    def waiting(self) -> Mapping[Hashable, int]:
+        """Number of jobs of each silo that are not done."""
+        with self._lock:
+            return +self._jobs
+
+    @property
+    def waiting_bytes(self) -> Mapping[Hashable, int]:
+        """Bytes of each silo's jobs that are not done."""
+        with self._lock:
+            return +self._bytes
+
+    def _check_room(self, silo: Hashable, nbytes: int) -> None:
+        jobs, held = self._jobs[silo], self._bytes[silo]
+        if jobs >= QUEUED_JOBS or (jobs and held + nbytes > self._queued_bytes):
+            raise ProtocolError(
+                f"{jobs} requests of {silo} with {held:,} bytes wait on the trunk; "
+                f"the limits are {QUEUED_JOBS} and {self._queued_bytes:,}",
+                remedy="wait for answers before sending more",
+            )
+
+    def _leave(self, silo: Hashable, nbytes: int) -> None:
+        with self._lock:
+            self._jobs[silo] -= 1
+            self._bytes[silo] -= nbytes
 
     def drop(self, silo: str, error: Exception) -> None:
         """Fail the waiting jobs of this silo. Call it in a job without a lane: later jobs are not affected."""
         for job in self._waiting:
-            if not job.lane:
+            if job is self._running:
                 break
-            if job.lane[:1] == (silo,):
+            if job.silo == silo:
                 job.done.set_exception(error)
-        self._forget_done()
 
     def stop(self) -> None:
         """End the compute thread after the current turn."""
@@ -126,14 +210,18 @@ class Scheduler:
             pass
 
     def _turn(self) -> float | None:
-        """Run the kind whose first job has waited longest and that has jobs to run.
+        """Run an urgent job; or of the kinds that have jobs to run, the one of the silo whose turn it is.
 
         Returns:
             Seconds until the next turn; None: when the next job arrives.
         """
         self._forget_done()
+        urgent = next((job for job in self._waiting if job.urgent), None)
+        if urgent is not None:
+            self._run([urgent])
+            return 0.0
         now, pause = time.monotonic(), None
-        for jobs in sorted(self._heads().values(), key=lambda jobs: min(job.since for job in jobs)):
+        for jobs in sorted(self._heads().values(), key=lambda jobs: self._place(jobs[0])):
             try:
                 chosen, seconds = jobs[0].kind.gather(jobs, now)
             except Exception as error:  # a kind examines its first job first
@@ -145,8 +233,12 @@ class Scheduler:
             pause = seconds if pause is None else min(pause, seconds)
         return pause
 
+    def _place(self, job: Job) -> tuple[bool, int, float]:
+        """The place of a job: by its silo's last turn, then by time. A barrier comes after all earlier jobs."""
+        return not job.lane, self._turns[job.silo], job.since
+
     def _heads(self) -> dict[JobKind, list[Job]]:
-        """The first job of each lane, by kind, up to the first job without a lane."""
+        """The first job of each lane, by kind and in order of ``_place``, up to the first barrier."""
         heads: dict[JobKind, list[Job]] = {}
         lanes: set[tuple[Hashable, ...]] = set()
         for job in self._waiting:
@@ -155,12 +247,17 @@ class Scheduler:
                 heads.setdefault(job.kind, []).append(job)
             if not job.lane:
                 break
-        return heads
+        return {kind: sorted(jobs, key=self._place) for kind, jobs in heads.items()}
 
     def _forget_done(self) -> None:
         self._waiting = [job for job in self._waiting if not job.done.done()]
 
     def _run(self, jobs: list[Job]) -> None:
+        turn = max(self._turns.values(), default=0) + 1
+        for job in jobs:
+            if job.lane:
+                self._turns[job.silo] = turn
+        self._running = None if jobs[0].lane else jobs[0]
         try:
             jobs[0].kind.run(jobs)
         except Exception as error:

@@ -22,7 +22,7 @@ from isthmus.recipe.tree import check_named
 from isthmus.storage.record import RoleDirectory, disk_errors, writing
 from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
 from isthmus.trunk.async_steps import AsyncSteps
-from isthmus.trunk.batches import Backwards, Evaluations, Forwards
+from isthmus.trunk.batches import Backwards, Evaluation, Evaluations, Forwards
 from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.decoding import Decoding, SessionStep
 from isthmus.trunk.kept_examples import KeptExamples
@@ -35,6 +35,9 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
 
 log = logging.getLogger(__name__)
+
+QUEUED_FRAMES = 4
+"""Largest frames whose bytes a silo's waiting requests may have together."""
 
 
 class TrunkService:
@@ -53,7 +56,7 @@ class TrunkService:
         cut = Cut(recipe.model.bottom, recipe.model.top)
         self._hello = hello_of(recipe, checkpoint)
         self._hello.fingerprint = checkpoint.fingerprint
-        self._scheduler = Scheduler()
+        self._scheduler = Scheduler(QUEUED_FRAMES * recipe.wire.max_frame_bytes)
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
         runner = self._runner
         if recipe.lora.start is not None:
@@ -80,14 +83,16 @@ class TrunkService:
             self._steps = AsyncSteps(self._training, self._scheduler, recipe, directory, journal)
         self._silos = frozenset(recipe.tree.silos)
         self._instances: dict[str, str] = {}
+        self._last: dict[str, Answer] = {}
+        """Answer to each silo's last request that changes the trunk's state."""
         self._ends: dict[str, int] = {}
         """The round of the adapters of each silo that infers and does not train."""
         self._answers: dict[type[Message], Callable[[str, Any], Answer]] = {
             pb.Hello: self._greet,
             pb.Ping: lambda peer, request: answered(pb.Pong()),
             pb.Begin: self._begin,
-            pb.Commit: self._steps.commit,
-            pb.End: self._steps.end,
+            pb.Commit: self._in_order(self._steps.commit),
+            pb.End: self._in_order(self._steps.end),
             pb.Keep: self._keep,
             pb.Forward: self._forward,
             pb.Backward: self._backward,
@@ -131,7 +136,7 @@ class TrunkService:
             log.info("trunk: %s has connected%s", peer, " with another process" if peer in self._instances else "")
             self._instances[peer] = hello.instance
             self._steps.forget(peer)
-            self._scheduler.submit(lambda: self._forget(peer))
+            self._scheduler.submit_urgent(lambda: self._forget(peer))
         training = self._training
         self._ends.pop(peer, None)
         if hello.HasField("ends"):
@@ -151,30 +156,62 @@ class TrunkService:
             self._kept.write(peer, request)
             return pb.Kept()
 
-        return self._scheduler.submit(job)
+        return self._scheduler.enqueue(SINGLE, (peer, "train"), job, request.ByteSize())
+
+    def _in_order(self, answer_of: Callable[[str, Any], Answer]) -> Callable[[str, Any], Answer]:
+        """A handler whose requests come after the silo's earlier ones, and take their turn if any is not answered.
+        What it asks the scheduler for is urgent: so there is one such job a turn of the silo."""
+
+        def handle(peer: str, request: Message) -> Answer:
+            last = self._last.get(peer)
+            if (last is None or last.done()) and peer not in self._scheduler.waiting:
+                answer = answer_of(peer, request)
+            else:
+                answer = self._queued(peer, request, lambda: answer_of(peer, request))
+            self._last[peer] = answer
+            return answer
+
+        return handle
+
+    def _queued(self, peer: str, request: Message, work: Callable[[], Answer]) -> Answer:
+        """The answer to what the scheduler does in the silo's turn."""
+        answer = Answer()
+
+        def turned(done: Answer) -> None:
+            if done.exception() is not None:
+                answer.set_exception(done.exception())
+
+        def turn() -> None:
+            work().add_done_callback(lambda done: _pass_on(done, answer))
+
+        self._scheduler.enqueue(SINGLE, (peer, "train"), turn, request.ByteSize()).add_done_callback(turned)
+        return answer
 
     def _begin(self, peer: str, request: pb.Begin) -> Answer:
         check_named(peer, request.participants, self._silos)
         self._ends.pop(peer, None)
-        return self._steps.begin(peer, request)
+        return self._in_order(self._steps.begin)(peer, request)
 
     def _forward(self, peer: str, request: pb.Forward) -> Answer:
         if request.train:
-            return self._scheduler.enqueue(self._forwards, (peer, "train"), (peer, request))
-        return self._inferred(peer, self._evaluations, (peer, "evaluate"), (peer, request))
+            return self._scheduler.enqueue(self._forwards, (peer, "train"), (peer, request), request.ByteSize())
+        lane = (peer, "train" if request.examples else "evaluate")  # examples are sent in the lane of training
+        return self._inferred(peer, self._evaluations, lane, Evaluation(peer, request))
 
     def _backward(self, peer: str, request: pb.Backward) -> Answer:
-        return self._scheduler.enqueue(self._backwards, (peer, "train"), (peer, request))
+        return self._scheduler.enqueue(self._backwards, (peer, "train"), (peer, request), request.ByteSize())
 
     def _decode(self, peer: str, request: pb.Decode) -> Answer:
         return self._inferred(peer, self._decoding, (peer, "session", request.session), SessionStep(peer, request))
 
-    def _inferred(self, peer: str, kind: JobKind, lane: tuple[Hashable, ...], request: Any) -> Answer:
+    def _inferred(
+        self, peer: str, kind: JobKind, lane: tuple[Hashable, ...], request: SessionStep | Evaluation
+    ) -> Answer:
         """The answer to a request that does not train; an error if the adapter is or meanwhile was not of the round of
         the silo's own."""
         number = self._ends.get(peer)
         if number is None:
-            return self._scheduler.enqueue(kind, lane, request)
+            return self._scheduler.enqueue(kind, lane, request, request.request.ByteSize())
         self._training.require_round(peer, number)
         changes, answer = self._training.changes, Answer()
 
@@ -189,7 +226,7 @@ class TrunkService:
             else:
                 answer.set_result(done.result())
 
-        self._scheduler.enqueue(kind, lane, request).add_done_callback(settle)
+        self._scheduler.enqueue(kind, lane, request, request.request.ByteSize()).add_done_callback(settle)
         return answer
 
     def _close(self, peer: str, request: pb.Close) -> Answer:
@@ -198,6 +235,15 @@ class TrunkService:
             return pb.Closed()
 
         return self._scheduler.enqueue(SINGLE, (peer, "session", request.session), close)
+
+
+def _pass_on(done: Answer, answer: Answer) -> None:
+    """Settle an answer with what another got."""
+    error = done.exception()
+    if error is not None:
+        answer.set_exception(error)
+    else:
+        answer.set_result(done.result())
 
 
 def run_name(directory: RoleDirectory) -> str:

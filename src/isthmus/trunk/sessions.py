@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from isthmus.errors import FrameError, OutOfOrderError, UnknownSessionError
 from isthmus.recipe import TrunkSection
@@ -14,9 +14,11 @@ from isthmus.trunk.runner import Runner
 from isthmus.wire import isthmus_pb2 as pb
 
 EVICTION_GRACE = 2.0
-"""Seconds after its last step during which a session is not evicted, unless its silo has more than its share."""
-LONG_IDLE = 10
-"""Times ``EVICTION_GRACE`` after which a session makes room even if its silo has no more than its share."""
+"""Seconds after its last step during which a session is not evicted; if its silo has more than its share, seconds
+after its first."""
+LONG = 10
+"""Times ``EVICTION_GRACE``: idle for so long, a session makes room even if its silo has no more than its share; held
+for so long, even if it alone is more than the share of its silo."""
 SessionKey = tuple[str, int]
 """The silo's certified name and the number that the silo chose, so that it cannot name another silo's session."""
 
@@ -31,6 +33,8 @@ class Session:
     copies take memory."""
     last_used: float
     """Time of the last step, by the clock of ``Sessions``."""
+    began: float | None = None
+    """Time since which a session of this number is held; None: not yet."""
     step: int = 0
     """Number of the next step."""
     croppable: int = 0
@@ -62,7 +66,9 @@ class Limit:
 
     most: int
     silos: int
-    held: Counter[str]
+    size: Callable[[Session], int]
+    """How much a session holds."""
+    held: Counter[str] = field(default_factory=Counter)
     """By silo."""
 
     @property
@@ -84,7 +90,8 @@ class Sessions:
 
     At most ``trunk.sessions`` are held in ``trunk.session_bytes`` of memory, each for ``trunk.lease`` seconds after its
     last step. Each silo has an equal share of both. What others leave unused may be used by anyone, until a silo that
-    stays within its share needs it: it takes from silos that exceed theirs, whether those sessions are in use or not.
+    stays within its share needs it: it takes from silos that exceed theirs, whether those sessions are in use or not,
+    once they have had ``EVICTION_GRACE`` seconds to get somewhere (``LONG`` times that, if less than a share is left).
 
     Args:
         silos: number of silos of the recipe.
@@ -148,6 +155,7 @@ class Sessions:
             return False
         session.grow(lengths)
         session.busy = True
+        session.began = self._clock() if session.began is None else session.began
         self._sessions[session.key] = session
         return True
 
@@ -170,8 +178,9 @@ class Sessions:
 
     def _new(self, key: SessionKey, request: pb.Decode) -> Session:
         self._runner.check_context(list(request.lengths))
-        self._sessions.pop(key, None)
-        return Session(key, [self._runner.new_cache() for _ in request.lengths], self._clock())
+        before = self._sessions.pop(key, None)
+        rows = [self._runner.new_cache() for _ in request.lengths]
+        return Session(key, rows, self._clock(), began=None if before is None else before.began)
 
     def _find(self, key: SessionKey, request: pb.Decode) -> Session:
         session = self._sessions.get(key)
@@ -213,8 +222,11 @@ class Sessions:
             Whether they fit; if not, no session was evicted.
         """
         silo, chosen = session.key[0], set()
-        memory = Limit(self._section.session_bytes, self._silos, self._held(lambda one: one.nbytes))
-        places = Limit(self._section.sessions, self._silos, self._held(lambda one: 1))
+        memory = Limit(self._section.session_bytes, self._silos, lambda one: one.nbytes)
+        places = Limit(self._section.sessions, self._silos, lambda one: 1)
+        for one in self._sessions.values():
+            for limit in (memory, places):
+                limit.held[one.key[0]] += limit.size(one)
         wanted = ((memory, nbytes), (places, sessions))
         for takes in (self._takes, self._clears):
             for key, one in sorted(self._sessions.items(), key=lambda item: item[1].busy):  # the others stay in order
@@ -222,8 +234,8 @@ class Sessions:
                 if one is session or key in chosen or not any(takes(silo, *each, one) for each in short):
                     continue
                 chosen.add(key)
-                memory.held[key[0]] -= one.nbytes
-                places.held[key[0]] -= 1
+                for limit in (memory, places):
+                    limit.held[key[0]] -= limit.size(one)
         if any(limit.missing(more) > 0 for limit, more in wanted):
             return False
         for key in chosen:
@@ -232,7 +244,11 @@ class Sessions:
 
     def _takes(self, silo: str, limit: Limit, more: int, session: Session) -> bool:
         """Whether a silo that stays within its share takes this session from one that exceeds its own."""
-        return limit.within(silo, more) and silo != session.key[0] and not limit.within(session.key[0])
+        owner = session.key[0]
+        if owner == silo or session.began is None or not limit.within(silo, more) or limit.within(owner):
+            return False
+        rest = limit.held[owner] - limit.size(session)
+        return self._clock() - session.began >= EVICTION_GRACE * (1 if rest >= limit.share else LONG)
 
     def _clears(self, silo: str, limit: Limit, more: int, session: Session) -> bool:
         """Whether this session has been idle for so long that it makes room."""
@@ -240,14 +256,7 @@ class Sessions:
         if session.busy or idle < EVICTION_GRACE:
             return False
         owner = session.key[0]
-        return owner == silo or limit.held[owner] > limit.share or idle >= LONG_IDLE * EVICTION_GRACE
-
-    def _held(self, size: Callable[[Session], int]) -> Counter[str]:
-        """The sum of this over each silo's sessions."""
-        held: Counter[str] = Counter()
-        for (silo, _), session in self._sessions.items():
-            held[silo] += size(session)
-        return held
+        return owner == silo or limit.held[owner] > limit.share or idle >= LONG * EVICTION_GRACE
 
     def expire(self) -> float | None:
         """Free the sessions whose lease is over. Returns the seconds until the next one's is; None: there is none."""

@@ -253,7 +253,7 @@ class SyncSteps:
         self._ends.dismiss(peer)
         if alone and start is not None:
             log.warning("trunk: another process of %s has connected; its round is undone", peer)
-            self._scheduler.submit(lambda: self._training.restore(start))
+            self._scheduler.submit_urgent(lambda: self._training.restore(start))
         self._expect_starts()
 
     def commit(self, peer: str, request: pb.Commit) -> Answer:
@@ -530,4 +530,4 @@ def _answer_all(answers: list[Answer], scheduler: Scheduler, job) -> None:  # ty
             else:
                 answer.set_result(done.result())
 
-    scheduler.submit(job).add_done_callback(settle)
+    scheduler.submit_urgent(job).add_done_callback(settle)

@@ -236,6 +236,11 @@ class TrunkTraining:
             return 1
         return sum(opened.computed is computed for state in self._silos.values() for opened in state.open.values())
 
+    def pass_of(self, silo: str, step: int) -> Pass | None:
+        """The forward pass of an open step; None if no such step is open."""
+        opened = self._silos.get(silo, SiloState()).open.get(step)
+        return None if opened is None else opened.computed
+
     def backward(self, backwards: list[BackwardStep]) -> list[InputGradient | FrameError]:
         """Run the backwards of open steps, those of one forward pass together.
 
@@ -249,8 +254,10 @@ class TrunkTraining:
         results: list[InputGradient | FrameError] = [InputGradient(None, 0.0)] * len(backwards)
         for computed in {id(step.computed): step.computed for step in opened}.values():
             members = [number for number, step in enumerate(opened) if step.computed is computed]
-            found = _gradients([opened[n] for n in members], [backwards[n] for n in members])
-            computed.outputs = None  # its graph is freed
+            try:
+                found = _gradients([opened[n] for n in members], [backwards[n] for n in members])
+            finally:
+                computed.outputs = None  # its graph is freed
             for number, (input_gradient, gradients) in zip(members, found, strict=True):
                 results[number] = self._collect(backwards[number], input_gradient, gradients)
         return results

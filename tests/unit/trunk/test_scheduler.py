@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from isthmus.trunk.scheduler import Job, Scheduler
+from isthmus.errors import ProtocolError
+from isthmus.trunk.scheduler import QUEUED_BYTES, Job, Scheduler, fair_shares
 
 WAIT = 20.0
 TICK = 0.05
@@ -157,7 +158,7 @@ def test_whoever_waits_comes_between_the_turns_of_a_long_job(scheduler: Schedule
         for answer in answers:
             answer.add_done_callback(lambda done: order.append(done.result()))
     results(*answers)
-    assert order == ["turn 2", 1, 2, "turn 1", "turn 0", "slow"]
+    assert order == ["turn 2", 1, "turn 1", 2, "turn 0", "slow"]
 
 
 class Failing(Noting):
@@ -257,3 +258,65 @@ def test_stop_ends_the_thread() -> None:
     scheduler.stop()
     worker.join(WAIT)
     assert not worker.is_alive()
+
+
+def test_silos_take_turns_however_many_lanes_they_have(scheduler: Scheduler) -> None:
+    kind = Noting(most=1)
+    with Held(scheduler):
+        answers = [scheduler.enqueue(kind, ("a", lane), f"a{lane}") for lane in range(4)]
+        answers += [scheduler.enqueue(kind, ("b", lane), f"b{lane}") for lane in range(2)]
+    results(*answers)
+    assert kind.passes == [["a0"], ["b0"], ["a1"], ["b1"], ["a2"], ["a3"]]
+
+
+def test_an_urgent_job_comes_before_all_others(scheduler: Scheduler) -> None:
+    order: Order = []
+    kind = Noting()
+    with Held(scheduler):
+        answers = [scheduler.enqueue(kind, ("a",), "first"), scheduler.submit_urgent(lambda: "urgent")]
+        for answer in answers:
+            answer.add_done_callback(lambda done: order.append(done.result()))
+    results(*answers)
+    assert order == ["urgent", "first"]
+
+
+def test_what_a_silo_may_have_waiting_is_bounded(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.trunk.scheduler.QUEUED_JOBS", 2)
+    kind = Noting()
+    with Held(scheduler):
+        answers = [scheduler.enqueue(kind, ("a", lane), lane, QUEUED_BYTES // 2) for lane in range(2)]
+        with pytest.raises(ProtocolError, match="2 requests of a"):
+            scheduler.enqueue(kind, ("a", 2), 2)
+        answers.append(scheduler.enqueue(kind, ("b", 0), 0, 2 * QUEUED_BYTES))  # one alone has room
+        with pytest.raises(ProtocolError, match="wait for answers") as refused:
+            scheduler.enqueue(kind, ("b", 1), 1, 1)
+        assert refused.value.remedy
+        assert scheduler.waiting == {"a": 2, "b": 1}
+        assert scheduler.waiting_bytes == {"a": QUEUED_BYTES, "b": 2 * QUEUED_BYTES}
+    results(*answers)
+    assert not scheduler.waiting
+    scheduler.enqueue(kind, ("a", 2), 2).result(WAIT)
+
+
+def test_tidy_is_called_again_when_it_asks_for_it(scheduler: Scheduler) -> None:
+    calls: Order = []
+    scheduler.tidy = lambda: TICK if not calls.append(0) and len(calls) < 3 else None  # type: ignore[func-returns-value]
+    scheduler.submit(lambda: None).result(WAIT)
+    deadline = time.monotonic() + WAIT
+    while len(calls) < 3 and time.monotonic() < deadline:
+        time.sleep(TICK)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("wanted", "room", "shares"),
+    [
+        ({"a": 3, "b": 100}, 32, {"a": 3, "b": 29}),
+        ({"a": 50, "b": 100}, 32, {"a": 16, "b": 16}),
+        ({"a": 1, "b": 10, "c": 40}, 30, {"a": 1, "b": 10, "c": 19}),
+        ({"a": 5}, 3, {"a": 3}),
+        ({}, 3, {}),
+    ],
+)
+def test_fair_shares(wanted: dict[str, int], room: int, shares: dict[str, int]) -> None:
+    assert fair_shares(wanted, room) == shares

@@ -27,7 +27,7 @@ from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.decoding import Decoding, SessionStep
 from isthmus.trunk.scheduler import Job
 from isthmus.trunk.service import TrunkService
-from isthmus.trunk.sessions import EVICTION_GRACE, LONG_IDLE, Sessions
+from isthmus.trunk.sessions import EVICTION_GRACE, LONG, Sessions
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import LoopbackChannel
@@ -122,27 +122,55 @@ def test_longest_unused_of_the_silo_itself_makes_room(service: TrunkService) -> 
 
 
 def test_a_silo_within_its_share_takes_from_one_that_exceeds_it(service: TrunkService) -> None:
-    """At once, and the session that the other used last stays."""
-    sessions = made(service, Clock(), sessions=4)
+    """Though the other uses them all the time, or begins anew; the session that it used last stays."""
+    clock = Clock()
+    sessions = made(service, clock, sessions=4)
     for number in range(4):
         decode(sessions, "a", number, 0)
+    clock.now = EVICTION_GRACE / 2
+    for number in range(4):
+        decode(sessions, "a", number, 0)
+    with pytest.raises(NoAnswer):  # each has a moment to get somewhere
+        decode(sessions, "b", 0, 0)
+    clock.now = EVICTION_GRACE
+    for number in range(4):
+        decode(sessions, "a", number, 1)
     for number in range(2):
         decode(sessions, "b", number, 0)
     assert set(sessions._sessions) == {("a", 2), ("a", 3), ("b", 0), ("b", 1)}
     with pytest.raises(NoAnswer):  # no answer: it waits
         decode(sessions, "b", 2, 0)
     with pytest.raises(UnknownSessionError):
-        decode(sessions, "a", 0, 1)
+        decode(sessions, "a", 0, 2)
 
 
 def test_bytes_are_shared_as_sessions_are(service: TrunkService) -> None:
     limit = 2 * service._runner.new_cache().bytes_for(2)
-    sessions = made(service, Clock(), session_bytes=limit)
+    clock = Clock()
+    sessions = made(service, clock, session_bytes=limit)
     decode(sessions, "a", 1, 0)
     decode(sessions, "a", 2, 0)
+    clock.now = EVICTION_GRACE
+    decode(sessions, "a", 1, 1)
+    decode(sessions, "a", 2, 1)
     decode(sessions, "b", 1, 0)
     assert set(sessions._sessions) == {("a", 2), ("b", 1)}
     assert sessions.nbytes <= limit
+
+
+def test_one_session_that_is_more_than_a_share_gives_way_later(service: TrunkService) -> None:
+    """It would have to begin again, and again."""
+    clock = Clock()
+    sessions = made(service, clock, session_bytes=2 * service._runner.new_cache().bytes_for(2))
+    decode(sessions, "a", 1, 0, (2, 2))
+    clock.now = LONG * EVICTION_GRACE - 0.1
+    decode(sessions, "a", 1, 1, (1, 1))
+    with pytest.raises(NoAnswer):
+        decode(sessions, "b", 1, 0)
+    clock.now = LONG * EVICTION_GRACE
+    decode(sessions, "a", 1, 2, (1, 1))
+    decode(sessions, "b", 1, 0)
+    assert set(sessions._sessions) == {("b", 1)}
 
 
 def test_what_lay_idle_for_long_makes_room_for_anyone(service: TrunkService) -> None:
@@ -150,7 +178,7 @@ def test_what_lay_idle_for_long_makes_room_for_anyone(service: TrunkService) -> 
     sessions = made(service, clock, sessions=2)
     decode(sessions, "a", 1, 0)
     decode(sessions, "b", 1, 0)
-    clock.now = LONG_IDLE * EVICTION_GRACE
+    clock.now = LONG * EVICTION_GRACE
     decode(sessions, "b", 1, 1)
     decode(sessions, "b", 2, 0)
     assert set(sessions._sessions) == {("b", 1), ("b", 2)}

@@ -28,7 +28,8 @@ class TrunkSection(Section):
     session_bytes: Count = 4 * 2**30
     """Bytes of the trunk's device for the KV caches of all inference sessions, shared as trunk.sessions are."""
     chunk: Count = 512
-    """Tokens of a long prompt computed in one pass, so that other sessions' next tokens need not wait for all of it."""
+    """Tokens of a long prompt or evaluation computed in one pass, so that others need not wait for all of it. Silos
+    that have more together share them equally."""
     adapter: Literal["shared", "replica"] = "shared"
     """"shared": one adapter that the gradients of all silos step together. "replica": one adapter for each silo, and
     their average every average_every steps."""
