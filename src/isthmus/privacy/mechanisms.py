@@ -213,8 +213,8 @@ class Metric(_Charging):
     between any two rows, with delta 0; without clipping it is unbounded. The noise has a uniform direction and a length
     from Gamma(D, 1/epsilon). ``epsilon`` has the inverse of the tensor's units; a row's factor divides it.
 
-    With a clip the sum, computed in float64, is rounded to a grid as fine as those of Gaussian noise, so that its lowest
-    bits tell nothing (Mironov 2012). The bound holds for real numbers: the draws themselves are of finite precision,
+    With a clip the sum, computed in float64, is rounded to a grid as fine as those of Gaussian noise: its lowest bits
+    tell nothing (Mironov 2012). The bound holds for real numbers: the draws themselves are of finite precision,
     about 2⁻²⁴ of the noise, far below a step.
     """
 

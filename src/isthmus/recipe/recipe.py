@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -81,6 +82,9 @@ class RoundSteps:
     """Steps in the whole run."""
 
 
+_CHECKSUM = "# checksum of the lines below (delete this line if you edit them): "
+
+
 class Recipe(Section):
     """A whole federation. Paths are relative to the folder of the recipe's file."""
 
@@ -133,11 +137,14 @@ class Recipe(Section):
         """The recipe in a TOML file, its paths made absolute.
 
         Raises:
-            RecipeError: the file is missing, is not TOML, or has an unknown key or an impossible value.
+            RecipeError: the file is missing, is not TOML, or has an unknown key or an impossible value; or it begins
+                with a checksum (see ``checked``) of other lines.
         """
         path = Path(path)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+            text = path.read_text(encoding="utf-8-sig")
+            _verify(path, text)
+            values = tomllib.loads(text)
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error.strerror}", remedy="check the path") from error
         except UnicodeDecodeError as error:
@@ -309,3 +316,17 @@ def _section(location: tuple[int | str, ...]) -> type[Section]:
         if get_origin(section) is not dict:
             section = getattr(section, "__args__", (section,))[0]
     return cast("type[Section]", section)
+
+
+def checked(toml: str) -> str:
+    """TOML text with a first line that is the checksum of the others: of a damaged file no other recipe is read."""
+    return f"{_CHECKSUM}{hashlib.sha256(toml.encode()).hexdigest()}\n{toml}"
+
+
+def _verify(path: Path, text: str) -> None:
+    first, _, toml = text.partition("\n")
+    if first.startswith(_CHECKSUM) and first != checked(toml).partition("\n")[0]:
+        raise RecipeError(
+            f"{path} is not as it was written: its checksum does not match",
+            remedy="restore it from a backup; if you have edited it, delete its first line, the checksum",
+        )

@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 
 from isthmus.errors import DiskFullError, RunError
 from isthmus.recipe import Recipe
+from isthmus.recipe.recipe import checked
 from isthmus.storage.sealed import DamagedError, seal, unseal
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ LOCK_SECONDS = 15.0
 LONGEST_LINE = 2**20
 """Largest number of bytes of a journal's line."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHECK = '"crc": "'
+"""Start of the last entry of a journal's line, its checksum."""
 PRIVATE = 0o600
 """Mode of the files: hidden states, adapters and journals are for the party that wrote them."""
 ROUND_FILE = re.compile(r"round-(\d{4,})\.pt")
@@ -75,7 +79,8 @@ class RunDirectory:
         demo.json                         results of ``isthmus demo``
 
     Files are written atomically, for their owner alone; a journal's incomplete last line is dropped. Rounds are kept.
-    Each has a checksum: a run goes on from the last round that trunk and root can both read, and saves later ones anew.
+    Each file has a checksum, and each line of a journal: a run goes on from the last round that trunk and root can both
+    read, and saves later ones anew.
     """
 
     def __init__(self, path: Path) -> None:
@@ -137,7 +142,7 @@ class RunDirectory:
             inside = {"certificates": str(certificates.relative_to(self.path))}
             recipe = recipe.model_copy(update={"wire": recipe.wire.model_copy(update=inside)})
         with writing(self.recipe_path) as temporary:
-            temporary.write_text(recipe.toml(), encoding="utf-8")
+            temporary.write_text(checked(recipe.toml()), encoding="utf-8")
 
     @property
     def recipe_path(self) -> Path:
@@ -373,7 +378,10 @@ class RoleDirectory:
 
 
 class Journal:
-    """An append-only JSONL file. Opening it removes an incomplete last line, left by a crash or a full disk."""
+    """An append-only JSONL file. Opening it removes an incomplete last line, left by a crash or a full disk.
+
+    The last key of a line, ``crc``, is the CRC-32 of the line's JSON without it.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -388,7 +396,8 @@ class Journal:
         Raises:
             DiskFullError: the disk is full.
         """
-        line = memoryview((json.dumps(values) + "\n").encode())
+        text = json.dumps(values)
+        line = memoryview(f'{text[:-1]}, {_CHECK}{zlib.crc32(text.encode()):08x}"}}\n'.encode())
         with disk_errors(self._path), self._path.open("ab", buffering=0) as file:
             while line:
                 line = line[file.write(line) :]
@@ -407,14 +416,13 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def _journal_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
+    start, _, check = line.rpartition(f", {_CHECK}".encode())
+    text = start + b"}"
+    if check != f'{zlib.crc32(text):08x}"}}'.encode():
         raise RunError(
             f"line {number} of {path} is damaged", remedy="restore the file from a backup, or delete the line"
         )
+    values: dict[str, Any] = json.loads(text)
     return values
 
 

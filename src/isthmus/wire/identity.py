@@ -129,13 +129,24 @@ class Identity:
     @cached_property
     def _issuer(self) -> x509.Certificate:
         try:
-            return x509.load_pem_x509_certificate(self.authority)
-        except (ValueError, UnsupportedAlgorithm) as error:
+            issuer = x509.load_pem_x509_certificate(self.authority)
+            if issuer.issuer == issuer.subject:
+                issuer.verify_directly_issued_by(issuer)
+            return issuer
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
             raise IdentityError("the authority's certificate is damaged", remedy=_REMEDY) from error
 
     def _check_certificate(self, certificate: x509.Certificate, name: str, role: Role) -> None:
         """Raise ``IdentityError`` unless the certificate has this name and role, is valid now and is signed by the
         authority."""
+        if certificate not in self._issued:
+            try:
+                certificate.verify_directly_issued_by(self._issuer)
+            except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
+                raise IdentityError(
+                    f"the certificate of {name} is from another authority, or damaged", remedy=_REMEDY
+                ) from error
+            self._issued.add(certificate)
         now = datetime.datetime.now(datetime.UTC)
         if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
             end = certificate.not_valid_after_utc.date()
@@ -143,13 +154,6 @@ class Identity:
         if common_name(certificate) != name:
             raise IdentityError(f"the certificate of {name} is {common_name(certificate)}'s", remedy=_REMEDY)
         check_role(certificate, (role,))
-        if certificate in self._issued:
-            return
-        try:
-            certificate.verify_directly_issued_by(self._issuer)
-            self._issued.add(certificate)
-        except (ValueError, TypeError, InvalidSignature) as error:
-            raise IdentityError(f"the certificate of {name} is from another authority", remedy=_REMEDY) from error
 
     def client_credentials(self) -> grpc.ChannelCredentials:
         """Credentials of a channel that this party opens."""
