@@ -257,7 +257,7 @@ def test_membership_of_an_overfit_run(attacked_model: Path, tmp_path: Path) -> N
         ("gradient-matching", "outsider", {}, "'outsider' sees no updates"),
         ("membership", "trunk", {}, "'trunk' sees no candidates"),
         ("identify", "trunk", {}, "'trunk' sees no candidates"),
-        ("identify", "trunk+silo", {"inference": True}, "chooses among training rows"),
+        ("identify", "trunk+silo", {"inference": True}, "identify is of training rows"),
         ("membership", "outsider", {}, "nothing was trained"),
         ("membership", "outsider", {"references": -1}, "-1 reference models"),
     ],
