@@ -171,3 +171,24 @@ def test_asking_for_one_round_and_then_for_another_holds_up_nobody(build: Build)
     drill.silos[BAD].channel.submit(pb.Begin(round=1, participants=(BAD,)))
     results([drill.silos[name].begin(1, (GOOD, OTHER)) for name in (GOOD, OTHER)])
     step(drill, 1, (GOOD, OTHER))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pb.Steps(count=1, before=0, total=2**32 - 2),  # as if the run had hardly begun: everybody's rate is of it
+        pb.Steps(count=1, before=5, total=6),
+        pb.Steps(count=2, before=0, total=7),
+    ],
+    ids=["endless", "at its end", "no whole passes"],
+)
+def test_steps_that_are_no_part_of_whole_passes_are_refused(steps: pb.Steps, model: Path, tmp_path: Path) -> None:
+    """With ``train.epochs`` the rate follows from the silo with most steps: who claims many has to make them."""
+    drill = Drill(recipe_of(model, silos=NAMES, train={"epochs": 2, "rounds": 2}, gather=0.0), tmp_path)
+    with pytest.raises(ProtocolError, match=r"bad has .* no even part of 2 passes") as caught:
+        drill.silos[BAD].channel.call(pb.Begin(round=1, participants=NAMES, steps=steps))
+    assert caught.value.remedy
+    honest = pb.Steps(count=2, before=0, total=4)
+    results([drill.silos[name].channel.submit(pb.Begin(round=1, participants=NAMES, steps=honest)) for name in NAMES])
+    step(drill, 1, NAMES)
+    drill.service.stop()

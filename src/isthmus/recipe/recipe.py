@@ -221,9 +221,12 @@ class Recipe(Section):
         if train.epochs is None:
             own = self.steps(name)
             return RoundSteps(own, (round - 1) * own, train.rounds * own)
-        total = train.epochs * -(-rows // train.batch)
-        before = total * (round - 1) // train.rounds
-        return RoundSteps(total * round // train.rounds - before, before, total)
+        return self.part_of_run(train.epochs * -(-rows // train.batch), round)
+
+    def part_of_run(self, total: int, round: int) -> RoundSteps:
+        """The steps of one round where so many in the whole run are divided evenly among all rounds."""
+        before = total * (round - 1) // self.train.rounds
+        return RoundSteps(total * round // self.train.rounds - before, before, total)
 
     def rate(self, steps: Iterable[tuple[RoundSteps, int]]) -> float:
         """Learning rate of one optimizer step.

@@ -459,11 +459,15 @@ class SyncSteps:
             )
         if not request.HasField("steps"):
             return self._recipe.round_steps(peer, request.round)
-        if not 1 <= own.count <= own.total - own.before:
+        steps = self._recipe.part_of_run(own.total, request.round)
+        wrong = (own.count, own.before) != (steps.count, steps.before) or own.total % (self._recipe.train.epochs or 1)
+        if wrong or not 1 <= own.count <= own.total - own.before:
             raise ProtocolError(
-                f"{peer} has {own.count} steps after {own.before} of {own.total}", remedy="update isthmus on both sides"
+                f"{peer} has {own.count} steps after {own.before} of {own.total} in round {request.round}; that is no "
+                f"even part of {self._recipe.train.epochs} passes over its rows in {self._recipe.train.rounds} rounds",
+                remedy="update isthmus on both sides",
             )
-        return RoundSteps(own.count, own.before, own.total)
+        return steps
 
 
 def check_next(request: pb.Commit, done: int, most: float) -> None:

@@ -347,6 +347,9 @@ def test_silos_of_unequal_rows_bring_their_own_steps(build: Build) -> None:
         (1, pb.Steps(count=0, before=0, total=4)),
         (1, pb.Steps(count=3, before=2, total=4)),
         (1, pb.Steps(count=1, before=4, total=2)),
+        (1, pb.Steps(count=1, before=0, total=2**32 - 1)),
+        (1, pb.Steps(count=1, before=1, total=4)),
+        (3, pb.Steps(count=1, before=0, total=4)),
     ],
 )
 def test_steps_that_do_not_fit_the_recipe_are_refused(epochs: int | None, steps: pb.Steps | None, build: Build) -> None:
