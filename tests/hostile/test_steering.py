@@ -1,11 +1,12 @@
-"""A root that steers what crosses by the adapters that it gives: silos refuse what no honest rounds could have made.
+"""A root that steers what crosses by the adapters that it gives, or a trunk by the gradients that it returns: silos
+refuse what no honest rounds could have made, and a bottom that is frozen is moved by neither.
 
 Root, trunk and worker are the real ones; what the root answers is changed on its way out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel, Service, answered
 from tests.conftest import make_recipe, save_tiny_model, write_rows
-from tests.unit.attacks.steered import accuracies, knowledge_of, scenario
+from tests.unit.attacks.steered import WIDE, accuracies, knowledge_of, scenario
 
 ROUNDS = 3
 Lie = Callable[[Any], None]
@@ -225,3 +226,23 @@ def test_with_one_it_tells_what_it_told_before(
     assert found["steered"] <= found["unsteered"] + 0.1
     if defence == "frozen":
         assert guesses.by["steered"] == guesses.by["unsteered"]
+
+
+@pytest.mark.parametrize("defence", [None, "lora.freeze_bottom", "boundary.gradients"])
+def test_a_trunks_own_gradients_move_no_bottom_that_is_frozen_or_gets_none(
+    model: Path, tmp_path: Path, defence: str | None
+) -> None:
+    """However large they are. Without a defence they move what crosses."""
+    sections: dict[str, Any] = {"lora": {"freeze_bottom": defence == "lora.freeze_bottom"}}
+    gradients = {"gradients": defence != "boundary.gradients"}
+    made = scenario(model, tmp_path, "hijacking", rows=8, own=8, silos=2, boundary={**WIDE, **gradients}, **sections)
+    view, lessons = made.view("trunk+silo"), list[int]()
+    assert view.hijacking is not None
+
+    def lesson(sequences: Sequence[torch.Tensor], _: Any) -> list[torch.Tensor]:
+        lessons.append(len(sequences))
+        return [torch.full_like(one, 1e3) for one in sequences]
+
+    crossings, _ = view.hijacking(lesson)
+    moved = [not torch.equal(one.hidden_LD, two.hidden_LD) for one, two in zip(crossings, view.crossings, strict=True)]
+    assert any(lessons) == all(moved) == any(moved) == (defence is None)

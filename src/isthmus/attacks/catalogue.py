@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from isthmus.attacks.gradients.boundary_gradients import infer_labels, read_logit_lens, recover_responses
 from isthmus.attacks.gradients.update_inversion import match_gradients, run_dager
+from isthmus.attacks.hijacking import hijack
 from isthmus.attacks.inversion.decoder import invert_by_decoder
 from isthmus.attacks.inversion.identification import identify_rows
 from isthmus.attacks.inversion.matching import match_vocabulary
@@ -51,8 +52,9 @@ ATTACKS: dict[str, Attack] = {
     "gradient-matching": match_gradients,
     "membership": infer_membership,
     "steering": steer,
+    "hijacking": hijack,
 }
-ACTIVE = ("steering",)
+ACTIVE = ("steering", "hijacking")
 """Attacks that change what the victim computes, and read one vector of each of its training rows."""
 DEFAULT_ATTACKS = ("linear", "matching", "transformer")
 """The default of ``isthmus attack``. The other attacks take longer, need another view, or serve comparison."""

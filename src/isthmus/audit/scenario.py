@@ -23,7 +23,7 @@ from isthmus.attacks.view.view import (
     steering_view,
     trunk_view,
 )
-from isthmus.audit.active import steering_of
+from isthmus.audit.active import capture_hijacked, steering_of
 from isthmus.audit.capture import (
     Captured,
     capture_answers,
@@ -186,7 +186,14 @@ class Scenario:
             steering = steering_of(target, self.victim, self._rows)
             return steering_view(alone, self._public_pairs() if self._learns else (), target.shared(), steering)
         candidates = _token_rows(self.candidates) if "identify" in self._plan.attacks else ()
-        return colluding_view(alone, self._colluding_pairs(), target.shared(), self._training_pairs(), candidates)
+        return colluding_view(
+            alone,
+            self._colluding_pairs(),
+            target.shared(),
+            self._training_pairs(),
+            candidates,
+            lambda lesson: capture_hijacked(target, self.victim, self._rows, lesson),
+        )
 
     @property
     def _learns(self) -> bool:

@@ -29,21 +29,43 @@ def texts(count: int, seed: int, length: int = 8) -> list[list[int]]:
 
 
 def scenario(
-    model: Path, place: Path, attack: str, *, rows: int = 60, own: int = 800, boundary: Any = None, **sections: Any
+    model: Path,
+    place: Path,
+    attack: str,
+    *,
+    rows: int = 60,
+    own: int = 800,
+    silos: int = 1,
+    boundary: Any = None,
+    **sections: Any,
 ) -> Scenario:
     """The attack on one silo's rows, by an adversary with text of its own."""
     (place / "public.txt").write_text("\n".join(map(say, texts(own, 7, 9))))
-    train = write_rows(
-        place / "a.jsonl", [{"prompt": say(row[:-1]), "answer": say(row[-1:])} for row in texts(rows, 8)]
-    )
+    files = {
+        name: write_rows(
+            place / f"{name}.jsonl", [{"prompt": say(row[:-1]), "answer": say(row[-1:])} for row in texts(rows, seed)]
+        )
+        for seed, name in enumerate("ab"[:silos], 8)
+    }
     recipe = make_recipe(
         model,
-        silo=[{"name": "a", "train": str(train)}],
+        silo=[{"name": name, "train": str(path)} for name, path in files.items()],
         boundary={**NARROW, **(boundary or {})},
         **{"model": {"bottom": 2}, **sections},
     )
     plan = AttackPlan(attacks=(attack,), rows=rows, own_rows=own, public=place / "public.txt")
     return Scenario(Target(recipe), plan, lambda _: None)
+
+
+WIDE: dict[str, Any] = {"width": None, "residual": False, "forward": {"clip": 0.0, "noise": 0.0}}
+
+
+def hijacked(model: Path, place: Path, **sections: Any) -> Scenario:
+    """A silo that trains for long enough to be hijacked; its vectors are whole and clean."""
+    train = {"learning_rate": 0.03, "rounds": 8, "steps": 10, "batch": 16}
+    return scenario(
+        model, place, "hijacking", rows=100, own=2000, silos=2, boundary=WIDE, **{"train": train, **sections}
+    )
 
 
 def knowledge_of(made: Scenario, adversary: Adversary) -> Knowledge:

@@ -19,7 +19,7 @@ Shapes: L vectors of one sequence that crossed (with ``boundary.tail`` fewer tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -113,6 +113,15 @@ class Steering:
     that refuses them."""
 
 
+Lesson = Callable[[Sequence[torch.Tensor], Tensors], list[torch.Tensor]]
+"""The gradients that a trunk which lies returns, ``[L, D]`` for each sequence of a training step: from what crossed of
+them, and the adapters that the step's round began with, which a colluding silo has, too."""
+
+Hijacking = Callable[[Lesson], tuple[tuple[Crossing, ...], Tensors]]
+"""Has the victim train by these gradients in place of the loss's; returns what crosses of its attacked rows afterwards,
+and the adapters of bottom and top, which a colluding silo has, too."""
+
+
 @dataclass(frozen=True, eq=False)
 class View:
     """The data that one adversary sees. Fields that it does not see are empty."""
@@ -140,6 +149,8 @@ class View:
     """The trunk's adapter by uncut name, if the adversary knows it."""
     steering: Steering | None = None
     """What the adversary can do as a root that lies."""
+    hijacking: Hijacking | None = None
+    """What the adversary can do as a trunk that lies."""
 
     def needs(self, *fields: str) -> View:
         """This view, after a check that none of these fields is empty.
@@ -183,6 +194,7 @@ def colluding_view(
     adapters: Tensors,
     training_pairs: tuple[KnownPair, ...] = (),
     candidates: tuple[TokenRow, ...] = (),
+    hijacking: Hijacking | None = None,
 ) -> View:
     """The view of the trunk with a colluding silo.
 
@@ -192,6 +204,7 @@ def colluding_view(
         adapters: the adapters of bottom and top.
         training_pairs: the silo's own training rows.
         candidates: rows among which the victim's are, for identification.
+        hijacking: what the trunk can do if it lies.
     """
     return replace(
         alone,
@@ -200,6 +213,7 @@ def colluding_view(
         adapters=adapters,
         training_pairs=training_pairs,
         candidates=candidates,
+        hijacking=hijacking,
     )
 
 

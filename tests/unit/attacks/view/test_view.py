@@ -167,6 +167,7 @@ def test_a_view_knows_no_silos_files(two_silos: Target) -> None:
         "adapters",
         "trunk_adapter",
         "steering",
+        "hijacking",
     }
 
 
