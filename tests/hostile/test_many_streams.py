@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 from isthmus.errors import FrameError, ProtocolError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire import server as wire_server
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.inbox import MAX_INSTANCES
 from isthmus.wire.server import INSTANCE_KEY, METHOD_PATH
@@ -145,6 +147,33 @@ def test_a_process_that_made_room_is_told_so_and_the_newer_ones_go_on() -> None:
         assert "stop the other processes" in told.value.remedy
         for channel in channels[1:]:
             assert ask(channel, number(2)) == number(2)
+
+
+def test_strangers_who_connect_and_say_nothing_are_turned_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire_server, "HANDSHAKE_SECONDS", 0.5)
+    with serving({"Trunk": Echo()}) as server, closing(joined(server.port)) as good, ExitStack() as opened:
+        silent = [opened.enter_context(socket.create_connection(("localhost", server.port))) for _ in range(100)]
+        assert ask(good, number(1)) == number(1)
+        with closing(joined(server.port, "b")) as another:
+            assert ask(another, number(2)) == number(2)
+        for one in silent:
+            one.settimeout(HANG)
+            with suppress(ConnectionError):
+                while one.recv(4096):
+                    pass
+        assert ask(good, number(3)) == number(3)
+
+
+def test_connections_without_a_stream_are_closed(monkeypatch: pytest.MonkeyPatch, opened: ExitStack) -> None:
+    monkeypatch.setattr(wire_server, "IDLE_SECONDS", 0.5)
+    with serving({"Trunk": Echo()}) as server, closing(joined(server.port)) as good:
+        states: list[list[grpc.ChannelConnectivity]] = [[] for _ in range(20)]
+        for seen in states:
+            raw = opened.enter_context(closing(greeted(server.port)))
+            raw._channel.subscribe(seen.append)
+            raw.call.cancel()
+        until(lambda: all(grpc.ChannelConnectivity.IDLE in seen for seen in states))
+        assert ask(good, number(1)) == number(1), "a stream keeps its connection"
 
 
 def test_a_huge_name_of_a_process_is_refused() -> None:

@@ -157,6 +157,7 @@ class Inbox:
         self._last = 0
         self._acked = 0
         self._gone = False
+        self._warned = False
         self._timer: threading.Timer | None = None
         self.stream: Stream | None = None
 
@@ -315,7 +316,9 @@ class Inbox:
 
     def _add(self, id: int, data: bytes) -> None:
         if self.unsent_bytes + len(data) + COST > self._account.bound:
-            log.warning("%s does not read its answers; one of %d bytes is dropped", self._account.peer, len(data))
+            if not self._warned:
+                self._warned = True
+                log.warning("%s does not read its answers; some are dropped", self.peer)
             data = _refusal(
                 id,
                 f"more than {self._account.bound:,} bytes of answers are not read",

@@ -24,6 +24,10 @@ CLIENTS: dict[str, tuple[Role, ...]] = {"Trunk": ("silo",), "Root": ("silo", "ed
 """Whose certificates connect to a service."""
 MAX_INSTANCE = 64
 """Longest such name, in characters."""
+HANDSHAKE_SECONDS = 20.0
+"""Time for whoever connects to show a certificate."""
+IDLE_SECONDS = 60.0
+"""Time for which a connection may be without a stream."""
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -72,7 +76,8 @@ class Server:
             ("grpc.max_send_message_length", limit + 1024),
             ("grpc.max_metadata_size", 8192),
             ("grpc.max_concurrent_streams", 8),
-            ("grpc.server_handshake_timeout_ms", 20_000),
+            ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_SECONDS)),
+            ("grpc.max_connection_idle_ms", int(1000 * IDLE_SECONDS)),
             ("grpc.so_reuseport", 0),
             *KEEPALIVE,
         )
