@@ -130,11 +130,12 @@ def settle(answer: Answer, frame: pb.Frame, request: type[Message]) -> None:
 def answer_request(service: Service, peer: str, frame: pb.Frame) -> Future[bytes]:
     """The encoded answer of a service to one request, which is checked first. Errors become failure frames."""
     encoded: Future[bytes] = Future()
+    id = frame.id  # what waits for the answer holds no request
 
     def finish(answer: Answer) -> None:
         error = answer.exception()
         body = answer.result() if error is None else _failure(peer, error)
-        encoded.set_result(frames.wrap(body, id=frame.id).SerializeToString())
+        encoded.set_result(frames.wrap(body, id=id).SerializeToString())
 
     try:
         answer = service.handle(peer, frames.checked(frame))

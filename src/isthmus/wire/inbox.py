@@ -173,31 +173,41 @@ class Inbox:
         Raises:
             FrameError: the bytes are not a frame.
         """
-        frame, account = frames.parse(data), self._account
-        kind, size = EXAMPLES if frame.forward.examples else frame.WhichOneof("body") or "", len(data)
+        account, frame = self._account, frames.parse(data)
+        id, acked, size = frame.id, frame.acked, len(data)
+        kind = EXAMPLES if frame.forward.examples else frame.WhichOneof("body") or ""
+        parsed: pb.Frame | None = frame
+        del frame
         with account.changed:
-            self._acknowledge(frame.acked)
-            if frame.id == 0:
-                self._wait(stream, lambda: not account.greeting and stream.greeting is None)
-            elif frame.id <= self._last:
-                self._wait(stream, lambda: len(stream.waiting) * COST <= account.bound)
-                self._send_again(frame.id, stream)
+            self._acknowledge(acked)
+            known = 0 < id <= self._last
+
+            def room() -> bool:
+                if known:
+                    return len(stream.waiting) * COST <= account.bound
+                if id == 0:
+                    return not account.greeting and stream.greeting is None
+                return self._fits(size + COST + account.expect(kind, size))
+
+            if not room():
+                parsed = None  # it may be many times as large as its bytes
+                self._wait(stream, room)
+            if known:
+                self._send_again(id, stream)
                 return
-            else:
-                self._wait(stream, lambda: self._fits(size + COST + account.expect(kind, size)))
             if stream.replaced:
                 return
             expected = account.expect(kind, size)
             account.open += size + COST
             account.expected += expected
-            self._open[frame.id] = expected
-            if frame.id:
-                self._last = frame.id
-                stream.waiting.add(frame.id)
+            self._open[id] = expected
+            if id:
+                self._last = id
+                stream.waiting.add(id)
             else:
                 account.greeting = True
-        answer = answer_request(account.service, account.peer, frame)
-        answer.add_done_callback(lambda done: self._finish(frame.id, kind, size, stream, done))
+        answer = answer_request(account.service, account.peer, parsed or frames.parse(data))
+        answer.add_done_callback(lambda done: self._finish(id, kind, size, stream, done))
 
     def next(self, stream: Stream) -> bytes | None:
         """Wait for the next frame to send on this stream; None: it has ended."""
