@@ -22,6 +22,7 @@ from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
 from tests.integration.processes import call
+from tests.unit.attacks.attacked import random_rows, say
 
 ORDER = AttackPlan(attacks=("linear", "matching"), rows=6, own_rows=60)
 
@@ -65,6 +66,28 @@ def test_a_colluding_silo_knows_the_runs_adapters_and_the_trunk_alone_does_not(r
     assert found["trunk+silo", "matching", "all"] == 1.0
     assert 0.2 < found["trunk", "matching", "all"] <= 1.0
     assert sorted(ran.run.path.rglob("*")) == files
+
+
+@pytest.mark.parametrize(
+    ("attack", "adversary", "methods"),
+    [
+        ("steering", "root+trunk", {"steered", "unsteered"}),
+        ("hijacking", "trunk+silo", {"hijacked", "unhijacked"}),
+    ],
+)
+def test_a_finished_run_is_attacked_in_one_more_round(
+    ran: Target, tmp_path: Path, attack: str, adversary: str, methods: set[str]
+) -> None:
+    assert ran.run is not None
+    public = tmp_path / "public.txt"
+    public.write_text("\n".join(say(row.input) for row in random_rows(60, 3)))
+    files = sorted(ran.run.path.rglob("*"))
+    results = run_attacks(ran, replace(ORDER, attacks=(attack,), adversaries=(adversary,), public=public), quiet)
+    assert {one.tokens for one in results} == methods
+    assert all(one.figures.keys() == {"accuracy", "chance"} and one.rows == 6 for one in results)
+    assert sorted(ran.run.path.rglob("*")) == files
+    save_results(ran.run, results)
+    results_table(results)
 
 
 def test_results_are_written_in_place_of_earlier_ones(ran: Target) -> None:
