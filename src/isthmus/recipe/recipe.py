@@ -138,7 +138,7 @@ class Recipe(Section):
 
         Raises:
             RecipeError: the file is missing, is not TOML, or has an unknown key or an impossible value; or it begins
-                with a checksum (see ``checked``) of other lines.
+                with a checksum (see ``with_checksum``) of other lines.
         """
         path = Path(path)
         try:
@@ -321,14 +321,14 @@ def _section(location: tuple[int | str, ...]) -> type[Section]:
     return cast("type[Section]", section)
 
 
-def checked(toml: str) -> str:
+def with_checksum(toml: str) -> str:
     """TOML text with a first line that is the checksum of the others: of a damaged file no other recipe is read."""
     return f"{_CHECKSUM}{hashlib.sha256(toml.encode()).hexdigest()}\n{toml}"
 
 
 def _verify(path: Path, text: str) -> None:
     first, _, toml = text.partition("\n")
-    if first.startswith(_CHECKSUM) and first != checked(toml).partition("\n")[0]:
+    if first.startswith(_CHECKSUM) and first != with_checksum(toml).partition("\n")[0]:
         raise RecipeError(
             f"{path} is not as it was written: its checksum does not match",
             remedy="restore it from a backup; if you have edited it, delete its first line, the checksum",

@@ -24,7 +24,7 @@ from typing import Any
 
 from isthmus.errors import DiskFullError, RunError
 from isthmus.recipe import Recipe
-from isthmus.recipe.recipe import checked
+from isthmus.recipe.recipe import with_checksum
 from isthmus.storage.sealed import DamagedError, seal, unseal
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class RunDirectory:
             inside = {"certificates": str(certificates.relative_to(self.path))}
             recipe = recipe.model_copy(update={"wire": recipe.wire.model_copy(update=inside)})
         with writing(self.recipe_path) as temporary:
-            temporary.write_text(checked(recipe.toml()), encoding="utf-8")
+            temporary.write_text(with_checksum(recipe.toml()), encoding="utf-8")
 
     @property
     def recipe_path(self) -> Path:
