@@ -43,6 +43,7 @@ FREE: dict[str, str] = {
     "trunk.lease": _TRUNKS,
     "trunk.sessions": _TRUNKS,
     "trunk.session_bytes": _TRUNKS,
+    "trunk.stash_bytes": _TRUNKS,
     "trunk.chunk": _TRUNKS,
     "trunk.together": _TRUNKS,
     "trunk.gather": _TRUNKS,

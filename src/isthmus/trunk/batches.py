@@ -18,7 +18,8 @@ from isthmus.recipe import TrunkSection
 from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import Job, fair_shares
-from isthmus.trunk.training import BackwardStep, ForwardStep, Pass, TrunkTraining
+from isthmus.trunk.stash import Pass
+from isthmus.trunk.training import BackwardStep, ForwardStep, TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 
 T = TypeVar("T")

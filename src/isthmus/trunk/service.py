@@ -69,7 +69,15 @@ class TrunkService:
         adapter = _trunk_adapter(self._runner.part, recipe)
         directory.keep = recipe.train.keep_rounds
         self._training = self._scheduler.submit(
-            lambda: TrunkTraining(self._runner, adapter, directory, recipe.seed, longest=recipe.trunk.max_silo_norm)
+            lambda: TrunkTraining(
+                self._runner,
+                adapter,
+                directory,
+                recipe.seed,
+                longest=recipe.trunk.max_silo_norm,
+                stash_bytes=recipe.trunk.stash_bytes,
+                silos=len(recipe.silo),
+            )
         ).result()
         self._forwards = Forwards(self._training, self._codecs, recipe.trunk)
         self._backwards = Backwards(self._training, self._codecs, recipe.trunk)

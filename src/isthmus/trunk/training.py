@@ -5,6 +5,7 @@ Shapes: T tokens of all sequences of one silo's step, S tokens of all silos in a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,9 +18,12 @@ from isthmus.model.optimizer_settings import OptimizerSettings
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.adapter import TrunkAdapter, full_adapter
 from isthmus.trunk.runner import Runner
+from isthmus.trunk.stash import Pass, SavedBytes, bound_stash
 
 OPEN_STEPS = 64
 """Largest number of a silo's forwards without a backward."""
+INPUT_BYTES = 4
+"""Of each value of a forward's input, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,18 +60,6 @@ class InputGradient(NamedTuple):
     """Gradient of the input; None if it was not asked for."""
     norm: float
     """L2 norm of the silo's gradients so far; 0 for an ascent pass."""
-
-
-@dataclass(eq=False)
-class Pass:
-    """One forward pass over several silos' steps."""
-
-    inputs: list[torch.Tensor]
-    """Input of each step, ``[T, D]``, an autograd leaf."""
-    leaves: list[list[torch.Tensor]]
-    """Adapter tensors of each step, autograd leaves."""
-    outputs: tuple[torch.Tensor, ...] | None
-    """Output of each step, ``[T, D]``, with its graph; None after the first backward."""
 
 
 @dataclass(eq=False)
@@ -124,8 +116,11 @@ class TrunkTraining:
         seed: int = 0,
         *,
         longest: float | None = None,
+        stash_bytes: int = 2**33,
+        silos: int = 1,
     ) -> None:
         self._runner = runner
+        self._stash_bytes, self._share = stash_bytes, stash_bytes // silos
         self._adapter = adapter
         self._store = store
         self._silos: dict[str, SiloState] = {}
@@ -136,6 +131,7 @@ class TrunkTraining:
         """Number of silos in the running round."""
         self._round: int | None = 0
         """The round at whose end the adapter is; None within a round."""
+        self._numbers = itertools.count()
         self.changes = 0
         """Number of times that the adapter has changed."""
         self.completed = 0
@@ -192,7 +188,8 @@ class TrunkTraining:
 
         Raises:
             OutOfOrderError: the step's number is not above that of the silo's last step.
-            ProtocolError: ``OPEN_STEPS`` steps wait for their backward.
+            ProtocolError: ``OPEN_STEPS`` steps wait for their backward, or their inputs and this one have more bytes
+                than the silo's share of ``trunk.stash_bytes``.
             FrameError: a sequence is longer than the model's context.
         """
         state = self._silos.setdefault(silo, SiloState())
@@ -202,6 +199,13 @@ class TrunkTraining:
             )
         if len(state.open) >= OPEN_STEPS:
             raise ProtocolError(f"{OPEN_STEPS} steps wait for their backward", remedy="evaluate under torch.no_grad()")
+        held = sum(opened.forward.h_TD.nbytes for opened in state.open.values())
+        if held and held + sum(lengths) * self._runner.crossing_width * INPUT_BYTES > self._share:
+            raise ProtocolError(
+                f"{len(state.open)} steps of {silo} with {held:,} bytes wait for their backward; "
+                f"its share of trunk.stash_bytes is {self._share:,}",
+                remedy="evaluate under torch.no_grad(), use smaller batches, or raise trunk.stash_bytes",
+            )
         self._runner.check_context(lengths)
 
     def forward(self, forwards: list[ForwardStep]) -> list[torch.Tensor]:
@@ -212,7 +216,22 @@ class TrunkTraining:
             state = self._silos.setdefault(one.silo, SiloState())
             state.open[one.step] = OpenStep(one, computed, place, self._adapter.version(one.silo))
             state.last_step = one.step
-        return [output_TD.detach() for output_TD in computed.outputs]
+        answers = [output_TD.detach() for output_TD in computed.outputs]
+        bound_stash(self._passes(), self._stash_bytes - self._input_bytes())
+        return answers
+
+    @property
+    def stashed_bytes(self) -> int:
+        """Bytes of all graphs and inputs that wait for their backwards."""
+        return self._input_bytes() + sum(computed.nbytes for computed in self._passes())
+
+    def _input_bytes(self) -> int:
+        return sum(one.forward.h_TD.nbytes for state in self._silos.values() for one in state.open.values())
+
+    def _passes(self) -> list[Pass]:
+        """The passes of open steps, from the oldest to the newest."""
+        found = {one.computed for state in self._silos.values() for one in state.open.values()}
+        return sorted(found, key=lambda computed: computed.number)
 
     def open_step(self, silo: str, step: int) -> OpenStep:
         """The silo's open step with this number.
@@ -257,7 +276,7 @@ class TrunkTraining:
             try:
                 found = _gradients([opened[n] for n in members], [backwards[n] for n in members])
             finally:
-                computed.outputs = None  # its graph is freed
+                computed.drop()
             for number, (input_gradient, gradients) in zip(members, found, strict=True):
                 results[number] = self._collect(backwards[number], input_gradient, gradients)
         return results
@@ -384,12 +403,20 @@ class TrunkTraining:
         leaves = [self._adapter.leaves(one.silo) for one in forwards]
         sizes = [len(one.h_TD) for one in forwards]
         segments = [(size, full_adapter(self._runner.part, own)) for size, own in zip(sizes, leaves, strict=True)]
-        with torch.enable_grad():
+        known = itertools.chain(
+            self._runner.part.parameters(), self._runner.part.buffers(), *(own.values() for own in leaves)
+        )
+        saved = SavedBytes([*known, *inputs])
+        with torch.enable_grad(), saved:
             h_SD = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
             lengths = [length for one in forwards for length in one.lengths]
             masks = [one.masks for one in forwards]
             outputs = torch.split(self._runner.full_pass(h_SD, lengths, segments, masks), sizes)
-        return Pass(inputs, [list(own.values()) for own in leaves], outputs)
+        made = Pass(inputs, [list(own.values()) for own in leaves], outputs, number=next(self._numbers))
+        made.graph_bytes = saved.nbytes + h_SD.nbytes
+        for one, size in zip(forwards, sizes, strict=True):
+            made.rows[one.silo] += size
+        return made
 
     def _fresh(self, opened: OpenStep) -> OpenStep:
         """The step with a graph of the current adapter: computed again if the graph is gone or the adapter changed."""

@@ -27,6 +27,10 @@ class TrunkSection(Section):
     The session that was unused longest makes room; if there is none, a new one waits."""
     session_bytes: Count = 4 * 2**30
     """Bytes of the trunk's device for the KV caches of all inference sessions, shared as trunk.sessions are."""
+    stash_bytes: Count = 8 * 2**30
+    """Bytes of the trunk's device for the activations of training steps between their forward and their backward. Above
+    it, those of the silo that holds most are computed again at its backward. Each silo has an equal share for its
+    inputs; a step beyond it is refused."""
     chunk: Count = 512
     """Tokens of a long prompt or evaluation computed in one pass, so that others need not wait for all of it. Silos
     that have more together share them equally."""
