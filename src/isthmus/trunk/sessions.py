@@ -128,13 +128,11 @@ class Sessions:
         session = self._find(key, request) if request.step else self._new(key, request)
         if request.step:
             self._rewind(session, request)
-        needed, budget = session.bytes_for(request.lengths), self._section.session_bytes
-        if needed > budget:
+        try:
+            self._check_size(session.bytes_for(request.lengths))
+        except FrameError:
             self._sessions.pop(key, None)
-            raise FrameError(
-                f"the session needs {needed} bytes; trunk.session_bytes allows {budget}",
-                remedy="ask for fewer or shorter sequences, or raise trunk.session_bytes",
-            )
+            raise
         return session
 
     def admit(self, session: Session, lengths: Sequence[int]) -> bool:
@@ -178,9 +176,18 @@ class Sessions:
 
     def _new(self, key: SessionKey, request: pb.Decode) -> Session:
         self._runner.check_context(list(request.lengths))
+        blank = self._runner.new_cache()
+        self._check_size(sum(map(blank.bytes_for, request.lengths)))  # before there is a cache of each row
         before = self._sessions.pop(key, None)
         rows = [self._runner.new_cache() for _ in request.lengths]
         return Session(key, rows, self._clock(), began=None if before is None else before.began)
+
+    def _check_size(self, nbytes: int) -> None:
+        if nbytes > self._section.session_bytes:
+            raise FrameError(
+                f"the session needs {nbytes} bytes; trunk.session_bytes allows {self._section.session_bytes}",
+                remedy="ask for fewer or shorter sequences, or raise trunk.session_bytes",
+            )
 
     def _find(self, key: SessionKey, request: pb.Decode) -> Session:
         session = self._sessions.get(key)
