@@ -288,7 +288,10 @@ def _parse_line(path: Path, number: int, line: bytes, last: str) -> dict[str, An
 
 def _read_head(path: Path) -> tuple[int, str]:
     try:
-        count, last = path.read_text(encoding="utf-8").split()
+        text = path.read_text(encoding="utf-8")
+        if not text:  # the process ended between making the file and writing it: the ledger has no release yet
+            return 0, GENESIS
+        count, last = text.split()
         if int(count) < 1:
             raise ValueError(count)
         return int(count), last

@@ -325,6 +325,18 @@ def test_no_charge_or_budget_depends_on_the_clock(tmp_path: Path) -> None:
     assert spent[0] == spent[1] == spent[2]
 
 
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_process_that_ended_before_the_first_head_was_written_is_followed_by_another(path: Path, lines: int) -> None:
+    FileLedger(path, silo="a").close()
+    first = path.read_bytes()
+    path.write_bytes(first if lines else b"")
+    head_of(path).write_text("")
+    ledger = FileLedger(path, silo="a")
+    ledger.record(RELEASES[0])
+    ledger.close()
+    assert list(read_ledger(path).releases()) == RELEASES[:1]
+
+
 def test_half_a_line_that_the_head_does_not_know_is_dropped(written: Path) -> None:
     with written.open("ab") as file:
         file.write(b'{"seq": 6, "ti')
