@@ -61,7 +61,7 @@ class AcceptedAdapters:
     def _check(self, before: Tensors, completed: int, shared: SharedAdapters, bound: float) -> None:
         rounds = abs(shared.completed - completed)
         found = distance(before, shared.tensors)
-        if found > rounds * bound + MACHINES_DIFFER * (1 + _norm(before)):
+        if not found <= rounds * bound + MACHINES_DIFFER * (1 + _norm(before)):  # what is no number, too
             source = "federation.max_change" if self._stated else "which the recipe implies, without max_change"
             raise ProtocolError(
                 f"the adapters of round {shared.completed} are {found:.4g} away from those of round {completed}; "
