@@ -120,6 +120,9 @@ class Evaluations:
     """Forward passes without a graph, through the adapter that inference uses. All waiting ones are computed together,
     ``trunk.chunk`` tokens at a time, so that nobody waits for all of a large one."""
 
+    rests = True
+    """Its passes are long beside a token's."""
+
     def __init__(self, runner: Runner, codecs: Codecs, section: TrunkSection) -> None:
         self._runner = runner
         self._codecs = codecs

@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 from isthmus.errors import ProtocolError
 
 T = TypeVar("T")
+ACTIVE_SECONDS = 0.25
+"""Seconds after its last request or answer during which a silo is expected to send another."""
 QUEUED_JOBS = 1024
 """Largest number of a silo's waiting jobs."""
 QUEUED_BYTES = 2**28
@@ -58,6 +60,9 @@ class JobKind(Protocol):
         """The jobs to run now, chosen among the first ones of each lane, those of the silo whose turn it is first. If
         there are none, also the seconds after which to ask again."""
         ...
+
+    # A kind whose attribute ``rests`` is true has long passes: after one for a silo alone, that silo's next waits as
+    # long while other silos are active, so that these have half of the trunk's time.
 
     def run(self, jobs: list[Job]) -> None:
         """Compute these jobs. A job whose future is not settled when this returns gets another turn."""
@@ -111,6 +116,10 @@ class Scheduler:
         """The job without a lane that is being run."""
         self._turns: Counter[Hashable] = Counter()
         """Number of each silo's last turn."""
+        self._rests: dict[Hashable, float] = {}
+        """Time until which a silo's long passes wait while other silos are active."""
+        self._active: dict[Hashable, float] = {}
+        """Time of each silo's last request or answer."""
         self._lock = threading.Lock()
         self._jobs: Counter[Hashable] = Counter()
         """Number of each silo's jobs that are not done."""
@@ -204,6 +213,8 @@ class Scheduler:
             job = self._arriving.get(timeout=pause) if pause != 0.0 else self._arriving.get_nowait()
             while job is not None:
                 self._waiting.append(job)
+                if job.lane:
+                    self._active[job.silo] = job.since
                 job = self._arriving.get_nowait()
             self._stopped = True
         except Empty:
@@ -221,7 +232,12 @@ class Scheduler:
             self._run([urgent])
             return 0.0
         now, pause = time.monotonic(), None
-        for jobs in sorted(self._heads().values(), key=lambda jobs: self._place(jobs[0])):
+        for heads in sorted(self._heads().values(), key=lambda jobs: self._place(jobs[0])):
+            jobs = [job for job in heads if not self._resting(job, now)]
+            if not jobs:
+                left = min(self._rests[job.silo] for job in heads) - now
+                pause = left if pause is None else min(pause, left)
+                continue
             try:
                 chosen, seconds = jobs[0].kind.gather(jobs, now)
             except Exception as error:  # a kind examines its first job first
@@ -232,6 +248,12 @@ class Scheduler:
                 return 0.0
             pause = seconds if pause is None else min(pause, seconds)
         return pause
+
+    def _resting(self, job: Job, now: float) -> bool:
+        """Whether the job's silo has just had the trunk for itself, and others may want it for as long."""
+        if not getattr(job.kind, "rests", False) or self._rests.get(job.silo, 0.0) <= now:
+            return False
+        return any(since > now - ACTIVE_SECONDS for silo, since in self._active.items() if silo != job.silo)
 
     def _place(self, job: Job) -> tuple[bool, int, float]:
         """The place of a job: by its silo's last turn, then by time. A barrier comes after all earlier jobs."""
@@ -253,6 +275,7 @@ class Scheduler:
         self._waiting = [job for job in self._waiting if not job.done.done()]
 
     def _run(self, jobs: list[Job]) -> None:
+        started = time.monotonic()
         turn = max(self._turns.values(), default=0) + 1
         for job in jobs:
             if job.lane:
@@ -265,5 +288,9 @@ class Scheduler:
                 if not job.done.done():
                     job.done.set_exception(error)
         now = time.monotonic()
+        silos = {job.silo for job in jobs}
+        if len(silos) == 1:
+            self._rests[jobs[0].silo] = 2 * now - started
+        self._active.update(dict.fromkeys(silos - {None}, now))
         for job in jobs:
             job.since = now

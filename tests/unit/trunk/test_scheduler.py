@@ -320,3 +320,25 @@ def test_tidy_is_called_again_when_it_asks_for_it(scheduler: Scheduler) -> None:
 )
 def test_fair_shares(wanted: dict[str, int], room: int, shares: dict[str, int]) -> None:
     assert fair_shares(wanted, room) == shares
+
+
+def test_after_a_long_pass_alone_a_silo_rests_while_others_are_active(scheduler: Scheduler) -> None:
+    order: Order = []
+
+    class Long(Noting):
+        rests = True
+
+        def run(self, jobs: list[Job]) -> None:
+            time.sleep(4 * TICK)
+            order.append("long")
+            super().run(jobs)
+
+    long, short = Long(), Noting()
+    with Held(scheduler):
+        answers = [scheduler.enqueue(long, ("a",), number) for number in range(2)]
+        other = scheduler.enqueue(short, ("b",), "short")
+    other.result(WAIT)
+    other = scheduler.enqueue(short, ("b",), "another")  # after the other silo has thought
+    other.result(WAIT)
+    assert order == ["long"]
+    assert results(*answers) == [0, 1]
