@@ -289,7 +289,7 @@ class Scheduler:
                     job.done.set_exception(error)
         now = time.monotonic()
         silos = {job.silo for job in jobs}
-        if len(silos) == 1:
+        if len(silos) == 1 and getattr(jobs[0].kind, "rests", False):
             self._rests[jobs[0].silo] = 2 * now - started
         self._active.update(dict.fromkeys(silos - {None}, now))
         for job in jobs:
