@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import get_args
 
 import grpc
@@ -15,7 +16,7 @@ from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import Authority, Identity, Role
-from isthmus.wire.server import CLIENTS, Server
+from isthmus.wire.server import Server
 from isthmus.wire.sum_keys import sign_keys, verify_keys
 from tests.unit.wire.test_identity import raw_server, refusal
 from tests.unit.wire.test_server import Echo
@@ -23,7 +24,7 @@ from tests.unit.wire.test_server import Echo
 AUTHORITY = Authority()
 LIMIT = 1 << 20
 ROLES: tuple[Role, ...] = get_args(Role)
-CLIENT, SERVED = "a", {"Trunk": "trunk", "Root": "root"}
+CLIENT, EDGE, SERVED = "a", "e", {"Trunk": "trunk", "Root": "root"}
 
 
 @pytest.fixture(params=SERVED)
@@ -33,29 +34,33 @@ def service(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def server(service: str) -> Iterator[Server]:
-    """A server that expects one client of this name."""
-    served = Server({service: Echo()}, AUTHORITY.issue(SERVED[service]), {service: [CLIENT]}, "localhost:0", LIMIT)
+    """A server that expects a silo, and if it is a root an edge, by these names."""
+    peers = {service: [CLIENT, EDGE] if service == "Root" else [CLIENT]}
+    served = Server({service: Echo()}, AUTHORITY.issue(SERVED[service]), peers, "localhost:0", LIMIT, edges=[EDGE])
     served.start()
     yield served
     served.stop(0)
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_only_silos_connect_to_the_trunk_and_only_silos_and_edges_to_the_root(
-    server: Server, service: str, role: Role
+@pytest.mark.parametrize("name", [CLIENT, EDGE])
+def test_who_connects_has_the_name_and_the_role_that_the_recipe_gives_it(
+    server: Server, service: str, name: str, role: Role
 ) -> None:
-    """Whatever name the certificate has: that of one who may connect."""
-    identity = AUTHORITY.issue(CLIENT, role)
-    if role in CLIENTS[service]:
-        channel = GrpcChannel(f"localhost:{server.port}", service, identity, deadline=5.0, limit=LIMIT)
-        assert channel.call(pb.Ping()) == pb.Pong()
-        channel.close()
+    identity, expected = AUTHORITY.issue(name, role), "edge" if name == EDGE else "silo"
+    if role == expected and (name == CLIENT or service == "Root"):
+        assert ping(server, service, identity) == pb.Pong()
     else:
         refused = refusal(server.port, identity, service=service)
-        assert role not in ("silo", "edge") or f"that of the {role}, silo is needed" in str(refused)
-    good = GrpcChannel(f"localhost:{server.port}", service, AUTHORITY.issue(CLIENT), deadline=5.0, limit=LIMIT)
-    assert good.call(pb.Ping()) == pb.Pong()  # normal service goes on
-    good.close()
+        if role in ("silo", "edge") and role != expected and (name == CLIENT or service == "Root"):
+            assert f"that of the {role}, {expected} is needed" in str(refused)
+    assert ping(server, service, AUTHORITY.issue(CLIENT)) == pb.Pong()  # normal service goes on
+
+
+def ping(server: Server, service: str, identity: Identity) -> object:
+    channel = GrpcChannel(f"localhost:{server.port}", service, identity, deadline=5.0, limit=LIMIT)
+    with closing(channel):
+        return channel.call(pb.Ping())
 
 
 def test_a_silos_certificate_serves_nothing_even_under_the_trunks_name() -> None:

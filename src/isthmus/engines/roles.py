@@ -158,7 +158,8 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
         edge = edge_service(recipe, name, run.edge(name), channel, identity)
         service = GreetedAggregator(recipe, name, edge)
         peers = {"Root": (*node.children, *node.wards)}
-        server = Server({"Root": service}, identity, peers, node.address, wire.max_frame_bytes, 2 * wire.deadline)
+        size, grace, edges = wire.max_frame_bytes, 2 * wire.deadline, recipe.tree.edges
+        server = Server({"Root": service}, identity, peers, node.address, size, grace, edges=edges)
         server.start()
         try:
             over = f"{_finished(recipe)}; nothing is left to do here"
@@ -233,7 +234,8 @@ def start_server(
         peers["Root"] = recipe.tree.node(ROOT).children
     address = getattr(recipe, roles[0]).address
     wire = recipe.wire
-    server = Server(services, identity, peers, address, wire.max_frame_bytes, 2 * wire.deadline)
+    size, grace, edges = wire.max_frame_bytes, 2 * wire.deadline, recipe.tree.edges
+    server = Server(services, identity, peers, address, size, grace, edges=edges)
     server.start()
     return server, services
 

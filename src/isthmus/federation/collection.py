@@ -9,7 +9,7 @@ Shapes: K numbers that cross of an update, S digits of a share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -166,12 +166,13 @@ class Sums(Open):
     """Sums that edges have unmasked: each cohort's, and the exact sum of all.
 
     Args:
+        silos: by participant, how many silos its sum can have.
         sums: the format of a sum to which every silo of the federation adds its numbers.
     """
 
-    def __init__(self, peers: Iterable[str], sums: SumFormat, barrier: MakeBarrier, done: Done) -> None:
-        super().__init__(dict.fromkeys(peers, sums.layout), barrier, done)
-        self._sums = sums
+    def __init__(self, silos: Mapping[str, int], sums: SumFormat, barrier: MakeBarrier, done: Done) -> None:
+        super().__init__(dict.fromkeys(silos, sums.layout), barrier, done)
+        self._silos, self._sums = silos, sums
         self._total_KS: Integers | None = None
 
     def _weight(self, request: pb.Update) -> float:
@@ -182,9 +183,14 @@ class Sums(Open):
             raise ProtocolError("this federation's updates are masked", remedy="give all parties one recipe")
         if not request.silos:
             return
+        if request.silos > self._silos[peer]:
+            raise ProtocolError(
+                f"{peer} claims {request.silos} silos for its sum, it has named {self._silos[peer]}",
+                remedy="leave that edge out",
+            )
         ring = self._sums.ring
         whole_KS = ring.unpack(ring.read(request.masked, self._sums.size), self._sums.size)
-        if abs(whole_KS).max() > ring.most(min(request.silos, ring.silos)):
+        if abs(whole_KS).max() > ring.most(request.silos):
             raise FrameError(f"the sum of {peer} is beyond what so many silos can add", remedy="leave that edge out")
         if (mean := self._sums.mean(whole_KS)) is not None:
             self._contributions[peer] = Contribution(peer, *mean)

@@ -228,7 +228,8 @@ class Rounds(Aggregator):
             self._collection = self._masked(keys, plan)
         elif self._masks:
             sums = self._format(participants[0], plan.round, len(self._silos), plan.clip)
-            self._collection = Sums(participants, sums, self._barrier, self._end)
+            counts = {peer: len(self._asked[peer].silos) or 1 for peer in participants}
+            self._collection = Sums(counts, sums, self._barrier, self._end)
         else:
             layouts = {peer: self._planner.layout(peer, plan.round) for peer in participants}
             compressors = self._compressors(layouts, plan.round)

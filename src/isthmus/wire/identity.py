@@ -9,7 +9,6 @@ the edge of the recipe; the server checks role and name of who connects; and of 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -153,7 +152,7 @@ class Identity:
             raise IdentityError(f"the certificate of {name} is not valid now (it ends {end})", remedy=_REMEDY)
         if common_name(certificate) != name:
             raise IdentityError(f"the certificate of {name} is {common_name(certificate)}'s", remedy=_REMEDY)
-        check_role(certificate, (role,))
+        check_role(certificate, role)
 
     def client_credentials(self) -> grpc.ChannelCredentials:
         """Credentials of a channel that this party opens."""
@@ -248,17 +247,17 @@ def common_name(certificate: x509.Certificate) -> str:
     return str(names[0].value) if names else ""
 
 
-def check_role(certificate: x509.Certificate, roles: Collection[Role]) -> None:
+def check_role(certificate: x509.Certificate, role: Role) -> None:
     """Check what the certificate says that its party is.
 
     Raises:
-        IdentityError: it has none of these roles.
+        IdentityError: it has another role, or none.
     """
     found = [str(one.value) for one in certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)]
-    if not set(found) & set(roles):
+    if role not in found:
         stated = f"that of the {found[0][:64]}" if found else "one without a role"
         raise IdentityError(
-            f"the certificate of {common_name(certificate)[:64]} is {stated}, {' or '.join(roles)} is needed",
+            f"the certificate of {common_name(certificate)[:64]} is {stated}, {role} is needed",
             remedy=_REMEDY,
         )
 

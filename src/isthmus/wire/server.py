@@ -20,8 +20,6 @@ from isthmus.wire.inbox import MAX_INSTANCES, Inbox, PeerAccount, Stream
 METHOD_PATH = "/isthmus.Wire/{}"
 INSTANCE_KEY = "isthmus-instance"
 """Metadata key of the client object's random name, which distinguishes a new client from a reconnected one."""
-CLIENTS: dict[str, tuple[Role, ...]] = {"Trunk": ("silo",), "Root": ("silo", "edge")}
-"""Whose certificates connect to a service."""
 MAX_INSTANCE = 64
 """Longest such name, in characters."""
 HANDSHAKE_SECONDS = 20.0
@@ -44,6 +42,7 @@ class Server:
         services: the services by name.
         identity: the server's identity.
         peers: for each service, the names of the parties that may connect.
+        edges: those of them that are edges; the others are silos.
         address: ``host:port`` to listen at; port 0 chooses a free port.
         limit: largest frame in bytes.
         grace: seconds after which the answers to a client that does not reconnect are freed. It should exceed the time
@@ -61,8 +60,11 @@ class Server:
         address: str,
         limit: int,
         grace: float = 120.0,
+        *,
+        edges: Collection[str] = (),
     ) -> None:
         self._services = services
+        self._edges = frozenset(edges)
         self._peers = {service: frozenset(names) for service, names in peers.items()}
         self._accounts = {
             (name, peer): PeerAccount(service, peer, limit, grace)
@@ -154,7 +156,8 @@ class Server:
             raise IdentityError(
                 f"{peer[:64]!r} may not connect to this {service.lower()}", remedy="list it in the recipe"
             )
-        check_role(x509.load_pem_x509_certificate(seen["x509_pem_cert"][0]), CLIENTS[service])
+        role: Role = "edge" if peer in self._edges else "silo"
+        check_role(x509.load_pem_x509_certificate(seen["x509_pem_cert"][0]), role)
         return self._accounts[service, peer]
 
 

@@ -27,7 +27,7 @@ class Collecting:
         self.found: list[Collected] = []
         done = self.found.append
         make = lambda fire: Barrier(600.0, fire)  # noqa: E731
-        self.one = Sums("ab", FORMAT, make, done) if sums else Open(dict.fromkeys("ab", LAYOUT), make, done)  # type: ignore[arg-type]
+        self.one = Sums({"a": 2, "b": 2}, FORMAT, make, done) if sums else Open(dict.fromkeys("ab", LAYOUT), make, done)  # type: ignore[arg-type]
 
 
 def update(value: float = 1.0, weight: float = 2.0) -> pb.Update:
@@ -112,3 +112,12 @@ def test_a_sum_beyond_what_its_silos_can_add_is_refused() -> None:
 def test_a_sum_of_no_share_means_nothing() -> None:
     assert FORMAT.mean(np.zeros(FORMAT.size, np.int64)) is None
     assert FORMAT.within(np.ones(FORMAT.size, np.int64)) is None, "nobody says"
+
+
+def test_a_sum_of_more_silos_than_were_named_is_refused() -> None:
+    collecting = Collecting(sums=True)
+    with pytest.raises(ProtocolError, match="a claims 3 silos for its sum, it has named 2"):
+        collecting.one.handle("a", masked(1, silos=3))
+    for peer in "ab":
+        collecting.one.handle(peer, masked(1))
+    assert len(collecting.found) == 1
