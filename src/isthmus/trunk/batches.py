@@ -22,21 +22,38 @@ from isthmus.trunk.stash import Pass
 from isthmus.trunk.training import BackwardStep, ForwardStep, TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 
+SPARE_STEPS = 8
+"""Steps beyond its micro-batches that a silo's own loop may have open, and still share passes."""
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Forwards:
     """Forward passes of training steps. A frame waits up to ``trunk.gather`` seconds for those of the round's other
-    silos."""
+    silos; one of a silo with many more steps open than it has micro-batches is computed by itself.
 
-    def __init__(self, training: TrunkTraining, codecs: Codecs, section: TrunkSection) -> None:
+    Args:
+        pieces: micro-batches of a step.
+    """
+
+    rests = True
+
+    def __init__(self, training: TrunkTraining, codecs: Codecs, section: TrunkSection, pieces: int = 1) -> None:
         self._training = training
         self._codecs = codecs
         self._section = section
+        self._pieces = pieces
 
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
-        return _gathered(jobs, self._training.expected, self._section, now)
+        if self._hoards(jobs[0]):
+            return jobs[:1], 0.0
+        return _gathered([job for job in jobs if not self._hoards(job)], self._training.expected, self._section, now)
+
+    def _hoards(self, job: Job) -> bool:
+        """Whether the silo has so many steps open that it may never send their backwards: nobody shares a pass, and
+        its graph, with them."""
+        silo, _ = job.request
+        return self._training.opened(silo) > self._pieces + SPARE_STEPS
 
     def run(self, jobs: list[Job]) -> None:
         read = _read(jobs, self._forward)
@@ -54,6 +71,8 @@ class Forwards:
 class Backwards:
     """Backward passes of training steps. Those whose forwards were computed together wait for one another, up to
     ``trunk.gather`` seconds."""
+
+    rests = True
 
     def __init__(self, training: TrunkTraining, codecs: Codecs, section: TrunkSection) -> None:
         self._training = training
@@ -121,7 +140,6 @@ class Evaluations:
     ``trunk.chunk`` tokens at a time, so that nobody waits for all of a large one."""
 
     rests = True
-    """Its passes are long beside a token's."""
 
     def __init__(self, runner: Runner, codecs: Codecs, section: TrunkSection) -> None:
         self._runner = runner

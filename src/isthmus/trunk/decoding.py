@@ -85,6 +85,8 @@ class Decoding:
         chunk: number of tokens of one pass above which long prompts are split, so that other sessions need not wait.
     """
 
+    rests = False
+
     def __init__(self, runner: Runner, sessions: Sessions, codecs: Codecs, chunk: int) -> None:
         self._runner = runner
         self._sessions = sessions

@@ -56,13 +56,14 @@ class Job:
 class JobKind(Protocol):
     """A kind of job: how its jobs are chosen and computed together."""
 
+    rests: bool
+    """Whether its passes are long. After one for a silo alone that silo's next long one waits as long while others are
+    active, so that these have half of the trunk's time."""
+
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
         """The jobs to run now, chosen among the first ones of each lane, those of the silo whose turn it is first. If
         there are none, also the seconds after which to ask again."""
         ...
-
-    # A kind whose attribute ``rests`` is true has long passes: after one for a silo alone, that silo's next waits as
-    # long while other silos are active, so that these have half of the trunk's time.
 
     def run(self, jobs: list[Job]) -> None:
         """Compute these jobs. A job whose future is not settled when this returns gets another turn."""
@@ -71,6 +72,8 @@ class JobKind(Protocol):
 
 class SingleJobs:
     """Jobs that run one at a time; a job's request is the function to call."""
+
+    rests = False
 
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
         return jobs[:1], 0.0
@@ -250,10 +253,12 @@ class Scheduler:
         return pause
 
     def _resting(self, job: Job, now: float) -> bool:
-        """Whether the job's silo has just had the trunk for itself, and others may want it for as long."""
-        if not getattr(job.kind, "rests", False) or self._rests.get(job.silo, 0.0) <= now:
+        """Whether the job's silo has just had the trunk for itself, and others that have not may want it for as
+        long."""
+        if not job.kind.rests or self._rests.get(job.silo, 0.0) <= now:
             return False
-        return any(since > now - ACTIVE_SECONDS for silo, since in self._active.items() if silo != job.silo)
+        active = (silo for silo, since in self._active.items() if since > now - ACTIVE_SECONDS)
+        return any(self._rests.get(silo, 0.0) <= now for silo in active if silo != job.silo)
 
     def _place(self, job: Job) -> tuple[bool, int, float]:
         """The place of a job: by its silo's last turn, then by time. A barrier comes after all earlier jobs."""
@@ -289,7 +294,7 @@ class Scheduler:
                     job.done.set_exception(error)
         now = time.monotonic()
         silos = {job.silo for job in jobs}
-        if len(silos) == 1 and getattr(jobs[0].kind, "rests", False):
+        if len(silos) == 1 and jobs[0].kind.rests:
             self._rests[jobs[0].silo] = 2 * now - started
         self._active.update(dict.fromkeys(silos - {None}, now))
         for job in jobs:

@@ -82,7 +82,7 @@ class TrunkService:
                 silos=len(recipe.silo),
             )
         ).result()
-        self._forwards = Forwards(self._training, self._codecs, recipe.trunk)
+        self._forwards = Forwards(self._training, self._codecs, recipe.trunk, recipe.train.micro_batches)
         self._backwards = Backwards(self._training, self._codecs, recipe.trunk)
         self._evaluations = Evaluations(self._runner, self._codecs, recipe.trunk)
         self._run = run_name(directory)

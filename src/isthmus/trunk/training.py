@@ -247,6 +247,10 @@ class TrunkTraining:
             )
         return opened
 
+    def opened(self, silo: str) -> int:
+        """Number of the silo's open steps."""
+        return len(self._silos.get(silo, SiloState()).open)
+
     def partners(self, silo: str, step: int) -> int:
         """Number of open steps that one backward pass can compute: those of the same forward pass, while it has its
         graph."""

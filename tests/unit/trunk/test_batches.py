@@ -9,7 +9,7 @@ import torch
 
 from isthmus.errors import FrameError
 from isthmus.recipe import TrunkSection
-from isthmus.trunk.batches import Backwards, Evaluation, Evaluations, Forwards
+from isthmus.trunk.batches import SPARE_STEPS, Backwards, Evaluation, Evaluations, Forwards
 from isthmus.trunk.scheduler import SINGLE, Job
 from isthmus.wire import isthmus_pb2 as pb
 
@@ -21,6 +21,7 @@ class Stand:
     """In the place of training, runner and codecs: doubles what comes, and refuses rows of one token."""
 
     expected = 2
+    hoarders: tuple[str, ...] = ()
     passes = (None, "first", "second", "second")
 
     def check_forward(self, silo: str, step: int, lengths: list[int]) -> None:
@@ -45,6 +46,9 @@ class Stand:
     def pass_of(self, silo: str, step: int) -> Any:
         return self.passes[step]
 
+    def opened(self, silo: str) -> int:
+        return SPARE_STEPS + 2 if silo in self.hoarders else SPARE_STEPS + 1
+
     def partners(self, silo: str, step: int) -> int:
         return 2
 
@@ -62,6 +66,15 @@ def jobs(*requests: tuple[int, int], since: float = 0.0, evaluate: bool = False)
 def kinds() -> dict[str, Any]:
     stand: Any = Stand()
     return {"forwards": Forwards(stand, stand, SECTION), "evaluations": Evaluations(stand, stand, SECTION)}
+
+
+def test_a_silo_with_many_open_steps_shares_no_pass() -> None:
+    stand: Any = Stand()
+    stand.hoarders = ("silo0",)
+    forwards = Forwards(stand, stand, SECTION)
+    both = jobs((1, 2), (1, 2))
+    assert forwards.gather(both, 0.2) == ([both[0]], 0.0)
+    assert forwards.gather(both[::-1], 0.5)[0] == [both[1]]
 
 
 def test_a_forward_waits_for_those_expected_but_not_for_ever() -> None:

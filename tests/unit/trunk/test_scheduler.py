@@ -21,6 +21,8 @@ Order = list[Any]
 class Noting:
     """Runs up to ``most`` jobs at a time, once ``least`` are there or the oldest has waited ``patience`` seconds."""
 
+    rests = False
+
     def __init__(self, *, least: int = 1, most: int = 100, patience: float = 0.0) -> None:
         self.least, self.most, self.patience = least, most, patience
         self.gathered = 0
@@ -342,3 +344,18 @@ def test_after_a_long_pass_alone_a_silo_rests_while_others_are_active(scheduler:
     other.result(WAIT)
     assert order == ["long"]
     assert results(*answers) == [0, 1]
+
+
+def test_who_rests_waits_for_those_alone_that_do_not(scheduler: Scheduler) -> None:
+    class Long(Noting):
+        rests = True
+
+    now = time.monotonic()
+    scheduler._active = dict.fromkeys("abc", now) | {"late": now - 1}
+    scheduler._rests = {"a": now + 1, "b": now + 1}
+    job, short = Job(Long(), ("a", "train"), None), Job(Noting(), ("a", "decode"), None)
+    assert scheduler._resting(job, now), "c may want the trunk"
+    assert not scheduler._resting(short, now)
+    assert not scheduler._resting(job, now + 1)
+    del scheduler._active["c"]
+    assert not scheduler._resting(job, now), "b rests, too, and the other has been silent"
