@@ -253,12 +253,14 @@ class Scheduler:
         return pause
 
     def _resting(self, job: Job, now: float) -> bool:
-        """Whether the job's silo has just had the trunk for itself, and others that have not may want it for as
+        """Whether the job's silo has just had the trunk for itself, and others that rest less may want it for as
         long."""
-        if not job.kind.rests or self._rests.get(job.silo, 0.0) <= now:
+        until = self._rests.get(job.silo, 0.0)
+        if not job.kind.rests or until <= now:
             return False
-        active = (silo for silo, since in self._active.items() if since > now - ACTIVE_SECONDS)
-        return any(self._rests.get(silo, 0.0) <= now for silo in active if silo != job.silo)
+        active = {silo for silo, since in self._active.items() if since > now - ACTIVE_SECONDS}
+        active |= {other.silo for other in self._waiting if other.lane}
+        return any(self._rests.get(silo, 0.0) < until for silo in active - {job.silo})
 
     def _place(self, job: Job) -> tuple[bool, int, float]:
         """The place of a job: by its silo's last turn, then by time. A barrier comes after all earlier jobs."""

@@ -346,16 +346,20 @@ def test_after_a_long_pass_alone_a_silo_rests_while_others_are_active(scheduler:
     assert results(*answers) == [0, 1]
 
 
-def test_who_rests_waits_for_those_alone_that_do_not(scheduler: Scheduler) -> None:
+def test_who_rests_waits_for_those_alone_that_rest_less(scheduler: Scheduler) -> None:
     class Long(Noting):
         rests = True
 
     now = time.monotonic()
     scheduler._active = dict.fromkeys("abc", now) | {"late": now - 1}
-    scheduler._rests = {"a": now + 1, "b": now + 1}
+    scheduler._rests = {"a": now + 1, "b": now + 2}
     job, short = Job(Long(), ("a", "train"), None), Job(Noting(), ("a", "decode"), None)
     assert scheduler._resting(job, now), "c may want the trunk"
     assert not scheduler._resting(short, now)
     assert not scheduler._resting(job, now + 1)
     del scheduler._active["c"]
-    assert not scheduler._resting(job, now), "b rests, too, and the other has been silent"
+    assert not scheduler._resting(job, now), "b rests longer, and the other has been silent"
+    assert scheduler._resting(Job(Long(), ("b", "train"), None), now)
+    scheduler._waiting = [Job(Noting(), ("late", "decode"), None, since=now - 1)]
+    assert scheduler._resting(job, now), "whose request waits is active"
+    scheduler._waiting = []
