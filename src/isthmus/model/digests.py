@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from isthmus.errors import ModelError, RunError
 from isthmus.storage.record import writing
+from isthmus.storage.sealed import seal, unseal
 
 CHUNK = 8 * 2**20
 """Bytes that are read and hashed at a time."""
@@ -133,7 +134,7 @@ def _cached(place: str, state: FileState) -> dict[str, str] | None:
     if file is None:
         return None
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = json.loads(bytes(unseal(file.read_bytes())))
         if (kept["place"], tuple(kept["state"])) != (place, state):
             return None
         return {str(name): str(digest) for name, digest in kept["digests"].items()}
@@ -148,6 +149,6 @@ def _keep(place: str, state: FileState, digests: dict[str, str]) -> None:
     try:
         with writing(file) as temporary:
             kept = {"place": place, "state": state, "digests": digests}
-            temporary.write_text(json.dumps(kept), encoding="utf-8")
+            temporary.write_bytes(seal(json.dumps(kept).encode()))
     except (RunError, UnicodeError) as error:  # without a cache the file is hashed at every start
         log.debug("digests of %s are not kept: %s", place, error)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from isthmus.errors import ModelError
 from isthmus.model import digests
 from isthmus.model.digests import METADATA, digests_of, header_of, state_of
+from isthmus.storage.sealed import seal, unseal
 
 LONG_AGO = 1_000_000_000
 
@@ -145,11 +146,11 @@ def test_a_damaged_cache_is_not_believed(
     settle(file, monkeypatch)
     first = digests_of(file)
     [kept] = cache.rglob("*.json")
-    kept.write_text(content)
+    kept.write_bytes(content.encode() if content == "{" else seal(content.encode()))
     digests._known.clear()
     assert digests_of(file) == first
     assert len(hashed) == 2
-    assert json.loads(kept.read_text())["digests"] == first
+    assert json.loads(bytes(unseal(kept.read_bytes())))["digests"] == first
 
 
 @pytest.mark.parametrize(
