@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import hashlib
 import logging
 import secrets
@@ -251,7 +250,6 @@ class TrunkService:
 
 def _return_memory() -> None:
     """Give freed memory back to the operating system: the C library of Linux keeps it for later."""
-    gc.collect()
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
