@@ -136,15 +136,22 @@ class Evaluation:
 
 
 class Evaluations:
-    """Forward passes without a graph, through the adapter that inference uses. All waiting ones are computed together,
-    ``trunk.chunk`` tokens at a time, so that nobody waits for all of a large one."""
+    """Forward passes without a graph, through the adapter that inference uses. All waiting ones are computed together;
+    while requests of several silos wait, ``trunk.chunk`` tokens at a time, so that nobody waits for all of a large one.
+
+    Args:
+        crowded: whether requests of several silos wait.
+    """
 
     rests = True
 
-    def __init__(self, runner: Runner, codecs: Codecs, section: TrunkSection) -> None:
+    def __init__(
+        self, runner: Runner, codecs: Codecs, section: TrunkSection, crowded: Callable[[], bool] = lambda: True
+    ) -> None:
         self._runner = runner
         self._codecs = codecs
         self._section = section
+        self._crowded = crowded
 
     def gather(self, jobs: list[Job], now: float) -> tuple[list[Job], float]:
         return jobs[: self._section.together], 0.0
@@ -153,7 +160,7 @@ class Evaluations:
     def run(self, jobs: list[Job]) -> None:
         read = _read(jobs, self._begin)
         wanted = {number: sum(map(len, one.pending or [])) for number, (_, one) in enumerate(read)}
-        shares = fair_shares(wanted, self._section.chunk)
+        shares = fair_shares(wanted, self._section.chunk) if self._crowded() else wanted
         pieces = [(job, one.take(shares[number])) for number, (job, one) in enumerate(read)]
         for job, outputs in _computed(pieces, self._pass):
             one: Evaluation = job.request

@@ -83,7 +83,9 @@ class TrunkService:
         ).result()
         self._forwards = Forwards(self._training, self._codecs, recipe.trunk, recipe.train.micro_batches)
         self._backwards = Backwards(self._training, self._codecs, recipe.trunk)
-        self._evaluations = Evaluations(self._runner, self._codecs, recipe.trunk)
+        self._evaluations = Evaluations(
+            self._runner, self._codecs, recipe.trunk, crowded=lambda: len(self._scheduler.waiting) > 1
+        )
         self._run = run_name(directory)
         journal = directory.journal("metrics")
         self._steps: SyncSteps | AsyncSteps
