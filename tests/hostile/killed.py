@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,3 +211,26 @@ def _fork(name: str, work: Callable[[RunDirectory], None], run: RunDirectory, fo
         with suppress(Exception):
             sys.stderr.flush()
         os._exit(code)
+
+
+def kill_in_turn(name: str, roles: Sequence[str], times: int, folder: Path) -> None:
+    """Kill each of these roles so many times, evenly over its events, and assert that the result is the same."""
+    recipe = FEDERATIONS[name](folder / "federation")
+    for role in roles:
+        undisturbed = folder / role
+        undisturbed.mkdir()
+        events = federate(recipe, undisturbed, role, None).events
+        assert events > 10
+        for at in range(events // (times + 1), events, events // times):
+            place = folder / f"{role}-{at}"
+            place.mkdir()
+            outcome = federate(recipe, place, role, at)
+            assert outcome.finished
+            assert outcome.killed
+            assert_whole(recipe, place, undisturbed)
+
+
+FEDERATIONS = {"plain": plain, "masked": masked}
+
+if __name__ == "__main__":  # a process of its own: what has used gRPC cannot be forked
+    kill_in_turn(sys.argv[1], sys.argv[2].split(","), int(sys.argv[3]), Path(sys.argv[4]))
