@@ -28,7 +28,7 @@ def main() -> None:
                 for at in range(1, events + 1):
                     folder = _folder(place / f"{role}-{at}")
                     outcome = federate(recipe, folder, role, at)
-                    if not outcome.killed:
+                    if outcome.finished and not outcome.killed:
                         continue  # what the others do decides about some lines of the log
                     kills += 1
                     try:

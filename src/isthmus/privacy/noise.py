@@ -104,7 +104,7 @@ class SeededNoise:
 
 
 class SecretGenerator(torch.Generator):
-    """A torch generator that can be found again after a fork: older versions of torch keep no weak references to their
+    """A torch generator that can be found again after a fork: some versions of torch keep no weak references to their
     own."""
 
 

@@ -106,6 +106,8 @@ class TrunkTraining:
         store: the directory for the state at the end of each round; round 0 is the untrained adapter.
         seed: the recipe's, of the dropout masks.
         longest: largest L2 norm of a silo's gradients in a step, to which longer ones are scaled; None: no bound.
+        stash_bytes: the most bytes of inputs and graphs that wait for their backwards, of all silos.
+        silos: number of silos, which share these bytes equally where inputs alone exceed them.
     """
 
     def __init__(
