@@ -32,8 +32,8 @@ class TrunkSection(Section):
     it, those of the silo that holds most are computed again at its backward. Each silo has an equal share for its
     inputs; a step beyond it is refused."""
     chunk: Count = 512
-    """Tokens of a long prompt or evaluation computed in one pass, so that others need not wait for all of it. Silos
-    that have more together share them equally."""
+    """Tokens of a long prompt, or while several silos wait of an evaluation, computed in one pass, so that others need
+    not wait for all of it. Silos that have more together share them equally."""
     adapter: Literal["shared", "replica"] = "shared"
     """"shared": one adapter that the gradients of all silos step together. "replica": one adapter for each silo, and
     their average every average_every steps."""
