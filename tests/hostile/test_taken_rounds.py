@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +87,7 @@ def test_a_round_is_not_begun_again_under_silos_that_are_at_work(named: tuple[st
     step(drill, 2, (GOOD, BAD))
     assert_same(saved(drill, 1), expected)
 
-    drill.service._steps._starts._patience = SOON
+    drill.service._steps._patience = SOON
     answers = [drill.silos[name].begin(2, (GOOD, OTHER)) for name in (GOOD, OTHER)]
     results(answers)
     assert_same(drill.adapter(), expected)
@@ -167,10 +170,36 @@ def test_most_silos_begin_their_round_again_at_once(build: Build) -> None:
 
 def test_asking_for_one_round_and_then_for_another_holds_up_nobody(build: Build) -> None:
     drill = build()
+    drill.service._steps._commits._patience = 1.0  # it may be in their round, but takes no step
     drill.silos[BAD].channel.submit(pb.Begin(round=1, participants=NAMES))
     drill.silos[BAD].channel.submit(pb.Begin(round=1, participants=(BAD,)))
     results([drill.silos[name].begin(1, (GOOD, OTHER)) for name in (GOOD, OTHER)])
     step(drill, 1, (GOOD, OTHER))
+
+
+def test_asking_without_end_takes_nothing_from_silos_at_work(build: Build) -> None:
+    expected = undisturbed(build, (GOOD, OTHER))
+    drill = build()
+    drill.service._steps._commits._patience = 1.0  # it is in their round, but takes no step
+    stop = threading.Event()
+
+    def ask() -> None:
+        for more in itertools.cycle([(), (OTHER,)]):
+            if stop.is_set():
+                return
+            drill.silos[BAD].channel.submit(pb.Begin(round=1, participants=(BAD, *more)))
+            time.sleep(0.002)
+
+    flood = threading.Thread(target=ask)
+    flood.start()
+    try:
+        results([drill.silos[name].begin(1, (GOOD, OTHER)) for name in (GOOD, OTHER)])
+        step(drill, 1, (GOOD, OTHER))
+        step(drill, 2, (GOOD, OTHER))
+    finally:
+        stop.set()
+        flood.join()
+    assert_same(saved(drill, 1), expected)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from isthmus.errors import IsthmusError, OutOfOrderError, ProtocolError, RoundLostError
@@ -15,6 +14,7 @@ from isthmus.model.optimizer_settings import OptimizerSettings
 from isthmus.recipe import Recipe, RoundSteps
 from isthmus.recipe.tree import listed
 from isthmus.storage.record import Journal
+from isthmus.trunk.round_vote import Asked, Beginning, RoundVote, Running
 from isthmus.trunk.scheduler import Scheduler
 from isthmus.trunk.training import TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
@@ -32,29 +32,6 @@ class Arrival:
     answer: Answer
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """A round that silos are about to begin."""
-
-    number: int
-    open: bool = False
-    """Whether the round has no fixed number of steps."""
-    participants: frozenset[str] = frozenset()
-    """The silos that one of them names."""
-    start: int | None = None
-    """The saved round that an open one returns to first; None: it starts where the trunk is."""
-    digest: bytes = b""
-    """Expected digest of that round's saved state; empty: any."""
-
-
-@dataclass
-class Asked:
-    """One silo's request to begin a round, which waits for those of the others."""
-
-    beginning: Beginning
-    answer: Answer
-
-
 @dataclass
 class OpenRound:
     """A running round without a fixed number of steps."""
@@ -67,19 +44,18 @@ class OpenRound:
 
 
 class SyncSteps:
-    """Answers ``Begin`` and ``Commit`` with two barriers: one at the start of a round, one at every optimizer step.
+    """Answers ``Begin`` and ``Commit``: a vote starts a round, a barrier stands at every optimizer step.
 
     The silos wait at most ``patience`` seconds for a late one, which contributes its gradients to the next step. Steps
     that a silo takes alone, between averages of replicas, have no barrier. A silo that has finished its steps is no
     longer waited for. Once the first silo has finished, the state is saved as the end of the round, from which trunk
     and root can continue whatever happens to the others.
 
-    A silo that asks for a round takes none away from others. Of several numbers the one begins that most silos ask for,
-    of those the largest. While others are at work, it waits, unless more silos ask for it than are at work (or as many,
-    for the next round after theirs is saved), or these have not stepped for as long as it waits.
+    A silo that asks for a round takes none away from others (see ``round_vote.RoundVote``), unless these have not
+    stepped for as long as it waits. One that asks again, for another, has given up what it asked for before.
 
     An open round has no fixed number of steps. A silo trains in it with a training loop of its own, until it sends
-    ``End``; a third barrier waits for the ends of all. The trunk steps with the settings of the silos' own optimizers.
+    ``End``; a second barrier waits for the ends of all. The trunk steps with the settings of the silos' own optimizers.
     An open round whose silos have all been replaced by new processes is undone. What changes for the silos is logged.
 
     Args:
@@ -98,11 +74,9 @@ class SyncSteps:
         self._round = 0
         self._open: OpenRound | None = None
         """The running round, if it is open."""
-        self._gathering: Beginning | None = None
-        self._asks: dict[str, Beginning] = {}
-        """By silo that waits for a round of the federation, what it asks for."""
-        self._asked_since = 0.0
-        """When the first of them asked."""
+        self._vote = RoundVote()
+        self._clock: threading.Timer | None = None
+        """Ends the vote."""
         self._participants: frozenset[str] = frozenset()
         """All silos that were named for the running round."""
         self._heard: dict[str, float] = {}
@@ -111,10 +85,9 @@ class SyncSteps:
         """Number of optimizer steps that each silo has finished in this round."""
         self._missed: set[str] = set()
         """Silos of this round that a step went on without."""
-        patience = recipe.trunk.patience
-        self._starts: Barrier[Asked] = Barrier(patience, self._start)
-        self._commits: Barrier[Arrival] = Barrier(patience, self._step)
-        self._ends: Barrier[Answer] = Barrier(patience, self._end)
+        self._patience = recipe.trunk.patience
+        self._commits: Barrier[Arrival] = Barrier(self._patience, self._step)
+        self._ends: Barrier[Answer] = Barrier(self._patience, self._end)
 
     def begin(self, peer: str, request: pb.Begin) -> Answer:
         """Start a round; answered once all participants have come and the trunk is at the end of the previous round, or
@@ -138,7 +111,7 @@ class SyncSteps:
             if steps is not None:
                 self._plans[request.round, peer] = steps
             named = Beginning(request.round, participants=frozenset(participants))
-            beginning = self._open_beginning(request, participants) if request.open else named
+            beginning = self._open_beginning(peer, request, participants) if request.open else named
             joins = self._joins(peer, beginning)
             if joins:
                 self._done[peer] = 0
@@ -146,52 +119,64 @@ class SyncSteps:
                 self._training.begin(peer, beginning.number)
                 self._training.expected = self._at_work()
                 begun = self._begun()
+                earlier = self._vote.withdraw(peer)
             else:
-                opens = beginning.open and beginning != self._gathering
-                self._gathering = beginning
-                if not beginning.open:
-                    self._asked_since = self._asked_since if self._asks else time.monotonic()
-                    self._asks[peer] = beginning
+                earlier = self._vote.ask(peer, Asked(beginning, answer))
+        if earlier is not None:
+            earlier.answer.set_exception(round_lost(peer, earlier.beginning.number))
         if joins:
             log.info("trunk: %s joins round %d", peer, beginning.number)
             self._ends.expect(self._done)
             answer.set_result(begun)
-            return answer
-        if opens:  # without the lock: what is told whom to expect may fire at once
-            self._starts.expect(participants)
-        self._expect_starts()
-        self._starts.arrive(peer, Asked(beginning, answer))
+        self._count_votes()
         return answer
 
-    def _expect_starts(self) -> None:
-        """Wait for the silos that most of those name which ask for the round that most ask for; and for others that are
-        at work, if they are in its way."""
+    def _count_votes(self, since: float | None = None) -> None:
+        """Begin the round that is asked for, if no silo is waited for any more.
+
+        Args:
+            since: begin it without those that are waited for, if the vote has gone on since then.
+        """
         with self._lock:
-            if not self._asks:
-                return
-            beginning, asking = _most_asked(self._asks)
-            named = Counter(self._asks[peer].participants for peer in asking)
-            most = max(named, key=lambda silos: (named[silos], len(silos)))
-            expected = most | self._in_the_way(beginning.number, asking)
-        self._starts.expect(expected)
+            running = self._running()
+            due = bool(self._vote) and (self._vote.since == since or not self._vote.awaited(running))
+            outcome = self._vote.decide(running) if due else None
+            self._time_vote()
+            if outcome is not None and outcome.begins:
+                self._enter(outcome.beginning, outcome.waiting.keys())
+        if outcome is None:
+            return
+        for peer, asked in outcome.outvoted.items():
+            asked.answer.set_exception(round_lost(peer, asked.beginning.number))
+        number, names = outcome.beginning.number, listed(outcome.waiting)
+        if outcome.begins:
+            log.info("trunk: round %d begins with %s", number, names)
+            self._start(outcome.beginning, outcome.waiting)
+        else:
+            log.warning("trunk: %s would begin round %d, others are at work", names, number)
 
-    def _in_the_way(self, number: int, asking: set[str]) -> frozenset[str]:
-        """The silos at work that do not ask for this round, unless more silos ask for it than they are; or as many, and
-        it is the next after theirs, which is saved."""
-        others = self._workers() - asking
-        follows = number == self._round + 1 and self._training.completed == self._round
-        return others if len(asking) < len(others) + (not follows) else frozenset()
+    def _time_vote(self) -> None:
+        """Have the vote end after the patience from its start."""
+        if self._clock is not None:
+            self._clock.cancel()
+        self._clock = None
+        if self._vote:
+            since = self._vote.since
+            left = max(0.0, since + self._patience - time.monotonic())
+            self._clock = threading.Timer(left, self._count_votes, (since,))
+            self._clock.daemon = True
+            self._clock.start()
 
-    def _open_beginning(self, request: pb.Begin, participants: list[str]) -> Beginning:
-        gathering, silos = self._gathering, frozenset(participants)
+    def _open_beginning(self, peer: str, request: pb.Begin, participants: list[str]) -> Beginning:
+        others, silos = self._vote.others(peer), frozenset(participants)
         start = request.start if request.HasField("start") else None
         beginning = Beginning(self._training.last_saved() + 1, True, silos, start, request.digest)
-        if (self._round and self._open is None) or (gathering is not None and not gathering.open):
+        if (self._round and self._open is None) or any(not other.open for other in others):
             raise ProtocolError(
                 "a round of the federation is running",
                 remedy="train with a loop of your own once the federation has finished, or start the trunk again",
             )
-        if gathering not in (None, beginning):
+        if any(other != beginning for other in others):
             raise ProtocolError(
                 "silos that train together differ in the round to start from, or in the silos that they name",
                 remedy="name the same silos in join(..., participants=...), and load the same checkpoint everywhere",
@@ -242,19 +227,22 @@ class SyncSteps:
     def forget(self, peer: str) -> None:
         """Note that another process of a silo has connected. An open round of its earlier process alone is undone."""
         with self._lock:
-            if self._open is None or self._done.pop(peer, None) is None:
-                return
-            self._open.ended.discard(peer)
-            alone, start = not self._done, self._open.start
+            self._vote.withdraw(peer)
+            left = self._open if self._open is not None and self._done.pop(peer, None) is not None else None
+            alone = left is not None and not self._done
+            if left is not None:
+                left.ended.discard(peer)
+                self._training.expected = self._at_work()
             if alone:
                 self._round, self._open = 0, None
-            self._training.expected = self._at_work()
-        self._commits.dismiss(peer)
-        self._ends.dismiss(peer)
-        if alone and start is not None:
+        if left is not None:
+            self._commits.dismiss(peer)
+            self._ends.dismiss(peer)
+        if left is not None and alone and left.start is not None:
+            start = left.start
             log.warning("trunk: another process of %s has connected; its round is undone", peer)
             self._scheduler.submit_urgent(lambda: self._training.restore(start))
-        self._expect_starts()
+        self._count_votes()
 
     def commit(self, peer: str, request: pb.Commit) -> Answer:
         """Contribute this silo's gradients to the next step; answered once that step is done.
@@ -285,32 +273,17 @@ class SyncSteps:
             self._step_alone(peer, Arrival(request, answer))
         return answer
 
-    def _start(self, asked: dict[str, Asked]) -> None:
-        beginning, chosen = _most_asked({peer: one.beginning for peer, one in asked.items()})
-        waiting = {peer: asked[peer].answer for peer in chosen}
-        for peer in asked.keys() - chosen:
-            asked[peer].answer.set_exception(round_lost(peer, asked[peer].beginning.number))
-        with self._lock:
-            begins = self._gives_way(beginning, chosen)
-            answered = asked.keys() if begins else asked.keys() - chosen
-            self._asks = {peer: one for peer, one in self._asks.items() if peer not in answered}
-            self._asked_since = time.monotonic()
-        if not begins:
-            log.warning("trunk: %s would begin round %d, others are at work", listed(waiting), beginning.number)
-            self._expect_starts()
-            for peer in chosen:
-                self._starts.arrive(peer, asked[peer])
-            return
-        with self._lock:
-            self._gathering = None
-            self._participants = beginning.participants
-            self._heard |= dict.fromkeys(waiting, time.monotonic())
-            self._round = beginning.number
-            self._open = OpenRound(beginning.participants) if beginning.open else None
-            self._done, self._missed = dict.fromkeys(waiting, 0), set()
-            self._plans = {key: steps for key, steps in self._plans.items() if key[0] >= beginning.number}
-            self._training.expected = len(waiting)
-        log.info("trunk: round %d begins with %s", beginning.number, listed(waiting))
+    def _enter(self, beginning: Beginning, silos: Iterable[str]) -> None:
+        """Leave the running round, with the lock held, for another."""
+        self._participants = beginning.participants
+        self._heard |= dict.fromkeys(silos, time.monotonic())
+        self._round = beginning.number
+        self._open = OpenRound(beginning.participants) if beginning.open else None
+        self._done, self._missed = dict.fromkeys(silos, 0), set()
+        self._plans = {key: steps for key, steps in self._plans.items() if key[0] >= beginning.number}
+        self._training.expected = len(self._done)
+
+    def _start(self, beginning: Beginning, waiting: dict[str, Answer]) -> None:
         self._commits.expect(waiting)
         self._ends.expect(waiting)
 
@@ -327,11 +300,6 @@ class SyncSteps:
             return begun
 
         _answer_all(list(waiting.values()), self._scheduler, start if beginning.open else restore)
-
-    def _gives_way(self, beginning: Beginning, asking: set[str]) -> bool:
-        """Whether the running round ends for one that is asked for: those in its way have stood still since."""
-        others = frozenset() if beginning.open else self._in_the_way(beginning.number, asking)
-        return all(self._heard.get(peer, 0.0) < self._asked_since for peer in others)
 
     def _start_open(self, beginning: Beginning) -> pb.Begun:
         try:
@@ -352,7 +320,7 @@ class SyncSteps:
             number, self._round, self._open = self._round, 0, None
         log.info("trunk: %s ended round %d", listed(waiting), number)
         _answer_all(list(waiting.values()), self._scheduler, lambda: pb.Ended(digest=self._training.save(number)))
-        self._expect_starts()
+        self._count_votes()
 
     def _step(self, arrivals: dict[str, Arrival]) -> None:
         with self._lock:
@@ -398,7 +366,7 @@ class SyncSteps:
 
         _answer_all([arrival.answer for arrival in arrivals.values()], self._scheduler, step)
         if over:
-            self._expect_starts()  # who waits for another round need not wait for this one any more
+            self._count_votes()  # who waits for another round need not wait for this one any more
 
     def _follow(self, requests: dict[str, pb.Commit]) -> None:
         """Take a step of an open round with the settings that its silos agree on."""
@@ -427,6 +395,10 @@ class SyncSteps:
             return pb.Stepped(contributors=1)
 
         _answer_all([arrival.answer], self._scheduler, step)
+
+    def _running(self) -> Running:
+        saved = self._training.completed == self._round
+        return Running(self._round, self._workers(), self._heard, saved) if self._round else Running()
 
     def _at_work(self) -> int:
         """Number of silos of the running round that have not finished their steps."""
@@ -511,16 +483,6 @@ def check_weight(peer: str, weight: float, most: float) -> None:
 def round_lost(peer: str, round: int) -> RoundLostError:
     """The error for a request of a round that this silo has not begun, or that is over."""
     return RoundLostError(f"{peer} is not in round {round}", remedy="ask the root for the next plan")
-
-
-def _most_asked(asked: Mapping[str, Beginning]) -> tuple[Beginning, set[str]]:
-    """What most silos ask to begin, the largest number of several, for all silos that these name; and these silos."""
-    groups: dict[tuple[bool, int], set[str]] = {}
-    for peer, one in asked.items():
-        groups.setdefault((not one.open, one.number), set()).add(peer)
-    _, chosen = max(groups.items(), key=lambda group: (len(group[1]), group[0]))
-    beginnings = [asked[peer] for peer in sorted(chosen)]
-    return replace(beginnings[0], participants=frozenset().union(*(one.participants for one in beginnings))), chosen
 
 
 def _answer_all(answers: list[Answer], scheduler: Scheduler, job) -> None:  # type: ignore[no-untyped-def]

@@ -49,8 +49,8 @@ class Trunk:
             self.service._training.save(0)
 
     def patience(self, seconds: float) -> None:
-        for barrier in (self.service._steps._starts, self.service._steps._commits):
-            barrier._patience = seconds
+        for waits in (self.service._steps, self.service._steps._commits):
+            waits._patience = seconds
 
     def settle(self) -> None:
         """Wait until everything under way is done."""
