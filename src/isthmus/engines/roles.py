@@ -222,7 +222,7 @@ def start_server(
             raise RunError(f"the trunk has not saved round {number}", remedy=f"name one of these: {saved}")
         if number is None and run.role("root").path.exists():
             number = run.completed()  # one run directory: the trunk's adapter must be of the root's round
-        services["Trunk"] = trunk = TrunkService(recipe, directory)
+        services["Trunk"] = trunk = TrunkService(recipe, directory, identity=identity)
         peers["Trunk"] = [silo.name for silo in recipe.silo]
         if number is not None:
             trunk.restore(number)

@@ -51,14 +51,15 @@ def aggregator_of(recipe: Recipe, name: str, planner: Planner, identity: Identit
 
     Args:
         name: the node's, in the recipe.
-        identity: of the process, to verify the keys that silos sign where updates are masked; by default the node's
-            own, from its folder of certificates.
+        identity: of the process, to verify the keys that silos sign where updates are masked, and to sign versions
+            where there is a buffer; by default, of masked updates alone, the node's own, from its folder of
+            certificates.
 
     Raises:
         IdentityError: updates are masked, and the node's certificate is unusable.
     """
     if recipe.federation.asynchronous.buffer is not None and isinstance(planner, RootPlanner):
-        return Buffered(recipe, planner)
+        return Buffered(recipe, planner, identity)
     if recipe.federation.secure.masks and identity is None:
         identity = Identity.load(Path(recipe.wire.certificates), name, "root" if name == ROOT else "edge")
     return Rounds(recipe, planner, name, identity)

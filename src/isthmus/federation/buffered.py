@@ -26,6 +26,8 @@ from isthmus.recipe.tree import ROOT, check_named, listed
 from isthmus.updates.compression import Compression
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
+from isthmus.wire.identity import Identity
+from isthmus.wire.published import sign_version
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +53,21 @@ class Buffered(Aggregator):
 
     The buffer is not on disk. A root that starts again has the last version, and no silo has an update in it: who asks
     trains again, and an update that was begun before is refused by name.
+
+    Args:
+        identity: of the process, which signs every version that a silo gets, for the trunk; None: all parties are in
+            this process, without certificates, and nothing is signed.
     """
 
-    def __init__(self, recipe: Recipe, planner: RootPlanner) -> None:
+    def __init__(self, recipe: Recipe, planner: RootPlanner, identity: Identity | None = None) -> None:
         assert recipe.federation.asynchronous.buffer is not None
         self._size, self._oldest = recipe.federation.asynchronous.buffer, recipe.federation.asynchronous.staleness
         self._compression = Compression.of(recipe)
         self._node = recipe.tree.node(ROOT)
         self._heaviest = {silo: recipe.most_weight([silo]) for silo in self._node.children}
-        self._planner = planner
+        self._planner, self._identity = planner, identity
+        self._runs: dict[str, str] = {}
+        """By silo, the name of its trunk's run, as it said last."""
         self._lock = threading.RLock()
         self._training: dict[str, int] = {}
         """The round of each silo that has a plan."""
@@ -84,6 +92,7 @@ class Buffered(Aggregator):
         answer: Answer = Answer()
         with self._lock:
             self._planner.meet(peer, request.run)
+            self._runs[peer] = request.run
             self._training.pop(peer, None)
             self._waiting[peer] = answer
             self._answer()
@@ -174,7 +183,10 @@ class Buffered(Aggregator):
             plan = self._planner.next([peer])
             if plan.round:
                 self._training[peer] = plan.round
-            answer.set_result(self._planner.own(plan, peer))
+            own = self._planner.own(plan, peer)
+            if self._identity is not None:
+                own.published.CopyFrom(sign_version(self._identity, self._runs[peer], own.completed))
+            answer.set_result(own)
 
     def _start_clock(self) -> None:
         self._clock = threading.Timer(self._node.patience, self._lose_patience, (self._planner.completed,))

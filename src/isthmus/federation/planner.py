@@ -3,6 +3,7 @@ shared tensors; an edge's asks its parent for plans and sends it one sum a round
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -86,8 +87,11 @@ class RootPlanner:
         self._noise = central_noise(recipe, store)
         self._journals_shares = recipe.federation.weights.kind != "examples"
         self._plans: dict[int, pb.Plan] = {}
+        self._named: dict[str, str] = {}
+        """By child, the name of a run that it said last."""
         self.run = ""
-        """Name of the run whose trunk the silos are connected to; empty: none has said."""
+        """Name of the run whose trunk the silos are connected to, as most of them said before the first round was
+        finished; empty: none has said."""
         self.completed = store.last_round()
         self.shared: dict[str, torch.Tensor] = dict(initial)
         if self.completed:
@@ -109,7 +113,10 @@ class RootPlanner:
                 f"{peer} is connected to the trunk of another run than that of the {self.completed} finished rounds",
                 remedy="start trunk and root from the same run, or both from new run directories",
             )
-        self.run = run or self.run
+        if run:
+            self._named[peer] = run
+        if not (self.completed and self.run):  # else one silo's word would shut out all others
+            self.run = _most_named(self._named)
 
     def current(self) -> Answer:
         shared = codec.encode_named(self.shared)
@@ -185,16 +192,19 @@ class EdgePlanner:
         self._silos = len(recipe.silo)
         self._journal = store.journal("metrics")
         self._completed = 0
-        self._run = ""
+        self._named: dict[str, str] = {}
 
     def meet(self, peer: str, run: str) -> None:
-        self._run = run or self._run  # the root compares the names
+        if run:
+            self._named[peer] = run  # the root compares the names
 
     def current(self) -> Answer:
         return self._parent.submit(pb.Current())
 
     def plan(self, silos: Iterable[str]) -> Answer:
-        return self._parent.submit(pb.Ready(completed=self._completed, silos=sorted(silos), run=self._run))
+        return self._parent.submit(
+            pb.Ready(completed=self._completed, silos=sorted(silos), run=_most_named(self._named))
+        )
 
     def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
         return plan
@@ -226,6 +236,11 @@ class EdgePlanner:
         if done.exception() is None:
             self._completed = round
             self._journal.append({"round": round, "weights": collected.weights})
+
+
+def _most_named(named: Mapping[str, str]) -> str:
+    """The name that most children gave; empty: none gave any."""
+    return max(Counter(named.values()).items(), key=lambda pair: pair[1], default=("", 0))[0]
 
 
 def shared_tensors(recipe: Recipe) -> dict[str, torch.Tensor]:

@@ -46,16 +46,24 @@ class RoundsClient:
         self._saved: SavedRound | None = None
         """The saved round at which the open round started, or which it ended with."""
 
-    def begin(self, round: int, participants: list[str], steps: RoundSteps | None = None) -> None:
+    def begin(
+        self,
+        round: int,
+        participants: list[str],
+        steps: RoundSteps | None = None,
+        published: pb.Published | None = None,
+    ) -> None:
         """Start a round, from 1, and wait until all participants have started it.
 
         Args:
             steps: this silo's own; None: the recipe says how many.
+            published: the root's word, from its plan, that the version before is there; of a root with a buffer.
         """
         self.served.release()
         self.by_hand, self._open = True, None
         own = None if steps is None else pb.Steps(count=steps.count, before=steps.before, total=steps.total)
-        self._channel.call(pb.Begin(round=round, participants=participants, steps=own))
+        request = pb.Begin(round=round, participants=participants, steps=own, published=published)
+        self._channel.call(request)
 
     def commit(self, round: int, step: int, weight: float) -> int:
         """End an optimizer step: wait until the trunk has updated its adapter with the gradients of this step.

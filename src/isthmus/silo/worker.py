@@ -102,7 +102,7 @@ class Worker:
             keep_shared(self._directory, received)
             if self._recipe.federation.asynchronous.buffer is not None and not plan.round:
                 # no silo trains on the last version, but the trunk must know that it is there
-                self._silo.rounds.begin(plan.completed + 1, [self._name])
+                self._silo.rounds.begin(plan.completed + 1, [self._name], published=plan.published)
             self._measure(plan.completed)
             if not plan.round:
                 break
@@ -128,7 +128,9 @@ class Worker:
         self._begin(plan)
         self._aggregator.begin(plan, Layout.of(self._trained()))
         own = self._data.round_steps(plan.round)
-        self._silo.rounds.begin(plan.round, list(plan.participants), own if train.epochs is not None else None)
+        steps_here = own if train.epochs is not None else None
+        published = plan.published if plan.HasField("published") else None
+        self._silo.rounds.begin(plan.round, list(plan.participants), steps_here, published)
         steps: list[Step] = []
         rates, batches = self._recipe.rates(own), self._data.round_batches(plan.round)
         for number, (rate, drawn) in enumerate(zip(rates, batches, strict=True), 1):

@@ -14,6 +14,8 @@ from isthmus.trunk.sync_steps import check_next, check_weight, round_lost
 from isthmus.trunk.training import TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
+from isthmus.wire.identity import Identity
+from isthmus.wire.published import verify_version
 
 log = logging.getLogger(__name__)
 
@@ -34,15 +36,30 @@ class AsyncSteps:
     silo. The first silo that begins with a version makes the trunk keep its state as that version's; what later dies,
     silo, root or trunk, takes back no step.
 
+    A silo begins with a version alone that it shows the root's signature for: else one silo could end the steps of
+    all, or have the state of now saved as that of a version to come.
+
     Args:
         store: where ``training`` keeps its states.
+        identity: the trunk's, to verify the root's signature; None: all parties are in this process, without
+            certificates, and what a silo says is believed.
+        run: name of the trunk's run.
     """
 
     def __init__(
-        self, training: TrunkTraining, scheduler: Scheduler, recipe: Recipe, store: RoleDirectory, journal: Journal
+        self,
+        training: TrunkTraining,
+        scheduler: Scheduler,
+        recipe: Recipe,
+        store: RoleDirectory,
+        journal: Journal,
+        *,
+        identity: Identity | None = None,
+        run: str = "",
     ) -> None:
         self._training, self._scheduler, self._recipe = training, scheduler, recipe
         self._store, self._journal = store, journal
+        self._identity, self._run = identity, run
         self._lock = threading.Lock()
         self._progress: dict[str, CommitProgress] = {}
         self._over = False
@@ -54,7 +71,9 @@ class AsyncSteps:
 
         Raises:
             NotSupportedError: the round has no fixed number of steps.
-            ProtocolError: the silo is not among the participants.
+            ProtocolError: the silo is not among the participants, or the recipe has no such round; or nothing is shown
+                for the version.
+            IdentityError: the root did not sign that the version is there.
         """
         if request.open:
             raise _no_open_rounds()
@@ -63,6 +82,13 @@ class AsyncSteps:
                 f"{peer} does not take part in round {request.round}", remedy="ask the root for the next plan"
             )
         version = request.round - 1
+        if version > self._recipe.train.rounds:
+            raise ProtocolError(
+                f"{peer} begins version {version}; the recipe has {self._recipe.train.rounds}",
+                remedy="ask the root for the next plan",
+            )
+        if self._identity is not None:
+            verify_version(self._identity, request.published, self._run, version)
 
         def begin() -> pb.Begun:
             self._training.forget(peer)

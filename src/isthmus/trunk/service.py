@@ -35,6 +35,7 @@ from isthmus.trunk.sync_steps import SyncSteps
 from isthmus.trunk.training import TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
+from isthmus.wire.identity import Identity
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,20 @@ class TrunkService:
     Args:
         directory: the directory for the trunk's rounds, metrics and kept examples.
         checkpoint: the base model; the recipe's by default.
+        identity: the trunk's; None: all parties are in this process, without certificates.
 
     Raises:
         RecipeError: torch has no device ``trunk.device`` on this machine.
     """
 
-    def __init__(self, recipe: Recipe, directory: RoleDirectory, *, checkpoint: Checkpoint | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        directory: RoleDirectory,
+        *,
+        checkpoint: Checkpoint | None = None,
+        identity: Identity | None = None,
+    ) -> None:
         checkpoint = checkpoint or Checkpoint(recipe.model.path)
         cut = Cut(recipe.model.bottom, recipe.model.top)
         self._hello = hello_of(recipe, checkpoint)
@@ -92,7 +101,9 @@ class TrunkService:
         if recipe.federation.asynchronous.buffer is None:
             self._steps = SyncSteps(self._training, self._scheduler, recipe, journal)
         else:
-            self._steps = AsyncSteps(self._training, self._scheduler, recipe, directory, journal)
+            self._steps = AsyncSteps(
+                self._training, self._scheduler, recipe, directory, journal, identity=identity, run=self._run
+            )
         self._silos = frozenset(recipe.tree.silos)
         self._instances: dict[str, str] = {}
         self._last: dict[str, Answer] = {}

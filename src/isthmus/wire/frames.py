@@ -219,6 +219,9 @@ def _begin(message: pb.Begin) -> None:
         raise _invalid(f"{len(message.participants)} participants")
     if len(message.digest) not in (0, KEY_BYTES):
         raise _invalid(f"a digest of {len(message.digest)} bytes")
+    for part in (message.published.certificate, message.published.signature):
+        if len(part) > MAX_CERTIFICATE:
+            raise _invalid(f"a certificate or signature of {len(part)} bytes")
 
 
 def _end(message: pb.End) -> None:

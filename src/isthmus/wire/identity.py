@@ -89,16 +89,17 @@ class Identity:
         """This party's signature of the data (ECDSA with SHA-256, by the certificate's key)."""
         return self._key.sign(data, _SIGNATURE)
 
-    def verify(self, name: str, certificate: bytes, signature: bytes, data: bytes) -> None:
-        """Check a silo's signature.
+    def verify(self, name: str, certificate: bytes, signature: bytes, data: bytes, *, role: Role = "silo") -> None:
+        """Check a party's signature.
 
         Args:
-            name: the silo's name.
+            name: the party's name.
             certificate: its PEM certificate, as received.
+            role: the party's.
 
         Raises:
-            IdentityError: the certificate is not valid for a silo of this name, or the signature does not match the
-                data.
+            IdentityError: the certificate is not valid for a party of this name and role, or the signature does not
+                match the data.
         """
         text, loaded = self._read.get(name, (b"", None))
         try:
@@ -107,7 +108,7 @@ class Identity:
             key = loaded.public_key()
         except (ValueError, UnsupportedAlgorithm) as error:
             raise IdentityError(f"the certificate of {name} is damaged", remedy=_REMEDY) from error
-        self._check_certificate(loaded, name, "silo")
+        self._check_certificate(loaded, name, role)
         self._read[name] = certificate, loaded
         try:
             if not isinstance(key, ec.EllipticCurvePublicKey):

@@ -154,20 +154,30 @@ class Pong(_message.Message):
     def __init__(self) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("round", "participants", "open", "start", "digest", "steps")
+    __slots__ = ("round", "participants", "open", "start", "digest", "steps", "published")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     round: int
     participants: _containers.RepeatedScalarFieldContainer[str]
     open: bool
     start: int
     digest: bytes
     steps: Steps
-    def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., open: _Optional[bool] = ..., start: _Optional[int] = ..., digest: _Optional[bytes] = ..., steps: _Optional[_Union[Steps, _Mapping]] = ...) -> None: ...
+    published: Published
+    def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., open: _Optional[bool] = ..., start: _Optional[int] = ..., digest: _Optional[bytes] = ..., steps: _Optional[_Union[Steps, _Mapping]] = ..., published: _Optional[_Union[Published, _Mapping]] = ...) -> None: ...
+
+class Published(_message.Message):
+    __slots__ = ("certificate", "signature")
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    signature: bytes
+    def __init__(self, certificate: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Steps(_message.Message):
     __slots__ = ("count", "before", "total")
@@ -344,7 +354,7 @@ class Ready(_message.Message):
     def __init__(self, completed: _Optional[int] = ..., keys: _Optional[_Union[SumKeys, _Mapping]] = ..., silos: _Optional[_Iterable[str]] = ..., run: _Optional[str] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("round", "completed", "participants", "adapters", "sum", "keys", "control", "counted", "clip")
+    __slots__ = ("round", "completed", "participants", "adapters", "sum", "keys", "control", "counted", "clip", "published")
     class KeysEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -368,6 +378,7 @@ class Plan(_message.Message):
     CONTROL_FIELD_NUMBER: _ClassVar[int]
     COUNTED_FIELD_NUMBER: _ClassVar[int]
     CLIP_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     round: int
     completed: int
     participants: _containers.RepeatedScalarFieldContainer[str]
@@ -377,7 +388,8 @@ class Plan(_message.Message):
     control: _containers.RepeatedCompositeFieldContainer[Tensor]
     counted: _containers.ScalarMap[str, int]
     clip: float
-    def __init__(self, round: _Optional[int] = ..., completed: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., sum: _Optional[bytes] = ..., keys: _Optional[_Mapping[str, SumKeys]] = ..., control: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., counted: _Optional[_Mapping[str, int]] = ..., clip: _Optional[float] = ...) -> None: ...
+    published: Published
+    def __init__(self, round: _Optional[int] = ..., completed: _Optional[int] = ..., participants: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., sum: _Optional[bytes] = ..., keys: _Optional[_Mapping[str, SumKeys]] = ..., control: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., counted: _Optional[_Mapping[str, int]] = ..., clip: _Optional[float] = ..., published: _Optional[_Union[Published, _Mapping]] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("round", "weight", "tensors", "masked", "compressed", "quality", "learned", "silos")
