@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -81,14 +84,30 @@ def _spans(template: str, fields: dict[str, Any], classes: Mapping[str, str]) ->
 
 
 def _fill(template: str, row: SourceRow) -> str:
+    """The template with the row's fields: each must be text, a number or a truth value, and not be empty."""
     try:
         text = template.format_map(row.fields)
+        used = [(name, Formatter().get_field(name, (), row.fields)[0]) for name in _names(template)]
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{row.place} does not fill the template {template!r}: {error}", remedy="correct the row or the template"
         ) from error
-    used = {name: value for name, value in row.fields.items() if f"{{{name}}}" in template}
-    empty = [name for name, value in used.items() if value in (None, [], {}) or not str(value).strip()]
-    if empty:
-        raise DataError(f"{row.place} has no text in {empty[0]!r}", remedy="fill the field or drop the row")
+    for name, value in used:
+        _check_text(row.place, template, name, value)
     return text
+
+
+def _names(template: str) -> list[str]:
+    """Names of the fields that a template uses, with their parts: ``text`` or ``text[en]``."""
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
+
+
+def _check_text(place: str, template: str, name: str, value: Any) -> None:
+    """Refuse a value that Python would write as a word that nobody wrote: None, nan, or the brackets of a list."""
+    if value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip() or value in ([], {}):
+        raise DataError(f"{place} has no text in {name!r}", remedy="fill the field or drop the row")
+    if not isinstance(value, str | int | float | Decimal | date):
+        raise DataError(
+            f"{place} does not fill the template {template!r}: {name!r} is a {type(value).__name__}, not a text",
+            remedy="name a part of it in the template, such as {field[0]} or {field[key]}, or write it as text",
+        )

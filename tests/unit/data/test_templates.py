@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.templates import Example, _spans, read_examples
+from isthmus.data.sources import SourceRow
+from isthmus.data.templates import Example, _spans, fill_templates, read_examples
 from isthmus.errors import DataError
 from isthmus.recipe import TaskSection
 
@@ -72,6 +73,30 @@ def test_a_missing_field(tmp_path: Path, row: dict[str, str]) -> None:
 def test_an_empty_or_null_field(tmp_path: Path, name: str, empty: str | None) -> None:
     error = refused(tmp_path, json.loads(GOOD) | {name: empty})
     assert f"no text in {name!r}" in error.message
+
+
+@pytest.mark.parametrize("prompt", ["{text}", "{text!r}", "{text[0]}", "{text[a]}", "{text[a][0]}"])
+@pytest.mark.parametrize(
+    "value", [None, float("nan"), [], {}, ["a"], {"a": "b"}, [None], {"a": None}, {"a": [float("nan")]}, [["x"]]]
+)
+def test_no_null_nan_or_list_becomes_a_word(tmp_path: Path, prompt: str, value: Any) -> None:
+    """A template takes a text out of a list or an object by its part, and nothing else of it."""
+    content = json.dumps({"text": value, "label": "yes"})
+    task = TaskSection(prompt=prompt, answer="{label}")
+    if (prompt, value) == ("{text[0]}", ["a"]):
+        assert read(tmp_path, content, task) == [Example("a", "yes")]
+    elif prompt in ("{text[a]}", "{text[a][0]}") and value == {"a": "b"}:
+        assert read(tmp_path, content, task) == [Example("b", "yes")]
+    else:
+        with pytest.raises(DataError, match=r":1 (has no text in|does not fill)") as caught:
+            read(tmp_path, content, task)
+        assert caught.value.remedy
+
+
+@pytest.mark.parametrize("value", [b"bytes", {1}, object])
+def test_what_is_no_text_is_refused_by_its_kind(value: object) -> None:
+    with pytest.raises(DataError, match="not a text"):
+        fill_templates(SourceRow("f:1", {"text": value, "label": "yes"}), TASK, {})
 
 
 @pytest.mark.parametrize("line", ["not json", '{"text": "cut off', "{'text': 1}", GOOD + GOOD])
