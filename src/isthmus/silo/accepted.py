@@ -101,6 +101,24 @@ def max_change(recipe: Recipe, count: int) -> float | None:
     return optimizer.rate * mean / (1 - optimizer.momentum)
 
 
+def max_mean(recipe: Recipe, count: int) -> float | None:
+    """Largest L2 norm of the mean of a round's updates of P numbers: as the recipe's clip or range imply, or as the
+    change of the shared adapters, which ``federation.max_change`` bounds, leaves to it; None where neither says.
+
+    With momentum β and the rate r, a change is r times a velocity v, and a mean is v - β times the one before.
+
+    Args:
+        count: P.
+    """
+    federation, optimizer = recipe.federation, recipe.federation.optimizer
+    found = [_mean(recipe, federation, count)]
+    if federation.max_change is not None and optimizer.kind == "none":
+        found.append(federation.max_change)
+    elif federation.max_change is not None and optimizer.kind == "momentum":
+        found.append(federation.max_change * (1 + optimizer.momentum) / optimizer.rate)
+    return min((one for one in found if one is not None), default=None)
+
+
 def _mean(recipe: Recipe, federation: FederationSection, count: int) -> float | None:
     """Largest L2 norm of the mean of a round's updates; None: not bounded, or by a rule or an error of compression."""
     compression, update = federation.compression, recipe.boundary.update

@@ -76,7 +76,8 @@ class Worker:
         """The parameters that train in some round, by uncut name."""
         self._shapes = adapters.shared_shapes(self._silo.parts)
         self._accepted = accepted_adapters(recipe, self._silo, directory)
-        self._control = silo_control(recipe, name)
+        count = sum(one.numel() for one in self._parameters.values())
+        self._control = silo_control(recipe, name, count)
         self._local = LocalSteps(self._parameters, recipe.train, self._control)
         self._optimizer = self._local.optimizer()
         self._state_of_round: int | None = 0

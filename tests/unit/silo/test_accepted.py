@@ -12,7 +12,7 @@ import torch
 from isthmus.errors import ProtocolError
 from isthmus.federation.strategies.optimizers import optimizer_of
 from isthmus.recipe import Recipe
-from isthmus.silo.accepted import AcceptedAdapters, distance, max_change
+from isthmus.silo.accepted import AcceptedAdapters, distance, max_change, max_mean
 from isthmus.silo.join import keep_shared
 from isthmus.silo.served import SharedAdapters
 from isthmus.storage.record import RoleDirectory
@@ -145,3 +145,23 @@ def test_no_honest_optimizer_exceeds_it(kind: str, growing: float) -> None:
     steps = [optimizer.step(change_P * size / max(sizes)) for size in reversed(sizes)]
     steps += [optimizer.step(change_P) for _ in range(60)]
     assert max(float(step.norm()) for step in steps) <= bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("federation", "boundary", "expected"),
+    [
+        ({}, {}, None),
+        ({"max_change": 7.0}, {}, 7.0),
+        ({"max_change": 7.0}, CLIPPED, 2.0),
+        ({"max_change": 1.0}, CLIPPED, 1.0),
+        ({"optimizer": {"kind": "momentum", "learning_rate": 0.5}}, CLIPPED, 2.0),
+        ({"optimizer": {"kind": "momentum", "learning_rate": 0.5, "momentum": 0.5}, "max_change": 1.0}, {}, 3.0),
+        ({"optimizer": {"kind": "adam"}, "max_change": 1.0}, {}, None),
+        ({"optimizer": {"kind": "adam"}, "max_change": 1.0}, CLIPPED, 2.0),
+        (MASKED, {}, 5.0),
+    ],
+)
+def test_the_mean_of_a_rounds_updates(
+    federation: dict[str, Any], boundary: dict[str, Any], expected: float | None
+) -> None:
+    assert max_mean(recipe_of(federation=federation, boundary=boundary), COUNT) == expected

@@ -3,6 +3,7 @@ and keys that ask for nothing change nothing."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,12 @@ from google.protobuf.message import Message
 
 from isthmus.data.tokens import batches, collate
 from isthmus.engines.certificates import make_certificates
-from isthmus.errors import FrameError, RoundLostError
+from isthmus.errors import FrameError, ProtocolError, RoundLostError
 from isthmus.federation.aggregator import root_service
+from isthmus.federation.collection import Collected
+from isthmus.federation.contribution import Contribution
+from isthmus.federation.control import RootControl
+from isthmus.federation.planner import shared_tensors
 from isthmus.model import adapters
 from isthmus.model.optim import build_optimizer
 from isthmus.privacy.ledger import read_ledger
@@ -26,6 +31,7 @@ from isthmus.silo.trainer import train_step
 from isthmus.silo.worker import Worker
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
+from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel
@@ -129,6 +135,15 @@ def assert_c_is_the_mean(run: RunDirectory, number: int = ROUNDS, tolerance: flo
     assert_same(c, mean, tolerance)
 
 
+def initial_of(run: RunDirectory) -> Tensors:
+    return shared_tensors(run.recipe())
+
+
+def between(one: Tensors, other: Tensors) -> float:
+    """The L2 norm of the difference of all tensors together."""
+    return float(torch.cat([(one[name] - other[name]).double().flatten() for name in one]).norm())
+
+
 NOISED = {"update": {"clip": 0.02, "noise": 1e-3}}
 HOW: dict[str, dict[str, Any]] = {
     "open": {},
@@ -150,6 +165,40 @@ def test_c_is_the_mean_of_the_silos_own(build: Build, tmp_path: Path, how: str) 
     run = run_of(recipe, tmp_path / "run")
     for number in range(1, ROUNDS + 1):
         assert_c_is_the_mean(run, number)
+
+
+@pytest.mark.parametrize("how", ["open", "alternating", "momentum at the root", "normalized"])
+def test_honest_rounds_control_is_accepted_under_the_tightest_bound(build: Build, tmp_path: Path, how: str) -> None:
+    """The bound is the longest change that these very rounds made."""
+    federation = {**SCAFFOLD, **HOW[how].get("federation", {})}
+    free = run_of(build(federation=federation), tmp_path / "free")
+    begun = [initial_of(free), *(shared_of(free, number) for number in range(1, ROUNDS + 1))]
+    most = max(between(one, other) for one, other in itertools.pairwise(begun))
+    bounded = run_of(build(federation={**federation, "max_change": most * 1.00001}), tmp_path / "bounded")
+    assert_same(shared_of(bounded), shared_of(free), 0.0)
+
+
+def test_honest_means_never_reach_beyond_the_bound(build: Build) -> None:
+    """Rounds of any silos, whose mean updates are as long as may be: c is as long as may be, and no longer."""
+    recipe, layout, draw = build(federation=SCAFFOLD), Layout({"x": (3,)}), torch.Generator().manual_seed(1)
+    for most in (1e-3, 1.0, 1e3):
+        root, silo, norms = RootControl(recipe), SiloControl(recipe, "a", most), []
+        for round in range(1, 200):
+            plan = pb.Plan(round=round)
+            root.add_to(plan, layout)
+            silo.begin(plan, {"x": torch.zeros(3)})
+            norms.append(float(silo._mean["x"].norm()))
+            way = torch.randn(3, generator=draw) if round < 100 else torch.tensor([1.0, 0.0, 0.0])
+            change = {"x": most * way / way.norm()}
+            names = NAMES[: int(torch.randint(1, 4, (), generator=draw))]
+            found = tuple(Contribution(name, 1.0, change) for name in names)
+            root.follow(round, Collected(dict.fromkeys(names, 1.0), found), layout)
+        assert norms[0] == 0
+        assert max(norms) == pytest.approx(most / silo._reach, rel=1e-4)
+        root._mean["x"] *= 1.001
+        root.add_to(plan := pb.Plan(), layout)
+        with pytest.raises(ProtocolError):
+            silo.begin(plan, {"x": torch.zeros(3)})
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["update", "answer"])
