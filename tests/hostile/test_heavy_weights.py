@@ -18,6 +18,8 @@ from isthmus.storage.record import RoleDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
+from isthmus.wire.frames import checked, wrap
+from isthmus.wire.identity import Authority
 from tests.conftest import make_recipe, save_tiny_model
 from tests.unit.trunk.drill import Drill, Silo, Work, recipe_of, results, tensors_of
 from tests.unit.trunk.talk import WAIT
@@ -28,6 +30,10 @@ BADS: Work = (2, (4,))
 BATCH, LONGEST = 2, 16
 HEAVY = (1e300, 1e9, 33.0, 4.5)
 """More than four tokens; of the third not even the recipe's batch has so many."""
+STEPS: dict[str, Any] = {"steps": 3}
+PASSES: dict[str, Any] = {"epochs": 3, "most_rows": 4}
+"""Three passes over four rows at most, in batches of two: six steps in two rounds."""
+ROOT = Authority().issue("root")
 Claim = Callable[[Silo, float], Answer]
 Build = Callable[..., Drill]
 
@@ -173,10 +179,11 @@ def change(value: float, weight: float, round: int = 1) -> pb.Update:
     return pb.Update(round=round, weight=weight, tensors=codec.encode_named({"x": torch.full((3,), value)}))
 
 
-def root(federation: dict[str, Any], folder: Path, **more: Any) -> Aggregator:
-    train = {"rounds": 2, "steps": 3, "batch": BATCH, "max_tokens": LONGEST, "evaluate": False}
-    recipe = make_recipe(Path("none"), silos=(GOOD, BAD, "third"), train=train, federation=federation, **more)
-    return aggregator_of(recipe, "root", RootPlanner(recipe, {"x": torch.zeros(3)}, RoleDirectory(folder)), None)
+def root(federation: dict[str, Any], folder: Path, train: dict[str, Any] = STEPS, **more: Any) -> Aggregator:
+    train = {"rounds": 2, "batch": BATCH, "max_tokens": LONGEST, "evaluate": False, **train}
+    more = {"silos": (GOOD, BAD, "third"), **more}
+    recipe = make_recipe(Path("none"), train=train, federation=federation, **more)
+    return aggregator_of(recipe, "root", RootPlanner(recipe, {"x": torch.zeros(3)}, RoleDirectory(folder)), ROOT)
 
 
 def plans(service: Aggregator, *children: str) -> list[Any]:
@@ -188,14 +195,18 @@ def current(service: Aggregator) -> Any:
 
 
 @pytest.mark.parametrize("heavy", [1e300, 97.0])
-@pytest.mark.parametrize("asynchronous", [None, {"buffer": 3}], ids=["rounds", "buffered"])
+@pytest.mark.parametrize(
+    ("federation", "train"),
+    [({}, STEPS), ({"asynchronous": {"buffer": 3}}, STEPS), ({}, PASSES)],
+    ids=["rounds", "buffered", "passes"],
+)
 def test_an_update_weighs_no_more_than_the_recipes_rows(
-    asynchronous: dict[str, int] | None, heavy: float, tmp_path: Path
+    federation: dict[str, Any], train: dict[str, Any], heavy: float, tmp_path: Path
 ) -> None:
     """Three steps of two rows of sixteen tokens."""
     means = []
     for lies in (False, True):
-        service = root({"asynchronous": asynchronous} if asynchronous else {}, tmp_path / str(lies))
+        service = root(federation, tmp_path / str(lies), train)
         plans(service, GOOD, BAD, "third")
         if lies:
             with pytest.raises(ProtocolError, match=r"bad claims the weight .* it is 96 at most") as caught:
@@ -218,12 +229,72 @@ def test_where_all_weigh_alike_nobody_claims_more_than_one(tmp_path: Path) -> No
     assert current(service).completed == 1
 
 
-def test_an_edges_sum_weighs_no_more_than_the_silos_that_may_be_below_it(tmp_path: Path) -> None:
-    edges = [
-        {"name": "left", "address": "localhost:1", "silos": [GOOD, BAD]},
-        {"name": "right", "address": "localhost:2", "silos": ["third"]},
-    ]
-    service = root({}, tmp_path, edge=edges)
+OWN_ROWS = [{"name": name, "train": "x.jsonl", "most_rows": rows} for name, rows in ((GOOD, 40), (BAD, 3))]
+
+
+def test_with_passes_a_silo_weighs_no_more_than_its_own_rows_may(tmp_path: Path) -> None:
+    """Where the recipe says how many each has: a small silo does not pass for a large one."""
+    service = root({}, tmp_path, {"epochs": 3}, silo=OWN_ROWS)
+    plans(service, GOOD, BAD)
+    with pytest.raises(ProtocolError, match=r"bad claims the weight 97 .* it is 96 at most"):
+        service.handle(BAD, change(1e6, 97.0))
+    results([service.handle(GOOD, change(1.0, 960.0)), service.handle(BAD, change(12.0, 96.0))])
+    assert codec.decode_named(current(service).adapters, {"x": (3,)})["x"].tolist() == [2.0] * 3
+
+
+def test_with_passes_and_no_word_of_the_recipes_a_weight_is_bounded_all_the_same(tmp_path: Path) -> None:
+    service = root({}, tmp_path, {"epochs": 3})
+    plans(service, GOOD, BAD, "third")
+    most = 3 * 100_000 / 2 * 32 / 2
+    with pytest.raises(ProtocolError, match=re.escape(f"it is {most:g} at most")):
+        service.handle(BAD, change(1e6, most + 1))
+    results([service.handle(name, change(3.0, most)) for name in (GOOD, BAD, "third")])
+    assert current(service).completed == 1
+
+
+def test_with_passes_and_masks_no_update_brings_a_weight(tmp_path: Path) -> None:
+    """A silo counts for the share of its rows that it trained on, in the sum, which holds 1 of each at most."""
+    silos = [GOOD, BAD, "third", "d", "e", "f"]
+    edges = [{**edge, "silos": silos[at : at + 3]} for edge, at in zip(EDGES, (0, 3), strict=True)]
+    service = root({"secure": {"masks": True}}, tmp_path, PASSES, silos=silos, edge=edges)
+    results([service.handle(edge["name"], pb.Ready(silos=edge["silos"])) for edge in edges])
+    with pytest.raises(ProtocolError, match="masked"):
+        service.handle("left", change(1e6, 1.0))
+    with pytest.raises(ProtocolError, match="claims 4 silos for its sum, it has named 3"):
+        service.handle("left", pb.Update(round=1, masked=b"x", silos=4))
+    with pytest.raises(FrameError, match="a weight beside a masked update"):
+        checked(wrap(pb.Update(round=1, masked=b"x", weight=1.0)))
+    results([service.handle(name, pb.Update(round=1)) for name in ("left", "right")])
+    assert current(service).completed == 1
+
+
+CLAIMED = (pb.Steps(count=4, before=0, total=9), pb.Steps(count=2**30, before=0, total=2**31 + 1))
+
+
+@pytest.mark.parametrize("steps", CLAIMED, ids=["one row more", "2^31"])
+def test_with_passes_no_more_steps_are_begun_than_its_rows_make(steps: pb.Steps, model: Path, tmp_path: Path) -> None:
+    """Everybody's learning rate follows the silo with most."""
+    train = {**PASSES, "rounds": 2, "batch": BATCH, "max_tokens": LONGEST}
+    drill = Drill(recipe_of(model, silos=(GOOD, BAD), train=train, gather=0.0), tmp_path)
+    begins = {
+        name: pb.Begin(round=1, participants=(GOOD, BAD), steps=pb.Steps(count=3, total=6)) for name in drill.silos
+    }
+    with pytest.raises(ProtocolError, match=f"bad claims {steps.total:,} steps.*the 4 rows.* make 6") as caught:
+        drill.silos[BAD].channel.call(pb.Begin(round=1, participants=(GOOD, BAD), steps=steps))
+    assert "train.most_rows" in caught.value.remedy
+    results([drill.silos[name].channel.submit(begin) for name, begin in begins.items()])
+    drill.service.stop()
+
+
+EDGES = [
+    {"name": "left", "address": "localhost:1", "silos": [GOOD, BAD]},
+    {"name": "right", "address": "localhost:2", "silos": ["third"]},
+]
+
+
+@pytest.mark.parametrize("train", [STEPS, PASSES], ids=["steps", "passes"])
+def test_an_edges_sum_weighs_no_more_than_the_silos_that_may_be_below_it(train: dict[str, Any], tmp_path: Path) -> None:
+    service = root({}, tmp_path, train, edge=EDGES)
     results([service.handle("left", pb.Ready(silos=[GOOD, BAD])), service.handle("right", pb.Ready(silos=["third"]))])
     with pytest.raises(ProtocolError, match=r"left claims the weight 193 .* it is 192 at most"):
         service.handle("left", change(1.0, 193.0))

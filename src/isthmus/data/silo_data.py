@@ -62,6 +62,12 @@ class SiloData:
         self.train = read(section.train)
         self.held_out = read(section.held_out) if section.held_out else []
         self._recipe = recipe
+        most = recipe.most_rows(self.name)
+        if recipe.train.epochs is not None and len(self.train) > most:
+            raise DataError(
+                f"{self.name} has {len(self.train):,} training rows; by the recipe it may have {most:,}",
+                remedy=f"raise train.most_rows, or silo.most_rows of {self.name}, for all parties",
+            )
 
     def round_steps(self, round: int) -> RoundSteps:
         """The silo's optimizer steps in a round.

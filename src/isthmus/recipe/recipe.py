@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from isthmus.recipe.sections import (
     TrunkSection,
     WireSection,
 )
+from isthmus.recipe.sections.train import MOST_ROWS
 from isthmus.recipe.tree import Tree
 
 PATTERNS = {
@@ -204,12 +204,25 @@ class Recipe(Section):
 
     def most_weight(self, silos: Iterable[str]) -> float:
         """Largest weight in a round of an update of these silos together: every row of every step as long as rows may
-        be. With ``train.epochs`` infinite, since a silo alone knows how many rows it has."""
+        be; with ``train.epochs`` of a silo with as many rows as it may have."""
         if self.federation.weights.kind == "equal":
             return float(len(set(silos)))
-        if self.train.epochs is not None:
-            return math.inf
-        return float(sum(self.steps(silo) for silo in silos) * self.train.step_tokens)
+        return float(sum(self._most_steps(silo) for silo in silos) * self.train.step_tokens)
+
+    def _most_steps(self, name: str) -> int:
+        """Largest number of optimizer steps of this silo in a round."""
+        if self.train.epochs is None:
+            return self.steps(name)
+        return -(-self.most_run_steps(name) // self.train.rounds)
+
+    def most_rows(self, name: str) -> int:
+        """Most training rows of this silo with ``train.epochs``."""
+        own = {silo.name: silo.most_rows for silo in self.silo}.get(name)
+        return own or self.train.most_rows or MOST_ROWS
+
+    def most_run_steps(self, name: str) -> int:
+        """Largest number of optimizer steps of this silo in a run with ``train.epochs``."""
+        return self.round_steps(name, 1, self.most_rows(name)).total
 
     def round_steps(self, name: str, round: int, rows: int = 0) -> RoundSteps:
         """This silo's steps in a round.

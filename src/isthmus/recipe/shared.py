@@ -64,7 +64,7 @@ _TABLES: dict[str, tuple[str, ...]] = {
     "model": ("bottom", "top", "dtype"),
     "lora": ("rank", "alpha", "rslora", "dropout", "targets", "freeze_bottom"),
     "train": (
-        *("rounds", "steps", "epochs", "batch", "max_tokens"),
+        *("rounds", "steps", "epochs", "most_rows", "batch", "max_tokens"),
         *("optimizer", "learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"),
         *("momentum", "proximal", "sharpness"),
     ),
@@ -91,7 +91,7 @@ _TABLES: dict[str, tuple[str, ...]] = {
     "federation.noise": ("where", "multiplier", "epsilon", "colluding"),
     "federation.clip": ("norm", "quantile", "rate", "norms"),
     "edge": ("name", "silos", "parent", "sibling", "minimum"),
-    "silo": ("name", "rank", "steps"),
+    "silo": ("name", "rank", "steps", "most_rows"),
 }
 SHARED = frozenset({"seed", *(f"{table}.{key}" for table, keys in _TABLES.items() for key in keys)})
 """The keys that must not differ. Of ``edge`` and ``silo`` each table has its own values, by name: everyone must know

@@ -65,6 +65,7 @@ class TrunkService:
     ) -> None:
         checkpoint = checkpoint or Checkpoint(recipe.model.path)
         cut = Cut(recipe.model.bottom, recipe.model.top)
+        self._recipe = recipe
         self._hello = hello_of(recipe, checkpoint)
         self._hello.fingerprint = checkpoint.fingerprint
         self._scheduler = Scheduler(QUEUED_FRAMES * recipe.wire.max_frame_bytes)
@@ -213,8 +214,18 @@ class TrunkService:
 
     def _begin(self, peer: str, request: pb.Begin) -> Answer:
         check_named(peer, request.participants, self._silos)
+        self._check_rows(peer, request.steps)
         self._ends.pop(peer, None)
         return self._in_order(self._steps.begin)(peer, request)
+
+    def _check_rows(self, peer: str, own: pb.Steps) -> None:
+        """Raise ``ProtocolError`` if a silo claims more steps than its rows may make with ``train.epochs``."""
+        if self._recipe.train.epochs is not None and own.total > (most := self._recipe.most_run_steps(peer)):
+            raise ProtocolError(
+                f"{peer} claims {own.total:,} steps in the run, the {self._recipe.most_rows(peer):,} rows that it may "
+                f"have by the recipe make {most:,}",
+                remedy=f"raise train.most_rows, or silo.most_rows of {peer}, for all parties",
+            )
 
     def _forward(self, peer: str, request: pb.Forward) -> Answer:
         if request.train:

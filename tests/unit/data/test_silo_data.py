@@ -104,3 +104,16 @@ def test_a_round_without_a_step_is_refused(tmp_path: Path, tokenizer: PreTrained
     with pytest.raises(DataError, match="fewer than the 3 rounds") as caught:
         SiloData(recipe.silo[0], recipe, tokenizer).round_batches(1)
     assert "lower train.rounds" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("train", "own"), [({"most_rows": 2}, {}), ({"most_rows": 9}, {"most_rows": 2})])
+def test_more_rows_than_the_recipe_lets_a_silo_have_are_named(
+    train: dict[str, int], own: dict[str, int], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [{"text": f"w{4 + number}", "label": "w9"} for number in range(3)]
+    silo = {"name": "a", "train": str(write_rows(tmp_path / "rows.jsonl", rows)), **own}
+    task = {"prompt": "{text}", "answer": "{label}"}
+    recipe = make_recipe(Path("none"), silo=[silo], task=task, train={"epochs": 1, "batch": 2, "rounds": 1, **train})
+    with pytest.raises(DataError, match="a has 3 training rows; by the recipe it may have 2") as caught:
+        SiloData(recipe.silo[0], recipe, tokenizer)
+    assert "most_rows" in caught.value.remedy

@@ -36,6 +36,11 @@ def check_epochs(
 ) -> None:
     """Refuse passes over the rows beside what must know every silo's number of steps."""
     if train.epochs is None:
+        if bounded := [silo.name for silo in silos if silo.most_rows is not None]:
+            raise ValueError(
+                f"silo.most_rows: only train.epochs makes steps of rows; leave it out for {bounded[0]}, "
+                "or set train.epochs"
+            )
         return
     impossible = {
         "a silo's passes take as many steps as its rows need; leave silo.steps out": any(silo.steps for silo in silos),

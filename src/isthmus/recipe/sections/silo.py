@@ -24,3 +24,5 @@ class SiloSection(Section):
     steps: Count | None = Field(default=None, examples=[5])
     """Optimizer steps of this silo in a round. When they are done the others go on without it. Left out:
     train.steps."""
+    most_rows: Count | None = Field(default=None, examples=[800])
+    """With train.epochs: most training rows that this silo may have. Left out: train.most_rows."""

@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 
 from isthmus.recipe.section import Amount, Count, Momentum, Positive, Section
 
+MOST_ROWS = 100_000
+"""Most rows of a silo with ``train.epochs`` where the recipe says nothing."""
+
 
 class TrainSection(Section):
     """Training: rounds, and the steps that each silo takes in a round."""
@@ -25,6 +28,10 @@ class TrainSection(Section):
     """Passes over each silo's rows in the whole run, in place of steps: every row is drawn once before any comes again,
     the last batch of a pass may be smaller, and the passes are divided evenly among the rounds. A silo with more rows
     takes more steps; the others do not wait for it. Left out: steps says how long a round is."""
+    most_rows: Count | None = Field(default=None, examples=[5000])
+    """With epochs: most training rows that a silo may have, unless it has its own silo.most_rows. A silo says itself
+    how many it has, so this bounds what one that lies weighs in a round, and how far everybody's learning rate follows
+    it: set it to your largest silo's. Left out: 100,000."""
     batch: Count = 4
     """Rows in each optimizer step of each silo."""
     micro_batches: Annotated[int, Field(ge=1, le=64)] = 1
@@ -76,6 +83,10 @@ class TrainSection(Section):
             )
         if self.epochs is not None and self.steps != type(self).model_fields["steps"].default:
             raise ValueError("epochs: silos take as many steps as their rows need; leave train.steps out, or epochs")
+        if self.epochs is None and self.most_rows is not None:
+            raise ValueError(
+                "most_rows: only train.epochs makes steps of rows; leave most_rows out, or set train.epochs"
+            )
         if self.epochs is None and self.warmup >= self.rounds * self.steps:
             raise ValueError(
                 f"warmup: {self.warmup:g} steps of warm-up, but the run has {self.rounds * self.steps} in all; "

@@ -51,6 +51,12 @@ REFUSED: list[Case] = [
         "give all silos as many steps",
         {"silo.1.steps": 2, "silo.2.steps": 2},
     ),
+    (
+        {"silo.1.most_rows": 3},
+        "silo.most_rows: only train.epochs makes steps of rows",
+        "leave it out for b, or set train.epochs",
+        {"train.epochs": 2},
+    ),
     *(
         ({"train.epochs": 2, **changes}, reason, remedy, mended)
         for changes, reason, remedy, mended in [

@@ -35,6 +35,12 @@ REFUSED: list[Case] = [
         {"train.warmup": 39},
     ),
     (
+        {"train.most_rows": 5},
+        "train.most_rows: only train.epochs makes steps of rows",
+        "set train.epochs",
+        {"train.epochs": 2},
+    ),
+    (
         {"train.epochs": 2, "train.steps": 5},
         "train.epochs: silos take as many steps as their rows need",
         "leave train.steps out",
@@ -120,3 +126,17 @@ def test_passes_are_divided_evenly_among_the_rounds(rows: int, epochs: int, batc
     assert sum(plan.count for plan in plans) == plans[0].total == epochs * math.ceil(rows / batch)
     assert [plan.before for plan in plans] == [sum(one.count for one in plans[:at]) for at in range(rounds)]
     assert max(plan.count for plan in plans) - min(plan.count for plan in plans) <= 1
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 9), st.integers(1, 7))
+def test_no_silo_of_so_many_rows_weighs_more_in_any_round(rows: int, epochs: int, batch: int, rounds: int) -> None:
+    """And one with as many as it may have weighs as much in one round, if all are as long as they may be."""
+    values = {"train.epochs": epochs, "train.batch": batch, "train.rounds": rounds, "train.most_rows": rows}
+    recipe = Recipe.of(changed(least(), values | {"silo.1.most_rows": 2 * rows}))
+    for name, most in (("a", rows), ("b", 2 * rows)):
+        assert recipe.most_rows(name) == most
+        plans = [recipe.round_steps(name, round, most) for round in range(1, rounds + 1)]
+        heaviest = max(plan.count for plan in plans) * recipe.train.step_tokens
+        assert recipe.most_weight([name]) == heaviest
+        assert recipe.most_run_steps(name) == plans[0].total
+    assert recipe.most_weight("ab") == recipe.most_weight("a") + recipe.most_weight("b")
