@@ -223,7 +223,7 @@ class TrunkService:
         if self._recipe.train.epochs is not None and own.total > (most := self._recipe.most_run_steps(peer)):
             raise ProtocolError(
                 f"{peer} claims {own.total:,} steps in the run, the {self._recipe.most_rows(peer):,} rows that it may "
-                f"have by the recipe make {most:,}",
+                f"have by the recipe make {most:,} in train.epochs = {self._recipe.train.epochs}",
                 remedy=f"raise train.most_rows, or silo.most_rows of {peer}, for all parties",
             )
 
