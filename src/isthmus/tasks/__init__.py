@@ -1,1 +1,1 @@
-"""Measures of a model's answers."""
+"""Known tasks, as questions to a language model, and measures of its answers."""
