@@ -58,12 +58,12 @@ class Evaluator:
         adapters.add_adapter(self._part, recipe.lora, recipe.seed, freeze_a=False)
         self._model.requires_grad_(False).eval()
         self.recipe, self._tokenizer = recipe, load_tokenizer(folder)
-        self.silos = {silo.name: self.rows(silo.held_out) for silo in recipe.silo if silo.held_out}
+        self.silos = {silo.name: self.rows(*silo.held_out) for silo in recipe.silo if silo.held_out}
         self._blank = adapters.adapter_of(self._part)
 
-    def rows(self, file: str | Path) -> list[Tokens]:
-        """The rows of this file as the recipe's silos read them."""
-        section = self.recipe.silo[0].model_copy(update={"train": str(file), "held_out": None})
+    def rows(self, *files: str | Path) -> list[Tokens]:
+        """The rows of these files as the recipe's silos read them."""
+        section = self.recipe.silo[0].model_copy(update={"train": tuple(map(str, files)), "held_out": None})
         data = SiloData(section, self.recipe, self._tokenizer)
         self._pad, self._choices_C = data.pad, torch.tensor([choice[-1] for choice in data.choices])
         return data.train

@@ -132,7 +132,7 @@ def run(sections: Values, attack: Attack | None, seed: int = 0, place: str = TOG
 def poisoned(change: Callable[[Rows], Rows], malicious: Sequence[str]) -> Poison:
     def rewrite(recipe: Recipe) -> None:
         for name in malicious:
-            path = Path(recipe.party(name).train)
+            path = Path(recipe.party(name).train[0])
             rows_file(path, change(read(path)))
 
     return rewrite
@@ -140,7 +140,7 @@ def poisoned(change: Callable[[Rows], Rows], malicious: Sequence[str]) -> Poison
 
 def triggered(evaluator: Evaluator, tensors: Mapping[str, torch.Tensor]) -> float:
     """Share of held-out rows, of those that get another answer, that get the target once they say the trigger."""
-    paths = [Path(silo.held_out) for silo in evaluator.recipe.silo if silo.held_out]
+    paths = [Path(silo.held_out[0]) for silo in evaluator.recipe.silo if silo.held_out]
     rows = [row for path in paths for row in read(path) if row["label"] != TARGET]
     calm, said = (
         evaluator.answers(tensors, evaluator.rows(rows_file(paths[0].with_name("triggered.jsonl"), some)))

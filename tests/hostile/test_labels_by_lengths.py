@@ -286,7 +286,7 @@ def test_loss_and_gradients_are_the_uncut_models_without_filler(
 def test_silos_of_other_labels_are_training_on_all_rows(tmp_path: Path) -> None:
     """The weighted mean over silos is exact, though weights say nothing of the labels."""
     recipe = pooled.federation_of(save_vivid_model("llama", tmp_path / "model"), tmp_path)
-    texts = (Path(section.train).read_text() for section in recipe.silo)
+    texts = (Path(section.train[0]).read_text() for section in recipe.silo)
     choices = [" " + json.loads(line)["reply"] for text in texts for line in text.splitlines()]
     longest = max(len(choice.split()) for choice in choices)
     recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"choices": tuple(choices)})})

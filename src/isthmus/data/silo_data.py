@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from itertools import islice
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from isthmus.data.templates import read_examples
+from isthmus.data.bad_rows import BadRows
+from isthmus.data.examples import Placed, silo_examples
 from isthmus.data.tokens import Tokens, batches, epochs, tokenize
 from isthmus.errors import DataError
 from isthmus.privacy.sensitivity import Sensitivity
@@ -28,7 +28,7 @@ class SiloData:
         sensitivity: classifies each token; None: ``Tokens.classes`` stays None.
 
     Raises:
-        DataError: a file is unusable, or the silo's own sensitivity function failed.
+        DataError: a row or file is unusable, or the silo's own sensitivity function failed.
     """
 
     def __init__(
@@ -47,10 +47,14 @@ class SiloData:
             tuple(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in recipe.task.choices
         ]
 
-        def read(path: str) -> list[Tokens]:
-            examples = read_examples(Path(path), recipe.task, fields)
+        bad = BadRows()
+        train = silo_examples(section, section.train, recipe.task, bad, fields)
+        held_out = silo_examples(section, section.held_out, recipe.task, bad, fields) if section.held_out else []
+        bad.raise_any()
+
+        def tokens(examples: list[Placed]) -> list[Tokens]:
             return tokenize(
-                examples,
+                [example for _, example in examples],
                 tokenizer,
                 longest,
                 free_text=free_text,
@@ -59,8 +63,7 @@ class SiloData:
                 sensitivity=sensitivity,
             )
 
-        self.train = read(section.train)
-        self.held_out = read(section.held_out) if section.held_out else []
+        self.train, self.held_out = tokens(train), tokens(held_out)
         self._recipe = recipe
         most = recipe.most_rows(self.name)
         if recipe.train.epochs is not None and len(self.train) > most:

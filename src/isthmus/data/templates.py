@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from isthmus.data.sources import SourceRow, read_jsonl
+from isthmus.data.sources import SourceRow, read_rows
 from isthmus.errors import DataError
 from isthmus.recipe import TaskSection
 
@@ -37,16 +37,16 @@ class Example:
 
 
 def read_examples(path: Path, task: TaskSection, classes: Mapping[str, str] | None = None) -> list[Example]:
-    """The examples of a JSONL file, in its order.
+    """The examples of a data file, in its order.
 
     Args:
         classes: sensitivity class by field name; the places of these fields are returned in ``Example.spans``.
 
     Raises:
-        DataError: the file is missing, empty or not JSONL, a row lacks text for a field of the templates, or its
+        DataError: the file is missing, empty or unreadable, a row lacks text for a field of the templates, or its
             answer is none of the task's choices.
     """
-    return [fill_templates(row, task, classes or {}) for row in read_jsonl(path)]
+    return [fill_templates(row, task, classes or {}) for row in read_rows([str(path)])]
 
 
 def fill_templates(row: SourceRow, task: TaskSection, classes: Mapping[str, str]) -> Example:

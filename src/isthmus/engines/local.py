@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from isthmus.data.templates import read_examples
+from isthmus.data.examples import check_examples
 from isthmus.engines.certificates import has_certificates, make_certificates
 from isthmus.engines.lifetime import Stopped
 from isthmus.engines.process import RoleProcess, stop
@@ -30,13 +30,10 @@ def create_run(recipe: Recipe, path: Path) -> RunDirectory:
     """Create a run directory for this recipe, after all silos' data files have been checked.
 
     Raises:
-        DataError: a data file is unusable.
+        DataError: a row or data file is unusable; all of them are counted.
         RunError: the directory already holds a run.
     """
-    for silo in recipe.silo:
-        for file in (silo.train, silo.held_out):
-            if file is not None:
-                read_examples(Path(file), recipe.task)
+    check_examples(recipe.silo, recipe.task)
     return RunDirectory.create(path, local_recipe(recipe, path))
 
 

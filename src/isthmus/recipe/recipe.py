@@ -60,6 +60,7 @@ EXPECTED = {
     "model_type": "a table",
     "dict_type": "a table",
     "tuple_type": "a list",
+    "string_too_short": "a text that is not empty",
     "too_short": "a list of {min_length} or more",
     "literal_error": "{expected}",
     "greater_than": "more than {gt:g}",
@@ -176,15 +177,7 @@ class Recipe(Section):
                 "lora": self.lora.model_copy(update={"start": absolute(self.lora.start) if self.lora.start else None}),
                 "sensitivity": self.sensitivity and self.sensitivity.anchored(absolute),
                 "wire": self.wire.model_copy(update={"certificates": absolute(self.wire.certificates)}),
-                "silo": tuple(
-                    silo.model_copy(
-                        update={
-                            "train": absolute(silo.train),
-                            "held_out": absolute(silo.held_out) if silo.held_out else None,
-                        }
-                    )
-                    for silo in self.silo
-                ),
+                "silo": tuple(silo.anchored(absolute) for silo in self.silo),
             }
         )
 

@@ -55,6 +55,8 @@ FREE: dict[str, str] = {
     "federation.max_change": "a silo's own limit on what it accepts; nobody else acts on it",
     "silo.train": _OWN_FILE,
     "silo.held_out": _OWN_FILE,
+    "silo.format": _OWN_FILE,
+    "silo.columns": "a silo's own names for what its files hold",
     "silo.device": _OWN_MACHINE,
 }
 """The keys that may differ, each with the reason."""

@@ -23,8 +23,8 @@ def test_silos_train_on_few_rows_and_are_measured_on_others(tmp_path: Path) -> N
     recipe = play.demo_recipe(tmp_path, quick=False, seed=7)
     assert recipe.seed == 7
     for silo in recipe.silo:
-        assert silo.train == str(tmp_path / f"{silo.name}-{play.TRAIN_ROWS}")
-        assert silo.held_out == str(tmp_path / f"{silo.name}-{play.HELD_OUT_ROWS}")
+        assert silo.train == (str(tmp_path / f"{silo.name}-{play.TRAIN_ROWS}"),)
+        assert silo.held_out == (str(tmp_path / f"{silo.name}-{play.HELD_OUT_ROWS}"),)
 
 
 def test_quick_has_fewer_rounds(tmp_path: Path) -> None:

@@ -211,8 +211,8 @@ def test_paths_are_anchored_at_the_recipes_folder(tmp_path: Path, monkeypatch: p
     recipe = Recipe.read(Path("deep/r.toml"))
     folder = str(tmp_path / "deep")
     assert recipe.wire.certificates == f"{folder}/certificates"
-    assert [silo.train for silo in recipe.silo] == [f"{folder}/a.jsonl", f"{folder}/b.jsonl"]
-    assert [silo.held_out for silo in recipe.silo] == ["/data/h.jsonl", None]
+    assert [silo.train for silo in recipe.silo] == [(f"{folder}/a.jsonl",), (f"{folder}/b.jsonl",)]
+    assert [silo.held_out for silo in recipe.silo] == [("/data/h.jsonl",), None]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,10 @@ def test_a_silo_has_its_own_steps_or_the_recipes() -> None:
         ("train.micro_batches", 65, "64 or less"),
         ("federation.robust.malicious", 0.5, "less than 0.5"),
         ("federation.lora", "x", "'frozen-a', 'alternating', 'svd' or 'plain'"),
-        ("silo.0.train", None, "a text in quotes"),
+        ("silo.0.train", None, "a list"),
+        ("silo.0.train", [], "a list of 1 or more"),
+        ("silo.0.train", "", "a text that is not empty"),
+        ("silo.0.train", ["a.jsonl", 3], "a text in quotes"),
         ("sensitivity.classes", {"high": 3}, "a table"),
     ],
 )

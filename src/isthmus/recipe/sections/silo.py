@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field
 
 from isthmus.recipe.section import Count, Device, Name, Section
+
+HUB_SET = "datasets:"
+"""The beginning of a source that is a set of the Hugging Face hub, and no path."""
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+DataSources = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed), Field(min_length=1, strict=False)
+]
+"""One or several places of rows; one may be written without a list."""
 
 
 class SiloSection(Section):
@@ -12,10 +28,17 @@ class SiloSection(Section):
 
     name: Name = Field(examples=["north"])
     """Name of this silo: 1 to 63 lower-case letters, digits, "-" and "_", beginning with a letter or digit."""
-    train: str = Field(examples=["north/train.jsonl"])
-    """JSONL file of this silo's own rows."""
-    held_out: str | None = Field(default=None, examples=["north/held_out.jsonl"])
-    """JSONL file of rows for evaluation only. Left out: this silo does not evaluate."""
+    train: DataSources = Field(examples=["north/train.jsonl"])
+    """This silo's own rows: a file, a folder, a pattern such as "north/*.csv", or a list of these. JSONL, JSON, CSV,
+    TSV and Parquet, each also as .gz; with the extra "data" also "datasets:NAME:SPLIT" of the Hugging Face hub
+    ("datasets:NAME@CONFIGURATION:SPLIT") and folders that save_to_disk wrote."""
+    held_out: DataSources | None = Field(default=None, examples=["north/held_out.jsonl"])
+    """Rows for evaluation only, as train. Left out: this silo does not evaluate."""
+    format: Literal["jsonl", "json", "csv", "tsv", "parquet"] | None = Field(default=None, examples=["csv"])
+    """Format of all this silo's files. Left out: the ends of their names tell."""
+    columns: dict[str, str] | None = Field(default=None, examples=[{"prompt": "note", "answer": "code"}])
+    """Names of fields that the templates use, each with the name that this silo's files have for it. Left out: the
+    same."""
     device: Device = "cpu"
     """Where bottom and top compute: "cpu", "cuda", "cuda:1", or "auto" for a CUDA device if there is one."""
     rank: Count | None = Field(default=None, examples=[4])
@@ -26,3 +49,12 @@ class SiloSection(Section):
     train.steps."""
     most_rows: Count | None = Field(default=None, examples=[800])
     """With train.epochs: most training rows that this silo may have. Left out: train.most_rows."""
+
+    def anchored(self, absolute: Callable[[str], str]) -> Self:
+        """The same table with its paths made absolute."""
+
+        def each(sources: DataSources) -> DataSources:
+            return tuple(one if one.startswith(HUB_SET) else absolute(one) for one in sources)
+
+        held_out = None if self.held_out is None else each(self.held_out)
+        return self.model_copy(update={"train": each(self.train), "held_out": held_out})

@@ -153,7 +153,7 @@ def test_the_aggregator_sees_the_silos_update(two_silos: Target) -> None:
 
 def test_a_view_knows_no_silos_files(two_silos: Target) -> None:
     view = outsider_view(two_silos.recipe, Path("model"), {}, {})
-    assert [(silo.name, silo.train, silo.held_out) for silo in view.recipe.silo] == [("a", "", None), ("b", "", None)]
+    assert [(silo.name, silo.train, silo.held_out) for silo in view.recipe.silo] == [("a", (), None), ("b", (), None)]
     assert {one.name for one in fields(View)} == {
         "adversary",
         "recipe",
