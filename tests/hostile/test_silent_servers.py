@@ -19,7 +19,7 @@ from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel, answered
 from isthmus.wire.frames import ANSWERS
-from tests.conformance.test_channels import HANG, TRUNK, Echo, Late, joined, serving
+from tests.conformance.test_channels import HANG, TRUNK, Echo, Late, joined, serving, until
 
 SOON = 0.4
 """A deadline that tests wait for."""
@@ -79,6 +79,135 @@ def test_a_channel_that_asks_nothing_is_kept_however_long() -> None:
         time.sleep(3 * SOON)
         assert channel.sent_bytes == before
         assert channel.call(pb.Ping()) == pb.Pong()
+
+
+DUE = [
+    pb.Hello(version=frames.VERSION),
+    pb.Forward(step=1, lengths=[1], hidden=pb.Matrix(rows=1)),
+    pb.Backward(step=1),
+    pb.Keep(example=1, hidden=pb.Matrix(rows=1)),
+    pb.Decode(session=1, lengths=[1], hidden=pb.Matrix(rows=1)),
+    pb.Close(session=1),
+    pb.Current(),
+    pb.Update(round=1),
+]
+"""One of each kind whose answer waits for no other party."""
+SHARED = [
+    pb.Begin(round=1, participants=["a"]),
+    pb.Commit(round=1, step=1),
+    pb.End(round=1),
+    pb.Ready(),
+    pb.Update(round=1, masked=b"numbers"),
+    pb.Deal(round=1, sealed={"b": b"share"}),
+    pb.Agree(round=1, signature=b"signature"),
+    pb.Reveal(round=1, shares={"b": b"share"}),
+]
+"""One of each kind that may wait for others."""
+
+
+def kinds(request: Message) -> str:
+    return type(request).__name__ + (" masked" if isinstance(request, pb.Update) and request.masked else "")
+
+
+def test_of_every_request_it_is_known_whether_it_waits_for_others() -> None:
+    assert {type(one) for one in (*DUE, *SHARED)} == set(ANSWERS) - {pb.Ping}
+    assert not any(frames.waits_for_others(one) for one in (*DUE, pb.Ping()))
+    assert all(frames.waits_for_others(one) for one in SHARED)
+
+
+@pytest.mark.parametrize("request_", DUE, ids=kinds)
+def test_a_server_that_answers_pings_alone_fails_what_waits_for_nobody_by_name(request_: Message) -> None:
+    service = Late()
+    with (
+        serving({"Trunk": service}) as server,
+        closing(joined(server.port, deadline=SOON, answer_deadline=SOON)) as channel,
+    ):
+        told = f"is there, but has not answered {type(request_).__name__} for"
+        with pytest.raises(PeerGoneError, match=told) as caught:
+            channel.submit(request_).result(HANG)
+        assert "wire.answer_deadline" in caught.value.remedy
+        assert channel.call(pb.Ping()) == pb.Pong()  # the channel goes on, and so does the server
+        late, service.held = service.held, []
+        for _, answer in late:
+            answer.set_result(pb.Closed())  # an answer that comes too late is passed over
+        service._how = lambda request: answered(pb.Closed())
+        assert channel.submit(pb.Close(session=2)).result(HANG) == pb.Closed()
+
+
+@pytest.mark.parametrize("request_", SHARED, ids=kinds)
+def test_what_waits_for_others_waits_on(request_: Message) -> None:
+    service = Late()
+    with (
+        serving({"Trunk": service}) as server,
+        closing(joined(server.port, deadline=SOON, answer_deadline=SOON / 4)) as channel,
+    ):
+        waiting = channel.submit(request_)
+        with pytest.raises(PeerGoneError, match="Current"):  # which is asked for later, and is due before
+            channel.submit(pb.Current()).result(HANG)
+        assert not waiting.done()
+        body = ANSWERS[type(request_)][0]()
+        service.held[0][1].set_result(body)
+        assert waiting.result(HANG) == body
+
+
+def test_one_answer_that_never_comes_fails_though_all_others_come() -> None:
+    """And what was asked after it is not taken for late while it comes."""
+    lost = pb.Close(session=99)
+
+    def how(request: Message) -> Answer:
+        return Answer() if request == lost else answered(pb.Pong() if isinstance(request, pb.Ping) else pb.Closed())
+
+    with (
+        serving({"Trunk": Echo(how)}) as server,
+        closing(joined(server.port, answer_deadline=SOON)) as channel,
+    ):
+        waiting, count = channel.submit(lost), 0
+        while not waiting.done():
+            assert channel.submit(pb.Close(session=1)).result(HANG) == pb.Closed()
+            count += 1
+        with pytest.raises(PeerGoneError, match="has not answered Close"):
+            waiting.result(HANG)
+        assert count > 1
+
+
+def test_a_queue_of_requests_has_time_for_each() -> None:
+    """A request that waits behind its silo's own is not late while those before it are answered in time."""
+    service, each = Late(), 3 * SOON
+    with serving({"Trunk": service}) as server, closing(joined(server.port, answer_deadline=each)) as channel:
+        waiting = [channel.submit(pb.Close(session=number)) for number in range(1, 7)]
+        until(lambda: len(service.held) == len(waiting))
+        for (_, answer), one in zip(service.held, waiting, strict=True):
+            time.sleep(each / 5)
+            answer.set_result(pb.Closed())
+            assert one.result(HANG) == pb.Closed()
+
+
+class Breaking:
+    """A real gRPC server that greets every stream, takes some frames, and breaks it."""
+
+    def __init__(self) -> None:
+        self.streams = 0
+        self._server = grpc.server(ThreadPoolExecutor(4))
+        methods = {"Trunk": grpc.stream_stream_rpc_method_handler(self._stream)}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("isthmus.Wire", methods),))
+        self.port = self._server.add_secure_port("localhost:0", TRUNK.server_credentials())
+        self._server.start()
+
+    def close(self) -> None:
+        self._server.stop(0).wait()
+
+    def _stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        self.streams += 1
+        next(requests)
+        yield frames.wrap(pb.Pong()).SerializeToString()
+        time.sleep(SOON / 4)
+
+
+def test_a_server_that_breaks_every_stream_gains_no_time() -> None:
+    with closing(Breaking()) as server, closing(joined(server.port, answer_deadline=2 * SOON)) as channel:
+        with pytest.raises(PeerGoneError, match="has not answered Current"):
+            channel.submit(pb.Current()).result(HANG)
+        assert server.streams > 1
 
 
 class Front:

@@ -153,6 +153,7 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
             server=parent,
             greeting=hello_of(recipe),
             deadline=wire.deadline,
+            answer_deadline=wire.answer_deadline,
             limit=wire.max_frame_bytes,
         )
         edge = edge_service(recipe, name, run.edge(name), channel, identity)

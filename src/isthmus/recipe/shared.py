@@ -37,6 +37,7 @@ FREE: dict[str, str] = {
     "privacy.silo_epsilon": _OWN_BUDGET,
     "wire.certificates": _OWN_FILE,
     "wire.deadline": _WAIT,
+    "wire.answer_deadline": _WAIT,
     "trunk.address": _REACH,
     "trunk.device": _OWN_MACHINE,
     "trunk.patience": _WAIT,

@@ -237,8 +237,12 @@ def fetch_shared(silo: Silo, recipe: Recipe, directory: RoleDirectory | None) ->
         IsthmusError: it cannot be reached, it has adapters of other shapes, or ones that the silo does not accept.
     """
     parent = recipe.tree.parent(silo.name)
-    seconds = min(FETCH_SECONDS, recipe.wire.deadline)
-    hasty = recipe.model_copy(update={"wire": recipe.wire.model_copy(update={"deadline": seconds})})
+    wire = recipe.wire
+    limits = {
+        "deadline": min(FETCH_SECONDS, wire.deadline),
+        "answer_deadline": min(wire.deadline, wire.answer_deadline),
+    }
+    hasty = recipe.model_copy(update={"wire": wire.model_copy(update=limits)})
     channel = connect(hasty, silo.name, "Root", recipe.tree.node(parent).address, server=parent)
     try:
         answer: pb.Adapters = channel.call(pb.Current())
@@ -416,6 +420,7 @@ def connect(
         greeting=hello or hello_of(recipe),
         accept=accept,
         deadline=recipe.wire.deadline,
+        answer_deadline=recipe.wire.answer_deadline,
         limit=recipe.wire.max_frame_bytes,
     )
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -60,13 +61,27 @@ _FATAL: dict[grpc.StatusCode, tuple[type[IsthmusError], str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A request without an answer."""
+
+    data: bytes
+    """Its frame."""
+    kind: type[Message]
+    answer: Answer
+    due: bool
+    """Whether its answer waits for no other party."""
+
+
 class GrpcChannel:
     """A channel over gRPC with mTLS.
 
     Frames without an answer when the stream breaks are sent again, byte for byte, on the next stream; the server
     answers each id once. After ``deadline`` seconds without a connection all pending requests fail; so they do when a
     server that holds the connection has not answered the greeting by then, or is silent for as long, a ping unanswered.
-    Requests that wait for others may take any time, as long as pings are answered.
+    A request that waits for no other party fails alone if, of those, it is the oldest for ``answer_deadline`` seconds,
+    whatever else the server answers and however often it breaks the stream. Requests that wait for others may take any
+    time, as long as pings are answered.
 
     Args:
         address: ``host:port`` of the server.
@@ -77,6 +92,7 @@ class GrpcChannel:
         accept: called with the answer to the greeting on every stream; an ``IsthmusError`` that it raises ends the
             channel. None: every answer is accepted.
         deadline: seconds to keep trying to connect, and to wait for a silent server.
+        answer_deadline: seconds for the answer to a request that waits for no other party.
         limit: largest frame in bytes.
 
     Raises:
@@ -94,6 +110,7 @@ class GrpcChannel:
         greeting: Message | None = None,
         accept: Callable[[pb.Welcome], None] | None = None,
         deadline: float = 60.0,
+        answer_deadline: float = 600.0,
         limit: int = 64 * 2**20,
     ) -> None:
         self.sent_bytes = 0
@@ -103,13 +120,15 @@ class GrpcChannel:
         self._address = checked_address(address)
         self._service = service
         self._server = server or service.lower()
-        self._deadline = deadline
+        self._deadline, self._answer_deadline = deadline, answer_deadline
         self._limit = limit
         self._greet: Message = greeting or pb.Ping()
         self._metadata = ((INSTANCE_KEY, secrets.token_hex(8)),)
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
-        self._pending: dict[int, tuple[bytes, type[Message], Answer]] = {}
+        self._pending: dict[int, Pending] = {}
+        self._oldest: tuple[int | None, float] = None, 0.0
+        """Id of the oldest request that is due, and since when it is the oldest."""
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._ended: IsthmusError | None = None
         self._over = threading.Event()
@@ -139,7 +158,7 @@ class GrpcChannel:
             check_size(len(data), self._limit)
             if not self._pending:
                 self._moved = time.monotonic()
-            self._pending[id] = (data, type(request), answer)
+            self._pending[id] = Pending(data, type(request), answer, not frames.waits_for_others(request))
             self.sent_bytes += len(data)
             self._outbox.put(data)
         return answer
@@ -204,8 +223,8 @@ class GrpcChannel:
         outbox.put(frames.wrap(greeting).SerializeToString())
         self._opened = self._moved = time.monotonic()
         with self._lock:
-            for data, _, _ in self._pending.values():
-                outbox.put(data)
+            for one in self._pending.values():
+                outbox.put(one.data)
             self._outbox = outbox
         open_stream = self._grpc.stream_stream(METHOD_PATH.format(self._service), None, None)  # raw bytes both ways
         try:
@@ -226,7 +245,8 @@ class GrpcChannel:
     def _keep_listening(self) -> None:
         """End the channel if the server is silent: it may hold the connection and answer nothing."""
         asked = 0.0
-        while not self._over.wait(self._deadline / 8):
+        while not self._over.wait(min(self._deadline, self._answer_deadline) / 8):
+            self._fail_overdue()
             now, opened, moved = time.monotonic(), self._opened, self._moved
             waits = bool(self._pending) or opened is not None
             silent = now - (opened if opened is not None else moved)
@@ -239,6 +259,25 @@ class GrpcChannel:
                 with suppress(IsthmusError):  # ended meanwhile
                     self.submit(pb.Ping())
                 asked = moved
+
+    def _fail_overdue(self) -> None:
+        """Fail the oldest request that is due if it is that for too long. The channel goes on."""
+        now = time.monotonic()
+        with self._lock:
+            oldest = next((id for id, one in self._pending.items() if one.due), None)
+            if oldest is None or oldest != self._oldest[0]:
+                self._oldest = oldest, now
+                return
+            if (waited := now - self._oldest[1]) <= self._answer_deadline:
+                return
+            late = self._pending.pop(oldest)
+        late.answer.set_exception(
+            PeerGoneError(
+                f"{self._server} at {self._address} is there, but has not answered {late.kind.__name__} for "
+                f"{waited:.0f} s, which waits for no other party",
+                remedy="start it again and resume the run; if it has so much to compute, raise wire.answer_deadline",
+            )
+        )
 
     def _silence(self, seconds: float) -> PeerGoneError:
         return PeerGoneError(
@@ -253,8 +292,7 @@ class GrpcChannel:
         with self._lock:
             known = self._pending.pop(frame.id, None)
         if known is not None:
-            _, request, answer = known
-            settle(answer, frame, request)
+            settle(known.answer, frame, known.kind)
 
     def _welcomed(self, frame: pb.Frame, greeting: type[Message]) -> None:
         self._opened = None
@@ -293,8 +331,8 @@ class GrpcChannel:
             self._over.set()
         if not self._greeted.done():
             self._greeted.set_exception(error)
-        for _, _, answer in pending.values():
-            answer.set_exception(error)
+        for one in pending.values():
+            one.answer.set_exception(error)
 
 
 def proxy_note(address: str) -> str:

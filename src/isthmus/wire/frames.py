@@ -50,6 +50,8 @@ ANSWERS: dict[type[Message], tuple[type[Message], ...]] = {
     pb.Current: (pb.Adapters,),
 }
 """By kind of request, the answers that it may get; beside them, a ``Failure``."""
+WAITING = (pb.Begin, pb.Commit, pb.End, pb.Ready, pb.Deal, pb.Agree, pb.Reveal)
+"""Kinds of requests whose answers wait for other parties, as do those to masked updates: for hours, if these do."""
 _REMEDY = "both sides must run the same version of isthmus"
 _FIELDS = {field.message_type: field.name for field in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}
 
@@ -92,6 +94,11 @@ def checked(frame: pb.Frame) -> Message:
     if rule := _RULES.get(kind):
         rule(body)
     return body
+
+
+def waits_for_others(request: Message) -> bool:
+    """Whether the answer to this request may wait for what other parties do. Any other is due once it is computed."""
+    return isinstance(request, WAITING) or (isinstance(request, pb.Update) and bool(request.masked))
 
 
 def check_answer(request: type[Message], body: Message) -> None:

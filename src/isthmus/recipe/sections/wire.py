@@ -13,5 +13,8 @@ class WireSection(Section):
     ``isthmus certificates`` makes them."""
     deadline: Positive = 60.0
     """Seconds to keep trying to reach a peer that does not answer."""
+    answer_deadline: Positive = 600.0
+    """Seconds for an answer that waits for no other party, such as the trunk's to hidden states: more than everything
+    takes that all silos may ask of the trunk at once. Longer, and the silo gives up, though the server lives."""
     max_frame_bytes: Count = 64 * 2**20
     """Largest message in bytes. Larger ones are refused."""
