@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
 from isthmus.data.bad_rows import BadRows
-from isthmus.data.examples import Placed, silo_examples
-from isthmus.data.tokens import Tokens, batches, epochs, tokenize
+from isthmus.data.examples import silo_examples
+from isthmus.data.row_set import RowSet, as_tokens
+from isthmus.data.tokens import Tokens, batches, epochs
 from isthmus.errors import DataError
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, RoundSteps, SiloSection
+
+log = logging.getLogger(__name__)
 
 
 class SiloData:
@@ -20,6 +25,7 @@ class SiloData:
     Attributes:
         name: the silo's.
         train, held_out: its rows; ``held_out`` is empty without such a file.
+        sets: the same two with the rows' texts and lengths, and how many were shortened or skipped.
         choices: the tokens of each possible answer; empty if answers are free text.
         pad: token id for padding.
 
@@ -38,38 +44,38 @@ class SiloData:
         tokenizer: PreTrainedTokenizerBase,
         sensitivity: Sensitivity | None = None,
     ) -> None:
-        longest, free_text = recipe.train.max_tokens, not recipe.task.choices
-        fields = recipe.sensitivity.fields if recipe.sensitivity and sensitivity else {}
-
         self.name = section.name
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        self.pad = _padding(tokenizer)
         self.choices = [
             tuple(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in recipe.task.choices
         ]
 
         bad = BadRows()
-        train = silo_examples(section, section.train, recipe.task, bad, fields)
-        held_out = silo_examples(section, section.held_out, recipe.task, bad, fields) if section.held_out else []
+        self.sets = read_sets(section, recipe, tokenizer, bad, sensitivity)
         bad.raise_any()
-
-        def tokens(examples: list[Placed]) -> list[Tokens]:
-            return tokenize(
-                [example for _, example in examples],
-                tokenizer,
-                longest,
-                free_text=free_text,
-                choices=recipe.task.choices,
-                pad=self.pad,
-                sensitivity=sensitivity,
-            )
-
-        self.train, self.held_out = tokens(train), tokens(held_out)
+        self.train, self.held_out = (one.rows for one in self.sets)
+        self._say_long(recipe)
         self._recipe = recipe
         most = recipe.most_rows(self.name)
         if recipe.train.epochs is not None and len(self.train) > most:
             raise DataError(
                 f"{self.name} has {len(self.train):,} training rows; by the recipe it may have {most:,}",
                 remedy=f"raise train.most_rows, or silo.most_rows of {self.name}, for all parties",
+            )
+
+    def _say_long(self, recipe: Recipe) -> None:
+        """Log once what became of rows that are too long.
+
+        Raises:
+            DataError: no training row is left.
+        """
+        for kind, one in zip(("training", "held-out"), self.sets, strict=True):
+            if one.note:
+                log.warning("%s: %s (train.max_tokens = %d): %s", self.name, kind, recipe.train.max_tokens, one.note)
+        if not self.train:
+            raise DataError(
+                f"every training row of {self.name} is longer than train.max_tokens = {recipe.train.max_tokens}",
+                remedy='raise train.max_tokens, or set train.long_rows = "truncate"',
             )
 
     def round_steps(self, round: int) -> RoundSteps:
@@ -121,3 +127,30 @@ class SiloData:
         if all(len(choice) == 1 for choice in self.choices):
             return [Tokens(row.prompt, [])]
         return [Tokens(row.prompt, list(choice)) for choice in self.choices]
+
+
+def read_sets(
+    section: SiloSection,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    bad: BadRows,
+    sensitivity: Sensitivity | None = None,
+) -> tuple[RowSet, RowSet]:
+    """A silo's training and held-out rows in tokens.
+
+    Args:
+        bad: gets the errors of rows and files that cannot be used; the others are returned.
+        sensitivity: classifies each token; None: ``Tokens.classes`` stays None.
+    """
+    fields = recipe.sensitivity.fields if recipe.sensitivity and sensitivity else {}
+
+    def read(sources: Sequence[str]) -> RowSet:
+        texts = silo_examples(section, sources, recipe.task, bad, fields) if sources else []
+        return as_tokens(texts, recipe, tokenizer, bad, _padding(tokenizer), sensitivity)
+
+    return read(section.train), read(section.held_out or ())
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token id for padding."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

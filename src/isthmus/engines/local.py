@@ -1,6 +1,7 @@
 """The local engine: a whole federation as processes on this machine.
 
-The engine's own process starts and watches the others. It does not import torch or transformers.
+The engine's own process starts and watches the others. It does not import torch or transformers, unless the recipe
+refuses long rows, whose tokens are counted before anything starts.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ def create_run(recipe: Recipe, path: Path) -> RunDirectory:
     """Create a run directory for this recipe, after all silos' data files have been checked.
 
     Raises:
-        DataError: a row or data file is unusable; all of them are counted.
+        DataError: a row or data file is unusable, or longer than the recipe allows; all of them are counted.
         RunError: the directory already holds a run.
     """
     check_examples(recipe.silo, recipe.task)
+    if recipe.train.long_rows == "refuse":
+        from isthmus.engines.data_check import check_lengths
+
+        check_lengths(recipe)
     return RunDirectory.create(path, local_recipe(recipe, path))
 
 

@@ -29,6 +29,7 @@ FREE: dict[str, str] = {
     "lora.start": "a place on each party's machine; the adapters in it are compared by their digest",
     "train.keep_rounds": "how much of its own disk each party gives to earlier rounds; training reads the last ones",
     "train.micro_batches": "how a silo cuts its steps into frames; the step is the same",
+    "train.long_rows": "what a silo does with its own rows that are too long",
     "train.evaluate": "each silo measures on its own held-out rows, for itself",
     "sensitivity.function": _OWN_FILE,
     "sensitivity.names": _OWN_FILE,

@@ -117,3 +117,25 @@ def test_more_rows_than_the_recipe_lets_a_silo_have_are_named(
     with pytest.raises(DataError, match="a has 3 training rows; by the recipe it may have 2") as caught:
         SiloData(recipe.silo[0], recipe, tokenizer)
     assert "most_rows" in caught.value.remedy
+
+
+def test_what_becomes_of_long_rows_is_said_once(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    silo = {"name": "a", "train": str(write_rows(tmp_path / "rows.jsonl", ROWS))}
+    task = {"prompt": "{text}", "answer": "{label}"}
+
+    def read(**train: Any) -> SiloData:
+        recipe = make_recipe(Path("none"), silo=[silo], task=task, train=train)
+        return SiloData(recipe.silo[0], recipe, tokenizer)
+
+    assert len(read(max_tokens=3, long_rows="skip").train) == 1
+    assert caplog.messages == ["a: training (train.max_tokens = 3): of 2 rows 1 are skipped"]
+    caplog.clear()
+    assert read(max_tokens=3).train[0].prompt == [6]
+    assert caplog.messages == ["a: training (train.max_tokens = 3): of 2 rows 1 lose a part of their prompt"]
+    with pytest.raises(DataError, match=r"rows\.jsonl:1 has 4 tokens"):
+        read(max_tokens=3, long_rows="refuse")
+    with pytest.raises(DataError, match="every training row of a is longer") as caught:
+        read(max_tokens=2, long_rows="skip")
+    assert "truncate" in caught.value.remedy

@@ -65,7 +65,10 @@ class TrainSection(Section):
     adapters (SAM, Foret et al. 2021; FedSAM, Qu et al. 2022). Each step then has two passes, and both cross and are
     charged. 0: plain steps. Experimental: not measured on a real model."""
     max_tokens: Count = 512
-    """Longest row in tokens. Longer rows lose the beginning of their prompt."""
+    """Longest row in tokens; see long_rows."""
+    long_rows: Literal["truncate", "skip", "refuse"] = "truncate"
+    """What a silo does with its rows that are longer. "truncate": they lose the beginning of their prompt; an answer is
+    never cut. "skip": they are left out. "refuse": the run does not start. Each silo says how many there are."""
     evaluate: bool = True
     """Whether to evaluate on held-out rows before the first round and after each: accuracy with task.choices, otherwise
     loss. Needs silo.held_out of one silo or more."""
