@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError, Message
 
 from isthmus.errors import FrameError, IsthmusError, ProtocolError, by_code
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.parts import check_parts
 
 VERSION = 4
 """Version of the protocol."""
@@ -19,7 +20,7 @@ MAX_SILOS = 2**20
 MAX_POSITIONS = 2**17
 """Largest padded size of a frame's batch: number of sequences times the longest length."""
 KEY_BYTES = 32
-MAX_KEYS = 2**17
+MAX_KEYS = 2**15
 """Keys of a recipe in one greeting: some for each silo."""
 MAX_KEY = 1024
 """Largest key with its value, in characters."""
@@ -73,8 +74,9 @@ def parse(data: bytes) -> pb.Frame:
     """The frame in these bytes, not checked yet.
 
     Raises:
-        FrameError: the bytes are not a frame.
+        FrameError: the bytes are not a frame, or one of too many parts.
     """
+    check_parts(data)
     try:
         return pb.Frame.FromString(data)
     except (DecodeError, UnicodeDecodeError) as error:
