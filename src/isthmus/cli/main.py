@@ -185,6 +185,29 @@ def privacy(
         raise typer.Exit(1)
 
 
+@app.command()
+def data(
+    recipe: RecipePath,
+    silo: Annotated[Optional[list[str]], typer.Option(help="Only this silo; repeatable. All by default.")] = None,  # noqa: UP045
+    examples: Annotated[int, typer.Option(min=0, help="Training rows of each silo to show.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what the silos' rows are like, as the model reads them: numbers, lengths, answers, duplicates, bad rows."""
+    from rich.console import Console
+
+    from isthmus.engines.data_check import summarize_data
+    from isthmus.recipe import Recipe
+    from isthmus.report import data_table
+
+    summary = summarize_data(Recipe.read(recipe), silo or (), examples)
+    if as_json:
+        typer.echo(data_table.data_json(summary))
+    else:
+        data_table.show_data(summary, Console())
+    if any(one.error for one in summary.silos):
+        raise typer.Exit(1)
+
+
 @app.command(name="export")
 def export_run(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="The folder to write.")]) -> None:
     """Write a run's adapter as a PEFT folder for the uncut model."""

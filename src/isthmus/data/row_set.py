@@ -38,6 +38,23 @@ class RowSet:
         done = f"{self.truncated} lose a part of their prompt" if self.truncated else f"{self.skipped} are skipped"
         return f"of {len(self.lengths)} rows {done}" if self.truncated or self.skipped else ""
 
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse token ids that the model does not have: its tokenizer is another's, or was extended.
+
+        Args:
+            size: number of tokens that the model has.
+
+        Raises:
+            DataError: a row has one. The first such row is named.
+        """
+        for row, (place, _) in zip(self.rows, self.texts, strict=True):
+            largest = max((*row.prompt, *row.answer))
+            if largest >= size:
+                raise DataError(
+                    f"{place} has the token {largest}, but the model has {size} tokens",
+                    remedy="use the tokenizer that belongs to the model, without added tokens",
+                )
+
 
 def as_tokens(
     texts: Sequence[Placed],

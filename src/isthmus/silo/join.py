@@ -359,10 +359,12 @@ def load_data(recipe: Recipe, name: str, silo: Silo) -> SiloData:
     """The silo's rows from the recipe's files. They are added to the silo's records.
 
     Raises:
-        DataError: a file is unusable, or the silo's own sensitivity function failed.
+        DataError: a row or file is unusable, a token is not the model's, or the silo's own sensitivity function failed.
     """
     records = silo.boundary.records
     data = SiloData(recipe.party(name), recipe, silo.tokenizer, records.sensitivity)
+    for one in data.sets:
+        one.check_vocabulary(silo.model.config.vocab_size)
     records.add_rows(data.known_rows(), data.train, recipe.boundary.tail)
     return data
 

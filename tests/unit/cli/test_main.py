@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": ["RUN_DIR", "PROMPT", "--silo=", "--max-new-tokens=64", "--chat/--no-chat=False", "--trunk="],
     "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96", "--trunk="],
     "privacy": ["RUN_DIR", "--json=False"],
+    "data": ["RECIPE", "--silo=", "--examples=5", "--json=False"],
     "export": ["RUN_DIR", "OUT"],
     "attack": [
         "TARGET",

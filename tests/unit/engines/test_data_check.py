@@ -1,25 +1,34 @@
-"""The check of all silos' rows in tokens."""
+"""The check of all silos' rows in tokens, and what ``isthmus data`` says of them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from isthmus.engines.data_check import check_lengths
+from isthmus.cli.main import app
+from isthmus.engines.data_check import check_lengths, summarize_data
 from isthmus.engines.local import create_run
-from isthmus.errors import DataError
+from isthmus.errors import DataError, ModelError, RecipeError
 from isthmus.recipe import Recipe
-from tests.conftest import make_recipe, save_tiny_tokenizer, write_rows
+from tests.conftest import make_recipe, save_tiny_tokenizer, tiny_config, write_rows
+
+ROWS = [{"prompt": "w5 w6", "answer": "w7"}, {"prompt": "w5 w6 w7 w8", "answer": "w9"}]
 
 
-def recipe(folder: Path, **train: object) -> Recipe:
+def recipe(folder: Path, *, vocabulary: int = 97, **train: object) -> Recipe:
+    """Silo a has the first row, b both; c both, and evaluates on the first."""
     save_tiny_tokenizer(folder)
-    rows = [{"prompt": "w5 w6", "answer": "w7"}, {"prompt": "w5 w6 w7 w8", "answer": "w9"}]
+    config = tiny_config("llama")
+    config.vocab_size = vocabulary
+    config.save_pretrained(folder)
     silos = [
-        {"name": name, "train": str(write_rows(folder / f"{name}.jsonl", rows[:length]))}
+        {"name": name, "train": str(write_rows(folder / f"{name}.jsonl", ROWS[:length]))}
         for name, length in (("a", 1), ("b", 2), ("c", 2))
     ]
+    silos[2]["held_out"] = silos[0]["train"]
     return make_recipe(folder, silo=silos, train=train)
 
 
@@ -30,3 +39,49 @@ def test_all_silos_long_rows_are_counted_before_anything_starts(tmp_path: Path) 
     assert not (tmp_path / "run").exists()
     check_lengths(recipe(tmp_path, max_tokens=6, long_rows="refuse"))
     assert create_run(recipe(tmp_path, max_tokens=5), tmp_path / "run").recipe().train.long_rows == "truncate"
+
+
+def test_a_summary_is_of_what_the_silos_will_train_on(tmp_path: Path) -> None:
+    summary = summarize_data(recipe(tmp_path, max_tokens=5), examples=1)
+    a, b, c = summary.silos
+    assert [one.sets["train"].rows for one in (a, b, c)] == [1, 2, 2]
+    assert (b.sets["train"].truncated, b.sets["train"].lengths and b.sets["train"].lengths.most) == (1, 6)
+    (example,) = b.examples
+    assert (example.place, example.prompt, example.answer) == (f"{tmp_path}/b.jsonl:1", "w5 w6", "w7 </s>")
+    first, second = summary.duplicates
+    assert first.across == "train and held out"
+    assert first.places[-1] == f"c, held out: {tmp_path}/a.jsonl:1"
+    assert second.places == [f"b, train: {tmp_path}/b.jsonl:2", f"c, train: {tmp_path}/c.jsonl:2"]
+
+
+def test_one_silo_is_read_without_the_others_files(tmp_path: Path) -> None:
+    read = recipe(tmp_path)
+    (tmp_path / "a.jsonl").unlink()
+    assert [one.error for one in summarize_data(read, ["b"]).silos] == [None]
+    assert "cannot read the data file" in str(summarize_data(read).silos[0].error)
+    with pytest.raises(RecipeError, match="no silo 'd'"):
+        summarize_data(read, ["d"])
+
+
+def test_tokens_that_the_model_lacks_are_found(tmp_path: Path) -> None:
+    summary = summarize_data(recipe(tmp_path, vocabulary=9))
+    assert [one.error is None for one in summary.silos] == [True, False, False]
+    assert "b.jsonl:2 has the token 9, but the model has 9 tokens" in str(summary.silos[1].error)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelError):
+        summarize_data(make_recipe(tmp_path))
+
+
+def test_the_command_fails_on_bad_rows_after_it_has_shown_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe(tmp_path).toml())
+    told = CliRunner().invoke(app, ["data", str(path), "--json", "--examples", "0"])
+    assert told.exit_code == 0
+    assert [one["examples"] for one in json.loads(told.stdout)["silos"]] == [[], [], []]
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write('{"prompt": null, "answer": "w5"}\n{"prompt": "w4", "answer": []}\n')
+    told = CliRunner().invoke(app, ["data", str(path)])
+    assert told.exit_code == 1
+    assert "error: b: 2 rows or files are unusable" in told.stdout
+    assert "b.jsonl:3 has no text in 'prompt'" in told.stdout
+    assert told.stdout.count("prompt, then answer") == 5
