@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from isthmus.data.row_set import RowSet
 from isthmus.data.tokens import Tokens
 
-Kind = Literal["train", "held out"]
-KINDS: tuple[Kind, Kind] = ("train", "held out")
+SetKind = Literal["train", "held out"]
+KINDS: tuple[SetKind, SetKind] = ("train", "held out")
 MOST_ANSWERS = 20
 """Different answers of free text that are counted one by one; where there are more, none is."""
 
@@ -68,7 +68,7 @@ class SiloSummary:
     """One silo's data."""
 
     name: str
-    sets: dict[Kind, SetSummary]
+    sets: dict[SetKind, SetSummary]
     examples: list[ShownExample]
     warnings: list[str]
     bad_rows: int
@@ -108,7 +108,7 @@ def summarize_set(rows: RowSet, choices: Sequence[str]) -> SetSummary:
     return SetSummary(len(rows.rows), lengths, rows.truncated, rows.skipped, answers)
 
 
-def set_warnings(kind: Kind, rows: RowSet) -> list[str]:
+def set_warnings(kind: SetKind, rows: RowSet) -> list[str]:
     """What a user should look at in one data set."""
     answers, prompts = {example.answer for _, example in rows.texts}, Counter(_prompts(rows))
     found = []
@@ -126,13 +126,13 @@ def shown_example(place: str, row: Tokens, tokenizer: PreTrainedTokenizerBase) -
     return ShownExample(place, str(tokenizer.decode(row.prompt)), str(tokenizer.decode(row.answer)))
 
 
-def find_duplicates(sets: Iterable[tuple[str, Kind, RowSet]]) -> list[Duplicate]:
+def find_duplicates(sets: Iterable[tuple[str, SetKind, RowSet]]) -> list[Duplicate]:
     """Prompts, equal but for white space, in training and held-out rows or in the training rows of several silos.
 
     Args:
         sets: each with its silo and kind. That several silos evaluate on the same rows is no duplicate.
     """
-    places: defaultdict[str, list[tuple[str, Kind, str]]] = defaultdict(list)
+    places: defaultdict[str, list[tuple[str, SetKind, str]]] = defaultdict(list)
     for silo, kind, rows in sets:
         for prompt, (place, _) in zip(_prompts(rows), rows.texts, strict=True):
             places[prompt].append((silo, kind, place))

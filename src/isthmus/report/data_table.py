@@ -41,10 +41,12 @@ def _table(summary: DataSummary) -> Table:
     table = Table(title="rows, and tokens of a row")
     for heading in ("silo", "set"):
         table.add_column(heading)
-    for heading in ("rows", "bad", "skipped", "shortened", "min", "median", "95 %", "max"):
+    for heading in ("rows", "bad", "skipped", "cut", "min", "median", "95 %", "max"):
         table.add_column(heading, justify="right")
     for silo in summary.silos:
         for number, (kind, one) in enumerate(silo.sets.items()):
+            if number and one.lengths is None:  # a silo without held-out rows
+                continue
             table.add_row(silo.name, kind, f"{one.rows:,}", _bad(silo) if not number else "", *_cells(one))
         table.add_section()
     return table
