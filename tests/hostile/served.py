@@ -11,7 +11,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from isthmus.engines.roles import start_server
+from isthmus.engines.roles import start_edge, start_server
 from isthmus.model.agreement import hello_of
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
@@ -29,7 +29,7 @@ SERVICE = {"trunk": "Trunk", "root": "Root"}
 
 
 class Served:
-    """Trunk and root in servers of their own, with the certificates of one authority.
+    """Trunk, root and edges in servers of their own, with the certificates of one authority.
 
     Args:
         together: one server is both, with the trunk's certificate.
@@ -49,15 +49,23 @@ class Served:
         for name in ("trunk", "root", *(silo.name for silo in self.recipe.silo)):
             self.own[name] = self.authority.issue(name)
             save_identity(self.own[name], certificates)
+        for name in self.recipe.tree.edges:
+            self.own[name] = self.authority.issue(name, "edge")
+            save_identity(self.own[name], certificates)
         self._opened = ExitStack()
         self.servers: dict[str, Server] = {}
         self.services: dict[str, Any] = {}
+        """By gRPC service; those of edges by the edge's name."""
         for roles in [("trunk", "root")] if together else [("trunk",), ("root",)]:
             server, services = start_server(self.recipe, self.run, roles)
             self._opened.callback(server.stop, 0)
             self.servers |= dict.fromkeys(roles, server)
             self.services |= services
         self._opened.callback(self.services["Trunk"].stop)
+        for name in self.recipe.tree.edges:  # a parent comes before its children in these recipes
+            self.servers[name], self.services[name], above = start_edge(self.recipe, self.run, name)
+            self._opened.callback(self.servers[name].stop, 0)
+            self._opened.callback(above.close)
 
     def __enter__(self) -> Served:
         return self
@@ -76,9 +84,9 @@ class Served:
         identity = self.own[identity] if isinstance(identity, str) else identity
         made = GrpcChannel(
             f"localhost:{self.servers[server].port}",
-            SERVICE[server],
+            SERVICE.get(server, "Root"),
             identity,
-            server="trunk" if self.servers[server] is self.servers["trunk"] else "root",
+            server="trunk" if self.servers[server] is self.servers["trunk"] else server,
             greeting=greeting or self.hello(server),
             deadline=WAIT,
             limit=self.recipe.wire.max_frame_bytes,

@@ -13,6 +13,7 @@ from isthmus.engines.process import LISTENING
 from isthmus.engines.threads import set_threads
 from isthmus.errors import RecipeError, RunError
 from isthmus.federation.aggregator import GreetedAggregator, edge_service, root_service
+from isthmus.federation.rounds import Aggregator
 from isthmus.model.agreement import hello_of
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
@@ -140,33 +141,41 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
     Raises:
         RunError: another process serves it from this directory.
     """
-    node = recipe.tree.node(name)
     set_threads(recipe)
     with suppress(Stopped), alone(run, (name,)):
-        identity = Identity.load(Path(recipe.wire.certificates), name, "edge")
-        parent = recipe.tree.parent(name)
-        wire, above = recipe.wire, recipe.tree.node(parent).address
-        channel = GrpcChannel(
-            above,
-            "Root",
-            identity,
-            server=parent,
-            greeting=hello_of(recipe),
-            deadline=wire.deadline,
-            answer_deadline=wire.answer_deadline,
-            limit=wire.max_frame_bytes,
-        )
-        edge = edge_service(recipe, name, run.edge(name), channel, identity)
-        service = GreetedAggregator(recipe, name, edge)
-        peers = {"Root": (*node.children, *node.wards)}
-        size, grace, edges = wire.max_frame_bytes, 2 * wire.deadline, recipe.tree.edges
-        server = Server({"Root": service}, identity, peers, node.address, size, grace, edges=edges)
-        server.start()
+        server, edge, channel = start_edge(recipe, run, name)
         try:
             over = f"{_finished(recipe)}; nothing is left to do here"
-            _listen(server, node.address, lambda: over if edge.finished else None)
+            _listen(server, recipe.tree.node(name).address, lambda: over if edge.finished else None)
         finally:
             channel.close()
+
+
+def start_edge(recipe: Recipe, run: RunDirectory, name: str) -> tuple[Server, Aggregator, GrpcChannel]:
+    """Connect to the parent of the edge ``name`` and start a server of it, at the recipe's address.
+
+    Returns:
+        The server, what it serves, and the channel to the parent.
+    """
+    node, parent, wire = recipe.tree.node(name), recipe.tree.parent(name), recipe.wire
+    identity = Identity.load(Path(wire.certificates), name, "edge")
+    channel = GrpcChannel(
+        recipe.tree.node(parent).address,
+        "Root",
+        identity,
+        server=parent,
+        greeting=hello_of(recipe),
+        deadline=wire.deadline,
+        answer_deadline=wire.answer_deadline,
+        limit=wire.max_frame_bytes,
+    )
+    edge = edge_service(recipe, name, run.edge(name), channel, identity)
+    service = GreetedAggregator(recipe, name, edge)
+    peers = {"Root": (*node.children, *node.wards)}
+    size, grace, edges = wire.max_frame_bytes, 2 * wire.deadline, recipe.tree.edges
+    server = Server({"Root": service}, identity, peers, node.address, size, grace, edges=edges)
+    server.start()
+    return server, edge, channel
 
 
 def _listen(server: Server, address: str, result: Callable[[], str | None]) -> None:

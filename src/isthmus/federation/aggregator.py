@@ -17,10 +17,12 @@ from isthmus.storage.record import RoleDirectory
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel, Service, answered
 from isthmus.wire.identity import Identity
+from isthmus.wire.senders import check_sender
 
 
 class GreetedAggregator:
-    """An aggregator behind a door: it answers children that have said Hello with the same recipe and model.
+    """An aggregator behind a door: it answers children that have said Hello with the same recipe and model, and what a
+    child of their role may ask.
 
     Implements ``wire.channel.Service``. In one process, whose parties have one recipe, the aggregator needs none.
 
@@ -31,10 +33,12 @@ class GreetedAggregator:
     def __init__(self, recipe: Recipe, name: str, aggregator: Service) -> None:
         self._keys = agreed_keys(recipe)
         self._title = "the root" if name == ROOT else f"the edge {name}"
+        self._edges = frozenset(recipe.tree.edges)
         self._aggregator = aggregator
         self._greeted: set[str] = set()
 
     def handle(self, peer: str, request: Message) -> Answer:
+        check_sender(self._title, "Root", "edge" if peer in self._edges else "silo", request)
         if isinstance(request, pb.Hello):
             check_agreed(peer, request.keys, self._title, self._keys)
             self._greeted.add(peer)

@@ -36,6 +36,7 @@ from isthmus.trunk.training import TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.identity import Identity
+from isthmus.wire.senders import check_sender
 
 log = logging.getLogger(__name__)
 
@@ -125,16 +126,12 @@ class TrunkService:
         }
 
     def handle(self, peer: str, request: Message) -> Answer:
-        answer = self._answers.get(type(request))
-        if answer is None:
-            raise ProtocolError(
-                f"the trunk does not answer {type(request).__name__} requests", remedy="send it to the root"
-            )
+        check_sender("the trunk", "Trunk", "silo", request)
         if peer not in self._instances and not isinstance(request, pb.Hello | pb.Ping):
             raise ProtocolError(
                 f"received {type(request).__name__} before Hello", remedy="send Hello first on every stream"
             )
-        return answer(peer, request)
+        return self._answers[type(request)](peer, request)
 
     def restore(self, number: int) -> None:
         """Restore the adapter at the end of this round. Call it before any silo connects."""
