@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from isthmus.data.bad_rows import BadRows
-from isthmus.data.sources import read_rows
+from isthmus.data.partitions import SiloPart, divided
+from isthmus.data.sources import SourceRow, read_rows, rename_columns
 from isthmus.data.templates import Example, fill_templates
-from isthmus.recipe import SiloSection, TaskSection
+from isthmus.recipe import Recipe, SiloSection
 
 Placed = tuple[str, Example]
 """A row's place, as ``file:line``, and its text."""
@@ -15,35 +16,53 @@ Placed = tuple[str, Example]
 
 def silo_examples(
     section: SiloSection,
-    sources: Sequence[str],
-    task: TaskSection,
+    recipe: Recipe,
     bad: BadRows,
     classes: Mapping[str, str] | None = None,
-) -> list[Placed]:
-    """The examples of some of a silo's sources, in their order.
+    parts: Mapping[str, SiloPart] | None = None,
+) -> tuple[list[Placed], list[Placed]]:
+    """A silo's training and held-out examples, in the order of its rows.
 
     Args:
-        section: the silo's table, with format and columns of its files.
-        sources: ``section.train`` or ``section.held_out``.
+        section: the silo's table, with its files; without ``train`` it has a part of the recipe's ``[partition]``.
         bad: gets the errors of rows and files that cannot be used; the other rows are returned.
         classes: sensitivity class by field name (see ``fill_templates``).
+        parts: of all silos (see ``divided``); None: they are read.
     """
-    examples: list[Placed] = []
-    for row in read_rows(sources, format=section.format, columns=section.columns, bad=bad):
+
+    def read(sources: Sequence[str]) -> list[SourceRow]:
+        return read_rows(sources, format=section.format, columns=section.columns, bad=bad) if sources else []
+
+    def filled(rows: Iterable[SourceRow]) -> list[Placed]:
+        examples: list[Placed] = []
+        for row in rows:
+            with bad.collecting():
+                examples.append((row.place, fill_templates(row, recipe.task, classes or {})))
+        return examples
+
+    def renamed(rows: Iterable[SourceRow]) -> list[SourceRow]:
+        found = []
+        for row in rows:
+            with bad.collecting():
+                found.append(SourceRow(row.place, rename_columns(row.place, row.fields, section.columns or {})))
+        return found
+
+    train, held_out = read(section.train or ()), read(section.held_out or ())
+    if not section.train:
+        part = SiloPart([], [])
         with bad.collecting():
-            examples.append((row.place, fill_templates(row, task, classes or {})))
-    return examples
+            part = (divided(recipe) if parts is None else parts)[section.name]
+        train, held_out = renamed(part.train), held_out or renamed(part.held_out)
+    return filled(train), filled(held_out)
 
 
-def check_examples(silos: Sequence[SiloSection], task: TaskSection) -> None:
-    """Read all rows of these silos.
+def check_examples(recipe: Recipe) -> None:
+    """Read all rows of all silos.
 
     Raises:
         DataError: a row or file cannot be used. The first few are named, the others counted.
     """
-    bad = BadRows()
-    for section in silos:
-        for sources in (section.train, section.held_out or ()):
-            if sources:
-                silo_examples(section, sources, task, bad)
+    bad, parts = BadRows(), divided(recipe) if recipe.partition is not None else None
+    for section in recipe.silo:
+        silo_examples(section, recipe, bad, parts=parts)
     bad.raise_any()

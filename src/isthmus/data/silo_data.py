@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
 from isthmus.data.bad_rows import BadRows
 from isthmus.data.examples import silo_examples
+from isthmus.data.partitions import SiloPart
 from isthmus.data.row_set import RowSet, as_tokens
 from isthmus.data.tokens import Tokens, batches, epochs
 from isthmus.errors import DataError
@@ -67,16 +68,16 @@ class SiloData:
         """Log once what became of rows that are too long.
 
         Raises:
-            DataError: no training row is left.
+            DataError: of training or held-out rows none is left.
         """
         for kind, one in zip(("training", "held-out"), self.sets, strict=True):
             if one.note:
                 log.warning("%s: %s (train.max_tokens = %d): %s", self.name, kind, recipe.train.max_tokens, one.note)
-        if not self.train:
-            raise DataError(
-                f"every training row of {self.name} is longer than train.max_tokens = {recipe.train.max_tokens}",
-                remedy='raise train.max_tokens, or set train.long_rows = "truncate"',
-            )
+            if one.lengths and not one.rows:
+                raise DataError(
+                    f"every {kind} row of {self.name} is longer than train.max_tokens = {recipe.train.max_tokens}",
+                    remedy='raise train.max_tokens, or set train.long_rows = "truncate"',
+                )
 
     def round_steps(self, round: int) -> RoundSteps:
         """The silo's optimizer steps in a round.
@@ -135,20 +136,19 @@ def read_sets(
     tokenizer: PreTrainedTokenizerBase,
     bad: BadRows,
     sensitivity: Sensitivity | None = None,
+    parts: Mapping[str, SiloPart] | None = None,
 ) -> tuple[RowSet, RowSet]:
     """A silo's training and held-out rows in tokens.
 
     Args:
         bad: gets the errors of rows and files that cannot be used; the others are returned.
         sensitivity: classifies each token; None: ``Tokens.classes`` stays None.
+        parts: of all silos (see ``divided``); None: they are read.
     """
     fields = recipe.sensitivity.fields if recipe.sensitivity and sensitivity else {}
-
-    def read(sources: Sequence[str]) -> RowSet:
-        texts = silo_examples(section, sources, recipe.task, bad, fields) if sources else []
-        return as_tokens(texts, recipe, tokenizer, bad, _padding(tokenizer), sensitivity)
-
-    return read(section.train), read(section.held_out or ())
+    texts = silo_examples(section, recipe, bad, fields, parts)
+    train, held_out = (as_tokens(one, recipe, tokenizer, bad, _padding(tokenizer), sensitivity) for one in texts)
+    return train, held_out
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> int:

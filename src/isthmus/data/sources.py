@@ -54,7 +54,7 @@ def read_rows(
         with collected.collecting():
             for place, fields in _rows(one, format, collected):
                 with collected.collecting():
-                    rows.append(SourceRow(place, _renamed(place, fields, columns or {})))
+                    rows.append(SourceRow(place, rename_columns(place, fields, columns or {})))
             if len(rows) + collected.count == before:
                 raise DataError(f"{one} holds no row", remedy="put a row into it, or leave it out")
     if bad is None:
@@ -128,7 +128,7 @@ def _rows(source: str, format: str | None, bad: BadRows) -> FileRows:
     return parse_file(source, data, kind, bad)
 
 
-def _renamed(place: str, fields: FileFields, columns: Mapping[str, str]) -> FileFields:
+def rename_columns(place: str, fields: FileFields, columns: Mapping[str, str]) -> FileFields:
     """The fields with the recipe's names for them, beside those of the file."""
     absent = [old for old in columns.values() if old not in fields]
     if absent:

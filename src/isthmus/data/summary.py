@@ -71,6 +71,8 @@ class SiloSummary:
     sets: dict[SetKind, SetSummary]
     examples: list[ShownExample]
     warnings: list[str]
+    divided_by: dict[str, int]
+    """Rows by the value of ``partition.field``; empty without it."""
     bad_rows: int
     error: str | None
     """What is wrong with the first bad rows; None: no row is bad."""
@@ -112,8 +114,8 @@ def set_warnings(kind: SetKind, rows: RowSet) -> list[str]:
     """What a user should look at in one data set."""
     answers, prompts = {example.answer for _, example in rows.texts}, Counter(_prompts(rows))
     found = []
-    if kind == "train" and not rows.rows:
-        found.append("no training row is left")
+    if not rows.rows and (kind == "train" or rows.lengths):
+        found.append(f"{kind}: no row is left")
     if kind == "train" and len(answers) == 1 and len(rows.rows) > 1:
         found.append(f"all {len(rows.rows)} training rows have one answer, {next(iter(answers))!r}")
     if repeated := sum(count - 1 for count in prompts.values()):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoConfig
 
 from isthmus.data.bad_rows import BadRows
+from isthmus.data.partitions import SiloPart, divided
 from isthmus.data.silo_data import read_sets
 from isthmus.data.summary import (
     KINDS,
@@ -32,8 +34,9 @@ def check_lengths(recipe: Recipe) -> None:
         ModelError: the model has no usable tokenizer.
     """
     bad, tokenizer = BadRows(), load_tokenizer(Path(recipe.model.path))
+    parts = None if recipe.partition is None else divided(recipe)
     for section in recipe.silo:
-        read_sets(section, recipe, tokenizer, bad)
+        read_sets(section, recipe, tokenizer, bad, parts=parts)
     bad.raise_any()
 
 
@@ -46,13 +49,15 @@ def summarize_data(recipe: Recipe, names: Sequence[str] = (), examples: int = 5)
 
     Raises:
         RecipeError: the recipe has no such silo.
+        DataError: the set of ``[partition]`` cannot be divided.
         ModelError: the model has no usable tokenizer, or no configuration.
     """
     tokenizer, vocabulary = load_tokenizer(Path(recipe.model.path)), _vocabulary(recipe.model.path)
+    parts = {} if recipe.partition is None else divided(recipe)
     silos, read = [], []
     for name in names or [silo.name for silo in recipe.silo]:
         bad = BadRows()
-        sets = dict(zip(KINDS, read_sets(recipe.party(name), recipe, tokenizer, bad), strict=True))
+        sets = dict(zip(KINDS, read_sets(recipe.party(name), recipe, tokenizer, bad, parts=parts), strict=True))
         for one in sets.values():
             with bad.collecting():
                 one.check_vocabulary(vocabulary)
@@ -63,8 +68,17 @@ def summarize_data(recipe: Recipe, names: Sequence[str] = (), examples: int = 5)
         ]
         warnings = [warning for kind, one in sets.items() for warning in set_warnings(kind, one)]
         summaries = {kind: summarize_set(one, recipe.task.choices) for kind, one in sets.items()}
-        silos.append(SiloSummary(name, summaries, shown, warnings, bad.count, _error(bad)))
+        divided_by = _divided_by(recipe, parts.get(name))
+        silos.append(SiloSummary(name, summaries, shown, warnings, divided_by, bad.count, _error(bad)))
     return DataSummary(silos, find_duplicates(read))
+
+
+def _divided_by(recipe: Recipe, part: SiloPart | None) -> dict[str, int]:
+    """A silo's rows by the value of the field that the set is divided by, the most frequent first."""
+    if part is None or recipe.partition is None or recipe.partition.field is None:
+        return {}
+    field = recipe.partition.field
+    return dict(Counter(str(row.fields[field]) for row in (*part.train, *part.held_out)).most_common())
 
 
 def _vocabulary(model: str) -> int:

@@ -34,7 +34,7 @@ def create_run(recipe: Recipe, path: Path) -> RunDirectory:
         DataError: a row or data file is unusable, or longer than the recipe allows; all of them are counted.
         RunError: the directory already holds a run.
     """
-    check_examples(recipe.silo, recipe.task)
+    check_examples(recipe)
     if recipe.train.long_rows == "refuse":
         from isthmus.engines.data_check import check_lengths
 

@@ -37,10 +37,16 @@ def recorded(path: Path, recipe: Recipe, run_dir: Path) -> RunDirectory:
         recipe: the recipe as it is run.
 
     Raises:
+        RecipeError: the recipe divides one set among silos, and so is a simulation.
         RunError: the directory holds a run whose adapters have other shapes or another start.
     """
     run = RunDirectory(run_dir.resolve())
     if path.resolve() != run.recipe_path:
+        if recipe.partition is not None:
+            raise RecipeError(
+                "[partition] divides one set among silos that all read it: it is for simulations on one machine",
+                remedy="use 'isthmus run', or name each silo's own rows in silo.train and leave [partition] out",
+            )
         run.record(recipe)
     return run
 

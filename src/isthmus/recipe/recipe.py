@@ -23,6 +23,7 @@ from isthmus.recipe.checks.evaluation import check_evaluation
 from isthmus.recipe.checks.local_steps import check_control, check_epochs, check_sharpness, check_steps
 from isthmus.recipe.checks.masks import check_cohorts, check_compression
 from isthmus.recipe.checks.noise import check_noise
+from isthmus.recipe.checks.partition import check_partition
 from isthmus.recipe.checks.robustness import check_robustness
 from isthmus.recipe.checks.sensitivity import check_fields
 from isthmus.recipe.checks.tree import check_names, check_tree
@@ -33,6 +34,7 @@ from isthmus.recipe.sections import (
     FederationSection,
     LoraSection,
     ModelSection,
+    PartitionSection,
     PrivacySection,
     RootSection,
     SensitivitySection,
@@ -104,6 +106,7 @@ class Recipe(Section):
     trunk: TrunkSection = TrunkSection()
     root: RootSection = RootSection()
     federation: FederationSection = FederationSection()
+    partition: PartitionSection | None = None
     edge: tuple[EdgeSection, ...] = Field(default=(), strict=False)
     silo: tuple[SiloSection, ...] = Field(min_length=1, strict=False)
     _whole: Recipe | None = PrivateAttr(default=None)
@@ -116,12 +119,13 @@ class Recipe(Section):
         check_asynchrony(federation, self.root, self.trunk, silos, edges)
         check_tree(tree, edges)
         check_cohorts(federation, tree)
-        check_evaluation(self.train, silos)
+        check_partition(self.partition, silos)
+        check_evaluation(self.train, self.evaluating)
         check_release_once(boundary, self.lora)
         check_defence(boundary, self.lora)
         check_ranks(self.lora, federation, silos)
         check_products(federation, edges)
-        check_weights(federation, silos, edges)
+        check_weights(federation, silos, edges, self.evaluating)
         check_influence(federation, boundary.update)
         check_robustness(federation, tree)
         check_steps(self.train, silos, federation, self.trunk)
@@ -177,6 +181,7 @@ class Recipe(Section):
                 "lora": self.lora.model_copy(update={"start": absolute(self.lora.start) if self.lora.start else None}),
                 "sensitivity": self.sensitivity and self.sensitivity.anchored(absolute),
                 "wire": self.wire.model_copy(update={"certificates": absolute(self.wire.certificates)}),
+                "partition": self.partition and self.partition.anchored(absolute),
                 "silo": tuple(silo.anchored(absolute) for silo in self.silo),
             }
         )
@@ -184,6 +189,12 @@ class Recipe(Section):
     def toml(self) -> str:
         """This recipe as TOML text; ``Recipe.read`` of it gives an equal recipe."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    @property
+    def evaluating(self) -> frozenset[str]:
+        """Names of the silos that have held-out rows."""
+        share = self.partition is not None and self.partition.held_out > 0
+        return frozenset(silo.name for silo in self.silo if silo.held_out or (share and not silo.train))
 
     @property
     def tree(self) -> Tree:

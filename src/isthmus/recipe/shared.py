@@ -58,6 +58,8 @@ FREE: dict[str, str] = {
     "silo.train": _OWN_FILE,
     "silo.held_out": _OWN_FILE,
     "silo.format": _OWN_FILE,
+    "partition.data": _OWN_FILE,
+    "partition.format": _OWN_FILE,
     "silo.columns": "a silo's own names for what its files hold",
     "silo.device": _OWN_MACHINE,
 }
@@ -94,6 +96,7 @@ _TABLES: dict[str, tuple[str, ...]] = {
     "federation.asynchronous": ("buffer", "staleness"),
     "federation.noise": ("where", "multiplier", "epsilon", "colluding"),
     "federation.clip": ("norm", "quantile", "rate", "norms"),
+    "partition": ("by", "field", "alpha", "held_out", "seed"),
     "edge": ("name", "silos", "parent", "sibling", "minimum"),
     "silo": ("name", "rank", "steps", "most_rows"),
 }

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from isthmus.data.summary import DataSummary, SetSummary, ShownExample, SiloSummary
 
+SHOWN_VALUES = 20
+"""Values of a histogram that are named."""
 SHOWN_DUPLICATES = 5
 """Duplicates that are named; the others are counted."""
 
@@ -25,8 +27,9 @@ def show_data(summary: DataSummary, console: Console) -> None:
     for silo in summary.silos:
         for kind, one in silo.sets.items():
             if one.answers:
-                counts = ", ".join(f"{visible(repr(answer))} {count:,}" for answer, count in one.answers.items())
-                _print(console, f"answers: {silo.name}, {kind}: {counts}")
+                _print(console, f"answers: {silo.name}, {kind}: {_counts(one.answers)}")
+        if silo.divided_by:
+            _print(console, f"divided by field: {silo.name}: {_counts(silo.divided_by)}")
         for warning in silo.warnings:
             _print(console, f"warning: {silo.name}: {warning}")
         if silo.error is not None:
@@ -62,6 +65,11 @@ def _cells(one: SetSummary) -> tuple[str, ...]:
         return (*long, "", "", "", "")
     lengths = one.lengths
     return (*long, f"{lengths.least}", f"{lengths.median:.0f}", f"{lengths.p95:.0f}", f"{lengths.most}")
+
+
+def _counts(found: dict[str, int]) -> str:
+    named = [f"{visible(repr(value))} {count:,}" for value, count in list(found.items())[:SHOWN_VALUES]]
+    return ", ".join(named) + (f" and {len(found) - SHOWN_VALUES} more" if len(found) > SHOWN_VALUES else "")
 
 
 def _show_duplicates(summary: DataSummary, console: Console) -> None:

@@ -39,7 +39,7 @@ def test_answers_are_counted_where_they_are_few() -> None:
 @pytest.mark.parametrize(
     ("texts", "told"),
     [
-        ([], "no training row is left"),
+        ([], "train: no row is left"),
         ([("p", "yes"), ("q", "yes")], "all 2 training rows have one answer, 'yes'"),
         ([("p", "yes"), ("p ", "no"), ("q", "no")], "train: 1 of 3 rows repeat the prompt"),
     ],
@@ -52,6 +52,10 @@ def test_what_to_look_at_is_said(texts: list[tuple[str, str]], told: str) -> Non
 def test_nothing_is_said_of_usual_rows() -> None:
     assert set_warnings("train", row_set(("p", "yes"), ("q", "no"))) == []
     assert set_warnings("held out", row_set()) == []
+
+
+def test_held_out_rows_that_are_all_too_long_are_noticed() -> None:
+    assert set_warnings("held out", RowSet([], [], [700], skipped=1)) == ["held out: no row is left"]
 
 
 def test_a_prompt_in_two_places_is_named_by_both() -> None:

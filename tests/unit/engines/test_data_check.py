@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from isthmus.cli.main import app
 from isthmus.engines.data_check import check_lengths, summarize_data
 from isthmus.engines.local import create_run
+from isthmus.engines.roles import recorded
 from isthmus.errors import DataError, ModelError, RecipeError
 from isthmus.recipe import Recipe
 from tests.conftest import make_recipe, save_tiny_tokenizer, tiny_config, write_rows
@@ -85,3 +87,26 @@ def test_the_command_fails_on_bad_rows_after_it_has_shown_the_rest(tmp_path: Pat
     assert "error: b: 2 rows or files are unusable" in told.stdout
     assert "b.jsonl:3 has no text in 'prompt'" in told.stdout
     assert told.stdout.count("prompt, then answer") == 5
+
+
+def test_a_divided_set_is_shown_by_silo_and_its_roles_are_refused_one_by_one(tmp_path: Path) -> None:
+    whole = recipe(tmp_path)
+    rows = [{"prompt": f"w{4 + number}", "answer": f"w{5 + number % 2}"} for number in range(40)]
+    partition = {"data": str(write_rows(tmp_path / "all.jsonl", rows)), "by": "dirichlet", "field": "answer"}
+    divided = make_recipe(tmp_path, silos=(), silo=[{"name": "a"}, {"name": "b"}], partition=partition)
+    found = summarize_data(divided)
+    assert sum((Counter(one.divided_by) for one in found.silos), Counter()) == {"w5": 20, "w6": 20}
+    assert [one.sets["train"].answers for one in found.silos] == [
+        {f"{answer}": count for answer, count in one.divided_by.items()} for one in found.silos
+    ]
+    assert not found.duplicates
+    run = create_run(divided, tmp_path / "run")
+    assert run.recipe().partition == divided.partition
+    path = tmp_path / "recipe.toml"
+    path.write_text(divided.toml())
+    with pytest.raises(RecipeError, match="simulations on one machine") as caught:
+        recorded(path, Recipe.read(path), tmp_path / "other")
+    assert "isthmus run" in caught.value.remedy
+    assert recorded(run.recipe_path, run.recipe(), run.path).path == run.path
+    path.write_text(whole.toml())
+    recorded(path, Recipe.read(path), tmp_path / "other")

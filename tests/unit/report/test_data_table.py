@@ -15,7 +15,9 @@ SETS = {
     "train": SetSummary(30, Lengths(3, 7.5, 19, 600), 3, 10, {" yes": 20, HOSTILE: 10}),
     "held out": SetSummary(0, None, 0, 0, {}),
 }
-SILO = SiloSummary("north", SETS, [ShownExample("f:1", HOSTILE, " yes")], ["look here"], 2, "f:3 is bad\n  remedy: x")  # type: ignore[arg-type]
+SILO = SiloSummary(
+    "north", SETS, [ShownExample("f:1", HOSTILE, " yes")], ["look here"], {"x": 3}, 2, "f:3 is bad\n  remedy: x"
+)  # type: ignore[arg-type]
 SUMMARY = DataSummary([SILO], [Duplicate("several silos", [f"a: f:{n}", "b: g:1"]) for n in range(9)])
 
 
@@ -35,6 +37,7 @@ def test_all_that_was_found_is_shown() -> None:
         "answers: north, train: ' yes' 20, '\\x1b",
         "warning: north: look here",
         "error: north: f:3 is bad",
+        "divided by field: north: 'x' 3",
     ):
         assert part in text
     assert text.count("one prompt in several silos: a: f:") == SHOWN_DUPLICATES

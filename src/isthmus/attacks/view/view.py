@@ -270,7 +270,7 @@ def outsider_view(
 def _without_paths(recipe: Recipe) -> Recipe:
     """The recipe without the paths of the silos' files."""
     silos = tuple(silo.model_copy(update={"train": (), "held_out": None}) for silo in recipe.silo)
-    return recipe.model_copy(update={"silo": silos})
+    return recipe.model_copy(update={"silo": silos, "partition": None})
 
 
 def _moved(seen: Any, device: torch.device) -> Any:

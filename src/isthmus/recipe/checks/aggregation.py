@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from isthmus.recipe.sections import EdgeSection, FederationSection, LoraSection, ReleaseSection, SiloSection
 from isthmus.recipe.sections.federation.weights import FROM_UPDATES
 
@@ -52,11 +54,18 @@ def check_products(federation: FederationSection, edges: tuple[EdgeSection, ...]
 
 
 def check_weights(
-    federation: FederationSection, silos: tuple[SiloSection, ...], edges: tuple[EdgeSection, ...]
+    federation: FederationSection,
+    silos: tuple[SiloSection, ...],
+    edges: tuple[EdgeSection, ...],
+    evaluating: Collection[str],
 ) -> None:
-    """Refuse weights that depend on values the root does not see."""
+    """Refuse weights that depend on values the root does not see.
+
+    Args:
+        evaluating: the silos that have held-out rows.
+    """
     weights, fairness, masks = federation.weights, federation.fairness.kind, federation.secure.masks
-    if weights.kind == "quality" and not all(silo.held_out for silo in silos):
+    if weights.kind == "quality" and len(evaluating) < len(silos):
         raise ValueError("federation.weights: 'quality' is measured on held_out rows; give them to every silo")
     if weights.kind == "equal" and edges and not masks:
         raise ValueError(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from isthmus.recipe.sections import SiloSection, TrainSection
+from collections.abc import Collection
+
+from isthmus.recipe.sections import TrainSection
 
 
-def check_evaluation(train: TrainSection, silos: tuple[SiloSection, ...]) -> None:
-    """Refuse evaluation without any rows for it."""
-    if train.evaluate and not any(silo.held_out for silo in silos):
+def check_evaluation(train: TrainSection, evaluating: Collection[str]) -> None:
+    """Refuse evaluation without any rows for it.
+
+    Args:
+        evaluating: the silos that have held-out rows.
+    """
+    if train.evaluate and not evaluating:
         raise ValueError(
             "train.evaluate: no silo has held_out rows; set train.evaluate = false, or name held_out files"
         )

@@ -17,6 +17,7 @@ from isthmus.recipe.sections.federation.secure import SecureSection
 from isthmus.recipe.sections.federation.weights import WeightsSection
 from isthmus.recipe.sections.lora import LoraSection
 from isthmus.recipe.sections.model import ModelSection
+from isthmus.recipe.sections.partition import PartitionSection
 from isthmus.recipe.sections.privacy import PrivacySection
 from isthmus.recipe.sections.root import RootSection
 from isthmus.recipe.sections.sensitivity import SensitivityClass, SensitivitySection
@@ -41,6 +42,7 @@ __all__ = [
     "ModelSection",
     "NoiseSection",
     "OptimizerSection",
+    "PartitionSection",
     "PrivacySection",
     "ReleaseSection",
     "RobustSection",

@@ -21,6 +21,12 @@ DataSources = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed), Field(min_length=1, strict=False)
 ]
 """One or several places of rows; one may be written without a list."""
+FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet"]
+
+
+def anchored_sources(sources: DataSources, absolute: Callable[[str], str]) -> DataSources:
+    """The same places with paths made absolute."""
+    return tuple(one if one.startswith(HUB_SET) else absolute(one) for one in sources)
 
 
 class SiloSection(Section):
@@ -28,13 +34,13 @@ class SiloSection(Section):
 
     name: Name = Field(examples=["north"])
     """Name of this silo: 1 to 63 lower-case letters, digits, "-" and "_", beginning with a letter or digit."""
-    train: DataSources = Field(examples=["north/train.jsonl"])
+    train: DataSources | None = Field(default=None, examples=["north/train.jsonl"])
     """This silo's own rows: a file, a folder, a pattern such as "north/*.csv", or a list of these. JSONL, JSON, CSV,
     TSV and Parquet, each also as .gz; with the extra "data" also "datasets:NAME:SPLIT" of the Hugging Face hub
-    ("datasets:NAME@CONFIGURATION:SPLIT") and folders that save_to_disk wrote."""
+    ("datasets:NAME@CONFIGURATION:SPLIT") and folders that save_to_disk wrote. Left out: its part of [partition]."""
     held_out: DataSources | None = Field(default=None, examples=["north/held_out.jsonl"])
     """Rows for evaluation only, as train. Left out: this silo does not evaluate."""
-    format: Literal["jsonl", "json", "csv", "tsv", "parquet"] | None = Field(default=None, examples=["csv"])
+    format: FileFormat | None = Field(default=None, examples=["csv"])
     """Format of all this silo's files. Left out: the ends of their names tell."""
     columns: dict[str, str] | None = Field(default=None, examples=[{"prompt": "note", "answer": "code"}])
     """Names of fields that the templates use, each with the name that this silo's files have for it. Left out: the
@@ -52,9 +58,5 @@ class SiloSection(Section):
 
     def anchored(self, absolute: Callable[[str], str]) -> Self:
         """The same table with its paths made absolute."""
-
-        def each(sources: DataSources) -> DataSources:
-            return tuple(one if one.startswith(HUB_SET) else absolute(one) for one in sources)
-
-        held_out = None if self.held_out is None else each(self.held_out)
-        return self.model_copy(update={"train": each(self.train), "held_out": held_out})
+        train, held_out = (one and anchored_sources(one, absolute) for one in (self.train, self.held_out))
+        return self.model_copy(update={"train": train, "held_out": held_out})
