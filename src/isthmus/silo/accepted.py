@@ -14,6 +14,7 @@ from isthmus.errors import ProtocolError
 from isthmus.recipe import FederationSection, OptimizerSection, Recipe
 from isthmus.silo.served import SharedAdapters, same_run
 from isthmus.storage.record import RoleDirectory
+from isthmus.wire import isthmus_pb2 as pb
 
 Tensors = Mapping[str, torch.Tensor]
 MACHINES_DIFFER = 1e-5
@@ -69,6 +70,24 @@ class AcceptedAdapters:
                 remedy="leave this root; if its rounds were honest, raise federation.max_change. Started again, the "
                 "silo goes on from the adapters that it accepted last",
             )
+
+
+def check_round(plan: pb.Plan, rounds: int) -> None:
+    """Check that a plan is for the round that follows its adapters, and one of the recipe's; or for none.
+
+    Any other number would be the name of the silo's own saved state, in place of earlier ones, and of other rates.
+
+    Args:
+        rounds: of the recipe.
+
+    Raises:
+        ProtocolError: it is for another round.
+    """
+    if plan.round and (plan.round != plan.completed + 1 or plan.round > rounds):
+        raise ProtocolError(
+            f"a plan for round {plan.round} of {rounds} with the adapters after round {plan.completed}",
+            remedy="leave this root, or give all parties one recipe",
+        )
 
 
 def distance(one: Tensors, other: Tensors) -> float:

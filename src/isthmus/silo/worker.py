@@ -18,6 +18,7 @@ from isthmus.model import adapters
 from isthmus.model.optim import set_rate
 from isthmus.recipe import Recipe
 from isthmus.silo import fairness
+from isthmus.silo.accepted import check_round
 from isthmus.silo.control import silo_control
 from isthmus.silo.join import accepted_adapters, connect_silo, keep_shared, load_data
 from isthmus.silo.local_steps import LocalSteps
@@ -99,6 +100,7 @@ class Worker:
             shared = codec.decode_named(plan.adapters, self._shapes)
             received = SharedAdapters(plan.completed, run, shared)
             self._accepted.accept(received)
+            check_round(plan, self._recipe.train.rounds)
             self._load(shared)
             keep_shared(self._directory, received)
             if self._recipe.federation.asynchronous.buffer is not None and not plan.round:
