@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from isthmus.attacks.inversion.linear import LinearInverter, ridge
 from isthmus.attacks.template import Template, template_of
 from isthmus.attacks.view.view import KnownPair, View
+from isthmus.data.tokens import choice_tokens
 from isthmus.model import adapters, bottleneck
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, PartName, load_part
@@ -125,12 +126,13 @@ class Knowledge:
     @property
     def choices(self) -> list[list[int]]:
         """The tokens of each possible answer, from the recipe; empty if answers are free text."""
-        return [self.tokenizer(one, add_special_tokens=False)["input_ids"] for one in self.view.recipe.task.choices]
+        return choice_tokens(self.tokenizer, self.view.recipe.task.continuations)
 
     @property
     def ending(self) -> int | None:
-        """The end-of-text token, the last of every answer; None if answers are choices."""
-        return None if self.view.recipe.task.choices else self.tokenizer.eos_token_id
+        """The token that ends every answer, that of the end of text; None if answers are choices that need no end."""
+        ends = {choice[-1] for choice in self.choices} or {self.tokenizer.eos_token_id}
+        return self.tokenizer.eos_token_id if ends == {self.tokenizer.eos_token_id} else None
 
     @cached_property
     def language_model(self) -> Any:

@@ -8,6 +8,8 @@ from string import Formatter
 
 from transformers import PreTrainedTokenizerBase
 
+from isthmus.data.encoding import TextEncoder
+from isthmus.data.tokens import choice_tokens
 from isthmus.recipe import TaskSection
 
 Text = tuple[int, ...]
@@ -45,7 +47,8 @@ def template_of(task: TaskSection, tokenizer: PreTrainedTokenizerBase) -> Templa
         return Template()
     before = "".join(literal for literal, *_ in pieces[: fields[0] + 1])
     after = "".join(literal for literal, *_ in pieces[fields[-1] + 1 :])
-    first: list[int] = tokenizer(before)["input_ids"]
-    one_token = all(len(tokenizer(one, add_special_tokens=False)["input_ids"]) == 1 for one in task.choices)
-    last: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"] if task.choices and one_token else []
+    encoder = TextEncoder(tokenizer)
+    first = encoder.prompt(before).ids
+    one_token = all(len(one) == 1 for one in choice_tokens(tokenizer, task.continuations))
+    last = encoder.answer(after.removesuffix(task.gap)).ids if task.choices and one_token else []
     return Template(tuple(first), tuple(last))

@@ -79,9 +79,10 @@ def as_tokens(
             tokenizer,
             longest,
             free_text=not recipe.task.choices,
-            choices=recipe.task.choices,
+            choices=recipe.task.continuations,
             pad=pad,
             sensitivity=sensitivity,
+            truncate=recipe.task.truncate,
         )
 
     whole = _read_each(texts, partial(read, longest=sys.maxsize), bad)

@@ -12,7 +12,7 @@ from isthmus.data.bad_rows import BadRows
 from isthmus.data.examples import silo_examples
 from isthmus.data.partitions import SiloPart
 from isthmus.data.row_set import RowSet, as_tokens
-from isthmus.data.tokens import Tokens, batches, epochs
+from isthmus.data.tokens import Tokens, batches, choice_tokens, epochs
 from isthmus.errors import DataError
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, RoundSteps, SiloSection
@@ -47,9 +47,7 @@ class SiloData:
     ) -> None:
         self.name = section.name
         self.pad = _padding(tokenizer)
-        self.choices = [
-            tuple(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in recipe.task.choices
-        ]
+        self.choices = [tuple(ids) for ids in choice_tokens(tokenizer, recipe.task.continuations)]
 
         bad = BadRows()
         self.sets = read_sets(section, recipe, tokenizer, bad, sensitivity)

@@ -66,7 +66,13 @@ def fill_templates(row: SourceRow, task: TaskSection, classes: Mapping[str, str]
     ]
     if task.choices and answer not in task.choices:
         raise DataError(f"{row.place}: the answer {answer!r} is no choice", remedy="list it in task.choices")
-    return Example(prompt, answer, tuple(spans))
+    end = len(prompt) - len(task.gap) if task.choices else _end(prompt)
+    return Example(prompt[:end], prompt[end:] + answer, tuple(spans))
+
+
+def _end(prompt: str) -> int:
+    """Where a prompt ends: spaces behind its last character are read with the answer, as ``TaskSection.gap`` says."""
+    return len(prompt.rstrip(" ")) or len(prompt)
 
 
 def _spans(template: str, fields: dict[str, Any], classes: Mapping[str, str]) -> Iterator[FieldSpan]:

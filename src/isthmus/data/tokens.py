@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from isthmus.data.encoding import Encoded, TextEncoder
 from isthmus.data.templates import Example
 from isthmus.errors import DataError
 from isthmus.model.crossing import IGNORED
 from isthmus.privacy.sensitivity import Sensitivity
+from isthmus.recipe.sections.task import Truncation
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,27 +135,37 @@ def tokenize(
     choices: Sequence[str] = (),
     pad: int = 0,
     sensitivity: Sensitivity | None = None,
+    truncate: Truncation = "front",
 ) -> list[Tokens]:
     """Examples as token ids, in their order.
 
     Args:
-        max_tokens: longest prompt, answer and filler together; a longer prompt loses its beginning.
+        max_tokens: longest prompt, answer and filler together; a longer prompt is shortened.
         free_text: append the end-of-text token to answers.
         choices: the possible answers. A shorter one is filled up to the longest, and a row's classes are the same
             whichever is right.
         pad: token id of the filler.
         sensitivity: classifies each token; None: ``Tokens.classes`` stays None.
+        truncate: which part of a long prompt is dropped. What the tokenizer puts before a text stays.
 
     Raises:
-        DataError: an answer leaves no room for a prompt, a prompt or an answer has no token, or the silo's own
-            sensitivity function failed.
+        DataError: an answer leaves no room for a prompt or is none of the choices, a prompt or an answer has no token,
+            a text cannot be read (see ``encoding``), or the silo's own sensitivity function failed.
     """
-    filled = max((len(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices), default=0)
-    rows = [_tokens(example, tokenizer, max_tokens, free_text, filled, pad) for example in examples]
-    if sensitivity is None:
-        return rows
-    pairs = zip(rows, examples, strict=True)
-    return [replace(row, classes=_row_classes(row, example, tokenizer, sensitivity, choices)) for row, example in pairs]
+    reader = _RowReader(tokenizer, max_tokens, free_text, choices, pad, sensitivity, truncate)
+    return [reader.read(example) for example in examples]
+
+
+def choice_tokens(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> list[list[int]]:
+    """The tokens of each possible answer, the same after every prompt: those that it has in running text.
+
+    Where one is the beginning of another (" no", " no one") all of them end with the end-of-text token, if the
+    tokenizer has one, so that they can be told apart.
+
+    Raises:
+        DataError: a choice has no token, or two have the same.
+    """
+    return [one.ids for one in _encoded_choices(TextEncoder(tokenizer), choices)]
 
 
 def collate(rows: list[Tokens], pad: int) -> Batch:
@@ -201,48 +213,94 @@ def epochs(rows: list[Tokens], size: int, seed: str) -> Iterator[list[Tokens]]:
         yield from (drawn[start : start + size] for start in range(0, len(drawn), size))
 
 
-def _tokens(
-    example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int, free_text: bool, filled: int, pad: int
-) -> Tokens:
-    prompt: list[int] = tokenizer(example.prompt)["input_ids"]
-    answer: list[int] = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
-    if free_text and tokenizer.eos_token_id is not None:
-        answer = [*answer, tokenizer.eos_token_id]
-    room = max_tokens - max(len(answer), filled)
-    if not prompt or not answer or room < 1:
-        raise DataError(
-            f"a row has {len(prompt)} prompt and {max(len(answer), filled)} answer tokens; "
-            f"train.max_tokens is {max_tokens}",
-            remedy="raise train.max_tokens, or remove rows without text",
-        )
-    return Tokens(prompt[-room:], answer, filler=(pad,) * (filled - len(answer)))
+class _RowReader:
+    """Makes tokens of examples; the arguments are those of ``tokenize``."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        free_text: bool,
+        choices: Sequence[str],
+        pad: int,
+        sensitivity: Sensitivity | None,
+        truncate: Truncation,
+    ) -> None:
+        self._encoder = TextEncoder(tokenizer)
+        self._choices = dict(zip(choices, _encoded_choices(self._encoder, choices), strict=True))
+        self._filled = max((len(one.ids) for one in self._choices.values()), default=0)
+        self._max_tokens, self._free_text, self._pad = max_tokens, free_text, pad
+        self._sensitivity, self._truncate = sensitivity, truncate
+
+    def read(self, example: Example) -> Tokens:
+        """One example in tokens."""
+        prompt, answer = self._pair(example)
+        kept = prompt.only(self._kept(prompt, max(len(answer.ids), self._filled), bool(answer.ids)))
+        row = Tokens(kept.ids, answer.ids, filler=(self._pad,) * (self._filled - len(answer.ids)))
+        if self._sensitivity is None:
+            return row
+        return replace(row, classes=self._classes(self._sensitivity, example, kept, answer))
+
+    def _pair(self, example: Example) -> tuple[Encoded, Encoded]:
+        """Prompt and answer, before anything is dropped. A choice has the same tokens after every prompt, so that
+        answers are equally long whatever the prompt."""
+        if not self._choices:
+            prompt, answer = self._encoder.pair(example.prompt, example.answer)
+            return prompt, _ended(answer, self._encoder) if self._free_text else answer
+        if example.answer not in self._choices:
+            raise DataError(f"the answer {example.answer!r} is no choice", remedy="list it in task.choices")
+        return self._encoder.prompt(example.prompt), self._choices[example.answer]
+
+    def _kept(self, prompt: Encoded, answer: int, answered: bool) -> Sequence[int]:
+        """Numbers of the prompt's tokens that stay.
+
+        Args:
+            answer: number of tokens of the answer with its filler.
+        """
+        count, room, first = len(prompt.ids), self._max_tokens - answer, len(self._encoder.beginning)
+        fits = count <= room or first < room
+        if not count or not answered or room < 1 or not fits:
+            raise DataError(
+                f"a row has {count} prompt and {answer} answer tokens; train.max_tokens is {self._max_tokens}",
+                remedy="raise train.max_tokens, or remove rows without text",
+            )
+        if count <= room:
+            return range(count)
+        first = first if self._truncate == "front" else max(first, room // 2)
+        return [*range(first), *range(count - room + first, count)]
+
+    def _classes(self, sensitivity: Sensitivity, example: Example, prompt: Encoded, answer: Encoded) -> tuple[int, ...]:
+        """Sensitivity class of each token of prompt + answer. With choices noise would tell which is right: a prompt's
+        token has the greatest of its classes with any of them, an answer's token the greatest in any of them."""
+
+        def of(text: Example, after: Encoded) -> list[int]:
+            offsets = [*prompt.offsets, *after.offsets]
+            return sensitivity.classes(text.prompt + text.answer, offsets, text.spans)
+
+        if not self._choices:
+            return tuple(of(example, answer))
+        start = len(example.prompt)
+        each = [of(example.answered(text), one.after(0, start)) for text, one in self._choices.items()]
+        count = len(prompt.ids)
+        worst = max(number for classes in each for number in classes[count:])
+        return (*map(max, *(classes[:count] for classes in each)), *(worst,) * len(answer.ids))
 
 
-def _row_classes(
-    row: Tokens,
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    sensitivity: Sensitivity,
-    choices: Sequence[str],
-) -> tuple[int, ...]:
-    """Sensitivity class of each token of prompt + answer. With choices noise would tell which is right: a prompt's
-    token has the greatest of its classes with any of them, an answer's token the greatest in any of them."""
-    if not choices:
-        return _classes(row, example, tokenizer, sensitivity)
-    each = [_classes(row, example.answered(choice), tokenizer, sensitivity) for choice in choices]
-    prompt = len(row.prompt)
-    answer = max(number for classes in each for number in classes[prompt:])
-    return (*map(max, *(classes[:prompt] for classes in each)), *(answer,) * len(row.answer))
+def _encoded_choices(encoder: TextEncoder, choices: Sequence[str]) -> list[Encoded]:
+    found = [encoder.answer(choice) for choice in choices]
+    for number, one in enumerate(found):
+        if not one.ids:
+            raise DataError(f"the choice {choices[number]!r} has no token", remedy="give it a text in task.choices")
+        same = [choice for choice, other in zip(choices[:number], found, strict=False) if other.ids == one.ids]
+        if same:
+            raise DataError(
+                f"the choices {same[0]!r} and {choices[number]!r} have the same tokens",
+                remedy="use texts in task.choices that this model can tell apart",
+            )
+    begun = any(one is not other and other.ids[: len(one.ids)] == one.ids for one in found for other in found)
+    return [_ended(one, encoder) for one in found] if begun else found
 
 
-def _classes(
-    row: Tokens, example: Example, tokenizer: PreTrainedTokenizerBase, sensitivity: Sensitivity
-) -> tuple[int, ...]:
-    """Sensitivity class of each token of prompt + answer. The end-of-text token covers no characters."""
-    prompt: list[tuple[int, int]] = tokenizer(example.prompt, return_offsets_mapping=True)["offset_mapping"]
-    own = tokenizer(example.answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    shift = len(example.prompt)
-    answer = [(start + shift, end + shift) for start, end in own]
-    end_of_text = [(0, 0)] * (len(row.answer) - len(answer))
-    offsets = [*prompt[-len(row.prompt) :], *answer, *end_of_text]
-    return tuple(sensitivity.classes(example.prompt + example.answer, offsets, example.spans))
+def _ended(answer: Encoded, encoder: TextEncoder) -> Encoded:
+    """An answer with the end-of-text token, which covers no characters."""
+    return answer if encoder.end is None or not answer.ids else answer + Encoded([encoder.end], [(0, 0)])

@@ -67,7 +67,7 @@ def summarize_data(recipe: Recipe, names: Sequence[str] = (), examples: int = 5)
             for row, (place, _) in zip(sets["train"].rows[:examples], sets["train"].texts, strict=False)
         ]
         warnings = [warning for kind, one in sets.items() for warning in set_warnings(kind, one)]
-        summaries = {kind: summarize_set(one, recipe.task.choices) for kind, one in sets.items()}
+        summaries = {kind: summarize_set(one, recipe.task.continuations) for kind, one in sets.items()}
         divided_by = _divided_by(recipe, parts.get(name))
         silos.append(SiloSummary(name, summaries, shown, warnings, divided_by, bad.count, _error(bad)))
     return DataSummary(silos, find_duplicates(read))

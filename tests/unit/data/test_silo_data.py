@@ -53,9 +53,33 @@ def test_longer_choices_are_read_with_the_prompt(tmp_path: Path, tokenizer: PreT
 
 
 def test_shorter_choices_are_filled_up(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    data = data_of(tmp_path, tokenizer, held_out=True, choices=["w7", "w9", "w9 w4 w8"])
+    data = data_of(tmp_path, tokenizer, held_out=True, choices=["w7", "w9", "w5 w4 w8"])
     assert data.train == data.held_out == [Tokens([5, 6], [7], filler=(0, 0)), Tokens([8], [9], filler=(0, 0))]
     assert data.evaluation_inputs(data.train[0]) == [Tokens([5, 6], list(choice)) for choice in data.choices]
+
+
+def test_choices_that_begin_alike_end_with_the_end_token(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = data_of(tmp_path, tokenizer, choices=["w7", "w9", "w9 w4"])
+    assert data.choices == [(7, 2), (9, 2), (9, 4, 2)]
+    assert data.train == [Tokens([5, 6], [7, 2], filler=(0,)), Tokens([8], [9, 2], filler=(0,))]
+    assert [one.answer for one in data.evaluation_inputs(data.train[0])] == [[7, 2], [9, 2], [9, 4, 2]]
+
+
+def test_a_space_at_the_end_of_the_prompts_template_is_the_answers(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data = data_of(tmp_path, tokenizer, prompt="{text}: ", choices=["w7", "w9"])
+    assert (data.choices, data.train[0]) == ([(7,), (9,)], Tokens([5, 3], [7]))
+    assert [example.answer for _, example in data.sets[0].texts] == [" w7", " w9"]
+
+
+@pytest.mark.parametrize(("choices", "error"), [(["w7", " w7"], "same tokens"), (["w7", " "], "no token")])
+def test_choices_that_cannot_be_told_apart_are_refused(
+    choices: list[str], error: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(DataError, match=error) as caught:
+        data_of(tmp_path, tokenizer, choices=choices)
+    assert "task.choices" in caught.value.remedy
 
 
 def test_a_rows_classes_are_those_of_the_worst_choice(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -63,14 +87,14 @@ def test_a_rows_classes_are_those_of_the_worst_choice(tmp_path: Path, tokenizer:
     names.write_text("w4\n")
     section = {"detectors": {"name": "high"}, "names": str(names), "classes": {"high": {"noise": 2.0}}}
     path = str(write_rows(tmp_path / "rows.jsonl", ROWS))
-    task = {"prompt": "{text}", "answer": " {label}", "choices": [" w7", " w9", " w9 w4 w8"]}
+    task = {"prompt": "{text}", "answer": " {label}", "choices": [" w7", " w9", " w5 w4 w8"]}
     recipe = make_recipe(Path("none"), silo=[{"name": "a", "train": path}], task=task, sensitivity=section)
     assert recipe.sensitivity is not None
     data = SiloData(recipe.silo[0], recipe, tokenizer, Sensitivity(recipe.sensitivity))
     assert [row.classes for row in data.train] == [(0, 0, 1), (0, 1)]
     first, *_, last = data.known_rows()
     assert first == data.train[0]
-    assert last == Tokens([8], [9, 4, 8], (0, 1, 1, 1))
+    assert last == Tokens([8], [5, 4, 8], (0, 1, 1, 1))
     assert len(data.known_rows()) == 6
 
 

@@ -14,15 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from isthmus.data.encoding import TextEncoder
 from isthmus.data.silo_data import SiloData
 from isthmus.data.templates import Example
 from isthmus.data.tokens import IGNORED, Tokens, batches, collate, positions, tokenize
 from isthmus.errors import DataError
-from isthmus.recipe import Recipe
+from isthmus.privacy.sensitivity import Sensitivity
+from isthmus.recipe import Recipe, SensitivityClass, SensitivitySection
+from isthmus.recipe.sections.task import Truncation
 from isthmus.silo import trainer
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.trainer import evaluate, train_step
 from tests.conftest import make_recipe, save_tiny_model, uncut, write_rows
+from tests.unit.data.readers import unigram
 
 IDS = st.lists(st.integers(3, 96), min_size=1, max_size=6)
 FILLER = st.lists(st.just(1), max_size=3).map(tuple)
@@ -64,6 +68,40 @@ def silo_data(folder: Path, tmp_path: Path, choices: tuple[str, ...] = ()) -> Si
 def test_a_long_prompt_loses_its_beginning(folder: Path) -> None:
     assert tokens_of(folder, "w4 w5 w6 w7 w8", "w9 w10", 5) == Tokens([6, 7, 8], [9, 10])
     assert tokens_of(folder, "w4 w5", "w9", 3) == Tokens([4, 5], [9])
+
+
+@pytest.mark.parametrize(("most", "room"), [(8, 6), (7, 5), (5, 3), (4, 2)])
+def test_a_long_prompt_loses_its_front_or_middle_but_not_its_beginning(most: int, room: int) -> None:
+    tokenizer, example = unigram(), Example("she is happy and no one knows", " no")
+    whole, answer = TextEncoder(tokenizer).prompt(example.prompt).ids, 2
+    assert len(TextEncoder(tokenizer).answer(" no").ids) == 1
+
+    def read(truncate: Truncation) -> list[int]:
+        (row,) = tokenize([example], tokenizer, most, free_text=True, truncate=truncate)
+        assert len(row.prompt) == room == most - answer
+        return row.prompt
+
+    assert read("front") == [whole[0], *whole[len(whole) - room + 1 :]]
+    half = max(1, room // 2)
+    assert read("middle") == [*whole[:half], *whole[len(whole) - room + half :]]
+    with pytest.raises(DataError, match="2 answer tokens"):
+        tokenize([example], tokenizer, 3, free_text=True)  # the beginning alone is no prompt
+
+
+def test_places_of_fields_keep_their_classes_in_a_shortened_prompt() -> None:
+    tokenizer, text = unigram(), "she is happy and no one"
+    section = SensitivitySection(detectors={}, fields={}, classes={"high": SensitivityClass(noise=2.0)})
+    example = Example(text, " no", ((text.index("one"), text.index("one") + 3, "high"),))
+    for truncate in ("front", "middle"):
+        (row,) = tokenize([example], tokenizer, 7, free_text=True, sensitivity=Sensitivity(section), truncate=truncate)
+        assert row.classes is not None
+        ids = [number for number, kind in zip(row.prompt + row.answer, row.classes, strict=True) if kind]
+        assert tokenizer.decode(ids).split() == ["one"]
+
+
+def test_an_answer_beside_the_choices_is_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="is no choice"):
+        tokenize([Example("w4", "w5")], load_tokenizer(folder), 9, free_text=False, choices=CHOICES)
 
 
 def test_answers_are_filled_up_and_prompts_cut_alike(folder: Path) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from string import Formatter
+from typing import Literal
 
 from pydantic import Field
 
 from isthmus.recipe.section import Section
+
+Truncation = Literal["front", "middle"]
+"""Which part of a long prompt is dropped."""
 
 
 class TaskSection(Section):
@@ -20,6 +24,21 @@ class TaskSection(Section):
     choices: tuple[str, ...] = Field(default=(), strict=False)
     """The possible answers of a classification task, for instance [" positive", " negative"]. Empty: free text.
     Shorter ones are filled up to the longest, so that no length or weight tells which one a row has."""
+    truncate: Truncation = "front"
+    """What a prompt loses that is too long and is shortened (train.long_rows): its beginning ("front") or its middle.
+    The token that a tokenizer puts before a text stays."""
+
+    @property
+    def gap(self) -> str:
+        """Spaces at the end of the prompt's template. They are read with the answer: tokenizers join a space to the
+        word behind it."""
+        text = self.prompt.rstrip(" ")
+        return self.prompt[len(text) :] if text else ""
+
+    @property
+    def continuations(self) -> tuple[str, ...]:
+        """The choices as they follow a prompt without its gap."""
+        return tuple(self.gap + choice for choice in self.choices)
 
     @property
     def fields(self) -> frozenset[str]:
