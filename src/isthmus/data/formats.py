@@ -10,7 +10,6 @@ import gzip
 import io
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -36,6 +35,8 @@ SUFFIXES = {
 _GZIP, _BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 """An escape of half of a surrogate pair in JSON, which may have its other half beside it."""
+_CELL = 2**31 - 1
+"""Most characters of a cell; the csv module's own limit is 128 KiB, less than some documents."""
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
@@ -52,7 +53,10 @@ def parse_file(name: str, data: bytes, kind: str, bad: BadRows) -> FileRows:
     Raises:
         DataError: the whole file cannot be used, or the rest of it.
     """
-    return _PARSERS[kind](name, _unzipped(name, data), bad)
+    try:
+        yield from _PARSERS[kind](name, _unzipped(name, data), bad)
+    except RecursionError as error:
+        raise DataError(f"{name} is nested too deeply", remedy="write flat rows") from error
 
 
 def need_package(module: str) -> None:
@@ -246,7 +250,7 @@ def _row(place: str, value: Any, escaped: bool, remedy: str) -> FileFields:
 
 def _csv(name: str, data: bytes, bad: BadRows, delimiter: str = ",") -> FileRows:
     """The first row names the columns. Cells may be quoted, and then hold line ends; blank lines are skipped."""
-    csv.field_size_limit(sys.maxsize)  # the module's own limit is 128 KiB, less than some documents
+    csv.field_size_limit(_CELL)
     reader = csv.reader(io.StringIO(_text(name, data), newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     for line, cells in _csv_rows(name, reader):

@@ -67,8 +67,11 @@ def _located(sources: Sequence[str], bad: BadRows) -> list[str]:
     found: dict[str, str] = {}
     for source in sources:
         with bad.collecting():
-            for one in _named(source):
-                found.setdefault(one if one.startswith(HUB_SET) else str(Path(one).resolve()), one)
+            try:
+                for one in _named(source):
+                    found.setdefault(one if one.startswith(HUB_SET) else str(Path(one).resolve()), one)
+            except (OSError, ValueError, RuntimeError) as error:  # no permission, no such name, links in a circle
+                raise DataError(f"cannot read the data file {source!r}: {error}", remedy=_CHECK_PATH) from error
     return list(found.values())
 
 
@@ -123,8 +126,9 @@ def _rows(source: str, format: str | None, bad: BadRows) -> FileRows:
         )
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the data file {path}: {error.strerror}", remedy=_CHECK_PATH) from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot read the data file {path}: {why}", remedy=_CHECK_PATH) from error
     return parse_file(source, data, kind, bad)
 
 
@@ -185,13 +189,21 @@ def _set_rows(name: str, found: Any, bad: BadRows) -> FileRows:
     import datasets
 
     classes = {key: one for key, one in found.features.items() if isinstance(one, datasets.ClassLabel)}
-    for place, fields in arrow_rows(name, _batches(found), bad):
+    for place, fields in arrow_rows(name, _batches(name, found), bad):
         named = {key: _class_name(one, fields[key]) for key, one in classes.items()}
         yield place, {**fields, **named}
 
 
-def _batches(found: Any) -> Iterator[Any]:
-    yield from found.with_format("arrow").iter(_BATCH)
+def _batches(name: str, found: Any) -> Iterator[Any]:
+    """A set's tables, each checked whole: what Arrow maps from a disk it believes."""
+    import pyarrow
+
+    try:
+        for table in found.with_format("arrow").iter(_BATCH):
+            table.validate(full=True)
+            yield table
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{name} is damaged: {_first_line(error)}", remedy="save or load it again") from error
 
 
 def _class_name(classes: Any, number: int | None) -> str | None:

@@ -166,6 +166,29 @@ def test_saved_sets_are_read_by_split_with_the_names_of_classes(tmp_path: Path) 
         read_rows([str(tmp_path / "saved" / "test")])
 
 
+def test_no_flipped_byte_of_a_saved_set_ends_the_process_or_is_another_error(tmp_path: Path) -> None:
+    """Arrow maps a file and believes its offsets: unchecked, wrong ones read memory that is not the file's."""
+    datasets.Dataset.from_dict({"a": ["one", "two", "three"], "n": [1, 2, 3]}).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    whole, refused = file.read_bytes(), 0
+    for place in range(0, len(whole), 9):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        bad = BadRows()
+        read_rows([str(tmp_path / "saved")], bad=bad)
+        refused += bad.count > 0
+    assert refused > 5
+    file.write_bytes(whole)
+    assert len(read_rows([str(tmp_path / "saved")])) == 3
+
+
+def test_names_that_no_system_has_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "circle.jsonl").symlink_to(tmp_path / "circle.jsonl")
+    for source in ("a\0b.jsonl", "x" * 5000 + ".jsonl", f"{tmp_path}/circle.jsonl", f"{tmp_path}/circle.jsonl/*.csv"):
+        with pytest.raises(DataError, match=r"cannot read the data file|no file matches") as caught:
+            read_rows([source])
+        assert caught.value.remedy
+
+
 def test_a_set_is_loaded_by_its_name_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
