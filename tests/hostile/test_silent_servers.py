@@ -9,17 +9,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from pathlib import Path
 
 import grpc
 import pytest
 from google.protobuf.message import Message
 
 from isthmus.errors import PeerGoneError, ProtocolError
+from isthmus.silo.worker import Worker
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel, answered
 from isthmus.wire.frames import ANSWERS
 from tests.conformance.test_channels import HANG, TRUNK, Echo, Late, joined, serving, until
+from tests.conftest import save_tiny_model, write_rows
+from tests.hostile.served import Served
 
 SOON = 0.4
 """A deadline that tests wait for."""
@@ -295,3 +299,31 @@ def test_every_request_has_its_answers() -> None:
     bodies = {field.message_type.name for field in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}
     answers = {kind.__name__ for kinds in ANSWERS.values() for kind in kinds}
     assert {kind.__name__ for kind in ANSWERS} | answers | {"Failure"} == bodies
+
+
+@pytest.mark.parametrize("kind", [pb.Forward, pb.Backward, pb.Update], ids=lambda kind: kind.__name__)
+def test_a_worker_names_what_is_never_answered_and_goes_on_once_it_is(
+    kind: type[Message], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trunk and root are the real ones; for a while they answer all but one kind of request."""
+    rows = write_rows(tmp_path / "a.jsonl", [{"prompt": f"w{20 + n}", "answer": f"w{60 + n}"} for n in range(4)])
+    model = save_tiny_model("llama", tmp_path / "model", blocks=4)
+    silo = [{"name": "a", "train": str(rows)}]
+    train = {"rounds": 2, "steps": 1, "batch": 2, "evaluate": False}
+    with Served(model, tmp_path, silo=silo, train=train, wire={"answer_deadline": HANG}) as served:
+        for service in served.services.values():
+            handle = service.handle
+            monkeypatch.setattr(
+                service, "handle", lambda peer, one, handle=handle: Answer() if type(one) is kind else handle(peer, one)
+            )
+        hasty = served.recipe.wire.model_copy(update={"answer_deadline": 1.5})
+        told = f"has not answered {kind.__name__} for"
+        with (
+            closing(Worker(served.recipe.model_copy(update={"wire": hasty}), "a", served.run.role("a"))) as worker,
+            pytest.raises(PeerGoneError, match=told),
+        ):
+            worker.run()
+        monkeypatch.undo()
+        with closing(Worker(served.recipe, "a", served.run.role("a"))) as worker:
+            worker.run()
+        assert served.run.completed() == 2

@@ -173,6 +173,12 @@ def _backward(message: pb.Backward) -> None:
     _factor(message.keep)
 
 
+def _gradient(message: pb.Gradient) -> None:
+    """A silo's own clipping follows the norm: one that is no number would spoil all that it trains."""
+    if not 0 <= message.norm < math.inf:
+        raise _invalid(f"gradients of the norm {message.norm}")
+
+
 def _factor(factor: float) -> None:
     """Clipping and averaging make gradients smaller: one beyond 1 would make a silo's count for more than others'."""
     if not 0 <= factor <= 1:
@@ -309,6 +315,7 @@ _RULES: dict[str, Callable[[Any], None]] = {
     "begin": _begin,
     "forward": _forward,
     "backward": _backward,
+    "gradient": _gradient,
     "keep": _keep,
     "commit": _commit,
     "end": _end,

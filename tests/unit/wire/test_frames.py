@@ -135,6 +135,7 @@ BROKEN += [
     for kind in ("commit", "update")
     for weight in (-5e-324, -1.0, math.nan, math.inf, -math.inf)
 ]
+BROKEN += [("gradient", {"norm": norm}, "the norm") for norm in (-5e-324, -1.0, math.nan, math.inf)]
 BROKEN += [
     (kind, change, told)
     for kind in ("forward", "decode")
