@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from isthmus.data.bad_rows import BadRows
 from isthmus.data.partitions import SiloPart, divided
+from isthmus.data.row_count import check_row_count
 from isthmus.data.sources import SourceRow, read_rows, rename_columns
 from isthmus.data.templates import Example, fill_templates
 from isthmus.recipe import Recipe, SiloSection
@@ -60,9 +61,14 @@ def check_examples(recipe: Recipe) -> None:
     """Read all rows of all silos.
 
     Raises:
-        DataError: a row or file cannot be used. The first few are named, the others counted.
+        DataError: a row or file cannot be used, or a silo has too few rows or too many. The first few are named, the
+            others counted.
     """
     bad, parts = BadRows(), divided(recipe) if recipe.partition is not None else None
     for section in recipe.silo:
-        silo_examples(section, recipe, bad, parts=parts)
+        before = bad.count
+        train, _ = silo_examples(section, recipe, bad, parts=parts)
+        if bad.count == before:
+            with bad.collecting():
+                check_row_count(recipe, section.name, len(train))
     bad.raise_any()

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from isthmus.data.bad_rows import BadRows
 from isthmus.data.examples import silo_examples
 from isthmus.data.partitions import SiloPart
+from isthmus.data.row_count import refuse_idle_rounds, refuse_more_rows
 from isthmus.data.row_set import RowSet, as_tokens
 from isthmus.data.tokens import Tokens, batches, choice_tokens, epochs
 from isthmus.errors import DataError
@@ -55,12 +56,7 @@ class SiloData:
         self.train, self.held_out = (one.rows for one in self.sets)
         self._say_long(recipe)
         self._recipe = recipe
-        most = recipe.most_rows(self.name)
-        if recipe.train.epochs is not None and len(self.train) > most:
-            raise DataError(
-                f"{self.name} has {len(self.train):,} training rows; by the recipe it may have {most:,}",
-                remedy=f"raise train.most_rows, or silo.most_rows of {self.name}, for all parties",
-            )
+        refuse_more_rows(recipe, self.name, len(self.train))
 
     def _say_long(self, recipe: Recipe) -> None:
         """Log once what became of rows that are too long.
@@ -83,14 +79,8 @@ class SiloData:
         Raises:
             DataError: ``train.epochs`` leaves a round without a step.
         """
-        steps, train = self._recipe.round_steps(self.name, round, len(self.train)), self._recipe.train
-        if steps.total < train.rounds:
-            raise DataError(
-                f"{len(self.train)} rows make {steps.total} steps in train.epochs = {train.epochs}, fewer than the "
-                f"{train.rounds} rounds",
-                remedy=f"lower train.rounds or train.batch, or raise train.epochs, for {self.name}",
-            )
-        return steps
+        refuse_idle_rounds(self._recipe, self.name, len(self.train))
+        return self._recipe.round_steps(self.name, round, len(self.train))
 
     def round_batches(self, round: int) -> list[list[Tokens]]:
         """The rows of each of the silo's optimizer steps in a round, in an order that follows from the seed."""

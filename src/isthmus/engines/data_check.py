@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from isthmus.data.bad_rows import BadRows
 from isthmus.data.partitions import SiloPart, divided
+from isthmus.data.row_count import check_row_count
 from isthmus.data.silo_data import read_sets
 from isthmus.data.summary import (
     KINDS,
@@ -61,6 +62,9 @@ def summarize_data(recipe: Recipe, names: Sequence[str] = (), examples: int = 5)
         for one in sets.values():
             with bad.collecting():
                 one.check_vocabulary(vocabulary)
+        if not bad.count:
+            with bad.collecting():
+                check_row_count(recipe, name, len(sets["train"].rows))
         read += [(name, kind, one) for kind, one in sets.items()]
         shown = [
             shown_example(place, row, tokenizer)
