@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 SPEED := boundary draft floods foundation generation latency release replay sessions silos together walks
 PRIVACY := defences frontier privacy updates
-FEDERATED := demo federation kills numbers
+FEDERATED := averaging demo federation kills numbers
 BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness
 
 .PHONY: demo test check proto recipe bench $(BENCHMARKS:%=bench-%) bench-cuda clean

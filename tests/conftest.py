@@ -214,6 +214,8 @@ def make_recipe(model: Path, /, **sections: Any) -> Recipe:
     }
     for key, value in sections.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    if "epochs" not in values["train"]:
+        values["train"] = {"rounds": 4, "steps": 10, **values["train"]}
     return Recipe.of(values)
 
 

@@ -76,7 +76,7 @@ def recipe_of(model: Path, silos: Mapping[str, Mapping[str, Path]], changes: Val
         "threads": 1,
         "model": {"path": str(model.resolve()), "bottom": 2, "top": 2},
         "boundary": {path: {"noise": 0.0} for path in ("forward", "gradient", "update")},
-        "train": {"evaluate": False},
+        "train": {"evaluate": False, "keep_rounds": 10_000},
         "trunk": {"patience": PATIENCE, "together": 32, "device": device},
         "root": {"patience": PATIENCE},
         "silo": [

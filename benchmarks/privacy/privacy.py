@@ -109,7 +109,9 @@ def measure_sensitive(results: Results) -> None:
     most = sorted(range(len(counts)), key=lambda number: -counts[number])[:FEW_ROWS]
     path = CACHE.resolve() / "east" / "sensitive.jsonl"
     write_lines(path, [lines[number] for number in most])
-    silos = tuple(silo.model_copy(update={"train": str(path)}) if silo.name == "east" else silo for silo in recipe.silo)
+    silos = tuple(
+        silo.model_copy(update={"train": (str(path),)}) if silo.name == "east" else silo for silo in recipe.silo
+    )
     source = Target(recipe.model_copy(update={"silo": silos}), run)
     detected = Detected(recipe)
     order = AttackPlan(

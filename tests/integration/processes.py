@@ -54,6 +54,7 @@ rounds = 5
 steps = 40
 batch = 2
 learning_rate = 1e-2
+evaluate = true
 
 [task]
 prompt = "{text}"

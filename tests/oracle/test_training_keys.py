@@ -99,8 +99,7 @@ def steps_of(recipe: Recipe) -> list[Batch]:
     """The batches of all steps; with epochs three passes over eight rows in batches of at most three."""
     data = SiloData(recipe.silo[0], recipe, load_tokenizer(Path(recipe.model.path)))
     if recipe.train.epochs is None:
-        seeds = [f"{recipe.seed}/a/{round}" for round in range(1, ROUNDS + 1)]
-        drawn = [rows for seed in seeds for rows in islice(batches(data.train, recipe.train.batch, seed), STEPS)]
+        drawn = list(islice(batches(data.train, recipe.train.batch, f"{recipe.seed}/a"), ROUNDS * STEPS))
     else:
         order = random.Random(f"{recipe.seed}/a")
         passes = [order.sample(data.train, len(data.train)) for _ in range(recipe.train.epochs)]
@@ -277,7 +276,7 @@ def test_silos_of_unequal_rows_make_as_many_passes(models: Models, tmp_path: Pat
     """Nobody waits for the longer one, and every round ends for all."""
     recipe = recipe_of(models, tmp_path, {"train": {"epochs": 2, "schedule": "cosine", "batch": 2}})
     rows = [{"text": f"w{10 + n} w{11 + n}", "reply": f"w{40 + n}"} for n in range(3)]
-    short = recipe.silo[0].model_copy(update={"name": "b", "train": str(write_rows(tmp_path / "b.jsonl", rows))})
+    short = recipe.silo[0].model_copy(update={"name": "b", "train": (str(write_rows(tmp_path / "b.jsonl", rows)),)})
     recipe = recipe.model_copy(update={"silo": (*recipe.silo, short)})
     run = RunDirectory.create(tmp_path / "run", recipe)
     federate(recipe, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Mapping
 from itertools import islice
 
@@ -83,12 +84,19 @@ class SiloData:
         return self._recipe.round_steps(self.name, round, len(self.train))
 
     def round_batches(self, round: int) -> list[list[Tokens]]:
-        """The rows of each of the silo's optimizer steps in a round, in an order that follows from the seed."""
+        """The rows of each of the silo's optimizer steps in a round, in an order that follows from the seed and goes on
+        from round to round: each row is drawn once before any comes again."""
         recipe, steps = self._recipe, self.round_steps(round)
-        seed, size = f"{recipe.seed}/{self.name}", recipe.train.batch
-        if recipe.train.epochs is None:
-            return list(islice(batches(self.train, size, f"{seed}/{round}"), steps.count))
-        return list(islice(epochs(self.train, size, seed), steps.before, steps.before + steps.count))
+        order = batches if recipe.train.epochs is None else epochs
+        drawn = order(self.train, recipe.train.batch, f"{recipe.seed}/{self.name}")
+        return list(islice(drawn, steps.before, steps.before + steps.count))
+
+    def measured_rows(self) -> list[Tokens]:
+        """The held-out rows that evaluations read: all, or ``train.evaluate_rows`` of them, drawn by the seed."""
+        most = self._recipe.train.evaluate_rows
+        if most is None or most >= len(self.held_out):
+            return self.held_out
+        return random.Random(f"{self._recipe.seed}/{self.name}/held_out").sample(self.held_out, most)
 
     def known_rows(self) -> list[Tokens]:
         """All rows. Of classified rows whose answers are choices, one with each choice: they have the same classes."""

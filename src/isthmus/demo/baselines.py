@@ -72,11 +72,10 @@ class Baselines:
     def _batches(self, silos: list[SiloData]) -> Iterator[Batch]:
         """The silos' batches of each step, joined into one batch."""
         train, seed = self._recipe.train, self._recipe.seed
-        for round in range(1, train.rounds + 1):
-            drawn = [batches(silo.train, train.batch, f"{seed}/{silo.name}/{round}") for silo in silos]
-            for rows in itertools.islice(zip(*drawn, strict=True), train.steps):
-                together: list[Tokens] = [row for silo_rows in rows for row in silo_rows]
-                yield collate(together, silos[0].pad)
+        drawn = [batches(silo.train, train.batch, f"{seed}/{silo.name}") for silo in silos]
+        for rows in itertools.islice(zip(*drawn, strict=True), train.rounds * train.steps):
+            together: list[Tokens] = [row for silo_rows in rows for row in silo_rows]
+            yield collate(together, silos[0].pad)
 
     def _score(self, silo: SiloData) -> float:
         return evaluate(self._model, silo)["accuracy"]

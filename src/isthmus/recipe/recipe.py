@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast, get_args, get_origin
@@ -298,6 +298,9 @@ def _explained(error: ValidationError) -> RecipeError:
     first = next((one for one in complaints if one["type"] == "extra_forbidden"), complaints[0])
     table = ".".join(str(part) for part in first["loc"][:-1])
     key = ".".join(str(part) for part in first["loc"]) or "recipe"
+    if alternatives := _alternatives(complaints, first["loc"]):
+        expected = ", or ".join(dict.fromkeys(map(_expected, alternatives)))
+        return RecipeError(f"{table} = {first['input']!r}: expected {expected}", remedy=f"correct the value of {table}")
     if first["type"] == "extra_forbidden":
         section = _section(first["loc"][:-1])
         if now := section.moved.get(str(first["loc"][-1])):
@@ -311,6 +314,18 @@ def _explained(error: ValidationError) -> RecipeError:
         reason, _, remedy = str(first["ctx"]["error"]).partition("; ")
         return RecipeError(f"{key}.{reason}" if first["loc"] else reason, remedy=remedy)
     return RecipeError(f"{key} = {first['input']!r}: expected {_expected(first)}", remedy=f"correct the value of {key}")
+
+
+def _alternatives(complaints: Sequence[Mapping[str, Any]], place: tuple[Any, ...]) -> list[Mapping[str, Any]]:
+    """The complaints about the key at this place, if it may have values of several types: one of each type."""
+    if not place or isinstance(place[-1], int) or _is_table(place[:-1]):
+        return []
+    return [one for one in complaints if one["loc"][:-1] == place[:-1]]
+
+
+def _is_table(location: tuple[int | str, ...]) -> bool:
+    found: Any = _section(location)
+    return isinstance(found, type) and issubclass(found, Section)
 
 
 def _expected(complaint: Mapping[str, Any]) -> str:

@@ -135,6 +135,8 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 def _allowed(field: FieldInfo) -> str:
     """The values that a key may have beside the one that is shown, in words; empty where its docstring says it."""
+    if len([one for one in get_args(field.annotation) if one is not type(None)]) > 1 and _is_union(field):
+        return ""
     kind, limits = _kind(field)
     if get_origin(kind) is Literal:
         others = [value for value in get_args(kind) if value != field.default]
@@ -156,10 +158,14 @@ def _allowed(field: FieldInfo) -> str:
     return f"{noun}, {low}, {'at most' if 'le' in limits else 'below'} {most:g}"
 
 
+def _is_union(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) in (Union, UnionType)
+
+
 def _kind(field: FieldInfo) -> tuple[Any, dict[str, Any]]:
     """The type of a key's value without ``None``, and its limits by name."""
     metadata, kind = list(field.metadata), field.annotation
-    if get_origin(kind) in (Union, UnionType):
+    if _is_union(field):
         kind = next(one for one in get_args(kind) if one is not type(None))
     if get_origin(kind) is Annotated:
         kind, *inner = get_args(kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -19,6 +19,8 @@ from isthmus.storage.record import RunDirectory
 
 REFRESH_SECONDS = 0.5
 """Time between two updates of the table."""
+SCORES = 6
+"""Most scores of a silo in the table."""
 
 
 def run_with_progress(run: RunDirectory, console: Console | None = None) -> None:
@@ -69,16 +71,37 @@ def _table(run: RunDirectory, recipe: Recipe) -> Table:
     table.add_column("silo")
     for heading in ("step", "loss", "tokens/s", "up", "down", "epsilon"):
         table.add_column(heading, justify="right")
-    table.add_column(f"held-out {'accuracy' if recipe.task.choices else 'loss'} after round 0, 1, …")
-    table.add_column("gain", justify="right")
     own = train.epochs is not None
     silos = [read_progress(run, silo.name, None if own else recipe.steps(silo.name)) for silo in recipe.silo]
+    shown = _shown_rounds({number for silo in silos for number in silo.scores})
+    rounds = f" after round {', '.join(map(str, shown))}" if shown else ""
+    table.add_column(f"held-out {'accuracy' if recipe.task.choices else 'loss'}{rounds}")
+    table.add_column("gain", justify="right")
     spread = spread_of(silos)
     for progress in silos:
-        table.add_row(*_row(progress, recipe), "" if spread is None else _gain(spread, progress.name))
-    if spread is not None and len(silos) > 1:
-        table.caption = _spread_text(spread)
+        table.add_row(*_row(progress, recipe, shown), "" if spread is None else _gain(spread, progress.name))
+    captions = [_spread_text(spread)] if spread is not None and len(silos) > 1 else []
+    if any(silo.evaluation_seconds for silo in silos):
+        captions.append(_evaluation_text(silos))
+    table.caption = "\n".join(captions) or None
     return table
+
+
+def _shown_rounds(measured: set[int]) -> list[int]:
+    """The rounds whose scores fit into the table: the first, which training starts from, and the last ones."""
+    rounds = sorted(measured)
+    return rounds if len(rounds) <= SCORES else [rounds[0], *rounds[1 - SCORES :]]
+
+
+def _evaluation_text(silos: Sequence[SiloStatus]) -> str:
+    """What evaluations took of all the silos' time and bytes."""
+    seconds, steps = sum(one.evaluation_seconds for one in silos), sum(one.step_seconds for one in silos)
+    own = sum(one.evaluation_bytes for one in silos)
+    whole = sum(one.sent_bytes + one.received_bytes for one in silos)
+    return (
+        f"of which evaluations: {100 * seconds / (seconds + steps):.0f} % of the silos' time, "
+        f"{megabytes(own)} of the {megabytes(whole)} up and down"
+    )
 
 
 def _gain(spread: Spread, name: str) -> str:
@@ -96,7 +119,7 @@ def _spread_text(spread: Spread) -> str:
     return f"after round {spread.round}: worst {spread.silo} with {worst}, mean {mean}, deviation {deviation}"
 
 
-def _row(progress: SiloStatus, recipe: Recipe) -> tuple[str, ...]:
+def _row(progress: SiloStatus, recipe: Recipe, shown: Sequence[int]) -> tuple[str, ...]:
     return (
         progress.name,
         str(progress.steps)
@@ -107,5 +130,5 @@ def _row(progress: SiloStatus, recipe: Recipe) -> tuple[str, ...]:
         megabytes(progress.sent_bytes),
         megabytes(progress.received_bytes),
         epsilon_text(progress.epsilon) + (f" ({progress.skipped} rows spent)" if progress.skipped else ""),
-        "  ".join(score_text(progress.scores[number]) for number in sorted(progress.scores)),
+        "  ".join(score_text(progress.scores[number]) for number in shown if number in progress.scores),
     )

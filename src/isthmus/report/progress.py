@@ -29,6 +29,12 @@ class SiloStatus:
     """Number of rows left out of steps because their record's privacy budget was spent."""
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
     """Held-out ``accuracy``, or ``loss`` and ``perplexity``, by number of finished rounds."""
+    step_seconds: float = 0.0
+    """Time of all training steps."""
+    evaluation_seconds: float = 0.0
+    """Time of all evaluations."""
+    evaluation_bytes: int = 0
+    """Bytes that evaluations sent to the trunk and received from it; part of the two above."""
 
 
 def read_progress(run: RunDirectory, name: str, steps_a_round: int | None) -> SiloStatus:
@@ -40,6 +46,7 @@ def read_progress(run: RunDirectory, name: str, steps_a_round: int | None) -> Si
     progress = SiloStatus(name)
     lines = read_journal(run.role(name).path / "metrics.jsonl")
     steps = [line for line in lines if line["event"] == "step"]
+    progress.step_seconds = sum(line["seconds"] for line in steps)
     if steps:
         last, recent = steps[-1], steps[-10:]
         progress.steps = (
@@ -58,6 +65,8 @@ def read_progress(run: RunDirectory, name: str, steps_a_round: int | None) -> Si
         if line["event"] == "evaluation":
             known = ("accuracy", "loss", "perplexity")
             progress.scores[line["round"]] = {key: line[key] for key in known if key in line}
+            progress.evaluation_seconds += line.get("seconds", 0.0)
+            progress.evaluation_bytes += line.get("own_sent_bytes", 0) + line.get("own_received_bytes", 0)
     return progress
 
 

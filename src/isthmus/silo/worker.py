@@ -70,6 +70,8 @@ class Worker:
         )
         self._guard = self._silo.guard
         self._data = load_data(recipe, name, self._silo)
+        self._read = self._data.measured_rows()
+        """The held-out rows that evaluations read."""
         self._aggregator = AggregatorClient(recipe, name, self._silo.boundary, root)
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()
@@ -294,24 +296,31 @@ class Worker:
 
     def _measure(self, completed: int) -> None:
         """Measure and record the quality on held-out rows after so many rounds; after none, of the untrained model."""
-        if not self._recipe.train.evaluate or not self._data.held_out or completed in self._measured:
+        if not self._recipe.train.evaluates_after(completed) or not self._read or completed in self._measured:
             return
         self._measured.add(completed)
-        started, rows = time.perf_counter(), self._measurable()
+        channel = self._silo.trunk.channel
+        started, rows, before = time.perf_counter(), self._measurable(), (channel.sent_bytes, channel.received_bytes)
         if not rows:
             log.warning("after round %d nothing is measured: all held-out rows' privacy budgets are spent", completed)
             return
         scores: dict[str, float] = evaluate(self._silo.model, self._data, rows)
         seconds = round(time.perf_counter() - started, 3)
         line = {"event": "evaluation", "round": completed, "seconds": seconds, **scores}
-        self._journal.append(line | _skipped(len(self._data.held_out) - len(rows)))
+        crossed = {
+            "sent_bytes": channel.sent_bytes,
+            "received_bytes": channel.received_bytes,
+            "own_sent_bytes": channel.sent_bytes - before[0],
+            "own_received_bytes": channel.received_bytes - before[1],
+        }
+        self._journal.append(line | crossed | _skipped(len(self._read) - len(rows)))
 
     def _measurable(self) -> list[Tokens]:
         """The held-out rows whose privacy budgets allow measuring on them."""
-        owners = [(row, tokens) for row in self._data.held_out for tokens in self._data.evaluation_inputs(row)]
+        owners = [(row, tokens) for row in self._read for tokens in self._data.evaluation_inputs(row)]
         allowed = self._affordable([tokens for _, tokens in owners], train=False)
         spent = {id(row) for (row, _), fits in zip(owners, allowed, strict=True) if not fits}
-        return [row for row in self._data.held_out if id(row) not in spent]
+        return [row for row in self._read if id(row) not in spent]
 
     def _note_step(self, round: int, number: int, step: Step) -> None:
         channel, epsilon = self._silo.trunk.channel, self._silo.boundary.budget.epsilon

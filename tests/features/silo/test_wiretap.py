@@ -36,7 +36,7 @@ FIELDS: dict[type[Message], set[str]] = {
     pb.Backward: {"step", "gradient", "reply", "ascent_pass", "keep"},
     pb.Decode: {"session", "step", "lengths", "hidden", "forget", "rows", "drafted"},
     pb.Matrix: {"codec", "rows", "width", "data"},
-    pb.Begin: {"round", "participants", "open", "start", "digest", "steps"},
+    pb.Begin: {"round", "participants", "open", "start", "digest", "steps", "published"},
     pb.Steps: {"count", "before", "total"},
     pb.Commit: {"round", "step", "weight", "optimizer", "scale"},
     pb.Optimizer: {

@@ -163,3 +163,36 @@ def test_what_becomes_of_long_rows_is_said_once(
     with pytest.raises(DataError, match="every training row of a is longer") as caught:
         read(max_tokens=2, long_rows="skip")
     assert "truncate" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("rounds", "steps"), [(12, 1), (4, 3), (3, 4), (1, 12)])
+def test_rounds_go_on_where_the_last_one_stopped(
+    rounds: int, steps: int, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """However the steps are divided into rounds, the batches are the same, and no row comes again before all have."""
+    rows = [{"text": f"w{4 + number}", "label": "w9"} for number in range(8)]
+    silo = {"name": "a", "train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    task = {"prompt": "{text}", "answer": "{label}"}
+    train = {"batch": 2, "rounds": rounds, "steps": steps}
+    data = SiloData(*(recipe := make_recipe(Path("none"), silo=[silo], task=task, train=train)).silo, recipe, tokenizer)
+    drawn = [row.prompt[0] for round in range(1, rounds + 1) for batch in data.round_batches(round) for row in batch]
+    passes = [drawn[start : start + 8] for start in (0, 8, 16)]
+    assert [sorted(one) for one in passes] == [sorted(drawn[:8])] * 3
+    assert len({tuple(one) for one in passes}) > 1
+    whole = make_recipe(Path("none"), silo=[silo], task=task, train={"batch": 2, "rounds": 1, "steps": 12})
+    (at_once,) = [SiloData(whole.silo[0], whole, tokenizer)]
+    assert drawn == [row.prompt[0] for batch in at_once.round_batches(1) for row in batch]
+
+
+@pytest.mark.parametrize(("most", "count"), [(None, 9), (3, 3), (9, 9), (20, 9)])
+def test_evaluations_read_the_same_rows_each_time(
+    most: int | None, count: int, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [{"text": f"w{4 + number}", "label": "w9"} for number in range(9)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    silo = {"name": "a", "train": path, "held_out": path}
+    train = {"evaluate_rows": most} if most else {}
+    recipe = make_recipe(Path("none"), silo=[silo], task={"prompt": "{text}", "answer": "{label}"}, train=train)
+    first, again = (SiloData(recipe.silo[0], recipe, tokenizer).measured_rows() for _ in range(2))
+    assert first == again
+    assert len({tuple(row.prompt) for row in first}) == count

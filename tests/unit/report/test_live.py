@@ -26,7 +26,8 @@ def run(tmp_path: Path) -> RunDirectory:
     for name, gain in (("north", 0.5), ("south", 0.25)):
         journal = made.role(name).journal("metrics")
         for round, loss in ((0, 2.0), (1, 2.0 - gain)):
-            journal.append({"event": "evaluation", "round": round, "loss": loss})
+            crossed = {"own_sent_bytes": 250_000, "own_received_bytes": 250_000}
+            journal.append({"event": "evaluation", "round": round, "loss": loss, "seconds": 0.25, **crossed})
         journal.append({**STEP, "round": 2, "received_bytes": 1_000_000, "epsilon": 7.0, "skipped": 3})
     return made
 
@@ -53,6 +54,8 @@ def test_each_silo_has_a_row_and_the_worst_is_named(run: RunDirectory, monkeypat
     (north,) = (line for line in text.splitlines() if line.strip("│ ").startswith("north"))
     for cell in ("6/8", "1.500", "16", "3.0 MB", "1.0 MB", "7 (3 rows spent)", "2.000  1.500", "+0.500"):
         assert cell in north, cell
+    assert "held-out loss after round 0, 1" in " ".join(text.split())
+    assert "of which evaluations: 50 % of the silos' time, 2.0 MB of the 8.0 MB up and down" in text
     assert "after round 1: worst south with 1.750, mean 1.625" in text
     assert "silo west fell [1 of 3]" in text.splitlines()
     assert text.endswith("spent\n")
@@ -64,3 +67,8 @@ def test_a_failure_is_passed_on_and_ends_the_line(run: RunDirectory, monkeypatch
 
     with pytest.raises(RunError, match="no"):
         shown(run, monkeypatch, federation)
+
+
+def test_the_first_score_and_the_last_ones_are_shown() -> None:
+    assert live._shown_rounds({3, 0, 1}) == [0, 1, 3]
+    assert live._shown_rounds(set(range(40))) == [0, 35, 36, 37, 38, 39]

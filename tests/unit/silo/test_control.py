@@ -310,7 +310,7 @@ def test_keys_that_ask_for_nothing_change_no_bit(build: Build, tmp_path: Path, o
     data = load_data(recipe, "a", silo)
     named = {name: one for part in silo.parts for name, one in adapters.trainable(part).items()}
     before = {name: one.detach().clone() for name, one in named.items()}
-    steps, drawn = build_optimizer(named.values(), recipe.train), batches(data.train, BATCH, f"{recipe.seed}/a/1")
+    steps, drawn = build_optimizer(named.values(), recipe.train), batches(data.train, BATCH, f"{recipe.seed}/a")
     silo.rounds.begin(1, ["a"])
     for number in range(1, STEPS + 1):
         step = train_step(silo.model, steps, collate(next(drawn), data.pad))

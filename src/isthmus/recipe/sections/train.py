@@ -17,13 +17,16 @@ MOST_ROWS = 100_000
 class TrainSection(Section):
     """Training: rounds, and the steps that each silo takes in a round."""
 
-    rounds: Count = 4
+    rounds: Count = 40
     """Rounds of training; each ends with an average of the silos' updates."""
-    keep_rounds: Annotated[int, Field(ge=2)] | None = Field(default=None, examples=[10])
-    """Last rounds whose files each party keeps, besides round 0, the start; older ones are removed, and so bound the
-    disk. A model that was saved in a loop of your own goes on only from a round that the trunk keeps. Left out: all."""
-    steps: Count = 10
-    """Optimizer steps of each silo in a round, unless the silo has its own silo.steps."""
+    keep_rounds: Annotated[int, Field(ge=2)] = 10
+    """Last rounds whose files each party keeps, besides round 0, the start; older ones are removed, which bounds the
+    disk. A model that was saved in a loop of your own goes on only from a round that the trunk keeps."""
+    steps: Count = 1
+    """Optimizer steps of each silo in a round, unless the silo has its own silo.steps. A split step waits for the
+    trunk anyway, and an update is smaller than a step's hidden states: averaging after every step costs little and
+    learns as if the silos' rows were one set. More steps suit slow links to the root, large cohorts under masks, and
+    noise on updates, which is charged once a round."""
     epochs: Count | None = Field(default=None, examples=[3])
     """Passes over each silo's rows in the whole run, in place of steps: every row is drawn once before any comes again,
     the last batch of a pass may be smaller, and the passes are divided evenly among the rounds. A silo with more rows
@@ -69,9 +72,12 @@ class TrainSection(Section):
     long_rows: Literal["truncate", "skip", "refuse"] = "truncate"
     """What a silo does with its rows that are longer. "truncate": they lose the beginning of their prompt; an answer is
     never cut. "skip": they are left out. "refuse": the run does not start. Each silo says how many there are."""
-    evaluate: bool = True
-    """Whether to evaluate on held-out rows before the first round and after each: accuracy with task.choices, otherwise
-    loss. Needs silo.held_out of one silo or more."""
+    evaluate: bool | Literal["end"] | Count = 10
+    """When to evaluate on held-out rows: accuracy with task.choices, otherwise loss. A number: before the first round,
+    after every so many, and after the last; "end": before the first and after the last; true: after each; false:
+    never. Needs silo.held_out of one silo or more. Held-out rows cross as training rows do, and are charged."""
+    evaluate_rows: Count | None = Field(default=None, examples=[200])
+    """Most held-out rows of a silo that an evaluation reads, drawn once by the seed. Left out: all."""
 
     @model_validator(mode="after")
     def _fitting(self) -> Self:
@@ -96,6 +102,12 @@ class TrainSection(Section):
                 "lower train.warmup"
             )
         return self
+
+    def evaluates_after(self, round: int) -> bool:
+        """Whether held-out rows are read after this round; 0: before the first."""
+        if isinstance(self.evaluate, bool):
+            return self.evaluate
+        return round in (0, self.rounds) or (self.evaluate != "end" and round % self.evaluate == 0)
 
     @property
     def step_tokens(self) -> int:

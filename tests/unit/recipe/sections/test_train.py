@@ -140,3 +140,12 @@ def test_no_silo_of_so_many_rows_weighs_more_in_any_round(rows: int, epochs: int
         assert recipe.most_weight([name]) == heaviest
         assert recipe.most_run_steps(name) == plans[0].total
     assert recipe.most_weight("ab") == recipe.most_weight("a") + recipe.most_weight("b")
+
+
+@pytest.mark.parametrize(
+    ("when", "measured"),
+    [(False, []), (True, [0, 1, 2, 3, 4, 5]), ("end", [0, 5]), (2, [0, 2, 4, 5]), (5, [0, 5]), (9, [0, 5])],
+)
+def test_when_held_out_rows_are_measured(when: Any, measured: list[int]) -> None:
+    section = TrainSection(rounds=5, evaluate=when)
+    assert [round for round in range(6) if section.evaluates_after(round)] == measured
