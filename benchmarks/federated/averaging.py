@@ -35,7 +35,7 @@ MOSTLY, OTHERS = 18, 3
 VALIDATION, UNSEEN = 60, 150
 """Rows of each class to choose by, and to report."""
 STEPS, BATCH = 24, 4
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 DRAWS = (0, 1, 2)
 POOLED = "pooled"
 BELOW = 1.0
