@@ -37,9 +37,10 @@ def silo(**values: Any) -> dict[str, Any]:
         ({"train": {"rounds": "three"}}, ["train.rounds = 'three'", "remedy: correct the value of train.rounds"]),
         ({"root": {"minimum": 3}}, ["3 silos needed but 2 listed", "remedy: lower it"]),
         (silo(train="nowhere.jsonl"), ["cannot read the data file", "nowhere.jsonl"]),
-        (silo(train="empty.jsonl"), ["holds no row", "remedy: put a row into it, or leave it out"]),
+        (silo(train="empty.jsonl"), ["holds no row", "remedy: put a row into it"]),
         (silo(train="wordless.jsonl"), ["wordless.jsonl:2 has no text in 'text'", "fill the field or drop the row"]),
         (silo(train="model/model.safetensors"), ["has no name that says its format", "remedy: set silo.format"]),
+        (silo(train="model/model.safetensors", format="jsonl"), ["is not UTF-8", "remedy: save the file as UTF-8"]),
     ],
 )
 def test_recipe_or_data_that_cannot_work(
