@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isthmus.data.conversations import row_examples
 from isthmus.data.encoding import TextEncoder
 from isthmus.data.sources import SourceRow
 from isthmus.data.templates import fill_templates
 from isthmus.data.tokens import Tokens, tokenize
 from isthmus.recipe import TaskSection
-from tests.unit.data.readers import TOKENIZERS, byte_level, controls
+from tests.unit.data.readers import CHATS, TOKENIZERS, byte_level, chatting, controls
 
 SPELLINGS = [
     "</s>",
@@ -77,3 +78,21 @@ def test_no_length_or_token_of_a_prompt_tells_which_choice_is_right(kind: str, p
     assert all(row.prompt == rows[0].prompt for row in rows)
     assert len({len(row.input) for row in rows}) == 1
     assert len({(*row.answer,) for row in rows}) == len(rows)
+
+
+@settings(deadline=None, max_examples=40)
+@given(system=TEXTS, user=TEXTS, said=TEXTS)
+@pytest.mark.parametrize("kind", CHATS)
+def test_a_conversation_has_the_turns_that_it_has(kind: str, system: str, user: str, said: str) -> None:
+    """Whatever its turns say, its control tokens are those of one that says harmless words."""
+    tokenizer = chatting(*CHATS[kind])
+
+    def control_tokens(*texts: str) -> list[list[int]]:
+        roles = ("system", "user", "assistant", "user", "assistant")
+        messages = [{"role": role, "content": text} for role, text in zip(roles, (*texts, *texts[1:]), strict=True)]
+        task = TaskSection(messages=("messages",))
+        examples = [one for _, one in row_examples(SourceRow("f:1", {"messages": messages}), task, {})]
+        rows = tokenize(examples, tokenizer, 10**6, free_text=True)
+        return [[one for one in [*row.prompt, *row.answer] if one in controls(tokenizer)] for row in rows]
+
+    assert control_tokens(system, user, said) == control_tokens("she", "he", "no")

@@ -133,19 +133,22 @@ def certificates(recipe: RecipePath) -> None:
 @app.command()
 def generate(
     run_dir: RunPath,
-    prompt: Annotated[str, typer.Argument(help="The text to answer or continue.")],
+    prompt: Annotated[Optional[str], typer.Argument(help="The text in the recipe's prompt.")] = None,  # noqa: UP045
     silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the folder's first by default.")] = None,  # noqa: UP045
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    field: Annotated[Optional[list[str]], typer.Option(help="A field of the prompt as NAME=VALUE; repeatable.")] = None,  # noqa: UP045
+    raw: Annotated[bool, typer.Option(help="Take the text as it is, without the recipe's prompt.")] = False,
+    chat: Annotated[bool, typer.Option(help="Put the text alone into the model's chat template.")] = False,
     trunk: TrunkAddress = None,
 ) -> None:
     """Answer a prompt with a run's model, split between this process and a trunk process."""
-    from isthmus.engines.inference import generate_text
+    from isthmus.engines.inference import PromptRequest, generate_text, named_fields
     from isthmus.storage.record import RunDirectory
 
     run = RunDirectory.open(run_dir)
-    text = as_utf8(prompt)
-    generate_text(run, text, silo, max_new_tokens=max_new_tokens, chat=chat, trunk=trunk, notify=_notify)
+    text, fields = None if prompt is None else as_utf8(prompt), named_fields(map(as_utf8, field or ()))
+    asked = PromptRequest(text, fields, raw, chat)
+    generate_text(run, asked, silo, max_new_tokens=max_new_tokens, trunk=trunk, notify=_notify)
 
 
 @app.command()

@@ -67,6 +67,10 @@ class TextEncoder:
         self.beginning = self._beginning()
         self.end: int | None = tokenizer.eos_token_id
 
+    def controls(self, token: int) -> bool:
+        """Whether this is a control token."""
+        return token in self._controls
+
     def prompt(self, text: str, markup: Sequence[CharSpan] | None = None) -> Encoded:
         """A text at the beginning of a sequence.
 

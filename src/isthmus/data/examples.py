@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from isthmus.data.bad_rows import BadRows
+from isthmus.data.conversations import row_examples
 from isthmus.data.partitions import SiloPart, divided
 from isthmus.data.row_count import check_row_count
 from isthmus.data.sources import SourceRow, read_rows, rename_columns
-from isthmus.data.templates import Example, fill_templates
+from isthmus.data.templates import Example
 from isthmus.recipe import Recipe, SiloSection
 
 Placed = tuple[str, Example]
@@ -38,7 +39,7 @@ def silo_examples(
         examples: list[Placed] = []
         for row in rows:
             with bad.collecting():
-                examples.append((row.place, fill_templates(row, recipe.task, classes or {})))
+                examples += row_examples(row, recipe.task, classes or {})
         return examples
 
     def renamed(rows: Iterable[SourceRow]) -> list[SourceRow]:

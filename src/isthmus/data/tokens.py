@@ -6,6 +6,7 @@ Shapes: B rows, L positions (padded on the left, so that every row ends at the s
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from isthmus.data.encoding import Encoded, TextEncoder
-from isthmus.data.templates import Example
+from isthmus.data.conversations import ChatTemplate
+from isthmus.data.encoding import CharSpan, Encoded, TextEncoder
+from isthmus.data.templates import Example, FieldSpan
 from isthmus.errors import DataError
 from isthmus.model.crossing import IGNORED
 from isthmus.privacy.sensitivity import Sensitivity
@@ -32,6 +34,8 @@ class Tokens:
     filler: tuple[int, ...] = ()
     """Tokens after the answer that have no loss: with them the answers to a prompt are equally long. Attention is
     causal, so they do not change the answer's loss."""
+    conversation: str = ""
+    """What the turns of one conversation have in common: they are one record. Empty: the row is one by itself."""
 
     @property
     def input(self) -> list[int]:
@@ -156,6 +160,28 @@ def tokenize(
     return [reader.read(example) for example in examples]
 
 
+def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a prompt that waits for its answer: those that a training row of this prompt has, if it fits into
+    ``train.max_tokens``.
+
+    Raises:
+        DataError: the text cannot be read, or the model's chat template refuses the turns.
+        ModelError: the example has turns, and the tokenizer no chat template.
+    """
+    return _RowReader(tokenizer, sys.maxsize, True, (), 0, None, "front").prompt(example)
+
+
+def ending_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The control tokens that end an answer to this prompt: the end-of-text token, and of a chat that of a turn.
+
+    Raises:
+        DataError, ModelError: as ``prompt_tokens``.
+    """
+    row = _RowReader(tokenizer, sys.maxsize, True, (), 0, None, "front").read(replace(example, answer="a"))
+    ends = {tokenizer.eos_token_id, row.answer[-1]} - {None}
+    return sorted(one for one in ends if TextEncoder(tokenizer).controls(one))
+
+
 def choice_tokens(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> list[list[int]]:
     """The tokens of each possible answer, the same after every prompt: those that it has in running text.
 
@@ -213,6 +239,19 @@ def epochs(rows: list[Tokens], size: int, seed: str) -> Iterator[list[Tokens]]:
         yield from (drawn[start : start + size] for start in range(0, len(drawn), size))
 
 
+@dataclass(frozen=True)
+class _Text:
+    """What the model reads of an example."""
+
+    prompt: str
+    answer: str
+    spans: tuple[FieldSpan, ...]
+    markup: tuple[CharSpan, ...] | None = None
+    """Places that a chat template wrote; None: plain text."""
+    fixed: tuple[int, int, int] | None = None
+    """Of a chat: head, question and opening of ``ChatText``."""
+
+
 class _RowReader:
     """Makes tokens of examples; the arguments are those of ``tokenize``."""
 
@@ -226,7 +265,8 @@ class _RowReader:
         sensitivity: Sensitivity | None,
         truncate: Truncation,
     ) -> None:
-        self._encoder = TextEncoder(tokenizer)
+        self._tokenizer, self._encoder = tokenizer, TextEncoder(tokenizer)
+        self._template: ChatTemplate | None = None
         self._choices = dict(zip(choices, _encoded_choices(self._encoder, choices), strict=True))
         self._filled = max((len(one.ids) for one in self._choices.values()), default=0)
         self._max_tokens, self._free_text, self._pad = max_tokens, free_text, pad
@@ -234,52 +274,90 @@ class _RowReader:
 
     def read(self, example: Example) -> Tokens:
         """One example in tokens."""
-        prompt, answer = self._pair(example)
-        kept = prompt.only(self._kept(prompt, max(len(answer.ids), self._filled), bool(answer.ids)))
-        row = Tokens(kept.ids, answer.ids, filler=(self._pad,) * (self._filled - len(answer.ids)))
+        text = self._text(example)
+        prompt, answer = self._pair(example, text)
+        kept = prompt.only(self._kept(text, prompt, max(len(answer.ids), self._filled), bool(answer.ids)))
+        row = Tokens(
+            kept.ids,
+            answer.ids,
+            filler=(self._pad,) * (self._filled - len(answer.ids)),
+            conversation=example.conversation,
+        )
         if self._sensitivity is None:
             return row
         return replace(row, classes=self._classes(self._sensitivity, example, kept, answer))
 
-    def _pair(self, example: Example) -> tuple[Encoded, Encoded]:
+    def prompt(self, example: Example) -> list[int]:
+        """The prompt of an example that has no answer yet."""
+        text = self._text(example)
+        return self._encoder.prompt(text.prompt, text.markup).ids
+
+    def _text(self, example: Example) -> _Text:
+        """What the model reads of an example."""
+        if not example.turns:
+            return _Text(example.prompt, example.answer, example.spans)
+        if self._template is None:
+            self._template = ChatTemplate(self._tokenizer)
+        chat = self._template.write(example)
+        answer = example.answer if self._choices else chat.answer
+        return _Text(chat.prompt, answer, chat.spans, chat.markup, (chat.head, chat.question, chat.opening))
+
+    def _pair(self, example: Example, text: _Text) -> tuple[Encoded, Encoded]:
         """Prompt and answer, before anything is dropped. A choice has the same tokens after every prompt, so that
         answers are equally long whatever the prompt."""
-        if not self._choices:
-            prompt, answer = self._encoder.pair(example.prompt, example.answer)
-            return prompt, _ended(answer, self._encoder) if self._free_text else answer
-        if example.answer not in self._choices:
-            raise DataError(f"the answer {example.answer!r} is no choice", remedy="list it in task.choices")
-        return self._encoder.prompt(example.prompt), self._choices[example.answer]
+        if self._choices:
+            if example.answer not in self._choices:
+                raise DataError(f"the answer {example.answer!r} is no choice", remedy="list it in task.choices")
+            return self._encoder.prompt(text.prompt, text.markup), self._choices[example.answer]
+        prompt, answer = self._encoder.pair(text.prompt, text.answer, text.markup)
+        if example.whole and not prompt.ids:
+            prompt, answer = answer.first(1), answer.after(1)
+        closed = bool(answer.ids) and text.markup is not None and self._encoder.controls(answer.ids[-1])
+        return prompt, _ended(answer, self._encoder) if self._free_text and not closed else answer
 
-    def _kept(self, prompt: Encoded, answer: int, answered: bool) -> Sequence[int]:
+    def _kept(self, text: _Text, prompt: Encoded, answer: int, answered: bool) -> Sequence[int]:
         """Numbers of the prompt's tokens that stay.
 
         Args:
             answer: number of tokens of the answer with its filler.
         """
-        count, room, first = len(prompt.ids), self._max_tokens - answer, len(self._encoder.beginning)
-        fits = count <= room or first < room
-        if not count or not answered or room < 1 or not fits:
+        count, room = len(prompt.ids), self._max_tokens - answer
+        first, last = self._fixed(text, count, room) if count > room else (0, 0)
+        if not count or not answered or room < 1 or first + max(last, 1) > min(room, count):
             raise DataError(
                 f"a row has {count} prompt and {answer} answer tokens; train.max_tokens is {self._max_tokens}",
                 remedy="raise train.max_tokens, or remove rows without text",
             )
         if count <= room:
             return range(count)
-        first = first if self._truncate == "front" else max(first, room // 2)
+        first = first if self._truncate == "front" else max(first, min(room // 2, room - last))
         return [*range(first), *range(count - room + first, count)]
+
+    def _fixed(self, text: _Text, count: int, room: int) -> tuple[int, int]:
+        """How many of the prompt's first and last tokens stay in any case: the tokenizer's beginning, and of a chat
+        what comes before the first turn after the system's, and the last turn; if that is too long itself, only what
+        follows it."""
+        if text.fixed is None:
+            return len(self._encoder.beginning), 0
+
+        def until(place: int) -> int:
+            return len(self._encoder.prompt(text.prompt[:place], text.markup).ids)
+
+        head, question, opening = map(until, text.fixed)
+        return head, count - (question if head + count - question <= room else opening)
 
     def _classes(self, sensitivity: Sensitivity, example: Example, prompt: Encoded, answer: Encoded) -> tuple[int, ...]:
         """Sensitivity class of each token of prompt + answer. With choices noise would tell which is right: a prompt's
         token has the greatest of its classes with any of them, an answer's token the greatest in any of them."""
 
-        def of(text: Example, after: Encoded) -> list[int]:
+        def of(one: Example, after: Encoded) -> list[int]:
+            text = self._text(one)
             offsets = [*prompt.offsets, *after.offsets]
             return sensitivity.classes(text.prompt + text.answer, offsets, text.spans)
 
         if not self._choices:
             return tuple(of(example, answer))
-        start = len(example.prompt)
+        start = len(self._text(example).prompt)
         each = [of(example.answered(text), one.after(0, start)) for text, one in self._choices.items()]
         count = len(prompt.ids)
         worst = max(number for classes in each for number in classes[count:])

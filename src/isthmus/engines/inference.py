@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import TextStreamer
 
+from isthmus.data.conversations import asked_example, asked_text, nested_fields
+from isthmus.data.templates import Example, Turn, chat_example, check_message
+from isthmus.data.tokens import ending_tokens, prompt_tokens
 from isthmus.engines.opening import open_run
-from isthmus.errors import ModelError
+from isthmus.errors import DataError
+from isthmus.recipe import TaskSection
 from isthmus.silo.drafting import draft_file
 from isthmus.silo.drafting.distil import distil
 from isthmus.silo.drafting.draft import Draft
@@ -18,30 +25,81 @@ from isthmus.silo.join import Silo, load_data
 from isthmus.storage.record import RoleDirectory, RunDirectory
 
 
+@dataclass(frozen=True)
+class PromptRequest:
+    """What a run's model is asked: a text, or fields, in the recipe's template."""
+
+    text: str | None = None
+    """The one field of the recipe's prompt; with ``raw`` and ``chat`` the text as it is."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a row by the names that the template has for them, in place of ``text``."""
+    raw: bool = False
+    """Take the text as the whole prompt."""
+    chat: bool = False
+    """Take the text as the user's turn in the model's own chat template, whatever the recipe's template is."""
+
+    def example(self, task: TaskSection) -> Example:
+        """The prompt as training has it.
+
+        Raises:
+            DataError: text and fields are both given, or neither, or they do not fill the recipe's template.
+        """
+        if (self.text is None) != bool(self.fields) or ((self.raw or self.chat) and self.text is None):
+            raise DataError("give either a text or fields; raw and chat take a text", remedy="leave out one of them")
+        if self.text is None:
+            return asked_example(nested_fields(self.fields), task)
+        check_message("the prompt", "text", self.text)
+        if self.raw:
+            return Example(self.text, "")
+        if self.chat and not task.chat:
+            system = [Turn("system", task.system)] if task.system else []
+            return chat_example([*system, Turn("user", self.text)])
+        return asked_text(self.text, task)
+
+
+def named_fields(given: Iterable[str]) -> dict[str, str]:
+    """Fields from texts of the form NAME=VALUE.
+
+    Raises:
+        DataError: a text has no name, or a name is given twice.
+    """
+    fields: dict[str, str] = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign or not name or name in fields:
+            raise DataError(f"{text!r} is no field, or one that is given twice", remedy="write --field NAME=VALUE")
+        fields[name] = value
+    return fields
+
+
 def generate_text(
     run: RunDirectory,
-    prompt: str,
+    prompt: str | PromptRequest,
     name: str | None,
     *,
     max_new_tokens: int,
-    chat: bool,
+    chat: bool = False,
     trunk: str | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> str:
     """The greedy answer to a prompt, printed token by token.
 
     Args:
+        prompt: a text that fills the recipe's template, or more about what is asked.
         name, trunk: as in ``opening.open_run``.
         max_new_tokens: longest answer, in tokens.
-        chat: wrap the prompt in the tokenizer's chat template.
+        chat: for a text, ``PromptRequest.chat``.
         notify: called with a message that names the silo, if the folder holds several and none is named.
 
     Raises:
-        ModelError: ``chat`` with a tokenizer that has no chat template.
+        DataError: the prompt does not fill the recipe's template.
+        ModelError: a conversation with a tokenizer that has no chat template.
     """
+    asked = PromptRequest(prompt, chat=chat) if isinstance(prompt, str) else prompt
+    example = asked.example(run.recipe().task)
     with connected_silo(run, name, trunk=trunk, notify=notify) as (silo, directory):
         draft = load_draft(directory, silo)
-        return stream_answer(silo, prompt, max_new_tokens=max_new_tokens, chat=chat, draft=draft)
+        return stream_answer(silo, example, max_new_tokens=max_new_tokens, draft=draft)
 
 
 def make_draft(
@@ -103,36 +161,35 @@ def connected_silo(
         yield silo, run.role(silo.name)
 
 
-def stream_answer(silo: Silo, prompt: str, *, max_new_tokens: int, chat: bool, draft: Draft | None = None) -> str:
+def stream_answer(silo: Silo, example: Example, *, max_new_tokens: int, draft: Draft | None = None) -> str:
     """The greedy answer of a silo's model, printed token by token to standard output.
 
     Args:
+        example: the prompt. It is sent in the tokens that a training row of it has.
         max_new_tokens: longest answer, in tokens.
-        chat: wrap the prompt in the tokenizer's chat template.
         draft: model for speculative decoding.
 
     Raises:
-        ModelError: ``chat`` with a tokenizer that has no chat template.
+        DataError: the prompt has no token, or cannot be read.
+        ModelError: the example has turns, and the model no chat template.
     """
     tokenizer = silo.tokenizer
-    if chat:
-        if tokenizer.chat_template is None:
-            raise ModelError("the model has no chat template", remedy="leave out --chat")
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = inputs.to(silo.model.device)
+    ids, ends = prompt_tokens(example, tokenizer), ending_tokens(example, tokenizer)
+    if not ids:
+        raise DataError("the prompt has no token", remedy="give it a text")
+    known = silo.model.generation_config.eos_token_id
+    ends = sorted({*ends, *([known] if isinstance(known, int) else known or ())})
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    inputs = torch.tensor([ids], device=silo.model.device)
     output = silo.model.generate(
-        **inputs,
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         streamer=streamer,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends or None,
         assistant_model=draft,
     )
-    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    text: str = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
     return text

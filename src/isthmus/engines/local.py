@@ -31,11 +31,13 @@ def create_run(recipe: Recipe, path: Path) -> RunDirectory:
     """Create a run directory for this recipe, after all silos' data files have been checked.
 
     Raises:
-        DataError: a row or data file is unusable, or longer than the recipe allows; all of them are counted.
+        DataError: a row or data file is unusable, refused by the model's chat template, or longer than the recipe
+            allows; all of them are counted.
+        ModelError: rows are conversations, and the model has no chat template.
         RunError: the directory already holds a run.
     """
     check_examples(recipe)
-    if recipe.train.long_rows == "refuse":
+    if recipe.train.long_rows == "refuse" or recipe.task.chat or recipe.task.messages:
         from isthmus.engines.data_check import check_lengths
 
         check_lengths(recipe)

@@ -49,8 +49,9 @@ class Records:
     """Maps each sequence that crosses to its record and its tokens to sensitivity classes.
 
     A record's name is a keyed hash of its prompt. A row of the silo's data is therefore the same record whatever the
-    answer, and nobody without the key can check a guess of the text against the names in a ledger. A sequence that
-    starts with no prompt of the data is a record of its own.
+    answer, and nobody without the key can check a guess of the text against the names in a ledger. All turns of a
+    conversation are one record, that of the first. A sequence that starts with no prompt of the data is a record of
+    its own.
 
     Args:
         folder: folder, in the silo's own directory, for the key and the noise scale; None: they end with the process.
@@ -67,6 +68,8 @@ class Records:
         self._key = secrets.token_bytes(32) if folder is None else read_secret(folder / "record-key")
         self._unnamed = itertools.count(1)
         self._known: dict[str, KnownPrompt] = {}
+        self._owners: dict[str, str] = {}
+        """The record of each prompt that is a turn of a conversation."""
         self._lengths: list[int] = []
         self._scale = self._read_scale()
         self._classes = lru_cache(CACHED_ROWS)(self._classes_of)
@@ -82,12 +85,18 @@ class Records:
                 boundary's; a scale read from ``folder`` takes precedence.
             tail: number of a prompt's last tokens that cross; None: all.
         """
+        conversations: dict[str, str] = {}
         for row in rows:
-            known = self._known.setdefault(self._name(row.prompt), KnownPrompt(len(row.prompt)))
+            name = self._name(row.prompt)
+            known = self._known.setdefault(name, KnownPrompt(len(row.prompt)))
+            if row.conversation:
+                owner = conversations.setdefault(row.conversation, self._owners.get(name, name))
+                self._owners.setdefault(name, owner)
             if row.classes is not None:
                 own = row.classes[: known.length]
                 known.classes = tuple(map(max, known.classes, own)) if known.classes else own
                 known.found |= set(row.classes)
+                self._known[self._owners.get(name, name)].found |= set(row.classes)
                 known.answers.append((row.answer, row.classes[known.length :]))
                 if row.filler:
                     known.answers.append((row.input[known.length :], row.input_classes[known.length :]))
@@ -130,7 +139,8 @@ class Records:
 
     def record_names(self, rows: list[TokenIds]) -> tuple[str, ...]:
         """The name of each whole sequence's record, 16 hex digits."""
-        return tuple(self._prompt_of(row) or self._name(row) for row in rows)
+        names = (self._prompt_of(row) or self._name(row) for row in rows)
+        return tuple(self._owners.get(name, name) for name in names)
 
     def classes(self, rows: list[TokenIds]) -> list[list[int]] | None:
         """The sensitivity class of each token of each whole sequence; None without sensitivity."""

@@ -21,7 +21,10 @@ COMMANDS = {
     "edge": ["RECIPE", "NAME", "--run-dir=runs/edge", "--address=", "--parent="],
     "silo": ["RECIPE", "NAME", "--run-dir=runs/silo", "--trunk=", "--root=", "--edge="],
     "certificates": ["RECIPE"],
-    "generate": ["RUN_DIR", "PROMPT", "--silo=", "--max-new-tokens=64", "--chat/--no-chat=False", "--trunk="],
+    "generate": [
+        *("RUN_DIR", "PROMPT?", "--silo=", "--max-new-tokens=64", "--field=", "--raw/--no-raw=False"),
+        *("--chat/--no-chat=False", "--trunk="),
+    ],
     "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96", "--trunk="],
     "privacy": ["RUN_DIR", "--json=False"],
     "data": ["RECIPE", "--silo=", "--examples=5", "--json=False"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -101,3 +102,37 @@ def controls(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of control tokens: all special ones but that for unknown characters."""
     special = {number for number, one in tokenizer.added_tokens_decoder.items() if one.special}
     return special - {tokenizer.unk_token_id}
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""As Qwen's and SmolLM2's."""
+INSTRUCT = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set first = '<<SYS>>\n' + messages[0]['content'].strip() + '\n<</SYS>>\n\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+    "{% for message in rest %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + (first if loop.first else '') }}"
+    "{{ message['content'].strip() + ' [/INST]' }}{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+"""As Llama 2's: it strips texts, writes the beginning of text itself, at every question, and demands turn and turn."""
+FORGETFUL = CHATML.replace("message['content'] +", "(message['content'] if loop.index0 else '') +")
+"""It leaves the first turn out."""
+
+
+def chatting(make: Callable[[], PreTrainedTokenizerBase], template: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with a chat template."""
+    tokenizer = copy.deepcopy(make())
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+CHATS: dict[str, tuple[Callable[[], PreTrainedTokenizerBase], str]] = {
+    "chatml": (byte_level, CHATML),
+    "instruct": (stories, INSTRUCT),
+    "instruct, unigram": (unigram, INSTRUCT),
+}

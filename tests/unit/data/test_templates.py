@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.data.sources import SourceRow
-from isthmus.data.templates import Example, _spans, fill_templates, read_examples
+from isthmus.data.templates import Example, Turn, _Filler, _spans, check_message, fill_templates, read_examples
 from isthmus.errors import DataError
 from isthmus.recipe import TaskSection
 
@@ -160,11 +160,11 @@ def test_the_places_of_fields_with_a_class_are_told(tmp_path: Path) -> None:
     assert read_examples(path, task) == [Example(example.prompt, example.answer)]
 
 
-@given(st.dictionaries(st.sampled_from(["a", "b", "c"]), st.text(min_size=1, max_size=9), min_size=3))
+@given(st.dictionaries(st.sampled_from(["a", "b", "c"]), st.text(min_size=1, max_size=9).filter(str.strip), min_size=3))
 def test_any_fields_text_is_at_its_place(row: dict[str, str]) -> None:
     template = "x{a}{b}{{}}{c}é{a}"
     text = template.format_map(row)
-    found = list(_spans(template, row, {"a": "1", "c": "3"}))
+    found = list(_spans(template, row, {"a": "1", "c": "3"}, _Filler("f:1", template, None)))
     assert [(text[start:end], kind) for start, end, kind in found] == [
         (row["a"], "1"),
         (row["c"], "3"),
@@ -176,3 +176,52 @@ def test_another_answer_has_the_classes_of_the_fields_in_this_one() -> None:
     example = Example("ab cd", " yes", ((0, 2, "high"), (6, 9, "low")))
     assert example.answered(" no way") == Example("ab cd", " no way", ((0, 2, "high"), (5, 12, "low")))
     assert Example("ab", "c").answered("d") == Example("ab", "d")
+
+
+NESTED = {"patient": {"name": "Bo", "age": 4, "drugs": ["x", "y"]}, "findings": ["cough", 39.5], "label": "yes"}
+
+
+def test_parts_are_named_by_dots_and_lists_are_joined() -> None:
+    task = TaskSection(
+        prompt="{patient.name} ({patient[age]}): {findings}; {patient.drugs}", answer="{label}", join=", "
+    )
+    example = fill_templates(SourceRow("f:1", NESTED), task, {"findings": "high", "patient": "low"})
+    assert example.prompt == "Bo (4): cough, 39.5; x, y"
+    found = [(example.prompt[start:end], kind) for start, end, kind in example.spans]
+    assert found == [("Bo", "low"), ("4", "low"), ("cough, 39.5", "high"), ("x, y", "low")]
+
+
+@pytest.mark.parametrize("value", [[], None, ["a", None], ["a", float("nan")], ["a", ["b"]], [{"a": "b"}], ["a", " "]])
+def test_what_is_in_a_joined_list_must_be_text(value: Any) -> None:
+    task = TaskSection(prompt="{findings}", answer="{label}", join=", ")
+    with pytest.raises(DataError, match=r"f:1 (has no text in|does not fill)"):
+        fill_templates(SourceRow("f:1", {**NESTED, "findings": value}), task, {})
+
+
+@pytest.mark.parametrize(
+    "name", ["label.__class__", "findings.__len__", "patient.keys", "label[0].upper", "findings.x"]
+)
+def test_attributes_of_python_are_no_parts_of_a_row(name: str) -> None:
+    with pytest.raises(DataError, match="f:1 does not fill the template") as caught:
+        fill_templates(SourceRow("f:1", NESTED), TaskSection(prompt=f"{{{name}}}", answer="{label}", join=" "), {})
+    assert caught.value.remedy
+
+
+def test_a_plain_text_is_all_answer() -> None:
+    example = fill_templates(SourceRow("f:1", NESTED), TaskSection(text="{patient.name}: {label}"), {"label": "high"})
+    assert example == Example("", "Bo: yes", ((4, 7, "high"),), whole=True)
+
+
+def test_a_chats_prompt_is_the_users_turn() -> None:
+    task = TaskSection(prompt="{label}?", answer="{patient.name}", chat=True, system="Be brief.")
+    example = fill_templates(SourceRow("f:1", NESTED), task, {"label": "high", "patient": "low"})
+    assert example.turns == (Turn("system", "Be brief."), Turn("user", "yes?"))
+    whole = example.prompt + example.answer
+    assert [(whole[start:end], kind) for start, end, kind in example.spans] == [("yes", "high"), ("Bo", "low")]
+
+
+@pytest.mark.parametrize("value", [None, 3, "", " ", ["a"]])
+def test_a_message_is_a_text(value: object) -> None:
+    with pytest.raises(DataError, match="f:1 has no text in 'content'"):
+        check_message("f:1", "content", value)
+    assert check_message("f:1", "content", "a") == "a"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,10 @@ from isthmus.engines import inference, opening
 from isthmus.engines.certificates import make_certificates
 from isthmus.engines.local import at_address
 from isthmus.engines.roles import start_server
-from isthmus.errors import ModelError, RecipeError
+from isthmus.errors import DataError, ModelError, RecipeError
 from isthmus.privacy.ledger import read_ledger
+from isthmus.recipe import TaskSection
+from isthmus.silo.join import load_data
 from isthmus.storage.record import RunDirectory
 from tests.integration.processes import rows_of
 
@@ -40,6 +43,57 @@ def test_answers_are_streamed_returned_and_charged(run: RunDirectory, capsys: py
     answer = inference.generate_text(run, PROMPT, None, max_new_tokens=3, chat=False)
     assert capsys.readouterr().out.strip() == answer.strip()
     assert len(list(read_ledger(ledger).releases())) > before
+
+
+def test_the_prompt_that_is_sent_is_that_of_the_training_row(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its fields and, as the template has one field, from its text; raw text is another prompt."""
+    sent: list[list[int]] = []
+    with inference.connected_silo(run, "north") as (silo, _):
+        data = load_data(run.recipe(), "north", silo)
+        row = rows_of("north")[0]
+        (number,) = [n for n, (_, example) in enumerate(data.sets[0].texts) if str(row["text"]) in example.prompt][:1]
+        generate = silo.model.generate
+
+        def noted(**inputs: Any) -> Any:
+            sent.append(inputs["input_ids"][0].tolist())
+            return generate(**inputs)
+
+        monkeypatch.setattr(silo.model, "generate", noted)
+        (name,) = run.recipe().task.asked
+        for asked in (
+            inference.PromptRequest(str(row["text"])),
+            inference.PromptRequest(fields={name: str(row["text"])}),
+            inference.PromptRequest("w5 w6", raw=True),
+        ):
+            inference.stream_answer(silo, asked.example(run.recipe().task), max_new_tokens=2)
+    assert sent == [data.train[number].prompt] * 2 + [[5, 6]]
+
+
+def test_what_is_asked_must_be_one_thing() -> None:
+    task = TaskSection(prompt="{text}")
+    for wrong in (
+        inference.PromptRequest(),
+        inference.PromptRequest("a", {"text": "b"}),
+        inference.PromptRequest(fields={"text": "b"}, raw=True),
+        inference.PromptRequest(fields={"text": "b"}, chat=True),
+        inference.PromptRequest(" "),
+        inference.PromptRequest(" ", raw=True),
+    ):
+        with pytest.raises(DataError) as caught:
+            wrong.example(task)
+        assert caught.value.remedy
+    assert inference.PromptRequest("a").example(task) == inference.PromptRequest(fields={"text": "a"}).example(task)
+    chat = inference.PromptRequest("a", chat=True)
+    assert chat.example(task).turns == chat.example(TaskSection(prompt="{text}", chat=True)).turns
+
+
+def test_fields_are_named_once() -> None:
+    assert inference.named_fields(["a=b=c", "d="]) == {"a": "b=c", "d": ""}
+    for wrong in (["a"], ["=a"], ["a=b", "a=c"]):
+        with pytest.raises(DataError, match="NAME=VALUE"):
+            inference.named_fields(wrong)
 
 
 def test_a_draft_is_made_once_and_used_by_who_answers(run: RunDirectory) -> None:

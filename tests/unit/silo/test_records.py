@@ -184,3 +184,24 @@ class TestHistory:
         assert later.factors_T.tolist() == [1.0] * 3
         assert history.read_tokens([[9]]) is None
         assert history.subjects([[9]], [1]).records == first.records
+
+
+def test_all_turns_of_a_conversation_are_one_record() -> None:
+    """Each turn's prompt holds what was said before it, so a budget of one turn would be spent for each."""
+    one = Records()
+    turns = [Tokens(prompt, [9], conversation="f:1") for prompt in ([5], [5, 9, 6], [1, 6])]  # the last is shortened
+    other = [Tokens(prompt, [9], conversation="f:2") for prompt in ([7], [7, 9, 6])]
+    one.add_rows([*turns, *other, Tokens([8], [9])])
+    rows = [[5], [5, 9], [5, 9, 6, 9], [1, 6, 3], [7], [7, 9, 6], [8, 9]]
+    names = one.record_names(rows)
+    assert [names.index(name) for name in names] == [0, 0, 0, 0, 4, 4, 6]
+    one.add_rows([Tokens([5, 9, 6], [9], conversation="f:3")])  # another with a turn in common
+    assert one.record_names(rows) == names
+
+
+def test_a_conversations_record_has_the_least_budget_of_its_turns() -> None:
+    one = register()
+    one.add_rows(
+        [Tokens([5], [6], (0, 0), conversation="f:1"), Tokens([5, 6, 7], [8], (0, 0, HIGH, 0), conversation="f:1")]
+    )
+    assert one.subjects([[5, 6]], [2]).budgets == one.subjects([[5, 6, 7]], [3]).budgets == (4.0,)

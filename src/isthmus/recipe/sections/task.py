@@ -6,7 +6,7 @@ import re
 from string import Formatter
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from isthmus.recipe.section import Section
 
@@ -28,11 +28,34 @@ class TaskSection(Section):
     """What a prompt loses that is too long and is shortened (train.long_rows): its beginning ("front") or its middle.
     The token that a tokenizer puts before a text stays."""
 
+    chat: bool = False
+    """Whether the prompt is the user's turn and the answer the assistant's, in the model's own chat template."""
+    system: str = ""
+    """The system's turn before a conversation (chat, messages) that has none of its own; empty: none."""
+    messages: tuple[str, ...] = Field(default=(), strict=False)
+    """Fields that hold a conversation in place of prompt and answer, each a list of {role, content}: ["messages"], or
+    ["prompt", "completion"]. Each of the assistant's turns in the last of them is learned."""
+    text: str = ""
+    """Template of a plain text in place of prompt and answer, of which every token is learned; empty: none."""
+    join: str | None = Field(default=None, examples=[", "])
+    """What stands between the texts of a list in a template. Left out: a list is refused."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> TaskSection:
+        forms = [name for name in ("chat", "messages", "text") if getattr(self, name)]
+        if len(forms) > 1:
+            raise ValueError(f"task.{forms[0]} and task.{forms[1]} exclude one another: a row has one form")
+        if self.system and not (self.chat or self.messages):
+            raise ValueError("task.system needs task.chat or task.messages: plain text has no turns")
+        if self.text and self.choices:
+            raise ValueError("task.text has no answer, and no task.choices")
+        return self
+
     @property
     def gap(self) -> str:
         """Spaces at the end of the prompt's template. They are read with the answer: tokenizers join a space to the
         word behind it."""
-        text = self.prompt.rstrip(" ")
+        text = "" if self.chat or self.messages else self.prompt.rstrip(" ")
         return self.prompt[len(text) :] if text else ""
 
     @property
@@ -41,10 +64,22 @@ class TaskSection(Section):
         return tuple(self.gap + choice for choice in self.choices)
 
     @property
+    def asked(self) -> tuple[str, ...]:
+        """What the prompt's template asks of a row, each once, with its parts: ``text``, ``patient.age``."""
+        if self.messages or self.text:
+            return ()
+        return tuple(dict.fromkeys(_names(self.prompt)))
+
+    @property
     def fields(self) -> frozenset[str]:
-        """Names of the row's fields that the templates use; empty for a malformed template."""
+        """Names of the row's fields that are used; empty for a malformed template."""
+        templates = () if self.messages else (self.text,) if self.text else (self.prompt, self.answer)
         try:
-            pieces = [*Formatter().parse(self.prompt), *Formatter().parse(self.answer)]
+            names = [name for template in templates for name in _names(template)]
         except ValueError:
             return frozenset()
-        return frozenset(re.split(r"[.\[]", name)[0] for _, name, _, _ in pieces if name)
+        return frozenset(re.split(r"[.\[]", name)[0] for name in (*names, *self.messages))
+
+
+def _names(template: str) -> list[str]:
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
