@@ -25,7 +25,7 @@ MAX_KEYS = 2**15
 MAX_KEY = 1024
 """Largest key with its value, in characters."""
 MAX_NAME = 64
-"""Longest name of a run, in characters."""
+"""Longest name of a run or a process, in characters."""
 MAX_CERTIFICATE = 8192
 """Largest certificate or signature in bytes."""
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -249,6 +249,8 @@ def _hello(message: pb.Hello) -> None:
         raise _invalid(f"protocol version {message.version}; this side uses {VERSION}")
     if len(message.keys) > MAX_KEYS or any(len(key) + len(value) > MAX_KEY for key, value in message.keys.items()):
         raise _invalid(f"more than {MAX_KEYS} keys, or one of more than {MAX_KEY} characters")
+    if len(message.instance) > MAX_NAME:
+        raise _invalid(f"the name of a process with {len(message.instance)} characters")
 
 
 def _run(message: Any) -> None:

@@ -113,6 +113,7 @@ def test_a_valid_frame_of_every_kind_passes(kind: str) -> None:
 BROKEN = [
     ("hello", {"version": 0}, "protocol version 0"),
     ("hello", {"version": frames.VERSION + 1}, "protocol version"),
+    ("hello", {"instance": "i" * 65}, "65 characters"),
     ("welcome", {"run": "r" * 65}, "65 characters"),
     ("ready", {"run": "r" * 65}, "65 characters"),
     ("adapters", {"run": "r" * 65}, "65 characters"),
