@@ -85,19 +85,22 @@ def as_tokens(
             truncate=recipe.task.truncate,
         )
 
-    whole = _read_each(texts, partial(read, longest=sys.maxsize), bad)
+    read_rows = zip(_read_each(texts, partial(read, longest=sys.maxsize), bad), texts, strict=True)
+    whole = [(row, text) for row, text in read_rows if row is not None]
     long = [(row, text) for row, text in whole if _length(row) > most]
+    cut: list[Tokens | None] = [None] * len(long)
     if policy == "refuse":
         _refuse(long, most, bad)
-    cut = _read_each([text for _, text in long], partial(read, longest=most), bad) if policy == "truncate" else []
-    shortened = {place: row for row, (place, _) in cut}
-    rows = [(row if _length(row) <= most else shortened.get(text[0]), text) for row, text in whole]
+    if policy == "truncate":
+        cut = _read_each([text for _, text in long], partial(read, longest=most), bad)
+    shortened = iter(cut)
+    rows = [(row if _length(row) <= most else next(shortened), text) for row, text in whole]
     kept = [(row, text) for row, text in rows if row is not None]
     return RowSet(
         [row for row, _ in kept],
         [text for _, text in kept],
         [_length(row) for row, _ in whole],
-        truncated=len(cut),
+        truncated=sum(row is not None for row in cut),
         skipped=len(long) if policy == "skip" else 0,
     )
 
@@ -108,15 +111,16 @@ def _length(row: Tokens) -> int:
 
 def _read_each(
     texts: Sequence[Placed], read: Callable[[Sequence[Placed]], list[Tokens]], bad: BadRows
-) -> list[tuple[Tokens, Placed]]:
-    """Rows in tokens, each with its text: all at once, and if that fails one by one, to find out which are bad."""
+) -> list[Tokens | None]:
+    """Each text in tokens, None in place of a bad one: all at once, and if that fails one by one, to find the bad."""
     with suppress(DataError):
-        return list(zip(read(texts), texts, strict=True))
-    found: list[tuple[Tokens, Placed]] = []
+        return list(read(texts))
+    found: list[Tokens | None] = []
     for text in texts:
+        found.append(None)
         with bad.collecting():
             try:
-                found += [(row, text) for row in read([text])]
+                (found[-1],) = read([text])
             except DataError as error:
                 raise DataError(f"{text[0]}: {error.message}", remedy=error.remedy) from error
     return found

@@ -53,6 +53,14 @@ def test_long_rows_lose_the_beginning_of_their_prompt(tokenizer: PreTrainedToken
     assert bad.count == 0
 
 
+def test_examples_of_one_row_are_each_shortened(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A row may give several examples, all at its place."""
+    texts: list[Placed] = [("f:1", Example("w5 w6 w7 w8", "w9")), ("f:1", Example("w8 w7 w6 w5", "w4"))]
+    found = rows(tokenizer, texts, BadRows(), max_tokens=5)
+    assert [row.prompt for row in found.rows] == [[6, 7, 8], [7, 6, 5]]
+    assert (found.texts, found.truncated) == (texts, 2)
+
+
 def test_long_rows_are_skipped(tokenizer: PreTrainedTokenizerFast) -> None:
     bad = BadRows()
     found = rows(tokenizer, TEXTS, bad, max_tokens=4, long_rows="skip")
