@@ -211,6 +211,39 @@ def data(
         raise typer.Exit(1)
 
 
+@app.command(name="evaluate")
+def evaluate_answers(
+    run_dir: RunPath,
+    data: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="File of rows in place of the silos' held-out ones; repeatable."),
+    ] = None,
+    silo: Annotated[Optional[list[str]], typer.Option(help="Only this silo; repeatable. All by default.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="File to write: a JSON object with each row's answer.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest written answer, in tokens.")] = 64,
+    trunk: TrunkAddress = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a run's model on held-out rows or on a file: accuracy, F1, ROUGE, with standard errors, for each silo."""
+    from rich.console import Console
+
+    from isthmus.engines.evaluation import evaluate_run, write_predictions
+    from isthmus.report import evaluation_table
+    from isthmus.storage.record import RunDirectory
+
+    run = RunDirectory.open(run_dir)
+    found = evaluate_run(run, silo or (), data=data or (), max_new_tokens=max_new_tokens, trunk=trunk, notify=_notify)
+    evaluations = list(found)
+    if out is not None:
+        write_predictions(out, evaluations)
+    if as_json:
+        typer.echo(evaluation_table.evaluations_json(evaluations))
+    else:
+        evaluation_table.show_evaluations(evaluations, Console())
+        if out is not None:
+            typer.echo(f"answers: {out}")
+
+
 @app.command(name="export")
 def export_run(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="The folder to write.")]) -> None:
     """Write a run's adapter as a PEFT folder for the uncut model."""

@@ -28,6 +28,7 @@ COMMANDS = {
     "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96", "--trunk="],
     "privacy": ["RUN_DIR", "--json=False"],
     "data": ["RECIPE", "--silo=", "--examples=5", "--json=False"],
+    "evaluate": ["RUN_DIR", "--data=", "--silo=", "--out=", "--max-new-tokens=64", "--trunk=", "--json=False"],
     "export": ["RUN_DIR", "OUT"],
     "attack": [
         "TARGET",

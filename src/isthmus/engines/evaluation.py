@@ -1,0 +1,206 @@
+"""A finished run measured on rows: an answer to each of them by each silo's model, and the measures of all answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from isthmus.data.bad_rows import BadRows
+from isthmus.data.row_set import RowSet
+from isthmus.data.silo_data import read_sets
+from isthmus.data.tokens import Tokens, choice_tokens, collate
+from isthmus.engines.inference import connected_silo
+from isthmus.errors import BudgetExhausted, DataError
+from isthmus.recipe import Recipe
+from isthmus.silo.join import Silo
+from isthmus.storage.record import RunDirectory, writing
+from isthmus.tasks.metrics import Score, confusion, majority, measure
+from isthmus.tasks.scoring import ChoiceQuestion, choice_log_probs
+from isthmus.tasks.task import Item
+
+CHOSEN = ("accuracy", "macro_f1")
+WRITTEN = ("token_f1", "exact_match")
+ROUGE = ("rouge1", "rouge2", "rougeL")
+TOGETHER = 16
+"""Rows that are answered at a time."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The model's answer to one row."""
+
+    place: str
+    right: str
+    given: str
+    log_probs: dict[str, float] = field(default_factory=dict)
+    """Of each choice, in nats; empty where answers are written."""
+
+
+@dataclass(frozen=True)
+class SiloEvaluation:
+    """What one silo's model answered."""
+
+    silo: str
+    scores: dict[str, Score]
+    """By measure."""
+    predictions: list[Prediction]
+    confusion: dict[tuple[str, str], int]
+    """Number of rows by right and given choice; empty where answers are written."""
+    majority: float | None
+    """Accuracy of always giving the most common right choice; None where answers are written."""
+    skipped: int
+    """Rows that their privacy budgets did not allow to be read."""
+
+
+def evaluate_run(
+    run: RunDirectory,
+    names: Sequence[str] = (),
+    *,
+    data: Sequence[str] = (),
+    max_new_tokens: int = 64,
+    trunk: str | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Iterator[SiloEvaluation]:
+    """Measure the run's model as each of these silos.
+
+    Rows are read, cut and tokenized as the recipe says, and what crosses is entered in the silo's ledger and charged.
+
+    Args:
+        names: silos; none: all in the run directory that have rows.
+        data: files of rows in place of the silos' held-out rows.
+        max_new_tokens: longest written answer, in tokens.
+        trunk: as in ``opening.open_run``.
+        notify: called with messages.
+
+    Raises:
+        DataError: a row or file is unusable, or there are no rows.
+        BudgetExhausted: no row's privacy budget allows reading it.
+    """
+    recipe = run.recipe()
+    chosen = names or (run.silos() if data else [name for name in run.silos() if recipe.party(name).held_out])
+    for name in chosen or run.silos():
+        with connected_silo(run, name, trunk=trunk, notify=notify) as (silo, _):
+            rows = _rows(recipe, name, silo, data)
+            if rows.note:
+                notify(f"{name} (train.max_tokens = {recipe.train.max_tokens}): {rows.note}")
+            yield _evaluated(recipe, silo, rows, max_new_tokens)
+
+
+def write_predictions(path: Path, evaluations: Sequence[SiloEvaluation]) -> None:
+    """Write a JSON object a row, readable by its owner alone: silo, place, the right and the given answer."""
+    lines = [
+        {"silo": one.silo, "place": row.place, "right": row.right, "given": row.given}
+        | ({"log_probs": row.log_probs} if row.log_probs else {})
+        for one in evaluations
+        for row in one.predictions
+    ]
+    with writing(path) as partial:
+        partial.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
+
+
+def _rows(recipe: Recipe, name: str, silo: Silo, data: Sequence[str]) -> RowSet:
+    bad, section = BadRows(), recipe.party(name)
+    if data:
+        section = section.model_copy(update={"train": tuple(data), "held_out": ()})
+    train, held_out = read_sets(section, recipe, silo.tokenizer, bad, silo.boundary.records.sensitivity)
+    bad.raise_any()
+    rows = train if data else held_out
+    if not rows.rows:
+        raise DataError(
+            f"{name} has no held-out rows", remedy="name a file with --data, or silo.held_out in the recipe"
+        )
+    rows.check_vocabulary(silo.model.config.vocab_size)
+    return rows
+
+
+def _evaluated(recipe: Recipe, silo: Silo, rows: RowSet, longest: int) -> SiloEvaluation:
+    choices = recipe.task.choices
+    answer = _Chooser(silo, recipe) if choices else _Writer(silo, longest)
+    pairs = list(zip(rows.rows, rows.texts, strict=True))
+    predictions: list[Prediction] = []
+    for start in range(0, len(pairs), TOGETHER):
+        some = pairs[start : start + TOGETHER]
+        given = _affordable(answer, [row for row, _ in some])
+        for (_, (place, example)), said in zip(some, given, strict=True):
+            if said is not None:
+                predictions.append(Prediction(place, example.answer.strip(), said[0], said[1]))
+    if not predictions:
+        raise BudgetExhausted(
+            f"no row's privacy budget lets {silo.name} read it", remedy="raise privacy.record_epsilon in the recipe"
+        )
+    answered = [(Item("", one.right, (one.right,)), one.given) for one in predictions]
+    right = [one.right for one in predictions]
+    return SiloEvaluation(
+        silo.name,
+        measure(_measures(bool(choices)), answered),
+        predictions,
+        confusion(answered) if choices else {},
+        majority(right) if choices else None,
+        len(pairs) - len(predictions),
+    )
+
+
+def _measures(chosen: bool) -> tuple[str, ...]:
+    if chosen:
+        return CHOSEN
+    return (*WRITTEN, *(ROUGE if importlib.util.find_spec("rouge_score") else ()))
+
+
+Said = tuple[str, dict[str, float]]
+"""An answer, and the log-probability of each choice."""
+
+
+def _affordable(answer: Callable[[list[Tokens]], list[Said]], rows: list[Tokens]) -> list[Said | None]:
+    """Answers to the rows; None to those whose privacy budgets do not allow it."""
+    try:
+        return list(answer(rows))
+    except BudgetExhausted as error:
+        if len(rows) == 1:
+            log.debug("a row is skipped: %s", error.message)
+            return [None]
+        half = len(rows) // 2
+        return _affordable(answer, rows[:half]) + _affordable(answer, rows[half:])
+
+
+class _Chooser:
+    """Gives the likeliest choice of each row."""
+
+    def __init__(self, silo: Silo, recipe: Recipe) -> None:
+        self._model, self._pad = silo.model, silo.tokenizer.pad_token_id or 0
+        self._names = [choice.strip() for choice in recipe.task.choices]
+        self._choices = choice_tokens(silo.tokenizer, recipe.task.continuations)
+
+    def __call__(self, rows: list[Tokens]) -> list[Said]:
+        asked = [ChoiceQuestion(row.prompt, self._choices) for row in rows]
+        found = choice_log_probs(self._model, asked, pad=self._pad)
+        said = [dict(zip(self._names, scores, strict=True)) for scores in found]
+        return [(max(scores, key=scores.__getitem__), scores) for scores in said]
+
+
+class _Writer:
+    """Writes an answer to each row, the likeliest token at each step."""
+
+    def __init__(self, silo: Silo, longest: int) -> None:
+        self._model, self._tokenizer, self._longest = silo.model, silo.tokenizer, longest
+
+    @torch.no_grad()
+    def __call__(self, rows: list[Tokens]) -> list[Said]:
+        pad = self._tokenizer.pad_token_id
+        pad = (self._tokenizer.eos_token_id or 0) if pad is None else pad
+        batch = collate([Tokens(row.prompt, []) for row in rows], pad).to(self._model.device)
+        written = self._model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=self._longest,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+        texts = self._tokenizer.batch_decode(written[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        return [(text.strip(), {}) for text in texts]

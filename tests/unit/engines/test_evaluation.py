@@ -1,0 +1,137 @@
+"""A finished run measured: each silo's answers to its held-out rows or to a file, and what they cost."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from isthmus.data.silo_data import SiloData
+from isthmus.engines import evaluation, opening
+from isthmus.engines.certificates import make_certificates
+from isthmus.engines.evaluation import evaluate_run, write_predictions
+from isthmus.engines.export import export_adapter
+from isthmus.engines.local import at_address, create_run
+from isthmus.engines.roles import start_server
+from isthmus.errors import BudgetExhausted, DataError
+from isthmus.privacy.ledger import read_ledger
+from isthmus.recipe import Recipe
+from isthmus.silo import trainer
+from isthmus.silo.join import load_tokenizer
+from isthmus.storage.record import RunDirectory
+from tests.conftest import uncut, write_rows
+from tests.integration.processes import rows_of, train_here, write_federation
+
+LABELS = sorted({str(row["label"]) for name in ("north", "south") for row in rows_of(name)})
+CHOICES = {"choices": LABELS}
+
+
+@pytest.fixture(autouse=True)
+def trunk_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def serving(run: RunDirectory) -> Iterator[tuple[None, str]]:
+        recipe = run.recipe()
+        make_certificates(recipe, Path(recipe.wire.certificates))
+        server, services = start_server(at_address(recipe, "localhost:0"), run, ("trunk",))
+        yield None, f"localhost:{server.port}"
+        server.stop()
+        services["Trunk"].stop()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(opening, "serving", serving)
+
+
+def trained(folder: Path, **sections: object) -> RunDirectory:
+    train = {"rounds": 1, "steps": 2, "evaluate": False}
+    recipe = Recipe.read(write_federation(folder, train=train, **sections))
+    made = create_run(recipe, folder / "run")
+    train_here(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def choosing(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run whose answers are choices."""
+    return trained(tmp_path_factory.mktemp("choosing"), task=CHOICES)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_accuracy_is_that_of_the_uncut_model(choosing: RunDirectory, tmp_path: Path) -> None:
+    recipe = choosing.recipe()
+    export_adapter(choosing, tmp_path / "adapter")
+    whole = PeftModel.from_pretrained(uncut(Path(recipe.model.path)), tmp_path / "adapter").eval()
+    tokenizer = load_tokenizer(Path(recipe.model.path))
+    (found,) = evaluate_run(choosing)
+    assert found.silo == "north", "the other has no held-out rows"
+    data = SiloData(recipe.party("north"), recipe, tokenizer)
+    score = found.scores["accuracy"]
+    assert score.count == len(data.held_out) == len(found.predictions)
+    assert score.value == pytest.approx(trainer.evaluate(whole, data)["accuracy"])
+    assert sum(found.confusion.values()) == score.count
+    assert found.majority == pytest.approx(1 / 12)
+    assert not found.skipped
+
+
+def test_a_file_is_answered_row_by_row(choosing: RunDirectory, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "new.jsonl", rows_of("south")[:5])
+    ledger = choosing.role("north").path / "ledger.jsonl"
+    before = len(list(read_ledger(ledger).releases()))
+    (found,) = evaluate_run(choosing, ["north"], data=[str(file)])
+    assert [row.place for row in found.predictions] == [f"{file}:{line}" for line in range(1, 6)]
+    assert [row.right for row in found.predictions] == [row["label"] for row in rows_of("south")[:5]]
+    for row in found.predictions:
+        assert sorted(row.log_probs) == LABELS
+        assert row.given == max(row.log_probs, key=row.log_probs.__getitem__)
+        assert torch.tensor(list(row.log_probs.values())).exp().sum() < 1.001
+    assert len(list(read_ledger(ledger).releases())) > before, "what crossed is in the ledger"
+
+    write_predictions(out := tmp_path / "made" / "answers.jsonl", [found])
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["silo"], line["given"]) for line in lines] == [("north", row.given) for row in found.predictions]
+
+
+def test_written_answers_are_those_that_generation_gives(run: RunDirectory, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "new.jsonl", rows_of("south")[:3])
+    (found,) = evaluate_run(run, ["north"], data=[str(file)], max_new_tokens=4)
+    assert found.scores.keys() == {"token_f1", "exact_match", "rouge1", "rouge2", "rougeL"}
+    assert found.majority is None
+    assert not found.confusion
+    with opening.open_run(run.path, "north") as silo:
+        for row, source in zip(found.predictions, rows_of("south"), strict=False):
+            prompt = silo.tokenizer(str(source["text"]), return_tensors="pt")
+            output = silo.model.generate(**prompt, max_new_tokens=4, do_sample=False)
+            given = silo.tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+            assert row.given == given.strip()
+
+
+def test_rows_beyond_their_budgets_are_skipped_and_counted(
+    choosing: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_rows(tmp_path / "new.jsonl", rows_of("south")[:6])
+    score, spent = evaluation.choice_log_probs, []
+
+    def limited(model: object, asked: list[evaluation.ChoiceQuestion], **how: int) -> object:
+        if any(len(one.prompt) % 2 for one in asked):
+            spent.append(len(asked))
+            raise BudgetExhausted("spent", remedy="wait")
+        return score(model, asked, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluation, "choice_log_probs", limited)
+    (found,) = evaluate_run(choosing, ["north"], data=[str(file)])
+    assert 0 < found.skipped < 6
+    assert found.skipped + len(found.predictions) == 6
+    assert spent.count(1) == found.skipped
+
+
+def test_no_rows_are_an_error_that_names_the_option(tmp_path: Path) -> None:
+    silo = {"silo": [{"name": "north", "train": "north.jsonl"}, {"name": "south", "train": "south.jsonl"}]}
+    made = trained(tmp_path, task=CHOICES, **silo)
+    with pytest.raises(DataError, match="north has no held-out rows") as caught:
+        list(evaluate_run(made, ["north"]))
+    assert "--data" in str(caught.value.remedy)

@@ -1,0 +1,55 @@
+"""Silos' measures as tables that fit a terminal, and as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from isthmus.engines.evaluation import Prediction, SiloEvaluation
+from isthmus.report.evaluation_table import evaluations_json, show_evaluations
+from isthmus.tasks.metrics import Score
+
+
+def evaluation(classes: int = 2) -> SiloEvaluation:
+    names = [f"class {number}" for number in range(classes)]
+    confusion = {(name, names[0]): 3 + number for number, name in enumerate(names)}
+    predictions = [Prediction("f:1", "class 0", "class 0", {"class 0": -0.5})] * 4
+    scores = {"accuracy": Score(0.75, 0.25, 4), "macro_f1": Score(0.5, math.nan, 1)}
+    return SiloEvaluation("north", scores, predictions, confusion, 0.6, 2)
+
+
+def shown(*evaluations: SiloEvaluation) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    show_evaluations(evaluations, console)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_measures_stand_with_their_errors() -> None:
+    text = shown(evaluation())
+    (row,) = (line for line in text.splitlines() if "north" in line and "75.0" in line)
+    for cell in ("4 (2 spent)", "75.0 ± 25.0", "50.0", "60.0"):
+        assert cell in row
+    assert "nan" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_confusions_are_a_table_or_the_most_frequent_ones() -> None:
+    assert "north: right (rows) and given (columns)" in shown(evaluation(3))
+    many = shown(evaluation(30))
+    assert "north: 32 × 'class 29' taken for 'class 0'" in many
+    assert "class 1'" not in many
+
+
+@pytest.mark.parametrize("confusion", [{}, {("a", "b"): 1}])
+def test_json_has_no_numbers_that_json_has_not(confusion: dict[tuple[str, str], int]) -> None:
+    one = evaluation()
+    written = json.loads(evaluations_json([SiloEvaluation("north", one.scores, one.predictions, confusion, None, 0)]))
+    (silo,) = written["silos"]
+    assert silo["scores"]["macro_f1"] == {"value": 0.5, "error": None, "count": 1}
+    assert silo["majority"] is None
+    assert silo["confusion"] == [{"right": "a", "given": "b", "rows": 1} for _ in confusion]
