@@ -84,7 +84,9 @@ def _named(source: str) -> list[str]:
         return [source] if _saved(path) else _folder_files(path)
     if path.exists() or not glob.has_magic(source):
         return [source]
-    matched = [one for one in sorted(glob.glob(source, recursive=True)) if Path(one).is_file()]
+    base = next(folder for folder in path.parents if folder.is_dir())  # its name may hold the characters of patterns
+    found = sorted(glob.glob(str(path.relative_to(base)), root_dir=base, recursive=True))
+    matched = [str(base / one) for one in found if (base / one).is_file()]
     if not matched:
         raise DataError(f"no file matches {source}", remedy=_CHECK_PATH)
     return matched

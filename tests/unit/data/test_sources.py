@@ -101,6 +101,10 @@ def test_a_folder_is_all_its_data_files_by_name(tmp_path: Path) -> None:
 def test_a_name_with_the_characters_of_patterns_is_a_name(tmp_path: Path) -> None:
     written(tmp_path / "r1.jsonl", "other")
     assert texts(written(tmp_path / "r[1].jsonl", "this")) == ["this"]
+    written(tmp_path / "year [2025]" / "a.jsonl", "a")
+    written(tmp_path / "year [2025]" / "deep" / "b.jsonl", "b")
+    assert texts(f"{tmp_path}/year [2025]/*.jsonl") == ["a"]
+    assert texts(f"{tmp_path}/year [2025]/**/[b].jsonl") == ["b"]
 
 
 @pytest.mark.parametrize(
