@@ -116,7 +116,7 @@ def silo(
     for option in edge or ():
         read = at_edge(read, option)
     read.party(name)
-    run_silo(read, recorded(recipe, read, run_dir), name)
+    run_silo(read, recorded(recipe, read, run_dir, name), name)
 
 
 @app.command()

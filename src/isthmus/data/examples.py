@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from isthmus.data.bad_rows import BadRows
 from isthmus.data.conversations import row_examples
@@ -58,15 +58,15 @@ def silo_examples(
     return filled(train), filled(held_out)
 
 
-def check_examples(recipe: Recipe) -> None:
-    """Read all rows of all silos.
+def check_examples(recipe: Recipe, names: Collection[str] = ()) -> None:
+    """Read all rows of these silos, or of all.
 
     Raises:
         DataError: a row or file cannot be used, or a silo has too few rows or too many. The first few are named, the
             others counted.
     """
     bad, parts = BadRows(), divided(recipe) if recipe.partition is not None else None
-    for section in recipe.silo:
+    for section in [recipe.party(name) for name in names] or recipe.silo:
         before = bad.count
         train, _ = silo_examples(section, recipe, bad, parts=parts)
         if bad.count == before:

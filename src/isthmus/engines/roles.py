@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
+from isthmus.data.examples import check_examples
 from isthmus.engines.lifetime import Stopped, by_engine
 from isthmus.engines.local import at_address
 from isthmus.engines.process import LISTENING
@@ -29,14 +30,16 @@ LOOK_SECONDS = 1.0
 """Time between two looks whether the federation has finished."""
 
 
-def recorded(path: Path, recipe: Recipe, run_dir: Path) -> RunDirectory:
+def recorded(path: Path, recipe: Recipe, run_dir: Path, silo: str | None = None) -> RunDirectory:
     """The run directory of a role. The recipe is written there, so that the result can be used later.
 
     Args:
         path: the recipe's file. If it is the run directory's own, it stays as it is.
         recipe: the recipe as it is run.
+        silo: the silo that is to run, whose rows are checked before anything is written; None: another role.
 
     Raises:
+        DataError: a row or file of the silo cannot be used; all of them are counted.
         RecipeError: the recipe divides one set among silos, and so is a simulation.
         RunError: the directory holds a run whose adapters have other shapes or another start.
     """
@@ -47,6 +50,8 @@ def recorded(path: Path, recipe: Recipe, run_dir: Path) -> RunDirectory:
                 "[partition] divides one set among silos that all read it: it is for simulations on one machine",
                 remedy="use 'isthmus run', or name each silo's own rows in silo.train and leave [partition] out",
             )
+        if silo is not None:
+            check_examples(recipe, (silo,))
         run.record(recipe)
     return run
 

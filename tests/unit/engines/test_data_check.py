@@ -110,3 +110,19 @@ def test_a_divided_set_is_shown_by_silo_and_its_roles_are_refused_one_by_one(tmp
     assert recorded(run.recipe_path, run.recipe(), run.path).path == run.path
     path.write_text(whole.toml())
     recorded(path, Recipe.read(path), tmp_path / "other")
+
+
+def test_a_silos_own_rows_are_checked_before_it_writes_anything(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe(tmp_path).toml())
+    read = Recipe.read(path)
+    (tmp_path / "a.jsonl").write_text("no\n")
+    write_rows(tmp_path / "b.jsonl", [*ROWS, {"prompt": "w5"}, {"answer": "w5"}])
+    with pytest.raises(DataError, match=r"^2 rows .*b\.jsonl:3 .*b\.jsonl:4 ") as caught:
+        recorded(path, read, tmp_path / "silo", "b")
+    assert "a.jsonl" not in caught.value.message
+    assert not (tmp_path / "silo").exists()
+    write_rows(tmp_path / "b.jsonl", ROWS)
+    assert recorded(path, read, tmp_path / "silo", "b").recipe() == read
+    (tmp_path / "b.jsonl").unlink()
+    recorded(path, read, tmp_path / "trunk")
