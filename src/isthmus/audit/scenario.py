@@ -34,6 +34,7 @@ from isthmus.audit.capture import (
 )
 from isthmus.audit.public_text import SAMPLED_ROWS, read_lines, sample_public_text
 from isthmus.audit.target import Target
+from isthmus.data.encoding import TextEncoder
 from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Tokens
 from isthmus.errors import AttackError
@@ -278,7 +279,8 @@ class Scenario:
         if count <= 0:
             return []
         if self._plan.public is not None:
-            texts = [self.tokenizer(line)["input_ids"] for line in read_lines(self._plan.public)]
+            encoder = TextEncoder(self.tokenizer)  # the template has the tokenizer's beginning
+            texts = [encoder.answer(line).ids for line in read_lines(self._plan.public)]
         else:
             count = min(count, SAMPLED_ROWS)
             self._notify(f"sampling {count} rows of text from the public model")

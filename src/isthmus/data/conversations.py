@@ -67,7 +67,9 @@ def row_examples(row: SourceRow, task: TaskSection, classes: Mapping[str, str]) 
     ]
     if not found:
         raise DataError(f"{row.place} has no turn of the assistant after another turn", remedy="drop the row")
-    examples = [_until(number, turns, [classes.get(field, "") for field in fields], task) for number in found]
+    if task.choices:
+        _check_choice(row.place, [turns[number].content for number in found], task.choices)
+    examples = [_until(number, turns, [classes.get(field, "") for field in fields]) for number in found]
     if len(found) == 1:
         return [(row.place, examples[0])]
     return [
@@ -170,18 +172,26 @@ def _part_text(place: str, part: Any) -> str:
     raise DataError(f"{place} has a part that is no text", remedy="leave images and sounds out")
 
 
-def _until(number: int, turns: Sequence[Turn], classes: Sequence[str], task: TaskSection) -> Example:
+def _check_choice(place: str, answers: Sequence[str], choices: Sequence[str]) -> None:
+    """Refuse an answer that is no choice, and more than one: the length of the later prompt would tell the earlier."""
+    if len(answers) > 1:
+        raise DataError(
+            f"{place} has {len(answers)} answers, and with task.choices a row has one",
+            remedy="make a row of each, or name a last field in task.messages that holds one answer",
+        )
+    if answers[0] not in choices:
+        raise DataError(f"{place}: the answer {answers[0]!r} is no choice", remedy="list it in task.choices")
+
+
+def _until(number: int, turns: Sequence[Turn], classes: Sequence[str]) -> Example:
     """The example whose answer is this turn."""
-    answer = turns[number].content
-    if task.choices and answer not in task.choices:
-        raise DataError(f"the answer {answer!r} is no choice", remedy="list it in task.choices")
     spans, start = [], 0
     for turn, name in zip(turns[: number + 1], classes, strict=False):
         spans += [(start, start + len(turn.content), name)] if name else []
         start += len(turn.content) + 1
     asked = chat_example(turns[:number])
     moved = [(one - 1, two - 1, name) if one > len(asked.prompt) else (one, two, name) for one, two, name in spans]
-    return replace(asked, answer=answer, spans=tuple(moved))
+    return replace(asked, answer=turns[number].content, spans=tuple(moved))
 
 
 class ChatTemplate:

@@ -43,8 +43,10 @@ def test_what_stands_within_is_put_back() -> None:
 @pytest.mark.parametrize("form", ["chat", "messages"])
 def test_a_chats_template_is_known_too(form: str) -> None:
     tokenizer = chatting(byte_level, CHATML)
-    own = {"prompt": "Note:\n{text}\n", "chat": True} if form == "chat" else {"messages": ["turns"]}
-    task = TaskSection(answer="{label}", choices=["yes", "no"], system="she is sad", **own)
+    own = (
+        {"prompt": "Note:\n{text}\n", "answer": "{label}", "chat": True} if form == "chat" else {"messages": ["turns"]}
+    )
+    task = TaskSection(choices=["yes", "no"], system="she is sad", **own)
     if form == "chat":
         fields: dict[str, object] = {"text": "he", "label": "no"}
     else:

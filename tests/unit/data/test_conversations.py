@@ -228,8 +228,14 @@ def test_choices_in_a_chat_are_told_by_no_token_of_the_prompt(chat: PreTrainedTo
     rows = [read(chat, SourceRow("f:1", {"q": "he", "a": choice}), task)[0] for choice in choices]
     assert all(row.prompt == rows[0].prompt for row in rows)
     assert len({len(row.input) for row in rows}) == 1
-    with pytest.raises(DataError, match="is no choice"):
-        row_examples(ROW, TaskSection(messages=("messages",), choices=("yes",)), {})
+    task = TaskSection(messages=("messages",), choices=("no", "yes"))
+    (row,) = read(chat, SourceRow("f:1", {"messages": SAID[:3]}), task)
+    assert chat.decode(row.answer) == "no"
+    with pytest.raises(DataError, match="f:1: the answer 'yes, she is' is no choice"):
+        row_examples(SourceRow("f:1", {"messages": SAID[3:]}), task, {})
+    with pytest.raises(DataError, match="f:1 has 2 answers") as caught:  # the later prompt's length tells the earlier
+        row_examples(ROW, TaskSection(messages=("messages",), choices=("no", "yes, she is")), {})
+    assert "task.messages" in caught.value.remedy
 
 
 def test_a_text_fills_the_one_field_and_fields_their_names() -> None:

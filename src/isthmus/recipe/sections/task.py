@@ -45,6 +45,10 @@ class TaskSection(Section):
         forms = [name for name in ("chat", "messages", "text") if getattr(self, name)]
         if len(forms) > 1:
             raise ValueError(f"task.{forms[0]} and task.{forms[1]} exclude one another: a row has one form")
+        fields = type(self).model_fields
+        own = [name for name in ("prompt", "answer") if getattr(self, name) != fields[name].default]
+        if own and (self.messages or self.text):
+            raise ValueError(f"task.{forms[0]} takes the place of task.{own[0]}: leave one of them out")
         if self.system and not (self.chat or self.messages):
             raise ValueError("task.system needs task.chat or task.messages: plain text has no turns")
         if self.text and self.choices:
