@@ -61,8 +61,9 @@ class Late(Echo):
     def _hold(self, request: Message) -> Answer:
         if isinstance(request, pb.Ping):
             return echoed(request)
-        self.held.append((request, Answer()))
-        return self.held[-1][1]
+        answer = Answer()
+        self.held.append((request, answer))
+        return answer
 
 
 def echoed(request: Message) -> Answer:

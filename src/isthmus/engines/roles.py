@@ -10,6 +10,7 @@ from pathlib import Path
 from isthmus.data.examples import check_examples
 from isthmus.engines.lifetime import Stopped, by_engine
 from isthmus.engines.local import at_address
+from isthmus.engines.memory import return_memory
 from isthmus.engines.process import LISTENING
 from isthmus.engines.threads import set_threads
 from isthmus.errors import RecipeError, RunError
@@ -27,7 +28,7 @@ from isthmus.wire.identity import Identity
 from isthmus.wire.server import Server
 
 LOOK_SECONDS = 1.0
-"""Time between two looks whether the federation has finished."""
+"""Time between two looks whether the federation has finished, and between two returns of memory."""
 
 
 def recorded(path: Path, recipe: Recipe, run_dir: Path, silo: str | None = None) -> RunDirectory:
@@ -190,18 +191,20 @@ def start_edge(recipe: Recipe, run: RunDirectory, name: str) -> tuple[Server, Ag
 
 
 def _listen(server: Server, address: str, result: Callable[[], str | None]) -> None:
-    """Print the server's address and wait for ``Stopped``; then stop the server.
+    """Print the server's address and wait for ``Stopped``; then stop the server. Meanwhile freed memory is returned.
 
     Args:
         result: a message once the federation has finished; until then None.
     """
     try:
         print(f"{LISTENING}{address.rpartition(':')[0]}:{server.port}", flush=True)
-        waiting = threading.Event()
-        while (message := result()) is None:
+        waiting, finished = threading.Event(), False
+        while True:
+            if not finished and (message := result()) is not None:
+                finished = True
+                print(message, flush=True)
             waiting.wait(LOOK_SECONDS)
-        print(message, flush=True)
-        waiting.wait()
+            return_memory()
     finally:
         server.stop()
 

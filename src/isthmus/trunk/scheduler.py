@@ -150,11 +150,12 @@ class Scheduler:
             ProtocolError: ``QUEUED_JOBS`` jobs of the silo wait, or too many bytes beside other jobs of it.
         """
         job = Job(kind, lane, request)
+        silo = job.silo
         with self._lock:
-            self._check_room(job.silo, nbytes)
-            self._jobs[job.silo] += 1
-            self._bytes[job.silo] += nbytes
-        job.done.add_done_callback(lambda _: self._leave(job.silo, nbytes))
+            self._check_room(silo, nbytes)
+            self._jobs[silo] += 1
+            self._bytes[silo] += nbytes
+        job.done.add_done_callback(lambda _: self._leave(silo, nbytes))  # holds no job: a cycle would outlive it
         return self._put(job)
 
     def _put(self, job: Job) -> Future[Any]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import secrets
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -171,7 +169,6 @@ class TrunkService:
         )
         self._training.forget(peer)
         self._sessions.close_all(peer)
-        _return_memory()
 
     def _keep(self, peer: str, request: pb.Keep) -> Answer:
         def job() -> Message:
@@ -267,12 +264,6 @@ class TrunkService:
             return pb.Closed()
 
         return self._scheduler.enqueue(SINGLE, (peer, "session", request.session), close)
-
-
-def _return_memory() -> None:
-    """Give freed memory back to the operating system: the C library of Linux keeps it for later."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _pass_on(done: Answer, answer: Answer) -> None:

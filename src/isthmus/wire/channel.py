@@ -127,6 +127,17 @@ def settle(answer: Answer, frame: pb.Frame, request: type[Message]) -> None:
         answer.set_result(body)
 
 
+def forget_frames(error: BaseException | None) -> None:
+    """Forget where an error and its causes were raised.
+
+    Those frames hold a request and, through the future of its answer, the error. Such a cycle stays until the garbage
+    collector comes, which in a process with many objects is after very many requests.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 def answer_request(service: Service, peer: str, frame: pb.Frame) -> Future[bytes]:
     """The encoded answer of a service to one request, which is checked first. Errors become failure frames."""
     encoded: Future[bytes] = Future()
@@ -135,6 +146,7 @@ def answer_request(service: Service, peer: str, frame: pb.Frame) -> Future[bytes
     def finish(answer: Answer) -> None:
         error = answer.exception()
         body = answer.result() if error is None else _failure(peer, error)
+        forget_frames(error)
         encoded.set_result(frames.wrap(body, id=id).SerializeToString())
 
     try:

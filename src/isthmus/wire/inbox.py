@@ -256,9 +256,9 @@ class Inbox:
             stream.replaced = True
             if self.stream is stream:
                 self.stream = None
-                timer = self._timer = threading.Timer(self._account.grace, lambda: self._expire(timer))
-                timer.daemon = True
-                timer.start()
+                self._timer = threading.Timer(self._account.grace, self._expire, (stream,))
+                self._timer.daemon = True
+                self._timer.start()
             self._account.changed.notify_all()
 
     def free(self) -> None:
@@ -270,9 +270,10 @@ class Inbox:
         self._sent.clear()
         self.unsent_bytes = self.sent_bytes = 0
 
-    def _expire(self, timer: threading.Timer) -> None:
+    def _expire(self, last: Stream) -> None:
         with self._account.changed:
-            if self._timer is timer:
+            if self._timer is not None and last in self._timer.args:
+                self._timer = None  # it holds this inbox
                 self.free()
 
     def _wait(self, stream: Stream, condition: Callable[[], bool]) -> None:

@@ -13,7 +13,7 @@ import grpc
 from cryptography import x509
 
 from isthmus.errors import FrameError, IdentityError, IsthmusError
-from isthmus.wire.channel import Service
+from isthmus.wire.channel import Service, forget_frames
 from isthmus.wire.identity import Identity, Role, check_role
 from isthmus.wire.inbox import MAX_INSTANCES, Inbox, PeerAccount, Stream
 
@@ -140,10 +140,9 @@ class Server:
         try:
             for data in requests:
                 inbox.receive(data, stream)
-        except FrameError as malformed:
-            error = malformed
-        except Exception:
-            pass  # gRPC ends a request iterator with a bare exception when the stream is gone
+        except Exception as ended:  # a bare one from gRPC's iterator, if the stream is gone
+            error = ended if isinstance(ended, FrameError) else None
+            forget_frames(ended)
         finally:
             stream.read.set()
             inbox.end(stream, error)
