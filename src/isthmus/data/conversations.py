@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from isthmus.data.encoding import CharSpan
+from isthmus.data.known_task import task_examples
 from isthmus.data.sources import SourceRow
 from isthmus.data.templates import Example, FieldSpan, Turn, chat_example, check_message, fill_prompt, fill_templates
 from isthmus.errors import DataError, ModelError
@@ -57,6 +58,8 @@ def row_examples(row: SourceRow, task: TaskSection, classes: Mapping[str, str]) 
     Raises:
         DataError: the row cannot be used (see ``fill_templates``), or has no turn of the assistant to learn.
     """
+    if task.name:
+        return task_examples(row, task, classes)
     if not task.messages:
         return [(row.place, fill_templates(row, task, classes))]
     turns, fields = conversation_turns(row, task)
@@ -85,6 +88,10 @@ def asked_example(fields: Mapping[str, Any], task: TaskSection) -> Example:
     Raises:
         DataError: a field is missing, or holds no text.
     """
+    if task.name:
+        raise DataError(
+            f"the prompts of the task {task.name!r} are made of whole rows", remedy="give the whole prompt with --raw"
+        )
     row = SourceRow("the prompt", dict(fields))
     if not task.messages:
         return Example(fill_templates(row, task, {}).answer, "") if task.text else fill_prompt(row, task, {})
@@ -100,6 +107,8 @@ def asked_text(text: str, task: TaskSection) -> Example:
         DataError: the template has another number of fields, or the text is empty.
     """
     check_message("the prompt", "text", text)
+    if task.name:
+        return asked_example({}, task)
     if task.messages:
         return asked_example({task.messages[0]: [{"role": "user", "content": text}]}, task)
     if task.text:

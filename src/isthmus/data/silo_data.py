@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ class SiloData:
         name: the silo's.
         train, held_out: its rows; ``held_out`` is empty without such a file.
         sets: the same two with the rows' texts and lengths, and how many were shortened or skipped.
-        choices: the tokens of each possible answer; empty if answers are free text.
+        choices: the tokens of each possible answer; empty if answers are free text, or rows have their own choices.
         pad: token id for padding.
 
     Args:
@@ -48,7 +48,7 @@ class SiloData:
         sensitivity: Sensitivity | None = None,
     ) -> None:
         self.name = section.name
-        self.pad = _padding(tokenizer)
+        self.pad = padding(tokenizer)
         self.choices = [tuple(ids) for ids in choice_tokens(tokenizer, recipe.task.continuations)]
 
         bad = BadRows()
@@ -98,33 +98,38 @@ class SiloData:
             return self.held_out
         return random.Random(f"{self._recipe.seed}/{self.name}/held_out").sample(self.held_out, most)
 
+    def choices_of(self, row: Tokens) -> Sequence[tuple[int, ...]]:
+        """The tokens of each possible answer to a row; empty if it is answered in free text."""
+        return row.choices or self.choices
+
     def known_rows(self) -> list[Tokens]:
         """All rows. Of classified rows whose answers are choices, one with each choice: they have the same classes."""
         return [known for row in (*self.train, *self.held_out) for known in self._with_each_choice(row)]
 
     def _with_each_choice(self, row: Tokens) -> list[Tokens]:
-        if row.classes is None or not self.choices:
+        choices = self.choices_of(row)
+        if row.classes is None or not choices:
             return [row]
-        prompt, longest = row.classes[: len(row.prompt)], max(map(len, self.choices))
+        prompt, longest = row.classes[: len(row.prompt)], max(map(len, choices))
         return [
             Tokens(
                 row.prompt,
                 list(choice),
                 prompt + row.classes[-1:] * len(choice),
                 (self.pad,) * (longest - len(choice)),
-                row.conversation,
             )
-            for choice in self.choices
+            for choice in choices
         ]
 
     def evaluation_inputs(self, row: Tokens) -> list[Tokens]:
         """The rows that the model reads to score one row: the prompt alone where every choice is one token, the prompt
         with each choice where they are longer, the row itself for free text."""
-        if not self.choices:
+        choices = self.choices_of(row)
+        if not choices:
             return [row]
-        if all(len(choice) == 1 for choice in self.choices):
+        if all(len(choice) == 1 for choice in choices):
             return [Tokens(row.prompt, [])]
-        return [Tokens(row.prompt, list(choice)) for choice in self.choices]
+        return [Tokens(row.prompt, list(choice)) for choice in choices]
 
 
 def read_sets(
@@ -144,10 +149,10 @@ def read_sets(
     """
     fields = recipe.sensitivity.fields if recipe.sensitivity and sensitivity else {}
     texts = silo_examples(section, recipe, bad, fields, parts)
-    train, held_out = (as_tokens(one, recipe, tokenizer, bad, _padding(tokenizer), sensitivity) for one in texts)
+    train, held_out = (as_tokens(one, recipe, tokenizer, bad, padding(tokenizer), sensitivity) for one in texts)
     return train, held_out
 
 
-def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
     """Token id for padding."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

@@ -16,6 +16,7 @@ from typing import Any
 from isthmus.data.sources import SourceRow, read_rows
 from isthmus.errors import DataError
 from isthmus.recipe import TaskSection
+from isthmus.tasks.task import Item
 
 FieldSpan = tuple[int, int, str]
 """First character, character after the last, and sensitivity class of a part of a text."""
@@ -45,6 +46,14 @@ class Example:
     """What the examples of one conversation have in common; empty: the example stands alone."""
     whole: bool = False
     """Whether the answer is all of a text that has no prompt."""
+    item: Item | None = None
+    """The question of a known task; None: the recipe's own templates."""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The possible answers, where the example has its own; in a conversation without the space before a word."""
+        own = () if self.item is None else self.item.choices
+        return tuple(one.strip() for one in own) if self.turns else own
 
     def answered(self, answer: str) -> Example:
         """The example with another answer, all of which has the classes of this one's fields."""

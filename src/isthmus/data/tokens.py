@@ -36,6 +36,8 @@ class Tokens:
     causal, so they do not change the answer's loss."""
     conversation: str = ""
     """What the turns of one conversation have in common: they are one record. Empty: the row is one by itself."""
+    choices: tuple[tuple[int, ...], ...] = ()
+    """The possible answers, where each row has its own; empty: ``task.choices``, or free text."""
 
     @property
     def input(self) -> list[int]:
@@ -146,8 +148,8 @@ def tokenize(
     Args:
         max_tokens: longest prompt, answer and filler together; a longer prompt is shortened.
         free_text: append the end-of-text token to answers.
-        choices: the possible answers. A shorter one is filled up to the longest, and a row's classes are the same
-            whichever is right.
+        choices: the possible answers of examples that have none of their own. A shorter one is filled up to the
+            longest, and a row's classes are the same whichever is right.
         pad: token id of the filler.
         sensitivity: classifies each token; None: ``Tokens.classes`` stays None.
         truncate: which part of a long prompt is dropped. What the tokenizer puts before a text stays.
@@ -267,8 +269,8 @@ class _RowReader:
     ) -> None:
         self._tokenizer, self._encoder = tokenizer, TextEncoder(tokenizer)
         self._template: ChatTemplate | None = None
-        self._choices = dict(zip(choices, _encoded_choices(self._encoder, choices), strict=True))
-        self._filled = max((len(one.ids) for one in self._choices.values()), default=0)
+        self._known: dict[tuple[str, ...], dict[str, Encoded]] = {}
+        self._choices = self._in_tokens(tuple(choices))
         self._max_tokens, self._free_text, self._pad = max_tokens, free_text, pad
         self._sensitivity, self._truncate = sensitivity, truncate
 
@@ -276,12 +278,14 @@ class _RowReader:
         """One example in tokens."""
         text = self._text(example)
         prompt, answer = self._pair(example, text)
-        kept = prompt.only(self._kept(text, prompt, max(len(answer.ids), self._filled), bool(answer.ids)))
+        filled = max((len(one.ids) for one in self._of(example).values()), default=0)
+        kept = prompt.only(self._kept(text, prompt, max(len(answer.ids), filled), bool(answer.ids)))
         row = Tokens(
             kept.ids,
             answer.ids,
-            filler=(self._pad,) * (self._filled - len(answer.ids)),
+            filler=(self._pad,) * (filled - len(answer.ids)),
             conversation=example.conversation,
+            choices=tuple(tuple(one.ids) for one in self._of(example).values()) if example.choices else (),
         )
         if self._sensitivity is None:
             return row
@@ -292,6 +296,15 @@ class _RowReader:
         text = self._text(example)
         return self._encoder.prompt(text.prompt, text.markup).ids
 
+    def _of(self, example: Example) -> dict[str, Encoded]:
+        """An example's choices in tokens, its own or the task's; empty for free text."""
+        return self._in_tokens(example.choices) if example.choices else self._choices
+
+    def _in_tokens(self, choices: tuple[str, ...]) -> dict[str, Encoded]:
+        if choices not in self._known:
+            self._known[choices] = dict(zip(choices, _encoded_choices(self._encoder, choices), strict=True))
+        return self._known[choices]
+
     def _text(self, example: Example) -> _Text:
         """What the model reads of an example."""
         if not example.turns:
@@ -299,16 +312,16 @@ class _RowReader:
         if self._template is None:
             self._template = ChatTemplate(self._tokenizer)
         chat = self._template.write(example)
-        answer = example.answer if self._choices else chat.answer
+        answer = example.answer if self._of(example) else chat.answer
         return _Text(chat.prompt, answer, chat.spans, chat.markup, (chat.head, chat.question, chat.opening))
 
     def _pair(self, example: Example, text: _Text) -> tuple[Encoded, Encoded]:
         """Prompt and answer, before anything is dropped. A choice has the same tokens after every prompt, so that
         answers are equally long whatever the prompt."""
-        if self._choices:
-            if example.answer not in self._choices:
+        if choices := self._of(example):
+            if example.answer not in choices:
                 raise DataError(f"the answer {example.answer!r} is no choice", remedy="list it in task.choices")
-            return self._encoder.prompt(text.prompt, text.markup), self._choices[example.answer]
+            return self._encoder.prompt(text.prompt, text.markup), choices[example.answer]
         prompt, answer = self._encoder.pair(text.prompt, text.answer, text.markup)
         if example.whole and not prompt.ids:
             prompt, answer = answer.first(1), answer.after(1)
@@ -355,10 +368,10 @@ class _RowReader:
             offsets = [*prompt.offsets, *after.offsets]
             return sensitivity.classes(text.prompt + text.answer, offsets, text.spans)
 
-        if not self._choices:
+        if not (choices := self._of(example)):
             return tuple(of(example, answer))
         start = len(self._text(example).prompt)
-        each = [of(example.answered(text), one.after(0, start)) for text, one in self._choices.items()]
+        each = [of(example.answered(text), one.after(0, start)) for text, one in choices.items()]
         count = len(prompt.ids)
         worst = max(number for classes in each for number in classes[count:])
         return (*map(max, *(classes[:count] for classes in each)), *(worst,) * len(answer.ids))

@@ -6,23 +6,25 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from isthmus.data.bad_rows import BadRows
 from isthmus.data.row_set import RowSet
-from isthmus.data.silo_data import read_sets
+from isthmus.data.silo_data import padding, read_sets
+from isthmus.data.templates import Example
 from isthmus.data.tokens import Tokens, choice_tokens, collate
 from isthmus.engines.inference import connected_silo
 from isthmus.errors import BudgetExhausted, DataError
 from isthmus.recipe import Recipe
 from isthmus.silo.join import Silo
 from isthmus.storage.record import RunDirectory, writing
+from isthmus.tasks.catalogue import named_task
 from isthmus.tasks.metrics import Score, confusion, majority, measure
-from isthmus.tasks.scoring import ChoiceQuestion, choice_log_probs
-from isthmus.tasks.task import Item
+from isthmus.tasks.scoring import ChoiceQuestion, best_choices, choice_log_probs
+from isthmus.tasks.task import Item, Task
 
 CHOSEN = ("accuracy", "macro_f1")
 WRITTEN = ("token_f1", "exact_match")
@@ -121,43 +123,59 @@ def _rows(recipe: Recipe, name: str, silo: Silo, data: Sequence[str]) -> RowSet:
 
 
 def _evaluated(recipe: Recipe, silo: Silo, rows: RowSet, longest: int) -> SiloEvaluation:
-    choices = recipe.task.choices
-    answer = _Chooser(silo, recipe) if choices else _Writer(silo, longest)
-    pairs = list(zip(rows.rows, rows.texts, strict=True))
+    task = _task(recipe, longest)
+    answer = _Writer(silo, task) if task.longest else _Chooser(silo, recipe, task)
+    asked = [(place, row, _item(example, recipe)) for row, (place, example) in zip(rows.rows, rows.texts, strict=True)]
+    answered: list[tuple[Item, str]] = []
     predictions: list[Prediction] = []
-    for start in range(0, len(pairs), TOGETHER):
-        some = pairs[start : start + TOGETHER]
-        given = _affordable(answer, [row for row, _ in some])
-        for (_, (place, example)), said in zip(some, given, strict=True):
+    for start in range(0, len(asked), TOGETHER):
+        some = asked[start : start + TOGETHER]
+        given = _affordable(answer, [(row, item) for _, row, item in some])
+        for (place, _, item), said in zip(some, given, strict=True):
             if said is not None:
-                predictions.append(Prediction(place, example.answer.strip(), said[0], said[1]))
+                answered.append((item, said[0]))
+                predictions.append(Prediction(place, item.right[0], *said))
     if not predictions:
         raise BudgetExhausted(
             f"no row's privacy budget lets {silo.name} read it", remedy="raise privacy.record_epsilon in the recipe"
         )
-    answered = [(Item("", one.right, (one.right,)), one.given) for one in predictions]
-    right = [one.right for one in predictions]
     return SiloEvaluation(
         silo.name,
-        measure(_measures(bool(choices)), answered),
+        measure(task.metrics, answered),
         predictions,
-        confusion(answered) if choices else {},
-        majority(right) if choices else None,
-        len(pairs) - len(predictions),
+        {} if task.longest else confusion(answered),
+        None if task.longest else majority([one.right for one in predictions]),
+        len(asked) - len(predictions),
     )
 
 
-def _measures(chosen: bool) -> tuple[str, ...]:
-    if chosen:
-        return CHOSEN
-    return (*WRITTEN, *(ROUGE if importlib.util.find_spec("rouge_score") else ()))
+def _task(recipe: Recipe, longest: int) -> Task:
+    """The recipe's task, known or its own, for which answers are written with at most so many tokens."""
+    rouge = importlib.util.find_spec("rouge_score") is not None
+    if not recipe.task.name:
+        if recipe.task.choices:
+            return Task("", lambda _: [], CHOSEN)
+        return Task("", lambda _: [], (*WRITTEN, *(ROUGE if rouge else ())), longest=longest)
+    task = named_task(recipe.task.name)
+    known = tuple(name for name in task.metrics if rouge or name not in ROUGE)
+    return replace(task, metrics=known or WRITTEN)
 
 
+def _item(example: Example, recipe: Recipe) -> Item:
+    """A row as a question with its right answers."""
+    if example.item is not None:
+        return example.item
+    names = tuple(choice.strip() for choice in recipe.task.choices)
+    return Item(example.prompt, example.answer, (example.answer.strip(),), recipe.task.continuations, names)
+
+
+PosedRow = tuple[Tokens, Item]
+"""A row, and its question."""
 Said = tuple[str, dict[str, float]]
 """An answer, and the log-probability of each choice."""
 
 
-def _affordable(answer: Callable[[list[Tokens]], list[Said]], rows: list[Tokens]) -> list[Said | None]:
+def _affordable(answer: Callable[[list[PosedRow]], list[Said]], rows: list[PosedRow]) -> list[Said | None]:
     """Answers to the rows; None to those whose privacy budgets do not allow it."""
     try:
         return list(answer(rows))
@@ -170,37 +188,54 @@ def _affordable(answer: Callable[[list[Tokens]], list[Said]], rows: list[Tokens]
 
 
 class _Chooser:
-    """Gives the likeliest choice of each row."""
+    """Gives the likeliest choice of each row, ranked as the task says."""
 
-    def __init__(self, silo: Silo, recipe: Recipe) -> None:
-        self._model, self._pad = silo.model, silo.tokenizer.pad_token_id or 0
-        self._names = [choice.strip() for choice in recipe.task.choices]
-        self._choices = choice_tokens(silo.tokenizer, recipe.task.continuations)
+    def __init__(self, silo: Silo, recipe: Recipe, task: Task) -> None:
+        self._model, self._tokenizer, self._ranking = silo.model, silo.tokenizer, task.ranking
+        self._pad = padding(silo.tokenizer)
+        self._choices = [tuple(ids) for ids in choice_tokens(silo.tokenizer, recipe.task.continuations)]
 
-    def __call__(self, rows: list[Tokens]) -> list[Said]:
-        asked = [ChoiceQuestion(row.prompt, self._choices) for row in rows]
+    def __call__(self, rows: list[PosedRow]) -> list[Said]:
+        asked = [ChoiceQuestion(row.prompt, list(map(list, row.choices or self._choices))) for row, _ in rows]
         found = choice_log_probs(self._model, asked, pad=self._pad)
-        said = [dict(zip(self._names, scores, strict=True)) for scores in found]
-        return [(max(scores, key=scores.__getitem__), scores) for scores in said]
+        alone: list[list[float]] = []
+        if self._ranking == "unconditioned":
+            nothing = Tokens([self._beginning()], [])
+            alone = choice_log_probs(
+                self._model, [ChoiceQuestion(nothing.prompt, one.choices) for one in asked], pad=self._pad
+            )
+        best = best_choices(found, [item.choices for _, item in rows], self._ranking, alone)
+        return [
+            (item.names[number], dict(zip(item.names, scores, strict=True)))
+            for (_, item), number, scores in zip(rows, best, found, strict=True)
+        ]
+
+    def _beginning(self) -> int:
+        """The token before what follows nothing, as lm-eval's harness chooses it."""
+        begin, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        return begin if begin is not None else end if end is not None else self._pad
 
 
 class _Writer:
-    """Writes an answer to each row, the likeliest token at each step."""
+    """Writes an answer to each row, the likeliest token at each step, up to where the task stops."""
 
-    def __init__(self, silo: Silo, longest: int) -> None:
-        self._model, self._tokenizer, self._longest = silo.model, silo.tokenizer, longest
+    def __init__(self, silo: Silo, task: Task) -> None:
+        self._model, self._tokenizer, self._task = silo.model, silo.tokenizer, task
 
     @torch.no_grad()
-    def __call__(self, rows: list[Tokens]) -> list[Said]:
-        pad = self._tokenizer.pad_token_id
-        pad = (self._tokenizer.eos_token_id or 0) if pad is None else pad
-        batch = collate([Tokens(row.prompt, []) for row in rows], pad).to(self._model.device)
+    def __call__(self, rows: list[PosedRow]) -> list[Said]:
+        batch = collate([Tokens(row.prompt, []) for row, _ in rows], padding(self._tokenizer)).to(self._model.device)
         written = self._model.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            max_new_tokens=self._longest,
+            max_new_tokens=self._task.longest,
             do_sample=False,
-            pad_token_id=pad,
+            pad_token_id=padding(self._tokenizer),
         )
         texts = self._tokenizer.batch_decode(written[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-        return [(text.strip(), {}) for text in texts]
+        return [(self._stopped(text), {}) for text in texts]
+
+    def _stopped(self, text: str) -> str:
+        text = text.lstrip()  # a model may begin with what would stop it
+        ends = [at for stop in self._task.stop if (at := text.find(stop)) >= 0]
+        return text[: min(ends, default=len(text))].strip()

@@ -75,7 +75,7 @@ _TABLES: dict[str, tuple[str, ...]] = {
         *("optimizer", "learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"),
         *("momentum", "proximal", "sharpness"),
     ),
-    "task": ("prompt", "answer", "choices", "truncate", "chat", "system", "messages", "text", "join"),
+    "task": ("name", "prompt", "answer", "choices", "truncate", "chat", "system", "messages", "text", "join"),
     "boundary": ("tail", "width", "residual", "denoise", "gradients", "release_once"),
     "boundary.codec": ("forward_up", "forward_down", "gradient_up", "gradient_down"),
     "boundary.forward": _RELEASE,

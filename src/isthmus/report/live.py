@@ -75,7 +75,8 @@ def _table(run: RunDirectory, recipe: Recipe) -> Table:
     silos = [read_progress(run, silo.name, None if own else recipe.steps(silo.name)) for silo in recipe.silo]
     shown = _shown_rounds({number for silo in silos for number in silo.scores})
     rounds = f" after round {', '.join(map(str, shown))}" if shown else ""
-    table.add_column(f"held-out {'accuracy' if recipe.task.choices else 'loss'}{rounds}")
+    accurate = any("accuracy" in scores for silo in silos for scores in silo.scores.values()) or recipe.task.choices
+    table.add_column(f"held-out {'accuracy' if accurate else 'loss'}{rounds}")
     table.add_column("gain", justify="right")
     spread = spread_of(silos)
     for progress in silos:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, Tokens, collate
+from isthmus.model.crossing import IGNORED
 from isthmus.tasks import metrics
 
 
@@ -47,7 +48,7 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: 
 def evaluate(
     model: PreTrainedModel, data: SiloData, rows: list[Tokens] | None = None, *, size: int = 16
 ) -> dict[str, float]:
-    """Scores on held-out rows: ``accuracy`` (0 to 1) if the task has choices, otherwise ``loss`` and ``perplexity``.
+    """Scores on held-out rows: ``accuracy`` (0 to 1) if rows have choices, otherwise ``loss`` and ``perplexity``.
 
     The loss is the mean per supervised token, in nats. The model is left in eval mode.
 
@@ -58,31 +59,43 @@ def evaluate(
     model.eval()
     rows = sorted(data.held_out if rows is None else rows, key=lambda row: len(row.input))  # little padding in a batch
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return _accuracy(model, data, chunks) if data.choices else _loss(model, data, chunks)
+    return _accuracy(model, data, chunks, size) if all(map(data.choices_of, rows)) else _loss(model, data, chunks)
 
 
-def _accuracy(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]]) -> dict[str, float]:
-    guess = _best_token if all(len(choice) == 1 for choice in data.choices) else _best_text
-    best = [data.choices[number] for rows in chunks for number in guess(model, data, rows)]
+def _accuracy(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]], size: int) -> dict[str, float]:
+    best: list[tuple[int, ...]] = []
+    for rows in chunks:
+        short = all(len(choice) == 1 for row in rows for choice in data.choices_of(row))
+        guess = _best_token(model, data, rows) if short else _best_text(model, data, rows, size)
+        best += [data.choices_of(row)[number] for row, number in zip(rows, guess, strict=True)]
     return {"accuracy": metrics.accuracy(best, [tuple(row.answer) for rows in chunks for row in rows])}
 
 
 def _best_token(model: PreTrainedModel, data: SiloData, rows: list[Tokens]) -> list[int]:
     """The likeliest choice after each prompt, where every choice is one token."""
     batch = collate([Tokens(row.prompt, []) for row in rows], data.pad).to(model.device)
-    logits_BC = model(**batch.unsupervised(), use_cache=False).logits[:, -1, [choice[0] for choice in data.choices]]
-    numbers: list[int] = logits_BC.argmax(dim=1).tolist()
-    return numbers
+    logits_BV = model(**batch.unsupervised(), use_cache=False).logits[:, -1]
+    return [
+        int(logits_V[[choice[0] for choice in data.choices_of(row)]].argmax())
+        for logits_V, row in zip(logits_BV, rows, strict=True)
+    ]
 
 
-def _best_text(model: PreTrainedModel, data: SiloData, rows: list[Tokens]) -> list[int]:
+def _best_text(model: PreTrainedModel, data: SiloData, rows: list[Tokens], size: int) -> list[int]:
     """The choice with the greatest total log-probability after each prompt."""
-    scores = []
-    for choice in data.choices:
-        batch = collate([Tokens(row.prompt, list(choice)) for row in rows], data.pad).to(model.device)
+    asked = [Tokens(row.prompt, list(choice)) for row in rows for choice in data.choices_of(row)]
+    scores: list[float] = []
+    for start in range(0, len(asked), size):
+        batch = collate(asked[start : start + size], data.pad).to(model.device)
         logits = model(**batch.inputs(), use_cache=False).logits.log_softmax(dim=-1)
-        scores.append(logits.gather(2, batch.targets.unsqueeze(2)).sum(dim=(1, 2)))
-    numbers: list[int] = torch.stack(scores, dim=1).argmax(dim=1).tolist()
+        targets = batch.targets.unsqueeze(2)
+        picked = logits.gather(2, targets.clamp_min(0)).masked_fill(targets == IGNORED, 0.0)
+        scores += picked.sum(dim=(1, 2)).tolist()
+    numbers, start = [], 0
+    for row in rows:
+        own = scores[start : start + len(data.choices_of(row))]
+        numbers.append(max(range(len(own)), key=own.__getitem__))
+        start += len(own)
     return numbers
 
 

@@ -242,7 +242,7 @@ def test_evaluate_choices(model: PreTrainedModel, folder: Path, tmp_path: Path, 
 @torch.no_grad()
 def test_one_token_scoring_equals_text_scoring(model: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
     data = silo_data(folder, tmp_path, ("w30", "w31", "w32"))
-    assert trainer._best_token(model, data, data.held_out) == trainer._best_text(model, data, data.held_out)
+    assert trainer._best_token(model, data, data.held_out) == trainer._best_text(model, data, data.held_out, 4)
 
 
 def test_evaluate_on_the_split_model_equals_the_uncut(split, folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

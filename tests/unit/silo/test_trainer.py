@@ -39,7 +39,7 @@ class Bigrams(torch.nn.Module):
 
 
 def data(rows: list[Tokens], choices: list[tuple[int, ...]] | None = None) -> Any:
-    return SimpleNamespace(held_out=rows, choices=choices or [], pad=0)
+    return SimpleNamespace(held_out=rows, choices_of=lambda row: row.choices or choices or [], pad=0)
 
 
 def test_a_step_moves_along_the_mean_loss_and_counts_its_tokens() -> None:
@@ -68,6 +68,16 @@ def test_choices_are_measured_by_accuracy(choices: list[tuple[int, ...]]) -> Non
     rows = [Tokens([prompt], list(choices[right])) for prompt, right in ((1, 0), (2, 1), (1, 1), (2, 1))]
     assert evaluate(model, data(rows, choices)) == {"accuracy": 0.75}
     assert evaluate(model, data(rows, choices), rows[:2]) == {"accuracy": 1.0}
+
+
+def test_rows_may_have_choices_of_their_own() -> None:
+    model: Any = Bigrams()
+    with torch.no_grad():
+        model.table[1, 3] = model.table[2, 4] = 1.0
+    short = [Tokens([1], [3], choices=((3,), (5,))), Tokens([2], [5], choices=((4,), (5,), (6,)))]
+    assert evaluate(model, data(short)) == {"accuracy": 0.5}
+    long = [Tokens([1], [3, 1], choices=((3, 1), (5, 6))), Tokens([2], [4], choices=((5, 6), (4,), (6, 7)))]
+    assert evaluate(model, data(short + long), size=2) == {"accuracy": 0.75}
 
 
 def test_no_rows_cannot_be_measured() -> None:

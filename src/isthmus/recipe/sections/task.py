@@ -17,6 +17,9 @@ Truncation = Literal["front", "middle"]
 class TaskSection(Section):
     """How a data row becomes a prompt and an answer. ``{field}`` stands for a field of the row."""
 
+    name: str | None = Field(default=None, examples=["rte"])
+    """A known task in place of prompt, answer and choices: boolq, cb, copa, multirc, record, rte, wic, wsc, sentiment,
+    pubmedqa, xsum, cnn_dailymail, scitldr, mts_dialog, coqa or canard. Left out: the templates here."""
     prompt: str = "{prompt}"
     """Template of the text that the model reads."""
     answer: str = "{answer}"
@@ -42,6 +45,9 @@ class TaskSection(Section):
 
     @model_validator(mode="after")
     def _one_form(self) -> TaskSection:
+        own = [key for key in ("prompt", "answer", "choices", "messages", "text") if key in self.model_fields_set]
+        if self.name and own:
+            raise ValueError(f"name: a known task has its own templates; leave out task.{own[0]}, or task.name")
         forms = [name for name in ("chat", "messages", "text") if getattr(self, name)]
         if len(forms) > 1:
             raise ValueError(f"task.{forms[0]} and task.{forms[1]} exclude one another: a row has one form")
@@ -59,7 +65,7 @@ class TaskSection(Section):
     def gap(self) -> str:
         """Spaces at the end of the prompt's template. They are read with the answer: tokenizers join a space to the
         word behind it."""
-        text = "" if self.chat or self.messages else self.prompt.rstrip(" ")
+        text = "" if self.chat or self.messages or self.name else self.prompt.rstrip(" ")
         return self.prompt[len(text) :] if text else ""
 
     @property
@@ -70,14 +76,14 @@ class TaskSection(Section):
     @property
     def asked(self) -> tuple[str, ...]:
         """What the prompt's template asks of a row, each once, with its parts: ``text``, ``patient.age``."""
-        if self.messages or self.text:
+        if self.messages or self.text or self.name:
             return ()
         return tuple(dict.fromkeys(_names(self.prompt)))
 
     @property
     def fields(self) -> frozenset[str]:
         """Names of the row's fields that are used; empty for a malformed template."""
-        templates = () if self.messages else (self.text,) if self.text else (self.prompt, self.answer)
+        templates = () if self.messages or self.name else (self.text,) if self.text else (self.prompt, self.answer)
         try:
             names = [name for template in templates for name in _names(template)]
         except ValueError:

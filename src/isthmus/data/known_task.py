@@ -1,0 +1,45 @@
+"""Rows of a known task (``task.name``) as prompts and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from isthmus.data.sources import SourceRow
+from isthmus.data.templates import Example, Turn, chat_example
+from isthmus.errors import DataError, RecipeError
+from isthmus.recipe import TaskSection
+from isthmus.tasks.catalogue import named_task
+from isthmus.tasks.task import Item
+
+
+def task_examples(row: SourceRow, task: TaskSection, classes: Mapping[str, str]) -> list[tuple[str, Example]]:
+    """The examples of one row, each with its place: one for each question of the row.
+
+    Args:
+        classes: must be empty, since a known task has no templates with fields.
+
+    Raises:
+        DataError: the row lacks what the task needs.
+        RecipeError: there is no such task, or fields have sensitivity classes.
+    """
+    if classes:
+        raise RecipeError(
+            f"sensitivity.fields names fields, but the task {task.name!r} has no templates",
+            remedy="use sensitivity.detectors, or write the task's templates yourself in place of task.name",
+        )
+    try:
+        items = named_task(task.name or "").items(row.fields)
+    except DataError as error:
+        raise DataError(f"{row.place}: {error.message}", remedy=error.remedy) from error
+    if len(items) == 1:
+        return [(row.place, _example(items[0], task))]
+    return [(f"{row.place}, question {number}", _example(item, task)) for number, item in enumerate(items, 1)]
+
+
+def _example(item: Item, task: TaskSection) -> Example:
+    if not task.chat:
+        return Example(item.prompt, item.answer, item=item)
+    system = [Turn("system", task.system)] if task.system else []
+    asked = chat_example([*system, Turn("user", item.prompt)])
+    return replace(asked, answer=item.answer.strip(), item=item)
