@@ -74,7 +74,14 @@ MODES: dict[str, dict[str, Any]] = {
         "privacy": {"record_epsilon": 4.0},  # some rows' are spent within the round
     },
     "one token": {"task": {"choices": LONE}},
+    "a chat": {"task": {"chat": True, "system": "w90 w91"}},
+    "choices that begin alike": {"task": {"choices": ("w60", "w60 w61", "w63 w64 w65", "w66")}},
+    "spaces at the prompt's end": {"task": {"prompt": "{text}  ", "truncate": "middle"}},
 }
+CHAT = (
+    "{% for message in messages %}{{ 'w80 ' + message['role'] + ' ' + message['content'] + ' w81 ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'w80 w82 ' }}{% endif %}"
+)
 
 
 class Recorder(LoopbackChannel):
@@ -124,7 +131,9 @@ def renamed(looks: list[Any]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model("llama", tmp_path_factory.mktemp("model"), initializer_range=0.3)
+    place = save_tiny_model("llama", tmp_path_factory.mktemp("model"), initializer_range=0.3)
+    (place / "chat_template.jinja").write_text(CHAT)
+    return place
 
 
 def rows_of(labels: Labels, choices: Sequence[str], first: int) -> list[dict[str, str]]:

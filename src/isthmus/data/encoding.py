@@ -8,6 +8,7 @@ that no token of a prompt tells which answer is right. Text stays text: where it
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -60,6 +61,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
         special = {number for number, one in tokenizer.added_tokens_decoder.items() if one.special}
         special |= {number for number in tokenizer.all_special_ids if number is not None}
+        special |= _turn_tokens(tokenizer)
         self._controls = {
             number: str(tokenizer.convert_ids_to_tokens(number)) for number in special - {tokenizer.unk_token_id}
         }
@@ -184,6 +186,19 @@ class TextEncoder:
         whole: list[int] = self._tokenizer("a")["input_ids"]
         starts = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
         return whole[: starts[0]] if bare and starts else []
+
+
+def _turn_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Added tokens that the model's chat template writes around turns: some tokenizers do not mark them as special."""
+    plain = {number: one.content for number, one in tokenizer.added_tokens_decoder.items() if not one.special}
+    if not plain or tokenizer.chat_template is None:
+        return set()
+    turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+    written = ""
+    for asked in (turns, turns[1:]):
+        with suppress(Exception):  # templates raise what they like about turns that they do not know
+            written += str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+    return {number for number, content in plain.items() if content.strip() and content in written}
 
 
 def _occurrences(text: str, part: str) -> Iterator[int]:

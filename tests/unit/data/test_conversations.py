@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from isthmus.data.tokens import Tokens, ending_tokens, prompt_tokens, tokenize
 from isthmus.errors import DataError, ModelError
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import SensitivityClass, SensitivitySection, TaskSection
+from isthmus.silo.join import load_tokenizer
 from tests.unit.data.readers import CHATML, CHATS, FORGETFUL, INSTRUCT, byte_level, chatting, controls
 
 SAID = [
@@ -265,3 +267,15 @@ def test_a_template_is_asked_once_for_turns_of_the_same_roles() -> None:
     assert template.write(example) == first
     assert first.prompt == "<|im_start|>user\nhe<|im_end|>\n<|im_start|>assistant\n"
     assert first.answer == "no<|im_end|>"
+
+
+def test_a_real_models_template_is_written_as_transformers_does(smollm2_folder: Path) -> None:
+    """One that puts a system turn of its own before conversations without any."""
+    tokenizer = load_tokenizer(smollm2_folder)
+    for turns in (SAID, SAID[1:]):
+        rows = read(tokenizer, SourceRow("f:1", {"messages": turns}))
+        number = len(turns) - 1
+        assert rows[-1].prompt == by_transformers(tokenizer, turns[:number], add_generation_prompt=True)
+        assert rows[-1].prompt + rows[-1].answer == by_transformers(tokenizer, turns)[:-1]  # the line end after it
+        assert prompt_tokens(asked_example({"messages": turns[:number]}, TASK), tokenizer) == rows[-1].prompt
+    assert ending_tokens(asked_text("she", TASK), tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]

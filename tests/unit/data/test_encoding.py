@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from isthmus.data.encoding import Encoded, TextEncoder
 from isthmus.errors import DataError
-from tests.unit.data.readers import TOKENIZERS, byte_level, controls, slow_bytes, stories, unigram
+from tests.unit.data.readers import CHATML, TOKENIZERS, byte_level, chatting, controls, slow_bytes, stories, unigram
 
 WORDS = st.sampled_from(["she is", "Sentiment:", "no one", "happy,", "a/b", "Answer:\n", "é", "<tag>"])
 PROMPTS = st.lists(WORDS, min_size=1, max_size=5).map(" ".join)
@@ -104,6 +104,18 @@ def test_a_template_writes_control_tokens_and_a_text_does_not() -> None:
     assert (read.ids[0], read.ids[-1], read.ids.count(end)) == (start, end, 1)
     assert tokenizer.decode(read.ids) == text
     assert TextEncoder(tokenizer).prompt("<|im_start|>she", [(0, 12)]).ids == tokenizer("<|im_start|>she")["input_ids"]
+
+
+def test_tokens_around_turns_are_control_tokens_though_not_marked_as_special() -> None:
+    tokenizer = chatting(byte_level, CHATML.replace("<|im_start|>", "<|turn|>"))
+    tokenizer.add_tokens(["<|turn|>", "<think>", "   "])
+    turn, think, spaces = (tokenizer.convert_tokens_to_ids(one) for one in ("<|turn|>", "<think>", "   "))
+    read = TextEncoder(tokenizer).prompt("<|turn|>user <think>   <|turn|> she", [(0, 8)])
+    assert (read.ids[0], read.ids.count(turn)) == (turn, 1)
+    assert {think, spaces} <= {*read.ids}  # which the template does not write
+    assert tokenizer.decode(read.ids) == "<|turn|>user <think>   <|turn|> she"
+    refusing = chatting(lambda: tokenizer, "{{ raise_exception('no') }}")
+    assert turn in TextEncoder(refusing).prompt("<|turn|>she").ids
 
 
 def test_half_a_surrogate_pair_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
