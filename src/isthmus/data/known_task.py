@@ -34,7 +34,10 @@ def task_examples(row: SourceRow, task: TaskSection, classes: Mapping[str, str])
         raise DataError(f"{row.place}: {error.message}", remedy=error.remedy) from error
     if len(items) == 1:
         return [(row.place, _example(items[0], task))]
-    return [(f"{row.place}, question {number}", _example(item, task)) for number, item in enumerate(items, 1)]
+    return [  # one record: each question tells of the same text
+        (f"{row.place}, question {number}", replace(_example(item, task), conversation=row.place))
+        for number, item in enumerate(items, 1)
+    ]
 
 
 def _example(item: Item, task: TaskSection) -> Example:

@@ -117,6 +117,7 @@ class SiloData:
                 list(choice),
                 prompt + row.classes[-1:] * len(choice),
                 (self.pad,) * (longest - len(choice)),
+                row.conversation,
             )
             for choice in choices
         ]

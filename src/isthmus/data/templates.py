@@ -43,7 +43,7 @@ class Example:
     """The conversation before the answer, for the model's chat template; ``prompt`` is then its turns, one a line.
     Empty: plain text."""
     conversation: str = ""
-    """What the examples of one conversation have in common; empty: the example stands alone."""
+    """What the examples of one row, such as the turns of a conversation, have in common; empty: it stands alone."""
     whole: bool = False
     """Whether the answer is all of a text that has no prompt."""
     item: Item | None = None

@@ -35,7 +35,8 @@ class Tokens:
     """Tokens after the answer that have no loss: with them the answers to a prompt are equally long. Attention is
     causal, so they do not change the answer's loss."""
     conversation: str = ""
-    """What the turns of one conversation have in common: they are one record. Empty: the row is one by itself."""
+    """What the turns of one conversation, or the questions of one text, have in common: they are one record. Empty: the
+    row is one by itself."""
     choices: tuple[tuple[int, ...], ...] = ()
     """The possible answers, where each row has its own; empty: ``task.choices``, or free text."""
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from isthmus.data.bad_rows import BadRows
+from isthmus.data.encoding import TextEncoder
 from isthmus.data.row_set import RowSet
 from isthmus.data.silo_data import padding, read_sets
 from isthmus.data.templates import Example
 from isthmus.data.tokens import Tokens, choice_tokens, collate
-from isthmus.engines.inference import connected_silo
+from isthmus.engines.inference import connected_silo, stop_tokens
 from isthmus.errors import BudgetExhausted, DataError
 from isthmus.recipe import Recipe
 from isthmus.silo.join import Silo
@@ -220,7 +221,8 @@ class _Writer:
     """Writes an answer to each row, the likeliest token at each step, up to where the task stops."""
 
     def __init__(self, silo: Silo, task: Task) -> None:
-        self._model, self._tokenizer, self._task = silo.model, silo.tokenizer, task
+        self._silo, self._model, self._tokenizer, self._task = silo, silo.model, silo.tokenizer, task
+        self._encoder = TextEncoder(silo.tokenizer)
 
     @torch.no_grad()
     def __call__(self, rows: list[PosedRow]) -> list[Said]:
@@ -231,6 +233,7 @@ class _Writer:
             max_new_tokens=self._task.longest,
             do_sample=False,
             pad_token_id=padding(self._tokenizer),
+            eos_token_id=stop_tokens(self._silo, filter(self._encoder.controls, (row.answer[-1] for row, _ in rows))),
         )
         texts = self._tokenizer.batch_decode(written[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
         return [(self._stopped(text), {}) for text in texts]

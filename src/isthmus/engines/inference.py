@@ -161,6 +161,12 @@ def connected_silo(
         yield silo, run.role(silo.name)
 
 
+def stop_tokens(silo: Silo, ends: Iterable[int]) -> list[int] | None:
+    """The tokens at which an answer ends: these, and those of the model's generation settings; None: there are none."""
+    known = silo.model.generation_config.eos_token_id
+    return sorted({*ends, *([known] if isinstance(known, int) else known or ())}) or None
+
+
 def stream_answer(silo: Silo, example: Example, *, max_new_tokens: int, draft: Draft | None = None) -> str:
     """The greedy answer of a silo's model, printed token by token to standard output.
 
@@ -174,11 +180,9 @@ def stream_answer(silo: Silo, example: Example, *, max_new_tokens: int, draft: D
         ModelError: the example has turns, and the model no chat template.
     """
     tokenizer = silo.tokenizer
-    ids, ends = prompt_tokens(example, tokenizer), ending_tokens(example, tokenizer)
+    ids = prompt_tokens(example, tokenizer)
     if not ids:
         raise DataError("the prompt has no token", remedy="give it a text")
-    known = silo.model.generation_config.eos_token_id
-    ends = sorted({*ends, *([known] if isinstance(known, int) else known or ())})
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     inputs = torch.tensor([ids], device=silo.model.device)
     output = silo.model.generate(
@@ -188,7 +192,7 @@ def stream_answer(silo: Silo, example: Example, *, max_new_tokens: int, draft: D
         do_sample=False,
         streamer=streamer,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends or None,
+        eos_token_id=stop_tokens(silo, ending_tokens(example, tokenizer)),
         assistant_model=draft,
     )
     text: str = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)

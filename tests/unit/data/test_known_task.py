@@ -34,6 +34,7 @@ def test_each_question_of_a_row_has_its_place() -> None:
     examples = row_examples(SourceRow("f:3", MULTIRC), TaskSection(name="multirc"), {})
     assert [place for place, _ in examples] == ["f:3, question 1", "f:3, question 2"]
     assert [example.answer for _, example in examples] == [" yes", " no"]
+    assert {example.conversation for _, example in examples} == {"f:3"}  # one record of the privacy budgets
     assert all(example.choices == (" no", " yes") for _, example in examples)
     ((place, example),) = row_examples(SourceRow("f:3", COPA), TaskSection(name="copa"), {})
     assert (place, example.answer) == ("f:3", " w7 w8 w9 w5.")

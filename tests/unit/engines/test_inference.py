@@ -68,6 +68,8 @@ def test_the_prompt_that_is_sent_is_that_of_the_training_row(
             inference.PromptRequest("w5 w6", raw=True),
         ):
             inference.stream_answer(silo, asked.example(run.recipe().task), max_new_tokens=2)
+        assert inference.stop_tokens(silo, [7]) == [2, 7]
+        assert inference.stop_tokens(silo, []) == [2]
     assert sent == [data.train[number].prompt] * 2 + [[5, 6]]
 
 

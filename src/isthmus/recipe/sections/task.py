@@ -45,16 +45,20 @@ class TaskSection(Section):
 
     @model_validator(mode="after")
     def _one_form(self) -> TaskSection:
-        own = [key for key in ("prompt", "answer", "choices", "messages", "text") if key in self.model_fields_set]
-        if self.name and own:
-            raise ValueError(f"name: a known task has its own templates; leave out task.{own[0]}, or task.name")
+        # by value: a run's recipe.toml has every key
+        fields = type(self).model_fields
+        given = [
+            key
+            for key in ("prompt", "answer", "choices", "messages", "text")
+            if getattr(self, key) != fields[key].default
+        ]
+        if self.name and given:
+            raise ValueError(f"name: a known task has its own templates; leave out task.{given[0]}, or task.name")
         forms = [name for name in ("chat", "messages", "text") if getattr(self, name)]
         if len(forms) > 1:
             raise ValueError(f"task.{forms[0]} and task.{forms[1]} exclude one another: a row has one form")
-        fields = type(self).model_fields
-        own = [name for name in ("prompt", "answer") if getattr(self, name) != fields[name].default]
-        if own and (self.messages or self.text):
-            raise ValueError(f"task.{forms[0]} takes the place of task.{own[0]}: leave one of them out")
+        if (self.messages or self.text) and given[0] in ("prompt", "answer"):
+            raise ValueError(f"task.{forms[0]} takes the place of task.{given[0]}: leave one of them out")
         if self.system and not (self.chat or self.messages):
             raise ValueError("task.system needs task.chat or task.messages: plain text has no turns")
         if self.text and self.choices:

@@ -53,3 +53,19 @@ def test_spaces_at_the_prompts_end_are_read_with_the_choices(prompt: str, gap: s
     task = TaskSection(prompt=prompt, choices=("yes", " no"))
     assert (task.gap, task.continuations) == (gap, (f"{gap}yes", f"{gap} no"))
     assert TaskSection(prompt=prompt, choices=("yes",), chat=True).continuations == ("yes",)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"name": "rte"},
+        {"name": "coqa", "chat": True, "system": "so"},
+        {"messages": ["m"], "system": "so", "choices": ["a", "b"]},
+        {"text": "{a}", "join": ", "},
+        {"chat": True, "prompt": "{a} ", "truncate": "middle"},
+    ],
+)
+def test_what_a_run_writes_down_is_read_again(values: dict[str, object]) -> None:
+    """With every key, those that the form does not use as well."""
+    task = TaskSection.model_validate(values)
+    assert TaskSection.model_validate(task.model_dump(mode="json", exclude_none=True)) == task
