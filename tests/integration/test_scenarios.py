@@ -1,0 +1,106 @@
+"""The shipped recipes of scenarios train: on tiny models and rows of the scenario's form, a round in this process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from isthmus.engines.local import create_run
+from isthmus.recipe import Recipe
+from isthmus.storage.record import RunDirectory, read_journal
+from tests.conftest import VOCABULARY, save_tiny_model
+from tests.integration.processes import train_here
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CHAT = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} </s>\n{% endfor %}assistant :"
+Row = Callable[[int], dict[str, Any]]
+ROWS: dict[str, Row] = {
+    "hospital-notes": lambda n: {
+        "dialogue": f"w{n + 4} w5 2024-01-0{n + 1}",
+        "section_header": "GENHX",
+        "section_text": f"w{n + 9}",
+    },
+    "paper-questions": lambda n: {
+        "question": f"w{n + 4}",
+        "contexts": ["w5 w6", "w7"],
+        "final_decision": ("yes", "no", "maybe")[n % 3],
+    },
+    "bank-intents": lambda n: {"text": f"w{n + 4}", "intent": ("transfer", "balance", "pin_change")[n % 3]},
+    "sentiment": lambda n: {"text": f"w{n + 4}", "label": ("positive", "negative")[n % 2]},
+    "llama-2-7b": lambda n: {
+        "messages": [{"role": "user", "content": f"w{n + 4}"}, {"role": "assistant", "content": f"w{n + 9}"}]
+    },
+    "simulation": lambda n: {"text": f"w{n + 4}", "label": ("w5", "w6")[n % 2]},
+}
+WORDS = ("yes", "no", "maybe", "positive", "negative")
+
+
+def shipped(name: str) -> dict[str, Any]:
+    return tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def write_rows(folder: Path, name: str, values: dict[str, Any]) -> None:
+    """The files that a recipe names, in the formats and with the columns that it says."""
+    files = [(values["partition"]["data"], {})] if "partition" in values else []
+    for silo in values["silo"]:
+        files += [(silo[key], silo.get("columns", {})) for key in ("train", "held_out") if key in silo]
+    for file, columns in files:
+        rows = [{columns.get(key, key): value for key, value in ROWS[name](n).items()} for n in range(8)]
+        path = folder / file.replace("*", "rows")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".csv":
+            with path.open("w", newline="", encoding="utf-8") as out:
+                writer = csv.DictWriter(out, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def on_this_machine(folder: Path, values: dict[str, Any]) -> Recipe:
+    """The recipe for one short round with a tiny model without an accelerator."""
+    words = [*WORDS, *(choice.strip() for choice in values["task"].get("choices", ()))]
+    model = save_tiny_model("llama", folder / "model", vocab_size=VOCABULARY + len(words))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(words)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(model)
+    values["model"] |= {"path": str(model), "dtype": "float32"}
+    values["model"] = {**values["model"], "bottom": 2, "top": 2}
+    values["train"] = {**values.get("train", {}), "rounds": 1, "batch": 2, "evaluate": "end"}
+    values["trunk"] = {}
+    values["root"] = {}
+    for silo in values["silo"]:
+        silo.pop("device", None)
+        for key in ("train", "held_out"):
+            if key in silo:
+                silo[key] = str(folder / silo[key])
+    if "partition" in values:
+        values["partition"]["data"] = str(folder / values["partition"]["data"])
+    return Recipe.of(values)
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_a_scenario_trains(name: str, tmp_path: Path) -> None:
+    values = shipped(name)
+    write_rows(tmp_path, name, values)
+    run: RunDirectory = create_run(on_this_machine(tmp_path, values), tmp_path / "run")
+    train_here(run)
+    for silo in run.recipe().silo:
+        lines = read_journal(run.role(silo.name).path / "metrics.jsonl")
+        (step,) = [line for line in lines if line["event"] == "step"]
+        assert step["loss"] > 0
+        measured = [line["round"] for line in lines if line["event"] == "evaluation"]
+        assert measured == ([0, 1] if silo.held_out or "partition" in values else [])
+
+
+def test_every_scenario_is_tried() -> None:
+    ways = {"fair", "fast-federation", "federation", "minimal", "private", "private-updates", "robust"}
+    assert {path.stem for path in RECIPES.glob("*.toml")} == ROWS.keys() | ways
