@@ -6,8 +6,10 @@ often write earlier turns otherwise than the last one, so that no single text ho
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,7 +151,7 @@ def conversation_turns(row: SourceRow, task: TaskSection) -> tuple[list[Turn], l
     turns: list[Turn] = []
     fields: list[str] = []
     for name in task.messages:
-        messages = row.fields.get(name)
+        messages = _parsed(row.fields.get(name))
         if not isinstance(messages, list | tuple) or not messages:
             raise DataError(
                 f"{row.place} has no list of messages in {name!r}", remedy="give it a list of {role, content}"
@@ -159,6 +161,13 @@ def conversation_turns(row: SourceRow, task: TaskSection) -> tuple[list[Turn], l
     if task.system and turns[0].role != SYSTEM:
         return [Turn(SYSTEM, task.system), *turns], ["", *fields]
     return turns, fields
+
+
+def _parsed(messages: Any) -> Any:
+    """Messages that are written as JSON, as tables such as CSV must; anything else as it is."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(messages) if isinstance(messages, str) else messages
+    return messages
 
 
 def _turn(place: str, message: Any) -> Turn:

@@ -10,17 +10,19 @@ import copy
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from isthmus.data.conversations import asked_example, asked_text
 from isthmus.data.silo_data import SiloData
+from isthmus.data.tokens import prompt_tokens
 from isthmus.errors import IsthmusError, ModelError, RecipeError, RunError
 from isthmus.model import adapters
 from isthmus.model.agreement import hello_of
@@ -32,7 +34,7 @@ from isthmus.model.split import SplitForCausalLM
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.ledger import Ledger, MemoryLedger
 from isthmus.privacy.sensitivity import Sensitivity
-from isthmus.recipe import Recipe
+from isthmus.recipe import Recipe, TaskSection
 from isthmus.silo.accepted import AcceptedAdapters
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.defence.guard import Guard
@@ -66,6 +68,8 @@ class Silo:
     """The exit of all tensors, with the ledger and the privacy budget."""
     served: ServedRound = field(default_factory=ServedRound)
     """The round of the ends' adapters, which the trunk must serve."""
+    task: TaskSection = field(default_factory=TaskSection)
+    """How the recipe makes prompts."""
     resources: ExitStack = field(default_factory=ExitStack)
     """What ``close`` ends after the connection and the ledger, such as a trunk process."""
 
@@ -74,6 +78,22 @@ class Silo:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+    def prompt(self, asked: str | Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The prompt that a training row has, for the model's ``generate``: ``input_ids`` and ``attention_mask``,
+        int64 ``[1, L]``.
+
+        Args:
+            asked: the text for the one field of the recipe's prompt or the user's turn, or a row's fields; of a
+                conversation the turns so far.
+
+        Raises:
+            DataError: it does not fill the recipe's prompt, or cannot be read.
+            ModelError: the recipe has conversations, and the model no chat template.
+        """
+        example = asked_text(asked, self.task) if isinstance(asked, str) else asked_example(asked, self.task)
+        ids = torch.tensor([prompt_tokens(example, self.tokenizer)], device=self.model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     @property
     def rounds(self) -> RoundsClient:
@@ -191,7 +211,7 @@ def connect_silo(
     model = build_model(recipe, checkpoint, (bottom, top), channel, boundary)
     assert isinstance(model.trunk, RemoteTrunk)
     model.trunk.rounds.served = served
-    return Silo(name, model, tokenizer, model.trunk, boundary, served)
+    return Silo(name, model, tokenizer, model.trunk, boundary, served, recipe.task)
 
 
 def load_shared(silo: Silo, shared: SharedAdapters) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,11 @@ def test_the_forms_of_rows_are_one_conversation(chat: PreTrainedTokenizerBase) -
     found = [
         read(chat, pair, TaskSection(messages=("prompt", "completion"))),
         read(chat, SourceRow("f:1", {"messages": parts})),
+        read(chat, SourceRow("f:1", {"messages": json.dumps(SAID[:3])})),
         read(chat, fields, written),
         read(chat, without, TaskSection(messages=("messages",), system="she is sad")),
     ]
-    assert [[(row.prompt, row.answer) for row in rows] for rows in found] == [[(first.prompt, first.answer)]] * 4
+    assert [[(row.prompt, row.answer) for row in rows] for rows in found] == [[(first.prompt, first.answer)]] * 5
 
 
 def test_only_the_last_fields_turns_are_learned() -> None:
@@ -151,6 +153,9 @@ def test_a_role_spells_no_control_token(role: object) -> None:
         None,
         [],
         "hello",
+        '"hello"',
+        '[{"role": "user"',
+        "[" * 99_999,
         ["hello"],
         [{"role": "user"}],
         [{"role": "user", "content": None}],

@@ -68,6 +68,12 @@ def test_the_prompt_that_is_sent_is_that_of_the_training_row(
             inference.PromptRequest("w5 w6", raw=True),
         ):
             inference.stream_answer(silo, asked.example(run.recipe().task), max_new_tokens=2)
+        for own in (str(row["text"]), {name: str(row["text"])}):
+            made = silo.prompt(own)
+            assert made["input_ids"].tolist() == [data.train[number].prompt]
+            assert made["attention_mask"].tolist() == [[1] * len(data.train[number].prompt)]
+        with pytest.raises(DataError, match="does not fill"):
+            silo.prompt({"another": "w5"})
         assert inference.stop_tokens(silo, [7]) == [2, 7]
         assert inference.stop_tokens(silo, []) == [2]
     assert sent == [data.train[number].prompt] * 2 + [[5, 6]]
