@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-SPEED := boundary draft floods foundation generation latency release replay sessions silos together walks
+SPEED := boundary draft floods foundation generation latency release replay scoring sessions silos together walks
 PRIVACY := defences frontier privacy updates
 FEDERATED := averaging demo federation kills numbers
 BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness
