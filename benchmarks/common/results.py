@@ -80,6 +80,21 @@ def note(
         results.add(f"{measure}, range of {len(values)} seeds", max(values) - min(values), unit)
 
 
+def repeated(
+    results: Results,
+    measure: str,
+    values: Sequence[float],
+    unit: str,
+    *,
+    at_most: float | None = None,
+    at_least: float | None = None,
+) -> None:
+    """The median of repeated measurements, and the lowest and the highest, as rows; a goal is the median's."""
+    results.add(measure, statistics.median(values), unit, at_most=at_most, at_least=at_least)
+    results.add(f"{measure}, lowest of {len(values)}", min(values), unit)
+    results.add(f"{measure}, highest of {len(values)}", max(values), unit)
+
+
 def hardware(device: torch.device | None = None) -> str:
     """The processor and the number of threads torch uses, and the accelerator, if one is."""
     model = platform.machine()

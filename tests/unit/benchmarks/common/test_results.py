@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import results
-from benchmarks.common.results import Results, Row, note
+from benchmarks.common.results import Results, Row, note, repeated
 
 
 def added(value: float, **goal: float) -> Row:
@@ -70,3 +70,13 @@ def test_rows_of_earlier_runs_are_kept_if_asked(tmp_path: Path, monkeypatch: pyt
     rows = json.loads(path.read_text())
     assert [(row["measure"], row["value"]) for row in rows] == [("a", 1.0), ("b", 2.0), ("c", 2.0)]
     assert list(rows[0]) == ["measure", "value", "unit", "goal", "met", "command", "hardware", "date"]
+
+
+def test_repeated_gives_median_lowest_and_highest() -> None:
+    found = Results("name", "make bench-name")
+    repeated(found, "memory", [5.0, 1.0, float("inf")], "s", at_most=5)
+    assert [(row.measure, row.value, row.met) for row in found.rows] == [
+        ("memory", 5.0, True),
+        ("memory, lowest of 3", 1.0, None),
+        ("memory, highest of 3", None, None),
+    ]
