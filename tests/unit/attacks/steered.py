@@ -64,7 +64,7 @@ def hijacked(model: Path, place: Path, **sections: Any) -> Scenario:
     """A silo that trains for long enough to be hijacked; its vectors are whole and clean."""
     train = {"learning_rate": 0.03, "rounds": 8, "steps": 10, "batch": 16}
     return scenario(
-        model, place, "hijacking", rows=100, own=2000, silos=2, boundary=WIDE, **{"train": train, **sections}
+        model, place, "hijacking", rows=300, own=2000, silos=2, boundary=WIDE, **{"train": train, **sections}
     )
 
 
