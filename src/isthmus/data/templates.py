@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal
-from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from isthmus.data.sources import SourceRow, read_rows
+from isthmus.data.sources import SourceRow
 from isthmus.errors import DataError
 from isthmus.recipe import TaskSection
 from isthmus.tasks.task import Item
@@ -60,19 +59,6 @@ class Example:
         start = len(self.prompt)
         spans = [span if span[0] < start else (start, start + len(answer), span[2]) for span in self.spans]
         return replace(self, answer=answer, spans=tuple(spans))
-
-
-def read_examples(path: Path, task: TaskSection, classes: Mapping[str, str] | None = None) -> list[Example]:
-    """The examples of a data file, in its order.
-
-    Args:
-        classes: sensitivity class by field name; the places of these fields are returned in ``Example.spans``.
-
-    Raises:
-        DataError: the file is missing, empty or unreadable, a row lacks text for a field of the templates, or its
-            answer is none of the task's choices.
-    """
-    return [fill_templates(row, task, classes or {}) for row in read_rows([str(path)])]
 
 
 def fill_templates(row: SourceRow, task: TaskSection, classes: Mapping[str, str]) -> Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.sources import SourceRow
-from isthmus.data.templates import Example, Turn, _Filler, _spans, check_message, fill_templates, read_examples
+from isthmus.data.sources import SourceRow, read_rows
+from isthmus.data.templates import Example, Turn, _Filler, _spans, check_message, fill_templates
 from isthmus.errors import DataError
 from isthmus.recipe import TaskSection
 
@@ -20,10 +21,14 @@ CHOICE = TaskSection(prompt="{text}", answer="{label}", choices=("yes", "no"))
 GOOD = json.dumps({"text": "fine", "label": "yes"})
 
 
+def examples_of(path: Path, task: TaskSection, classes: Mapping[str, str] | None = None) -> list[Example]:
+    return [fill_templates(row, task, classes or {}) for row in read_rows([str(path)])]
+
+
 def read(tmp_path: Path, content: str | bytes, task: TaskSection = TASK) -> list[Example]:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_examples(path, task)
+    return examples_of(path, task)
 
 
 def refused(tmp_path: Path, row: Any, task: TaskSection = TASK) -> DataError:
@@ -135,7 +140,7 @@ def test_an_empty_file(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize("name", ["absent.jsonl", "."])
 def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="cannot read the data file") as caught:
-        read_examples(tmp_path / name, TASK)
+        examples_of(tmp_path / name, TASK)
     assert str(tmp_path / name) in caught.value.message
     assert "path" in caught.value.remedy
 
@@ -152,12 +157,12 @@ def test_the_places_of_fields_with_a_class_are_told(tmp_path: Path) -> None:
     row = {"name": "Bo", "note": "é{name}", "tags": ["x", "y"], "score": 0.25, "digits": 1}
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))
-    (example,) = read_examples(path, task, {"name": "high", "tags": "low", "score": "low"})
+    (example,) = examples_of(path, task, {"name": "high", "tags": "low", "score": "low"})
     whole = example.prompt + example.answer
     assert whole == "{a}   'Bo', é{name} Bo x: Bo 0.2"
     found = [(whole[start:end], kind) for start, end, kind in example.spans]
     assert found == [("  'Bo'", "high"), ("Bo", "high"), ("x", "low"), ("Bo", "high"), ("0.2", "low")]
-    assert read_examples(path, task) == [Example(example.prompt, example.answer)]
+    assert examples_of(path, task) == [Example(example.prompt, example.answer)]
 
 
 @given(st.dictionaries(st.sampled_from(["a", "b", "c"]), st.text(min_size=1, max_size=9).filter(str.strip), min_size=3))

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 
-from isthmus.engines.local import create_run
+from isthmus.engines import opening
+from isthmus.engines.certificates import make_certificates
+from isthmus.engines.local import at_address, create_run
+from isthmus.engines.roles import start_server
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
 from tests.integration.processes import train_here, write_federation
@@ -18,3 +25,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     made = create_run(recipe, folder / "run")
     train_here(made)
     return made
+
+
+@pytest.fixture
+def trunk_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is opened is served by a trunk in this process."""
+
+    @contextmanager
+    def serving(run: RunDirectory) -> Iterator[tuple[None, str]]:
+        recipe = run.recipe()
+        make_certificates(recipe, Path(recipe.wire.certificates))
+        server, services = start_server(at_address(recipe, "localhost:0"), run, ("trunk",))
+        yield None, f"localhost:{server.port}"
+        server.stop()
+        services["Trunk"].stop()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(opening, "serving", serving)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,9 @@ from peft import PeftModel
 
 from isthmus.data.silo_data import SiloData
 from isthmus.engines import evaluation, opening
-from isthmus.engines.certificates import make_certificates
 from isthmus.engines.evaluation import evaluate_run, write_predictions
 from isthmus.engines.export import export_adapter
-from isthmus.engines.local import at_address, create_run
-from isthmus.engines.roles import start_server
+from isthmus.engines.local import create_run
 from isthmus.errors import BudgetExhausted, DataError
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
@@ -30,20 +26,7 @@ from tests.integration.processes import rows_of, train_here, write_federation
 
 LABELS = sorted({str(row["label"]) for name in ("north", "south") for row in rows_of(name)})
 CHOICES = {"choices": LABELS}
-
-
-@pytest.fixture(autouse=True)
-def trunk_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def serving(run: RunDirectory) -> Iterator[tuple[None, str]]:
-        recipe = run.recipe()
-        make_certificates(recipe, Path(recipe.wire.certificates))
-        server, services = start_server(at_address(recipe, "localhost:0"), run, ("trunk",))
-        yield None, f"localhost:{server.port}"
-        server.stop()
-        services["Trunk"].stop()  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(opening, "serving", serving)
+pytestmark = pytest.mark.usefixtures("trunk_here")
 
 
 def trained(folder: Path, **sections: object) -> RunDirectory:

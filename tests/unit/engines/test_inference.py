@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from isthmus.engines import inference, opening
-from isthmus.engines.certificates import make_certificates
-from isthmus.engines.local import at_address
-from isthmus.engines.roles import start_server
+from isthmus.engines import inference
 from isthmus.errors import DataError, ModelError, RecipeError
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import TaskSection
@@ -21,20 +15,7 @@ from isthmus.storage.record import RunDirectory
 from tests.integration.processes import rows_of
 
 PROMPT = str(rows_of("north")[0]["text"])
-
-
-@pytest.fixture(autouse=True)
-def trunk_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def serving(run: RunDirectory) -> Iterator[tuple[None, str]]:
-        recipe = run.recipe()
-        make_certificates(recipe, Path(recipe.wire.certificates))
-        server, services = start_server(at_address(recipe, "localhost:0"), run, ("trunk",))
-        yield None, f"localhost:{server.port}"
-        server.stop()
-        services["Trunk"].stop()  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(opening, "serving", serving)
+pytestmark = pytest.mark.usefixtures("trunk_here")
 
 
 def test_answers_are_streamed_returned_and_charged(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
