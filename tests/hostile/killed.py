@@ -31,7 +31,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 CHANGES = ("os.rename", "os.remove", "os.truncate", "os.mkdir")
 DESCRIPTORS = ("write", "pwrite", "fsync", "fdatasync", "ftruncate")
 ROUNDS = 2
-PATIENCE, STARTS = 120.0, 6
+PATIENCE, STARTS = 240.0, 12
 """Seconds after which a federation is taken to hang; starts of one role after which it is taken not to recover."""
 
 

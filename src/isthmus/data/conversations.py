@@ -229,7 +229,7 @@ class ChatTemplate:
         self._marked: dict[tuple[tuple[str, ...], bool], str] = {}
 
     def write(self, example: Example) -> ChatText:
-        """An example in the template.
+        """An example in the template. One that waits for its answer needs no turn of the assistant there.
 
         Raises:
             DataError: the template refuses its turns, demands what they lack, or leaves one out.
@@ -237,7 +237,7 @@ class ChatTemplate:
         roles = tuple(turn.role for turn in example.turns)
         contents = [*(turn.content for turn in example.turns), example.answer]
         prompt, markup, places = _put(self._marks(roles, asking=True), contents)
-        lead, answer, ending = self._around(roles, example.answer)
+        lead, answer, ending = self._around(roles, example.answer) if example.answer else ("", "", "")
         said = len(prompt) + len(lead), len(prompt) + len(lead) + len(answer)
         (start, opening), begun = places[-1], 2 if roles[0] == SYSTEM and len(roles) > 1 else 1
         return ChatText(

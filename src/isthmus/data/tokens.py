@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -175,13 +176,16 @@ def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def ending_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The control tokens that end an answer to this prompt: the end-of-text token, and of a chat that of a turn.
+    """The control tokens that end an answer to this prompt: the end-of-text token, and of a chat that of a turn, if the
+    model's chat template writes turns of the assistant.
 
     Raises:
-        DataError, ModelError: as ``prompt_tokens``.
+        ModelError: as ``prompt_tokens``.
     """
-    row = _RowReader(tokenizer, sys.maxsize, True, (), 0, None, "front").read(replace(example, answer="a"))
-    ends = {tokenizer.eos_token_id, row.answer[-1]} - {None}
+    ends = {tokenizer.eos_token_id} - {None}
+    with suppress(DataError):
+        row = _RowReader(tokenizer, sys.maxsize, True, (), 0, None, "front").read(replace(example, answer="a"))
+        ends.add(row.answer[-1])
     return sorted(one for one in ends if TextEncoder(tokenizer).controls(one))
 
 

@@ -29,6 +29,7 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "boundary.defence": {"answer": 0.5},
     "federation.noise": {"multiplier": 1.0},
     "federation.clip": {"norm": 0.5},
+    "partition": {"data": "all.csv", "by": "field", "field": "ward"},
     "sensitivity": {"detectors": {"email": "high"}, "classes": {"high": {"noise": 2.0}}},
 }
 """Tables that a recipe may leave out, with values; they need not be possible together: they are only compared."""

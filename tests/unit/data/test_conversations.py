@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from isthmus.data.conversations import (
     ChatTemplate,
@@ -24,6 +25,7 @@ from isthmus.errors import DataError, ModelError
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import SensitivityClass, SensitivitySection, TaskSection
 from isthmus.silo.join import load_tokenizer
+from tests.conftest import save_tiny_tokenizer
 from tests.unit.data.readers import CHATML, CHATS, FORGETFUL, INSTRUCT, byte_level, chatting, controls
 
 SAID = [
@@ -284,3 +286,14 @@ def test_a_real_models_template_is_written_as_transformers_does(smollm2_folder: 
         assert rows[-1].prompt + rows[-1].answer == by_transformers(tokenizer, turns)[:-1]  # the line end after it
         assert prompt_tokens(asked_example({"messages": turns[:number]}, TASK), tokenizer) == rows[-1].prompt
     assert ending_tokens(asked_text("she", TASK), tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_a_template_without_turns_of_the_assistant_asks_all_the_same(tmp_path: Path) -> None:
+    save_tiny_tokenizer(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    asked = asked_text("w5 w6", TaskSection(chat=True, prompt="{text}"))
+    assert prompt_tokens(asked, tokenizer) == [5, 6]
+    assert ending_tokens(asked, tokenizer) == [tokenizer.eos_token_id]
+    with pytest.raises(DataError, match="leaves out turn 2"):
+        tokenize([replace(asked, answer="w7")], tokenizer, 9, free_text=True)
