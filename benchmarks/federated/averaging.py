@@ -150,7 +150,7 @@ def gap(results: Results, setting: Setting, found: list[float], pooled: list[flo
     below = [one - other for one, other in zip(pooled, found, strict=True)]
     error = statistics.stdev(below) / len(below) ** 0.5
     results.add(f"{setting.name}: standard error of the distance from pooled, over draws", error, "points")
-    goal = max(BELOW, error) if setting.every == 1 and setting.lora == "frozen-a" else None
+    goal = round(max(BELOW, error), 4) if setting.every == 1 and setting.lora == "frozen-a" else None
     results.add(f"{setting.name}: below pooled", statistics.fmean(below), "points", at_most=goal)
 
 
