@@ -24,9 +24,9 @@ class TrainSection(Section):
     disk. A model that was saved in a loop of your own goes on only from a round that the trunk keeps."""
     steps: Count = 1
     """Optimizer steps of each silo in a round, unless the silo has its own silo.steps. A split step waits for the
-    trunk anyway, and an update is smaller than a step's hidden states: averaging after every step costs little and
-    learns as if the silos' rows were one set. More steps suit slow links to the root, large cohorts under masks, and
-    noise on updates, which is charged once a round."""
+    trunk anyway, and an update is smaller than a step's hidden states, so that averaging after every step costs little.
+    More steps suit slow links to the root, large cohorts under masks, and noise on updates, which is charged once a
+    round."""
     epochs: Count | None = Field(default=None, examples=[3])
     """Passes over each silo's rows in the whole run, in place of steps: every row is drawn once before any comes again,
     the last batch of a pass may be smaller, and the passes are divided evenly among the rounds. A silo with more rows
