@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import chi2
 from transformers import PreTrainedTokenizerFast
 
 from isthmus.federation.aggregator import root_service
@@ -158,8 +159,9 @@ def assert_unit_and_independent(drawn_TW: torch.Tensor, rounding: float) -> None
     assert float(drawn_TW.square().mean().sqrt()) == pytest.approx(1.0, abs=slack + rounding)
     assert abs(float(drawn_TW.mean())) < slack
     unit_TW = drawn_TW / drawn_TW.norm(dim=1, keepdim=True)
+    length = float(unit_TW.sum(dim=0).square().sum()) * width / rows  # of independent directions about χ² of so many
+    assert chi2.ppf(1e-9, width) < length < chi2.isf(1e-9, width)
     cosines = (unit_TW @ unit_TW.T)[torch.triu(torch.ones(rows, rows), diagonal=1).bool()]
-    assert abs(float(cosines.mean())) < 5 / (cosines.numel() * width) ** 0.5
     assert float(cosines.square().mean()) == pytest.approx(1 / width, rel=0.15)
     assert float(cosines.max()) < 0.999, "two tokens have the same draw"
     lengths_T = drawn_TW.norm(dim=1)
