@@ -27,10 +27,10 @@ from isthmus.tasks.scoring import ChoiceQuestion, best_choices, choice_log_probs
 from isthmus.tasks.task import Item
 
 FILES = {
-    "copa": ("superglue_copa/val.jsonl", 60),
-    "rte": ("superglue_rte/val.jsonl", 40),
-    "wic": ("superglue_wic/val.jsonl", 80),
-    "record": ("superglue_record/dev32.jsonl", 4),
+    "copa": ("superglue_copa/val.jsonl", 30),
+    "rte": ("superglue_rte/val.jsonl", 16),
+    "wic": ("superglue_wic/val.jsonl", 40),
+    "record": ("superglue_record/dev32.jsonl", 2),
 }
 """A file of each task, and its first rows that are scored."""
 REPEATS = 3

@@ -20,6 +20,10 @@ SCORED_TOKENS = 8192
 """Most tokens, with padding, whose keys and values are kept at a time, unless one prompt is longer."""
 
 
+SIMILAR, FEW_TOKENS = 0.75, 24
+"""Questions share a batch if they are no shorter than this share of the longest, or by no more than so many tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChoiceQuestion:
     """A prompt and its possible answers, in token ids."""
@@ -68,13 +72,16 @@ def best_choices(
 
 
 def _batches(questions: Sequence[ChoiceQuestion]) -> Iterator[list[int]]:
-    """Numbers of the questions that are scored together, the longest first: what needs most memory fails at once."""
-    order = sorted(range(len(questions)), key=lambda number: -len(questions[number].prompt))
+    """Numbers of the questions that are scored together: of similar length, since the others are padded to the longest.
+    The longest come first: what needs most memory fails at once."""
+    lengths = [len(one.prompt) + max(map(len, one.choices)) for one in questions]
+    order = sorted(range(len(questions)), key=lambda number: -lengths[number])
     while order:
-        longest = max(1, len(questions[order[0]].prompt))
-        size = max(1, SCORED_TOKENS // longest)
-        yield order[:size]
-        order = order[size:]
+        longest = lengths[order[0]]
+        some = order[: max(1, SCORED_TOKENS // longest)]
+        alike = [number for number in some if lengths[number] >= SIMILAR * longest - FEW_TOKENS]
+        yield alike
+        order = order[len(alike) :]
 
 
 def _batch_scores(model: PreTrainedModel, questions: list[ChoiceQuestion], pad: int) -> list[list[float]]:
