@@ -52,7 +52,8 @@ def run(
     run_with_progress(directory)
     typer.echo(f"run directory: {directory.path}")
     typer.echo(
-        f"next: isthmus generate {directory.path} PROMPT; isthmus export {directory.path} OUT; "
+        f"next: isthmus generate {directory.path} PROMPT; isthmus evaluate {directory.path}; "
+        f"isthmus export {directory.path} OUT; "
         f'in Python: isthmus.open("{directory.path}")'
     )
 

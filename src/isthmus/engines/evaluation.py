@@ -117,7 +117,8 @@ def _rows(recipe: Recipe, name: str, silo: Silo, data: Sequence[str]) -> RowSet:
     rows = train if data else held_out
     if not rows.rows:
         raise DataError(
-            f"{name} has no held-out rows", remedy="name a file with --data, or silo.held_out in the recipe"
+            f"{name} has no row in {', '.join(data)}" if data else f"{name} has no held-out rows",
+            remedy="name a file with --data, or silo.held_out in the recipe",
         )
     rows.check_vocabulary(silo.model.config.vocab_size)
     return rows

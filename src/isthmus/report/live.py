@@ -66,7 +66,11 @@ def _whole_lines(console: Console) -> Iterator[None]:
 
 def _table(run: RunDirectory, recipe: Recipe) -> Table:
     train = recipe.train
-    steps = f"of {train.steps} steps" if train.epochs is None else f"with {train.epochs} passes over the rows"
+    steps = (
+        f"of {train.steps} step{'s' * (train.steps > 1)}"
+        if train.epochs is None
+        else f"with {train.epochs} passes over the rows"
+    )
     table = Table(title=f"{train.rounds} rounds {steps}")
     table.add_column("silo")
     for heading in ("step", "loss", "tokens/s", "up", "down", "epsilon"):
