@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
@@ -30,11 +31,22 @@ Address = Annotated[Optional[str], typer.Option(help="host:port instead of the r
 TrunkAddress = Annotated[Optional[str], typer.Option(help="host:port of a trunk that serves the run.")]  # noqa: UP045
 
 
+class Baseline(StrEnum):
+    """The baselines of a run."""
+
+    alone = "alone"
+    pooled = "pooled"
+
+
 @app.command()
 def run(
     recipe: Annotated[Optional[Path], typer.Argument(help="The federation's recipe (TOML).")] = None,  # noqa: UP045
     run_dir: Annotated[Path, typer.Option("--run-dir", help="The run directory to create.")] = Path("runs/latest"),
     resume: Annotated[Optional[Path], typer.Option(help="Continue the run in this directory.")] = None,  # noqa: UP045
+    baseline: Annotated[
+        Optional[Baseline],  # noqa: UP045
+        typer.Option(help="Train instead what the run is compared with: each silo alone, or one model on all rows."),
+    ] = None,
 ) -> None:
     """Run a whole federation on this machine."""
     from isthmus.engines.local import create_run, open_resumed
@@ -44,6 +56,9 @@ def run(
 
     if (recipe is None) == (resume is None):
         raise RecipeError("give either a recipe or --resume", remedy="isthmus run RECIPE, or isthmus run --resume DIR")
+    if baseline is not None:
+        _train_baseline(recipe, resume or run_dir, baseline.value)
+        return
     if resume is not None:
         directory = open_resumed(resume)
     else:
@@ -228,19 +243,20 @@ def evaluate_answers(
     """Measure a run's model on held-out rows or on a file: accuracy, F1, ROUGE, with standard errors, for each silo."""
     from rich.console import Console
 
-    from isthmus.engines.evaluation import evaluate_run, write_predictions
+    from isthmus.engines.evaluation import compare, evaluate_run, write_predictions
     from isthmus.report import evaluation_table
     from isthmus.storage.record import RunDirectory
 
     run = RunDirectory.open(run_dir)
     found = evaluate_run(run, silo or (), data=data or (), max_new_tokens=max_new_tokens, trunk=trunk, notify=_notify)
     evaluations = list(found)
+    comparisons = compare(run.recipe(), evaluations)
     if out is not None:
         write_predictions(out, evaluations)
     if as_json:
-        typer.echo(evaluation_table.evaluations_json(evaluations))
+        typer.echo(evaluation_table.evaluations_json(evaluations, comparisons))
     else:
-        evaluation_table.show_evaluations(evaluations, Console())
+        evaluation_table.show_evaluations(evaluations, Console(), comparisons)
         if out is not None:
             typer.echo(f"answers: {out}")
 
@@ -336,6 +352,17 @@ def demo(
     from isthmus.demo.play import play
 
     play(run_dir, cache, quick=quick, seed=seed)
+
+
+def _train_baseline(recipe: Path | None, run_dir: Path, kind: Literal["alone", "pooled"]) -> None:
+    """Train a baseline of a recipe, or of the run in this directory."""
+    from isthmus.engines.baselines import baseline_run, train_baseline
+    from isthmus.engines.local import open_resumed
+    from isthmus.recipe import Recipe
+
+    directory = open_resumed(run_dir) if recipe is None else baseline_run(Recipe.read(recipe), run_dir)
+    train_baseline(directory, kind, typer.echo)
+    typer.echo(f"run directory: {directory.path}\nnext: isthmus evaluate {directory.path}")
 
 
 def _notify(message: str) -> None:

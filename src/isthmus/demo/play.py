@@ -14,15 +14,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from isthmus.data.silo_data import SiloData
 from isthmus.demo.assets import hutto, smollm2
-from isthmus.demo.baselines import Baselines
+from isthmus.engines.baselines import BASELINES, baseline_scores, train_baseline
 from isthmus.engines.inference import generate_text
 from isthmus.engines.local import local_recipe
 from isthmus.recipe import Recipe
 from isthmus.report.formatting import megabytes
 from isthmus.report.live import run_with_progress
 from isthmus.report.progress import read_progress
+from isthmus.silo.join import load_tokenizer
 from isthmus.storage.record import RunDirectory, writing
+from isthmus.tasks import metrics
 
 TRAIN_ROWS = 8
 """Training rows per silo: few, which is where a federation helps most."""
@@ -54,8 +57,10 @@ def play(run_dir: Path, cache: Path, *, quick: bool, seed: int) -> RunDirectory:
     started = time.perf_counter()
     run_with_progress(directory, console)
     seconds = time.perf_counter() - started
-    baselines = None if quick else Baselines(recipe, lambda line: console.print(f"  {line}", highlight=False))
-    scores = _scores(directory, recipe, baselines)
+    if not quick:
+        for kind in BASELINES:
+            train_baseline(directory, kind, lambda line: console.print(f"  {line}", highlight=False))
+    scores = _scores(directory, recipe, quick=quick)
     crossed = _crossed(directory, recipe)
     _record(directory, scores, crossed, seconds)
     _print_table(console, scores)
@@ -85,20 +90,30 @@ def demo_recipe(cache: Path, *, quick: bool, seed: int) -> Recipe:
     return Recipe.of(values)
 
 
-def _scores(run: RunDirectory, recipe: Recipe, baselines: Baselines | None) -> AccuracyTable:
+def _scores(run: RunDirectory, recipe: Recipe, *, quick: bool) -> AccuracyTable:
     """The columns of the table. The silos have measured zero-shot and federation during the run."""
     progress = [read_progress(run, silo.name, recipe.train.steps) for silo in recipe.silo]
     zero_shot = {silo.name: silo.scores[0]["accuracy"] for silo in progress}
     federation = {silo.name: silo.scores[recipe.train.rounds]["accuracy"] for silo in progress}
-    if baselines is None:
+    if quick:
         return {"zero-shot": zero_shot, "federation": federation}
+    alone, pooled = (
+        {name: scores["accuracy"] for name, scores in baseline_scores(run, kind).items()} for kind in BASELINES
+    )
     return {
-        "majority": baselines.majority(),
+        "majority": _majority(recipe),
         "zero-shot": zero_shot,
-        "alone": baselines.alone(),
+        "alone": alone,
         "federation": federation,
-        "pooled, uncut": baselines.pooled(),
+        "pooled, uncut": pooled,
     }
+
+
+def _majority(recipe: Recipe) -> dict[str, float]:
+    """Held-out accuracy, 0 to 1, of always giving the silo's most common answer, by silo."""
+    tokenizer = load_tokenizer(Path(recipe.model.path))
+    silos = [SiloData(silo, recipe, tokenizer) for silo in recipe.silo]
+    return {silo.name: metrics.majority([tuple(row.answer) for row in silo.held_out]) for silo in silos}
 
 
 def _crossed(run: RunDirectory, recipe: Recipe) -> dict[str, int]:

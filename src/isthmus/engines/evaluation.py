@@ -1,4 +1,7 @@
-"""A finished run measured on rows: an answer to each of them by each silo's model, and the measures of all answers."""
+"""A finished run measured on rows: an answer to each of them by each silo's model, and the measures of all answers.
+
+Where the run directory has baselines, they answer the same rows and are compared with the run, row by row.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from isthmus.data.bad_rows import BadRows
 from isthmus.data.encoding import TextEncoder
@@ -17,13 +21,14 @@ from isthmus.data.row_set import RowSet
 from isthmus.data.silo_data import padding, read_sets
 from isthmus.data.templates import Example
 from isthmus.data.tokens import Tokens, choice_tokens, collate
+from isthmus.engines.baselines import BASELINES, UncutModel, trained_baseline
 from isthmus.engines.inference import connected_silo, stop_tokens
 from isthmus.errors import BudgetExhausted, DataError
+from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe
-from isthmus.silo.join import Silo
 from isthmus.storage.record import RunDirectory, writing
 from isthmus.tasks.catalogue import named_task
-from isthmus.tasks.metrics import Score, confusion, majority, measure
+from isthmus.tasks.metrics import Answered, Score, confusion, difference, majority, measure
 from isthmus.tasks.scoring import ChoiceQuestion, best_choices, choice_log_probs
 from isthmus.tasks.task import Item, Task
 
@@ -32,6 +37,7 @@ WRITTEN = ("token_f1", "exact_match")
 ROUGE = ("rouge1", "rouge2", "rougeL")
 TOGETHER = 16
 """Rows that are answered at a time."""
+FEDERATED = "federated"
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +66,22 @@ class SiloEvaluation:
     """Accuracy of always giving the most common right choice; None where answers are written."""
     skipped: int
     """Rows that their privacy budgets did not allow to be read."""
+    model: str = FEDERATED
+    """Whose answers: ``federated``, or a baseline, ``alone`` or ``pooled``."""
+    answered: tuple[Answered | None, ...] = field(default=(), repr=False)
+    """Each row's question and answer, None to one that could not be read."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The run's model against a baseline, on the rows that both have answered."""
+
+    silo: str
+    """Empty: all silos' rows together."""
+    baseline: str
+    rows: int
+    differences: dict[str, Score]
+    """By measure: the run's value minus the baseline's, with the standard error of paired rows."""
 
 
 def evaluate_run(
@@ -71,7 +93,7 @@ def evaluate_run(
     trunk: str | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Iterator[SiloEvaluation]:
-    """Measure the run's model as each of these silos.
+    """Measure the run's model as each of these silos, and the baselines of it that the run directory has.
 
     Rows are read, cut and tokenized as the recipe says, and what crosses is entered in the silo's ledger and charged.
 
@@ -85,21 +107,61 @@ def evaluate_run(
     Raises:
         DataError: a row or file is unusable, or there are no rows.
         BudgetExhausted: no row's privacy budget allows reading it.
+        RunError: a baseline was trained by another recipe, or not to the end.
     """
-    recipe = run.recipe()
-    chosen = names or (run.silos() if data else [name for name in run.silos() if recipe.party(name).held_out])
-    for name in chosen or run.silos():
-        with connected_silo(run, name, trunk=trunk, notify=notify) as (silo, _):
-            rows = _rows(recipe, name, silo, data)
-            if rows.note:
-                notify(f"{name} (train.max_tokens = {recipe.train.max_tokens}): {rows.note}")
-            yield _evaluated(recipe, silo, rows, max_new_tokens)
+    recipe, measured = run.recipe(), _BaselineAnswers(run)
+    here = run.silos()
+    if not here and measured.any:  # the federation has not run here
+        here = [silo.name for silo in recipe.silo]
+    chosen = names or (here if data else [name for name in here if recipe.party(name).held_out])
+    for name in chosen or here or [recipe.silo[0].name]:
+        rows = None
+        if run.silos() or not measured.any:
+            with connected_silo(run, name, trunk=trunk, notify=notify) as (silo, _):
+                answering = AnsweringModel(name, silo.model, silo.tokenizer)
+                rows = _rows(recipe, answering, data, silo.boundary.records.sensitivity)
+                if rows.note:
+                    notify(f"{name} (train.max_tokens = {recipe.train.max_tokens}): {rows.note}")
+                yield _evaluated(recipe, answering, rows, max_new_tokens)
+        for kind, answering in measured.models(name):
+            rows = rows or _rows(recipe, answering, data)
+            yield _evaluated(recipe, answering, rows, max_new_tokens, kind)
+
+
+def compare(recipe: Recipe, evaluations: Sequence[SiloEvaluation]) -> list[Contrast]:
+    """The run's answers against each baseline's, by silo, and where there are several, of all silos together."""
+    task, found = _task(recipe, 1), []
+    silos = list(dict.fromkeys(one.silo for one in evaluations))
+    models = {(one.silo, one.model): one.answered for one in evaluations}
+    for baseline in dict.fromkeys(one.model for one in evaluations if one.model != FEDERATED):
+        all_pairs: list[tuple[Answered, Answered]] = []
+        both = [silo for silo in silos if (silo, FEDERATED) in models and (silo, baseline) in models]
+        for silo in both:
+            aligned = zip(models[silo, FEDERATED], models[silo, baseline], strict=True)
+            pairs = [(one, other) for one, other in aligned if one is not None and other is not None]
+            all_pairs += [(_of_silo(one, silo), _of_silo(other, silo)) for one, other in pairs]
+            found.append(_compared(silo, baseline, task, pairs))
+        if len(both) > 1:
+            found.append(_compared("", baseline, task, all_pairs))
+    return [one for one in found if one.rows]
+
+
+def _compared(silo: str, baseline: str, task: Task, pairs: Sequence[tuple[Answered, Answered]]) -> Contrast:
+    one, other = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    names = task.metrics if pairs else ()
+    return Contrast(silo, baseline, len(pairs), {name: difference(name, one, other) for name in names})
+
+
+def _of_silo(answered: Answered, silo: str) -> Answered:
+    """An answer whose question is no other silo's, even if theirs has the same name."""
+    item, given = answered
+    return (replace(item, group=f"{silo}/{item.group}") if item.group else item), given
 
 
 def write_predictions(path: Path, evaluations: Sequence[SiloEvaluation]) -> None:
-    """Write a JSON object a row, readable by its owner alone: silo, place, the right and the given answer."""
+    """Write a JSON object a row, readable by its owner alone: silo, model, place, the right and the given answer."""
     lines = [
-        {"silo": one.silo, "place": row.place, "right": row.right, "given": row.given}
+        {"silo": one.silo, "model": one.model, "place": row.place, "right": row.right, "given": row.given}
         | ({"log_probs": row.log_probs} if row.log_probs else {})
         for one in evaluations
         for row in one.predictions
@@ -108,11 +170,44 @@ def write_predictions(path: Path, evaluations: Sequence[SiloEvaluation]) -> None
         partial.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
 
 
-def _rows(recipe: Recipe, name: str, silo: Silo, data: Sequence[str]) -> RowSet:
-    bad, section = BadRows(), recipe.party(name)
+@dataclass(frozen=True)
+class AnsweringModel:
+    """What answers rows: a silo's split model, or an uncut one."""
+
+    name: str
+    """The silo's."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+class _BaselineAnswers:
+    """The baselines in a run directory; the uncut model is loaded when one is asked for."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run, self._recipe = run, run.recipe()
+        self._uncut: UncutModel | None = None
+        self.any = any(trained_baseline(run, kind, silo.name) for kind in BASELINES for silo in self._recipe.silo)
+
+    def models(self, name: str) -> Iterator[tuple[str, AnsweringModel]]:
+        """The baselines of this silo, by kind."""
+        for kind in BASELINES:
+            tensors = trained_baseline(self._run, kind, name)
+            if tensors is None:
+                continue
+            if self._uncut is None:
+                self._uncut = UncutModel(self._recipe, self._recipe.party(name).device)
+            self._uncut.load(tensors)
+            yield kind, AnsweringModel(name, self._uncut.model, self._uncut.tokenizer)
+
+
+def _rows(
+    recipe: Recipe, answering: AnsweringModel, data: Sequence[str], sensitivity: Sensitivity | None = None
+) -> RowSet:
+    bad, name = BadRows(), answering.name
+    section = recipe.party(name)
     if data:
         section = section.model_copy(update={"train": tuple(data), "held_out": ()})
-    train, held_out = read_sets(section, recipe, silo.tokenizer, bad, silo.boundary.records.sensitivity)
+    train, held_out = read_sets(section, recipe, answering.tokenizer, bad, sensitivity)
     bad.raise_any()
     rows = train if data else held_out
     if not rows.rows:
@@ -120,27 +215,30 @@ def _rows(recipe: Recipe, name: str, silo: Silo, data: Sequence[str]) -> RowSet:
             f"{name} has no row in {', '.join(data)}" if data else f"{name} has no held-out rows",
             remedy="name a file with --data, or silo.held_out in the recipe",
         )
-    rows.check_vocabulary(silo.model.config.vocab_size)
+    rows.check_vocabulary(answering.model.config.vocab_size)
     return rows
 
 
-def _evaluated(recipe: Recipe, silo: Silo, rows: RowSet, longest: int) -> SiloEvaluation:
+def _evaluated(
+    recipe: Recipe, silo: AnsweringModel, rows: RowSet, longest: int, model: str = FEDERATED
+) -> SiloEvaluation:
     task = _task(recipe, longest)
     answer = _Writer(silo, task) if task.longest else _Chooser(silo, recipe, task)
     asked = [(place, row, _item(example, recipe)) for row, (place, example) in zip(rows.rows, rows.texts, strict=True)]
-    answered: list[tuple[Item, str]] = []
+    aligned: list[Answered | None] = []
     predictions: list[Prediction] = []
     for start in range(0, len(asked), TOGETHER):
         some = asked[start : start + TOGETHER]
         given = _affordable(answer, [(row, item) for _, row, item in some])
         for (place, _, item), said in zip(some, given, strict=True):
+            aligned.append(None if said is None else (item, said[0]))
             if said is not None:
-                answered.append((item, said[0]))
                 predictions.append(Prediction(place, item.right[0], *said))
     if not predictions:
         raise BudgetExhausted(
             f"no row's privacy budget lets {silo.name} read it", remedy="raise privacy.record_epsilon in the recipe"
         )
+    answered = [one for one in aligned if one is not None]
     return SiloEvaluation(
         silo.name,
         measure(task.metrics, answered),
@@ -148,6 +246,8 @@ def _evaluated(recipe: Recipe, silo: Silo, rows: RowSet, longest: int) -> SiloEv
         {} if task.longest else confusion(answered),
         None if task.longest else majority([one.right for one in predictions]),
         len(asked) - len(predictions),
+        model,
+        tuple(aligned),
     )
 
 
@@ -192,7 +292,7 @@ def _affordable(answer: Callable[[list[PosedRow]], list[Said]], rows: list[Posed
 class _Chooser:
     """Gives the likeliest choice of each row, ranked as the task says."""
 
-    def __init__(self, silo: Silo, recipe: Recipe, task: Task) -> None:
+    def __init__(self, silo: AnsweringModel, recipe: Recipe, task: Task) -> None:
         self._model, self._tokenizer, self._ranking = silo.model, silo.tokenizer, task.ranking
         self._pad = padding(silo.tokenizer)
         self._choices = [tuple(ids) for ids in choice_tokens(silo.tokenizer, recipe.task.continuations)]
@@ -221,8 +321,8 @@ class _Chooser:
 class _Writer:
     """Writes an answer to each row, the likeliest token at each step, up to where the task stops."""
 
-    def __init__(self, silo: Silo, task: Task) -> None:
-        self._silo, self._model, self._tokenizer, self._task = silo, silo.model, silo.tokenizer, task
+    def __init__(self, silo: AnsweringModel, task: Task) -> None:
+        self._model, self._tokenizer, self._task = silo.model, silo.tokenizer, task
         self._encoder = TextEncoder(silo.tokenizer)
 
     @torch.no_grad()
@@ -234,7 +334,7 @@ class _Writer:
             max_new_tokens=self._task.longest,
             do_sample=False,
             pad_token_id=padding(self._tokenizer),
-            eos_token_id=stop_tokens(self._silo, filter(self._encoder.controls, (row.answer[-1] for row, _ in rows))),
+            eos_token_id=stop_tokens(self._model, filter(self._encoder.controls, (row.answer[-1] for row, _ in rows))),
         )
         texts = self._tokenizer.batch_decode(written[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
         return [(self._stopped(text), {}) for text in texts]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 
 from isthmus.data.conversations import asked_example, asked_text, nested_fields
 from isthmus.data.templates import Example, Turn, chat_example, check_message
@@ -161,9 +161,9 @@ def connected_silo(
         yield silo, run.role(silo.name)
 
 
-def stop_tokens(silo: Silo, ends: Iterable[int]) -> list[int] | None:
+def stop_tokens(model: PreTrainedModel, ends: Iterable[int]) -> list[int] | None:
     """The tokens at which an answer ends: these, and those of the model's generation settings; None: there are none."""
-    known = silo.model.generation_config.eos_token_id
+    known = model.generation_config.eos_token_id
     return sorted({*ends, *([known] if isinstance(known, int) else known or ())}) or None
 
 
@@ -192,7 +192,7 @@ def stream_answer(silo: Silo, example: Example, *, max_new_tokens: int, draft: D
         do_sample=False,
         streamer=streamer,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stop_tokens(silo, ending_tokens(example, tokenizer)),
+        eos_token_id=stop_tokens(silo.model, ending_tokens(example, tokenizer)),
         assistant_model=draft,
     )
     text: str = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)

@@ -149,16 +149,19 @@ def load_adapter(part: Part, tensors: Mapping[str, torch.Tensor]) -> None:
 
 @contextmanager
 def dropout(model: PreTrainedModel, seed: str) -> Iterator[None]:
-    """Within the ``with`` block the adapters of a split model drop numbers as ``lora.dropout`` says, the trunk's too.
+    """Within the ``with`` block the adapters of a model drop numbers as ``lora.dropout`` says; of a split one the
+    trunk's too.
 
     Args:
-        seed: bottom's and top's masks follow from it. Torch's own generators are as before after the block.
+        seed: the masks of an uncut model, or of bottom and top, follow from it. Torch's own generators are as before
+            after the block.
     """
     modules = [one for name, one in model.named_modules() if name.endswith(f"lora_dropout.{ADAPTER}")]
     if not any(isinstance(one, nn.Dropout) for one in modules):
         yield
         return
-    modules.append(model.trunk)
+    if hasattr(model, "trunk"):
+        modules.append(model.trunk)
     before = [one.training for one in modules]
     digest = hashlib.sha256(seed.encode()).digest()
     with fork_rng(devices=[model.device] if model.device.type == "cuda" else []):

@@ -4,43 +4,61 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from isthmus.engines.evaluation import SiloEvaluation
+from isthmus.engines.evaluation import FEDERATED, Contrast, SiloEvaluation
 from isthmus.tasks.metrics import Score
 
 MOST_CLASSES = 12
 """Classes of a table of right and given answers; with more, the most frequent confusions are listed."""
 
 
-def evaluations_json(evaluations: Sequence[SiloEvaluation]) -> str:
-    """Measures of each silo as a JSON object; a standard error that is not known is null."""
+INTERVAL = 1.96
+"""Standard errors to either side of a value that its interval of 95 % has."""
+
+
+def evaluations_json(evaluations: Sequence[SiloEvaluation], comparisons: Sequence[Contrast] = ()) -> str:
+    """Measures of each silo and model as a JSON object; a standard error that is not known is null."""
+
+    def scores_of(scores: Mapping[str, Score]) -> dict[str, object]:
+        return {
+            name: {"value": score.value, "error": _finite(score.error), "count": score.count}
+            for name, score in scores.items()
+        }
 
     def written(one: SiloEvaluation) -> dict[str, object]:
-        scores = {
-            name: {"value": score.value, "error": _finite(score.error), "count": score.count}
-            for name, score in one.scores.items()
-        }
         pairs = [{"right": right, "given": given, "rows": count} for (right, given), count in one.confusion.items()]
         return {
             "silo": one.silo,
+            "model": one.model,
             "rows": len(one.predictions),
             "skipped": one.skipped,
             "majority": one.majority,
-            "scores": scores,
+            "scores": scores_of(one.scores),
             "confusion": pairs,
         }
 
-    return json.dumps({"silos": [written(one) for one in evaluations]}, indent=2, allow_nan=False)
+    compared = [
+        {"silo": one.silo or None, "minus": one.baseline, "rows": one.rows, "differences": scores_of(one.differences)}
+        for one in comparisons
+    ]
+    values = {"silos": [written(one) for one in evaluations], "comparisons": compared}
+    return json.dumps(values, indent=2, allow_nan=False)
 
 
-def show_evaluations(evaluations: Sequence[SiloEvaluation], console: Console) -> None:
-    """Print each silo's measures with their standard errors, and what was given in place of what."""
+def show_evaluations(
+    evaluations: Sequence[SiloEvaluation], console: Console, comparisons: Sequence[Contrast] = ()
+) -> None:
+    """Print each silo's measures with their standard errors, how far the run is from its baselines, and what was given
+    in place of what."""
+    several = any(one.model != FEDERATED for one in evaluations)
     table = Table(title="measures with standard errors, in per cent")
     table.add_column("silo")
+    if several:
+        table.add_column("model")
     table.add_column("rows", justify="right")
     names = list(evaluations[0].scores)
     for name in names:
@@ -50,11 +68,32 @@ def show_evaluations(evaluations: Sequence[SiloEvaluation], console: Console) ->
     for one in evaluations:
         rows = f"{len(one.predictions):,}" + (f" ({one.skipped:,} spent)" if one.skipped else "")
         common = [] if one.majority is None else [f"{100 * one.majority:.1f}"]
-        table.add_row(one.silo, rows, *(_cell(one.scores[name]) for name in names), *common)
+        model = [one.model] if several else []
+        table.add_row(one.silo, *model, rows, *(_cell(one.scores[name]) for name in names), *common)
     console.print(table)
+    if comparisons:
+        _show_comparisons(comparisons, console)
     for one in evaluations:
         if one.confusion:
             _show_confusion(one, console)
+
+
+def _show_comparisons(comparisons: Sequence[Contrast], console: Console) -> None:
+    table = Table(title="federated minus baseline, in points, with the interval of 95 % of paired rows")
+    table.add_column("silo")
+    table.add_column("baseline")
+    table.add_column("rows", justify="right")
+    for name in comparisons[0].differences:
+        table.add_column(name.replace("_", " "), justify="right")
+    for one in comparisons:
+        differences = map(_interval, one.differences.values())
+        table.add_row(one.silo or "all silos", one.baseline, f"{one.rows:,}", *differences)
+    console.print(table)
+
+
+def _interval(score: Score) -> str:
+    value, error = 100 * score.value, 100 * INTERVAL * score.error
+    return f"{value:+.1f}" + ("" if math.isnan(error) else f" ({value - error:+.1f} to {value + error:+.1f})")
 
 
 def _cell(score: Score) -> str:
@@ -63,13 +102,14 @@ def _cell(score: Score) -> str:
 
 
 def _show_confusion(one: SiloEvaluation, console: Console) -> None:
+    title = one.silo if one.model == FEDERATED else f"{one.silo}, {one.model}"
     classes = sorted({name for pair in one.confusion for name in pair})
     if len(classes) > MOST_CLASSES:
         wrong = sorted(((n, pair) for pair, n in one.confusion.items() if pair[0] != pair[1]), reverse=True)
         for count, (right, given) in wrong[:MOST_CLASSES]:
-            console.print(f"{one.silo}: {count} × {right!r} taken for {given!r}", highlight=False, markup=False)
+            console.print(f"{title}: {count} × {right!r} taken for {given!r}", highlight=False, markup=False)
         return
-    table = Table(title=f"{one.silo}: right (rows) and given (columns)")
+    table = Table(title=f"{title}: right (rows) and given (columns)")
     table.add_column("")
     for name in classes:
         table.add_column(name, justify="right")

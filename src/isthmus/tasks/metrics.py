@@ -12,6 +12,7 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from isthmus.errors import NotSupportedError
 from isthmus.tasks.task import Item
@@ -34,7 +35,8 @@ class Score:
 
 Answered = tuple[Item, str]
 """An item and its answer."""
-Measurement = Callable[[Sequence[Answered]], Score]
+RightAndGiven = tuple[object, object]
+"""The right answer, of several the first, and the given one."""
 
 
 def accuracy(predicted: Sequence[object], right: Sequence[object]) -> float:
@@ -54,7 +56,31 @@ def measure(names: Sequence[str], answered: Sequence[Answered]) -> dict[str, Sco
         names: of ``METRICS``.
         answered: one item or more.
     """
-    return {name: METRICS[name](answered) for name in names}
+    return {name: _measured(name, answered) for name in names}
+
+
+def difference(name: str, answered: Sequence[Answered], other: Sequence[Answered]) -> Score:
+    """A measure of one model's answers minus that of another's answers to the same items.
+
+    The standard error is that of paired rows: what makes a row hard for both models does not count.
+
+    Args:
+        name: of ``METRICS``.
+        answered, other: item by item.
+    """
+    if name in MEANS:
+        values = zip(MEANS[name](answered), MEANS[name](other), strict=True)
+        return _mean([one - another for one, another in values])
+    value = OF_ALL[name]
+
+    def apart(drawn: Sequence[tuple[RightAndGiven, RightAndGiven]]) -> float:
+        return value([one for one, _ in drawn]) - value([another for _, another in drawn])
+
+    return _resampled(list(zip(_pairs(answered), _pairs(other), strict=True)), apart)
+
+
+def _measured(name: str, answered: Sequence[Answered]) -> Score:
+    return _mean(MEANS[name](answered)) if name in MEANS else _resampled(_pairs(answered), OF_ALL[name])
 
 
 def confusion(answered: Sequence[Answered]) -> dict[tuple[str, str], int]:
@@ -76,50 +102,48 @@ def token_f1(given: str, right: str) -> float:
     return 2 * common / (len(one) + len(other))
 
 
-def _accurate(answered: Sequence[Answered]) -> Score:
-    return _mean([float(given in item.right) for item, given in answered])
+def _accurate(answered: Sequence[Answered]) -> list[float]:
+    return [float(given in item.right) for item, given in answered]
 
 
-def _exact(answered: Sequence[Answered]) -> Score:
-    """Share of questions of which every item has a right answer."""
+def _exact(answered: Sequence[Answered]) -> list[float]:
+    """Of each question, 1 if every item has a right answer."""
     groups: dict[object, list[bool]] = defaultdict(list)
     for number, (item, given) in enumerate(answered):
         same = any(words(given) == words(right) for right in item.right)
         groups[item.group or number].append(same)
-    return _mean([float(all(same)) for same in groups.values()])
+    return [float(all(same)) for same in groups.values()]
 
 
-def _token_f1(answered: Sequence[Answered]) -> Score:
-    return _mean([max(token_f1(given, right) for right in item.right) for item, given in answered])
+def _token_f1(answered: Sequence[Answered]) -> list[float]:
+    return [max(token_f1(given, right) for right in item.right) for item, given in answered]
 
 
-def _f1a(answered: Sequence[Answered]) -> Score:
+def _f1a(pairs: Sequence[RightAndGiven]) -> float:
     """F1 of the answer "yes" over all items (MultiRC's F1a)."""
-    pairs = [(item.right[0] == "yes", given == "yes") for item, given in answered]
-    return _resampled(pairs, lambda drawn: _f1(drawn, True))
+    return _f1([(right == "yes", given == "yes") for right, given in pairs], True)
 
 
-def _macro_f1(answered: Sequence[Answered]) -> Score:
+def _macro_f1(pairs: Sequence[RightAndGiven]) -> float:
     """Mean of the F1 of each class that is right or given somewhere."""
-    pairs = [(item.right[0], given) for item, given in answered]
-    return _resampled(pairs, lambda drawn: math.fsum(_f1(drawn, one) for one in _classes(drawn)) / len(_classes(drawn)))
+    return math.fsum(_f1(pairs, one) for one in _classes(pairs)) / len(_classes(pairs))
 
 
-def _classes(pairs: Sequence[tuple[object, object]]) -> set[object]:
+def _classes(pairs: Sequence[RightAndGiven]) -> set[object]:
     return {one for pair in pairs for one in pair}
 
 
-def _f1(pairs: Sequence[tuple[object, object]], label: object) -> float:
+def _f1(pairs: Sequence[RightAndGiven], label: object) -> float:
     """F1 of one class, from pairs of the right and the given one; 0 if it is never both."""
     both = sum(right == given == label for right, given in pairs)
     either = sum((right == label) + (given == label) for right, given in pairs)
     return 2 * both / either if either else 0.0
 
 
-def _rouge(kind: str) -> Measurement:
-    def rouge(answered: Sequence[Answered]) -> Score:
+def _rouge(kind: str) -> Callable[[Sequence[Answered]], list[float]]:
+    def rouge(answered: Sequence[Answered]) -> list[float]:
         scorer = _scorer(kind)
-        return _mean([scorer.score_multi(item.right, given)[kind].fmeasure for item, given in answered])
+        return [scorer.score_multi(item.right, given)[kind].fmeasure for item, given in answered]
 
     return rouge
 
@@ -141,7 +165,11 @@ def _mean(values: Sequence[float]) -> Score:
     return Score(mean, error, count)
 
 
-def _resampled(pairs: Sequence[tuple[object, object]], value: Callable[..., float]) -> Score:
+def _pairs(answered: Sequence[Answered]) -> list[RightAndGiven]:
+    return [(item.right[0], given) for item, given in answered]
+
+
+def _resampled(pairs: Sequence[Any], value: Callable[[Sequence[Any]], float]) -> Score:
     """A value with the standard error of the bootstrap over pairs (Efron 1979), the same at each call."""
     draws = random.Random(len(pairs))
     again = [value(draws.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES if len(pairs) > 1 else 0)]
@@ -153,11 +181,14 @@ def _variance(values: Sequence[float]) -> float:
     return math.fsum((one - mean) ** 2 for one in values) / (len(values) - 1)
 
 
-METRICS: Mapping[str, Measurement] = {
+MEANS: Mapping[str, Callable[[Sequence[Answered]], list[float]]] = {
     "accuracy": _accurate,
-    "macro_f1": _macro_f1,
-    "f1a": _f1a,
     "exact_match": _exact,
     "token_f1": _token_f1,
     **{kind: _rouge(kind) for kind in ("rouge1", "rouge2", "rougeL")},
 }
+"""Measures that are means, with what they are the mean of: a value a row, or a question."""
+OF_ALL: Mapping[str, Callable[[Sequence[RightAndGiven]], float]] = {"macro_f1": _macro_f1, "f1a": _f1a}
+"""Measures of all rows at once."""
+METRICS = (*MEANS, *OF_ALL)
+"""The names of all measures."""

@@ -15,7 +15,7 @@ from isthmus.recipe import Recipe
 from tests.integration.processes import call
 
 COMMANDS = {
-    "run": ["RECIPE?", "--run-dir=runs/latest", "--resume="],
+    "run": ["RECIPE?", "--run-dir=runs/latest", "--resume=", "--baseline="],
     "trunk": ["RECIPE", "--run-dir=runs/trunk", "--address=", "--with-root/--no-with-root=False", "--round="],
     "root": ["RECIPE", "--run-dir=runs/root", "--address="],
     "edge": ["RECIPE", "NAME", "--run-dir=runs/edge", "--address=", "--parent="],

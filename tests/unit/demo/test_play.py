@@ -8,6 +8,7 @@ import pytest
 
 from isthmus.demo import play
 from isthmus.demo.assets import SILO_MEMBERS, SiloFiles
+from tests.conftest import make_recipe, save_tiny_model, write_rows
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +31,16 @@ def test_silos_train_on_few_rows_and_are_measured_on_others(tmp_path: Path) -> N
 def test_quick_has_fewer_rounds(tmp_path: Path) -> None:
     quick, whole = (play.demo_recipe(tmp_path, quick=quick, seed=1) for quick in (True, False))
     assert quick.train.rounds == play.QUICK_ROUNDS < whole.train.rounds
+
+
+def test_majority_is_of_held_out_rows(tmp_path: Path) -> None:
+    files = {}
+    for kind, labels in (("train", "AAAA"), ("held_out", "ABBB")):
+        rows = [{"text": f"w{number + 4}", "label": f"w{9 if one == 'A' else 8}"} for number, one in enumerate(labels)]
+        files[kind] = str(write_rows(tmp_path / f"{kind}.jsonl", rows))
+    recipe = make_recipe(
+        save_tiny_model("llama", tmp_path / "tiny"),
+        task={"prompt": "{text}", "answer": "{label}", "choices": ["w8", "w9"]},
+        silo=[{"name": "a", **files}],
+    )
+    assert play._majority(recipe) == {"a": 0.75}

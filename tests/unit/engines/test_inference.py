@@ -55,8 +55,8 @@ def test_the_prompt_that_is_sent_is_that_of_the_training_row(
             assert made["attention_mask"].tolist() == [[1] * len(data.train[number].prompt)]
         with pytest.raises(DataError, match="does not fill"):
             silo.prompt({"another": "w5"})
-        assert inference.stop_tokens(silo, [7]) == [2, 7]
-        assert inference.stop_tokens(silo, []) == [2]
+        assert inference.stop_tokens(silo.model, [7]) == [2, 7]
+        assert inference.stop_tokens(silo.model, []) == [2]
     assert sent == [data.train[number].prompt] * 2 + [[5, 6]]
 
 

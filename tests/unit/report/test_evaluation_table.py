@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from isthmus.engines.evaluation import Prediction, SiloEvaluation
+from isthmus.engines.evaluation import Contrast, Prediction, SiloEvaluation
 from isthmus.report.evaluation_table import evaluations_json, show_evaluations
 from isthmus.tasks.metrics import Score
 
@@ -53,3 +54,21 @@ def test_json_has_no_numbers_that_json_has_not(confusion: dict[tuple[str, str], 
     assert silo["scores"]["macro_f1"] == {"value": 0.5, "error": None, "count": 1}
     assert silo["majority"] is None
     assert silo["confusion"] == [{"right": "a", "given": "b", "rows": 1} for _ in confusion]
+
+
+def test_a_run_stands_beside_its_baselines() -> None:
+    pooled = replace(evaluation(), model="pooled", confusion={})
+    apart = Contrast("north", "pooled", 4, {"accuracy": Score(-0.25, 0.1, 4), "macro_f1": Score(0.0, math.nan, 1)})
+    both = [evaluation(), pooled], [apart, replace(apart, silo="")]
+    console = Console(file=io.StringIO(), width=120)
+    show_evaluations(both[0], console, both[1])
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "federated" in text
+    (row,) = (line for line in text.splitlines() if "north" in line and "pooled" in line and "to" in line)
+    assert "-25.0 (-44.6 to -5.4)" in row
+    assert "all silos" in text
+    assert "nan" not in text
+    written = json.loads(evaluations_json(*both))
+    assert [one["model"] for one in written["silos"]] == ["federated", "pooled"]
+    assert [one["silo"] for one in written["comparisons"]] == ["north", None]
+    assert written["comparisons"][0]["differences"]["macro_f1"]["error"] is None

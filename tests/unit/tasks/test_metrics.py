@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from isthmus.tasks.metrics import METRICS, RESAMPLES, accuracy, confusion, majority, measure, token_f1, words
+from isthmus.tasks.metrics import (
+    METRICS,
+    RESAMPLES,
+    accuracy,
+    confusion,
+    difference,
+    majority,
+    measure,
+    token_f1,
+    words,
+)
 from isthmus.tasks.task import Item
 
 TEXTS = st.text(st.sampled_from("abcthe AN.,'-1"), max_size=20)
@@ -76,9 +87,9 @@ def test_words_are_compared_as_squad_does(text: str, bare: list[str]) -> None:
 def test_f1_over_classes_is_scikit_learns(pairs: list[tuple[str, str]]) -> None:
     right, said = zip(*pairs, strict=True)
     macro = f1_score(right, said, average="macro", labels=sorted({*right, *said}), zero_division=0)
-    assert METRICS["macro_f1"](answered(pairs)).value == pytest.approx(macro)
+    assert measure(["macro_f1"], answered(pairs))["macro_f1"].value == pytest.approx(macro)
     yes = f1_score([one == "yes" for one in right], [one == "yes" for one in said], zero_division=0)
-    assert METRICS["f1a"](answered(pairs)).value == pytest.approx(yes)
+    assert measure(["f1a"], answered(pairs))["f1a"].value == pytest.approx(yes)
 
 
 @given(PAIRS)
@@ -97,24 +108,24 @@ def test_the_error_of_one_row_is_not_known() -> None:
 
 def test_the_bootstraps_error_is_near_the_binomials() -> None:
     pairs = [("yes", "yes"), ("no", "yes")] * 100
-    error = METRICS["f1a"](answered(pairs)).error
+    error = measure(["f1a"], answered(pairs))["f1a"].error
     expected = np.std([2 * p / (1 + p) for p in np.random.default_rng(0).binomial(200, 0.5, RESAMPLES) / 200])
     assert error == pytest.approx(expected, rel=0.2)
-    assert METRICS["f1a"](answered(pairs)).error == error, "it is the same at each call"
+    assert measure(["f1a"], answered(pairs))["f1a"].error == error, "it is the same at each call"
 
 
 def test_a_question_is_right_if_all_its_items_are() -> None:
     pairs = [("yes", "yes"), ("no", "yes"), ("no", "no"), ("yes", "yes")]
-    score = METRICS["exact_match"](answered(pairs, ["1", "1", "2", "2"]))
+    score = measure(["exact_match"], answered(pairs, ["1", "1", "2", "2"]))["exact_match"]
     assert (score.value, score.count) == (0.5, 2)
-    assert METRICS["exact_match"](answered(pairs)).value == 0.75
+    assert measure(["exact_match"], answered(pairs))["exact_match"].value == 0.75
 
 
 def test_the_best_of_several_right_answers_counts() -> None:
     item = Item("p", " the cat", ("the cat", "a dog"))
     for name in ("token_f1", "exact_match", "accuracy", "rouge1", "rougeL"):
-        assert METRICS[name]([(item, "a dog")]).value == 1.0
-    assert METRICS["token_f1"]([(item, "dog house")]).value == pytest.approx(2 / 3)
+        assert measure([name], [(item, "a dog")])[name].value == 1.0
+    assert measure(["token_f1"], [(item, "dog house")])["token_f1"].value == pytest.approx(2 / 3)
 
 
 def test_rouge_stems_and_counts_pairs() -> None:
@@ -127,3 +138,17 @@ def test_rouge_stems_and_counts_pairs() -> None:
 
 def test_confusion_counts_pairs() -> None:
     assert confusion(answered([("a", "a"), ("a", "b"), ("a", "b")])) == {("a", "a"): 1, ("a", "b"): 2}
+
+
+@pytest.mark.parametrize("name", [one for one in METRICS if "rouge" not in one])
+def test_a_difference_is_of_values_and_its_error_of_paired_rows(name: str) -> None:
+    draw = random.Random(name)
+    right = [draw.choice(["yes", "no"]) for _ in range(60)]
+    one = [(item, item.right[0] if draw.random() < 0.8 else "no") for item, _ in answered([(r, r) for r in right])]
+    other = [(item, given if draw.random() < 0.9 else "yes") for item, given in one]
+    found = difference(name, one, other)
+    apart = measure([name], one)[name], measure([name], other)[name]
+    assert found.value == pytest.approx(apart[0].value - apart[1].value)
+    assert 0 < found.error < math.hypot(*(score.error for score in apart)), "models that err alike differ surely"
+    same = difference(name, one, one)
+    assert same.value == same.error == 0.0
