@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 SPEED := boundary draft floods foundation generation latency release replay scoring sessions silos together walks
 PRIVACY := defences frontier privacy updates
-FEDERATED := averaging demo federation kills numbers
+FEDERATED := averaging demo federation kills numbers tables
 BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness
 
 .PHONY: demo test check proto recipe bench $(BENCHMARKS:%=bench-%) bench-cuda clean
@@ -42,6 +42,7 @@ proto: .venv/ready  ## The Python side of isthmus.proto
 recipe: .venv/ready  ## recipes/federation.toml, from the docstrings of the recipe's keys
 	$(BIN)/python -m isthmus.recipe.template recipes/federation.toml
 
+# 'make bench-tables ARGS="--tasks rte --seeds 1"' measures some cells; those under build/tables are kept.
 bench: $(BENCHMARKS:%=bench-%)  ## All benchmarks; each, as bench-boundary, writes benchmarks/results/boundary.json
 
 $(SPEED:%=bench-%): bench-%: .venv/demo
@@ -51,7 +52,7 @@ $(PRIVACY:%=bench-%): bench-%: .venv/demo
 	$(BIN)/python -m benchmarks.privacy.$*
 
 $(FEDERATED:%=bench-%): bench-%: .venv/demo
-	$(BIN)/python -m benchmarks.federated.$*
+	$(BIN)/python -m benchmarks.federated.$* $(ARGS)
 
 bench-exactness: .venv/ready
 	$(BIN)/python -m benchmarks.exactness

@@ -1,0 +1,1 @@
+"""Tables on public tasks: quality beside the pooled model, parallel modes, local optimizers. ``make bench-tables``."""

@@ -1,0 +1,48 @@
+"""``python -m benchmarks.federated.tables [--table NAME ...] [--tasks NAME ...] [--seeds N] [--model FOLDER]
+[--device DEVICE] [--report]``: measure the cells that are missing, and write what all cells say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+import torch
+
+from benchmarks.common.results import DEVICE, Results
+from benchmarks.federated.tables import quality
+from benchmarks.federated.tables.sets import SOURCES
+from isthmus.demo.assets import smollm2
+
+TABLES = ("quality",)
+
+
+def main() -> None:
+    asked = arguments().parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    model = asked.model or smollm2(Path("build/demo"))
+    setting = quality.Setting(model.resolve(), asked.device, tuple(range(asked.seeds)))
+    results = Results("tables", "make bench-tables")
+    if "quality" in asked.table:
+        if not asked.report:
+            quality.run(setting, asked.tasks, asked.arms)
+        quality.report(results, setting, asked.tasks)
+    print(f"written: {results.write(keep=True)}")
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.federated.tables")
+    parser.add_argument("--table", nargs="+", choices=TABLES, default=TABLES)
+    parser.add_argument("--tasks", nargs="+", choices=SOURCES, default=tuple(SOURCES))
+    parser.add_argument("--arms", nargs="+", choices=quality.ARMS, default=quality.ARMS)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--model", type=Path, help="folder of a model; left out: SmolLM2-135M-instruct")
+    parser.add_argument("--device", default=DEVICE)
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

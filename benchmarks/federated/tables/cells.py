@@ -1,0 +1,73 @@
+"""Cells of the tables, each a JSON file that is written as soon as it is measured.
+
+A cell says what determines it. One that was measured under other rows, steps or recipe does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.rows import Values
+from isthmus.recipe import Recipe
+from isthmus.storage.record import writing
+
+FOLDER = Path("build/tables")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement of a table.
+
+    Args:
+        name: its path in the tables' folder, without suffix.
+        determined: everything that the measurement follows from, as JSON has it.
+    """
+
+    name: str
+    determined: Values
+
+    def found(self) -> Values | None:
+        """What was measured; None: nothing, or under other conditions."""
+        try:
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        same = isinstance(kept, dict) and kept.get("determined") == json.loads(json.dumps(self.determined))
+        result: Values | None = kept["result"] if same else None
+        return result
+
+    def measured(self, measure: Callable[[], Values]) -> Values:
+        """What was measured, now if it was not before."""
+        found = self.found()
+        if found is not None:
+            return found
+        print(f"{self.name} …", flush=True)
+        result = measure()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self._path) as partial:
+            partial.write_text(json.dumps({"determined": self.determined, "result": result}), encoding="utf-8")
+        return result
+
+    @property
+    def _path(self) -> Path:
+        return FOLDER / f"{self.name}.json"
+
+
+def digest(value: Any) -> str:
+    """Of anything that JSON can say."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Of every key but the places of files."""
+    values = recipe.model_dump(mode="json")
+    values["model"].pop("path")
+    for silo in values["silo"]:
+        silo.pop("train")
+        silo.pop("held_out")
+    return digest(values)

@@ -1,0 +1,168 @@
+"""The tables measure each cell once, hold rows apart, and say no more than their cells do."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.common.results import Results
+from benchmarks.common.rows import Rows
+from benchmarks.federated.tables import quality, sets
+from benchmarks.federated.tables.cells import Cell
+from benchmarks.federated.tables.sets import SILOS, Source, skewed, whole
+from tests.conftest import save_tiny_model, write_rows
+
+TASK = {"prompt": "{text}", "answer": " {label}", "choices": [" w7", " w8"]}
+
+
+def rows(count: int, seed: int = 0) -> Rows:
+    draw = random.Random(seed)
+    words = [" ".join(f"w{draw.randrange(10, 90)}" for _ in range(5)) for _ in range(count)]
+    return [{"text": text, "label": f"w{7 + number % 2}", "of": str(number % 4)} for number, text in enumerate(words)]
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """A set of made-up rows, of which some stand in both files."""
+    monkeypatch.setattr(sets, "SHARED", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    known = rows(60)
+    write_rows(tmp_path / "train.jsonl", known)
+    write_rows(tmp_path / "test.jsonl", [*rows(12, seed=1), *known[:6]])
+    return Source(TASK, ("train.jsonl",), ("test.jsonl",), train=24, validation=8, reported=18)
+
+
+def texts(some: Rows) -> set[str]:
+    return {row["text"] for row in some}
+
+
+def test_no_row_is_on_two_sides(source: Source) -> None:
+    for seed in range(3):
+        sample = source.sample(seed)
+        train = [row for own in sample.train.values() for row in own]
+        sides = [texts(train), texts(sample.validation), texts(sample.reported)]
+        assert [len(side) for side in sides] == [24, 8, 18]
+        assert len(set.union(*sides)) == 50
+
+
+def test_seeds_draw_training_rows_alone(source: Source) -> None:
+    one, other = source.sample(0), source.sample(1)
+    assert one.reported == other.reported
+    assert one.validation == other.validation
+    assert one.train != other.train
+    assert one == source.sample(0)
+
+
+def test_rows_of_a_group_stay_on_one_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sets, "SHARED", tmp_path)
+    talks = [row | {"talk": str(number // 4)} for number, row in enumerate(rows(80))]
+    write_rows(tmp_path / "all.jsonl", talks)
+    one = Source(TASK, ("all.jsonl",), ("all.jsonl",), train=30, validation=4, reported=4, group="talk")
+    sample = one.sample(0)
+    train = [row for own in sample.train.values() for row in own]
+    sides = [{row["talk"] for row in side} for side in (train, sample.validation, sample.reported)]
+    assert not sides[0] & sides[1]
+    assert not (sides[0] | sides[1]) & sides[2]
+
+
+def test_silos_differ_in_their_classes(source: Source) -> None:
+    train = source.sample(0).train
+    shares = [sum(row["label"] == "w7" for row in train[name]) / len(train[name]) for name in SILOS]
+    assert shares[0] > 0.7
+    assert shares[1] < 0.3
+    assert 0.3 < shares[2] < 0.7
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_dealing_loses_no_row(classes: int) -> None:
+    some = rows(37)
+    dealt = skewed(some, [str(number % classes) for number in range(37)])
+    assert sorted(row["text"] for own in dealt.values() for row in own) == sorted(texts(some))
+
+
+def test_a_natural_value_goes_to_one_silo() -> None:
+    dealt = whole(rows(40), "of")
+    owners = [{row["of"] for row in own} for own in dealt.values()]
+    assert sum(map(len, owners)) == len(set.union(*owners)) == 4
+
+
+def test_a_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def measure() -> dict[str, float]:
+        calls.append(1)
+        return {"value": len(calls)}
+
+    cell = Cell("some/cell", {"rates": (1e-3, 2e-3)})
+    assert cell.found() is None
+    assert cell.measured(measure) == cell.measured(measure) == cell.found() == {"value": 1}
+    assert Cell("some/cell", {"rates": (1e-3,)}).found() is None  # other conditions are another measurement
+    assert Cell("some/cell", {"rates": (1e-3,)}).measured(measure) == {"value": 2}
+
+
+@pytest.mark.parametrize("content", ["", '{"determined": {', "[]", "null"])
+def test_a_damaged_cell_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("build/tables/cell.json")
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert Cell("cell", {}).found() is None
+    assert Cell("cell", {}).measured(lambda: {"value": 1}) == {"value": 1}
+
+
+def test_arms_are_compared_row_by_row() -> None:
+    mine = {0: {"rows": [1.0, 0.0]}, 1: {"rows": [1.0, 1.0]}, 2: None}
+    theirs = {0: {"rows": [0.0, 0.0]}, 1: None, 2: {"rows": [1.0, 1.0]}}
+    assert quality.paired(mine, theirs).tolist() == [[100.0, 0.0]]
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    apart_SR = 10 * torch.randn(40, 400, generator=torch.Generator().manual_seed(0)) + 5
+    low, high, error = quality.interval(apart_SR)
+    assert low < float(apart_SR.mean()) < high
+    assert error == pytest.approx(10 * (2 / 16_000) ** 0.5, rel=0.2)
+    assert quality.interval(torch.zeros(1, 9)) == (0.0, 0.0, 0.0)
+
+
+def test_a_task_from_rows_to_the_table(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All arms learn and answer; what is measured is not measured again; what is not is said to be missing."""
+    monkeypatch.setitem(sets.SOURCES, "made-up", source)
+    monkeypatch.setattr(quality, "STEPS", 2)
+    monkeypatch.setattr(quality, "FEDERATED", {"train": {"rounds": 2, "steps": 1}, "model": {"bottom": 1, "top": 1}})
+    setting = quality.Setting(save_tiny_model("llama", tmp_path / "model"), "cpu", (0, 1))
+    quality.run(setting, ["made-up"], ["zero-shot", "pooled"])
+    table = Results("nowhere", "a test")
+    quality.report(table, setting, ["made-up"])
+    assert "made-up, federated: not measured" in capsys.readouterr().out
+    assert not [row for row in table.rows if "federated" in row.measure]
+
+    quality.run(setting, ["made-up"], quality.ARMS)
+    kept = {path: path.read_bytes() for path in Path("build/tables").rglob("*.json")}
+    assert len(kept) == 2 + 1 + 4 * 2  # rates, without training, and four arms of two seeds
+    assert all(set(json.loads(one)) == {"determined", "result"} for one in kept.values())
+    quality.run(setting, ["made-up"], quality.ARMS)
+    assert kept == {path: path.read_bytes() for path in Path("build/tables").rglob("*.json")}
+
+    table = Results("nowhere", "a test")
+    quality.report(table, setting, ["made-up"])
+    said = {row.measure: row.value for row in table.rows}
+    assert all(f"made-up, {arm}: accuracy" in said for arm in quality.ARMS)
+    assert said["made-up, federated above pooled"] is not None
+    assert "made-up, noised above pooled, upper end of the 95 % interval" in said
+
+
+def test_another_recipe_is_another_measurement(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sets.SOURCES, "made-up", source)
+    setting = quality.Setting(save_tiny_model("llama", tmp_path / "model"), "cpu", (0,))
+    with quality.arms_of(setting, "made-up") as by_seed:
+        before = {arm: by_seed[0].cell(arm).determined for arm in quality.ARMS}
+        monkeypatch.setitem(quality.FEDERATED, "federation", {"lora": "plain"})
+        after = {arm: by_seed[0].cell(arm).determined for arm in quality.ARMS}
+    assert {arm for arm in quality.ARMS if repr(before[arm]) != repr(after[arm])} == {"federated", "noised"}
