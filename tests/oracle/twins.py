@@ -57,7 +57,8 @@ def save_vivid_model(family: str, folder: Path, **config: Any) -> Path:
 
 
 def loopback(service: TrunkService, name: str, recipe: Recipe) -> Channel:
-    return LoopbackChannel(service, name, greeting=greeting(Checkpoint(recipe.model.path), recipe))
+    own = recipe.of_silo(name, ranked=False)
+    return LoopbackChannel(service, name, greeting=greeting(Checkpoint(recipe.model.path), own))
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ def capture_round(target: Target, name: str) -> tuple[ObservedUpdate, ...]:
         if target.completed:
             root.save_round(target.completed, {"shared": dict(target.shared())})
         tap = Tap(LoopbackChannel(root_service(recipe, root), name))
-        trunk = Tap(LoopbackChannel(service, name, greeting=greeting(Checkpoint(recipe.model.path), recipe)))
+        own = recipe.of_silo(name, ranked=False)
+        trunk = Tap(LoopbackChannel(service, name, greeting=greeting(Checkpoint(recipe.model.path), own)))
         worker = Worker(recipe, name, RoleDirectory(Path(temporary) / name), trunk=trunk, root=tap)
         try:
             worker.run()
@@ -169,7 +170,7 @@ def tapped_silo(
     Args:
         given: adapters of a later round that it accepts as its worker does, in the target's place; None: none.
     """
-    recipe = target.recipe
+    recipe = target.recipe.of_silo(name, ranked=False)
     hello = greeting(Checkpoint(recipe.model.path), recipe)
     with tempfile.TemporaryDirectory() as temporary:
         tap = Tap(LoopbackChannel(service, name, greeting=hello, limit=recipe.wire.max_frame_bytes))

@@ -39,6 +39,7 @@ from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Tokens
 from isthmus.errors import AttackError
 from isthmus.model.checkpoint import Checkpoint
+from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
 
 NOISE_DRAWS = 3
@@ -169,7 +170,7 @@ class Scenario:
         Raises:
             AttackError: the adversary lacks what the plan's attacks need, or masks hide the updates.
         """
-        target, recipe = self._target, self._target.recipe
+        target, recipe = self._target, self._known_recipe
         if adversary == "aggregator":
             if recipe.federation.secure.masks:
                 raise AttackError(
@@ -197,6 +198,11 @@ class Scenario:
         )
 
     @property
+    def _known_recipe(self) -> Recipe:
+        """The recipe with the victim's cut, as the adversary reads it there."""
+        return self._target.recipe.of_silo(self.victim, ranked=False)
+
+    @property
     def _learns(self) -> bool:
         """Whether an attack of the plan learns the boundary from the adversary's own rows."""
         return any(name in INVERSIONS or name in ("identify", *ACTIVE) for name in self._plan.attacks)
@@ -213,7 +219,7 @@ class Scenario:
         candidates = [row for rows in self.membership_rows for row in rows] if needed else []
         reference_rows = self._drawn(self._others[0], self._plan.own_rows) if needed and self._others else []
         return outsider_view(
-            target.recipe,
+            self._known_recipe,
             self._folder,
             target.shared(),
             target.trunk_adapter(),
@@ -229,12 +235,15 @@ class Scenario:
         return [name for name in names if name != self.victim]
 
     def _colluder(self) -> str:
-        if not self._others:
+        """The silo whose crossings teach the adversary: one with the victim's cut, since others leave another block."""
+        ends = self._target.recipe.ends
+        alike = [name for name in self._others if ends(name) == ends(self.victim)]
+        if not alike:
             raise AttackError(
-                f"no silo colludes against {self.victim}",
+                f"no silo with the cut of {self.victim} colludes against it",
                 remedy="give another silo as --colluder, or use --adversary trunk",
             )
-        return self._others[0]
+        return alike[0]
 
     def _training_pairs(self) -> tuple[KnownPair, ...]:
         """The colluder's training rows, if an attack of the plan learns from them and gradients cross."""

@@ -57,7 +57,7 @@ def open_run(path: Path | str, name: str | None = None, *, trunk: str | None = N
         if trunk is None and run.served_here:
             _, trunk = resources.enter_context(serving(run))
         recipe = at_address(recipe, trunk, ("trunk",))
-        own = recipe if run.served_here else recipe.of_silo(name)
+        own = recipe.of_silo(name, ranked=not run.served_here)
         released, records = directory.path / "released", directory.path / "records"
         try:
             silo = connect_silo(own, name, ledger=ledger, releases=released, records=records)

@@ -83,9 +83,22 @@ def add_trained_layers(part: Part, recipe: Recipe) -> None:
     add_adapter(part, recipe.lora, recipe.seed, freeze_a=exact)
     frozen = part.name == "bottom" and recipe.lora.freeze_bottom
     bottleneck.add_layers(part, recipe.boundary, frozen=frozen)
+    _freeze_disputed(part, recipe)
     _initialize(part, recipe.seed, narrow=recipe.boundary.width is not None)
     if recipe.lora.start is not None and part.model.device.type != "meta":
         load_adapter(part, starting_tensors(part.whole, recipe))
+
+
+def _freeze_disputed(part: Part, recipe: Recipe) -> None:
+    """Freeze the adapters of blocks that some silos keep and others leave to the trunk: nobody could average them."""
+    whole, blocks = recipe.whole, part.family.block_prefix()
+    total: int = part.whole.get_text_config().num_hidden_layers
+    bottom, top = whole.widest
+    shared = {*range(whole.model.bottom), *range(total - whole.model.top, total), *range(bottom, total - top)}
+    for name, parameter in part.model.named_parameters():
+        if "lora_" in name and name.startswith(blocks):
+            number = int(name.removeprefix(blocks).partition(".")[0])
+            parameter.requires_grad_(parameter.requires_grad and number + part.first_block in shared)
 
 
 def starting_tensors(config: PreTrainedConfig, recipe: Recipe) -> TensorDict:

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -53,6 +53,15 @@ class Cut:
         }
         return range(*bounds[part])
 
+    def passed(self, own: Cut, total: int) -> range:
+        """Indices in this cut's trunk of the blocks that a silo with a cut of its own passes there.
+
+        Raises:
+            CutError: no block would be left to pass.
+        """
+        blocks = own.blocks("trunk", total)
+        return range(blocks.start - self.bottom, blocks.stop - self.bottom)
+
 
 class Part(nn.Module):
     """One part of the model: its family's Hugging Face model without the other parts' modules.
@@ -93,10 +102,34 @@ class Part(nn.Module):
             name = f"{blocks}{int(number) + self.first_block}{dot}{rest}"
         return self.family.uncut_prefix() + name.removeprefix(own) if name.startswith(own) else name
 
+    def stretch(self, blocks: range) -> Part:
+        """These blocks alone, by their indices in this part, as a part that shares all modules with it.
+
+        A block keeps its index in this part: masks and caches are those of the whole part.
+        """
+        model, backbone = _shallow(self.model), _shallow(self.family.backbone_of(self.model))
+        backbone.config = copy.copy(backbone.config)
+        backbone.config.num_hidden_layers = len(blocks)
+        for setting in PER_BLOCK:
+            values = getattr(backbone.config, setting, None)
+            if values is not None:
+                vars(backbone.config)[setting] = [values[number] for number in blocks]
+        own = getattr(backbone, self.family.blocks)
+        setattr(backbone, self.family.blocks, nn.ModuleList([own.get_submodule(str(number)) for number in blocks]))
+        setattr(model, self.family.backbone, backbone)
+        return Part(self.name, model, self.family, self.first_block + blocks.start, self.whole)
+
     def hidden(self, **inputs: object) -> torch.Tensor:
         """The last hidden states, ``[batch, length, width]``; keyword arguments as for the family's backbone."""
         backbone = getattr(self.model, self.family.backbone)
         return backbone(**inputs).last_hidden_state  # type: ignore[no-any-return]
+
+
+def _shallow(module: Any) -> Any:
+    """A module with the same submodules and tensors, of which single ones can be replaced."""
+    twin = copy.copy(module)
+    twin.__dict__["_modules"] = dict(module._modules)
+    return twin
 
 
 def load_part(

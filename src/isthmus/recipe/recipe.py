@@ -19,6 +19,7 @@ from isthmus.recipe.checks.aggregation import check_influence, check_products, c
 from isthmus.recipe.checks.asynchrony import check_asynchrony
 from isthmus.recipe.checks.boundary import check_defence, check_release_once
 from isthmus.recipe.checks.budgets import check_budgets
+from isthmus.recipe.checks.cuts import check_cuts
 from isthmus.recipe.checks.evaluation import check_evaluation
 from isthmus.recipe.checks.local_steps import check_control, check_epochs, check_sharpness, check_steps
 from isthmus.recipe.checks.masks import check_cohorts, check_compression
@@ -124,6 +125,7 @@ class Recipe(Section):
         check_release_once(boundary, self.lora)
         check_defence(boundary, self.lora)
         check_ranks(self.lora, federation, silos)
+        check_cuts(self.model, silos, boundary, self.lora)
         check_products(federation, edges)
         check_weights(federation, silos, edges, self.evaluating)
         check_influence(federation, boundary.update)
@@ -269,13 +271,31 @@ class Recipe(Section):
             self.silo
         )
 
-    def of_silo(self, name: str) -> Recipe:
-        """The same recipe with the adapter rank of this silo's bottom and top; their scale stays."""
-        rank = self.party(name).rank
-        if rank is None:
+    def ends(self, name: str) -> tuple[int, int]:
+        """Number of blocks of this silo's bottom and top."""
+        own, model = self.party(name), self.whole.model
+        return own.bottom or model.bottom, own.top or model.top
+
+    @property
+    def widest(self) -> tuple[int, int]:
+        """Number of blocks of the largest bottom and of the largest top of all silos."""
+        ends = [self.ends(silo.name) for silo in self.silo]
+        return max(bottom for bottom, _ in ends), max(top for _, top in ends)
+
+    def of_silo(self, name: str, *, ranked: bool = True) -> Recipe:
+        """The same recipe with the cut of this silo, and the adapter rank of its bottom and top; their scale stays.
+
+        Args:
+            ranked: whether the rank is the silo's, too.
+        """
+        rank, ends = self.party(name).rank if ranked else None, self.ends(name)
+        update: dict[str, Any] = {} if rank is None else {"lora": self.lora.ranked(rank)}
+        if ends != (self.model.bottom, self.model.top):
+            update["model"] = self.model.model_copy(update=dict(zip(("bottom", "top"), ends, strict=True)))
+        if not update:
             return self
-        own = self.model_copy(update={"lora": self.lora.ranked(rank)})
-        own._whole = self
+        own = self.model_copy(update=update)
+        own._whole = self.whole
         return own
 
     @property

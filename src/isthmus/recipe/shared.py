@@ -99,7 +99,7 @@ _TABLES: dict[str, tuple[str, ...]] = {
     "federation.clip": ("norm", "quantile", "rate", "norms"),
     "partition": ("by", "field", "alpha", "held_out", "seed"),
     "edge": ("name", "silos", "parent", "sibling", "minimum"),
-    "silo": ("name", "rank", "steps", "most_rows"),
+    "silo": ("name", "rank", "bottom", "top", "steps", "most_rows"),
 }
 SHARED = frozenset({"seed", *(f"{table}.{key}" for table, keys in _TABLES.items() for key in keys)})
 """The keys that must not differ. Of ``edge`` and ``silo`` each table has its own values, by name: everyone must know

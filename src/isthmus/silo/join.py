@@ -189,6 +189,7 @@ def connect_silo(
     records: Path | None = None,
 ) -> Silo:
     """A silo with initial adapters, whatever the trunk has learned (see ``join``)."""
+    recipe = recipe.of_silo(name, ranked=False)
     device = find_device(recipe.party(name).device)
     checkpoint = Checkpoint(recipe.model.path)
     tokenizer = load_tokenizer(checkpoint.folder)

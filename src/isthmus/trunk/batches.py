@@ -161,7 +161,7 @@ class Evaluations:
         read = _read(jobs, self._begin)
         wanted = {number: sum(map(len, one.pending or [])) for number, (_, one) in enumerate(read)}
         shares = fair_shares(wanted, self._section.chunk) if self._crowded() else wanted
-        pieces = [(job, one.take(shares[number])) for number, (job, one) in enumerate(read)]
+        pieces = [(job, (one.silo, one.take(shares[number]))) for number, (job, one) in enumerate(read)]
         for job, outputs in _computed(pieces, self._pass):
             one: Evaluation = job.request
             one.results += outputs
@@ -175,11 +175,12 @@ class Evaluations:
             one.pending = list(torch.split(self._codecs.decode_forward(one.silo, one.request), lengths))
         return one
 
-    def _pass(self, pieces: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        rows = [row for piece in pieces for row in piece]
+    def _pass(self, pieces: list[tuple[str, list[torch.Tensor]]]) -> list[list[torch.Tensor]]:
+        rows = [row for _, piece in pieces for row in piece]
+        passed = [self._runner.passed(silo) for silo, piece in pieces for _ in piece]
         lengths = [len(row) for row in rows]
-        outputs = iter(torch.split(self._runner.full_pass(torch.cat(rows), lengths), lengths))
-        return [[next(outputs) for _ in piece] for piece in pieces]
+        outputs = iter(torch.split(self._runner.full_pass(torch.cat(rows), lengths, None, (), passed), lengths))
+        return [[next(outputs) for _ in piece] for _, piece in pieces]
 
     def _encoded(self, one: Evaluation) -> Message:
         return self._codecs.encode_hidden(torch.cat(one.results))

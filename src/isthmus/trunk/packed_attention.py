@@ -29,14 +29,25 @@ INITIAL_ROOM = 64
 
 
 class SequenceCache:
-    """The KV cache of one sequence: keys and values of all blocks, both with room for the wider of the two.
+    """The KV cache of one sequence: keys and values of its blocks, both with room for the wider of the two.
 
     Args:
         limit: the most positions that a sequence has.
+        blocks: the part's blocks that the sequence passes, by their indices in the part; None: all.
     """
 
-    def __init__(self, plan: AttentionPlan, limit: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._shape = (len(plan.rules), 2, 1, plan.heads)
+    def __init__(
+        self,
+        plan: AttentionPlan,
+        limit: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        blocks: range | None = None,
+    ) -> None:
+        self.blocks = range(len(plan.rules)) if blocks is None else blocks
+        self.first = self.blocks.start
+        """The first block that the cache has room for."""
+        self._shape = (len(self.blocks), 2, 1, plan.heads)
         self._widths = plan.key_width, plan.value_width
         self._kv = torch.empty(*self._shape, 0, max(self._widths), dtype=dtype, device=device)
         self._limit = limit
@@ -69,19 +80,22 @@ class SequenceCache:
         They become part of the cache when ``length`` is raised, after the last block.
         """
         end = self.length + key_1HNd.shape[2]
-        keys, values = (states[..., :width] for states, width in zip(self._kv[block], self._widths, strict=True))
+        keys, values = (
+            states[..., :width] for states, width in zip(self._kv[block - self.first], self._widths, strict=True)
+        )
         keys[:, :, self.length : end] = key_1HNd
         values[:, :, self.length : end] = value_1HNd
         return keys[:, :, :end], values[:, :, :end]
 
     def since(self, start: int) -> tuple[torch.Tensor, ...]:
-        """Each block's keys and values from this position on, ``[2, H, P - start, d]``."""
+        """Keys and values from this position on of each block from ``first`` on, ``[2, H, P - start, d]``."""
         return self._kv[:, :, 0, :, start : self.length].unbind(0)
 
-    def append(self, kv_L2HNd: torch.Tensor) -> None:
-        """Write all blocks' new keys and values after the cached ones. They become part of the cache when ``length`` is
-        raised."""
-        self._kv[:, :, 0, :, self.length : self.length + kv_L2HNd.shape[-2]] = kv_L2HNd
+    def append(self, kv_L2HNd: torch.Tensor, block: int) -> None:
+        """Write the new keys and values of all blocks from this one on after the cached ones. They become part of the
+        cache when ``length`` is raised."""
+        place = slice(block - self.first, block - self.first + len(kv_L2HNd))
+        self._kv[place, :, 0, :, self.length : self.length + kv_L2HNd.shape[-2]] = kv_L2HNd
 
     def crop(self, length: int) -> None:
         """Drop all positions from this one on."""
@@ -149,6 +163,8 @@ class PackedSequences:
         self._layouts: dict[int | None, tuple[PackedLayout, list[tuple[torch.Tensor, ...]]]] = {}
         self._fresh: list[torch.Tensor] = []
         """New keys and values of each block that the kernel has computed, ``[2, H, T, d]``, not yet cached."""
+        self._first = 0
+        """The first of these blocks."""
 
     @property
     def even(self) -> bool:
@@ -188,21 +204,31 @@ class PackedSequences:
         if not past:
             return kernel(query_1HTd, key_1HTd, value_1HTd, layout, scale)
         fresh_2HTd = torch.cat((key_1HTd, value_1HTd))
+        self._first = self._first if self._fresh else block
         self._fresh.append(fresh_2HTd)
         new = torch.split(fresh_2HTd, self.lengths, dim=-2)
-        pieces = [piece for cached, own in zip(past, new, strict=True) for piece in (cached[block], own)]
+        assert self.caches is not None
+        pieces = [
+            piece
+            for cache, cached, own in zip(self.caches, past, new, strict=True)
+            for piece in (cached[block - cache.first], own)
+        ]
         key_1HSd, value_1HSd = torch.cat(pieces, dim=-2).chunk(2)
         return kernel(query_1HTd, key_1HSd, value_1HSd, layout, scale)
 
     def finish(self) -> None:
         """Add the new positions to the caches, after the last block."""
+        self.store()
+        for cache, new in zip(self.caches or (), self.lengths, strict=False):
+            cache.length += new
+
+    def store(self) -> None:
+        """Write what the kernel has computed into the caches, whose sequences may still pass other blocks."""
         if self.caches is None:
             return
         pieces = torch.split(torch.stack(self._fresh), self.lengths, dim=-2) if self._fresh else ()
         for cache, kv_L2HNd in zip(self.caches, pieces, strict=False):
-            cache.append(kv_L2HNd)
-        for cache, new in zip(self.caches, self.lengths, strict=True):
-            cache.length += new
+            cache.append(kv_L2HNd, self._first)
 
     def mask(self, new: int, past: int, rule: MaskRule, config: PreTrainedConfig, like: torch.Tensor) -> Any:
         """The mask of ``new`` tokens after ``past`` cached positions, in the format of the part's own attention; None

@@ -51,10 +51,16 @@ class PagePool:
 
 
 class PagedCache(SequenceCache):
-    """The KV cache of one sequence, in pages. They are free again when the cache is garbage."""
+    """The KV cache of one sequence, in pages. They are free again when the cache is garbage.
 
-    def __init__(self, pool: PagePool) -> None:
+    Args:
+        blocks: as of ``SequenceCache``. A page has room for all blocks.
+    """
+
+    def __init__(self, pool: PagePool, blocks: range | None = None) -> None:
         self.pool = pool
+        self.blocks = range(pool.kv_L2CPGd.shape[0]) if blocks is None else blocks
+        self.first = 0
         self.pages: list[int] = []
         """The sequence's pages, in order."""
         self.length = 0
@@ -84,12 +90,12 @@ class PagedCache(SequenceCache):
         kv_L2SGd = self.pool.kv_L2CPGd[:, :, self._numbers(first, self.length)].flatten(2, 3)
         return kv_L2SGd[:, :, start - first * PAGE : self.length - first * PAGE].transpose(2, 3).unbind(0)
 
-    def append(self, kv_L2HNd: torch.Tensor) -> None:
+    def append(self, kv_L2HNd: torch.Tensor, block: int) -> None:
         page, place = self._places(self.length + kv_L2HNd.shape[-2])
-        self.pool.kv_L2CPGd[:, :, page, place] = kv_L2HNd.transpose(2, 3)
+        self.pool.kv_L2CPGd[block : block + len(kv_L2HNd), :, page, place] = kv_L2HNd.transpose(2, 3)
 
     def copy(self) -> PagedCache:
-        twin = PagedCache(self.pool)
+        twin = PagedCache(self.pool, self.blocks)
         twin.reserve(self.length)
         twin.length = self.length
         own, theirs = (one._numbers(0, self.length) for one in (self, twin))

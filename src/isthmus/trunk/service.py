@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from google.protobuf.message import Message
 
-from isthmus.errors import MismatchError, ModelError, ProtocolError, RunError
+from isthmus.errors import CutError, MismatchError, ModelError, ProtocolError, RunError
 from isthmus.model import adapters
 from isthmus.model.agreement import check_agreed, hello_of
 from isthmus.model.checkpoint import Checkpoint
@@ -146,9 +146,9 @@ class TrunkService:
                 remedy="give both sides the same files at model.path",
             )
         check_agreed(peer, hello.keys, "the trunk", self._hello.keys)
-        if (hello.bottom, hello.top) != (self._hello.bottom, self._hello.top):
+        if (hello.bottom, hello.top) != (own := self._recipe.ends(peer)):
             raise MismatchError(
-                f"{peer} cuts at ({hello.bottom}, {hello.top}), the trunk at ({self._hello.bottom}, {self._hello.top})",
+                f"{peer} cuts at ({hello.bottom}, {hello.top}), by the trunk's recipe at {own}",
                 remedy="use the same recipe on both sides",
             )
         if self._instances.get(peer) != hello.instance:
@@ -301,7 +301,33 @@ def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:
     dtype = getattr(torch, recipe.trunk.dtype or recipe.model.dtype)
     part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=find_device(recipe.trunk.device))
     adapters.add_trained_layers(part, recipe)
-    return Runner(part, residual=recipe.boundary.residual)
+    return Runner(part, residual=recipe.boundary.residual, passed=_passed_blocks(checkpoint, cut, recipe))
+
+
+def _passed_blocks(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> dict[str, range]:
+    """The blocks of the trunk that each silo's hidden states pass.
+
+    Raises:
+        CutError: a silo's own cut leaves none; it is named.
+    """
+    total: int = checkpoint.config.get_text_config().num_hidden_layers
+    found = {}
+    try:
+        Cut(*recipe.widest).blocks("trunk", total)
+    except CutError as error:
+        raise CutError(
+            f"no block of {total} is left that all silos leave to the trunk: the largest bottom has "
+            f"{recipe.widest[0]}, the largest top {recipe.widest[1]}",
+            remedy="lower silo.bottom or silo.top of the silos that keep most",
+        ) from error
+    for silo in recipe.silo:
+        try:
+            found[silo.name] = cut.passed(Cut(*recipe.ends(silo.name)), total)
+        except CutError as error:
+            raise CutError(
+                f"{silo.name}: {error.message}", remedy=f"lower silo.bottom or silo.top of {silo.name}"
+            ) from error
+    return found
 
 
 def _check_start(part: Part, directory: RoleDirectory, start: str) -> None:

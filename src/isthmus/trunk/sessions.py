@@ -176,10 +176,10 @@ class Sessions:
 
     def _new(self, key: SessionKey, request: pb.Decode) -> Session:
         self._runner.check_context(list(request.lengths))
-        blank = self._runner.new_cache()
+        blank = self._runner.new_cache(key[0])
         self._check_size(sum(map(blank.bytes_for, request.lengths)))  # before there is a cache of each row
         before = self._sessions.pop(key, None)
-        rows = [self._runner.new_cache() for _ in request.lengths]
+        rows = [self._runner.new_cache(key[0]) for _ in request.lengths]
         return Session(key, rows, self._clock(), began=None if before is None else before.began)
 
     def _check_size(self, nbytes: int) -> None:

@@ -417,7 +417,8 @@ class TrunkTraining:
             h_SD = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
             lengths = [length for one in forwards for length in one.lengths]
             masks = [one.masks for one in forwards]
-            outputs = torch.split(self._runner.full_pass(h_SD, lengths, segments, masks), sizes)
+            passed = [self._runner.passed(one.silo) for one in forwards for _ in one.lengths]
+            outputs = torch.split(self._runner.full_pass(h_SD, lengths, segments, masks, passed), sizes)
         made = Pass(inputs, [list(own.values()) for own in leaves], outputs, number=next(self._numbers))
         made.graph_bytes = saved.nbytes + h_SD.nbytes
         for one, size in zip(forwards, sizes, strict=True):

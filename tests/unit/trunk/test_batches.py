@@ -37,7 +37,10 @@ class Stand:
     def forward(self, forwards: list[Any]) -> list[torch.Tensor]:
         return [2 * one.h_TD for one in forwards]
 
-    def full_pass(self, h_TD: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def passed(self, silo: str) -> range:
+        return range(3)
+
+    def full_pass(self, h_TD: torch.Tensor, lengths: list[int], *more: Any) -> torch.Tensor:
         return 2 * h_TD
 
     def encode_hidden(self, h_TD: torch.Tensor) -> torch.Tensor:
@@ -138,7 +141,7 @@ def test_a_pass_that_raises_fails_the_job_alone_that_is_to_blame(kind: str) -> N
         def decode_forward(self, silo: str, request: pb.Forward) -> torch.Tensor:
             return torch.full((sum(request.lengths), WIDTH), float(request.step))
 
-        def full_pass(self, h_TD: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        def full_pass(self, h_TD: torch.Tensor, lengths: list[int], *more: Any) -> torch.Tensor:
             if bool((h_TD == 7.0).any()):
                 raise RuntimeError("out of memory")
             return 2 * h_TD

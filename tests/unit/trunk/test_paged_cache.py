@@ -43,7 +43,7 @@ def step(cache: SequenceCache, kind: str, size: int, seed: int) -> tuple[Sequenc
     cache.reserve(cache.length + size)
     kv_L2HNd, seen = states(size, seed), []
     if kind == "append":
-        cache.append(kv_L2HNd)
+        cache.append(kv_L2HNd, 0)
     else:
         for block, (key_HNd, value_HNd) in enumerate(kv_L2HNd):
             seen += [one.clone() for one in cache.extend(block, key_HNd[None], value_HNd[None])]
@@ -85,7 +85,7 @@ def test_pages_return_when_a_cache_is_garbage_and_the_pool_grows_when_none_is_le
     taken = [cache.pages[0] for cache in caches]
     assert sorted(taken) == [page for page in range(FIRST_PAGES) if page != SCRATCH]
     caches[0].length = PAGE
-    caches[0].append(states(0, 0))
+    caches[0].append(states(0, 0), 0)
     before = pages.kv_L2CPGd
     caches.append(PagedCache(pages))
     caches[-1].reserve(1)

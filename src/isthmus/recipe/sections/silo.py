@@ -50,6 +50,10 @@ class SiloSection(Section):
     rank: Count | None = Field(default=None, examples=[4])
     """Rank of the adapters in this silo's bottom and top, at most lora.rank; only with federation.lora = "svd". Left
     out: lora.rank. Experimental: learning with several ranks is not measured on a real model."""
+    bottom: Count | None = Field(default=None, examples=[3])
+    """Transformer blocks that this silo keeps at the input side, at least model.bottom. Left out: model.bottom."""
+    top: Count | None = Field(default=None, examples=[3])
+    """Transformer blocks that this silo keeps at the output side, at least model.top. Left out: model.top."""
     steps: Count | None = Field(default=None, examples=[5])
     """Optimizer steps of this silo in a round. When they are done the others go on without it. Left out:
     train.steps."""

@@ -1,0 +1,296 @@
+"""Silos with different cuts share one trunk: each gets what a trunk of its own cut computes, and trains what an uncut
+model trains.
+
+Shapes: T tokens of all sequences, N of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from isthmus.data.silo_data import SiloData
+from isthmus.data.tokens import collate
+from isthmus.engines.export import final_adapter
+from isthmus.model import adapters
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.cut import Cut, Part, load_part
+from isthmus.model.families import FAMILIES as KNOWN
+from isthmus.recipe import LoraSection, Recipe
+from isthmus.silo.join import join, load_tokenizer
+from isthmus.storage.record import RoleDirectory, RunDirectory
+from isthmus.trunk.adapter import full_adapter
+from isthmus.trunk.attention_kernels import attend_padded
+from isthmus.trunk.runner import Runner
+from isthmus.trunk.service import TrunkService
+from tests.conftest import MULTIMODAL, make_recipe, targets_of, uncut
+from tests.oracle.conftest import Models
+from tests.oracle.test_federation import RATE, ROUNDS, federate, write_silos
+from tests.oracle.twins import (
+    Tensors,
+    assert_same,
+    distance,
+    load_lora,
+    loopback,
+    lora_of,
+    prompts,
+    random_b,
+    with_lora,
+)
+
+BLOCKS = 7
+WHOLE = Cut(1, 1)
+CUTS = {"north": (1, 1), "east": (2, 2), "south": (1, 2), "west": (3, 1)}
+"""Of bottom and top. Blocks 1, 2 and 5 of 7 are some silos' and the trunk's for the others."""
+DISPUTED = (1, 2, 5)
+LENGTHS = {"north": [3, 20], "east": [23], "south": [1, 17], "west": [16, 2]}
+MIX = [length for own in LENGTHS.values() for length in own]
+ROUNDING = 2e-5
+FAMILIES = [name for name in KNOWN if name not in MULTIMODAL]
+
+
+def equipped(folder: Path, family: str, cut: Cut) -> Part:
+    """A trunk with random adapters, which do not depend on the cut."""
+    part = load_part(Checkpoint(str(folder)), cut, "trunk")
+    adapters.add_adapter(part, LoraSection(rank=4, targets=tuple(targets_of(family))), 0, freeze_a=False)
+    tensors = adapters.adapter_of(part)
+    for name in (name for name in sorted(tensors) if "lora_B" in name):
+        draw = torch.Generator().manual_seed(sum(name.encode()) + 1000 * int(name.split("layers.")[1].split(".")[0]))
+        tensors[name] = 0.3 * torch.randn(tensors[name].shape, generator=draw)
+    adapters.load_adapter(part, tensors)
+    return part
+
+
+def shared_runner(folder: Path, family: str, *, residual: bool = False, record: bool = False) -> Runner:
+    passed = {name: WHOLE.passed(Cut(*cut), BLOCKS) for name, cut in CUTS.items()}
+    return Runner(equipped(folder, family, WHOLE), residual=residual, record=record, passed=passed)
+
+
+def own_runners(folder: Path, family: str, *, residual: bool = False) -> dict[str, Runner]:
+    return {
+        name: Runner(equipped(folder, family, Cut(*cut)), residual=residual, record=False) for name, cut in CUTS.items()
+    }
+
+
+def hidden(tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(tokens, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def by_silo(h_TD: torch.Tensor) -> dict[str, torch.Tensor]:
+    pieces = torch.split(h_TD, [sum(own) for own in LENGTHS.values()])
+    return dict(zip(LENGTHS, pieces, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_shared_pass_is_each_silos_own_blocks(family: str, residual: bool, models: Models) -> None:
+    """Whole sequences; then cached ones, in pieces that come in mixed passes; both with a kernel, too."""
+    folder = models(family, blocks=BLOCKS)
+    shared, own = shared_runner(folder, family, residual=residual), own_runners(folder, family, residual=residual)
+    h_TD = hidden(sum(MIX))
+    expected = torch.cat([own[name].full_pass(h_ND, LENGTHS[name]) for name, h_ND in by_silo(h_TD).items()])
+    passed = [shared.passed(name) for name, lengths in LENGTHS.items() for _ in lengths]
+    for kernel in (None, attend_padded) if shared.plan.uniform else (None,):
+        shared._kernel = kernel
+        assert distance(shared.full_pass(h_TD, MIX, passed=passed), expected) <= ROUNDING
+        caches = [shared.new_cache(name) for name, lengths in LENGTHS.items() for _ in lengths]
+        assert [cache.blocks for cache in caches] == passed
+        rows = list(torch.split(h_TD, MIX))
+        got: list[list[torch.Tensor]] = [[] for _ in rows]
+        for size in (1, 7, 16):
+            left = [(number, row[:size]) for number, row in enumerate(rows) if len(row)]
+            rows = [row[size:] for row in rows]
+            sizes = [len(piece) for _, piece in left]
+            results_TD = shared.cached_pass(
+                torch.cat([piece for _, piece in left]), sizes, [caches[number] for number, _ in left]
+            )
+            for (number, _), result in zip(left, torch.split(results_TD, sizes), strict=True):
+                got[number].append(result)
+        assert [cache.length for cache in caches] == MIX
+        assert distance(torch.cat([piece for row in got for piece in row]), expected) <= ROUNDING
+
+
+@torch.inference_mode()
+def test_recorded_passes_of_one_token_are_each_silos_own_blocks(models: Models) -> None:
+    folder = models("llama", blocks=BLOCKS)
+    shared, own = shared_runner(folder, "llama", record=True), own_runners(folder, "llama")
+    caches = {name: (shared.new_cache(name), own[name].new_cache()) for name in CUTS}
+    for seed, tokens in enumerate((70, 1, 1)):
+        given = {name: hidden(tokens, 10 * seed + place) for place, name in enumerate(CUTS)}
+        got_TD = shared.cached_pass(
+            torch.cat(list(given.values())), [tokens] * len(CUTS), [one for one, _ in caches.values()]
+        )
+        for (name, h_ND), result in zip(given.items(), torch.split(got_TD, tokens), strict=True):
+            assert distance(result, own[name].cached_pass(h_ND, [tokens], [caches[name][1]])) <= ROUNDING
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_gradients_of_a_shared_pass_are_each_silos_own(at_once: bool, models: Models) -> None:
+    """Each silo with an adapter and dropout masks of its own; blocks that it does not pass have no gradient."""
+    folder = models("llama", blocks=BLOCKS)
+    shared, own = shared_runner(folder, "llama"), own_runners(folder, "llama")
+    shared._groups._at_once = at_once
+    given, gradient_TD = by_silo(hidden(sum(MIX))), hidden(sum(MIX), seed=1)
+    keys = dict(zip(CUTS, ("a", None, "c", "d"), strict=True))
+    leaves: dict[str, Tensors] = {}
+    for place, name in enumerate(CUTS):
+        draw = torch.Generator().manual_seed(place)
+        leaves[name] = {
+            key: (one + 0.1 * torch.randn(one.shape, generator=draw)).requires_grad_()
+            for key, one in adapters.adapter_of(shared.part).items()
+        }
+    segments = [(len(given[name]), full_adapter(shared.part, leaves[name])) for name in CUTS]
+    passed = [shared.passed(name) for name, lengths in LENGTHS.items() for _ in lengths]
+    for part in (shared.part, *(runner.part for runner in own.values())):
+        for module in part.modules():
+            if isinstance(module, torch.nn.ModuleDict) and "default" in module and hasattr(module["default"], "p"):
+                module["default"].p = 0.3
+    output_TD = shared.full_pass(torch.cat(list(given.values())), MIX, segments, list(keys.values()), passed)
+    wanted = [tensor for one in leaves.values() for tensor in one.values()]
+    found = iter(torch.autograd.grad(output_TD, wanted, gradient_TD, allow_unused=True))
+    for (name, own_TD), output in zip(by_silo(gradient_TD).items(), by_silo(output_TD).values(), strict=True):
+        got = {key: next(found) for key in leaves[name]}
+        mine = [key for key in leaves[name] if key in adapters.adapter_parameters(own[name].part)]
+        segment = [(len(own_TD), full_adapter(own[name].part, leaves[name]))]
+        alone_TD = own[name].full_pass(given[name], LENGTHS[name], segment, [keys[name]])
+        expected = torch.autograd.grad(alone_TD, [leaves[name][key] for key in mine], own_TD)
+        assert distance(output.detach(), alone_TD.detach()) <= ROUNDING
+        assert_same({key: got[key] for key in mine}, dict(zip(mine, expected, strict=True)), 10 * ROUNDING)
+        assert all(one is None for key, one in got.items() if key not in mine)
+
+
+def mixed(model: Path, folder: Path, **train: object) -> Recipe:
+    silos = [one | dict(zip(("bottom", "top"), CUTS[one["name"]], strict=True)) for one in write_silos(folder)]
+    return make_recipe(
+        model,
+        federation={"lora": "plain"},
+        silo=silos,
+        lora={"targets": targets_of("llama")},
+        model={"bottom": 1, "top": 1},
+        task={"prompt": "{text}", "answer": " {reply}"},
+        train={"rounds": ROUNDS, "steps": 1, "batch": 3, "learning_rate": RATE, "evaluate": False, **train},
+    )
+
+
+def is_disputed(name: str) -> bool:
+    return any(f".layers.{block}." in name for block in DISPUTED)
+
+
+class HandAveraged:
+    """Uncut models in one process, one a silo, whose adapters are averaged by hand: those of the trunk's blocks at each
+    step, those of all silos' at each round's end; those of blocks that some silos keep and others do not rest."""
+
+    def __init__(self, recipe: Recipe, start: Tensors) -> None:
+        self.recipe, tokenizer = recipe, load_tokenizer(Path(recipe.model.path))
+        self.whole = {silo.name: with_lora(uncut(Path(recipe.model.path)), recipe) for silo in recipe.silo}
+        self.data = {silo.name: SiloData(silo, recipe, tokenizer) for silo in recipe.silo}
+        for one in self.whole.values():
+            load_lora(one, start)
+        ends = adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe).keys()
+        self.ends = sorted(ends)
+        self.middle = sorted(name for name in start if name not in ends and not is_disputed(name))
+        self.optimizers = {
+            name: self.optimizer([lora_of(one)[key] for key in self.ends]) for name, one in self.whole.items()
+        }
+        first = lora_of(next(iter(self.whole.values())))
+        self.trunk = self.optimizer([first[key] for key in self.middle])
+
+    def optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        if self.recipe.train.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=RATE)
+        return torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+
+    def round(self, number: int) -> None:
+        begun = {key: one.detach().clone() for key, one in lora_of(self.whole["north"]).items()}
+        weights = dict.fromkeys(self.whole, 0.0)
+        batches = {name: data.round_batches(number) for name, data in self.data.items()}
+        for step in range(self.recipe.train.steps):
+            taken = {name: collate(batches[name][step], self.data[name].pad) for name in self.whole}
+            total = sum(batch.weight for batch in taken.values())
+            mean = {key: torch.zeros_like(begun[key]) for key in self.middle}
+            for name, batch in taken.items():
+                own = lora_of(self.whole[name])
+                self.whole[name].zero_grad()
+                self.whole[name](**batch.inputs()).loss.backward()
+                self.optimizers[name].step()
+                for key in self.middle:
+                    mean[key] += batch.weight / total * own[key].grad
+                weights[name] += batch.weight
+            parameters = {name: lora_of(one) for name, one in self.whole.items()}
+            for key in self.middle:
+                parameters["north"][key].grad = mean[key]
+            self.trunk.step()
+            with torch.no_grad():
+                for own in parameters.values():
+                    for key in self.middle:
+                        own[key].copy_(parameters["north"][key])
+        with torch.no_grad():
+            parameters = {name: lora_of(one) for name, one in self.whole.items()}
+            for key in self.ends:
+                changes = [weights[name] * (own[key] - begun[key]) for name, own in parameters.items()]
+                after = begun[key] + sum(changes, torch.zeros_like(begun[key])) / sum(weights.values())
+                for own in parameters.values():
+                    own[key].copy_(after)
+
+    def adapter(self) -> Tensors:
+        return {key: one.detach() for key, one in lora_of(self.whole["north"]).items()}
+
+
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("sgd", 1e-5), ("adamw", 1e-4)])
+def test_mixed_cuts_train_what_uncut_models_train(
+    optimizer: str, tolerance: float, models: Models, tmp_path: Path
+) -> None:
+    """Three rounds of three steps: the adapters of hand-averaged uncut models, the same at every silo. Adam divides
+    rounding errors by gradients that are as small."""
+    recipe = mixed(models("llama", blocks=BLOCKS), tmp_path, steps=3, batch=2, optimizer=optimizer, weight_decay=0.0)
+    run = RunDirectory.create(tmp_path / "run", recipe)
+    trunk, ends = federate(recipe, run)
+    start = dict(run.role("trunk").load_round(0)["adapter"])
+    start |= adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe)
+    oracle = HandAveraged(recipe, start)
+    for number in range(1, ROUNDS + 1):
+        oracle.round(number)
+    expected = oracle.adapter()
+    for own in ends:
+        torch.testing.assert_close(trunk | own, expected, rtol=0, atol=tolerance)
+    moved = {name for name, one in expected.items() if not torch.equal(one, start[name])}
+    assert moved == {name for name in expected if not is_disputed(name)}
+    number, kept = final_adapter(run)
+    assert number == ROUNDS
+    torch.testing.assert_close(kept, trunk | ends[0], rtol=0, atol=0)
+
+
+@pytest.fixture
+def served(models: Models, tmp_path: Path) -> Iterator[tuple[Recipe, TrunkService]]:
+    recipe = mixed(models("llama", blocks=BLOCKS), tmp_path)
+    service = TrunkService(recipe, RoleDirectory(tmp_path / "trunk"))
+    yield recipe, service
+    service.stop()
+
+
+def test_each_silo_generates_the_uncut_models_tokens(served: tuple[Recipe, TrunkService]) -> None:
+    """All silos at once, greedily and with beams."""
+    recipe, service = served
+    silos = {name: join(recipe, name, channel=loopback(service, name, recipe)) for name in CUTS}
+    part = service._runner.part
+    tensors = {
+        key: one for silo in silos.values() for own in silo.parts for key, one in adapters.adapter_of(own).items()
+    }
+    tensors |= adapters.adapter_of(part)
+    tensors |= random_b(tensors)
+    for one in (part, *(own for silo in silos.values() for own in silo.parts)):
+        adapters.load_adapter(one, tensors)
+    whole = with_lora(uncut(Path(recipe.model.path)), recipe)
+    load_lora(whole, tensors)
+    for settings in ({}, {"num_beams": 3}):
+        how = {**prompts(), "max_new_tokens": 12, "do_sample": False, **settings}
+        expected = whole.generate(**how)
+        for name, silo in silos.items():
+            assert silo.model.bottom.config.num_hidden_layers == CUTS[name][0]
+            assert torch.equal(silo.model.generate(**how), expected)
+    for silo in silos.values():
+        silo.close()

@@ -1,0 +1,62 @@
+"""Cuts of single silos, and what they exclude."""
+
+from __future__ import annotations
+
+import pytest
+
+from isthmus.errors import MismatchError
+from isthmus.recipe import Recipe
+from isthmus.recipe.shared import check_shared, shared_keys
+from tests.unit.recipe.refusals import OUT, Case, assert_mended, changed, least, name_of
+
+CASES: list[Case] = [
+    (
+        {"model.bottom": 2, "silo.1.bottom": 1},
+        "silo.bottom: b would keep 1 of the 2 blocks that the trunk leaves",
+        "raise it to 2 or more",
+        {"silo.1.bottom": 2},
+    ),
+    (
+        {"model.top": 3, "silo.0.top": 2},
+        "silo.top: a would keep 2 of the 3 blocks that the trunk leaves",
+        "lower model.top for all",
+        {"model.top": 2},
+    ),
+    (
+        {"silo.0.bottom": 4, "boundary.width": 16},
+        "boundary.width: a bottleneck's layers learn the hidden states of one depth",
+        "leave out boundary.width",
+        {"boundary.width": OUT},
+    ),
+    (
+        {"silo.0.bottom": 4, "lora.freeze_bottom": True, "lora.start": "adapter"},
+        "lora.start: with lora.freeze_bottom a silo with a larger bottom has no adapter",
+        "leave out lora.start",
+        {"lora.start": OUT},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_impossible_cuts_are_refused(case: Case) -> None:
+    assert_mended(case)
+
+
+def test_each_silo_has_its_own_ends_and_the_recipe_the_widest() -> None:
+    recipe = Recipe.of(changed(least(), {"silo.0.bottom": 5, "silo.1.top": 3}))
+    assert [recipe.ends(name) for name in "abc"] == [(5, 2), (2, 3), (2, 2)]
+    assert recipe.widest == (5, 3)
+    own = recipe.of_silo("a")
+    assert (own.model.bottom, own.model.top) == (5, 2)
+    assert own.ends("b") == (2, 3)
+    assert own.widest == recipe.widest
+    assert own.whole is recipe.of_silo("c") is recipe
+    assert own.of_silo("b").whole is recipe
+    assert own.of_silo("c").model == recipe.model
+
+
+def test_all_parties_must_know_each_silos_cut() -> None:
+    one, other = (Recipe.of(changed(least(), {"silo.0.bottom": bottom})) for bottom in (3, 4))
+    assert shared_keys(one.of_silo("a")) == shared_keys(one)
+    with pytest.raises(MismatchError, match=r"silo\.a\.bottom = 3, the trunk 4"):
+        check_shared("b", shared_keys(one), "the trunk", shared_keys(other))
