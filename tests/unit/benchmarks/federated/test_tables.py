@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.common.results import Results
 from benchmarks.common.rows import Rows
-from benchmarks.federated.tables import quality, sets
+from benchmarks.federated.tables import parallel, quality, sets
 from benchmarks.federated.tables.cells import Cell
 from benchmarks.federated.tables.sets import SILOS, Source, skewed, whole
 from tests.conftest import save_tiny_model, write_rows
@@ -166,3 +167,32 @@ def test_another_recipe_is_another_measurement(source: Source, tmp_path: Path, m
         monkeypatch.setitem(quality.FEDERATED, "federation", {"lora": "plain"})
         after = {arm: by_seed[0].cell(arm).determined for arm in quality.ARMS}
     assert {arm for arm in quality.ARMS if repr(before[arm]) != repr(after[arm])} == {"federated", "noised"}
+
+
+def test_ways_to_share_a_trunk_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parallel, "SHARED", tmp_path)
+    monkeypatch.setattr(parallel, "SAMPLES", 4)
+    monkeypatch.setattr(parallel, "SILOS", (2,))
+    (tmp_path / "superglue_record").mkdir()
+    write_rows(tmp_path / "superglue_record" / "train32.jsonl", [record_row(number) for number in range(6)])
+    setting = quality.Setting(save_tiny_model("llama", tmp_path / "model"), "cpu", (0,))
+    table = Results("nowhere", "a test")
+    parallel.report(table, setting)
+    assert not table.rows
+    assert "not measured" in capsys.readouterr().out
+    parallel.run(setting)
+    parallel.report(table, setting)
+    said = {row.measure: row.value for row in table.rows}
+    for way in parallel.WAYS:
+        assert (said[f"parallel, {way}, 2 silos: time beside centralized"] or 0.0) > 0
+    assert said["parallel, replica, 2 silos: time beside centralized, the paper's"] == round(348 / 382, 4)
+    assert all(row.goal is None for row in table.rows)  # other work on the machine is in these times
+
+
+def record_row(number: int) -> dict[str, Any]:
+    query = {"query": "w11 @placeholder w12", "answers": [{"text": "w21"}]}
+    entities = [{"start": 0, "end": 2}, {"start": 4, "end": 6}]
+    return {"passage": {"text": f"w21 w22 w{30 + number}", "entities": entities}, "qas": [query, query], "idx": number}
