@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +177,19 @@ class Clock:
                 self._whole[round] = time.process_time()
 
     def times(self) -> tuple[Times, ...]:
-        """By round, from when all silos ask for its plan to when they ask for the next."""
+        """By round, from when all silos ask for its plan to when they ask for the next; none where some silos leave
+        rounds out, since then nobody waits for all."""
         rounds = max(round for round, _ in self._marks) - 1
+        if any(len(self._marks[round, 0]) < self._silos for round in range(1, rounds + 2)):
+            return ()
         return tuple(self._times(round) for round in range(1, rounds + 1))
 
     def _times(self, round: int) -> Times:
         steps = [*sorted(mark for mark in self._marks if mark[0] == round), (round + 1, 0)]
-        marks = [self._marks[step] for step in steps]
-        spans = [[after[peer] - before[peer] for peer in before] for before, after in pairwise(marks)]
+        before, spans = dict(self._marks[steps[0]]), []
+        for marks in (self._marks[step] for step in steps[1:]):
+            spans.append([marks[peer] - before[peer] for peer in marks])
+            before |= marks  # who takes fewer steps goes on from its last one
         summed = self._whole[round + 1] - self._whole[round]
         silos = sum(map(sum, spans))
         return Times(sum(map(max, spans)) + max(0.0, summed - silos), summed)

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.results import DEVICE, Results
-from benchmarks.federated.tables import parallel, quality
+from benchmarks.federated.tables import optimizers, parallel, quality
 from benchmarks.federated.tables.sets import SOURCES
 from isthmus.demo.assets import smollm2
 
-TABLES = ("quality", "parallel")
+TABLES = ("quality", "parallel", "optimizers")
 
 
 def main() -> None:
@@ -33,6 +33,10 @@ def main() -> None:
         if not asked.report:
             parallel.run(setting)
         parallel.report(results, setting)
+    if "optimizers" in asked.table:
+        if not asked.report:
+            optimizers.run(setting.seeds)
+        optimizers.report(results, setting.seeds)
     print(f"written: {results.write(keep=True)}")
 
 

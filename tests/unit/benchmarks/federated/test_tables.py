@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 
 from benchmarks.common.results import Results
 from benchmarks.common.rows import Rows
-from benchmarks.federated.tables import parallel, quality, sets
+from benchmarks.federated.corpora import Corpus, Files, written
+from benchmarks.federated.tables import optimizers, parallel, quality, sets
 from benchmarks.federated.tables.cells import Cell
 from benchmarks.federated.tables.sets import SILOS, Source, skewed, whole
 from tests.conftest import save_tiny_model, write_rows
@@ -196,3 +198,39 @@ def record_row(number: int) -> dict[str, Any]:
     query = {"query": "w11 @placeholder w12", "answers": [{"text": "w21"}]}
     entities = [{"start": 0, "end": 2}, {"start": 4, "end": 6}]
     return {"passage": {"text": f"w21 w22 w{30 + number}", "entities": entities}, "qas": [query, query], "idx": number}
+
+
+def test_optimizers_are_compared_with_plain_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every optimizer's recipe holds; those that make rounds uneven run and are compared. Six silos, two rounds."""
+    monkeypatch.chdir(tmp_path)
+    model = save_tiny_model("llama", tmp_path / "model")
+
+    def files(folder: Path, silos: int) -> Files:
+        return written(
+            folder, {f"s{number}": (rows(8, seed=number), rows(2, seed=99 + number)) for number in range(silos)}
+        )
+
+    sections = {"model": {"bottom": 1, "top": 1}, "task": TASK, "train": {"batch": 2}, "lora": {"rank": 2}}
+    monkeypatch.setattr(optimizers, "CORPORA", {"made-up": Corpus(lambda: model, files, sections)})
+    monkeypatch.setattr(optimizers, "ROUNDS", 2)
+    monkeypatch.setattr(optimizers, "SILOS", 6)
+    monkeypatch.setattr(optimizers, "UNEQUAL", (1, 2, 3, 1, 1, 2))
+    monkeypatch.setattr(optimizers, "STEPS", 1)
+    every = optimizers.OPTIMIZERS
+    for name in every:
+        assert optimizers.recipe_for("made-up", name, 0, 1e-2, tmp_path, False).train.rounds == 2
+    few = ("FedAvg", "buffered", "FedAvg, unequal steps", "FedNova")
+    monkeypatch.setattr(optimizers, "OPTIMIZERS", {one: replace(every[one], rates=every[one].rates[:1]) for one in few})
+    table = Results("nowhere", "a test")
+    optimizers.report(table, (0,))
+    assert not table.rows
+    optimizers.run((0,))
+    optimizers.report(table, (0,))
+    assert "not measured" in capsys.readouterr().out
+    measures = {row.measure for row in table.rows}
+    for name, one in optimizers.OPTIMIZERS.items():
+        assert f"made-up, {name}: loss after 2 rounds, 1 seeds" in measures
+        compared = f"made-up, {name}: rounds to the loss of {one.against}, of 2" in measures
+        assert compared == (name != one.against)
