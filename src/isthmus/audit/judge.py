@@ -98,7 +98,7 @@ class Judge:
     def _tokens(self, recovered: RecoveredTokens) -> Scored:
         """Scores on all tokens, on those outside the template, and on the sensitive ones."""
         truth = self.scenario.captured.truth
-        masks = {"all": None, "text": None if self.inference else _text(self.scenario.rows)}
+        masks = {"all": None, "text": None if self.inference else text_masks(self.scenario.rows)}
         if self.sensitive is not None:
             sensitive = [self.sensitive(row) for row in truth]
             masks |= {"sensitive": sensitive} if any(map(any, sensitive)) else {}
@@ -194,7 +194,7 @@ class Judge:
         return text
 
 
-def _text(rows: Sequence[Tokens]) -> list[list[bool]] | None:
+def text_masks(rows: Sequence[Tokens]) -> list[list[bool]] | None:
     """Masks of the tokens outside filler and template, that is outside the ends that all prompts share; None if they
     share no end, or if all prompts are equal."""
     prompts = [row.prompt for row in rows]

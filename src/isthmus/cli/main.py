@@ -7,7 +7,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
@@ -15,6 +15,9 @@ from isthmus.cli.terminal import as_utf8, check_arguments, encoding_error, flush
 from isthmus.engines.lifetime import Stopped, end_with_engine, stoppable
 from isthmus.engines.threads import share_cores
 from isthmus.errors import IsthmusError
+
+if TYPE_CHECKING:
+    from isthmus.recipe import Recipe
 
 app = typer.Typer(
     help="Fine-tune one language model across silos that cannot share their text.",
@@ -53,6 +56,7 @@ def run(
     from isthmus.errors import RecipeError
     from isthmus.recipe import Recipe
     from isthmus.report.live import run_with_progress
+    from isthmus.storage.record import RunDirectory
 
     if (recipe is None) == (resume is None):
         raise RecipeError("give either a recipe or --resume", remedy="isthmus run RECIPE, or isthmus run --resume DIR")
@@ -63,7 +67,11 @@ def run(
         directory = open_resumed(resume)
     else:
         assert recipe is not None
-        directory = create_run(Recipe.read(recipe), run_dir)
+        read = Recipe.read(recipe, undecided=True)
+        if read.model.cut == "auto":
+            RunDirectory.require_free(run_dir)
+            read = _measured_cut(read)
+        directory = create_run(read, run_dir)
     run_with_progress(directory)
     typer.echo(f"run directory: {directory.path}")
     typer.echo(
@@ -141,7 +149,7 @@ def certificates(recipe: RecipePath) -> None:
     from isthmus.engines.certificates import make_certificates
     from isthmus.recipe import Recipe
 
-    read = Recipe.read(recipe)
+    read = Recipe.read(recipe, undecided=True)
     make_certificates(read, Path(read.wire.certificates))
     typer.echo(f"certificates: {read.wire.certificates} (give each party its own folder and no other)")
 
@@ -218,7 +226,7 @@ def data(
     from isthmus.recipe import Recipe
     from isthmus.report import data_table
 
-    summary = summarize_data(Recipe.read(recipe), silo or (), examples)
+    summary = summarize_data(Recipe.read(recipe, undecided=True), silo or (), examples)
     if as_json:
         typer.echo(data_table.data_json(summary))
     else:
@@ -326,6 +334,64 @@ def attack(
 
 
 @app.command()
+def cut(
+    recipe: RecipePath,
+    silo: Annotated[Optional[str], typer.Option(help="The silo to measure; the recipe's first by default.")] = None,  # noqa: UP045
+    cuts: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help='Blocks at bottom and top, as "1,1 2,2"; repeatable. Six cuts by default.'),
+    ] = None,
+    rows: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Rows to attack, 0 for no attack; 24, or half of the silo's, by default."),
+    ] = None,
+    attack: Annotated[list[str], typer.Option(help="linear, matching or transformer; repeatable.")] = ["linear"],  # noqa: B006
+    memory: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="MB that the silo's process may take; what is free by default."),
+    ] = None,
+    leakage: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, max=1, help="Largest share of tokens recovered; the recipe's model.leakage by default."),
+    ] = None,
+    rtt: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="ms of a round trip to the trunk; measured by default, if the trunk is there."),
+    ] = None,
+    bandwidth: Annotated[Optional[float], typer.Option(min=0.001, help="MB/s to and from the trunk.")] = None,  # noqa: UP045
+    trunk: Annotated[bool, typer.Option(help="Measure the trunk's part on this machine, too.")] = True,
+    write: Annotated[bool, typer.Option("--write", help="Write the chosen cut to the recipe.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure where to cut the model: memory, times, bytes and what an attack recovers, for each cut."""
+    from rich.console import Console
+
+    from isthmus.audit.cuts import CutPlan, measure_cuts, write_cut
+    from isthmus.recipe import Recipe
+    from isthmus.report import cut_table
+
+    plan = CutPlan(
+        silo,
+        tuple(cuts or ()),
+        rows,
+        tuple(attack),
+        None if memory is None else int(1e6 * memory),
+        leakage,
+        None if rtt is None else 1e-3 * rtt,
+        None if bandwidth is None else 1e6 * bandwidth,
+        trunk,
+    )
+    choice = measure_cuts(Recipe.read(recipe, undecided=True), plan, _notify)
+    if as_json:
+        typer.echo(cut_table.cut_json(choice))
+    else:
+        cut_table.show_cuts(choice, Console())
+    if write:
+        write_cut(recipe, choice.bottom, choice.top)
+        _notify(f"written: {recipe}")
+
+
+@app.command()
 def check(
     model: Annotated[str, typer.Argument(help="A model folder, or a model id of the Hugging Face hub.")],
     cut: Annotated[str | None, typer.Option(help="Blocks at bottom and top, as 2,3; a third each by default.")] = None,
@@ -363,6 +429,18 @@ def _train_baseline(recipe: Path | None, run_dir: Path, kind: Literal["alone", "
     directory = open_resumed(run_dir) if recipe is None else baseline_run(Recipe.read(recipe), run_dir)
     train_baseline(directory, kind, typer.echo)
     typer.echo(f"run directory: {directory.path}\nnext: isthmus evaluate {directory.path}")
+
+
+def _measured_cut(recipe: Recipe) -> Recipe:
+    """The recipe with the cut that a measurement on this machine chooses; its table is printed."""
+    from rich.console import Console
+
+    from isthmus.audit.cuts import cut_for_run
+    from isthmus.report.cut_table import show_cuts
+
+    choice = cut_for_run(recipe, _notify)
+    show_cuts(choice, Console())
+    return recipe.with_cut(choice.bottom, choice.top)
 
 
 def _notify(message: str) -> None:

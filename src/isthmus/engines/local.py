@@ -34,8 +34,10 @@ def create_run(recipe: Recipe, path: Path) -> RunDirectory:
         DataError: a row or data file is unusable, refused by the model's chat template, or longer than the recipe
             allows; all of them are counted.
         ModelError: rows are conversations, and the model has no chat template.
+        RecipeError: the recipe's cut is not chosen yet.
         RunError: the directory already holds a run.
     """
+    recipe.require_cut()
     check_examples(recipe)
     if recipe.train.long_rows == "refuse" or recipe.task.chat or recipe.task.messages:
         from isthmus.engines.data_check import check_lengths

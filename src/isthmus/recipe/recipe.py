@@ -140,12 +140,15 @@ class Recipe(Section):
         return self
 
     @classmethod
-    def read(cls, path: Path | str) -> Recipe:
+    def read(cls, path: Path | str, *, undecided: bool = False) -> Recipe:
         """The recipe in a TOML file, its paths made absolute.
+
+        Args:
+            undecided: also one whose cut is not chosen yet (``model.cut = "auto"``).
 
         Raises:
             RecipeError: the file is missing, is not TOML, or has an unknown key or an impossible value; or it begins
-                with a checksum (see ``with_checksum``) of other lines.
+                with a checksum (see ``with_checksum``) of other lines; or its cut is not chosen yet.
         """
         path = Path(path)
         try:
@@ -158,7 +161,10 @@ class Recipe(Section):
             raise RecipeError(f"{path} is not UTF-8 text: {error}", remedy="save the file as UTF-8") from error
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path} is not TOML: {error}", remedy="correct the line it names") from error
-        return cls.of(values).anchored(path.resolve().parent)
+        recipe = cls.of(values).anchored(path.resolve().parent)
+        if not undecided:
+            recipe.require_cut(path)
+        return recipe
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Recipe:
@@ -187,6 +193,24 @@ class Recipe(Section):
                 "silo": tuple(silo.anchored(absolute) for silo in self.silo),
             }
         )
+
+    def require_cut(self, path: Path | str = "RECIPE") -> None:
+        """Refuse a recipe whose cut is not chosen yet: all parties must have one and the same.
+
+        Raises:
+            RecipeError: ``model.cut`` is "auto".
+        """
+        if self.model.cut == "auto":
+            raise RecipeError(
+                'model.cut = "auto" leaves the cut to a measurement, which has not been made',
+                remedy=f"run 'isthmus cut --write {path}' where a silo's rows are, and give all parties the recipe "
+                "that it writes; 'isthmus run' on one machine measures by itself",
+            )
+
+    def with_cut(self, bottom: int, top: int) -> Recipe:
+        """The same recipe with this cut stated."""
+        model = self.model.model_copy(update={"cut": "stated", "bottom": bottom, "top": top})
+        return self.model_copy(update={"model": model})
 
     def toml(self) -> str:
         """This recipe as TOML text; ``Recipe.read`` of it gives an equal recipe."""

@@ -26,6 +26,7 @@ _OWN_BUDGET = "a silo's own limit on what leaves it; it may be stricter than oth
 FREE: dict[str, str] = {
     "threads": _OWN_MACHINE,
     "model.path": "a place on each party's machine; the files are compared by their fingerprint",
+    "model.leakage": "what a cut is chosen by before anything starts; the cut is compared",
     "lora.start": "a place on each party's machine; the adapters in it are compared by their digest",
     "train.keep_rounds": "how much of its own disk each party gives to earlier rounds; training reads the last ones",
     "train.micro_batches": "how a silo cuts its steps into frames; the step is the same",
@@ -68,7 +69,7 @@ FREE: dict[str, str] = {
 
 _RELEASE = ("mechanism", "clip", "noise", "epsilon", "delta", "unit")
 _TABLES: dict[str, tuple[str, ...]] = {
-    "model": ("bottom", "top", "dtype"),
+    "model": ("cut", "bottom", "top", "dtype"),
     "lora": ("rank", "alpha", "rslora", "dropout", "targets", "freeze_bottom"),
     "train": (
         *("rounds", "steps", "epochs", "most_rows", "batch", "max_tokens"),

@@ -94,14 +94,23 @@ class RunDirectory:
         Raises:
             RunError: the directory already holds a run.
         """
+        cls.require_free(path)
         run = cls(path.resolve())
-        if any((run.path / role).exists() for role in ROLES):
+        run._write(recipe)
+        return run
+
+    @classmethod
+    def require_free(cls, path: Path) -> None:
+        """Check that a run can be created at this path.
+
+        Raises:
+            RunError: the directory already holds a run.
+        """
+        if any((path.resolve() / role).exists() for role in ROLES):
             raise RunError(
                 f"{path} already holds a run",
                 remedy=f"continue it with 'isthmus run --resume {path}', or name another directory",
             )
-        run._write(recipe)
-        return run
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:

@@ -45,12 +45,16 @@ def test_own_rows_can_be_drawn_with_fresh_noise(target: Target) -> None:
     assert not torch.equal(one.crossing.hidden_LD, other.crossing.hidden_LD)
 
 
-def test_a_trunk_of_zeros_answers_forwards_only(target: Target) -> None:
+def test_a_trunk_of_zeros_answers_what_a_silo_asks_between_rounds(target: Target) -> None:
     trunk = ZeroTrunk(target.recipe)
-    answer = trunk.handle("a", pb.Forward(lengths=[1, 2])).result()
-    assert not codec.decode(answer.hidden, rows=3, width=32, codec="fp32").any()  # type: ignore[attr-defined]
-    with pytest.raises(ProtocolError, match="Decode"):
-        trunk.handle("a", pb.Decode())
+    for asked in (pb.Forward(lengths=[1, 2]), pb.Decode(lengths=[1, 2])):
+        answer = trunk.handle("a", asked).result()
+        assert not codec.decode(answer.hidden, rows=3, width=32, codec="fp32").any()  # type: ignore[attr-defined]
+    trunk.handle("a", pb.Forward(step=7, lengths=[3], train=True, hidden=pb.Matrix(rows=3, width=4))).result()
+    back = trunk.handle("a", pb.Backward(step=7, reply=True, gradient=pb.Matrix(rows=3, width=32))).result()
+    assert (back.gradient.rows, back.gradient.width) == (3, 4)  # type: ignore[attr-defined]
+    with pytest.raises(ProtocolError, match="Commit"):
+        trunk.handle("a", pb.Commit())
 
 
 def test_a_silo_that_is_none_is_refused(target: Target) -> None:

@@ -43,6 +43,10 @@ COMMANDS = {
         "--references=2",
         "--device=cpu",
     ],
+    "cut": [
+        *("RECIPE", "--silo=", "--cuts=", "--rows=", "--attack=['linear']", "--memory=", "--leakage=", "--rtt="),
+        *("--bandwidth=", "--trunk/--no-trunk=True", "--write=False", "--json=False"),
+    ],
     "check": ["MODEL", "--cut=", "--length=64"],
     "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1"],
 }

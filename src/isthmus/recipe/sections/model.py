@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 
 from isthmus.recipe.section import Count, Dtype, Section
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class ModelSection(Section):
@@ -12,6 +16,12 @@ class ModelSection(Section):
 
     path: str = Field(examples=["model"])
     """Folder of a Hugging Face model (``config.json`` and safetensors), or a model id of the Hugging Face hub."""
+    cut: Literal["stated", "auto"] = "stated"
+    """Where the model is cut: as bottom and top state it, or as a measurement on this machine chooses it when
+    'isthmus run' starts, which then ignores bottom and top. On separate machines 'isthmus cut --write' chooses."""
+    leakage: Share | None = Field(default=None, examples=[0.5])
+    """Largest share of a text's tokens that an attack may recover where a measurement chooses the cut. Left out: no
+    limit."""
     bottom: Count = 2
     """Transformer blocks that each silo keeps at the input side."""
     top: Count = 2
