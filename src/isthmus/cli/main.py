@@ -31,6 +31,10 @@ Served = Annotated[Path, typer.Argument(help="The federation's recipe (TOML), or
 RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
 RunOption = Annotated[Path, typer.Option("--run-dir", help="The run directory that this role writes to.")]
 Address = Annotated[Optional[str], typer.Option(help="host:port instead of the recipe's address.")]  # noqa: UP045
+Longest = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Longest written answer, in tokens; by default as a known task says, else 64."),
+]
 TrunkAddress = Annotated[Optional[str], typer.Option(help="host:port of a trunk that serves the run.")]  # noqa: UP045
 
 
@@ -176,6 +180,24 @@ def generate(
 
 
 @app.command()
+def batch(
+    run_dir: RunPath,
+    rows: Annotated[Path, typer.Argument(help="JSONL file of rows, without their answers.")],
+    out: Annotated[Path, typer.Argument(help="File to write: a JSON object with the answer to each row, in order.")],
+    silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the folder's first by default.")] = None,  # noqa: UP045
+    max_new_tokens: Longest = None,
+    trunk: TrunkAddress = None,
+) -> None:
+    """Answer a file of rows in the recipe's template. The same command goes on where it was stopped."""
+    from isthmus.engines.batch import answer_file
+    from isthmus.storage.record import RunDirectory
+
+    run = RunDirectory.open(run_dir)
+    count = answer_file(run, rows, out, silo, max_new_tokens=max_new_tokens, trunk=trunk, notify=_notify)
+    typer.echo(f"{count:,} answers: {out}")
+
+
+@app.command()
 def draft(
     run_dir: RunPath,
     silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the folder's first by default.")] = None,  # noqa: UP045
@@ -244,7 +266,7 @@ def evaluate_answers(
     ] = None,
     silo: Annotated[Optional[list[str]], typer.Option(help="Only this silo; repeatable. All by default.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="File to write: a JSON object with each row's answer.")] = None,  # noqa: UP045
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest written answer, in tokens.")] = 64,
+    max_new_tokens: Longest = None,
     trunk: TrunkAddress = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from isthmus.data.encoding import CharSpan
-from isthmus.data.known_task import task_examples
+from isthmus.data.known_task import asked_questions, task_examples
 from isthmus.data.sources import SourceRow
 from isthmus.data.templates import Example, FieldSpan, Turn, chat_example, check_message, fill_prompt, fill_templates
 from isthmus.errors import DataError, ModelError
@@ -90,11 +90,15 @@ def asked_example(fields: Mapping[str, Any], task: TaskSection) -> Example:
     Raises:
         DataError: a field is missing, or holds no text.
     """
-    if task.name:
-        raise DataError(
-            f"the prompts of the task {task.name!r} are made of whole rows", remedy="give the whole prompt with --raw"
-        )
     row = SourceRow("the prompt", dict(fields))
+    if task.name:
+        asked = asked_questions(row, task)
+        if len(asked) > 1:
+            raise DataError(
+                f"these fields ask {len(asked)} questions of the task {task.name!r}",
+                remedy="ask one, or answer whole rows with isthmus batch",
+            )
+        return asked[0][1]
     if not task.messages:
         return Example(fill_templates(row, task, {}).answer, "") if task.text else fill_prompt(row, task, {})
     present = tuple(name for name in task.messages if name in fields)
@@ -110,7 +114,10 @@ def asked_text(text: str, task: TaskSection) -> Example:
     """
     check_message("the prompt", "text", text)
     if task.name:
-        return asked_example({}, task)
+        raise DataError(
+            f"the prompts of the task {task.name!r} are made of a row's fields",
+            remedy="give each with --field NAME=VALUE, or the whole prompt with --raw",
+        )
     if task.messages:
         return asked_example({task.messages[0]: [{"role": "user", "content": text}]}, task)
     if task.text:

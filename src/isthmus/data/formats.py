@@ -135,10 +135,15 @@ def _jsonl(name: str, data: bytes, bad: BadRows) -> FileRows:
     for number, line in enumerate(lines, 1):
         if line.strip():
             with bad.collecting():
-                yield _json_line(f"{name}:{number}", line)
+                yield f"{name}:{number}", jsonl_row(f"{name}:{number}", line)
 
 
-def _json_line(place: str, line: bytes) -> tuple[str, FileFields]:
+def jsonl_row(place: str, line: bytes) -> FileFields:
+    """The row of one line of JSONL.
+
+    Raises:
+        DataError: it is not UTF-8, no JSON object, or no text (see ``parse_file``).
+    """
     try:
         text = line.decode()
         fields = _loaded(text)
@@ -146,7 +151,7 @@ def _json_line(place: str, line: bytes) -> tuple[str, FileFields]:
         raise DataError(f"{place} is not UTF-8: {error.reason}", remedy="save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not JSON: {_why(error)}", remedy="write one JSON object per line") from error
-    return place, _row(place, fields, _HALF_PAIR.search(text) is not None, "write one JSON object per line")
+    return _row(place, fields, _HALF_PAIR.search(text) is not None, "write one JSON object per line")
 
 
 def _json(name: str, data: bytes, bad: BadRows) -> FileRows:

@@ -40,6 +40,22 @@ def task_examples(row: SourceRow, task: TaskSection, classes: Mapping[str, str])
     ]
 
 
+def asked_questions(row: SourceRow, task: TaskSection) -> list[tuple[str, Example]]:
+    """The examples of one row whose answer is not known: prompts and choices of ``task_examples``.
+
+    Raises:
+        DataError: the row lacks what the task needs; some forms of rows cannot be without their answers.
+        RecipeError: there is no such task.
+    """
+    try:
+        items = named_task(task.name or "").asked(row.fields)
+    except DataError as error:
+        raise DataError(f"{row.place}: {error.message}", remedy=error.remedy) from error
+    examples = [replace(_example(item, task), answer="", conversation=row.place) for item in items]
+    several = len(examples) > 1
+    return [(f"{row.place}, question {n}" if several else row.place, one) for n, one in enumerate(examples, 1)]
+
+
 def _example(item: Item, task: TaskSection) -> Example:
     if not task.chat:
         return Example(item.prompt, item.answer, item=item)

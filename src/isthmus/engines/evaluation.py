@@ -5,40 +5,36 @@ Where the run directory has baselines, they answer the same rows and are compare
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from isthmus.data.bad_rows import BadRows
 from isthmus.data.encoding import TextEncoder
 from isthmus.data.row_set import RowSet
-from isthmus.data.silo_data import padding, read_sets
+from isthmus.data.silo_data import read_sets
 from isthmus.data.templates import Example
-from isthmus.data.tokens import Tokens, choice_tokens, collate
+from isthmus.data.tokens import Tokens
+from isthmus.engines.answering import (
+    AnsweringModel,
+    PosedQuestion,
+    Said,
+    answer_groups,
+    answerer_of,
+    answering_task,
+)
 from isthmus.engines.baselines import BASELINES, UncutModel, trained_baseline
-from isthmus.engines.inference import connected_silo, stop_tokens
+from isthmus.engines.inference import connected_silo
 from isthmus.errors import BudgetExhausted, DataError
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory, writing
-from isthmus.tasks.catalogue import named_task
 from isthmus.tasks.metrics import Answered, Score, confusion, difference, majority, measure
-from isthmus.tasks.scoring import ChoiceQuestion, best_choices, choice_log_probs
 from isthmus.tasks.task import Item, Task
 
-CHOSEN = ("accuracy", "macro_f1")
-WRITTEN = ("token_f1", "exact_match")
-ROUGE = ("rouge1", "rouge2", "rougeL")
-TOGETHER = 16
-"""Rows that are answered at a time."""
 FEDERATED = "federated"
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +85,7 @@ def evaluate_run(
     names: Sequence[str] = (),
     *,
     data: Sequence[str] = (),
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     trunk: str | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Iterator[SiloEvaluation]:
@@ -100,7 +96,7 @@ def evaluate_run(
     Args:
         names: silos; none: all in the run directory that have rows.
         data: files of rows in place of the silos' held-out rows.
-        max_new_tokens: longest written answer, in tokens.
+        max_new_tokens: longest written answer, in tokens; None: as of ``answering_task``.
         trunk: as in ``opening.open_run``.
         notify: called with messages.
 
@@ -118,7 +114,7 @@ def evaluate_run(
         rows = None
         if run.silos() or not measured.any:
             with connected_silo(run, name, trunk=trunk, notify=notify) as (silo, _):
-                answering = AnsweringModel(name, silo.model, silo.tokenizer)
+                answering = AnsweringModel(name, silo.model, silo.tokenizer, silo.boundary.limited)
                 rows = _rows(recipe, answering, data, silo.boundary.records.sensitivity)
                 if rows.note:
                     notify(f"{name} (train.max_tokens = {recipe.train.max_tokens}): {rows.note}")
@@ -130,7 +126,7 @@ def evaluate_run(
 
 def compare(recipe: Recipe, evaluations: Sequence[SiloEvaluation]) -> list[Contrast]:
     """The run's answers against each baseline's, by silo, and where there are several, of all silos together."""
-    task, found = _task(recipe, 1), []
+    task, found = answering_task(recipe), []
     silos = list(dict.fromkeys(one.silo for one in evaluations))
     models = {(one.silo, one.model): one.answered for one in evaluations}
     for baseline in dict.fromkeys(one.model for one in evaluations if one.model != FEDERATED):
@@ -168,16 +164,6 @@ def write_predictions(path: Path, evaluations: Sequence[SiloEvaluation]) -> None
     ]
     with writing(path) as partial:
         partial.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class AnsweringModel:
-    """What answers rows: a silo's split model, or an uncut one."""
-
-    name: str
-    """The silo's."""
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
 
 
 class _BaselineAnswers:
@@ -220,47 +206,52 @@ def _rows(
 
 
 def _evaluated(
-    recipe: Recipe, silo: AnsweringModel, rows: RowSet, longest: int, model: str = FEDERATED
+    recipe: Recipe, answering: AnsweringModel, rows: RowSet, longest: int | None, model: str = FEDERATED
 ) -> SiloEvaluation:
-    task = _task(recipe, longest)
-    answer = _Writer(silo, task) if task.longest else _Chooser(silo, recipe, task)
-    asked = [(place, row, _item(example, recipe)) for row, (place, example) in zip(rows.rows, rows.texts, strict=True)]
-    aligned: list[Answered | None] = []
-    predictions: list[Prediction] = []
-    for start in range(0, len(asked), TOGETHER):
-        some = asked[start : start + TOGETHER]
-        given = _affordable(answer, [(row, item) for _, row, item in some])
-        for (place, _, item), said in zip(some, given, strict=True):
-            aligned.append(None if said is None else (item, said[0]))
-            if said is not None:
-                predictions.append(Prediction(place, item.right[0], *said))
+    task = answering_task(recipe, longest)
+    items = [_item(example, recipe) for _, example in rows.texts]
+    said = _answers(answering, recipe, task, rows)
+    aligned = tuple(None if one is None else (item, one.answer) for item, one in zip(items, said, strict=True))
+    predictions = [
+        Prediction(place, item.right[0], one.answer, one.log_probs)
+        for (place, _), item, one in zip(rows.texts, items, said, strict=True)
+        if one is not None
+    ]
     if not predictions:
         raise BudgetExhausted(
-            f"no row's privacy budget lets {silo.name} read it", remedy="raise privacy.record_epsilon in the recipe"
+            f"no row's privacy budget lets {answering.name} read it",
+            remedy="raise privacy.record_epsilon in the recipe",
         )
     answered = [one for one in aligned if one is not None]
     return SiloEvaluation(
-        silo.name,
+        answering.name,
         measure(task.metrics, answered),
         predictions,
         {} if task.longest else confusion(answered),
         None if task.longest else majority([one.right for one in predictions]),
-        len(asked) - len(predictions),
+        len(items) - len(predictions),
         model,
-        tuple(aligned),
+        aligned,
     )
 
 
-def _task(recipe: Recipe, longest: int) -> Task:
-    """The recipe's task, known or its own, for which answers are written with at most so many tokens."""
-    rouge = importlib.util.find_spec("rouge_score") is not None
-    if not recipe.task.name:
-        if recipe.task.choices:
-            return Task("", lambda _: [], CHOSEN)
-        return Task("", lambda _: [], (*WRITTEN, *(ROUGE if rouge else ())), longest=longest)
-    task = named_task(recipe.task.name)
-    known = tuple(name for name in task.metrics if rouge or name not in ROUGE)
-    return replace(task, metrics=known or WRITTEN)
+def _answers(answering: AnsweringModel, recipe: Recipe, task: Task, rows: RowSet) -> list[Said | None]:
+    """Answers to the rows in their order, to rows of similar length at a time; None to those that cannot be read."""
+    encoder, answer = TextEncoder(answering.tokenizer), answerer_of(answering, recipe, task)
+    questions = [
+        PosedQuestion(row.prompt, example.choices, example.item.names if example.item else (), _ends(encoder, row))
+        for row, (_, example) in zip(rows.rows, rows.texts, strict=True)
+    ]
+    said: dict[int, Said] = {}
+    for numbers in answer_groups(answering, questions):
+        with suppress(BudgetExhausted):  # under a budget the row is alone
+            said.update(zip(numbers, answer([questions[number] for number in numbers]), strict=True))
+    return [said.get(number) for number in range(len(questions))]
+
+
+def _ends(encoder: TextEncoder, row: Tokens) -> tuple[int, ...]:
+    """The control token at the end of a row's answer, if there is one."""
+    return (row.answer[-1],) if row.answer and encoder.controls(row.answer[-1]) else ()
 
 
 def _item(example: Example, recipe: Recipe) -> Item:
@@ -269,77 +260,3 @@ def _item(example: Example, recipe: Recipe) -> Item:
         return example.item
     names = tuple(choice.strip() for choice in recipe.task.choices)
     return Item(example.prompt, example.answer, (example.answer.strip(),), recipe.task.continuations, names)
-
-
-PosedRow = tuple[Tokens, Item]
-"""A row, and its question."""
-Said = tuple[str, dict[str, float]]
-"""An answer, and the log-probability of each choice."""
-
-
-def _affordable(answer: Callable[[list[PosedRow]], list[Said]], rows: list[PosedRow]) -> list[Said | None]:
-    """Answers to the rows; None to those whose privacy budgets do not allow it."""
-    try:
-        return list(answer(rows))
-    except BudgetExhausted as error:
-        if len(rows) == 1:
-            log.debug("a row is skipped: %s", error.message)
-            return [None]
-        half = len(rows) // 2
-        return _affordable(answer, rows[:half]) + _affordable(answer, rows[half:])
-
-
-class _Chooser:
-    """Gives the likeliest choice of each row, ranked as the task says."""
-
-    def __init__(self, silo: AnsweringModel, recipe: Recipe, task: Task) -> None:
-        self._model, self._tokenizer, self._ranking = silo.model, silo.tokenizer, task.ranking
-        self._pad = padding(silo.tokenizer)
-        self._choices = [tuple(ids) for ids in choice_tokens(silo.tokenizer, recipe.task.continuations)]
-
-    def __call__(self, rows: list[PosedRow]) -> list[Said]:
-        asked = [ChoiceQuestion(row.prompt, list(map(list, row.choices or self._choices))) for row, _ in rows]
-        found = choice_log_probs(self._model, asked, pad=self._pad)
-        alone: list[list[float]] = []
-        if self._ranking == "unconditioned":
-            nothing = Tokens([self._beginning()], [])
-            alone = choice_log_probs(
-                self._model, [ChoiceQuestion(nothing.prompt, one.choices) for one in asked], pad=self._pad
-            )
-        best = best_choices(found, [item.choices for _, item in rows], self._ranking, alone)
-        return [
-            (item.names[number], dict(zip(item.names, scores, strict=True)))
-            for (_, item), number, scores in zip(rows, best, found, strict=True)
-        ]
-
-    def _beginning(self) -> int:
-        """The token before what follows nothing, as lm-eval's harness chooses it."""
-        begin, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        return begin if begin is not None else end if end is not None else self._pad
-
-
-class _Writer:
-    """Writes an answer to each row, the likeliest token at each step, up to where the task stops."""
-
-    def __init__(self, silo: AnsweringModel, task: Task) -> None:
-        self._model, self._tokenizer, self._task = silo.model, silo.tokenizer, task
-        self._encoder = TextEncoder(silo.tokenizer)
-
-    @torch.no_grad()
-    def __call__(self, rows: list[PosedRow]) -> list[Said]:
-        batch = collate([Tokens(row.prompt, []) for row, _ in rows], padding(self._tokenizer)).to(self._model.device)
-        written = self._model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=self._task.longest,
-            do_sample=False,
-            pad_token_id=padding(self._tokenizer),
-            eos_token_id=stop_tokens(self._model, filter(self._encoder.controls, (row.answer[-1] for row, _ in rows))),
-        )
-        texts = self._tokenizer.batch_decode(written[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-        return [(self._stopped(text), {}) for text in texts]
-
-    def _stopped(self, text: str) -> str:
-        text = text.lstrip()  # a model may begin with what would stop it
-        ends = [at for stop in self._task.stop if (at := text.find(stop)) >= 0]
-        return text[: min(ends, default=len(text))].strip()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from isthmus.tasks.task import Fields, Item, Task, choose, label_of, list_of, text_of
+from isthmus.tasks.task import Fields, Item, Task, choose, fixed_fields, label_of, list_of, text_of
 
 
 def sentiment(row: Fields) -> list[Item]:
@@ -27,6 +27,6 @@ def _contexts(row: Fields) -> tuple[str, ...]:
 
 
 CLASSIFICATION = (
-    Task("sentiment", sentiment, ("accuracy", "macro_f1")),
-    Task("pubmedqa", pubmedqa, ("accuracy", "macro_f1")),
+    Task("sentiment", sentiment, ("accuracy", "macro_f1"), stand_in=fixed_fields(label=0)),
+    Task("pubmedqa", pubmedqa, ("accuracy", "macro_f1"), stand_in=fixed_fields(label=0, final_decision=0)),
 )

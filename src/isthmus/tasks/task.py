@@ -45,6 +45,17 @@ class Task:
     """Most tokens of a written answer; 0: answers are choices."""
     stop: tuple[str, ...] = ()
     """A written answer ends before the first of these texts."""
+    stand_in: Callable[[Fields], Fields] = lambda row: {}
+    """Values that stand in for those of the answer, where a row is only asked; by default none: the row must have its
+    answer."""
+
+    def asked(self, row: Fields) -> list[Item]:
+        """The questions of a row whose answer is not known; right answers mean nothing.
+
+        Raises:
+            DataError: the row lacks what they need.
+        """
+        return self.items({**row, **self.stand_in(row)})
 
 
 def text_of(row: Fields, *path: str) -> str:
@@ -93,6 +104,11 @@ def label_of(row: Fields, names: Sequence[str], field: str = "label") -> str:
         f"a row's {field!r} is {label!r}, not one of {', '.join(names)}",
         remedy="rows without a label (a set's hidden test rows) cannot be learned or measured: use another split",
     )
+
+
+def fixed_fields(**values: Any) -> Callable[[Fields], Fields]:
+    """These values, whatever the row, for ``Task.stand_in``."""
+    return lambda row: values
 
 
 def choose(prompt: str, right: str, choices: Mapping[str, str], group: str = "") -> Item:

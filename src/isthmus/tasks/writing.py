@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from isthmus.errors import DataError
-from isthmus.tasks.task import Fields, Item, Task, list_of, text_of
+from isthmus.tasks.task import Fields, Item, Task, fixed_fields, list_of, text_of
 
 
 def _summary(row: Fields, source: str, instruction: str, *right: str) -> list[Item]:
@@ -90,10 +90,10 @@ def canard(row: Fields) -> list[Item]:
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 WRITING = (
-    Task("xsum", xsum, ROUGE, longest=64, stop=("\n",)),
-    Task("cnn_dailymail", cnn_dailymail, ROUGE, longest=160),
-    Task("scitldr", scitldr, ROUGE, longest=64, stop=("\n",)),
-    Task("mts_dialog", mts_dialog, ROUGE, longest=200),
+    Task("xsum", xsum, ROUGE, longest=64, stop=("\n",), stand_in=fixed_fields(summary="-")),
+    Task("cnn_dailymail", cnn_dailymail, ROUGE, longest=160, stand_in=fixed_fields(highlights="-", summary="-")),
+    Task("scitldr", scitldr, ROUGE, longest=64, stop=("\n",), stand_in=fixed_fields(target=["-"])),
+    Task("mts_dialog", mts_dialog, ROUGE, longest=200, stand_in=fixed_fields(section_text="-")),
     Task("coqa", coqa, ("token_f1", "exact_match"), longest=32, stop=("\n",)),
-    Task("canard", canard, ("token_f1", "exact_match"), longest=64, stop=("\n",)),
+    Task("canard", canard, ("token_f1", "exact_match"), longest=64, stop=("\n",), stand_in=fixed_fields(answer="-")),
 )

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from isthmus.data.conversations import asked_text, row_examples
-from isthmus.data.known_task import task_examples
+from isthmus.data.conversations import asked_example, asked_text, row_examples
+from isthmus.data.known_task import asked_questions, task_examples
 from isthmus.data.silo_data import SiloData
 from isthmus.data.sources import SourceRow
 from isthmus.data.templates import Turn
@@ -38,6 +38,22 @@ def test_each_question_of_a_row_has_its_place() -> None:
     assert all(example.choices == (" no", " yes") for _, example in examples)
     ((place, example),) = row_examples(SourceRow("f:3", COPA), TaskSection(name="copa"), {})
     assert (place, example.answer) == ("f:3", " w7 w8 w9 w5.")
+
+
+def test_a_row_is_asked_with_no_label_or_any() -> None:
+    task, bare = TaskSection(name="copa"), {key: value for key, value in COPA.items() if key != "label"}
+    ((_, known),) = task_examples(SourceRow("f:3", COPA), task, {})
+    for row in (bare, {**bare, "label": -1}, COPA):
+        ((place, asked),) = asked_questions(SourceRow("f:3", row), task)
+        assert (place, asked.prompt, asked.choices, asked.answer) == ("f:3", known.prompt, known.choices, "")
+        assert asked_example(row, task).prompt == known.prompt
+    with pytest.raises(DataError, match="f:3: a row has no text in 'choice2'"):
+        asked_questions(SourceRow("f:3", {"choice1": "w6"}), task)
+    with pytest.raises(DataError, match="ask 2 questions"):
+        asked_example(MULTIRC, TaskSection(name="multirc"))
+    with pytest.raises(DataError, match="made of a row's fields") as text:
+        asked_text("w5", task)
+    assert "--field" in text.value.remedy
 
 
 def test_in_a_chat_the_question_is_the_users_turn() -> None:

@@ -11,11 +11,11 @@ import torch
 from peft import PeftModel
 
 from isthmus.data.silo_data import SiloData
-from isthmus.engines import evaluation, opening
+from isthmus.engines import opening
 from isthmus.engines.evaluation import evaluate_run, write_predictions
 from isthmus.engines.export import export_adapter
 from isthmus.engines.local import create_run
-from isthmus.errors import BudgetExhausted, DataError
+from isthmus.errors import DataError
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 from isthmus.silo import trainer
@@ -93,23 +93,21 @@ def test_written_answers_are_those_that_generation_gives(run: RunDirectory, tmp_
             assert row.given == given.strip()
 
 
+@pytest.mark.parametrize(("task", "epsilon"), [(CHOICES, 20.0), ({}, 7.5)])
 def test_rows_beyond_their_budgets_are_skipped_and_counted(
-    choosing: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: dict[str, object], epsilon: float, tmp_path: Path
 ) -> None:
-    file = write_rows(tmp_path / "new.jsonl", rows_of("south")[:6])
-    score, spent = evaluation.choice_log_probs, []
-
-    def limited(model: object, asked: list[evaluation.ChoiceQuestion], **how: int) -> object:
-        if any(len(one.prompt) % 2 for one in asked):
-            spent.append(len(asked))
-            raise BudgetExhausted("spent", remedy="wait")
-        return score(model, asked, **how)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(evaluation, "choice_log_probs", limited)
-    (found,) = evaluate_run(choosing, ["north"], data=[str(file)])
-    assert 0 < found.skipped < 6
-    assert found.skipped + len(found.predictions) == 6
-    assert spent.count(1) == found.skipped
+    """A text that comes again and again is one record; the budgets of others are their own."""
+    boundary = {path: {"clip": 8.0, "noise": 40.0} for path in ("forward", "gradient", "update")}
+    run = trained(tmp_path, task=task, boundary=boundary, privacy={"record_epsilon": epsilon})
+    again = {"text": "w30 w31", "label": rows_of("south")[0]["label"]}
+    file = write_rows(tmp_path / "new.jsonl", [*rows_of("south")[:1], *[again] * 20, *rows_of("south")[1:2]])
+    (found,) = evaluate_run(run, ["north"], data=[str(file)], max_new_tokens=2)
+    assert 0 < found.skipped < 20
+    assert found.skipped + len(found.predictions) == 22
+    answered = [row.place for row in found.predictions]
+    assert answered == sorted(answered, key=lambda place: int(place.rpartition(":")[2]))
+    assert answered[-1] == f"{file}:22"
 
 
 def test_no_rows_are_an_error_that_names_the_option(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,16 @@ def test_another_name_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(RecipeError, match="'rtee'") as caught:
         named_task("rtee")
     assert "rte" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"coqa"}))
+def test_a_row_is_asked_without_its_answer(name: str) -> None:
+    """The questions are those of the row with its answer: with whatever label, or none where one stands beside."""
+    task = named_task(name)
+    for row in islice((one for one in rows(name) if name != "sentiment" or one["score"]), 50):
+        expected = [(item.prompt, item.choices, item.names) for item in task.items(row)]
+        hidden = {key: value for key, value in row.items() if key not in task.stand_in(row)}
+        for known in (row, {**hidden, "label": -1}, hidden):
+            if "label" not in task.stand_in(row) and known is not row and "label" in known:
+                continue
+            assert [(item.prompt, item.choices, item.names) for item in task.asked(known)] == expected
