@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from isthmus.engines.local import create_run
 from isthmus.errors import RecipeError
@@ -15,6 +17,13 @@ from tests.integration.processes import call, rows_of, write_federation
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
+
+
+def by_tables(text: str) -> str:
+    """A recipe with its list of silos as tables, as people write it."""
+    values = tomllib.loads(text)
+    silos = values.pop("silo")
+    return tomli_w.dumps(values) + "".join(f"[[silo]]\n{tomli_w.dumps(one)}" for one in silos)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +68,17 @@ def test_too_little_memory_or_rows_are_named_and_then_a_cut_is_found_and_written
     assert found.code == 0
     assert "cannot be reached" in json.loads(found.out)["link"]["source"]
     assert (Recipe.read(path).model.bottom, Recipe.read(path).model.top) == (1, 2)
+    text = path.read_text()
+    assert call(capsys, monkeypatch, "cut", path, "--own", "--cuts", "1,1").code == 1  # less than the trunk leaves
+    path.write_text(by_tables(text))
+    own = call(
+        *(capsys, monkeypatch, "cut", path, "--silo", "south", "--cuts", "1,1 2,2", "--rows", 0),
+        *("--own", "--write", "--no-trunk", "--json"),
+    )
+    assert own.code == 0
+    assert [one["memory"] > 0 for one in json.loads(own.out)["figures"]] == [True]
+    assert Recipe.read(path).ends("south") == (2, 2)
+    assert Recipe.read(path).ends("north") == (1, 2)
 
 
 @pytest.mark.process

@@ -382,6 +382,7 @@ def cut(
     ] = None,
     bandwidth: Annotated[Optional[float], typer.Option(min=0.001, help="MB/s to and from the trunk.")] = None,  # noqa: UP045
     trunk: Annotated[bool, typer.Option(help="Measure the trunk's part on this machine, too.")] = True,
+    own: Annotated[bool, typer.Option("--own", help="Choose for this silo alone: silo.bottom and silo.top.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Write the chosen cut to the recipe.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -402,6 +403,7 @@ def cut(
         None if rtt is None else 1e-3 * rtt,
         None if bandwidth is None else 1e6 * bandwidth,
         trunk,
+        own,
     )
     choice = measure_cuts(Recipe.read(recipe, undecided=True), plan, _notify)
     if as_json:
@@ -409,7 +411,7 @@ def cut(
     else:
         cut_table.show_cuts(choice, Console())
     if write:
-        write_cut(recipe, choice.bottom, choice.top)
+        write_cut(recipe, choice.bottom, choice.top, choice.silo if own else None)
         _notify(f"written: {recipe}")
 
 

@@ -41,13 +41,15 @@ def in_fresh_process(function: Callable[..., Iterator[Any]], *arguments: Any) ->
 
 
 def _send(connection: Connection, function: Callable[..., Iterator[Any]], arguments: Sequence[Any]) -> None:
-    """In the new process: send what the generator yields, or its error."""
+    """In the new process: send what the generator yields, or its error, as long as somebody reads it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     try:
         for one in function(*arguments):
             connection.send(one)
     except IsthmusError as error:
         connection.send(error)
+    except BrokenPipeError:
+        pass
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise

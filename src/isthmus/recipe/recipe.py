@@ -19,7 +19,7 @@ from isthmus.recipe.checks.aggregation import check_influence, check_products, c
 from isthmus.recipe.checks.asynchrony import check_asynchrony
 from isthmus.recipe.checks.boundary import check_defence, check_release_once
 from isthmus.recipe.checks.budgets import check_budgets
-from isthmus.recipe.checks.cuts import check_cuts
+from isthmus.recipe.checks.cuts import check_cuts, check_measured_cut
 from isthmus.recipe.checks.evaluation import check_evaluation
 from isthmus.recipe.checks.local_steps import check_control, check_epochs, check_sharpness, check_steps
 from isthmus.recipe.checks.masks import check_cohorts, check_compression
@@ -125,6 +125,7 @@ class Recipe(Section):
         check_release_once(boundary, self.lora)
         check_defence(boundary, self.lora)
         check_ranks(self.lora, federation, silos)
+        check_measured_cut(self.model, silos)
         check_cuts(self.model, silos, boundary, self.lora)
         check_products(federation, edges)
         check_weights(federation, silos, edges, self.evaluating)

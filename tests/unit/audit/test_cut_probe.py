@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from isthmus.audit.capture import ZeroTrunk
-from isthmus.audit.cut_probe import ATTACKED_ROWS, KNOWN_ROWS, AttackRows, TimedService, probe_cut, probed_silo
+from isthmus.audit.cut_probe import (
+    ATTACKED_ROWS,
+    KNOWN_ROWS,
+    AttackRows,
+    TimedService,
+    probe_cut,
+    probed_silo,
+    seconds_here,
+)
 from isthmus.errors import AttackError, CutError
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_data
@@ -104,3 +114,10 @@ def test_rows_are_attacked_or_known_and_never_both(attacked_model: Path, rows: P
 def test_a_cut_that_does_not_fit_the_model_is_refused(attacked_model: Path, rows: Path) -> None:
     with pytest.raises(CutError, match="does not fit a model of 5 blocks"):
         next(probe_cut(recipe_of(attacked_model, rows).with_cut(3, 2), "a", 0, [], False))
+
+
+def test_with_one_thread_only_the_processes_own_time_counts() -> None:
+    assert torch.get_num_threads() == 1
+    started = seconds_here()
+    time.sleep(0.5)
+    assert seconds_here() - started < 0.4

@@ -58,13 +58,39 @@ def test_a_cut_is_written_and_all_else_stays(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["recipe.toml"]
 
 
+def test_a_silos_own_cut_is_written_to_its_table(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    silos = [f'[[silo]]\nname = "{name}"\ntrain = "{name}"\nheld_out = "{name}"\n' for name in ("north", "south")]
+    columns = '[silo.columns]\nprompt = "bottom"\n[[silo]]\nname = "west"\ntrain = "w"\nheld_out = "w"\n'
+    path.write_text('[model]\npath = "model"\nbottom = 2\n' + "bottom = 3\n".join([*silos, "# end\n"]) + columns)
+    write_cut(path, 5, 2, "south")
+    recipe = Recipe.read(path)
+    assert [(one.bottom, one.top) for one in recipe.silo] == [(3, None), (5, 2), (None, None)]
+    assert (recipe.model.bottom, recipe.model.top) == (2, 2)
+    before = path.read_text()
+    with pytest.raises(RecipeError, match="would keep 1 of the 2 blocks"):
+        write_cut(path, 1, 2, "west")
+    with pytest.raises(RecipeError, match="would keep 3 of the 4 blocks"):
+        write_cut(path, 4, 1)
+    assert path.read_text() == before
+
+
+def test_a_cut_of_a_silos_own_is_no_smaller_than_the_trunk_leaves(tmp_path: Path) -> None:
+    path = write_federation(tmp_path, model={"bottom": 2, "top": 2})
+    with pytest.raises(CutError, match="2 blocks at the bottom and 2 at the top"):
+        measure_cuts(Recipe.read(path), CutPlan(cuts=("1,2 2,1",), own=True), print)
+    undecided = Recipe.read(write_federation(tmp_path, model={"cut": "auto"}), undecided=True)
+    with pytest.raises(RecipeError, match="auto"):
+        measure_cuts(undecided, CutPlan(own=True), print)
+
+
 @pytest.mark.parametrize(
     "text",
     [
         LEAST.format('cut = "auto"').replace("[model]\npath", "model.path").replace("\ncut", "\nmodel.cut"),
         '[[silo]]\nname = "north"\ntrain = "a"\nheld_out = "a"\n[ "model" ]\npath = "model"\ncut = "auto"\n',
         'model = { path = "model", cut = "auto" }\n[[silo]]\nname = "north"\ntrain = "a"\nheld_out = "a"\n',
-        LEAST.format('cut = "auto"') + '[task]\nsystem = """\n[model]\ntop = 3\n"""\nchat = true\nprompt = "{text}"\n',
+        '[task]\nsystem = """\n[model]\ntop = 3\n"""\nchat = true\nprompt = "{text}"\n' + LEAST.format('cut = "auto"'),
     ],
 )
 def test_a_recipe_written_another_way_is_left_as_it_is(tmp_path: Path, text: str) -> None:

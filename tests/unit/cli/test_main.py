@@ -46,7 +46,7 @@ COMMANDS = {
     ],
     "cut": [
         *("RECIPE", "--silo=", "--cuts=", "--rows=", "--attack=['linear']", "--memory=", "--leakage=", "--rtt="),
-        *("--bandwidth=", "--trunk/--no-trunk=True", "--write=False", "--json=False"),
+        *("--bandwidth=", "--trunk/--no-trunk=True", "--own=False", "--write=False", "--json=False"),
     ],
     "check": ["MODEL", "--cut=", "--length=64"],
     "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1"],

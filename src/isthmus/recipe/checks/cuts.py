@@ -28,3 +28,13 @@ def check_cuts(
             "boundary.width: a bottleneck's layers learn the hidden states of one depth, and these silos' cross at "
             "several; leave out boundary.width, or silo.bottom and silo.top"
         )
+
+
+def check_measured_cut(model: ModelSection, silos: tuple[SiloSection, ...]) -> None:
+    """Refuse silos' own cuts beside one that is to be measured for all."""
+    own = [silo.name for silo in silos if silo.bottom is not None or silo.top is not None]
+    if model.cut == "auto" and own:
+        raise ValueError(
+            f"model.cut: a measurement chooses one cut for all silos, and {own[0]} has its own; "
+            "leave out silo.bottom and silo.top, or state model.bottom and model.top"
+        )

@@ -34,6 +34,12 @@ CASES: list[Case] = [
         "leave out lora.start",
         {"lora.start": OUT},
     ),
+    (
+        {"model.cut": "auto", "silo.1.bottom": 3},
+        "model.cut: a measurement chooses one cut for all silos, and b has its own",
+        "leave out silo.bottom",
+        {"silo.1.bottom": OUT},
+    ),
 ]
 
 
