@@ -35,6 +35,10 @@ Longest = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(min=1, help="Longest written answer, in tokens; by default as a known task says, else 64."),
 ]
+Round = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help='best, last, or the number of a kept round; best by default with train.evaluate = "best".'),
+]
 TrunkAddress = Annotated[Optional[str], typer.Option(help="host:port of a trunk that serves the run.")]  # noqa: UP045
 
 
@@ -168,6 +172,7 @@ def generate(
     raw: Annotated[bool, typer.Option(help="Take the text as it is, without the recipe's prompt.")] = False,
     chat: Annotated[bool, typer.Option(help="Put the text alone into the model's chat template.")] = False,
     trunk: TrunkAddress = None,
+    round: Round = None,
 ) -> None:
     """Answer a prompt with a run's model, split between this process and a trunk process."""
     from isthmus.engines.inference import PromptRequest, generate_text, named_fields
@@ -176,7 +181,7 @@ def generate(
     run = RunDirectory.open(run_dir)
     text, fields = None if prompt is None else as_utf8(prompt), named_fields(map(as_utf8, field or ()))
     asked = PromptRequest(text, fields, raw, chat)
-    generate_text(run, asked, silo, max_new_tokens=max_new_tokens, trunk=trunk, notify=_notify)
+    generate_text(run, asked, silo, max_new_tokens=max_new_tokens, trunk=trunk, round=round, notify=_notify)
 
 
 @app.command()
@@ -187,13 +192,15 @@ def batch(
     silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the folder's first by default.")] = None,  # noqa: UP045
     max_new_tokens: Longest = None,
     trunk: TrunkAddress = None,
+    round: Round = None,
 ) -> None:
     """Answer a file of rows in the recipe's template. The same command goes on where it was stopped."""
     from isthmus.engines.batch import answer_file
     from isthmus.storage.record import RunDirectory
 
     run = RunDirectory.open(run_dir)
-    count = answer_file(run, rows, out, silo, max_new_tokens=max_new_tokens, trunk=trunk, notify=_notify)
+    how = {"trunk": trunk, "round": round}
+    count = answer_file(run, rows, out, silo, max_new_tokens=max_new_tokens, notify=_notify, **how)
     typer.echo(f"{count:,} answers: {out}")
 
 
@@ -268,6 +275,7 @@ def evaluate_answers(
     out: Annotated[Optional[Path], typer.Option(help="File to write: a JSON object with each row's answer.")] = None,  # noqa: UP045
     max_new_tokens: Longest = None,
     trunk: TrunkAddress = None,
+    round: Round = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a run's model on held-out rows or on a file: accuracy, F1, ROUGE, with standard errors, for each silo."""
@@ -278,7 +286,8 @@ def evaluate_answers(
     from isthmus.storage.record import RunDirectory
 
     run = RunDirectory.open(run_dir)
-    found = evaluate_run(run, silo or (), data=data or (), max_new_tokens=max_new_tokens, trunk=trunk, notify=_notify)
+    how = {"trunk": trunk, "round": round}
+    found = evaluate_run(run, silo or (), data=data or (), max_new_tokens=max_new_tokens, notify=_notify, **how)
     evaluations = list(found)
     comparisons = compare(run.recipe(), evaluations)
     if out is not None:
@@ -292,12 +301,16 @@ def evaluate_answers(
 
 
 @app.command(name="export")
-def export_run(run_dir: RunPath, out: Annotated[Path, typer.Argument(help="The folder to write.")]) -> None:
+def export_run(
+    run_dir: RunPath,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    round: Round = None,
+) -> None:
     """Write a run's adapter as a PEFT folder for the uncut model."""
     from isthmus.engines.export import export_adapter
     from isthmus.storage.record import RunDirectory
 
-    rounds = export_adapter(RunDirectory.open(run_dir), out)
+    rounds = export_adapter(RunDirectory.open(run_dir), out, round)
     typer.echo(f"adapter after {rounds} rounds: {out}")
 
 

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Tokens, collate
+from isthmus.engines.chosen_round import LAST, best_round, chooses_best, journal_scores
 from isthmus.engines.local import create_run, local_recipe
 from isthmus.errors import ModelError, NotSupportedError, RunError
 from isthmus.model import adapters
@@ -127,14 +128,17 @@ def train_baseline(run: RunDirectory, kind: BaselineKind, notify: Callable[[str]
                 _Training(model, recipe, [silo], folder, f"{silo.name} alone", notify).run()
 
 
-def trained_baseline(run: RunDirectory, kind: BaselineKind, silo: str) -> adapters.TensorDict | None:
+def trained_baseline(
+    run: RunDirectory, kind: BaselineKind, silo: str, round: str | int | None = None
+) -> adapters.TensorDict | None:
     """The adapters of a baseline that was trained to the end; None: there is none.
 
     Args:
         silo: whose baseline; of the pooled one any.
+        round: as in ``opening.open_run``; the best is the baseline's own best one.
 
     Raises:
-        RunError: it was trained by another recipe than the run's, or not to the end.
+        RunError: it was trained by another recipe than the run's, or not to the end, or it lacks the round.
     """
     directory, recipe = _folder(run, kind, silo), run.recipe()
     if not directory.rounds():
@@ -145,6 +149,17 @@ def trained_baseline(run: RunDirectory, kind: BaselineKind, silo: str) -> adapte
             f"the baseline in {directory.path} has {number} of {recipe.train.rounds} rounds",
             remedy=f"go on with 'isthmus run --resume {run.path} --baseline {kind}', or remove the folder",
         )
+    if chooses_best(run, round):
+        names = [silo] if kind == "alone" else [one.name for one in recipe.silo]
+        scores = [journal_scores(directory.path / "metrics.jsonl", name) for name in names]
+        number = best_round(scores, directory.rounds()) or number
+    elif round is not None and round != LAST:
+        number = int(round)
+        if number not in directory.rounds():
+            raise RunError(
+                f"the baseline in {directory.path} keeps no round {number}",
+                remedy=f"name one of these: {', '.join(map(str, sorted(directory.rounds())))}",
+            )
     state = _opened(directory, number, recipe)
     tensors: adapters.TensorDict = state["adapter"]
     return tensors
@@ -174,7 +189,7 @@ class _Training:
     ) -> None:
         self._model, self._recipe, self._silos = model, recipe, silos
         self._directory, self._title, self._notify = directory, title, notify
-        directory.keep = recipe.train.keep_rounds
+        directory.keep_as(recipe.train)
         self._journal = directory.journal("metrics")
         self._measured = {
             (line["round"], line["silo"])

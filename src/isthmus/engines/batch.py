@@ -74,6 +74,7 @@ def answer_file(
     *,
     max_new_tokens: int | None = None,
     trunk: str | None = None,
+    round: str | int | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> int:
     """Answerer the rows of a JSONL file in the recipe's template, as ``inference.generate_text`` answers one.
@@ -85,7 +86,7 @@ def answer_file(
 
     Args:
         source: rows as of ``silo.train``, but for their answers; may be a gzip file.
-        name, trunk: as in ``opening.open_run``.
+        name, trunk, round: as in ``opening.open_run``.
         max_new_tokens: longest written answer, in tokens; None: as of ``answering_task``.
         notify: called with messages of progress.
 
@@ -104,7 +105,7 @@ def answer_file(
     rows.check(recipe.model.path, max_new_tokens)
     with (
         _Answers(out, source) as answers,
-        connected_silo(run, name, trunk=trunk, notify=notify) as (silo, _),
+        connected_silo(run, name, trunk=trunk, round=round, notify=notify) as (silo, _),
     ):
         by = (silo.name, silo.trunk.channel.welcome.completed)
         task = answering_task(recipe, max_new_tokens)

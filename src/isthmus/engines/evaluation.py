@@ -26,6 +26,7 @@ from isthmus.engines.answering import (
     answering_task,
 )
 from isthmus.engines.baselines import BASELINES, UncutModel, trained_baseline
+from isthmus.engines.chosen_round import chooses_best
 from isthmus.engines.inference import connected_silo
 from isthmus.errors import BudgetExhausted, DataError
 from isthmus.privacy.sensitivity import Sensitivity
@@ -87,6 +88,7 @@ def evaluate_run(
     data: Sequence[str] = (),
     max_new_tokens: int | None = None,
     trunk: str | None = None,
+    round: str | int | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Iterator[SiloEvaluation]:
     """Measure the run's model as each of these silos, and the baselines of it that the run directory has.
@@ -97,7 +99,7 @@ def evaluate_run(
         names: silos; none: all in the run directory that have rows.
         data: files of rows in place of the silos' held-out rows.
         max_new_tokens: longest written answer, in tokens; None: as of ``answering_task``.
-        trunk: as in ``opening.open_run``.
+        trunk, round: as in ``opening.open_run``; of a baseline the same round, or its own best one.
         notify: called with messages.
 
     Raises:
@@ -105,7 +107,9 @@ def evaluate_run(
         BudgetExhausted: no row's privacy budget allows reading it.
         RunError: a baseline was trained by another recipe, or not to the end.
     """
-    recipe, measured = run.recipe(), _BaselineAnswers(run)
+    recipe, measured = run.recipe(), _BaselineAnswers(run, round)
+    if chooses_best(run, round) and not data:
+        notify("the round was chosen by these held-out rows, on which it looks better than on others: see --data")
     here = run.silos()
     if not here and measured.any:  # the federation has not run here
         here = [silo.name for silo in recipe.silo]
@@ -113,7 +117,7 @@ def evaluate_run(
     for name in chosen or here or [recipe.silo[0].name]:
         rows = None
         if run.silos() or not measured.any:
-            with connected_silo(run, name, trunk=trunk, notify=notify) as (silo, _):
+            with connected_silo(run, name, trunk=trunk, round=round, notify=notify) as (silo, _):
                 answering = AnsweringModel(name, silo.model, silo.tokenizer, silo.boundary.limited)
                 rows = _rows(recipe, answering, data, silo.boundary.records.sensitivity)
                 if rows.note:
@@ -169,15 +173,16 @@ def write_predictions(path: Path, evaluations: Sequence[SiloEvaluation]) -> None
 class _BaselineAnswers:
     """The baselines in a run directory; the uncut model is loaded when one is asked for."""
 
-    def __init__(self, run: RunDirectory) -> None:
-        self._run, self._recipe = run, run.recipe()
+    def __init__(self, run: RunDirectory, round: str | int | None) -> None:
+        self._run, self._recipe, self._round = run, run.recipe(), round
         self._uncut: UncutModel | None = None
-        self.any = any(trained_baseline(run, kind, silo.name) for kind in BASELINES for silo in self._recipe.silo)
+        pairs = [(kind, silo.name) for kind in BASELINES for silo in self._recipe.silo]
+        self.any = any(trained_baseline(run, kind, name, round) is not None for kind, name in pairs)
 
     def models(self, name: str) -> Iterator[tuple[str, AnsweringModel]]:
         """The baselines of this silo, by kind."""
         for kind in BASELINES:
-            tensors = trained_baseline(self._run, kind, name)
+            tensors = trained_baseline(self._run, kind, name, self._round)
             if tensors is None:
                 continue
             if self._uncut is None:

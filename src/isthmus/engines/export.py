@@ -6,14 +6,18 @@ from pathlib import Path
 
 import torch
 
+from isthmus.engines.chosen_round import chosen_round
 from isthmus.errors import RunError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.storage.record import ROLES, RunDirectory, disk_errors
 
 
-def export_adapter(run: RunDirectory, out: Path) -> int:
+def export_adapter(run: RunDirectory, out: Path, round: str | int | None = None) -> int:
     """Write the adapter of bottom, trunk and top as one PEFT folder for the uncut model.
+
+    Args:
+        round: as in ``opening.open_run``.
 
     Returns:
         The number of finished rounds behind the adapter.
@@ -29,14 +33,18 @@ def export_adapter(run: RunDirectory, out: Path) -> int:
             "with boundary.tail, width, residual or denoise no adapter of the uncut model equals what was trained",
             remedy="use the run as it is, with 'isthmus generate'",
         )
-    number, tensors = final_adapter(run)
+    _require_both(run)
+    number, tensors = final_adapter(run, chosen_round(run, round))
     with disk_errors(out):
         adapters.write_adapter(out, tensors, recipe.lora, recipe.model.path)
     return number
 
 
-def final_adapter(run: RunDirectory) -> tuple[int, dict[str, torch.Tensor]]:
-    """The last round that both trunk and root have saved, and its adapter tensors by uncut name.
+def final_adapter(run: RunDirectory, number: int | None = None) -> tuple[int, dict[str, torch.Tensor]]:
+    """A round that both trunk and root have saved, and its adapter tensors by uncut name.
+
+    Args:
+        number: the round; None: the last.
 
     Raises:
         RunError: the run has no finished round, its last one is damaged, or
@@ -44,7 +52,8 @@ def final_adapter(run: RunDirectory) -> tuple[int, dict[str, torch.Tensor]]:
     """
     trunk, root = run.role("trunk"), run.role("root")
     _require_both(run)
-    number = min(max(one.rounds(), default=0) for one in (trunk, root))  # a damaged one is refused, not passed over
+    if number is None:
+        number = min(max(one.rounds(), default=0) for one in (trunk, root))  # a damaged one is refused, not passed over
     if number == 0:
         raise RunError(f"{run.path} holds no finished round", remedy="let the run finish a round first")
     recipe = run.recipe()

@@ -80,13 +80,14 @@ def generate_text(
     max_new_tokens: int,
     chat: bool = False,
     trunk: str | None = None,
+    round: str | int | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> str:
     """The greedy answer to a prompt, printed token by token.
 
     Args:
         prompt: a text that fills the recipe's template, or more about what is asked.
-        name, trunk: as in ``opening.open_run``.
+        name, trunk, round: as in ``opening.open_run``.
         max_new_tokens: longest answer, in tokens.
         chat: for a text, ``PromptRequest.chat``.
         notify: called with a message that names the silo, if the folder holds several and none is named.
@@ -97,7 +98,7 @@ def generate_text(
     """
     asked = PromptRequest(prompt, chat=chat) if isinstance(prompt, str) else prompt
     example = asked.example(run.recipe().task)
-    with connected_silo(run, name, trunk=trunk, notify=notify) as (silo, directory):
+    with connected_silo(run, name, trunk=trunk, round=round, notify=notify) as (silo, directory):
         draft = load_draft(directory, silo)
         return stream_answer(silo, example, max_new_tokens=max_new_tokens, draft=draft)
 
@@ -147,6 +148,7 @@ def connected_silo(
     name: str | None,
     *,
     trunk: str | None = None,
+    round: str | int | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Iterator[tuple[Silo, RoleDirectory]]:
     """A silo of the run, opened as ``opening.open_run`` does, and the silo's folder.
@@ -154,7 +156,7 @@ def connected_silo(
     Args:
         notify: called with a message that names the silo, if the folder holds several and none is named.
     """
-    with open_run(run.path, name, trunk=trunk) as silo:
+    with open_run(run.path, name, trunk=trunk, round=round) as silo:
         here = run.silos()
         if name is None and len(here) > 1:
             notify(f"as silo {silo.name}; --silo names another one ({', '.join(here)})")

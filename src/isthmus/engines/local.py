@@ -92,13 +92,14 @@ def run_federation(
 
 @contextmanager
 def serving(
-    run: RunDirectory, roles: Collection[str] = ("trunk",), lock: int | None = None
+    run: RunDirectory, roles: Collection[str] = ("trunk",), lock: int | None = None, number: int | None = None
 ) -> Iterator[tuple[RoleProcess, str]]:
     """A server process on a free port while the block runs; yields the process and its address ``host:port``.
 
     Args:
         roles: ``trunk``, or ``trunk`` and ``root``.
         lock: file descriptor of the run directory's lock, for the process to inherit.
+        number: the round whose adapter the trunk serves; None: the last one.
 
     Raises:
         IsthmusError: the server did not start.
@@ -109,6 +110,7 @@ def serving(
         make_certificates(recipe, certificates)
     arguments = ["trunk", str(run.recipe_path), "--address", "localhost:0"]
     arguments += ["--with-root"] if "root" in roles else []
+    arguments += ["--round", str(number)] if number is not None else []
     with _ending() as servers:
         servers.append(_start(run, "the trunk", "trunk", arguments, lock))
         yield servers[0], servers[0].wait_listening(START_SECONDS)

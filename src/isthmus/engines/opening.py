@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from isthmus.engines.chosen_round import chosen_round
 from isthmus.engines.local import at_address, serving
 from isthmus.engines.threads import set_threads
 from isthmus.errors import IsthmusError, PeerGoneError, RunError
@@ -18,8 +19,10 @@ WAIT_SECONDS = 2.0
 """Longest time to wait for a run that is just ending."""
 
 
-def open_run(path: Path | str, name: str | None = None, *, trunk: str | None = None) -> Silo:
-    """A silo of a run, with the adapters of the last round that trunk and silo both have.
+def open_run(
+    path: Path | str, name: str | None = None, *, trunk: str | None = None, round: str | int | None = None
+) -> Silo:
+    """A silo of a run, with the adapters of the last round that trunk and silo both have, or of another one.
 
     The run may be one of ``isthmus run``, whose trunk is then started as a child process, or a deployed silo's own
     folder, whose trunk is reached at the recipe's address. Releases are entered in the silo's ledger and charged to
@@ -29,6 +32,8 @@ def open_run(path: Path | str, name: str | None = None, *, trunk: str | None = N
         path: the run directory.
         name: the silo; None: the first in the recipe whose folder is here (``Silo.name`` says which).
         trunk: ``host:port`` of the trunk, in place of both.
+        round: ``best``, ``last``, or a number (see ``chosen_round.chosen_round``); None: the best of a recipe with
+            ``train.evaluate = "best"``, else the last. A trunk that is not started here must serve it.
 
     Returns:
         The silo. A ``with`` block, or ``close``, ends the connection and the trunk process.
@@ -45,7 +50,7 @@ def open_run(path: Path | str, name: str | None = None, *, trunk: str | None = N
     """
     run = RunDirectory.open(Path(path))
     name = _choose(run, name)
-    recipe = run.recipe()
+    recipe, number = run.recipe(), chosen_round(run, round) if run.silos() else None
     with ExitStack() as resources, ExitStack() as undo:
         if run.served_here:
             _require_round(run)
@@ -55,7 +60,7 @@ def open_run(path: Path | str, name: str | None = None, *, trunk: str | None = N
         ledger = open_ledger(directory, recipe, name)
         resources.callback(ledger.close)
         if trunk is None and run.served_here:
-            _, trunk = resources.enter_context(serving(run))
+            _, trunk = resources.enter_context(serving(run, number=number))
         recipe = at_address(recipe, trunk, ("trunk",))
         own = recipe.of_silo(name, ranked=not run.served_here)
         released, records = directory.path / "released", directory.path / "records"
@@ -64,7 +69,7 @@ def open_run(path: Path | str, name: str | None = None, *, trunk: str | None = N
         except PeerGoneError as error:
             raise _no_trunk(recipe, error) from error
         undo.callback(silo.close)
-        _load_trained(silo, own, run)
+        _load_trained(silo, own, run, number)
         if recipe.sensitivity is not None:
             load_data(recipe, name, silo)
         undo.pop_all()
@@ -96,13 +101,22 @@ def _require_round(run: RunDirectory) -> None:
         )
 
 
-def _load_trained(silo: Silo, recipe: Recipe, run: RunDirectory) -> None:
-    """Load the adapters of the round that the trunk serves: the run's own, else what the root has now."""
+def _load_trained(silo: Silo, recipe: Recipe, run: RunDirectory, number: int | None) -> None:
+    """Load the adapters of the round that the trunk serves: the run's own, else what the root has now.
+
+    Args:
+        number: the round that the trunk must serve; None: any.
+    """
     welcome = silo.trunk.channel.welcome
     require_finished(welcome)
     if not welcome.completed:
         raise RunError(
             "the trunk has no finished round", remedy="start it with the run directory in which the silos trained"
+        )
+    if number is not None and number != welcome.completed:
+        raise RunError(
+            f"the trunk serves round {welcome.completed}, not round {number}",
+            remedy=f"start it with 'isthmus trunk RUN_DIR --round {number}', or take its round: --round last",
         )
     found = _saved(run, silo.name, welcome.completed)
     if found is None:

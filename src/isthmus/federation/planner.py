@@ -78,7 +78,7 @@ class RootPlanner:
     def __init__(self, recipe: Recipe, initial: Mapping[str, torch.Tensor], store: RoleDirectory) -> None:
         self._rounds = recipe.train.rounds
         self._store = store
-        store.keep = recipe.train.keep_rounds
+        store.keep_as(recipe.train)
         self._journal = store.journal("metrics")
         self._sharing = sharing_of(recipe)
         self._control = root_control(recipe)

@@ -87,7 +87,7 @@ class Worker:
         """The round at whose end the optimizer is; None within a round."""
         self._factor = 1.0
         """The factor of this silo's weight in its last round, by the recipe's fairness."""
-        directory.keep = recipe.train.keep_rounds
+        directory.keep_as(recipe.train)
         self._journal = directory.journal("metrics")
         self._measured = {
             line["round"] for line in read_journal(directory.path / "metrics.jsonl") if line["event"] == "evaluation"

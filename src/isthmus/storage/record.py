@@ -17,13 +17,13 @@ import pickle
 import re
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from isthmus.errors import DiskFullError, RunError
-from isthmus.recipe import Recipe
+from isthmus.recipe import Recipe, TrainSection
 from isthmus.recipe.recipe import with_checksum
 from isthmus.storage.sealed import DamagedError, seal, unseal
 
@@ -239,6 +239,8 @@ class RoundFiles:
     def __init__(self, path: Path, keep: int | None = None) -> None:
         self.path = path
         self._keep = keep
+        self.lasting: Callable[[int], bool] = lambda number: False
+        """Says whether a round's file stays, however many come after it."""
         self._good: set[int] = set()
         """Rounds whose files were written or verified here."""
 
@@ -252,14 +254,17 @@ class RoundFiles:
             temporary.write_bytes(seal(content.getbuffer()))
         self._good.add(number)
         if self._keep is not None:
-            for old in sorted(self.rounds())[: -self._keep]:
+            for old in filter(self._passes, sorted(self.rounds())[: -self._keep]):
                 self._file(old).unlink(missing_ok=True)
 
     def remove_before(self, number: int, keep: int) -> None:
-        """Remove the files of all rounds up to this one but round 0 and the last ``keep``."""
-        for old in sorted(one for one in self.rounds() if 0 < one <= number)[:-keep]:
+        """Remove the files of all rounds up to this one but round 0, lasting ones, and the last ``keep``."""
+        for old in filter(self._passes, sorted(one for one in self.rounds() if 0 < one <= number)[:-keep]):
             self._file(old).unlink(missing_ok=True)
             self._good.discard(old)
+
+    def _passes(self, number: int) -> bool:
+        return not self.lasting(number)
 
     def remove_after(self, number: int) -> None:
         """Remove the files of all rounds after this one."""
@@ -353,6 +358,11 @@ class RoleDirectory:
         """Later rounds are passed over when the role starts, as another role cannot go on from them; None: none are."""
         self.shared = RoundFiles(path / "shared", keep=2)
         """A silo's: the shared adapters of the last rounds, as ``shared``, and the name of the trunk's run, ``run``."""
+
+    def keep_as(self, train: TrainSection) -> None:
+        """Keep as many rounds as the recipe says, and those among which it chooses the best one."""
+        self.keep = train.keep_rounds
+        self._rounds.lasting = self.shared.lasting = train.keeps
 
     def journal(self, name: str) -> Journal:
         """The journal ``name.jsonl``, created if it does not exist."""

@@ -78,7 +78,7 @@ class TrunkService:
         self._scheduler.tidy = self._sessions.expire
         self._decoding = Decoding(self._runner, self._sessions, self._codecs, recipe.trunk.chunk)
         adapter = _trunk_adapter(self._runner.part, recipe)
-        directory.keep = recipe.train.keep_rounds
+        directory.keep_as(recipe.train)
         self._training = self._scheduler.submit(
             lambda: TrunkTraining(
                 self._runner,

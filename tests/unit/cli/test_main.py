@@ -23,14 +23,16 @@ COMMANDS = {
     "certificates": ["RECIPE"],
     "generate": [
         *("RUN_DIR", "PROMPT?", "--silo=", "--max-new-tokens=64", "--field=", "--raw/--no-raw=False"),
-        *("--chat/--no-chat=False", "--trunk="),
+        *("--chat/--no-chat=False", "--trunk=", "--round="),
     ],
-    "batch": ["RUN_DIR", "ROWS", "OUT", "--silo=", "--max-new-tokens=", "--trunk="],
+    "batch": ["RUN_DIR", "ROWS", "OUT", "--silo=", "--max-new-tokens=", "--trunk=", "--round="],
     "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96", "--trunk="],
     "privacy": ["RUN_DIR", "--json=False"],
     "data": ["RECIPE", "--silo=", "--examples=5", "--json=False"],
-    "evaluate": ["RUN_DIR", "--data=", "--silo=", "--out=", "--max-new-tokens=", "--trunk=", "--json=False"],
-    "export": ["RUN_DIR", "OUT"],
+    "evaluate": [
+        *("RUN_DIR", "--data=", "--silo=", "--out=", "--max-new-tokens=", "--trunk=", "--round=", "--json=False")
+    ],
+    "export": ["RUN_DIR", "OUT", "--round="],
     "attack": [
         "TARGET",
         "--adversary=['trunk+silo']",

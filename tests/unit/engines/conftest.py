@@ -32,10 +32,10 @@ def trunk_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is opened is served by a trunk in this process."""
 
     @contextmanager
-    def serving(run: RunDirectory) -> Iterator[tuple[None, str]]:
+    def serving(run: RunDirectory, *, number: int | None = None) -> Iterator[tuple[None, str]]:
         recipe = run.recipe()
         make_certificates(recipe, Path(recipe.wire.certificates))
-        server, services = start_server(at_address(recipe, "localhost:0"), run, ("trunk",))
+        server, services = start_server(at_address(recipe, "localhost:0"), run, ("trunk",), number)
         yield None, f"localhost:{server.port}"
         server.stop()
         services["Trunk"].stop()  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ import torch
 
 from isthmus.engines.local import local_recipe
 from isthmus.errors import DiskFullError, RunError
-from isthmus.recipe import Recipe
+from isthmus.recipe import Recipe, TrainSection
 from isthmus.report.progress import read_progress
 from isthmus.storage import record
 from isthmus.storage.record import ROLES, Journal, RoleDirectory, RunDirectory, read_journal, writing
@@ -304,3 +304,18 @@ def test_later_rounds_are_removed_with_the_first_that_a_process_saves_and_no_oth
     for number in (5, 4, 3):  # as the trunk's, where rounds do not wait for a slow silo
         directory.save_round(number, {})
     assert directory.rounds() == {1, 2, 3, 4, 5}
+
+
+def test_rounds_among_which_the_best_is_chosen_stay(tmp_path: Path) -> None:
+    directory = RoleDirectory(tmp_path)
+    directory.keep_as(TrainSection(rounds=40, evaluate="best", keep_rounds=3))
+    for number in range(31):
+        directory.save_round(number, {})
+        directory.shared.save_round(number, {})
+    assert directory.rounds() == {*range(0, 31, 4), 29, 30, 28}
+    assert directory.shared.rounds() == {*range(0, 31, 4), 29, 30}
+    plain = RoleDirectory(tmp_path / "plain")
+    plain.keep_as(TrainSection(rounds=40, keep_rounds=3))
+    for number in range(31):
+        plain.save_round(number, {})
+    assert plain.rounds() == {0, 28, 29, 30}

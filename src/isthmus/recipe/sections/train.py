@@ -72,10 +72,12 @@ class TrainSection(Section):
     long_rows: Literal["truncate", "skip", "refuse"] = "truncate"
     """What a silo does with its rows that are longer. "truncate": they lose the beginning of their prompt; an answer is
     never cut. "skip": they are left out. "refuse": the run does not start. Each silo says how many there are."""
-    evaluate: bool | Literal["end"] | Count = 10
+    evaluate: bool | Literal["end", "best"] | Count = 10
     """When to evaluate on held-out rows: accuracy with task.choices, otherwise loss. A number: before the first round,
-    after every so many, and after the last; "end": before the first and after the last; true: after each; false:
-    never. Needs silo.held_out of one silo or more. Held-out rows cross as training rows do, and are charged."""
+    after every so many, and after the last; "end": before the first and after the last; "best": ten times in the run
+    and before the first; all parties keep these rounds, and the best of them is the one that is used afterwards; true:
+    after each; false: never. Needs silo.held_out of one silo or more. Held-out rows cross as training rows do, and are
+    charged."""
     evaluate_rows: Count | None = Field(default=None, examples=[200])
     """Most held-out rows of a silo that an evaluation reads, drawn once by the seed. Left out: all."""
 
@@ -107,7 +109,12 @@ class TrainSection(Section):
         """Whether held-out rows are read after this round; 0: before the first."""
         if isinstance(self.evaluate, bool):
             return self.evaluate
-        return round in (0, self.rounds) or (self.evaluate != "end" and round % self.evaluate == 0)
+        every = max(1, self.rounds // 10) if self.evaluate == "best" else self.evaluate
+        return round in (0, self.rounds) or (every != "end" and round % every == 0)
+
+    def keeps(self, round: int) -> bool:
+        """Whether this round's files stay, however many came after it."""
+        return self.evaluate == "best" and self.evaluates_after(round)
 
     @property
     def step_tokens(self) -> int:

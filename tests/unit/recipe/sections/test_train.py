@@ -149,3 +149,12 @@ def test_no_silo_of_so_many_rows_weighs_more_in_any_round(rows: int, epochs: int
 def test_when_held_out_rows_are_measured(when: Any, measured: list[int]) -> None:
     section = TrainSection(rounds=5, evaluate=when)
     assert [round for round in range(6) if section.evaluates_after(round)] == measured
+    assert not any(map(section.keeps, range(6)))
+
+
+@pytest.mark.parametrize(("rounds", "every"), [(3, 1), (10, 1), (19, 1), (20, 2), (45, 4)])
+def test_the_best_round_is_one_of_about_ten(rounds: int, every: int) -> None:
+    section = TrainSection(rounds=rounds, evaluate="best")
+    measured = [round for round in range(rounds + 1) if section.evaluates_after(round)]
+    assert measured == sorted({*range(0, rounds, every), rounds})
+    assert [round for round in range(rounds + 1) if section.keeps(round)] == measured
