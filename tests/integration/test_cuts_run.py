@@ -28,7 +28,9 @@ CUTS = {"north": (1, 1), "south": (2, 2)}
 def test_silos_with_cuts_of_their_own_train_and_use_one_model(
     commands: Commands, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    recipe = write_federation(tmp_path / "made", train={"rounds": 2, "steps": 2, "learning_rate": 0.1})
+    recipe = write_federation(
+        tmp_path / "made", train={"rounds": 2, "steps": 2, "learning_rate": 0.1}, federation={"between": "train"}
+    )
     values = Recipe.read(recipe)
     silos = tuple(
         one.model_copy(update=dict(zip(("bottom", "top"), CUTS[one.name], strict=True))) for one in values.silo

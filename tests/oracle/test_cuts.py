@@ -6,8 +6,9 @@ Shapes: T tokens of all sequences, N of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from isthmus.trunk.runner import Runner
 from isthmus.trunk.service import TrunkService
 from tests.conftest import MULTIMODAL, make_recipe, targets_of, uncut
 from tests.oracle.conftest import Models
-from tests.oracle.test_federation import RATE, ROUNDS, federate, write_silos
+from tests.oracle.test_federation import RATE, ROUNDS, federate, train_uncut, write_silos
 from tests.oracle.twins import (
     Tensors,
     assert_same,
@@ -163,11 +164,11 @@ def test_gradients_of_a_shared_pass_are_each_silos_own(at_once: bool, models: Mo
         assert all(one is None for key, one in got.items() if key not in mine)
 
 
-def mixed(model: Path, folder: Path, **train: object) -> Recipe:
+def mixed(model: Path, folder: Path, between: str = "rest", lora: str = "plain", **train: object) -> Recipe:
     silos = [one | dict(zip(("bottom", "top"), CUTS[one["name"]], strict=True)) for one in write_silos(folder)]
     return make_recipe(
         model,
-        federation={"lora": "plain"},
+        federation={"lora": lora, "between": between},
         silo=silos,
         lora={"targets": targets_of("llama")},
         model={"bottom": 1, "top": 1},
@@ -176,28 +177,43 @@ def mixed(model: Path, folder: Path, **train: object) -> Recipe:
     )
 
 
+def smooth(models: Models) -> Path:
+    """A model in which training does not make rounding errors grow."""
+    return models("llama", vivid=False, blocks=BLOCKS, initializer_range=0.1)
+
+
 def is_disputed(name: str) -> bool:
     return any(f".layers.{block}." in name for block in DISPUTED)
 
 
+def keeps(silo: str, name: str) -> bool:
+    """Whether a silo keeps the block of this tensor."""
+    block, (bottom, top) = int(name.split("layers.")[1].split(".")[0]), CUTS[silo]
+    return block < bottom or block >= BLOCKS - top
+
+
 class HandAveraged:
     """Uncut models in one process, one a silo, whose adapters are averaged by hand: those of the trunk's blocks at each
-    step, those of all silos' at each round's end; those of blocks that some silos keep and others do not rest."""
+    step, among the silos that leave them to it, and those of blocks that silos keep at each round's end, one more model
+    among these, the trunk, counting for the silos that pass its block."""
 
-    def __init__(self, recipe: Recipe, start: Tensors) -> None:
+    def __init__(self, recipe: Recipe, start: Tensors, resting: Callable[[str], bool]) -> None:
         self.recipe, tokenizer = recipe, load_tokenizer(Path(recipe.model.path))
         self.whole = {silo.name: with_lora(uncut(Path(recipe.model.path)), recipe) for silo in recipe.silo}
         self.data = {silo.name: SiloData(silo, recipe, tokenizer) for silo in recipe.silo}
         for one in self.whole.values():
             load_lora(one, start)
-        ends = adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe).keys()
-        self.ends = sorted(ends)
-        self.middle = sorted(name for name in start if name not in ends and not is_disputed(name))
+        trained = [name for name in sorted(start) if not resting(name)]
+        self.kept = {name: [key for key in trained if keeps(name, key)] for name in CUTS}
+        self.passed = {name: [key for key in trained if not keeps(name, key)] for name in CUTS}
         self.optimizers = {
-            name: self.optimizer([lora_of(one)[key] for key in self.ends]) for name, one in self.whole.items()
+            name: self.optimizer([lora_of(one)[key] for key in self.kept[name]]) for name, one in self.whole.items()
         }
-        first = lora_of(next(iter(self.whole.values())))
-        self.trunk = self.optimizer([first[key] for key in self.middle])
+        self.trunk = {
+            key: torch.nn.Parameter(start[key].clone())
+            for key in sorted({key for own in self.passed.values() for key in own})
+        }
+        self.stepping = self.optimizer(list(self.trunk.values()))
 
     def optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         if self.recipe.train.optimizer == "sgd":
@@ -205,63 +221,117 @@ class HandAveraged:
         return torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
 
     def round(self, number: int) -> None:
-        begun = {key: one.detach().clone() for key, one in lora_of(self.whole["north"]).items()}
+        begun = self.adapter()
         weights = dict.fromkeys(self.whole, 0.0)
+        parameters = {name: lora_of(one) for name, one in self.whole.items()}
         batches = {name: data.round_batches(number) for name, data in self.data.items()}
         for step in range(self.recipe.train.steps):
             taken = {name: collate(batches[name][step], self.data[name].pad) for name in self.whole}
-            total = sum(batch.weight for batch in taken.values())
-            mean = {key: torch.zeros_like(begun[key]) for key in self.middle}
             for name, batch in taken.items():
-                own = lora_of(self.whole[name])
                 self.whole[name].zero_grad()
                 self.whole[name](**batch.inputs()).loss.backward()
                 self.optimizers[name].step()
-                for key in self.middle:
-                    mean[key] += batch.weight / total * own[key].grad
                 weights[name] += batch.weight
-            parameters = {name: lora_of(one) for name, one in self.whole.items()}
-            for key in self.middle:
-                parameters["north"][key].grad = mean[key]
-            self.trunk.step()
-            with torch.no_grad():
-                for own in parameters.values():
-                    for key in self.middle:
-                        own[key].copy_(parameters["north"][key])
+            for key, one in self.trunk.items():
+                passing = {name: batch.weight for name, batch in taken.items() if not keeps(name, key)}
+                grads = [weight * parameters[name][key].grad for name, weight in passing.items()]
+                one.grad = sum(grads, torch.zeros_like(one)) / sum(passing.values())
+            self.stepping.step()
+            self.load(parameters, self.trunk, self.passed)
         with torch.no_grad():
-            parameters = {name: lora_of(one) for name, one in self.whole.items()}
-            for key in self.ends:
-                changes = [weights[name] * (own[key] - begun[key]) for name, own in parameters.items()]
-                after = begun[key] + sum(changes, torch.zeros_like(begun[key])) / sum(weights.values())
-                for own in parameters.values():
-                    own[key].copy_(after)
+            after = {}
+            for key in {key for own in self.kept.values() for key in own}:
+                changes = [(weights[name], parameters[name][key]) for name in self.whole if keeps(name, key)]
+                passing = sum(weights[name] for name in self.whole if not keeps(name, key))
+                changes += [(passing, self.trunk[key])] if key in self.trunk else []
+                moved = sum((weight * (one - begun[key]) for weight, one in changes), torch.zeros_like(begun[key]))
+                after[key] = begun[key] + moved / sum(weight for weight, _ in changes)
+            for key in after.keys() & self.trunk.keys():
+                self.trunk[key].copy_(after[key])
+        self.load(parameters, after, {name: list(after) for name in self.whole})
+
+    @torch.no_grad()
+    def load(self, parameters: dict[str, Any], source: Any, keys: dict[str, list[str]]) -> None:
+        for name, own in parameters.items():
+            for key in keys[name]:
+                own[key].copy_(source[key])
 
     def adapter(self) -> Tensors:
-        return {key: one.detach() for key, one in lora_of(self.whole["north"]).items()}
+        return {key: one.detach().clone() for key, one in lora_of(self.whole["north"]).items()}
 
 
-@pytest.mark.parametrize(("optimizer", "tolerance"), [("sgd", 1e-5), ("adamw", 1e-4)])
+@pytest.mark.parametrize("between", ["rest", "train"])
+@pytest.mark.parametrize(("optimizer", "lora", "tolerance"), [("sgd", "frozen-a", 1e-5), ("adamw", "plain", 1e-4)])
 def test_mixed_cuts_train_what_uncut_models_train(
-    optimizer: str, tolerance: float, models: Models, tmp_path: Path
+    optimizer: str, lora: str, tolerance: float, between: str, models: Models, tmp_path: Path
 ) -> None:
     """Three rounds of three steps: the adapters of hand-averaged uncut models, the same at every silo. Adam divides
     rounding errors by gradients that are as small."""
-    recipe = mixed(models("llama", blocks=BLOCKS), tmp_path, steps=3, batch=2, optimizer=optimizer, weight_decay=0.0)
+    train = {"steps": 3, "batch": 2, "optimizer": optimizer, "weight_decay": 0.0}
+    recipe = mixed(smooth(models), tmp_path, between, lora, **train)
     run = RunDirectory.create(tmp_path / "run", recipe)
     trunk, ends = federate(recipe, run)
     start = dict(run.role("trunk").load_round(0)["adapter"])
     start |= adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe)
-    oracle = HandAveraged(recipe, start)
+
+    def rests(name: str) -> bool:
+        still = between == "rest" and is_disputed(name)
+        frozen = lora == "frozen-a" and "lora_A" in name and any(keeps(silo, name) for silo in CUTS)
+        return still or frozen
+
+    oracle = HandAveraged(recipe, start, rests)
     for number in range(1, ROUNDS + 1):
         oracle.round(number)
     expected = oracle.adapter()
     for own in ends:
         torch.testing.assert_close(trunk | own, expected, rtol=0, atol=tolerance)
     moved = {name for name, one in expected.items() if not torch.equal(one, start[name])}
-    assert moved == {name for name in expected if not is_disputed(name)}
+    assert moved == {name for name in expected if not rests(name)}
     number, kept = final_adapter(run)
     assert number == ROUNDS
     torch.testing.assert_close(kept, trunk | ends[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lora", ["frozen-a", "plain"])
+def test_one_step_a_round_is_training_on_all_rows(lora: str, models: Models, tmp_path: Path) -> None:
+    """Whoever keeps a block: plain SGD of one uncut model on the rows of all silos."""
+    recipe = mixed(smooth(models), tmp_path, "train", lora, optimizer="sgd")
+    run = RunDirectory.create(tmp_path / "run", recipe)
+    trunk, ends = federate(recipe, run)
+    start = dict(run.role("trunk").load_round(0)["adapter"])
+    start |= adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe)
+    frozen = {name for name in start if "lora_A" in name and any(keeps(silo, name) for silo in CUTS)}
+    whole = train_uncut(recipe, start, [frozen if lora == "frozen-a" else set()] * ROUNDS)
+    expected = {name: one.detach() for name, one in lora_of(whole).items()}
+    for own in ends:
+        assert_same(trunk | own, expected, 1e-5)
+    assert_same(final_adapter(run)[1], trunk | ends[0], 0.0)
+
+
+@pytest.mark.parametrize("lora", ["frozen-a", "plain"])
+def test_mixed_cuts_go_on_where_they_were_stopped(lora: str, models: Models, tmp_path: Path) -> None:
+    """All roles start anew before each round, once with a trunk that does not know the root's last one."""
+    recipe = mixed(models("llama", blocks=BLOCKS), tmp_path, "train", lora, optimizer="adamw")
+    alone = recipe.trunk.model_copy(update={"together": 1})  # what shares a pass changes last bits
+
+    def rounds(count: int) -> Recipe:
+        train = recipe.train.model_copy(update={"rounds": count, "steps": 2})
+        return recipe.model_copy(update={"train": train, "trunk": alone})
+
+    undisturbed = federate(rounds(3), RunDirectory.create(tmp_path / "undisturbed", recipe))
+    run = RunDirectory.create(tmp_path / "stopped", recipe)
+    federate(rounds(1), run)
+    saved = run.role("trunk").load_round(1)
+    changes = {name: one for group in saved["between"]["groups"] for name, one in group["change"].items()}
+    before = run.role("trunk").load_round(0)["adapter"]
+    trained = {name: before[name] + change for name, change in changes.items()}
+    assert any(not torch.equal(one, saved["adapter"][name]) for name, one in trained.items())
+    run.role("trunk").save_round(1, saved | {"adapter": saved["adapter"] | trained})  # as before the root's word
+    federate(rounds(2), run)
+    trunk, ends = federate(rounds(3), run)
+    assert_same(trunk, undisturbed[0], 0.0)
+    for own, expected in zip(ends, undisturbed[1], strict=True):
+        assert_same(own, expected, 0.0)
 
 
 @pytest.fixture
@@ -273,16 +343,14 @@ def served(models: Models, tmp_path: Path) -> Iterator[tuple[Recipe, TrunkServic
 
 
 def test_each_silo_generates_the_uncut_models_tokens(served: tuple[Recipe, TrunkService]) -> None:
-    """All silos at once, greedily and with beams."""
+    """All silos, greedily and with beams."""
     recipe, service = served
     silos = {name: join(recipe, name, channel=loopback(service, name, recipe)) for name in CUTS}
     part = service._runner.part
-    tensors = {
-        key: one for silo in silos.values() for own in silo.parts for key, one in adapters.adapter_of(own).items()
-    }
-    tensors |= adapters.adapter_of(part)
+    ends = [own for silo in silos.values() for own in silo.parts]
+    tensors = {key: one for own in (*ends, part) for key, one in adapters.adapter_of(own).items()}
     tensors |= random_b(tensors)
-    for one in (part, *(own for silo in silos.values() for own in silo.parts)):
+    for one in (part, *ends):
         adapters.load_adapter(one, tensors)
     whole = with_lora(uncut(Path(recipe.model.path)), recipe)
     load_lora(whole, tensors)

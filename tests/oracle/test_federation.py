@@ -82,7 +82,7 @@ def federate(recipe: Recipe, run: RunDirectory) -> tuple[Tensors, list[Tensors]]
     """Train, on from what the run has reached, with a worker a thread; returns the trunk's adapter and each silo's."""
     trunk = TrunkService(recipe, run.role("trunk"))
     trunk.restore(run.completed())
-    root = root_service(recipe, run.role("root"))
+    root = root_service(recipe, run.role("root"), trunk=trunk)
 
     def silo(name: str) -> Tensors:
         ways = {"trunk": loopback(trunk, name, recipe), "root": LoopbackChannel(root, name)}

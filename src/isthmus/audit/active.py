@@ -96,7 +96,9 @@ def capture_hijacked(
         root = RoleDirectory(Path(temporary) / "root")
         if target.completed:
             root.save_round(target.completed, {"shared": dict(target.shared())})
-        known = Tap(LoopbackChannel(root_service(recipe, root), name))  # a colluding silo gets the same plans
+        known = Tap(
+            LoopbackChannel(root_service(recipe, root, trunk=service), name)
+        )  # a colluding silo gets the same plans
 
         def teach(sequences: list[torch.Tensor]) -> list[torch.Tensor]:
             plan = [one.response for one in known.exchanges if one.kind is pb.Ready][-1]

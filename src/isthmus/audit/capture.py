@@ -163,7 +163,7 @@ def capture_round(target: Target, name: str) -> tuple[ObservedUpdate, ...]:
         root = RoleDirectory(Path(temporary) / "root")
         if target.completed:
             root.save_round(target.completed, {"shared": dict(target.shared())})
-        tap = Tap(LoopbackChannel(root_service(recipe, root), name))
+        tap = Tap(LoopbackChannel(root_service(recipe, root, trunk=service), name))
         own = recipe.of_silo(name, ranked=False)
         trunk = Tap(LoopbackChannel(service, name, greeting=greeting(Checkpoint(recipe.model.path), own)))
         worker = Worker(recipe, name, RoleDirectory(Path(temporary) / name), trunk=trunk, root=tap)

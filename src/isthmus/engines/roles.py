@@ -238,6 +238,7 @@ def start_server(
     """
     identity = Identity.load(Path(recipe.wire.certificates), roles[0], "trunk" if roles[0] == "trunk" else "root")
     services: dict[str, Service] = {}
+    own_trunk: TrunkService | None = None
     peers: dict[str, Collection[str]] = {}
     if "trunk" in roles:
         directory = run.role("trunk")
@@ -246,7 +247,7 @@ def start_server(
             raise RunError(f"the trunk has not saved round {number}", remedy=f"name one of these: {saved}")
         if number is None and run.role("root").path.exists():
             number = run.completed()  # one run directory: the trunk's adapter must be of the root's round
-        services["Trunk"] = trunk = TrunkService(recipe, directory, identity=identity)
+        services["Trunk"] = own_trunk = trunk = TrunkService(recipe, directory, identity=identity)
         peers["Trunk"] = [silo.name for silo in recipe.silo]
         if number is not None:
             trunk.restore(number)
@@ -254,7 +255,7 @@ def start_server(
         directory = run.role("root")
         if "trunk" in roles and recipe.federation.asynchronous.buffer is None:
             directory.until = run.completed()  # the root must go on from a round that the trunk has, too
-        services["Root"] = GreetedAggregator(recipe, ROOT, root_service(recipe, directory, identity))
+        services["Root"] = GreetedAggregator(recipe, ROOT, root_service(recipe, directory, identity, own_trunk))
         peers["Root"] = recipe.tree.node(ROOT).children
     address = getattr(recipe, roles[0]).address
     wire = recipe.wire

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from google.protobuf.message import Message
 
-from isthmus.errors import ProtocolError
+from isthmus.errors import ProtocolError, RecipeError
 from isthmus.federation.buffered import Buffered
 from isthmus.federation.planner import EdgePlanner, Planner, RootPlanner, shared_tensors
 from isthmus.federation.rounds import Aggregator, Rounds
@@ -14,6 +14,7 @@ from isthmus.model.agreement import agreed_keys, check_agreed
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.storage.record import RoleDirectory
+from isthmus.updates.between import TrunkBlocks
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel, Service, answered
 from isthmus.wire.identity import Identity
@@ -69,14 +70,26 @@ def aggregator_of(recipe: Recipe, name: str, planner: Planner, identity: Identit
     return Rounds(recipe, planner, name, identity)
 
 
-def root_service(recipe: Recipe, directory: RoleDirectory, identity: Identity | None = None) -> Aggregator:
+def root_service(
+    recipe: Recipe, directory: RoleDirectory, identity: Identity | None = None, trunk: TrunkBlocks | None = None
+) -> Aggregator:
     """The root's service. It needs the model's configuration only.
 
     Args:
         directory: where the tensors after each round are kept.
         identity: as in ``aggregator_of``.
+        trunk: the trunk in this process, if it is here.
+
+    Raises:
+        RecipeError: the recipe trains blocks that some silos keep and others leave to the trunk, which is not here.
     """
-    return aggregator_of(recipe, ROOT, RootPlanner(recipe, shared_tensors(recipe), directory), identity)
+    if recipe.trains_between and trunk is None:
+        raise RecipeError(
+            "federation.between = 'train' averages adapters of the trunk, too, which is not in this process",
+            remedy="start both by 'isthmus trunk --with-root', or set federation.between = 'rest'",
+        )
+    blocks = trunk if recipe.trains_between else None
+    return aggregator_of(recipe, ROOT, RootPlanner(recipe, shared_tensors(recipe), directory, blocks), identity)
 
 
 def edge_service(

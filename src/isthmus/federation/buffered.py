@@ -119,9 +119,9 @@ class Buffered(Aggregator):
                 self._publish()
         return answered(pb.Accepted())
 
-    def current(self) -> Answer:
+    def current(self, peer: str = "") -> Answer:
         with self._lock:
-            return self._planner.current()
+            return self._planner.current(peer)
 
     @property
     def finished(self) -> bool:

@@ -4,16 +4,18 @@ shared tensors; an edge's asks its parent for plans and sends it one sum a round
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 
 import torch
+from google.protobuf.message import Message
 
 from isthmus.errors import ProtocolError
 from isthmus.federation.central import central_noise
 from isthmus.federation.clip import Clip
 from isthmus.federation.collection import Collected
-from isthmus.federation.contribution import changes, proportions
+from isthmus.federation.contribution import Contribution, changes, proportions
 from isthmus.federation.control import root_control
 from isthmus.federation.products import sharing_of
 from isthmus.federation.sharing import Sharing
@@ -22,11 +24,14 @@ from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RoleDirectory
+from isthmus.updates.between import BlocksChange, TrunkBlocks
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel, answered
+
+T = TypeVar("T")
 
 
 class Planner(Protocol):
@@ -45,8 +50,8 @@ class Planner(Protocol):
         """
         ...
 
-    def current(self) -> Answer:
-        """``pb.Adapters``: the shared tensors after the last finished round."""
+    def current(self, peer: str = "") -> Answer:
+        """``pb.Adapters``: the shared tensors of this child's blocks after the last finished round."""
         ...
 
     def plan(self, silos: Iterable[str]) -> Answer:
@@ -73,9 +78,17 @@ class RootPlanner:
     Args:
         initial: the shared adapter tensors, by uncut name, as every silo starts with them.
         store: where the tensors after each round are kept; the last ones there are continued from.
+        trunk: its copy of blocks that some silos keep, where the recipe trains them; else None.
     """
 
-    def __init__(self, recipe: Recipe, initial: Mapping[str, torch.Tensor], store: RoleDirectory) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        initial: Mapping[str, torch.Tensor],
+        store: RoleDirectory,
+        trunk: TrunkBlocks | None = None,
+    ) -> None:
+        self._trunk = trunk
         self._rounds = recipe.train.rounds
         self._store = store
         store.keep_as(recipe.train)
@@ -118,12 +131,15 @@ class RootPlanner:
         if not (self.completed and self.run):  # else one silo's word would shut out all others
             self.run = _most_named(self._named)
 
-    def current(self) -> Answer:
-        shared = codec.encode_named(self.shared)
+    def current(self, peer: str = "") -> Answer:
+        shared = codec.encode_named(self._sharing.held(self.shared, peer) if peer else self.shared)
         return answered(pb.Adapters(completed=self.completed, adapters=shared, run=self.run))
 
     def plan(self, silos: Iterable[str]) -> Answer:
-        return answered(self.next(silos))
+        if self._trunk is None:
+            return answered(self.next(silos))
+        chosen = list(silos)  # the trunk goes on from the root's tensors before any silo gets them
+        return _after(self._trunk.settle(self.completed, self.shared), lambda _: self.next(chosen))
 
     def next(self, silos: Iterable[str]) -> pb.Plan:
         """The next plan for these silos."""
@@ -150,6 +166,11 @@ class RootPlanner:
         return self._sharing.layout(self._sharing.begun(self.shared, peer), round)
 
     def conclude(self, round: int, collected: Collected) -> Answer:
+        if self._trunk is None:
+            return answered(self._conclude(round, collected, []))
+        return _after(self._trunk.trained(round), lambda moved: self._conclude(round, collected, moved))
+
+    def _conclude(self, round: int, collected: Collected, moved: Sequence[BlocksChange]) -> pb.Accepted:
         line: dict[str, Any] = {"round": round, "weights": collected.weights}
         kept: dict[str, Any] = {}
         if self._clip is not None:
@@ -158,7 +179,10 @@ class RootPlanner:
                 collected = self._noise.added(round, collected, clip)
             self._clip.follow(round, collected)
             kept["clip"] = self._clip.state_dict()
-        shared = self._sharing.next(self.shared, round, collected.contributions)
+        trunk = [Contribution("trunk", one.weight, one.change) for one in moved if one.weight]
+        if trunk:
+            line["trunk"] = [one.weight for one in trunk]
+        shared = self._sharing.next(self.shared, round, [*collected.contributions, *trunk])
         kept |= {"shared": shared, "run": self.run, "sharing": self._sharing.state_dict()}
         if self._control is not None:
             self._control.follow(round, collected, self.layout("", round))
@@ -170,7 +194,7 @@ class RootPlanner:
             line["shares"] = self._sharing.shares
         self._journal.append(line)
         self.shared, self.completed = shared, round
-        return answered(pb.Accepted())
+        return pb.Accepted()
 
 
 class EdgePlanner:
@@ -198,7 +222,7 @@ class EdgePlanner:
         if run:
             self._named[peer] = run  # the root compares the names
 
-    def current(self) -> Answer:
+    def current(self, peer: str = "") -> Answer:
         return self._parent.submit(pb.Current())
 
     def plan(self, silos: Iterable[str]) -> Answer:
@@ -238,13 +262,29 @@ class EdgePlanner:
             self._journal.append({"round": round, "weights": collected.weights})
 
 
+def _after(done: Future[T], compute: Callable[[T], Message]) -> Answer:
+    """The answer that this function makes of a result, once it is there."""
+    answer = Answer()
+
+    def settle(done: Future[T]) -> None:
+        try:
+            answer.set_result(compute(done.result()))
+        except Exception as error:
+            answer.set_exception(error)
+
+    done.add_done_callback(settle)
+    return answer
+
+
 def _most_named(named: Mapping[str, str]) -> str:
     """The name that most children gave; empty: none gave any."""
     return max(Counter(named.values()).items(), key=lambda pair: pair[1], default=("", 0))[0]
 
 
 def shared_tensors(recipe: Recipe) -> dict[str, torch.Tensor]:
-    """The adapter tensors that the silos of this recipe share, as each of them starts with them."""
+    """The adapter tensors that the silos of this recipe share, as each of them starts with them; where silos keep
+    different blocks, all that any silo keeps and trains."""
+    recipe = recipe.of_widest if recipe.trains_between else recipe
     config = Checkpoint(recipe.model.path).config
     shared = adapters.shared_shapes(adapters.empty_ends(config, recipe))
     return {name: tensor for name, tensor in adapters.initial_tensors(config, recipe).items() if name in shared}

@@ -8,6 +8,7 @@ import torch
 
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.lora import Product, stacked, truncated
+from isthmus.federation.ownership import OwnedSharing
 from isthmus.federation.sharing import Sharing
 from isthmus.recipe import Recipe
 
@@ -56,7 +57,9 @@ class Products(Sharing):
 
 
 def sharing_of(recipe: Recipe) -> Sharing:
-    """The sharing of a recipe: among equal ranks, or among several."""
+    """The sharing of a recipe: among equal ranks or among several, among equal cuts or among several."""
+    if recipe.trains_between:
+        return OwnedSharing(recipe)
     return Products(recipe) if recipe.federation.lora == "svd" else Sharing(recipe.federation)
 
 

@@ -53,7 +53,7 @@ class Aggregator(ABC):
         if isinstance(request, pb.Ready):
             return self.ready(peer, request)
         if isinstance(request, pb.Current):
-            return self.current()
+            return self.current(peer)
         if isinstance(request, pb.Ping):
             return answered(pb.Pong())
         raise ProtocolError(f"no aggregator answers {type(request).__name__}", remedy="ask the trunk")
@@ -67,7 +67,7 @@ class Aggregator(ABC):
         """Take a child's message to the round that it trains in."""
 
     @abstractmethod
-    def current(self) -> Answer:
+    def current(self, peer: str = "") -> Answer:
         """``pb.Adapters``: the shared adapters after the last finished round, for a child that does not train."""
 
     @property
@@ -170,9 +170,9 @@ class Rounds(Aggregator):
                 raise RoundLostError(f"an update for round {request.round}", remedy="ask for the next plan")
             return self._collection.handle(peer, request)
 
-    def current(self) -> Answer:
+    def current(self, peer: str = "") -> Answer:
         with self._lock:
-            return self._planner.current()
+            return self._planner.current(peer)
 
     @property
     def finished(self) -> bool:

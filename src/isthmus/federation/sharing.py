@@ -33,6 +33,10 @@ class Sharing:
         self.shares: dict[str, float] = {}
         """Each contribution's part of the last round's change, by name, with the sum 1."""
 
+    def held(self, shared: Tensors, silo: str) -> Tensors:
+        """The tensors of the blocks that this silo keeps."""
+        return shared
+
     def begun(self, shared: Tensors, silo: str) -> Tensors:
         """The tensors that this silo begins the next round with."""
         return shared

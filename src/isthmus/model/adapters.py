@@ -83,22 +83,34 @@ def add_trained_layers(part: Part, recipe: Recipe) -> None:
     add_adapter(part, recipe.lora, recipe.seed, freeze_a=exact)
     frozen = part.name == "bottom" and recipe.lora.freeze_bottom
     bottleneck.add_layers(part, recipe.boundary, frozen=frozen)
-    _freeze_disputed(part, recipe)
+    _freeze_between(part, recipe.whole)
     _initialize(part, recipe.seed, narrow=recipe.boundary.width is not None)
     if recipe.lora.start is not None and part.model.device.type != "meta":
         load_adapter(part, starting_tensors(part.whole, recipe))
 
 
-def _freeze_disputed(part: Part, recipe: Recipe) -> None:
-    """Freeze the adapters of blocks that some silos keep and others leave to the trunk: nobody could average them."""
-    whole, blocks = recipe.whole, part.family.block_prefix()
+def block_of(part: Part, name: str) -> int | None:
+    """Index, in the uncut model, of the block that a tensor of this uncut name is of; None: of no block."""
+    blocks = part.uncut_name(part.family.block_prefix() + "0.").removesuffix(f"{part.first_block}.")
+    return int(name.removeprefix(blocks).partition(".")[0]) if name.startswith(blocks) else None
+
+
+def _freeze_between(part: Part, recipe: Recipe) -> None:
+    """Freeze the adapters of blocks that some silos keep and others leave to the trunk, unless the recipe trains them;
+    then the trunk trains the factors that the silos train.
+
+    Args:
+        recipe: the federation's.
+    """
     total: int = part.whole.get_text_config().num_hidden_layers
-    bottom, top = whole.widest
-    shared = {*range(whole.model.bottom), *range(total - whole.model.top, total), *range(bottom, total - top)}
-    for name, parameter in part.model.named_parameters():
-        if "lora_" in name and name.startswith(blocks):
-            number = int(name.removeprefix(blocks).partition(".")[0])
-            parameter.requires_grad_(parameter.requires_grad and number + part.first_block in shared)
+    bottom, top = recipe.widest
+    clear = {*range(recipe.model.bottom), *range(total - recipe.model.top, total), *range(bottom, total - top)}
+    at_rest = ("lora_A",) if recipe.trains_between and recipe.federation.lora == "frozen-a" else ("lora_",)
+    if recipe.trains_between and recipe.federation.lora != "frozen-a":
+        return
+    for name, parameter in _added_parameters(part):
+        if any(kind in name for kind in at_rest) and (block_of(part, name) or 0) not in clear:
+            parameter.requires_grad_(False)
 
 
 def starting_tensors(config: PreTrainedConfig, recipe: Recipe) -> TensorDict:

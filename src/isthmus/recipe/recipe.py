@@ -19,7 +19,7 @@ from isthmus.recipe.checks.aggregation import check_influence, check_products, c
 from isthmus.recipe.checks.asynchrony import check_asynchrony
 from isthmus.recipe.checks.boundary import check_defence, check_release_once
 from isthmus.recipe.checks.budgets import check_budgets
-from isthmus.recipe.checks.cuts import check_cuts, check_measured_cut
+from isthmus.recipe.checks.cuts import check_between, check_cuts, check_measured_cut
 from isthmus.recipe.checks.evaluation import check_evaluation
 from isthmus.recipe.checks.local_steps import check_control, check_epochs, check_sharpness, check_steps
 from isthmus.recipe.checks.masks import check_cohorts, check_compression
@@ -127,6 +127,8 @@ class Recipe(Section):
         check_ranks(self.lora, federation, silos)
         check_measured_cut(self.model, silos)
         check_cuts(self.model, silos, boundary, self.lora)
+        if self.trains_between:
+            check_between(federation, self.trunk, edges)
         check_products(federation, edges)
         check_weights(federation, silos, edges, self.evaluating)
         check_influence(federation, boundary.update)
@@ -314,12 +316,32 @@ class Recipe(Section):
             ranked: whether the rank is the silo's, too.
         """
         rank, ends = self.party(name).rank if ranked else None, self.ends(name)
-        update: dict[str, Any] = {} if rank is None else {"lora": self.lora.ranked(rank)}
-        if ends != (self.model.bottom, self.model.top):
-            update["model"] = self.model.model_copy(update=dict(zip(("bottom", "top"), ends, strict=True)))
-        if not update:
+        own = self._cut_at(ends)
+        if rank is not None:
+            own = own.model_copy(update={"lora": self.lora.ranked(rank)})
+            own._whole = self.whole
+        return own
+
+    @property
+    def of_widest(self) -> Recipe:
+        """The same recipe with the largest bottom and the largest top of all silos as its cut."""
+        return self._cut_at(self.widest)
+
+    @property
+    def mixes_cuts(self) -> bool:
+        """Whether some silos keep blocks that others leave to the trunk."""
+        return self.widest != (self.whole.model.bottom, self.whole.model.top)
+
+    @property
+    def trains_between(self) -> bool:
+        """Whether the adapters of such blocks train."""
+        return self.mixes_cuts and self.federation.between == "train"
+
+    def _cut_at(self, ends: tuple[int, int]) -> Recipe:
+        if ends == (self.model.bottom, self.model.top):
             return self
-        own = self.model_copy(update=update)
+        model = self.model.model_copy(update={"bottom": ends[0], "top": ends[1]})
+        own = self.model_copy(update={"model": model})
         own._whole = self.whole
         return own
 

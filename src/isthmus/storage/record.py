@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 ROLES = ("trunk", "root", "edges", "silos")
 """Folders of a run directory, which a role creates once its model and identity are valid."""
 ADAPTER_KEYS = (
-    *("model.bottom", "model.top", "seed", "federation.lora", "trunk.adapter"),
+    *("model.bottom", "model.top", "seed", "federation.lora", "federation.between", "trunk.adapter"),
     *("lora.rank", "lora.alpha", "lora.rslora", "lora.targets", "lora.freeze_bottom"),
 )
 """Keys of a recipe that fix which adapters a run has and how they start."""
@@ -138,6 +138,8 @@ class RunDirectory:
             if before == recipe:
                 return
             other = [key for key in ADAPTER_KEYS if _value(before, key) != _value(recipe, key)]
+            if before.widest != recipe.widest:
+                other.append("the largest silo.bottom or silo.top")
             if other and any((self.path / role).exists() for role in ROLES):
                 raise RunError(
                     f"{self.path} holds a run of another recipe: {', '.join(other)} differs",

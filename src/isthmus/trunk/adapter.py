@@ -67,14 +67,39 @@ class TrunkAdapter(Protocol):
 
 
 class SharedAdapter:
-    """One adapter and one optimizer; a step uses the mean of the silos' gradients, weighted by answers' tokens."""
+    """One adapter and one optimizer; a step uses the mean of the silos' gradients, weighted by answers' tokens.
 
-    def __init__(self, part: Part, train: TrainSection) -> None:
+    Args:
+        passed: the blocks that each silo's tokens pass, by their indices in the part; of other silos all. A tensor's
+            mean is of those silos that pass its block.
+    """
+
+    def __init__(self, part: Part, train: TrainSection, passed: Mapping[str, range] | None = None) -> None:
         self._part = part
         self._train = train
         self._named = adapters.trainable(part)
         self._optimizer = SteppingOptimizer(self._named.values(), train)
         self._version = 0
+        self._keepers = {name: self._who_keeps(name, passed or {}) for name in self._named}
+
+    def between(self) -> dict[str, torch.nn.Parameter]:
+        """The trainable tensors of blocks that some silos keep themselves, by uncut name."""
+        return {name: one for name, one in self._named.items() if self._keepers[name]}
+
+    def keepers(self, name: str) -> frozenset[str]:
+        """The silos that keep this tensor's block themselves."""
+        return self._keepers[name]
+
+    def replace(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace these tensors; the optimizer's state stays."""
+        adapters.load_adapter(self._part, tensors)
+        self._version += 1
+
+    def _who_keeps(self, name: str, passed: Mapping[str, range]) -> frozenset[str]:
+        block = adapters.block_of(self._part, name)
+        if block is None:
+            return frozenset()
+        return frozenset(silo for silo, blocks in passed.items() if block - self._part.first_block not in blocks)
 
     def leaves(self, silo: str) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().requires_grad_() for name, parameter in self._named.items()}
@@ -96,12 +121,20 @@ class SharedAdapter:
         total = sum(weight for weight, _ in gradients.values())
         if not total:  # without gradients, momentum alone must not move the adapter
             return
-        shares = [(weight / total, own) for _, (weight, own) in sorted(gradients.items()) if own is not None]
+        weights = {silo: weight for silo, (weight, _) in sorted(gradients.items())}
+        totals = [
+            sum(weight for silo, weight in weights.items() if silo not in self._keepers[name]) for name in self._named
+        ]
         means: Gradients = [torch.zeros_like(parameter) for parameter in self._named.values()]
-        for share, own in shares:  # foreach operations: few kernel launches for all tensors
-            means = list(torch._foreach_add(means, list(torch._foreach_mul(own, share))))
-        for parameter, mean in zip(self._named.values(), means, strict=True):
-            parameter.grad = mean
+        for silo, (weight, own) in sorted(gradients.items()):  # foreach operations: few kernel launches for all tensors
+            if own is not None:
+                shares = [
+                    weight / passing if passing and silo not in self._keepers[name] else 0.0
+                    for name, passing in zip(self._named, totals, strict=True)
+                ]
+                means = list(torch._foreach_add(means, list(torch._foreach_mul(own, shares))))
+        for parameter, mean, passing in zip(self._named.values(), means, totals, strict=True):
+            parameter.grad = mean if passing else None  # what nobody passed rests, as does its momentum
         self._optimizer.step(rate, settings)
         self._version += 1
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from isthmus.storage.record import RoleDirectory, disk_errors, writing
 from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
 from isthmus.trunk.async_steps import AsyncSteps
 from isthmus.trunk.batches import Backwards, Evaluation, Evaluations, Forwards
+from isthmus.trunk.between import BetweenBlocks
 from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.decoding import Decoding, SessionStep
 from isthmus.trunk.kept_examples import KeptExamples
@@ -31,6 +33,7 @@ from isthmus.trunk.scheduler import SINGLE, JobKind, Scheduler
 from isthmus.trunk.sessions import Sessions
 from isthmus.trunk.sync_steps import SyncSteps
 from isthmus.trunk.training import TrunkTraining
+from isthmus.updates.between import BlocksChange
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.identity import Identity
@@ -77,7 +80,8 @@ class TrunkService:
         self._sessions = Sessions(self._runner, recipe.trunk, len(recipe.silo))
         self._scheduler.tidy = self._sessions.expire
         self._decoding = Decoding(self._runner, self._sessions, self._codecs, recipe.trunk.chunk)
-        adapter = _trunk_adapter(self._runner.part, recipe)
+        adapter = _trunk_adapter(self._runner, recipe)
+        between = BetweenBlocks(adapter) if recipe.trains_between and isinstance(adapter, SharedAdapter) else None
         directory.keep_as(recipe.train)
         self._training = self._scheduler.submit(
             lambda: TrunkTraining(
@@ -88,6 +92,7 @@ class TrunkService:
                 longest=recipe.trunk.max_silo_norm,
                 stash_bytes=recipe.trunk.stash_bytes,
                 silos=len(recipe.silo),
+                between=between,
             )
         ).result()
         self._forwards = Forwards(self._training, self._codecs, recipe.trunk, recipe.train.micro_batches)
@@ -134,6 +139,16 @@ class TrunkService:
     def restore(self, number: int) -> None:
         """Restore the adapter at the end of this round. Call it before any silo connects."""
         self._scheduler.submit(lambda: self._training.restore(number)).result()
+
+    def trained(self, round: int) -> Future[list[BlocksChange]]:
+        """Implements ``updates.between.TrunkBlocks``."""
+        return self._scheduler.submit_urgent(lambda: self._training.trained(round))
+
+    def settle(self, completed: int, shared: Mapping[str, torch.Tensor]) -> Future[None]:
+        """Implements ``updates.between.TrunkBlocks``."""
+        if isinstance(self._steps, SyncSteps):
+            self._steps.settled(completed)
+        return self._scheduler.submit_urgent(lambda: self._training.settle(completed, shared))
 
     def stop(self) -> None:
         """End the compute thread."""
@@ -346,7 +361,8 @@ def _check_start(part: Part, directory: RoleDirectory, start: str) -> None:
         )
 
 
-def _trunk_adapter(part: Part, recipe: Recipe) -> TrunkAdapter:
+def _trunk_adapter(runner: Runner, recipe: Recipe) -> TrunkAdapter:
     if recipe.trunk.adapter == "shared":
-        return SharedAdapter(part, recipe.train)
-    return ReplicaAdapters(part, recipe.train, recipe.trunk.average_every or recipe.train.steps)
+        passed = {silo.name: runner.passed(silo.name) for silo in recipe.silo}
+        return SharedAdapter(runner.part, recipe.train, passed)
+    return ReplicaAdapters(runner.part, recipe.train, recipe.trunk.average_every or recipe.train.steps)

@@ -224,6 +224,15 @@ class SyncSteps:
         self._ends.arrive(peer, answer)
         return answer
 
+    def settled(self, completed: int) -> None:
+        """The root has finished this round: a silo that is still at work in it has lost it."""
+        with self._lock:
+            over = self._open is None and 0 < self._round <= completed
+            self._round = 0 if over else self._round
+        if over:
+            self._commits.expect(())
+            self._count_votes()
+
     def forget(self, peer: str) -> None:
         """Note that another process of a silo has connected. An open round of its earlier process alone is undone."""
         with self._lock:

@@ -17,8 +17,10 @@ from isthmus.errors import FrameError, MismatchError, OutOfOrderError, ProtocolE
 from isthmus.model.optimizer_settings import OptimizerSettings
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.adapter import TrunkAdapter, full_adapter
+from isthmus.trunk.between import BetweenBlocks
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.stash import Pass, SavedBytes, bound_stash
+from isthmus.updates.between import BlocksChange
 
 OPEN_STEPS = 64
 """Largest number of a silo's forwards without a backward."""
@@ -108,6 +110,7 @@ class TrunkTraining:
         longest: largest L2 norm of a silo's gradients in a step, to which longer ones are scaled; None: no bound.
         stash_bytes: the most bytes of inputs and graphs that wait for their backwards, of all silos.
         silos: number of silos, which share these bytes equally where inputs alone exceed them.
+        between: the adapters that the root averages with silos'; None: there are none.
     """
 
     def __init__(
@@ -120,8 +123,10 @@ class TrunkTraining:
         longest: float | None = None,
         stash_bytes: int = 2**33,
         silos: int = 1,
+        between: BetweenBlocks | None = None,
     ) -> None:
         self._runner = runner
+        self._between = between
         self._stash_bytes, self._share = stash_bytes, stash_bytes // silos
         self._adapter = adapter
         self._store = store
@@ -308,6 +313,8 @@ class TrunkTraining:
         states = {silo: self._silos.setdefault(silo, SiloState()) for silo in weights}
         gradients = {silo: (weight, self._bounded(states[silo].gradients)) for silo, weight in weights.items()}
         self._adapter.step(gradients, together=together, rate=rate)
+        if self._between is not None:
+            self._between.count(weights)
         self._round = None
         self.changes += 1
         for state in states.values():
@@ -333,9 +340,31 @@ class TrunkTraining:
 
     def save(self, number: int) -> bytes:
         """Save the state as the end of this round. Returns the digest of the saved state."""
-        self._store.save_round(number, self._adapter.state())
+        own = {} if self._between is None else {"between": self._between.save(number)}
+        self._store.save_round(number, self._adapter.state() | own)
         self._round = self.completed = number
         return self._store.digest(number)
+
+    def trained(self, round: int) -> list[BlocksChange]:
+        """What this round changed in blocks that some silos keep.
+
+        Raises:
+            RoundLostError: the round was not saved last.
+        """
+        return [] if self._between is None else self._between.trained(round)
+
+    def settle(self, completed: int, shared: Mapping[str, torch.Tensor]) -> None:
+        """Go to the end of this round, with the root's tensors of blocks that some silos keep.
+
+        Raises:
+            ProtocolError: there is no saved state of that round.
+        """
+        if self._between is None:
+            return
+        self.restore(completed)
+        if self._between.settle(shared):
+            self._store.save_round(completed, self._adapter.state() | {"between": self._between.saved})
+            self.changes += 1
 
     def digest(self, number: int) -> bytes:
         """The digest of a round's saved state."""
@@ -389,6 +418,8 @@ class TrunkTraining:
             state.drop_gradients()
         if self._round == number:
             self._adapter.begin()
+            if self._between is not None:
+                self._between.begin()
             return
         try:
             self._load(number)
@@ -398,7 +429,10 @@ class TrunkTraining:
             ) from error
 
     def _load(self, number: int) -> None:
-        self._adapter.load(self._store.load_round(number))
+        state = self._store.load_round(number)
+        self._adapter.load(state)
+        if self._between is not None:
+            self._between.load(state.get("between", {"round": 0, "groups": []}))
         self._round = self.completed = number
         self.changes += 1
 
@@ -484,7 +518,8 @@ def _gradients(
     inputs = [tensor for tensors in wanted for tensor in tensors]
     # in this thread: autograd has one thread a device, which a silo's backward in the same process may hold
     with torch.autograd.set_multithreading_enabled(False):
-        found = iter(torch.autograd.grad(outputs, inputs, given))
+        # adapters of blocks that a silo does not pass have the gradient 0
+        found = iter(torch.autograd.grad(outputs, inputs, given, allow_unused=True, materialize_grads=True))
     results: list[tuple[torch.Tensor | None, list[torch.Tensor]]] = []
     for tensors, one in zip(wanted, backwards, strict=True):
         gradients = [next(found) for _ in tensors]

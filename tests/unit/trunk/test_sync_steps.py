@@ -248,6 +248,23 @@ def test_slow_silo_joins_the_next_step(build: Build, caplog: pytest.LogCaptureFi
     assert said == [f"trunk: round 1 {what}" for what in ("begins with a, b", "goes on without b", "is over")]
 
 
+def test_who_is_at_work_when_the_root_has_finished_the_round_has_lost_it(build: Build) -> None:
+    trunk = build(steps=1)
+    a, b = begun(trunk)
+    b.work(WORK_B)
+    a.work(WORK_A)
+    trunk.patience(SOON)
+    assert a.commit(weight=3).result(WAIT).contributors == 1
+    trunk.patience(LONG)
+    trunk.service.settle(1, {}).result(WAIT)
+    after = trunk.adapter()
+    with pytest.raises(RoundLostError, match="b is not in round 1"):
+        b.commit(weight=4).result(WAIT)
+    assert_exact(trunk.adapter(), after)
+    assert_exact(trunk.directory.load_round(1)["adapter"], after)
+    whole_round(trunk, a, b, 2)
+
+
 def test_latecomer_joins_the_round_under_way(build: Build, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     trunk = build(steps=1)

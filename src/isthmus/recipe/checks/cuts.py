@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from isthmus.recipe.sections import BoundarySection, LoraSection, ModelSection, SiloSection
+from isthmus.recipe.sections import (
+    BoundarySection,
+    EdgeSection,
+    FederationSection,
+    LoraSection,
+    ModelSection,
+    SiloSection,
+    TrunkSection,
+)
 
 
 def check_cuts(
@@ -38,3 +46,49 @@ def check_measured_cut(model: ModelSection, silos: tuple[SiloSection, ...]) -> N
             f"model.cut: a measurement chooses one cut for all silos, and {own[0]} has its own; "
             "leave out silo.bottom and silo.top, or state model.bottom and model.top"
         )
+
+
+def check_between(federation: FederationSection, trunk: TrunkSection, edges: tuple[EdgeSection, ...]) -> None:
+    """Refuse to train blocks that some silos keep and others leave to the trunk beside what takes all updates alike."""
+    own = "the root averages these blocks among some silos and the trunk"
+    refused = {
+        "federation.secure.masks": (federation.secure.masks, f"{own}, and of a masked sum it knows no part"),
+        "[[edge]]": (bool(edges), f"{own}, and edges pass on one sum of all"),
+        "federation.asynchronous.buffer": (
+            federation.asynchronous.buffer is not None,
+            "the trunk's change is of a round that all silos end together",
+        ),
+        "federation.robust": (
+            federation.robust.active,
+            f"{own}, too few for a rule, and none knows the trunk's change from a malicious one",
+        ),
+        f"federation.lora = {federation.lora!r}": (
+            federation.lora in ("alternating", "svd"),
+            "the trunk trains both factors at once, and has no turns and no ranks",
+        ),
+        f"federation.weights = {federation.weights.kind!r}": (
+            federation.weights.kind != "examples",
+            "the trunk's change counts by the tokens behind it, and so must the silos'",
+        ),
+        "federation.fairness": (
+            federation.fairness.kind != "none",
+            "the trunk's change counts by the tokens behind it, and so must the silos'",
+        ),
+        "federation.control": (
+            federation.control != "none",
+            "the trunk has no control, and its silos' are of one layout",
+        ),
+        "federation.normalized": (federation.normalized, "the trunk's change is not of one silo's steps"),
+        "federation.noise": (
+            federation.noise is not None,
+            "the trunk's change has no clip, and the noise follows from one",
+        ),
+        "federation.clip": (federation.clip is not None, "the trunk's change has no clip"),
+        "trunk.adapter = 'replica'": (
+            trunk.adapter == "replica",
+            "replicas are averaged within the round, and the root averages at its end",
+        ),
+    }
+    for key, (present, reason) in refused.items():
+        if present:
+            raise ValueError(f"federation.between: {reason}; leave out {key}, or set federation.between = 'rest'")

@@ -7,7 +7,7 @@ import pytest
 from isthmus.errors import MismatchError
 from isthmus.recipe import Recipe
 from isthmus.recipe.shared import check_shared, shared_keys
-from tests.unit.recipe.refusals import OUT, Case, assert_mended, changed, least, name_of
+from tests.unit.recipe.refusals import OUT, Case, Changes, assert_mended, changed, least, name_of
 
 CASES: list[Case] = [
     (
@@ -40,6 +40,30 @@ CASES: list[Case] = [
         "leave out silo.bottom",
         {"silo.1.bottom": OUT},
     ),
+]
+
+
+TRAIN: Changes = {"silo.0.bottom": 4, "federation.between": "train"}
+EDGE = {"name": "e", "address": "localhost:1", "silos": ["a", "b", "c"]}
+CASES += [
+    (
+        TRAIN | changes,
+        f"federation.between: {reason}",
+        "set federation.between = 'rest'",
+        {"federation.between": "rest"},
+    )
+    for changes, reason in (
+        ({"federation.secure": True}, "the root averages these blocks among some silos and the trunk, and of a masked"),
+        ({"edge": [EDGE]}, "the root averages these blocks among some silos and the trunk, and edges"),
+        ({"federation.asynchronous.buffer": 2}, "the trunk's change is of a round that all silos end together"),
+        ({"federation.robust": "median"}, "the root averages these blocks among some silos and the trunk, too few"),
+        ({"federation.lora": "alternating"}, "the trunk trains both factors at once"),
+        ({"federation.lora": "svd"}, "the trunk trains both factors at once"),
+        ({"federation.weights": "equal"}, "the trunk's change counts by the tokens behind it"),
+        ({"federation.fairness": "q-ffl"}, "the trunk's change counts by the tokens behind it"),
+        ({"federation.normalized": True}, "the trunk's change is not of one silo's steps"),
+        ({"trunk.adapter": "replica"}, "replicas are averaged within the round"),
+    )
 ]
 
 

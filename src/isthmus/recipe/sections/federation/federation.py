@@ -34,6 +34,10 @@ class FederationSection(Section):
     that may differ, and the mean of B·A is cut to lora.rank; experimental: its learning is not
     measured on a real model. "plain": both train and are averaged apart, which is not
     exactly the mean of B·A."""
+    between: Literal["rest", "train"] = "rest"
+    """Adapters of blocks that some silos keep and others leave to the trunk (silo.bottom, silo.top). "rest": they keep
+    the values that they start from. "train": they train in these silos, and on the trunk with the others; the root
+    averages both. Trunk and root must then be one process ('isthmus run', 'isthmus trunk --with-root')."""
     normalized: bool = False
     """If true, a silo's change counts as if it had taken as many steps as the others (FedNova, Wang et al. 2020).
     Experimental: not measured on a real model."""
