@@ -167,7 +167,7 @@ def generate(
     run_dir: RunPath,
     prompt: Annotated[Optional[str], typer.Argument(help="The text in the recipe's prompt.")] = None,  # noqa: UP045
     silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the folder's first by default.")] = None,  # noqa: UP045
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Longest = None,
     field: Annotated[Optional[list[str]], typer.Option(help="A field of the prompt as NAME=VALUE; repeatable.")] = None,  # noqa: UP045
     raw: Annotated[bool, typer.Option(help="Take the text as it is, without the recipe's prompt.")] = False,
     chat: Annotated[bool, typer.Option(help="Put the text alone into the model's chat template.")] = False,

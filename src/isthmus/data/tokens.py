@@ -40,6 +40,8 @@ class Tokens:
     row is one by itself."""
     choices: tuple[tuple[int, ...], ...] = ()
     """The possible answers, where each row has its own; empty: ``task.choices``, or free text."""
+    right: tuple[tuple[int, ...], ...] = ()
+    """The right ones of ``choices``, where there are several; empty: ``answer`` alone is right."""
 
     @property
     def input(self) -> list[int]:
@@ -291,6 +293,7 @@ class _RowReader:
             filler=(self._pad,) * (filled - len(answer.ids)),
             conversation=example.conversation,
             choices=tuple(tuple(one.ids) for one in self._of(example).values()) if example.choices else (),
+            right=self._right(example),
         )
         if self._sensitivity is None:
             return row
@@ -304,6 +307,14 @@ class _RowReader:
     def _of(self, example: Example) -> dict[str, Encoded]:
         """An example's choices in tokens, its own or the task's; empty for free text."""
         return self._in_tokens(example.choices) if example.choices else self._choices
+
+    def _right(self, example: Example) -> tuple[tuple[int, ...], ...]:
+        """The right choices of a question that has several."""
+        if example.item is None or not example.choices:
+            return ()
+        pairs = zip(example.item.names, self._of(example).values(), strict=True)
+        right = tuple(tuple(one.ids) for name, one in pairs if name in example.item.right)
+        return right if len(right) > 1 else ()
 
     def _in_tokens(self, choices: tuple[str, ...]) -> dict[str, Encoded]:
         if choices not in self._known:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from isthmus.data.silo_data import padding
 from isthmus.data.tokens import choice_tokens
-from isthmus.engines.inference import stop_tokens
+from isthmus.engines.inference import WRITTEN_TOKENS, stop_tokens
 from isthmus.recipe import Recipe
 from isthmus.tasks.catalogue import named_task
 from isthmus.tasks.greedy import write_answers
@@ -20,8 +20,6 @@ from isthmus.tasks.task import Task
 CHOSEN = ("accuracy", "macro_f1")
 WRITTEN = ("token_f1", "exact_match")
 ROUGE_SCORES = ("rouge1", "rouge2", "rougeL")
-WRITTEN_TOKENS = 64
-"""Most tokens of a written answer where neither the caller nor the task says it."""
 TOGETHER = 16
 """Questions that are answered at a time."""
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from isthmus.data.conversations import asked_example, asked_text, nested_fields
 from isthmus.data.templates import Example, Turn, chat_example, check_message
@@ -23,6 +23,11 @@ from isthmus.silo.drafting.distil import distil
 from isthmus.silo.drafting.draft import Draft
 from isthmus.silo.join import Silo, load_data
 from isthmus.storage.record import RoleDirectory, RunDirectory
+from isthmus.tasks.catalogue import named_task
+from isthmus.tasks.greedy import text_before
+
+WRITTEN_TOKENS = 64
+"""Most tokens of a written answer where neither the caller nor the task says it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def generate_text(
     prompt: str | PromptRequest,
     name: str | None,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     chat: bool = False,
     trunk: str | None = None,
     round: str | int | None = None,
@@ -88,7 +93,7 @@ def generate_text(
     Args:
         prompt: a text that fills the recipe's template, or more about what is asked.
         name, trunk, round: as in ``opening.open_run``.
-        max_new_tokens: longest answer, in tokens.
+        max_new_tokens: longest answer, in tokens; None: as a known task says, else ``WRITTEN_TOKENS``.
         chat: for a text, ``PromptRequest.chat``.
         notify: called with a message that names the silo, if the folder holds several and none is named.
 
@@ -100,7 +105,10 @@ def generate_text(
     example = asked.example(run.recipe().task)
     with connected_silo(run, name, trunk=trunk, round=round, notify=notify) as (silo, directory):
         draft = load_draft(directory, silo)
-        return stream_answer(silo, example, max_new_tokens=max_new_tokens, draft=draft)
+        name_of_task = None if asked.raw or asked.chat else run.recipe().task.name
+        task = named_task(name_of_task) if name_of_task else None
+        longest = max_new_tokens or (task.longest if task else 0) or WRITTEN_TOKENS
+        return stream_answer(silo, example, max_new_tokens=longest, draft=draft, stop=task.stop if task else ())
 
 
 def make_draft(
@@ -169,13 +177,16 @@ def stop_tokens(model: PreTrainedModel, ends: Iterable[int]) -> list[int] | None
     return sorted({*ends, *([known] if isinstance(known, int) else known or ())}) or None
 
 
-def stream_answer(silo: Silo, example: Example, *, max_new_tokens: int, draft: Draft | None = None) -> str:
+def stream_answer(
+    silo: Silo, example: Example, *, max_new_tokens: int, draft: Draft | None = None, stop: Sequence[str] = ()
+) -> str:
     """The greedy answer of a silo's model, printed token by token to standard output.
 
     Args:
         example: the prompt. It is sent in the tokens that a training row of it has.
         max_new_tokens: longest answer, in tokens.
         draft: model for speculative decoding.
+        stop: texts before which an answer ends (see ``tasks.greedy``). What has been printed may go beyond.
 
     Raises:
         DataError: the prompt has no token, or cannot be read.
@@ -196,6 +207,19 @@ def stream_answer(silo: Silo, example: Example, *, max_new_tokens: int, draft: D
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stop_tokens(silo.model, ending_tokens(example, tokenizer)),
         assistant_model=draft,
+        stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, len(ids), stop)] if stop else []),
     )
     text: str = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-    return text
+    ended = text_before(text, stop)
+    return text if ended is None else ended
+
+
+class _Stops(StoppingCriteria):
+    """Ends the one answer of a batch at the task's stop texts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: int, stop: Sequence[str]) -> None:
+        self._tokenizer, self._prompt, self._stop = tokenizer, prompt, stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        text = self._tokenizer.decode(input_ids[0, self._prompt :], skip_special_tokens=True)
+        return torch.tensor([text_before(text, self._stop) is not None], device=input_ids.device)

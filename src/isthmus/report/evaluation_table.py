@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from isthmus.engines.evaluation import FEDERATED, Contrast, SiloEvaluation
-from isthmus.tasks.metrics import Score
+from isthmus.report.data_table import visible
+from isthmus.tasks.metrics import ClassScore, Score, class_scores
 
 MOST_CLASSES = 12
 """Classes of a table of right and given answers; with more, the most frequent confusions are listed."""
@@ -39,6 +41,7 @@ def evaluations_json(evaluations: Sequence[SiloEvaluation], comparisons: Sequenc
             "majority": one.majority,
             "scores": scores_of(one.scores),
             "confusion": pairs,
+            "classes": {name: _written_class(score) for name, score in class_scores(one.confusion).items()},
         }
 
     compared = [
@@ -103,6 +106,7 @@ def _cell(score: Score) -> str:
 
 def _show_confusion(one: SiloEvaluation, console: Console) -> None:
     title = one.silo if one.model == FEDERATED else f"{one.silo}, {one.model}"
+    _show_classes(one, title, console)
     classes = sorted({name for pair in one.confusion for name in pair})
     if len(classes) > MOST_CLASSES:
         wrong = sorted(((n, pair) for pair, n in one.confusion.items() if pair[0] != pair[1]), reverse=True)
@@ -112,10 +116,37 @@ def _show_confusion(one: SiloEvaluation, console: Console) -> None:
     table = Table(title=f"{title}: right (rows) and given (columns)")
     table.add_column("")
     for name in classes:
-        table.add_column(name, justify="right")
+        table.add_column(_cell_text(name), justify="right")
     for right in classes:
-        table.add_row(right, *(str(one.confusion.get((right, given), 0)) for given in classes))
+        table.add_row(_cell_text(right), *(str(one.confusion.get((right, given), 0)) for given in classes))
     console.print(table)
+
+
+def _show_classes(one: SiloEvaluation, title: str, console: Console) -> None:
+    """A table of the classes; of many those with the least F1."""
+    scores = class_scores(one.confusion)
+    shown = sorted(scores, key=lambda name: scores[name].f1)[:MOST_CLASSES] if len(scores) > MOST_CLASSES else scores
+    some = f", {len(shown)} of {len(scores)} with the least F1" if len(shown) < len(scores) else ""
+    table = Table(title=f"{title}: classes{some}, in per cent")
+    table.add_column("class")
+    for heading in ("rows", "given", "precision", "recall", "F1"):
+        table.add_column(heading, justify="right")
+    for name in shown:
+        score = scores[name]
+        shares = (score.precision, score.recall, score.f1)
+        cells = ("–" if math.isnan(share) else f"{100 * share:.1f}" for share in shares)
+        table.add_row(_cell_text(name), f"{score.count:,}", f"{score.given:,}", *cells)
+    console.print(table)
+
+
+def _cell_text(name: str) -> Text:
+    """A class as data name it, for a cell: no markup, no command to a terminal."""
+    return Text(visible(name))
+
+
+def _written_class(score: ClassScore) -> dict[str, object]:
+    shares = {"precision": score.precision, "recall": score.recall, "f1": score.f1}
+    return {"count": score.count, "given": score.given} | {name: _finite(value) for name, value in shares.items()}
 
 
 def _finite(value: float) -> float | None:

@@ -63,7 +63,7 @@ def write_answers(
         scores_BV = output.logits[:, -1].float()
         for row, scores_V in zip(rows, scores_BV, strict=True):
             token = _likeliest([*prompts[row], *given[row]], scores_V, settings)
-            text = _stopped(decode([*given[row], token]), stop) if stop else None
+            text = text_before(decode([*given[row], token]), stop) if stop else None
             if token not in ends:
                 given[row].append(token)
             if token in ends or text is not None or len(given[row]) == longest:
@@ -101,8 +101,11 @@ def _likeliest(before: list[int], scores_V: torch.Tensor, settings: LogitsProces
     return int(scores_V.argmax())
 
 
-def _stopped(text: str, stop: Sequence[str]) -> str | None:
-    """A text up to the first of these texts in it; None: there is none. A model may begin with what would stop it."""
+def text_before(text: str, stop: Sequence[str]) -> str | None:
+    """A text up to the first of these texts in it, without white space around it; None: there is none.
+
+    What would stop it at its beginning, after white space, does not: a model may begin its answer with a line's end.
+    """
     text = text.lstrip()
     ends = [at for one in stop if (at := text.find(one)) >= 0]
     return text[: min(ends)].strip() if ends else None

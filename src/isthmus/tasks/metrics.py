@@ -36,12 +36,7 @@ class Score:
 Answered = tuple[Item, str]
 """An item and its answer."""
 RightAndGiven = tuple[object, object]
-"""The right answer, of several the first, and the given one."""
-
-
-def accuracy(predicted: Sequence[object], right: Sequence[object]) -> float:
-    """Share of predictions that equal the right answer, 0 to 1."""
-    return sum(one == other for one, other in zip(predicted, right, strict=True)) / len(right)
+"""The right answer (of several the given one, if it is among them, else the first), and the given one."""
 
 
 def majority(right: Sequence[object]) -> float:
@@ -83,9 +78,41 @@ def _measured(name: str, answered: Sequence[Answered]) -> Score:
     return _mean(MEANS[name](answered)) if name in MEANS else _resampled(_pairs(answered), OF_ALL[name])
 
 
+@dataclass(frozen=True, slots=True)
+class ClassScore:
+    """How well one class is told from the others. All shares are 0 to 1."""
+
+    count: int
+    """Rows whose right answer it is."""
+    given: int
+    """Rows that got it as an answer."""
+    precision: float
+    """Share of the rows that got it whose right answer it is; without any NaN."""
+    recall: float
+    """Share of the rows whose right answer it is that got it; without any NaN."""
+    f1: float
+    """Their harmonic mean, 0 if one of them is 0 or without rows."""
+
+
 def confusion(answered: Sequence[Answered]) -> dict[tuple[str, str], int]:
-    """How often each right answer (the first of an item) met each given one."""
-    return dict(Counter((item.right[0], given) for item, given in answered))
+    """How often each right answer met each given one; of an item with several right ones the given one, if it is among
+    them, else the first."""
+    return dict(Counter(_pairs(answered)))
+
+
+def class_scores(confused: Mapping[tuple[str, str], int]) -> dict[str, ClassScore]:
+    """The scores of each class that is right or given somewhere, in alphabetical order.
+
+    Args:
+        confused: as of ``confusion``.
+    """
+    found: dict[str, ClassScore] = {}
+    for name in sorted({one for pair in confused for one in pair}):
+        count, given = (sum(n for pair, n in confused.items() if pair[side] == name) for side in (0, 1))
+        both = confused.get((name, name), 0)
+        precision, recall = (both / rows if rows else math.nan for rows in (given, count))
+        found[name] = ClassScore(count, given, precision, recall, 2 * both / (count + given))
+    return found
 
 
 def words(text: str) -> list[str]:
@@ -165,8 +192,8 @@ def _mean(values: Sequence[float]) -> Score:
     return Score(mean, error, count)
 
 
-def _pairs(answered: Sequence[Answered]) -> list[RightAndGiven]:
-    return [(item.right[0], given) for item, given in answered]
+def _pairs(answered: Sequence[Answered]) -> list[tuple[str, str]]:
+    return [(given if given in item.right else item.right[0], given) for item, given in answered]
 
 
 def _resampled(pairs: Sequence[Any], value: Callable[[Sequence[Any]], float]) -> Score:

@@ -22,7 +22,7 @@ COMMANDS = {
     "silo": ["RECIPE", "NAME", "--run-dir=runs/silo", "--trunk=", "--root=", "--edge="],
     "certificates": ["RECIPE"],
     "generate": [
-        *("RUN_DIR", "PROMPT?", "--silo=", "--max-new-tokens=64", "--field=", "--raw/--no-raw=False"),
+        *("RUN_DIR", "PROMPT?", "--silo=", "--max-new-tokens=", "--field=", "--raw/--no-raw=False"),
         *("--chat/--no-chat=False", "--trunk=", "--round="),
     ],
     "batch": ["RUN_DIR", "ROWS", "OUT", "--silo=", "--max-new-tokens=", "--trunk=", "--round="],

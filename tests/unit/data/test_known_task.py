@@ -40,6 +40,17 @@ def test_each_question_of_a_row_has_its_place() -> None:
     assert (place, example.answer) == ("f:3", " w7 w8 w9 w5.")
 
 
+def test_every_right_choice_of_a_row_is_known(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"passage": "w4 w5 w6", "query": "w7 @placeholder .", "entities": ["w4", "w5", "w6"], "answers": ["w6", "w4"]}
+    rows = [row, {**row, "answers": ["w5"]}]
+    silo = {"name": "a", "train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    recipe = make_recipe(Path("none"), silo=[silo], task={"name": "record"})
+    several, one = SiloData(recipe.silo[0], recipe, tokenizer).train
+    assert several.right == (several.choices[0], several.choices[2])
+    assert tuple(several.answer) in several.right
+    assert one.right == ()
+
+
 def test_a_row_is_asked_with_no_label_or_any() -> None:
     task, bare = TaskSection(name="copa"), {key: value for key, value in COPA.items() if key != "label"}
     ((_, known),) = task_examples(SourceRow("f:3", COPA), task, {})

@@ -9,13 +9,13 @@ import pytest
 
 from isthmus.engines.answering import (
     TOGETHER,
-    WRITTEN_TOKENS,
     AnsweringModel,
     PosedQuestion,
     answer_groups,
     answerer_of,
     answering_task,
 )
+from isthmus.engines.inference import WRITTEN_TOKENS
 from isthmus.silo.join import load_tokenizer
 from tests.conftest import make_recipe, save_tiny_model, uncut
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import stat
 from pathlib import Path
 
@@ -116,3 +117,20 @@ def test_no_rows_are_an_error_that_names_the_option(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="north has no held-out rows") as caught:
         list(evaluate_run(made, ["north"]))
     assert "--data" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("choose", [True, False])
+def test_rows_of_any_length_are_answered_as_each_by_itself_in_order(
+    choose: bool, choosing: RunDirectory, run: RunDirectory, tmp_path: Path
+) -> None:
+    """They are grouped by length over the whole file."""
+    draw, used = random.Random(4), choosing if choose else run
+    rows = [{"text": " ".join(["w5"] * draw.randrange(1, 60)), "label": LABELS[n % len(LABELS)]} for n in range(40)]
+    (whole,) = evaluate_run(used, ["north"], data=[str(write_rows(tmp_path / "all.jsonl", rows))], max_new_tokens=2)
+    assert [row.place for row in whole.predictions] == [f"{tmp_path / 'all.jsonl'}:{n}" for n in range(1, 41)]
+    for number in (0, 17, 39):
+        file = write_rows(tmp_path / f"{number}.jsonl", rows[number : number + 1])
+        (alone,) = evaluate_run(used, ["north"], data=[str(file)], max_new_tokens=2)
+        assert alone.predictions[0].given == whole.predictions[number].given
+        for name, value in alone.predictions[0].log_probs.items():
+            assert whole.predictions[number].log_probs[name] == pytest.approx(value, abs=1e-3)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from isthmus.engines import inference
+from isthmus.engines.local import create_run
 from isthmus.errors import DataError, ModelError, RecipeError
 from isthmus.privacy.ledger import read_ledger
-from isthmus.recipe import TaskSection
+from isthmus.recipe import Recipe, TaskSection
 from isthmus.silo.join import load_data
 from isthmus.storage.record import RunDirectory
-from tests.integration.processes import rows_of
+from tests.conftest import write_rows
+from tests.integration.processes import rows_of, train_here, write_federation
 
 PROMPT = str(rows_of("north")[0]["text"])
 pytestmark = pytest.mark.usefixtures("trunk_here")
@@ -101,3 +106,38 @@ def test_a_chat_takes_a_template_and_a_silo_of_the_recipe(run: RunDirectory) -> 
         inference.generate_text(run, PROMPT, None, max_new_tokens=3, chat=True)
     with pytest.raises(RecipeError, match="no silo 'west'"):
         inference.generate_text(run, PROMPT, "west", max_new_tokens=3, chat=False)
+
+
+def test_a_known_task_says_how_long_answers_are_and_where_they_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the caller does."""
+    row = {"story": "w5 w6 w7", "questions": ["w8"], "answers": ["w9"]}
+    for name in ("north", "south"):
+        write_rows(tmp_path / f"{name}-coqa.jsonl", [row] * 3)
+    silos = [{"name": name, "train": f"{name}-coqa.jsonl"} for name in ("north", "south")]
+    train = {"rounds": 1, "steps": 1, "evaluate": False}
+    values = tomllib.loads(write_federation(tmp_path, train=train, silo=silos).read_text())
+    values["task"] = {"name": "coqa"}
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(values))
+    run = create_run(Recipe.read(tmp_path / "recipe.toml"), tmp_path / "run")
+    train_here(run)
+    asked: list[dict[str, Any]] = []
+    stream = inference.stream_answer
+
+    def noted(silo: Any, example: Any, **how: Any) -> str:
+        asked.append(how)
+        return stream(silo, example, **how)
+
+    monkeypatch.setattr(inference, "stream_answer", noted)
+    request = inference.PromptRequest(fields=row)
+    inference.generate_text(run, request, "north")
+    inference.generate_text(run, request, "north", max_new_tokens=3)
+    raw = inference.PromptRequest("w5", raw=True)
+    text = inference.generate_text(run, raw, "north")
+    assert [(how["max_new_tokens"], how["stop"]) for how in asked] == [(32, ("\n",)), (3, ("\n",)), (64, ())]
+    words = text.split()
+    word = next(one for one in words if one != words[0])
+    with inference.connected_silo(run, "north") as (silo, _):
+        stopped = stream(silo, raw.example(run.recipe().task), max_new_tokens=32, stop=[f" {word}"])
+    assert stopped == " ".join(words[: words.index(word)])

@@ -72,3 +72,31 @@ def test_a_run_stands_beside_its_baselines() -> None:
     assert [one["model"] for one in written["silos"]] == ["federated", "pooled"]
     assert [one["silo"] for one in written["comparisons"]] == ["north", None]
     assert written["comparisons"][0]["differences"]["macro_f1"]["error"] is None
+
+
+def test_each_class_has_its_scores() -> None:
+    confused = {("yes", "yes"): 3, ("yes", "no"): 1, ("no", "yes"): 2, ("other", "no"): 1}
+    text = shown(replace(evaluation(), confusion=confused))
+    rows = {line.split()[1]: line.replace("│", " ").split() for line in text.splitlines() if line.startswith("│")}
+    assert "north: classes, in per cent" in text
+    assert rows["other"][:3] == ["other", "0", "1"] or "other" in rows
+    assert ["yes", "4", "5", "60.0", "75.0", "66.7"] in [line.replace("│", " ").split() for line in text.splitlines()]
+    assert ["other", "1", "0", "–", "0.0", "0.0"] in [line.replace("│", " ").split() for line in text.splitlines()]
+    written = json.loads(evaluations_json([replace(evaluation(), confusion=confused)]))["silos"][0]["classes"]
+    assert written["yes"] == {"count": 4, "given": 5, "precision": 0.6, "recall": 0.75, "f1": pytest.approx(2 / 3)}
+    assert written["other"]["precision"] is None
+
+
+def test_of_many_classes_the_worst_are_shown() -> None:
+    confused = {(f"class {number:02}", "class 00" if number < 3 else f"class {number:02}"): 2 for number in range(30)}
+    text = shown(replace(evaluation(), confusion=confused))
+    assert "classes, 12 of 30 with the least F1" in text
+    assert "class 01" in text
+    assert "class 29" not in text
+
+
+@pytest.mark.parametrize("name", ["[red]x[/red]", "\x1b[31mx", "a\nb", "[/nothing]"])
+def test_names_of_classes_are_text_to_the_terminal(name: str) -> None:
+    text = shown(replace(evaluation(), confusion={(name, name): 1, ("b", name): 1}))
+    assert "\x1b" not in text
+    assert repr(name)[1:-1] in text

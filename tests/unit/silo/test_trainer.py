@@ -80,6 +80,16 @@ def test_rows_may_have_choices_of_their_own() -> None:
     assert evaluate(model, data(short + long), size=2) == {"accuracy": 0.75}
 
 
+def test_any_of_several_right_choices_counts() -> None:
+    model: Any = Bigrams()
+    with torch.no_grad():
+        model.table[1, 4] = 1.0
+    choices = ((3,), (4,), (5,))
+    rows = [Tokens([1], [3], choices=choices, right=((3,), (4,))), Tokens([1], [3], choices=choices)]
+    assert evaluate(model, data(rows)) == {"accuracy": 0.5}
+    assert evaluate(model, data(rows[:1])) == {"accuracy": 1.0}
+
+
 def test_no_rows_cannot_be_measured() -> None:
     model: Any = Bigrams()
     with pytest.raises((ZeroDivisionError, ValueError)):

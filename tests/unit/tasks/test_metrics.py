@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from isthmus.tasks.metrics import (
     METRICS,
     RESAMPLES,
-    accuracy,
+    class_scores,
     confusion,
     difference,
     majority,
@@ -34,19 +34,6 @@ def answered(pairs: Sequence[tuple[str, str]], groups: Sequence[str] = ()) -> li
     """Items with one right answer each, and what was given."""
     marks = groups or [""] * len(pairs)
     return [(Item("p", right, (right,), group=mark), said) for (right, said), mark in zip(pairs, marks, strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("predicted", "right", "share"),
-    [([1], [1], 1.0), ([1], [2], 0.0), ([(1, 2), (3,)], [(1, 2), (4,)], 0.5), ("abca", "abba", 0.75)],
-)
-def test_accuracy_is_the_share_of_equal_pairs(predicted: list[object], right: list[object], share: float) -> None:
-    assert accuracy(predicted, right) == share
-
-
-def test_accuracy_needs_pairs() -> None:
-    with pytest.raises(ValueError, match="argument"):
-        accuracy([1, 2], [1])
 
 
 @pytest.mark.parametrize(("right", "share"), [("a", 1.0), ("aab", 2 / 3), ("ab", 0.5), ([(1,), (1,), (2,)], 2 / 3)])
@@ -152,3 +139,24 @@ def test_a_difference_is_of_values_and_its_error_of_paired_rows(name: str) -> No
     assert 0 < found.error < math.hypot(*(score.error for score in apart)), "models that err alike differ surely"
     same = difference(name, one, one)
     assert same.value == same.error == 0.0
+
+
+@given(st.lists(st.tuples(*[st.sampled_from("abc")] * 2), min_size=1, max_size=30))
+def test_scores_of_classes_are_scikit_learns(pairs: list[tuple[str, str]]) -> None:
+    found = class_scores(confusion(answered(pairs)))
+    right, said = zip(*pairs, strict=True)
+    names = sorted({*right, *said})
+    assert list(found) == names
+    measures = precision_recall_fscore_support(right, said, labels=names, zero_division=math.nan)
+    for name, precision, recall, f1, count in zip(names, *measures, strict=True):
+        one = found[name]
+        assert (one.count, one.given) == (count, said.count(name))
+        assert one.precision == pytest.approx(precision, nan_ok=True)
+        assert one.recall == pytest.approx(recall, nan_ok=True)
+        assert one.f1 == pytest.approx(0.0 if math.isnan(f1) else f1)
+
+
+def test_any_right_answer_counts_in_classes() -> None:
+    item = Item("p", "a", ("a", "b"), ("a", "b", "c"), ("a", "b", "c"))
+    assert confusion([(item, "b"), (item, "c")]) == {("b", "b"): 1, ("a", "c"): 1}
+    assert measure(["macro_f1"], [(item, "b"), (item, "a")])["macro_f1"].value == 1.0
