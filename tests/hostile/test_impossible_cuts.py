@@ -33,6 +33,8 @@ def by_tables(text: str) -> str:
         (["--cuts", "1,1 0,2"], "does not fit a model of 5 blocks", "at least 1 block"),
         (["--cuts", "one,two"], "is not two numbers", "--cuts 2,3"),
         (["--silo", "west"], "no silo 'west'", "north, south"),
+        (["--rtt", "inf"], "--rtt is not finite", "leave it out"),
+        (["--memory", "inf"], "--memory is not finite", "leave it out"),
         (["--attack", "guessing"], "no attack 'guessing'", "linear"),
     ],
 )

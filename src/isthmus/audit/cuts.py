@@ -3,6 +3,7 @@ leaves it to a measurement (``model.cut = "auto"``)."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ class CutPlan:
     """Rows that are attacked (see ``audit.cut_probe.probe_cut``)."""
     attacks: tuple[str, ...] = CHEAP_ATTACKS
     """Names from ``CUT_ATTACKS``."""
-    memory: int | None = None
+    memory: float | None = None
     """Most bytes of the silo's process; None: what is free here."""
     leakage: float | None = None
     """Largest share of tokens recovered; None: ``model.leakage``."""
@@ -59,11 +60,14 @@ def measure_cuts(recipe: Recipe, plan: CutPlan, notify: Callable[[str], None]) -
         notify: called with messages about the progress.
 
     Raises:
-        CutError: a cut does not fit the model, or none keeps to the limits.
+        CutError: a cut does not fit the model, none keeps to the limits, or a limit is no number.
         AttackError: an unknown attack, too few rows, or a package for attacks is missing.
         IsthmusError: the model, the silo's rows or its device cannot be used.
     """
     name = recipe.party(plan.silo or recipe.silo[0].name).name
+    for key in ("memory", "leakage", "rtt", "bandwidth"):
+        if not math.isfinite(getattr(plan, key) or 0.0):
+            raise CutError(f"--{key} is not finite", remedy="give a number, or leave it out")
     if unknown := [one for one in plan.attacks if one not in CUT_ATTACKS]:
         raise AttackError(f"there is no attack {unknown[0]!r} of cuts", remedy=f"use one of: {', '.join(CUT_ATTACKS)}")
     require_extra()

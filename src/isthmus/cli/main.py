@@ -411,7 +411,7 @@ def cut(
         tuple(cuts or ()),
         rows,
         tuple(attack),
-        None if memory is None else int(1e6 * memory),
+        None if memory is None else 1e6 * memory,
         leakage,
         None if rtt is None else 1e-3 * rtt,
         None if bandwidth is None else 1e6 * bandwidth,

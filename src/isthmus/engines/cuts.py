@@ -77,7 +77,7 @@ class Link:
 class CutLimits:
     """What a cut must keep to."""
 
-    memory: int
+    memory: float
     """Most bytes of the silo's process."""
     leakage: float | None
     """Largest share of tokens that may be recovered; None: any."""
