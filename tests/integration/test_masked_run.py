@@ -25,7 +25,8 @@ from tests.integration.processes import (
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
 SILOS = ("east", "north", "south", "west")
-ROUNDS, RANGE = 2, 0.5
+ROUNDS, RATE = 2, 0.1
+RANGES = {"changes": 0.5, "gradients": 8.0}
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(folder: Path, name: str, **sections: object) -> Path:
+def recipe(folder: Path, name: str, steps: int = 6, **sections: object) -> Path:
     written = write_federation(
         folder,
         silo=[{"name": silo, "train": f"{silo}.jsonl"} for silo in SILOS],
-        train={"rounds": ROUNDS, "steps": 6, "optimizer": "sgd", "learning_rate": 0.1, "evaluate": False},
+        train={"rounds": ROUNDS, "steps": steps, "optimizer": "sgd", "learning_rate": RATE, "evaluate": False},
         **sections,
     )
     return written.rename(folder / f"{name}.toml")
@@ -51,16 +52,18 @@ def shared(run: Path, round: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_a_masked_round_learns_what_an_open_one_does(folder: Path) -> None:
+@pytest.mark.parametrize("updates", ["changes", "gradients"])
+def test_a_masked_round_learns_what_an_open_one_does(updates: str, folder: Path, tmp_path: Path) -> None:
     """All silos train on equally many rows, so both weigh alike; each silo's numbers are rounded, that is all."""
-    runs = {}
-    for name, federation in (("open", {}), ("masked", {"secure": {"masks": True, "range": RANGE}})):
-        runs[name] = folder / name
-        run_here(recipe(folder, name, federation=federation), runs[name])
+    runs, steps = {}, 1 if updates == "gradients" else 6
+    for name, masks in (("open", False), ("masked", True)):
+        runs[name] = tmp_path / name
+        federation = {"updates": updates, "secure": {"masks": masks, "range": RANGES[updates]}}
+        run_here(recipe(folder, name, steps, federation=federation), runs[name])
     for name in SILOS:
         weights = [line["weights"] for line in read_journal(runs["open"] / "root/metrics.jsonl")]
         assert len({line[name] for line in weights}) == 1
-    step = RANGE / Ring(len(SILOS), RANGE).levels
+    step = Ring(len(SILOS), RANGES[updates]).step * (RATE if updates == "gradients" else 1)
     plain, masked = shared(runs["open"], 1), shared(runs["masked"], 1)
     assert max(float(tensor.abs().max()) for tensor in plain.values()) > 20 * step
     for key, tensor in plain.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -104,17 +105,28 @@ def batch_of_all(recipe: Recipe) -> Batch:
 
 
 def train_uncut(recipe: Recipe, start: Tensors, resting: list[set[str]]) -> PeftModel:
-    """Plain SGD on the mean over all silos' supervised tokens, but for what rests in a round."""
-    whole = with_lora(uncut(Path(recipe.model.path)), recipe)
+    """The recipe's optimizer on the mean over all silos' supervised tokens, but for what rests in a round.
+
+    Ends and trunk have an optimizer each, as they clip the norm of their own gradients.
+    """
+    train, whole = recipe.train, with_lora(uncut(Path(recipe.model.path)), recipe)
     load_lora(whole, start)
-    optimizer = torch.optim.SGD(lora_of(whole).values(), lr=RATE)
+    middle = [one for name, one in lora_of(whole).items() if re.search(r"\.layers\.[12]\.", name)]
+    others = [one for name, one in lora_of(whole).items() if not re.search(r"\.layers\.[12]\.", name)]
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[train.optimizer]
+    optimizers = [kind(part, lr=RATE, weight_decay=train.weight_decay) for part in (middle, others)]
     inputs: dict[str, Any] = batch_of_all(recipe).inputs()
-    for names in resting:
+    for done, names in enumerate(resting):
         for name, parameter in lora_of(whole).items():
             parameter.requires_grad_(name not in names)
-        optimizer.zero_grad()
+        whole.zero_grad()
         whole(**inputs).loss.backward()
-        optimizer.step()
+        for part, optimizer in zip((middle, others), optimizers, strict=True):
+            if train.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(part, train.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * (1 - done / ROUNDS if train.schedule == "linear" else 1)
+            optimizer.step()
     return whole
 
 
@@ -156,6 +168,49 @@ def test_federation_is_training_on_all_rows(
     weights = {name: float(sum(answer + 1 for _, answer in rows)) for name, rows in SILOS.items()}
     for line in read_journal(run.role("root").path / "metrics.jsonl"):
         assert line["weights"] == weights
+
+
+ADAMW = {"optimizer": "adamw", "schedule": "linear", "weight_decay": 0.1, "max_grad_norm": 0.05}
+
+
+@pytest.mark.parametrize("lora", ["frozen-a", "alternating", "plain"])
+def test_gradients_are_one_optimizer_on_all_rows(lora: str, models: Models, tmp_path: Path) -> None:
+    """Of silos' gradients the mean is the gradient of all rows: Adam, decay, clip and schedule are as without silos."""
+    plain = federation_of(models("llama"), tmp_path, lora=lora)
+    recipe = plain.model_copy(
+        update={
+            "train": plain.train.model_copy(update=ADAMW),
+            "federation": plain.federation.model_copy(update={"updates": "gradients"}),
+        }
+    )
+    run = RunDirectory.create(tmp_path / "run", recipe)
+    trunk, ends = federate(recipe, run)
+    assert all(torch.equal(other[name], tensor) for other in ends[1:] for name, tensor in ends[0].items())
+    start = run.role("trunk").load_round(0)["adapter"]
+    start |= adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe)
+    resting = [{name for name in ends[0] if kind in name} for kind in RESTING[lora]]
+    whole = {name: value.detach() for name, value in lora_of(train_uncut(recipe, start, resting)).items()}
+    assert_same(trunk | ends[0], whole, 1e-3)  # Adam divides by tiny gradients, and so enlarges rounding
+    shared = run.role("root").load_round(ROUNDS)["shared"]
+    moved = {name for name, value in shared.items() if not torch.equal(value, start[name])}
+    assert moved == shared.keys()
+
+
+def test_gradients_go_on_where_they_were_stopped(models: Models, tmp_path: Path) -> None:
+    """The root's moments are part of its rounds: all roles start anew before each, and nothing differs."""
+    plain = federation_of(models("llama"), tmp_path, lora="alternating")
+    gradients = plain.federation.model_copy(update={"updates": "gradients"})
+    alone = plain.trunk.model_copy(update={"together": 1})
+
+    def rounds(count: int) -> Recipe:
+        train = plain.train.model_copy(update=ADAMW | {"schedule": "constant", "rounds": count})
+        return plain.model_copy(update={"train": train, "federation": gradients, "trunk": alone})
+
+    undisturbed = federate(rounds(4), RunDirectory.create(tmp_path / "undisturbed", plain))
+    run = RunDirectory.create(tmp_path / "stopped", plain)
+    trunk, ends = [federate(rounds(count), run) for count in (1, 2, 3, 4)][-1]
+    assert_same(trunk, undisturbed[0], 0.0)
+    assert_same(ends[0], undisturbed[1][0], 0.0)
 
 
 @pytest.mark.parametrize("lora", ["alternating", "svd"])

@@ -60,7 +60,9 @@ def sharing_of(recipe: Recipe) -> Sharing:
     """The sharing of a recipe: among equal ranks or among several, among equal cuts or among several."""
     if recipe.trains_between:
         return OwnedSharing(recipe)
-    return Products(recipe) if recipe.federation.lora == "svd" else Sharing(recipe.federation)
+    if recipe.federation.lora == "svd":
+        return Products(recipe)
+    return Sharing(recipe.federation, recipe.train if recipe.sends_gradients else None)
 
 
 def _layers(tensors: Tensors) -> list[str]:

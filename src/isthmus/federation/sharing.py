@@ -11,7 +11,7 @@ import torch
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.strategies.strategy import Strategy
 from isthmus.model import adapters
-from isthmus.recipe import FederationSection
+from isthmus.recipe import FederationSection, TrainSection
 from isthmus.updates.flat import Layout
 
 Tensors = Mapping[str, torch.Tensor]
@@ -22,13 +22,16 @@ class Sharing:
 
     Where one factor of LoRA rests, the mean of the other is exact: mean(Bᵢ·A) = mean(Bᵢ)·A, with A at rest for good
     (FFA-LoRA, Sun et al. 2024), and mean(B·Aᵢ) = B·mean(Aᵢ) in its turn (RoLoRA, Chen et al. 2024). Of both at once
-    it is not.
+    it is not. Of gradients the mean is exact in any case.
+
+    Args:
+        train: where updates are gradients: the optimizer that steps with their mean.
     """
 
-    def __init__(self, section: FederationSection) -> None:
+    def __init__(self, section: FederationSection, train: TrainSection | None = None) -> None:
         self._turns = (adapters.trained_factors(section.lora, 2), adapters.trained_factors(section.lora, 1))
         """LoRA's factors that train in even rounds, and in odd ones."""
-        self._strategies: dict[str, Strategy] = defaultdict(lambda: Strategy(section))
+        self._strategies: dict[str, Strategy] = defaultdict(lambda: Strategy(section, train))
         """One strategy for each set of factors that train together: a change of B is no momentum for A."""
         self.shares: dict[str, float] = {}
         """Each contribution's part of the last round's change, by name, with the sum 1."""
@@ -54,7 +57,7 @@ class Sharing:
         """
         strategy = self._strategies[self.factors(round)]
         trained = contributions[0].change if contributions else {}
-        after = strategy.next({name: shared[name] for name in trained if name in shared}, contributions)
+        after = strategy.next({name: shared[name] for name in trained if name in shared}, contributions, round)
         self.shares = strategy.shares
         return {**shared, **after}
 

@@ -21,6 +21,7 @@ from isthmus.recipe.checks.boundary import check_defence, check_release_once
 from isthmus.recipe.checks.budgets import check_budgets
 from isthmus.recipe.checks.cuts import check_between, check_cuts, check_measured_cut
 from isthmus.recipe.checks.evaluation import check_evaluation
+from isthmus.recipe.checks.gradients import check_gradients, obstacles
 from isthmus.recipe.checks.local_steps import check_control, check_epochs, check_sharpness, check_steps
 from isthmus.recipe.checks.masks import check_cohorts, check_compression
 from isthmus.recipe.checks.noise import check_noise
@@ -137,6 +138,7 @@ class Recipe(Section):
         check_epochs(self.train, silos, federation, self.trunk)
         check_sharpness(self.train, boundary, self.lora, self.trunk)
         check_control(self.train, silos, edges, federation, self.privacy, self.sensitivity)
+        check_gradients(self.train, silos, federation)
         check_noise(federation, boundary.update, edges, tree)
         check_fields(self.sensitivity, self.task)
         check_budgets(self.privacy, self.sensitivity, boundary, federation.noise)
@@ -229,6 +231,13 @@ class Recipe(Section):
     def tree(self) -> Tree:
         """The tree of aggregation: which party sends its update to which."""
         return Tree(self.silo, self.edge, self.root, self.federation.asynchronous.buffer)
+
+    @property
+    def sends_gradients(self) -> bool:
+        """Whether silos' updates are gradients, with which the root steps (see ``federation.updates``)."""
+        if self.federation.updates is not None:
+            return self.federation.updates == "gradients"
+        return self.federation.secure.masks and not any(obstacles(self.train, self.silo, self.federation))
 
     def steps(self, name: str) -> int:
         """Optimizer steps of this silo in a round."""

@@ -88,7 +88,7 @@ _TABLES: dict[str, tuple[str, ...]] = {
     "wire": ("max_frame_bytes",),
     "trunk": ("dtype", "adapter", "average_every", "max_silo_norm"),
     "root": ("minimum",),
-    "federation": ("lora", "between", "normalized", "control"),
+    "federation": ("lora", "between", "updates", "normalized", "control"),
     "federation.weights": ("kind", "bound"),
     "federation.fairness": ("kind", "strength", "reference", "bound"),
     "federation.optimizer": ("kind", "learning_rate", "momentum", "second_momentum", "adaptivity"),

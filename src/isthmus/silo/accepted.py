@@ -19,6 +19,8 @@ from isthmus.wire import isthmus_pb2 as pb
 Tensors = Mapping[str, torch.Tensor]
 MACHINES_DIFFER = 1e-5
 """Relative difference of the same numbers computed on two machines."""
+ADAMW_BETAS = (0.9, 0.999)
+"""β₁ and β₂ of ``train.optimizer = "adamw"``, which are torch's."""
 FAR_TAIL = 6.0
 """The norm of P standard normal numbers is above √P plus this once in 10⁸ rounds."""
 
@@ -101,7 +103,9 @@ def max_change(recipe: Recipe, count: int) -> float | None:
 
     The mean of clipped updates is no longer than the clip and their noise; under masks no number of it is above the
     range. Momentum β adds up to 1/(1 - β) of such steps. A scaled step is within the rate for each number with
-    adagrad, and by Cauchy and Schwarz within (1 - β₁)/√((1 - β₂)(1 - β₁²/β₂)) of it with adam.
+    adagrad, and by Cauchy and Schwarz within (1 - β₁)/√((1 - β₂)(1 - β₁²/β₂)) of it with adam. A step with gradients
+    is one of AdamW, within the same of its rate, or of SGD with a mean that ``train.max_grad_norm`` shortens; the decay
+    of weights is not bounded.
 
     Args:
         count: P.
@@ -109,6 +113,8 @@ def max_change(recipe: Recipe, count: int) -> float | None:
     federation, optimizer = recipe.federation, recipe.federation.optimizer
     if federation.max_change is not None:
         return federation.max_change
+    if recipe.sends_gradients:
+        return _stepped(recipe, federation, count)
     endless = optimizer.kind == "adam" and optimizer.momentum**2 >= optimizer.second_momentum
     if federation.lora == "svd" or optimizer.kind == "yogi" or endless:
         return None
@@ -151,12 +157,28 @@ def _mean(recipe: Recipe, federation: FederationSection, count: int) -> float | 
     return update.clip + update.noise * (math.sqrt(count) + FAR_TAIL)
 
 
+def _stepped(recipe: Recipe, federation: FederationSection, count: int) -> float | None:
+    """Largest L2 norm of one step with gradients."""
+    train = recipe.train
+    if train.weight_decay:
+        return None
+    if train.optimizer == "adamw":
+        return train.learning_rate * _ratio(*ADAMW_BETAS) * math.sqrt(count)
+    bounds = [one for one in (train.max_grad_norm, _mean(recipe, federation, count)) if one is not None]
+    return train.learning_rate * min(bounds) / (1 - train.momentum) if bounds else None
+
+
 def _scaled(optimizer: OptimizerSection) -> float:
     """Largest step of one number with adagrad or adam."""
     if optimizer.kind == "adagrad":
         return optimizer.rate
-    beta1, beta2 = optimizer.momentum, optimizer.second_momentum
-    return optimizer.rate * (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
+    return optimizer.rate * _ratio(optimizer.momentum, optimizer.second_momentum)
+
+
+def _ratio(beta1: float, beta2: float) -> float:
+    """Largest ratio of the mean of earlier numbers to the root of the mean of their squares. With corrections of bias
+    it is no larger: these are at most 1 together, where β₁² < β₂."""
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
 
 
 def _norm(tensors: Tensors) -> float:

@@ -44,25 +44,49 @@ class Ascent(torch.optim.Optimizer):
         self._moved = []
 
 
+class Resting(torch.optim.Optimizer):
+    """An optimizer whose steps leave the parameters as they are: their gradients are what a step is for."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Nothing moves; hooks that change the gradients before a step are called."""
+
+
 class LocalSteps:
     """A silo's steps. The gradients of bottom and top are clipped together to ``train.max_grad_norm``.
 
     Args:
         parameters: of bottom and top, by uncut name.
         control: SCAFFOLD's control variates; None: gradients are not corrected.
+        gradients: whether the root takes the steps, with the mean of what is in the parameters' ``grad`` after
+            ``take``; it clips that mean, the silo nothing.
     """
 
     def __init__(
-        self, parameters: Mapping[str, torch.nn.Parameter], train: TrainSection, control: SiloControl | None = None
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        train: TrainSection,
+        control: SiloControl | None = None,
+        *,
+        gradients: bool = False,
     ) -> None:
         self._parameters, self._train, self._control = parameters, train, control
+        self._gradients = gradients
         self._start: dict[str, torch.Tensor] = {}
         self._ascent: Ascent | None = None
 
     def optimizer(self) -> torch.optim.Optimizer:
         """A new optimizer, as the recipe says, that corrects the gradients before each of its steps."""
         corrects = self._train.proximal or self._train.sharpness or self._control is not None
-        return build_optimizer(self._parameters.values(), self._train, self._correct if corrects else None)
+        correct = self._correct if corrects else None
+        if not self._gradients:
+            return build_optimizer(self._parameters.values(), self._train, correct)
+        resting = Resting(self._parameters.values())
+        if correct is not None:
+            resting.register_step_pre_hook(lambda *_: correct())
+        return resting
 
     def begin(self) -> None:
         """A round begins from the present values of the parameters."""

@@ -81,7 +81,9 @@ class Worker:
         self._accepted = accepted_adapters(recipe, self._silo, directory)
         count = sum(one.numel() for one in self._parameters.values())
         self._control = silo_control(recipe, name, count)
-        self._local = LocalSteps(self._parameters, recipe.train, self._control)
+        self._gradients = recipe.sends_gradients
+        """Whether updates are gradients."""
+        self._local = LocalSteps(self._parameters, recipe.train, self._control, gradients=self._gradients)
         self._optimizer = self._local.optimizer()
         self._state_of_round: int | None = 0
         """The round at whose end the optimizer is; None within a round."""
@@ -167,12 +169,14 @@ class Worker:
     def _change(
         self, round: int, shared: Mapping[str, torch.Tensor], rates: Sequence[float]
     ) -> dict[str, torch.Tensor]:
-        """New minus old of the tensors that train in this round; normalized to the silos' mean reach, if the recipe
-        says so.
+        """New minus old of the tensors that train in this round, normalized to the silos' mean reach, if the recipe
+        says so; or the gradients of the round's one step, with the sign reversed.
 
         Args:
             rates: the learning rate of each step that was made.
         """
+        if self._gradients:
+            return {name: _descent(one) for name, one in self._trained().items()}
         change = {name: one.detach().cpu() - shared[name] for name, one in self._trained().items()}
         reach = self._recipe.train.reach(rates)
         if not self._recipe.federation.normalized or not reach:
@@ -261,6 +265,7 @@ class Worker:
 
     def _begin(self, plan: pb.Plan) -> None:
         """Begin a round's local steps from the plan's tensors."""
+        self._optimizer.zero_grad()
         self._select_trained(plan.round)
         self._local.begin()
         if self._control is not None:
@@ -340,6 +345,11 @@ class Worker:
                 "epsilon": epsilon if math.isfinite(epsilon) else None,
             }
         )
+
+
+def _descent(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A parameter's gradient with the sign reversed; zeros if no row gave one."""
+    return (torch.zeros_like(parameter) if parameter.grad is None else -parameter.grad).detach().cpu()
 
 
 def _skipped(rows: int) -> dict[str, object]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from isthmus.errors import ProtocolError
-from isthmus.federation.strategies.optimizers import optimizer_of
+from isthmus.federation.strategies.optimizers import GradientOptimizer, optimizer_of
 from isthmus.recipe import Recipe
 from isthmus.silo.accepted import AcceptedAdapters, distance, max_change, max_mean
 from isthmus.silo.join import keep_shared
@@ -145,6 +145,35 @@ def test_no_honest_optimizer_exceeds_it(kind: str, growing: float) -> None:
     steps = [optimizer.step(change_P * size / max(sizes)) for size in reversed(sizes)]
     steps += [optimizer.step(change_P) for _ in range(60)]
     assert max(float(step.norm()) for step in steps) <= bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"optimizer": "adamw", "learning_rate": 0.01}, 0.01 * 0.1 / math.sqrt(0.001 * (1 - 0.81 / 0.999)) * 20),
+        ({"optimizer": "adamw", "weight_decay": 0.1}, None),
+        ({"optimizer": "sgd", "learning_rate": 0.5}, None),
+        ({"optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 3.0, "momentum": 0.5}, 3.0),
+    ],
+)
+def test_the_bound_of_steps_with_gradients(train: dict[str, Any], expected: float | None) -> None:
+    recipe = make_recipe(Path("model"), train=train | {"steps": 1}, federation={"updates": "gradients"})
+    found = max_change(recipe, COUNT)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize("growing", [0.5, 1.0, 1.1, 0.9 / 0.999])
+def test_no_honest_step_with_gradients_exceeds_it(growing: float) -> None:
+    train = {"optimizer": "adamw", "learning_rate": 0.01, "steps": 1, "rounds": 200}
+    recipe = make_recipe(Path("model"), train=train, federation={"updates": "gradients"})
+    bound = max_change(recipe, COUNT)
+    assert bound is not None
+    optimizer, at = GradientOptimizer(recipe.train), {"x": torch.zeros(COUNT)}
+    sizes = [growing**n for n in range(60)]
+    for number, size in enumerate([*[size / max(sizes) for size in reversed(sizes)], *[1.0] * 60], 1):
+        after = optimizer.step(at, {"x": torch.full((COUNT,), size)}, number)
+        assert float((after["x"] - at["x"]).norm()) <= bound
+        at = after
 
 
 @pytest.mark.parametrize(

@@ -100,3 +100,16 @@ def test_without_a_gradient_there_is_no_uphill() -> None:
     one.grad = torch.zeros(1)
     climb.step()
     assert one.item() == 3.0
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.5])
+def test_where_the_root_steps_the_gradient_stays_and_nothing_moves(sharpness: float) -> None:
+    one = parameter(3.0, 4.0)
+    local = LocalSteps(
+        {"x": one}, TrainSection(optimizer="adamw", sharpness=sharpness, max_grad_norm=0.01), gradients=True
+    )
+    local.begin()
+    local.take(by(one, lambda at: at), local.optimizer(), Trunk())  # type: ignore[arg-type]
+    assert one.tolist() == [3.0, 4.0]
+    assert one.grad is not None
+    assert one.grad.tolist() == pytest.approx([3.0 + 0.6 * sharpness, 4.0 + 0.8 * sharpness])

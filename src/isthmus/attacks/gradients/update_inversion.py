@@ -31,6 +31,7 @@ from isthmus.attacks.view.view import ObservedUpdate
 from isthmus.attacks.whole_model import WholeModel
 from isthmus.errors import AttackError, DataError
 from isthmus.model.crossing import IGNORED
+from isthmus.recipe import Recipe
 
 FLOAT32_ROUNDING = 6e-8
 """Rounding error of an update, a difference of float32 values, as a share of the adapter's largest value."""
@@ -58,7 +59,7 @@ def run_dager(knowledge: Knowledge) -> RecoveredTexts:
     except DataError as error:
         raise AttackError(f"{error.message} in the update", remedy="use --attack gradient-matching") from error
     steps = recipe.train.steps if recipe.train.epochs is None else None
-    notes = tuple(search.obstacles(steps=steps, optimizer=recipe.train.optimizer))
+    notes = tuple(search.obstacles(steps=steps, optimizer="sgd" if recipe.sends_gradients else recipe.train.optimizer))
     whole = recipe.boundary.tail is None and bool(observed.lengths)
     texts = search.sequences(longest=max(observed.lengths) if whole else recipe.train.max_tokens)
     return RecoveredTexts(texts or [search.tokens() or search.tokens(LIKELIEST_TOKENS)], notes)
@@ -106,18 +107,19 @@ def _first_update(knowledge: Knowledge) -> ObservedUpdate:
 
 def _obstacles(knowledge: Knowledge, observed: ObservedUpdate) -> list[str]:
     """Reasons why the update is not the gradient of one text, for people."""
-    train, update = knowledge.view.recipe.train, knowledge.view.recipe.boundary.update
+    recipe = knowledge.view.recipe
+    train, update = recipe.train, recipe.boundary.update
     reasons = []
     if len(observed.lengths) > 1:
         reasons.append(f"the update is of {len(observed.lengths)} rows: one text of the median length is searched for")
     if train.steps > 1 or train.epochs is not None:
         steps = "several" if train.epochs is not None else train.steps
         reasons.append(f"{steps} steps: the update is their sum, not one gradient")
-    if train.optimizer != "sgd":
+    if _scaled(recipe):
         reasons.append(f"{train.optimizer} scales each coordinate on its own: signs are compared, as after one step")
     if train.sharpness:
         reasons.append("the silo took its gradients at ascended adapters (train.sharpness), not at the shared ones")
-    if knowledge.view.recipe.federation.control != "none":
+    if recipe.federation.control != "none":
         reasons.append("the update includes the silo's control correction (federation.control)")
     if path_noise(update, 1).deviation:
         reasons.append("the update has noise")
@@ -147,10 +149,15 @@ def _matched(
         return labels_L
 
     wanted = {name: own[name] for name in update}
-    gradient_of = _by_labels(whole, wanted, labelled, signs=knowledge.view.recipe.train.optimizer != "sgd")
+    gradient_of = _by_labels(whole, wanted, labelled, signs=_scaled(knowledge.view.recipe))
     text_loss = _text_loss_of(knowledge) if settings.fluency else None
     matcher = GradientMatcher(gradient_of, update, knowledge.embedding, text_loss=text_loss, settings=settings)
     return matcher.match(length, known)
+
+
+def _scaled(recipe: Recipe) -> bool:
+    """Whether an update of one step is a gradient whose coordinates the silo's optimizer has scaled."""
+    return recipe.train.optimizer != "sgd" and not recipe.sends_gradients
 
 
 def _learns(knowledge: Knowledge, name: str) -> bool:

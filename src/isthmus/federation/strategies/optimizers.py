@@ -5,11 +5,13 @@ Shapes: P parameters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
-from isthmus.recipe import OptimizerSection
+from isthmus.model.optim import build_optimizer, set_rate
+from isthmus.recipe import OptimizerSection, TrainSection
 
 
 class ServerOptimizer(Protocol):
@@ -83,6 +85,53 @@ class Adaptive:
         if self._kind == "adam":
             return self._beta2 * before_P + (1 - self._beta2) * square_P
         return before_P - (1 - self._beta2) * square_P * torch.sign(before_P - square_P)
+
+
+class GradientOptimizer:
+    """The recipe's own optimizer, where updates are gradients: one step with their mean is the step that one model
+    takes on the rows of all silos (FedSGD, McMahan et al. 2017).
+
+    Args:
+        train: its settings. The norm that ``max_grad_norm`` bounds is that of the mean.
+    """
+
+    def __init__(self, train: TrainSection) -> None:
+        self._train = train
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._loaded: dict[str, Any] = {}
+
+    def step(
+        self, base: Mapping[str, torch.Tensor], descent: Mapping[str, torch.Tensor], round: int
+    ) -> dict[str, torch.Tensor]:
+        """The tensors after one step.
+
+        Args:
+            base: before it; the same names and shapes in every call.
+            descent: the mean of the gradients, with the sign reversed.
+            round: the round's number, by which the learning rate follows its schedule.
+        """
+        optimizer = self._optimizer or self._begun(base)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(base[name])
+                parameter.grad = -descent[name].to(parameter.dtype)
+        set_rate(optimizer, self._train.rate(round, self._train.rounds))
+        optimizer.step()
+        return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._loaded if self._optimizer is None else self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loaded, self._optimizer = state, None
+
+    def _begun(self, base: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
+        self._parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in base.items()}
+        self._optimizer = build_optimizer(self._parameters.values(), self._train)
+        if self._loaded:
+            self._optimizer.load_state_dict(self._loaded)
+        return self._optimizer
 
 
 def optimizer_of(section: OptimizerSection) -> ServerOptimizer | None:

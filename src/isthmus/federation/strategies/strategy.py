@@ -6,7 +6,7 @@ Shapes: N contributions, P parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from isthmus.errors import QuorumError
 from isthmus.federation.contribution import Contribution, changes, proportions
 from isthmus.federation.strategies.neighbours import Bulyan, Krum, Mixed, MultiKrum
-from isthmus.federation.strategies.optimizers import optimizer_of
+from isthmus.federation.strategies.optimizers import GradientOptimizer, optimizer_of
 from isthmus.federation.strategies.rules import (
     CenteredClipping,
     FLTrust,
@@ -26,7 +26,7 @@ from isthmus.federation.strategies.rules import (
     TrimmedMean,
 )
 from isthmus.federation.strategies.weights import History, shares
-from isthmus.recipe import FederationSection
+from isthmus.recipe import FederationSection, TrainSection
 from isthmus.recipe.sections.federation.robust import RuleName
 from isthmus.updates.flat import Layout
 
@@ -50,10 +50,14 @@ class Strategy:
 
     Where LoRA's A is the same everywhere (FFA-LoRA, Sun et al. 2024), the mean of the changes of B is exact:
     mean(Bᵢ·A) = mean(Bᵢ)·A.
+
+    Args:
+        train: where updates are gradients: the optimizer that steps with their mean.
     """
 
-    def __init__(self, section: FederationSection) -> None:
+    def __init__(self, section: FederationSection, train: TrainSection | None = None) -> None:
         self._section = section
+        self._gradients = GradientOptimizer(train) if train is not None else None
         self._history = History() if section.weights.kind == "quality" else None
         """The silos' participation in earlier rounds, where the weights depend on it."""
         self._robust, self._claimed = section.robust.active, section.weights.claimed
@@ -66,11 +70,12 @@ class Strategy:
         self.shares: dict[str, float] = {}
         """Each contribution's part of the last round's change, by name, with the sum 1."""
 
-    def next(self, base: Tensors, contributions: Sequence[Contribution]) -> dict[str, torch.Tensor]:
+    def next(self, base: Tensors, contributions: Sequence[Contribution], round: int = 1) -> dict[str, torch.Tensor]:
         """The new shared tensors.
 
         Args:
             base: the shared tensors that the round began with.
+            round: the round's number, for the learning rate of gradients.
             contributions: of those who learned something; of nobody, and nothing changes, the optimizer neither.
 
         Raises:
@@ -88,19 +93,25 @@ class Strategy:
             self._history.note(names)
         self.shares = dict(zip(names, shares_N.tolist(), strict=True))
         change_P = self._rule.combine(changes_NP, shares_N, faults)
+        if self._gradients is not None:
+            return self._gradients.step(base, layout.tensors(change_P), round)
         if self._optimizer is not None:
             change_P = self._optimizer.step(change_P)
         steps = layout.tensors(change_P)
         return {name: (tensor.double() + steps[name]).to(tensor.dtype) for name, tensor in base.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {"optimizer": self._optimizer, "history": self._history, "rule": self._rule}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return {name: part.state_dict() for name, part in self._parts()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in {"optimizer": self._optimizer, "history": self._history, "rule": self._rule}.items():
-            if part is not None:
-                part.load_state_dict(state.get(name, {}))
+        for name, part in self._parts():
+            part.load_state_dict(state.get(name, {}))
+
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        """What remembers earlier rounds, by name."""
+        optimizer = self._gradients or self._optimizer
+        named = {"optimizer": optimizer, "history": self._history, "rule": self._rule}
+        return ((name, part) for name, part in named.items() if part is not None)
 
     def _admitted(self, contributions: Sequence[Contribution]) -> list[Contribution]:
         """All contributions, the trusted one first.

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
-from isthmus.federation.strategies.optimizers import optimizer_of
-from isthmus.recipe import OptimizerSection
+from isthmus.federation.strategies.optimizers import GradientOptimizer, optimizer_of
+from isthmus.recipe import OptimizerSection, TrainSection
 from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -172,3 +172,34 @@ def test_a_round_of_nobody_moves_nothing_however_much_momentum_there_is(tmp_path
     assert torch.equal(shared_of(store, 1)["x"], shared_of(store, 2)["x"])
     train(rounds, [3], clock, ("a",))
     assert not torch.equal(shared_of(store, 2)["x"], shared_of(store, 3)["x"])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_step_with_gradients_is_torchs_on_the_mean(kind: str) -> None:
+    """With decay of matrices alone, a clip of the norm of all, a schedule, and a root that starts again in between."""
+    told = {"optimizer": kind, "learning_rate": 0.1, "weight_decay": 0.1, "max_grad_norm": 0.5, "schedule": "cosine"}
+    train = TrainSection.model_validate({**told, "rounds": 6} | ({"momentum": 0.9} if kind == "sgd" else {}))
+    generator = torch.Generator().manual_seed(3)
+    start = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    mine = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in start.items()}
+    groups: Any = [{"params": [mine["x"]]}, {"params": [mine["y"]], "weight_decay": 0.0}]
+    torchs = (
+        torch.optim.AdamW(groups, lr=0.1, weight_decay=0.1)
+        if kind == "adamw"
+        else torch.optim.SGD(groups, lr=0.1, weight_decay=0.1, momentum=0.9)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(torchs, lambda done: 0.5 * (1 + math.cos(math.pi * done / 6)))
+    asked, at = GradientOptimizer(train), start
+    for round in range(1, 7):
+        gradients = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+        at = asked.step(at, {name: -one.double() for name, one in gradients.items()}, round)
+        for name, gradient in gradients.items():
+            mine[name].grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_(mine.values(), 0.5)
+        torchs.step()
+        schedule.step()
+        for name, tensor in at.items():
+            torch.testing.assert_close(tensor, mine[name].detach())
+        again = GradientOptimizer(train)
+        again.load_state_dict(asked.state_dict())
+        asked = again

@@ -38,6 +38,12 @@ class FederationSection(Section):
     """Adapters of blocks that some silos keep and others leave to the trunk (silo.bottom, silo.top). "rest": they keep
     the values that they start from. "train": they train in these silos, and on the trunk with the others; the root
     averages both. Trunk and root must then be one process ('isthmus run', 'isthmus trunk --with-root')."""
+    updates: Literal["changes", "gradients"] | None = Field(default=None, examples=["gradients"])
+    """What silos send after a round. "changes": of their adapters, by steps of their own (FedAvg). "gradients": of one
+    step's rows, at adapters that no silo moves; the root takes one step of train.optimizer with their mean, as one
+    model on all rows of the step would (FedSGD, McMahan et al. 2017), so that both factors may train. Left out:
+    "gradients" under masks, where a round has one step and no key of the recipe is about silos' own steps; else
+    "changes". Open gradients are the root's to invert: of few rows they give the text away."""
     normalized: bool = False
     """If true, a silo's change counts as if it had taken as many steps as the others (FedNova, Wang et al. 2020).
     Experimental: not measured on a real model."""
