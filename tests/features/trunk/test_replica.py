@@ -21,8 +21,8 @@ from tests.unit.trunk.drill import Drill, Drills, Work, decoded, recipe_of, resu
 SILOS = ("a", "b", "c")
 STEPS = 5
 SHORT = 0.05
-TOLERANCE = {"sgd": 1e-5, "adamw": 1e-4}
-"""Adam divides by tiny gradients, and so enlarges rounding."""
+TOLERANCE = {"sgd": 1e-4, "adamw": 1e-4}
+"""Gradients of hundreds, and Adam, which divides by tiny ones, enlarge rounding from step to step."""
 
 
 def work_of(name: str, round: int, step: int) -> list[Work]:
