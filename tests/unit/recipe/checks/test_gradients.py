@@ -39,6 +39,12 @@ REFUSED: list[Case] = [
         "set federation.normalized = false",
         {"federation.normalized": False},
     ),
+    (
+        {"federation.between": "train"},
+        "is a change",
+        "set federation.between = 'rest'",
+        {"federation.between": "rest"},
+    ),
     ({"train.proximal": 0.1}, "away from its start", "leave train.proximal out", {"train.proximal": OUT}),
 ]
 
