@@ -35,12 +35,14 @@ STEPS, BATCH = 16, 2
 RATES = (5e-4, 1e-3, 2e-3)
 LORA: Values = {"rank": 8, "alpha": 16.0, "targets": ["q_proj", "v_proj"]}
 MAX_TOKENS = 512
-FEDERATED: Values = {"train": {"rounds": STEPS, "steps": 1}}
-"""Keys of the federated arms; all others are as a recipe has them unless told otherwise."""
-PUBLISHED: Values = {
-    "boundary": {"forward": {"noise": 0.025}, "gradient": {"noise": 1e-5}, "update": {"noise": 1e-4}},
+FEDERATED: Values = {
+    "train": {"rounds": STEPS, "steps": 1},
+    "federation": {"secure": {"masks": True}, "lora": "plain"},
 }
-"""Noise of mean magnitude 0.02 on hidden states, as FedSEA-LLaMA publishes; the recipe's defaults."""
+"""Keys of the federated arms: under masks a round of one step sends gradients, so that both factors may train. All
+other keys are as a recipe has them unless told otherwise."""
+PUBLISHED: Values = {"boundary": {"forward": {"noise": 0.025}}}
+"""Noise of mean magnitude 0.02 on hidden states, as FedSEA-LLaMA publishes, in training and in use."""
 FEDERATIONS: dict[str, Values] = {"federated": {}, "noised": PUBLISHED}
 RATE_OF = {"pooled": "pooled", "alone": "alone", "federated": "pooled", "noised": "pooled"}
 """By which arm's trials an arm's learning rate is chosen."""

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from benchmarks.common.results import Results
-from benchmarks.common.rows import Rows
+from benchmarks.common.rows import Rows, Values
 from benchmarks.federated.corpora import Corpus, Files, written
+from benchmarks.federated.simulation import merged
 from benchmarks.federated.tables import optimizers, parallel, quality, sets
 from benchmarks.federated.tables.cells import Cell
 from benchmarks.federated.tables.sets import SILOS, Source, skewed, whole
 from tests.conftest import save_tiny_model, write_rows
 
+SMALL: Values = {"train": {"rounds": 2}, "model": {"bottom": 1, "top": 1}}
 TASK = {"prompt": "{text}", "answer": " {label}", "choices": [" w7", " w8"]}
 
 
@@ -138,7 +140,7 @@ def test_a_task_from_rows_to_the_table(
     """All arms learn and answer; what is measured is not measured again; what is not is said to be missing."""
     monkeypatch.setitem(sets.SOURCES, "made-up", source)
     monkeypatch.setattr(quality, "STEPS", 2)
-    monkeypatch.setattr(quality, "FEDERATED", {"train": {"rounds": 2, "steps": 1}, "model": {"bottom": 1, "top": 1}})
+    monkeypatch.setattr(quality, "FEDERATED", merged(quality.FEDERATED, SMALL))
     setting = quality.Setting(save_tiny_model("llama", tmp_path / "model"), "cpu", (0, 1))
     quality.run(setting, ["made-up"], ["zero-shot", "pooled"])
     table = Results("nowhere", "a test")
@@ -161,12 +163,30 @@ def test_a_task_from_rows_to_the_table(
     assert "made-up, noised above pooled, upper end of the 95 % interval" in said
 
 
+def test_a_federation_that_sends_gradients_learns_what_the_pooled_model_does(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So both arms read the same rows in the same steps, from the same start."""
+    monkeypatch.setitem(sets.SOURCES, "made-up", source)
+    monkeypatch.setattr(quality, "STEPS", 4)
+    small: Values = {"train": {"rounds": 4}, "model": {"bottom": 1, "top": 1}}
+    monkeypatch.setattr(quality, "FEDERATED", merged(quality.FEDERATED, small))
+    setting = quality.Setting(save_tiny_model("llama", tmp_path / "model"), "cpu", (0,))
+    learning = quality.Learning(setting, "made-up", 0, tmp_path / "rows")
+    pooled = learning.learned(SILOS, 1e-3)
+    exact = learning.federated({"federation": {"updates": "gradients", "secure": {"masks": False}}}, 1e-3)
+    assert pooled.keys() == exact.keys()
+    for name, tensor in pooled.items():
+        torch.testing.assert_close(exact[name], tensor, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(tensor, learning.uncut.untrained[name])
+
+
 def test_another_recipe_is_another_measurement(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sets.SOURCES, "made-up", source)
     setting = quality.Setting(save_tiny_model("llama", tmp_path / "model"), "cpu", (0,))
     with quality.arms_of(setting, "made-up") as by_seed:
         before = {arm: by_seed[0].cell(arm).determined for arm in quality.ARMS}
-        monkeypatch.setitem(quality.FEDERATED, "federation", {"lora": "plain"})
+        monkeypatch.setitem(quality.FEDERATED, "federation", {"lora": "frozen-a"})
         after = {arm: by_seed[0].cell(arm).determined for arm in quality.ARMS}
     assert {arm for arm in quality.ARMS if repr(before[arm]) != repr(after[arm])} == {"federated", "noised"}
 
