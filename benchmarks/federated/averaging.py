@@ -84,12 +84,15 @@ class Setting:
     """Steps between two averages; 0: one model on all rows."""
     lora: str = "frozen-a"
     updates: str = "changes"
+    schedule: str = "linear"
 
     @property
     def name(self) -> str:
         if self.updates == "gradients":
             return f"gradients averaged, {self.lora}"
-        return f"averaged every {self.every} steps, {self.lora}" if self.every else POOLED
+        if self.every:
+            return f"averaged every {self.every} steps, {self.lora}"
+        return POOLED if self.schedule == "linear" else f"{POOLED}, constant rate"
 
     @property
     def silos(self) -> int:
@@ -97,7 +100,8 @@ class Setting:
 
     def run(self, draw: int, order: int, rate: float, *, report: bool) -> Trial:
         every, batch = self.every or STEPS, BATCH if self.every else BATCH * len(SILOS)
-        train = {"rounds": STEPS // every, "steps": every, "batch": batch, "learning_rate": rate, "schedule": "linear"}
+        train = {"rounds": STEPS // every, "steps": every, "batch": batch}
+        train |= {"learning_rate": rate, "schedule": self.schedule}
         changes: Values = {"train": train, "federation": {"lora": self.lora, "updates": self.updates}}
         corpus: Corpus = replace(
             OPINING,
@@ -118,6 +122,7 @@ class Setting:
 
 SETTINGS = {
     "pooled": Setting(0, "plain"),
+    "constant": Setting(0, "plain", schedule="constant"),
     "gradients": Setting(1, "plain", "gradients"),
     "every": Setting(1),
     "every-plain": Setting(1, "plain"),

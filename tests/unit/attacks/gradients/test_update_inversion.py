@@ -18,10 +18,9 @@ from tests.conftest import make_recipe
 ROW = TokenRow((5, 60, 17), (33,))
 
 
-def view_of(folder: Path, *updates: ObservedUpdate, **train: object) -> View:
-    recipe = make_recipe(
-        folder, federation={"lora": "alternating"}, train={"optimizer": "sgd", "steps": 1, "rounds": 2, **train}
-    )
+def view_of(folder: Path, *updates: ObservedUpdate, kind: str = "changes", **train: object) -> View:
+    federation = {"lora": "alternating", "updates": kind}
+    recipe = make_recipe(folder, federation=federation, train={"optimizer": "sgd", "steps": 1, "rounds": 2, **train})
     return aggregator_view(recipe, folder, updates, adapters.initial_tensors(_config(folder), recipe))
 
 
@@ -48,6 +47,13 @@ def test_what_stands_in_the_way_is_told(attacked_model: Path) -> None:
     found = run_dager(Knowledge(view_of(attacked_model, observed(attacked_model), steps=3)))
     assert found.ids
     assert any("step" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("kind", ["changes", "gradients"])
+def test_adam_hides_a_gradient_only_where_the_silo_steps(kind: str, attacked_model: Path) -> None:
+    view = view_of(attacked_model, observed(attacked_model), kind=kind, optimizer="adamw")
+    notes = run_dager(Knowledge(view)).notes
+    assert any("adamw scales each coordinate" in note for note in notes) == (kind == "changes")
 
 
 @pytest.mark.parametrize("attack", [run_dager, match_gradients])
