@@ -122,7 +122,9 @@ def evaluate_run(
                 rows = _rows(recipe, answering, data, silo.boundary.records.sensitivity)
                 if rows.note:
                     notify(f"{name} (train.max_tokens = {recipe.train.max_tokens}): {rows.note}")
-                yield _evaluated(recipe, answering, rows, max_new_tokens)
+                with silo.boundary.evaluating():
+                    evaluated = _evaluated(recipe, answering, rows, max_new_tokens)
+                yield evaluated
         for kind, answering in measured.models(name):
             rows = rows or _rows(recipe, answering, data)
             yield _evaluated(recipe, answering, rows, max_new_tokens, kind)

@@ -27,7 +27,11 @@ class Budget:
         section = section or PrivacySection()
         self.delta = section.delta
         """The delta of all epsilons."""
-        self.accountant = Accountant(section.delta, history)
+        self.accountant = Accountant(section.delta)
+        self.evaluations = Accountant(section.delta)
+        """What evaluations alone have cost; ``accountant`` has all."""
+        for release in history:
+            self.note(release)
         self._record = math.inf if section.record_epsilon is None else section.record_epsilon
         self._silo = math.inf if section.silo_epsilon is None else section.silo_epsilon
         self.limited = self._record < math.inf or self._silo < math.inf
@@ -67,6 +71,8 @@ class Budget:
     def note(self, event: Release) -> None:
         """Charge a release to its records and the silo."""
         self.accountant.note(event)
+        if event.evaluation:
+            self.evaluations.note(event)
 
     def affordable(self, costs: Sequence[Sequence[Charge]], subjects: Subjects) -> list[bool]:
         """For each sequence, whether the budgets allow all its charges after those of the allowed ones before it.

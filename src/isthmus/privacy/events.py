@@ -65,6 +65,8 @@ class Release:
     summed: int = 0
     """For an update under masks, the fewest silos in any sum that contains it: for fewer the silo reveals nothing by
     which it could be read. 0: who receives the release can read it alone."""
+    evaluation: bool = False
+    """Whether it left to measure the model, not to train or use it. It is charged as any other."""
 
 
 def merged(charges: Iterable[Charge]) -> tuple[Charge, ...]:

@@ -312,9 +312,13 @@ def _close(files: list[int]) -> None:
 
 def release_to_json(release: Release) -> dict[str, Any]:
     """The release as a ledger's line holds it. A charge is a number if purely Gaussian, null if unbounded, and
-    otherwise the list ``[gaussian, pure]`` or ``[gaussian, pure, concentrated]``."""
+    otherwise the list ``[gaussian, pure]`` or ``[gaussian, pure, concentrated]``. Only evaluations say that they are.
+    """
     charges = {charge.record: _charge_to_json(charge) for charge in release.charges}
-    return asdict(release) | {"charges": charges}
+    values = asdict(release) | {"charges": charges}
+    if not release.evaluation:
+        del values["evaluation"]
+    return values
 
 
 def release_from_json(values: dict[str, Any]) -> Release:
@@ -329,7 +333,7 @@ def release_from_json(values: dict[str, Any]) -> Release:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _unknown(values) from error
     known = (release.path, events.Path), (release.mechanism, events.MechanismName), (release.unit, events.Unit)
-    if any(value not in get_args(kind) for value, kind in known):
+    if any(value not in get_args(kind) for value, kind in known) or not isinstance(release.evaluation, bool):
         raise _unknown(values)
     return release
 

@@ -45,6 +45,11 @@ class Statement:
     records: int = 0
     """Number of records of which anything was released."""
     paths: dict[str, PathStatement] = field(default_factory=dict)
+    """Of training and use, by path."""
+    evaluations: dict[str, PathStatement] = field(default_factory=dict)
+    """Of evaluations, by path. A record that both read has both charges in the figures below."""
+    evaluated_records: int = 0
+    """Number of the records that evaluations read."""
     worst: Epsilon = ZERO
     """Epsilon of the worst record's own hidden states and gradients. It is the silo's figure: records are disjoint."""
     median: float = 0.0
@@ -81,16 +86,16 @@ def read_statement(path: Path, silo: str, section: PrivacySection) -> Statement:
     except LedgerError as error:
         return Statement(silo, section.delta, verified=False, reason=error.message)
     accountant = Accountant(section.delta, releases)
-    by_path: defaultdict[str, list[Release]] = defaultdict(list)
-    for release in releases:
-        by_path[release.path].append(release)
+    measured = [release for release in releases if release.evaluation]
     updates = accountant.updates
     return Statement(
         silo,
         section.delta,
         verified=True,
         records=len(accountant.records),
-        paths={path: _of_path(by_path[path], section.delta) for path in get_args(events.Path) if path in by_path},
+        paths=_by_path([release for release in releases if not release.evaluation], section.delta),
+        evaluations=_by_path(measured, section.delta),
+        evaluated_records=len(Accountant(section.delta, measured).records),
         worst=accountant.worst(),
         median=accountant.median(),
         with_updates=worst([one.joined(updates) for one in accountant.records.values()] or [updates], section.delta),
@@ -98,6 +103,13 @@ def read_statement(path: Path, silo: str, section: PrivacySection) -> Statement:
         record_budget=section.record_epsilon,
         silo_budget=section.silo_epsilon,
     )
+
+
+def _by_path(releases: list[Release], delta: float) -> dict[str, PathStatement]:
+    found: defaultdict[str, list[Release]] = defaultdict(list)
+    for release in releases:
+        found[release.path].append(release)
+    return {path: _of_path(found[path], delta) for path in get_args(events.Path) if path in found}
 
 
 def _of_path(releases: list[Release], delta: float) -> PathStatement:

@@ -103,9 +103,11 @@ def _evaluation_text(silos: Sequence[SiloStatus]) -> str:
     seconds, steps = sum(one.evaluation_seconds for one in silos), sum(one.step_seconds for one in silos)
     own = sum(one.evaluation_bytes for one in silos)
     whole = sum(one.sent_bytes + one.received_bytes for one in silos)
+    spent = [one.evaluation_epsilon for one in silos if one.evaluation_epsilon is not None]
+    epsilon = f", epsilon {epsilon_text(max(spent))} of a held-out record" if spent else ""
     return (
         f"of which evaluations: {100 * seconds / (seconds + steps):.0f} % of the silos' time, "
-        f"{megabytes(own)} of the {megabytes(whole)} up and down"
+        f"{megabytes(own)} of the {megabytes(whole)} up and down{epsilon}"
     )
 
 

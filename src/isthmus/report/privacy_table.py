@@ -59,6 +59,7 @@ def show(statements: list[Statement], console: Console) -> None:
     console.print(table)
     console.print(
         "record: one record's hidden states and gradients, composed over all releases (row 'update': the silo's)\n"
+        "held out: what measuring the model took; the rows above are training's and use's\n"
         "with updates: the same, with every update charged to every record\n"
         "silo: all releases, composed as if they were of one record\n"
         "summed: valid if at least the stated number of honest silos add noise to each sum; at the root: for any one "
@@ -72,7 +73,9 @@ def _rows(statement: Statement) -> list[tuple[str, ...]]:
     if not statement.verified:
         return [(statement.silo, "", "", "", "", "", "", "", f"no: {statement.reason}")]
     rows = [_path_row(statement.silo, path, spent) for path, spent in statement.paths.items()]
+    rows += [_path_row(statement.silo, f"{path}, held out", spent) for path, spent in statement.evaluations.items()]
     records = "1 record" if statement.records == 1 else f"{statement.records} records"
+    records += f", {statement.evaluated_records} of them held out" if statement.evaluations else ""
     left = epsilon_text(statement.record_left)
     rows.append(
         (statement.silo, "record", "", "", records, *_pair(statement.worst, statement.median), left, "yes"),

@@ -33,6 +33,8 @@ class SiloStatus:
     """Time of all training steps."""
     evaluation_seconds: float = 0.0
     """Time of all evaluations."""
+    evaluation_epsilon: float | None = None
+    """Largest epsilon of a record by evaluations alone, ∞ where no bound holds; None before the first."""
     evaluation_bytes: int = 0
     """Bytes that evaluations sent to the trunk and received from it; part of the two above."""
 
@@ -65,6 +67,8 @@ def read_progress(run: RunDirectory, name: str, steps_a_round: int | None) -> Si
         if line["event"] == "evaluation":
             known = ("accuracy", "loss", "perplexity")
             progress.scores[line["round"]] = {key: line[key] for key in known if key in line}
+            if "epsilon" in line:
+                progress.evaluation_epsilon = math.inf if line["epsilon"] is None else line["epsilon"]
             progress.evaluation_seconds += line.get("seconds", 0.0)
             progress.evaluation_bytes += line.get("own_sent_bytes", 0) + line.get("own_received_bytes", 0)
     return progress

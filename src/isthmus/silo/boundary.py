@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -74,10 +75,20 @@ class Boundary:
         """Whether noise is added to what a training step sends."""
         self.limited = self.budget.limited or self.records.limited
         """Whether a record or the silo has a privacy budget."""
+        self._evaluating = False
         self.released_bytes: Counter[str] = Counter()
         """Payload bytes released so far, by path."""
         self.received_bytes = 0
         """Payload bytes decoded so far."""
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the ``with`` block releases are noted as an evaluation's. Not for several threads."""
+        self._evaluating = True
+        try:
+            yield
+        finally:
+            self._evaluating = False
 
     def release(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> pb.Matrix:
         """Clip, noise and encode ``h_TD``. The result may be sent any number of times.
@@ -242,7 +253,7 @@ class Boundary:
         return event, mechanism.secure(h_TD, subjects, self._noise)
 
     def _note(self, event: Release, size: int) -> None:
-        event = replace(event, size=size)
+        event = replace(event, size=size, evaluation=self._evaluating)
         self.ledger.record(event)
-        self.budget.accountant.note(event)
+        self.budget.note(event)
         self.released_bytes[event.path] += size

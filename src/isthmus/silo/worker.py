@@ -211,7 +211,8 @@ class Worker:
         rows = self._measurable() if self._recipe.federation.weights.kind == "quality" else []
         if not rows:
             return 0.0
-        scores = evaluate(self._silo.model, self._data, rows)
+        with self._silo.boundary.evaluating():
+            scores = evaluate(self._silo.model, self._data, rows)
         return scores["accuracy"] if "accuracy" in scores else 1 / scores["perplexity"]
 
     def _step(self, drawn: list[Tokens]) -> Step:
@@ -309,7 +310,8 @@ class Worker:
         if not rows:
             log.warning("after round %d nothing is measured: all held-out rows' privacy budgets are spent", completed)
             return
-        scores: dict[str, float] = evaluate(self._silo.model, self._data, rows)
+        with self._silo.boundary.evaluating():
+            scores: dict[str, float] = evaluate(self._silo.model, self._data, rows)
         seconds = round(time.perf_counter() - started, 3)
         line = {"event": "evaluation", "round": completed, "seconds": seconds, **scores}
         crossed = {
@@ -317,6 +319,7 @@ class Worker:
             "received_bytes": channel.received_bytes,
             "own_sent_bytes": channel.sent_bytes - before[0],
             "own_received_bytes": channel.received_bytes - before[1],
+            "epsilon": _finite(self._silo.boundary.budget.evaluations.quick_worst()),
         }
         self._journal.append(line | crossed | _skipped(len(self._read) - len(rows)))
 
@@ -342,7 +345,7 @@ class Worker:
                 "seconds": float(f"{step.seconds:.3f}"),
                 "sent_bytes": channel.sent_bytes,
                 "received_bytes": channel.received_bytes,
-                "epsilon": epsilon if math.isfinite(epsilon) else None,
+                "epsilon": _finite(epsilon),
             }
         )
 
@@ -350,6 +353,11 @@ class Worker:
 def _descent(parameter: torch.nn.Parameter) -> torch.Tensor:
     """A parameter's gradient with the sign reversed; zeros if no row gave one."""
     return (torch.zeros_like(parameter) if parameter.grad is None else -parameter.grad).detach().cpu()
+
+
+def _finite(epsilon: float) -> float | None:
+    """An epsilon as a journal has it: null without a bound."""
+    return epsilon if math.isfinite(epsilon) else None
 
 
 def _skipped(rows: int) -> dict[str, object]:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,16 @@ from hypothesis import strategies as st
 from isthmus.errors import DiskFullError, LedgerError, LedgerTakenError
 from isthmus.privacy.accountant import Accountant
 from isthmus.privacy.events import Charge, Release
-from isthmus.privacy.ledger import GENESIS, FileLedger, Ledger, MemoryLedger, head_of, read_ledger, release_to_json
+from isthmus.privacy.ledger import (
+    GENESIS,
+    FileLedger,
+    Ledger,
+    MemoryLedger,
+    head_of,
+    read_ledger,
+    release_from_json,
+    release_to_json,
+)
 
 
 def release(step: int) -> Release:
@@ -383,3 +393,12 @@ def test_a_ledger_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
     (tmp_path / "ledger.jsonl").symlink_to("/dev/full")
     with pytest.raises(DiskFullError):
         FileLedger(tmp_path / "ledger.jsonl")
+
+
+def test_a_release_says_that_it_is_an_evaluations_and_an_older_line_that_it_is_not() -> None:
+    plain = Release("forward", 1, 3, 8, 1.0, 1.0, 96, charges=(Charge("r", 0.5),))
+    assert "evaluation" not in release_to_json(plain)
+    for release in (plain, replace(plain, evaluation=True)):
+        assert release_from_json(json.loads(json.dumps(release_to_json(release)))) == release
+    with pytest.raises(LedgerError, match="cannot be accounted"):
+        release_from_json(release_to_json(plain) | {"evaluation": "perhaps"})

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from isthmus.engines.local import create_run
 from isthmus.errors import RunError
 from isthmus.privacy.events import ALL, Charge, Release
-from isthmus.privacy.ledger import FileLedger
+from isthmus.privacy.ledger import FileLedger, read_ledger
+from isthmus.recipe import Recipe
 from isthmus.report.privacy_table import as_json, read_statements, show
+from isthmus.report.progress import read_progress
 from isthmus.storage.record import RunDirectory
-from tests.conftest import make_recipe
+from tests.conftest import make_recipe, write_rows
+from tests.integration.processes import rows_of, train_here, write_federation
 
 
 @pytest.fixture
@@ -72,3 +76,35 @@ def test_a_partys_own_folder_has_its_own_ledger(run: RunDirectory) -> None:
     run.role("north").path.rename(run.path / "trunk")
     with pytest.raises(RunError, match="holds no ledger"):
         read_statements(run)
+
+
+def test_what_measuring_took_stands_apart(tmp_path: Path) -> None:
+    """Every release but an evaluation's is training's; both are charged."""
+    boundary = {path: {"clip": 8.0, "noise": 40.0} for path in ("forward", "gradient", "update")}
+    write_rows(tmp_path / "other.jsonl", rows_of("other"))
+    silos = [{"name": name, "train": f"{name}.jsonl", "held_out": "other.jsonl"} for name in ("north", "south")]
+    train = {"rounds": 2, "steps": 2, "evaluate": "end"}
+    recipe = Recipe.read(write_federation(tmp_path, train=train, boundary=boundary, silo=silos))
+    made = create_run(recipe, tmp_path / "run")
+    train_here(made)
+    north, _ = read_statements(made)
+    assert north.paths["forward"].releases == 4
+    assert north.paths["gradient"].releases == 4
+    assert north.evaluations.keys() == {"forward"}
+    assert north.evaluations["forward"].releases == 2, "before the first round and after the last, a batch each"
+    assert north.evaluated_records == 12
+    assert 12 < north.records <= 20
+    releases = list(read_ledger(made.role("north").path / "ledger.jsonl").releases())
+    measured = {charge.record for one in releases if one.evaluation for charge in one.charges}
+    trained = {charge.record for one in releases if not one.evaluation for charge in one.charges} - {ALL}
+    assert len(measured) == 12
+    assert not measured & trained
+    worst = max(north.paths["forward"].worst.value, north.evaluations["forward"].worst.value)
+    assert north.worst.value >= worst
+    progress = read_progress(made, "north", 2)
+    assert progress.evaluation_epsilon == pytest.approx(north.evaluations["forward"].worst.value)
+    text = table(made)
+    assert "forward, held out" in text
+    assert "12 of them held out" in text
+    written = json.loads(as_json([north]))[0]
+    assert written["evaluations"]["forward"]["releases"] == 2
