@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from isthmus.data.bad_rows import BadRows
+from isthmus.data.bad_rows import NAMED, BadRows
 from isthmus.data.conversations import row_examples
+from isthmus.data.duplicates import repeated_prompts, without_duplicates
 from isthmus.data.partitions import SiloPart, divided
 from isthmus.data.row_count import check_row_count
 from isthmus.data.sources import SourceRow, read_rows, rename_columns
-from isthmus.data.templates import Example
+from isthmus.data.templates import Placed
 from isthmus.recipe import Recipe, SiloSection
 
-Placed = tuple[str, Example]
-"""A row's place, as ``file:line``, and its text."""
+log = logging.getLogger(__name__)
+LONGEST_SHOWN = 60
+"""Most characters of an answer in a message."""
 
 
 def silo_examples(
@@ -55,11 +58,12 @@ def silo_examples(
         with bad.collecting():
             part = (divided(recipe) if parts is None else parts)[section.name]
         train, held_out = renamed(part.train), held_out or renamed(part.held_out)
-    return filled(train), filled(held_out)
+    kept = filled(held_out)
+    return without_duplicates(filled(train), kept, recipe.train.duplicates, bad), kept
 
 
 def check_examples(recipe: Recipe, names: Collection[str] = ()) -> None:
-    """Read all rows of these silos, or of all.
+    """Read all rows of these silos, or of all. What users should know of rows that can be used is logged.
 
     Raises:
         DataError: a row or file cannot be used, or a silo has too few rows or too many. The first few are named, the
@@ -68,8 +72,22 @@ def check_examples(recipe: Recipe, names: Collection[str] = ()) -> None:
     bad, parts = BadRows(), divided(recipe) if recipe.partition is not None else None
     for section in [recipe.party(name) for name in names] or recipe.silo:
         before = bad.count
-        train, _ = silo_examples(section, recipe, bad, parts=parts)
+        train, held_out = silo_examples(section, recipe, bad, parts=parts)
+        for line in _remarks(train, held_out):
+            log.warning("%s: %s", section.name, line)
         if bad.count == before:
             with bad.collecting():
                 check_row_count(recipe, section.name, len(train))
     bad.raise_any()
+
+
+def _remarks(train: Sequence[Placed], held_out: Sequence[Placed]) -> Iterator[str]:
+    """What makes a silo's scores or its training worth less than they seem."""
+    found = repeated_prompts(train, held_out)
+    named = "; ".join(f"{train[number][0]} and {place}" for number, place in [*found.items()][:NAMED])
+    if found:
+        more = f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        yield f"{len(found)} of {len(train)} training rows have prompts that are held out: {named}{more}"
+    answers = {example.answer for _, example in train}
+    if len(answers) == 1 and len(train) > 1:
+        yield f"all {len(train)} training rows have one answer, {next(iter(answers))[:LONGEST_SHOWN]!r}"

@@ -11,7 +11,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from isthmus.data.bad_rows import BadRows
-from isthmus.data.examples import Placed
+from isthmus.data.templates import Placed
 from isthmus.data.tokens import Tokens, tokenize
 from isthmus.errors import DataError
 from isthmus.privacy.sensitivity import Sensitivity

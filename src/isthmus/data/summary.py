@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from isthmus.data.duplicates import prompt_key
 from isthmus.data.row_set import RowSet
 from isthmus.data.tokens import Tokens
 
@@ -129,7 +130,7 @@ def shown_example(place: str, row: Tokens, tokenizer: PreTrainedTokenizerBase) -
 
 
 def find_duplicates(sets: Iterable[tuple[str, SetKind, RowSet]]) -> list[Duplicate]:
-    """Prompts, equal but for white space, in training and held-out rows or in the training rows of several silos.
+    """Prompts in training and held-out rows, or in the training rows of several silos (see ``duplicates.prompt_key``).
 
     Args:
         sets: each with its silo and kind. That several silos evaluate on the same rows is no duplicate.
@@ -150,4 +151,4 @@ def find_duplicates(sets: Iterable[tuple[str, SetKind, RowSet]]) -> list[Duplica
 
 
 def _prompts(rows: RowSet) -> list[str]:
-    return [" ".join(example.prompt.split()) for _, example in rows.texts]
+    return [prompt_key(example) for _, example in rows.texts]

@@ -61,6 +61,10 @@ class Example:
         return replace(self, answer=answer, spans=tuple(spans))
 
 
+Placed = tuple[str, Example]
+"""A row's place, as ``file:line``, and its text."""
+
+
 def fill_templates(row: SourceRow, task: TaskSection, classes: Mapping[str, str]) -> Example:
     """The task's prompt and answer for one row, or its text.
 

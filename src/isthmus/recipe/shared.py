@@ -31,6 +31,7 @@ FREE: dict[str, str] = {
     "train.keep_rounds": "how much of its own disk each party gives to earlier rounds; training reads the last ones",
     "train.micro_batches": "how a silo cuts its steps into frames; the step is the same",
     "train.long_rows": "what a silo does with its own rows that are too long",
+    "train.duplicates": "what a silo does with its own training rows that it holds out, too",
     "train.evaluate": "each silo measures on its own held-out rows, for itself",
     "train.evaluate_rows": "each silo measures on its own held-out rows, for itself",
     "sensitivity.function": _OWN_FILE,

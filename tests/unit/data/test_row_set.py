@@ -8,9 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from isthmus.data.bad_rows import BadRows
-from isthmus.data.examples import Placed
 from isthmus.data.row_set import RowSet, as_tokens
-from isthmus.data.templates import Example
+from isthmus.data.templates import Example, Placed
 from isthmus.data.tokens import Tokens
 from isthmus.errors import DataError
 from tests.conftest import make_recipe, save_tiny_tokenizer

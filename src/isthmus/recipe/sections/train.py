@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 
 from isthmus.recipe.section import Amount, Count, Momentum, Positive, Section
 
+DuplicatePolicy = Literal["warn", "drop", "refuse"]
+"""What becomes of training rows that are held out too."""
 MOST_ROWS = 100_000
 """Most rows of a silo with ``train.epochs`` where the recipe says nothing."""
 
@@ -72,6 +74,10 @@ class TrainSection(Section):
     long_rows: Literal["truncate", "skip", "refuse"] = "truncate"
     """What a silo does with its rows that are longer. "truncate": they lose the beginning of their prompt; an answer is
     never cut. "skip": they are left out. "refuse": the run does not start. Each silo says how many there are."""
+    duplicates: DuplicatePolicy = "warn"
+    """What a silo does with its training rows whose prompts are held out too, whatever their case and white space; they
+    make its scores too good. "warn": it says so, and trains on them. "drop": it does not train on them. "refuse": the
+    run does not start."""
     evaluate: bool | Literal["end", "best"] | Count = 10
     """When to evaluate on held-out rows: accuracy with task.choices, otherwise loss. A number: before the first round,
     after every so many, and after the last; "end": before the first and after the last; "best": ten times in the run
