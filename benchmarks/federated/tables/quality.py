@@ -238,7 +238,8 @@ def report(results: Results, setting: Setting, tasks: Sequence[str]) -> None:
         with arms_of(setting, task) as by_seed:
             found = {arm: {seed: one.cell(arm).found() for seed, one in by_seed.items()} for arm in ARMS}
         for arm in ARMS:
-            report_arm(results, task, arm, [one for one in found[arm].values() if one])
+            cells = [one for one in found[arm].values() if one]
+            report_arm(results, task, arm, cells[:1] if arm not in RATE_OF else cells)
         for arm in FEDERATIONS:
             report_gap(results, f"{task}, {arm} above pooled", paired(found[arm], found["pooled"]))
         gains += [apart.mean() for apart in [paired(found["federated"], found["alone"])] if len(apart)]
