@@ -12,8 +12,9 @@ from peft import PeftModel
 
 import isthmus
 from isthmus.recipe import Recipe
+from isthmus.storage.record import read_journal
 from tests.conftest import uncut
-from tests.integration.processes import Commands, call, rows_of, write_federation
+from tests.integration.processes import Commands, call, rows_of, until, write_federation
 from tests.oracle.twins import distance, prompts, ragged
 
 pytestmark = [
@@ -23,6 +24,37 @@ pytestmark = [
 ]
 GREEDY: dict[str, Any] = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12}
 CUTS = {"north": (1, 1), "south": (2, 2)}
+
+
+def log_of(run: Path, name: str) -> str:
+    log = run / "logs" / f"{name}.log"
+    return log.read_text() if log.exists() else ""
+
+
+def test_a_run_moves_its_cut(
+    commands: Commands, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    train = {"rounds": 2, "steps": 2, "learning_rate": 0.1}
+    recipe = write_federation(tmp_path / "made", train=train, federation={"lora": "plain"})
+    values = Recipe.read(recipe)
+    model = values.model.model_copy(update={"bottom": 1, "top": 2, "moves": ({"after": 1, "bottom": 2, "top": 1},)})
+    recipe.write_text(values.model_copy(update={"model": model}).toml())
+    run = tmp_path / "run"
+    command = commands.start("run", recipe, "--run-dir", run)
+    until(lambda: "the cut moves" in log_of(run, "north") + log_of(run, "south"), "a move", command=command)
+    command.wait().succeeded()
+    now = Recipe.read(run / "recipe.toml").model
+    assert (now.bottom, now.top) == (2, 1)
+    for name in ("north", "south"):
+        lines = read_journal(run / "silos" / name / "metrics.jsonl")
+        steps = [(line["round"], line["step"]) for line in lines if line["event"] == "step"]
+        assert steps == [(number, step) for number in (1, 2) for step in (1, 2)]
+        assert "the cut moves after round 1" in log_of(run, name)
+        assert "finished after 2 rounds" in log_of(run, name)
+    call(capsys, monkeypatch, "export", run, tmp_path / "adapter").succeeded()
+    whole = PeftModel.from_pretrained(uncut(Path(values.model.path)), tmp_path / "adapter").eval()
+    with isthmus.open(run, "north") as silo, torch.no_grad():
+        assert torch.equal(silo.model.generate(**prompts(), **GREEDY), whole.generate(**prompts(), **GREEDY))
 
 
 def test_silos_with_cuts_of_their_own_train_and_use_one_model(

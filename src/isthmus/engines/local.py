@@ -67,7 +67,8 @@ def run_federation(
     watch: Callable[[], None] = lambda: None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> None:
-    """Run all roles of the run directory's recipe until all silos have finished.
+    """Run all roles of the run directory's recipe until all silos have finished. Where the recipe moves the cut, they
+    end after that round and begin anew.
 
     Args:
         watch: called several times a second while the federation runs.
@@ -77,6 +78,24 @@ def run_federation(
         IsthmusError: a role failed; the message is that role's. The run can be resumed.
         Stopped: SIGINT or SIGTERM arrived. The run can be resumed.
     """
+    _move_cut(run)
+    _run_phase(run, watch, notify)
+    while _move_cut(run):
+        _run_phase(run, watch, notify)
+
+
+def _move_cut(run: RunDirectory) -> bool:
+    """Move the cut if that is due. Returns whether it moved."""
+    if not run.recipe().model.moves:
+        return False
+    from isthmus.engines.repartition import move_if_due
+
+    with run.locked():
+        return move_if_due(run)
+
+
+def _run_phase(run: RunDirectory, watch: Callable[[], None], notify: Callable[[str], None]) -> None:
+    """Run all roles until the silos have finished, or the cut is to move."""
     recipe = run.recipe()
     try:
         with run.locked() as lock, serving(run, ("trunk", "root"), lock) as (server, address), _ending() as others:

@@ -41,7 +41,7 @@ def recorded(path: Path, recipe: Recipe, run_dir: Path, silo: str | None = None)
 
     Raises:
         DataError: a row or file of the silo cannot be used; all of them are counted.
-        RecipeError: the recipe divides one set among silos, and so is a simulation.
+        RecipeError: the recipe divides one set among silos, and so is a simulation; or it moves the cut.
         RunError: the directory holds a run whose adapters have other shapes or another start.
     """
     run = RunDirectory(run_dir.resolve())
@@ -50,6 +50,11 @@ def recorded(path: Path, recipe: Recipe, run_dir: Path, silo: str | None = None)
             raise RecipeError(
                 "[partition] divides one set among silos that all read it: it is for simulations on one machine",
                 remedy="use 'isthmus run', or name each silo's own rows in silo.train and leave [partition] out",
+            )
+        if recipe.model.moves:
+            raise RecipeError(
+                "[model] moves change the cut in the folders of all parties at once, and this is one party's",
+                remedy="use 'isthmus run', or leave out model.moves",
             )
         if silo is not None:
             check_examples(recipe, (silo,))
@@ -273,7 +278,10 @@ def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
     """
     set_threads(recipe)
     with alone(run, (name,)), closing(Worker(recipe, name, run.role(name))) as worker:
-        worker.run()
+        completed = worker.run()
+    if recipe.model.moves and completed < recipe.train.rounds:
+        print(f"the cut moves after round {completed}", flush=True)
+        return
     trunk = "" if run.served_here else ", while the trunk runs"
     print(
         f"{_finished(recipe)}\n"

@@ -106,6 +106,9 @@ class RootPlanner:
         """Name of the run whose trunk the silos are connected to, as most of them said before the first round was
         finished; empty: none has said."""
         self.completed = store.last_round()
+        move = recipe.next_move(self.completed)
+        if move is not None:  # the engine moves the cut once the silos have ended
+            self._rounds = min(self._rounds, move[0])
         self.shared: dict[str, torch.Tensor] = dict(initial)
         if self.completed:
             state = store.load_round(self.completed)

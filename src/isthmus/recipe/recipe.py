@@ -19,7 +19,7 @@ from isthmus.recipe.checks.aggregation import check_influence, check_products, c
 from isthmus.recipe.checks.asynchrony import check_asynchrony
 from isthmus.recipe.checks.boundary import check_defence, check_release_once
 from isthmus.recipe.checks.budgets import check_budgets
-from isthmus.recipe.checks.cuts import check_between, check_cuts, check_measured_cut
+from isthmus.recipe.checks.cuts import check_between, check_cuts, check_measured_cut, check_moves
 from isthmus.recipe.checks.evaluation import check_evaluation
 from isthmus.recipe.checks.gradients import check_gradients, obstacles
 from isthmus.recipe.checks.local_steps import check_control, check_epochs, check_sharpness, check_steps
@@ -128,6 +128,7 @@ class Recipe(Section):
         check_ranks(self.lora, federation, silos)
         check_measured_cut(self.model, silos)
         check_cuts(self.model, silos, boundary, self.lora)
+        check_moves(self.model, self.lora, self.train, boundary, federation, self.trunk, silos)
         if self.trains_between:
             check_between(federation, self.trunk, edges)
         check_products(federation, edges)
@@ -237,6 +238,8 @@ class Recipe(Section):
         """Whether silos' updates are gradients, with which the root steps (see ``federation.updates``)."""
         if self.federation.updates is not None:
             return self.federation.updates == "gradients"
+        if self.model.moves:  # the root's moments would be of one cut's tensors
+            return False
         return self.federation.secure.masks and not any(obstacles(self.train, self.silo, self.federation))
 
     def steps(self, name: str) -> int:
@@ -345,6 +348,32 @@ class Recipe(Section):
     def trains_between(self) -> bool:
         """Whether the adapters of such blocks train."""
         return self.mixes_cuts and self.federation.between == "train"
+
+    def next_move(self, completed: int) -> tuple[int, tuple[int, int]] | None:
+        """The next move of the cut: the round after which it is due, and the blocks of bottom and top from then on.
+
+        Args:
+            completed: number of finished rounds. A move that is due after them is the next one until it is made.
+        """
+        model = self.model
+        for move in self.model.moves or ():
+            ends = move.get("bottom", model.bottom), move.get("top", model.top)
+            if move["after"] >= completed and ends != (model.bottom, model.top):
+                return move["after"], ends
+        return None
+
+    def moved_to(self, ends: tuple[int, int]) -> Recipe:
+        """The same recipe with another cut for all."""
+        model = self.model.model_copy(update={"bottom": ends[0], "top": ends[1]})
+        return self.model_copy(update={"model": model})
+
+    @property
+    def opens_updates(self) -> bool:
+        """Whether silos' updates leave without noise, clip, mask or budget: what they protect, moments would tell."""
+        update, privacy = self.boundary.update, self.privacy
+        protected = update.noise or update.clip or update.mechanism != "gaussian"
+        budgets = privacy.record_epsilon is not None or privacy.silo_epsilon is not None
+        return not (protected or budgets or self.federation.secure.masks or self.federation.noise is not None)
 
     def _cut_at(self, ends: tuple[int, int]) -> Recipe:
         if ends == (self.model.bottom, self.model.top):

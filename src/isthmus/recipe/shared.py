@@ -70,7 +70,7 @@ FREE: dict[str, str] = {
 
 _RELEASE = ("mechanism", "clip", "noise", "epsilon", "delta", "unit")
 _TABLES: dict[str, tuple[str, ...]] = {
-    "model": ("cut", "bottom", "top", "dtype"),
+    "model": ("cut", "bottom", "top", "moves", "dtype"),
     "lora": ("rank", "alpha", "rslora", "dropout", "targets", "freeze_bottom"),
     "train": (
         *("rounds", "steps", "epochs", "most_rows", "batch", "max_tokens"),

@@ -148,8 +148,8 @@ def _mean(recipe: Recipe, federation: FederationSection, count: int) -> float | 
     """Largest L2 norm of the mean of a round's updates; None: not bounded, or by a rule or an error of compression."""
     compression, update = federation.compression, recipe.boundary.update
     plain = compression.kind == "none" and federation.noise is None and not federation.robust.active
-    if not plain or federation.asynchronous.buffer is not None or recipe.trains_between:
-        return None  # of the trunk's change in the mean no clip is known
+    if not plain or federation.asynchronous.buffer is not None or recipe.trains_between or recipe.model.moves:
+        return None  # of what the trunk changed no clip is known
     if federation.secure.masks:
         return federation.secure.range * math.sqrt(count)
     if not update.clip or update.mechanism != "gaussian" or not compression.exact:

@@ -95,8 +95,8 @@ class Worker:
             line["round"] for line in read_journal(directory.path / "metrics.jsonl") if line["event"] == "evaluation"
         }
 
-    def run(self) -> None:
-        """Take part until the federation is finished."""
+    def run(self) -> int:
+        """Take part until the federation is finished, or its cut is to move. Returns the number of finished rounds."""
         completed, losses = self._directory.last_round(), 0
         while True:
             run = self._silo.trunk.channel.welcome.run
@@ -112,7 +112,7 @@ class Worker:
                 self._silo.rounds.begin(plan.completed + 1, [self._name], published=plan.published)
             self._measure(plan.completed)
             if not plan.round:
-                break
+                return plan.completed
             try:
                 self._train(plan, shared)
             except (RoundLostError, UnknownStepError) as lost:  # a server started again, or went on without this silo

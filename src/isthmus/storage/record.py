@@ -147,6 +147,10 @@ class RunDirectory:
                 )
         self._write(recipe)
 
+    def rewrite(self, recipe: Recipe) -> None:
+        """Replace the run's recipe; the states must fit it."""
+        self._write(recipe)
+
     def _write(self, recipe: Recipe) -> None:
         """Write the recipe. Certificates inside the directory get a relative path, so that it can be moved."""
         certificates = Path(recipe.wire.certificates)

@@ -327,6 +327,8 @@ def _passed_blocks(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> dict[str
     """
     total: int = checkpoint.config.get_text_config().num_hidden_layers
     found = {}
+    for move in recipe.model.moves or ():  # else it would turn out after all the rounds before
+        Cut(move.get("bottom", cut.bottom), move.get("top", cut.top)).blocks("trunk", total)
     try:
         Cut(*recipe.widest).blocks("trunk", total)
     except CutError as error:

@@ -136,9 +136,10 @@ def test_a_worker_is_closed_however_it_ends(
         def __init__(self, recipe: Recipe, name: str, directory: object) -> None:
             done.append(name)
 
-        def run(self) -> None:
+        def run(self) -> int:
             if fails:
                 raise RecipeError("no", remedy="none")
+            return recipe.train.rounds
 
         def close(self) -> None:
             done.append("closed")

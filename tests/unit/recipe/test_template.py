@@ -83,7 +83,7 @@ def test_it_names_every_key_with_its_default() -> None:
 
 def test_it_names_no_other_key() -> None:
     def paths(values: Any, path: str) -> set[str]:
-        if isinstance(values, list) and values and isinstance(values[0], dict):
+        if isinstance(values, list) and values and isinstance(values[0], dict) and path != "model.moves.":
             return {one for table in values for one in paths(table, path)}
         if not isinstance(values, dict) or path in ("sensitivity.detectors.", "sensitivity.fields.", "silo.columns."):
             return {path.removesuffix(".")}

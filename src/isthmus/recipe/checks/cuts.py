@@ -9,6 +9,7 @@ from isthmus.recipe.sections import (
     LoraSection,
     ModelSection,
     SiloSection,
+    TrainSection,
     TrunkSection,
 )
 
@@ -92,3 +93,62 @@ def check_between(federation: FederationSection, trunk: TrunkSection, edges: tup
     for key, (present, reason) in refused.items():
         if present:
             raise ValueError(f"federation.between: {reason}; leave out {key}, or set federation.between = 'rest'")
+
+
+def check_moves(
+    model: ModelSection,
+    lora: LoraSection,
+    train: TrainSection,
+    boundary: BoundarySection,
+    federation: FederationSection,
+    trunk: TrunkSection,
+    silos: tuple[SiloSection, ...],
+) -> None:
+    """Refuse moves of the cut that come in no order, change nothing, or stand beside what is of one cut."""
+    if not model.moves:
+        return
+    for move in model.moves:
+        if "after" not in move or not move.keys() & {"bottom", "top"}:
+            raise ValueError(
+                "model.moves: a move says after how many rounds, and to which blocks; "
+                "write it as { after = 10, bottom = 3 }"
+            )
+    rounds = [move["after"] for move in model.moves]
+    if rounds != sorted(set(rounds)) or rounds[-1] >= train.rounds:
+        raise ValueError(
+            f"model.moves: they come after the rounds {', '.join(map(str, rounds))} of {train.rounds}; "
+            "order them, each after another round and the last one before the end"
+        )
+    depth = "its layers learn the hidden states of one depth"
+    silent = "what is kept of it is of one cut's tensors"
+    refused = {
+        "silo.bottom and silo.top": (any(one.bottom or one.top for one in silos), "the cut of all silos moves"),
+        "model.cut": (model.cut != "stated", "a measurement chooses one cut"),
+        "boundary.width": (boundary.width is not None, depth),
+        "boundary.residual": (boundary.residual, depth),
+        "boundary.defence": (boundary.defence is not None, depth),
+        "boundary.release_once": (boundary.release_once, "what was released is of one cut"),
+        "lora.freeze_bottom": (lora.freeze_bottom, "a block that moves to bottom would lose its adapter"),
+        f"federation.lora = {federation.lora!r}": (
+            federation.lora in ("frozen-a", "svd"),
+            "silos and trunk must train the same factors of a block",
+        ),
+        "trunk.adapter = 'replica'": (trunk.adapter == "replica", "a replica's block would have no one owner"),
+        "federation.updates": (federation.updates == "gradients", "the root's moments are of one cut's tensors"),
+        "federation.optimizer": (federation.optimizer.kind != "none", silent),
+        "federation.compression": (not federation.compression.exact, silent),
+        "federation.robust": (federation.robust.active, silent),
+        "federation.control": (federation.control != "none", silent),
+        "federation.asynchronous.buffer": (
+            federation.asynchronous.buffer is not None,
+            "the cut moves when all silos have ended a round",
+        ),
+        "federation.max_change": (
+            federation.max_change is not None,
+            "it bounds what silos change, and a block comes with what the trunk changed in it",
+        ),
+    }
+    for key, (present, reason) in refused.items():
+        if present:
+            remedy = "set federation.lora = 'plain'" if "federation.lora" in key else f"leave out {key}"
+            raise ValueError(f"model.moves: {reason}; {remedy}, or leave out model.moves")

@@ -26,5 +26,11 @@ class ModelSection(Section):
     """Transformer blocks that each silo keeps at the input side."""
     top: Count = 2
     """Transformer blocks that each silo keeps at the output side."""
+    moves: tuple[dict[Literal["after", "bottom", "top"], Count], ...] | None = Field(
+        default=None, strict=False, examples=[[{"after": 10, "bottom": 3}]]
+    )
+    """Cuts that later rounds have: after this many finished rounds, bottom and top (one of them alone: the other stays).
+    Adapters and the optimizers' moments change sides, and training goes on. Of 'isthmus run' alone. Left out: the cut
+    stays."""
     dtype: Dtype = "float32"
     """Data type of the model's weights and activations; trunk.dtype may set another for the trunk."""

@@ -67,6 +67,50 @@ CASES += [
 ]
 
 
+MOVES: Changes = {
+    "model.moves": [{"after": 2, "bottom": 3}, {"after": 4, "top": 1}],
+    "train.rounds": 6,
+    "federation.lora": "plain",
+}
+CASES += [
+    (
+        MOVES | {"model.moves": [{"after": 2}]},
+        "model.moves: a move says after how many rounds",
+        "write it as { after = 10, bottom = 3 }",
+        {"model.moves": [{"after": 2, "bottom": 3}]},
+    ),
+    (
+        MOVES | {"train.rounds": 4},
+        "model.moves: they come after the rounds 2, 4 of 4",
+        "the last one before the end",
+        {"train.rounds": 5},
+    ),
+    (
+        MOVES | {"model.moves": [{"after": 3, "bottom": 3}, {"after": 2, "bottom": 2}]},
+        "model.moves: they come after the rounds 3, 2 of 6",
+        "order them",
+        {"model.moves": [{"after": 2, "bottom": 3}, {"after": 3, "bottom": 2}]},
+    ),
+    (MOVES | {"federation.lora": "frozen-a"}, "must train the same factors", "'plain'", {"federation.lora": "plain"}),
+    *(
+        (MOVES | {key: value}, f"model.moves: {reason}", "leave out", {key: OUT})
+        for key, value, reason in (
+            ("silo.0.bottom", 3, "the cut of all silos moves"),
+            ("boundary.width", 16, "its layers learn the hidden states of one depth"),
+            ("boundary.residual", True, "its layers learn the hidden states of one depth"),
+            ("lora.freeze_bottom", True, "a block that moves to bottom would lose its adapter"),
+            ("trunk.adapter", "replica", "a replica's block would have no one owner"),
+            ("federation.updates", "gradients", "the root's moments are of one cut's tensors"),
+            ("federation.optimizer", "adam", "what is kept of it is of one cut's tensors"),
+            ("federation.compression", "top-k", "what is kept of it is of one cut's tensors"),
+            ("federation.robust", "median", "what is kept of it is of one cut's tensors"),
+            ("federation.asynchronous.buffer", 2, "the cut moves when all silos have ended a round"),
+            ("federation.max_change", 1.0, "it bounds what silos change"),
+        )
+    ),
+]
+
+
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_impossible_cuts_are_refused(case: Case) -> None:
     assert_mended(case)
@@ -90,3 +134,34 @@ def test_all_parties_must_know_each_silos_cut() -> None:
     assert shared_keys(one.of_silo("a")) == shared_keys(one)
     with pytest.raises(MismatchError, match=r"silo\.a\.bottom = 3, the trunk 4"):
         check_shared("b", shared_keys(one), "the trunk", shared_keys(other))
+
+
+def test_moves_are_due_in_their_order_and_once() -> None:
+    recipe = Recipe.of(changed(least(), MOVES))
+    assert recipe.next_move(0) == recipe.next_move(2) == (2, (3, 2))
+    moved = recipe.moved_to((3, 2))
+    assert moved.next_move(2) == moved.next_move(4) == (4, (3, 1))
+    assert moved.moved_to((3, 1)).next_move(4) is None
+    assert Recipe.of(moved.model_dump(mode="json", exclude_none=True)) == moved
+
+
+@pytest.mark.parametrize(
+    "protects",
+    [
+        {"boundary.update.noise": 0.1, "boundary.update.clip": 1.0},
+        {"boundary.update.clip": 1.0},
+        {"federation.secure": True},
+    ],
+    ids=str,
+)
+def test_what_protects_updates_is_known(protects: Changes) -> None:
+    open_updates: Changes = {"boundary.update": {"noise": 0.0, "clip": 0.0}}
+    assert Recipe.of(changed(least(), open_updates)).opens_updates
+    assert not Recipe.of(changed(least(), open_updates | protects)).opens_updates
+
+
+def test_moves_keep_masked_rounds_of_one_step_at_changes() -> None:
+    """They would send gradients otherwise, with which the root steps."""
+    masked: Changes = {"federation.secure": True, "federation.lora": "plain", "train.steps": 1, "train.rounds": 6}
+    assert Recipe.of(changed(least(), masked)).sends_gradients
+    assert not Recipe.of(changed(least(), MOVES | masked)).sends_gradients
