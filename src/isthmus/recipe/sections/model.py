@@ -29,7 +29,7 @@ class ModelSection(Section):
     moves: tuple[dict[Literal["after", "bottom", "top"], Count], ...] | None = Field(
         default=None, strict=False, examples=[[{"after": 10, "bottom": 3}]]
     )
-    """Cuts that later rounds have: after this many finished rounds, bottom and top (one of them alone: the other stays).
+    """Cuts that later rounds have: after this many finished rounds, bottom and top (of one alone the other stays).
     Adapters and the optimizers' moments change sides, and training goes on. Of 'isthmus run' alone. Left out: the cut
     stays."""
     dtype: Dtype = "float32"
