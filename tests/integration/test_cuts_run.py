@@ -11,10 +11,14 @@ import torch
 from peft import PeftModel
 
 import isthmus
+from isthmus.engines.local import at_address, create_run
+from isthmus.engines.roles import start_server
+from isthmus.model import adapters
 from isthmus.recipe import Recipe
 from isthmus.storage.record import read_journal
+from isthmus.trunk.service import TrunkService
 from tests.conftest import uncut
-from tests.integration.processes import Commands, call, rows_of, until, write_federation
+from tests.integration.processes import Commands, call, rows_of, train_here, until, write_federation
 from tests.oracle.twins import distance, prompts, ragged
 
 pytestmark = [
@@ -86,3 +90,30 @@ def test_silos_with_cuts_of_their_own_train_and_use_one_model(
         )
         measured.succeeded()
         assert json.loads(measured.out)
+
+
+def test_a_run_that_ended_before_the_trunk_heard_of_the_mean_is_used_with_it(tmp_path: Path) -> None:
+    """The root has saved its last round, and the trunk what it trained in it."""
+    train = {"rounds": 1, "steps": 1, "evaluate": False, "learning_rate": 0.1}
+    recipe = Recipe.read(write_federation(tmp_path / "made", train=train, federation={"between": "train"}))
+    silos = tuple(
+        one.model_copy(update=dict(zip(("bottom", "top"), CUTS[one.name], strict=True))) for one in recipe.silo
+    )
+    model = recipe.model.model_copy(update={"bottom": 1, "top": 1})
+    run = create_run(recipe.model_copy(update={"silo": silos, "model": model}), tmp_path / "run")
+    train_here(run)
+    saved = run.role("trunk").load_round(1)
+    before = run.role("trunk").load_round(0)["adapter"]
+    trained = {
+        name: before[name] + change for group in saved["between"]["groups"] for name, change in group["change"].items()
+    }
+    assert any(not torch.equal(one, saved["adapter"][name]) for name, one in trained.items())
+    run.role("trunk").save_round(1, saved | {"adapter": saved["adapter"] | trained})
+    server, services = start_server(at_address(run.recipe(), "localhost:0"), run, ("trunk",))
+    server.stop(0)
+    trunk = services["Trunk"]
+    assert isinstance(trunk, TrunkService)
+    trunk.stop()
+    served = adapters.adapter_of(trunk._runner.part)
+    shared = run.role("root").load_round(1)["shared"]
+    assert all(torch.equal(served[name], shared[name]) for name in trained)

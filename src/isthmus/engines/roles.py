@@ -256,6 +256,8 @@ def start_server(
         peers["Trunk"] = [silo.name for silo in recipe.silo]
         if number is not None:
             trunk.restore(number)
+            if recipe.trains_between and number and number == run.completed():  # the root may have ended before it
+                trunk.settle(number, run.role("root").load_round(number)["shared"]).result()
     if "root" in roles:
         directory = run.role("root")
         if "trunk" in roles and recipe.federation.asynchronous.buffer is None:

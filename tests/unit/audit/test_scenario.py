@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from isthmus.attacks.knowledge import Knowledge
 from isthmus.audit.attack import run_attacks
 from isthmus.audit.scenario import AttackPlan, Scenario
 from isthmus.audit.target import Target
@@ -36,6 +37,22 @@ def test_of_rows_that_were_generated_no_active_attack_is_made(two_silos: Target)
     made = AttackPlan(("root+trunk",), ("steering",), inference=True)
     with pytest.raises(AttackError, match="the attack steering is of training rows"):
         run_attacks(two_silos, made, lambda message: None)
+
+
+def test_a_silo_with_a_cut_of_its_own_is_attacked_at_its_depth(two_silos: Target) -> None:
+    """By whoever knows crossings of that depth: another silo's teach nothing."""
+    silos = [one.model_copy(update={"bottom": 2} if one.name == "a" else {}) for one in two_silos.recipe.silo]
+    target = Target(two_silos.recipe.model_copy(update={"silo": tuple(silos)}))
+    made = scenario(target, attacks=("lens",))
+    view = made.view("trunk")
+    assert len(view.crossings) == 4
+    knowledge = Knowledge(view)
+    assert (knowledge.cut.bottom, knowledge.bottom.config.num_hidden_layers) == (2, 2)
+    with pytest.raises(AttackError, match="no silo with the cut of a colludes"):
+        made.view("trunk+silo")
+    alike = [one.model_copy(update={"bottom": 2}) for one in two_silos.recipe.silo]
+    both = Target(two_silos.recipe.model_copy(update={"silo": tuple(alike)}))
+    assert len(scenario(both).view("trunk+silo").pairs) == 6
 
 
 def test_candidates_hold_the_attacked_rows_in_no_telling_order(two_silos: Target) -> None:
