@@ -5,18 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from isthmus.engines import opening
+from isthmus.engines.batch import answer_file
+from isthmus.engines.inference import generate_text
 from isthmus.engines.local import create_run
 from isthmus.recipe import Recipe
+from isthmus.report.privacy_table import read_statements
 from isthmus.storage.record import RunDirectory, read_journal
 from tests.conftest import VOCABULARY, save_tiny_model
-from tests.integration.processes import train_here
+from tests.integration.processes import served_here, train_here
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CHAT = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} </s>\n{% endfor %}assistant :"
@@ -39,6 +44,8 @@ ROWS: dict[str, Row] = {
     },
     "simulation": lambda n: {"text": f"w{n + 4}", "label": ("w5", "w6")[n % 2]},
 }
+INFERENCE = {"private-inference"}
+"""Recipes by which nothing trains."""
 WORDS = ("yes", "no", "maybe", "positive", "negative")
 
 
@@ -74,7 +81,8 @@ def on_this_machine(folder: Path, values: dict[str, Any]) -> Recipe:
     tokenizer.save_pretrained(model)
     values["model"] |= {"path": str(model), "dtype": "float32"}
     values["model"] = {**values["model"], "bottom": 2, "top": 2}
-    values["train"] = {**values.get("train", {}), "rounds": 1, "batch": 2, "evaluate": "end"}
+    trains = values.get("train", {}).get("rounds") != 0
+    values["train"] = {**values.get("train", {}), **({"rounds": 1, "batch": 2, "evaluate": "end"} if trains else {})}
     values["trunk"] = {}
     values["root"] = {}
     for silo in values["silo"]:
@@ -101,6 +109,31 @@ def test_a_scenario_trains(name: str, tmp_path: Path) -> None:
         assert measured == ([0, 1] if silo.held_out or "partition" in values else [])
 
 
+@pytest.mark.parametrize("name", sorted(INFERENCE))
+def test_a_scenario_without_training_answers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a row, as its clinics would: from the folder of a run."""
+    recipe = on_this_machine(tmp_path, shipped(name))
+    run = create_run(recipe, tmp_path / "run")
+    train_here(run)
+
+    @contextmanager
+    def serving(run: RunDirectory, *, number: int | None = None) -> Iterator[tuple[None, str]]:
+        with served_here(run) as there:
+            yield None, there.trunk.address
+
+    monkeypatch.setattr(opening, "serving", serving)
+    rows = tmp_path / "questions.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"w{n + 4} w5"}) + "\n" for n in range(3)))
+    for silo in recipe.silo:
+        assert generate_text(run, "w4 w5 w6", silo.name, max_new_tokens=3).split()
+        assert answer_file(run, rows, tmp_path / f"{silo.name}.jsonl", silo.name, max_new_tokens=2) == 3
+        lines = read_journal(run.role(silo.name).path / "metrics.jsonl")
+        assert lines == []
+        (statement,) = [one for one in read_statements(run) if one.silo == silo.name]
+        assert statement.paths.keys() == {"forward"}
+        assert 0 < statement.worst.value < float("inf")
+
+
 def test_every_scenario_is_tried() -> None:
     ways = {"fair", "fast-federation", "federation", "minimal", "private", "private-updates", "robust"}
-    assert {path.stem for path in RECIPES.glob("*.toml")} == ROWS.keys() | ways
+    assert {path.stem for path in RECIPES.glob("*.toml")} == ROWS.keys() | INFERENCE | ways

@@ -29,7 +29,8 @@ def silo_examples(
     """A silo's training and held-out examples, in the order of its rows.
 
     Args:
-        section: the silo's table, with its files; without ``train`` it has a part of the recipe's ``[partition]``.
+        section: the silo's table, with its files; without ``train`` it has a part of the recipe's ``[partition]``,
+            without both no row.
         bad: gets the errors of rows and files that cannot be used; the other rows are returned.
         classes: sensitivity class by field name (see ``fill_templates``).
         parts: of all silos (see ``divided``); None: they are read.
@@ -53,7 +54,7 @@ def silo_examples(
         return found
 
     train, held_out = read(section.train or ()), read(section.held_out or ())
-    if not section.train:
+    if not section.train and recipe.partition is not None:
         part = SiloPart([], [])
         with bad.collecting():
             part = (divided(recipe) if parts is None else parts)[section.name]

@@ -22,7 +22,7 @@ from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Tokens, collate
 from isthmus.engines.chosen_round import LAST, best_round, chooses_best, journal_scores
 from isthmus.engines.local import create_run, local_recipe
-from isthmus.errors import ModelError, NotSupportedError, RunError
+from isthmus.errors import ModelError, NotSupportedError, RecipeError, RunError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Part
@@ -114,9 +114,15 @@ def train_baseline(run: RunDirectory, kind: BaselineKind, notify: Callable[[str]
     Raises:
         DataError: a row or file is unusable.
         ModelError, NotSupportedError: as of ``UncutModel``.
+        RecipeError: nothing trains by the recipe.
         RunError: another process trains baselines there, one was begun by another recipe, or training diverged.
     """
     recipe = run.recipe()
+    if not recipe.train.rounds:
+        raise RecipeError(
+            "by the recipe nothing trains (train.rounds = 0), so that there is nothing to compare with",
+            remedy="raise train.rounds, or leave --baseline out",
+        )
     with run.locked(role="baselines"):
         model = UncutModel(recipe, recipe.trunk.device)
         silos = [SiloData(silo, recipe, model.tokenizer) for silo in recipe.silo]

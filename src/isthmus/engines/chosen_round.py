@@ -50,7 +50,8 @@ def chooses_best(run: RunDirectory, asked: str | int | None = None) -> bool:
 
 def _named(run: RunDirectory, asked: str | int | None) -> str | int:
     if asked is None:
-        return BEST if run.served_here and run.recipe().train.evaluate == BEST else LAST
+        train = run.recipe().train
+        return BEST if run.served_here and train.rounds and train.evaluate == BEST else LAST
     return asked
 
 

@@ -132,11 +132,15 @@ def make_draft(
         The draft's file. ``generate_text`` uses it from now on.
 
     Raises:
-        DataError: the silo's rows are unusable.
+        DataError: the silo's rows are unusable, or it has none.
     """
     recipe = run.recipe()
     with connected_silo(run, name, trunk=trunk, notify=notify) as (silo, directory):
         rows = load_data(recipe, directory.path.name, silo).train
+        if not rows:
+            raise DataError(
+                f"{silo.name} has no training rows, whose answers a draft learns", remedy="name some in silo.train"
+            )
         drawn = random.Random(recipe.seed).sample(rows, min(prompts, len(rows)))
         draft, corpus = distil(silo, drawn, longest=max_new_tokens, notify=notify)
         path = directory.path / draft_file.DRAFT_FILE

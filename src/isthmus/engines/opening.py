@@ -52,7 +52,7 @@ def open_run(
     name = _choose(run, name)
     recipe, number = run.recipe(), chosen_round(run, round) if run.silos() else None
     with ExitStack() as resources, ExitStack() as undo:
-        if run.served_here:
+        if run.served_here and recipe.train.rounds:
             _require_round(run)
             resources.enter_context(run.locked(shared=True, seconds=WAIT_SECONDS))
         set_threads(recipe)
@@ -109,6 +109,9 @@ def _load_trained(silo: Silo, recipe: Recipe, run: RunDirectory, number: int | N
     """
     welcome = silo.trunk.channel.welcome
     require_finished(welcome)
+    if not welcome.completed and not recipe.train.rounds:  # the initial adapters are the right ones
+        silo.served.set(welcome)
+        return
     if not welcome.completed:
         raise RunError(
             "the trunk has no finished round", remedy="start it with the run directory in which the silos trained"

@@ -219,6 +219,8 @@ def _result(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> str | 
     number = min(max(run.role(role).rounds(), default=0) for role in roles)  # called often: reads no file
     if number < recipe.train.rounds:
         return None
+    if not recipe.train.rounds:
+        return f"{_finished(recipe)}; silos can use the model while the trunk runs"
     folders = "" if run.served_here else " (it takes the folders of trunk and root, copied into one)"
     return (
         f"{_finished(recipe)}; silos can use the model while the trunk runs\n"
@@ -295,4 +297,6 @@ def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
 
 def _finished(recipe: Recipe) -> str:
     rounds = recipe.train.rounds
+    if not rounds:
+        return "nothing trains (train.rounds = 0)"
     return f"finished after {rounds} round{'' if rounds == 1 else 's'}"

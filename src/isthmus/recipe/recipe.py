@@ -22,6 +22,7 @@ from isthmus.recipe.checks.budgets import check_budgets
 from isthmus.recipe.checks.cuts import check_between, check_cuts, check_measured_cut, check_moves
 from isthmus.recipe.checks.evaluation import check_evaluation
 from isthmus.recipe.checks.gradients import check_gradients, obstacles
+from isthmus.recipe.checks.inference import check_inference
 from isthmus.recipe.checks.local_steps import check_control, check_epochs, check_sharpness, check_steps
 from isthmus.recipe.checks.masks import check_cohorts, check_compression
 from isthmus.recipe.checks.noise import check_noise
@@ -121,8 +122,9 @@ class Recipe(Section):
         check_asynchrony(federation, self.root, self.trunk, silos, edges)
         check_tree(tree, edges)
         check_cohorts(federation, tree)
-        check_partition(self.partition, silos)
+        check_partition(self.partition, silos, self.train.rounds)
         check_evaluation(self.train, self.evaluating)
+        check_inference(self.train, federation)
         check_release_once(boundary, self.lora)
         check_defence(boundary, self.lora)
         check_ranks(self.lora, federation, silos)

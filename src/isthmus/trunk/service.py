@@ -127,6 +127,15 @@ class TrunkService:
             pb.Decode: self._decode,
             pb.Close: self._close,
         }
+        if not recipe.train.rounds:
+            training = (pb.Begin, pb.Commit, pb.End, pb.Keep, pb.Backward)
+            self._answers |= dict.fromkeys(training, self._refuse_training)
+
+    def _refuse_training(self, peer: str, request: Message) -> Answer:
+        raise ProtocolError(
+            f"{peer} would train, but by the recipe nothing does (train.rounds = 0)",
+            remedy="use the model without a gradient, or give all parties a recipe with train.rounds",
+        )
 
     def handle(self, peer: str, request: Message) -> Answer:
         check_sender("the trunk", "Trunk", "silo", request)
@@ -237,6 +246,8 @@ class TrunkService:
             )
 
     def _forward(self, peer: str, request: pb.Forward) -> Answer:
+        if request.train and not self._recipe.train.rounds:
+            return self._refuse_training(peer, request)
         if request.train:
             return self._scheduler.enqueue(self._forwards, (peer, "train"), (peer, request), request.ByteSize())
         lane = (peer, "train" if request.examples else "evaluate")  # examples are sent in the lane of training

@@ -16,7 +16,7 @@ from isthmus.engines.baselines import UncutModel, baseline_run, baseline_scores,
 from isthmus.engines.evaluation import compare, evaluate_run
 from isthmus.engines.export import export_adapter, final_adapter
 from isthmus.engines.local import create_run
-from isthmus.errors import NotSupportedError, RunError
+from isthmus.errors import NotSupportedError, RecipeError, RunError
 from isthmus.model.adapters import write_adapter
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
@@ -280,3 +280,9 @@ def test_a_run_and_its_baselines_are_compared_row_by_row(tmp_path: Path) -> None
         assert one.differences["accuracy"].value == pytest.approx(float(apart.mean()))
         assert one.differences["accuracy"].error == pytest.approx(float(apart.std() / 12**0.5))
     export_adapter(run, tmp_path / "adapter")  # the federation's own files are as they were
+
+
+def test_where_nothing_trains_there_is_no_baseline(recipe: Recipe, tmp_path: Path) -> None:
+    still = recipe.model_copy(update={"train": recipe.train.model_copy(update={"rounds": 0})})
+    with pytest.raises(RecipeError, match="nothing trains"):
+        train_baseline(baseline_run(still, tmp_path / "run"), "pooled")

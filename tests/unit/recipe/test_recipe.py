@@ -91,7 +91,7 @@ def test_an_unknown_key_names_the_nearest_known(key: str, near: str) -> None:
         ("lora.targets", []),
         ("lora.targets", "q_proj"),
         ("lora.freeze_bottom", 1),
-        ("train.rounds", 0),
+        ("train.rounds", -1),
         ("train.steps", -3),
         ("train.batch", math.inf),
         ("train.optimizer", "adam"),

@@ -13,7 +13,7 @@ def check_evaluation(train: TrainSection, evaluating: Collection[str]) -> None:
     Args:
         evaluating: the silos that have held-out rows.
     """
-    if train.evaluate is not False and not evaluating:
+    if train.rounds and train.evaluate is not False and not evaluating:
         raise ValueError(
             "train.evaluate: no silo has held_out rows; set train.evaluate = false, or name held_out files"
         )

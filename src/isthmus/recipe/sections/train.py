@@ -19,8 +19,10 @@ MOST_ROWS = 100_000
 class TrainSection(Section):
     """Training: rounds, and the steps that each silo takes in a round."""
 
-    rounds: Count = 40
-    """Rounds of training; each ends with an average of the silos' updates."""
+    rounds: Annotated[int, Field(ge=0)] = 40
+    """Rounds of training; each ends with an average of the silos' updates. 0: nothing trains. Silos then need no rows,
+    the trunk takes no training step, and the model is that of model.path, with the adapter of lora.start if there is
+    one."""
     keep_rounds: Annotated[int, Field(ge=2)] = 10
     """Last rounds whose files each party keeps, besides round 0, the start; older ones are removed, which bounds the
     disk. A model that was saved in a loop of your own goes on only from a round that the trunk keeps."""
@@ -104,7 +106,9 @@ class TrainSection(Section):
             raise ValueError(
                 "most_rows: only train.epochs makes steps of rows; leave most_rows out, or set train.epochs"
             )
-        if self.epochs is None and self.warmup >= self.rounds * self.steps:
+        if self.epochs is not None and not self.rounds:
+            raise ValueError("epochs: nothing trains with train.rounds = 0; leave epochs out, or raise train.rounds")
+        if self.rounds and self.epochs is None and self.warmup >= self.rounds * self.steps:
             raise ValueError(
                 f"warmup: {self.warmup:g} steps of warm-up, but the run has {self.rounds * self.steps} in all; "
                 "lower train.warmup"
@@ -112,7 +116,9 @@ class TrainSection(Section):
         return self
 
     def evaluates_after(self, round: int) -> bool:
-        """Whether held-out rows are read after this round; 0: before the first."""
+        """Whether held-out rows are read after this round; 0: before the first. Where nothing trains none are."""
+        if not self.rounds:
+            return False
         if isinstance(self.evaluate, bool):
             return self.evaluate
         every = max(1, self.rounds // 10) if self.evaluate == "best" else self.evaluate
