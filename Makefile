@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
 SPEED := boundary draft floods foundation generation latency release replay scoring sessions silos together walks
-PRIVACY := defences frontier privacy updates
+PRIVACY := cuts defences frontier privacy updates
 FEDERATED := averaging demo federation kills numbers tables
 BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness
 
