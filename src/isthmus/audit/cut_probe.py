@@ -97,7 +97,7 @@ def probe_cut(recipe: Recipe, name: str, rows: int | None, attacks: Sequence[str
     """
     set_threads(recipe)
     transformers_logging.disable_progress_bar()
-    recipe = _without_budgets(recipe)
+    recipe = _probed_recipe(recipe)
     cut = Cut(recipe.model.bottom, recipe.model.top)
     figures = CutFigures(cut.bottom, cut.top)
     with probed_silo(recipe, name, TimedService(ZeroTrunk(recipe))) as (silo, service, channel):
@@ -261,11 +261,13 @@ def _trunk_bytes(recipe: Recipe, cut: Cut) -> float:
     return float(ROOM * dtype.itemsize * sum(one.numel() for one in part.model.parameters()))
 
 
-def _without_budgets(recipe: Recipe) -> Recipe:
-    """The recipe without privacy budgets: nothing is released here that one would have to allow."""
+def _probed_recipe(recipe: Recipe) -> Recipe:
+    """The recipe without privacy budgets, since nothing is released here that one would have to allow; and with a round
+    to train in, where it is for inference only."""
     privacy = recipe.privacy.model_copy(update={"record_epsilon": None, "silo_epsilon": None})
+    train = recipe.train.model_copy(update={"rounds": max(1, recipe.train.rounds)})
     sensitivity = recipe.sensitivity
     if sensitivity is not None:
         classes = {key: one.model_copy(update={"epsilon": None}) for key, one in sensitivity.classes.items()}
         sensitivity = sensitivity.model_copy(update={"classes": classes})
-    return recipe.model_copy(update={"privacy": privacy, "sensitivity": sensitivity})
+    return recipe.model_copy(update={"privacy": privacy, "train": train, "sensitivity": sensitivity})

@@ -95,6 +95,13 @@ def test_budgets_are_not_charged(attacked_model: Path, rows: Path) -> None:
     assert next(probe_cut(recipe, "a", 0, [], False)).silo_step
 
 
+def test_a_recipe_for_inference_only_is_measured_too(attacked_model: Path, rows: Path) -> None:
+    recipe = recipe_of(attacked_model, rows, train={"rounds": 0, "batch": 2, "evaluate": False})
+    _, found = probe_cut(recipe, "a", 0, [], True)
+    assert found.trunk_step
+    assert found.trunk_token
+
+
 def test_rows_are_attacked_or_known_and_never_both(attacked_model: Path, rows: Path) -> None:
     recipe = recipe_of(attacked_model, rows)
     with probed_silo(recipe, "a", TimedService(ZeroTrunk(recipe))) as (silo, _, _):
