@@ -240,7 +240,7 @@ class Scenario:
         alike = [name for name in self._others if ends(name) == ends(self.victim)]
         if not alike:
             raise AttackError(
-                f"no silo with the cut of {self.victim} colludes against it",
+                f"no silo colludes against {self.victim}{', whose cut the others do not have' * bool(self._others)}",
                 remedy="give another silo as --colluder, or use --adversary trunk",
             )
         return alike[0]

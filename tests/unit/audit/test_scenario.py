@@ -48,7 +48,7 @@ def test_a_silo_with_a_cut_of_its_own_is_attacked_at_its_depth(two_silos: Target
     assert len(view.crossings) == 4
     knowledge = Knowledge(view)
     assert (knowledge.cut.bottom, knowledge.bottom.config.num_hidden_layers) == (2, 2)
-    with pytest.raises(AttackError, match="no silo with the cut of a colludes"):
+    with pytest.raises(AttackError, match="no silo colludes against a, whose cut the others do not have"):
         made.view("trunk+silo")
     alike = [one.model_copy(update={"bottom": 2}) for one in two_silos.recipe.silo]
     both = Target(two_silos.recipe.model_copy(update={"silo": tuple(alike)}))
