@@ -463,7 +463,7 @@ def _train_baseline(recipe: Path | None, run_dir: Path, kind: Literal["alone", "
     from isthmus.engines.local import open_resumed
     from isthmus.recipe import Recipe
 
-    directory = open_resumed(run_dir) if recipe is None else baseline_run(Recipe.read(recipe), run_dir)
+    directory = open_resumed(run_dir) if recipe is None else baseline_run(Recipe.read(recipe, undecided=True), run_dir)
     train_baseline(directory, kind, typer.echo)
     typer.echo(f"run directory: {directory.path}\nnext: isthmus evaluate {directory.path}")
 

@@ -1,7 +1,7 @@
 """Baselines of a run: the uncut model in this process, trained on one silo's rows or on all silos' rows.
 
 A baseline draws the federation's rows in its order, takes its steps at its learning rates, and is measured on its
-held-out rows after the same rounds. Nothing crosses, so that nothing is noised, compressed or charged.
+held-out rows. Nothing crosses, so that nothing is noised, compressed or charged.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ _TABLES = ("model", "lora", "task", "partition", "train")
 _ROWS = ("train", "format", "columns", "steps", "most_rows")
 _WATCHES = {"train.keep_rounds", "train.evaluate", "train.evaluate_rows", "train.micro_batches"}
 """Keys of these tables that it is not trained by."""
+_CUTS = {"model.bottom", "model.top", "model.cut", "model.leakage", "model.moves"}
+"""Nor by these, unless bottom is frozen: an uncut model has no cut."""
 
 
 class UncutModel:
@@ -250,14 +252,14 @@ class _Training:
             yield rate, [row for own in rows for row in own]
 
     def _measure(self, completed: int) -> None:
-        """Measure and record the quality on each silo's held-out rows, if the federation does after so many rounds."""
+        """Measure and record the quality on each silo's held-out rows: after the last round, if the federation does,
+        and after each among which the best is chosen."""
+        train = self._recipe.train
+        if not train.keeps(completed) and not (completed == train.rounds and train.evaluates_after(completed)):
+            return
         for silo in self._silos:
             rows = silo.measured_rows()
-            if (
-                not self._recipe.train.evaluates_after(completed)
-                or not rows
-                or (completed, silo.name) in self._measured
-            ):
+            if not rows or (completed, silo.name) in self._measured:
                 continue
             self._measured.add((completed, silo.name))
             started = time.perf_counter()
@@ -288,7 +290,8 @@ def _learned_by(recipe: Recipe) -> dict[str, Any]:
     tables = {table: values[table] or {} for table in _TABLES}
     silos = {f"silo.{one['name']}": {key: one[key] for key in _ROWS} for one in values["silo"]}
     keys = {f"{table}.{key}": value for table, inner in (tables | silos).items() for key, value in inner.items()}
-    return {"seed": recipe.seed} | {key: value for key, value in keys.items() if key not in _WATCHES}
+    other = _WATCHES if recipe.lora.freeze_bottom else _WATCHES | _CUTS
+    return {"seed": recipe.seed} | {key: value for key, value in keys.items() if key not in other}
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -114,7 +114,7 @@ def test_baselines_are_measured_on_held_out_rows(run: RunDirectory, seen: Seen) 
         train_baseline(run, kind)
         assert baseline_scores(run, kind) == {"a": {"accuracy": 1.0}, "b": {"accuracy": 1.0}}
     lines = read_journal(run.path / "baselines" / "alone" / "b" / "metrics.jsonl")
-    assert [line["round"] for line in lines if line["event"] == "evaluation"] == [0, ROUNDS]
+    assert [line["round"] for line in lines if line["event"] == "evaluation"] == [ROUNDS]
 
 
 def test_evaluate_measures_held_out_rows(recipe: Recipe) -> None:
@@ -196,10 +196,15 @@ def test_a_baseline_of_another_recipe_is_refused(
 
 
 def test_what_does_not_change_a_baseline_may_differ(recipe: Recipe, run: RunDirectory) -> None:
-    """Noise, the way of averaging, and when it is measured."""
+    """Noise, the way of averaging, the cut, and when it is measured; not so where bottom is frozen."""
     train = recipe.train.model_copy(update={"evaluate": False, "keep_rounds": 3})
     federation = recipe.federation.model_copy(update={"lora": "alternating"})
-    assert baseline_run(recipe.model_copy(update={"train": train, "federation": federation}), run.path).path == run.path
+    model = recipe.model.model_copy(update={"bottom": 2, "top": 2})
+    changed = recipe.model_copy(update={"train": train, "federation": federation, "model": model})
+    assert baseline_run(changed, run.path).path == run.path
+    frozen = changed.model_copy(update={"lora": recipe.lora.model_copy(update={"freeze_bottom": True})})
+    with pytest.raises(RunError, match=r"model\.bottom"):
+        baseline_run(frozen, run.path)
 
 
 def test_training_that_diverges_is_named(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
