@@ -77,7 +77,7 @@ def answer_file(
     round: str | int | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> int:
-    """Answerer the rows of a JSONL file in the recipe's template, as ``inference.generate_text`` answers one.
+    """Answer the rows of a JSONL file in the recipe's template, as ``inference.generate_text`` answers one.
 
     All rows are checked before any is sent. Each answer is a line of ``out``: a JSON object with ``row`` (the line),
     ``question`` (of several of a row, from 1), ``silo``, ``round``, ``input`` (the row), ``answer``, ``finish``
@@ -123,7 +123,7 @@ def answer_file(
 def _answer_window(
     answer: Answerer, window: Sequence[Posed], groups: Sequence[Sequence[int]], answers: _Answers, by: MadeBy
 ) -> None:
-    """Answerer these questions and write the answers in their order, as far as there is one to each before.
+    """Answer these questions and write the answers in their order, as far as there is one to each before.
 
     Args:
         groups: numbers of the questions that are answered together.
