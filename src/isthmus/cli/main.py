@@ -423,6 +423,8 @@ def cut(
         typer.echo(cut_table.cut_json(choice))
     else:
         cut_table.show_cuts(choice, Console())
+        if not write:
+            typer.echo(f"next: with --write the choice is written to {recipe}; then isthmus run {recipe}")
     if write:
         write_cut(recipe, choice.bottom, choice.top, choice.silo if own else None)
         _notify(f"written: {recipe}")

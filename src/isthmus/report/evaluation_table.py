@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,10 +18,12 @@ from isthmus.tasks.metrics import ClassScore, Score, class_scores
 
 MOST_CLASSES = 12
 """Classes of a table of right and given answers; with more, the most frequent confusions are listed."""
-
-
+MOST_COLUMNS = 3
+"""Measures side by side in a row; more stand below each other."""
 INTERVAL = 1.96
 """Standard errors to either side of a value that its interval of 95 % has."""
+_NARROW: dict[str, Any] = {"box": SIMPLE, "padding": (0, 0, 0, 1), "pad_edge": False}
+"""Of tables with many columns, which have to fit 80 characters."""
 
 
 def evaluations_json(evaluations: Sequence[SiloEvaluation], comparisons: Sequence[Contrast] = ()) -> str:
@@ -58,21 +62,25 @@ def show_evaluations(
     """Print each silo's measures with their standard errors, how far the run is from its baselines, and what was given
     in place of what."""
     several = any(one.model != FEDERATED for one in evaluations)
-    table = Table(title="measures with standard errors, in per cent")
+    table = Table(title="measures with standard errors, in per cent", **_NARROW)
     table.add_column("silo")
     if several:
         table.add_column("model")
     table.add_column("rows", justify="right")
-    names = list(evaluations[0].scores)
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
+    wide = len(evaluations[0].scores) <= MOST_COLUMNS
+    for name in evaluations[0].scores if wide else ("measure", "value"):
+        table.add_column(name.replace("_", " "), justify="left" if name == "measure" else "right")
     if evaluations[0].majority is not None:
         table.add_column("commonest", justify="right")
     for one in evaluations:
         rows = f"{len(one.predictions):,}" + (f" ({one.skipped:,} spent)" if one.skipped else "")
         common = [] if one.majority is None else [f"{100 * one.majority:.1f}"]
-        model = [one.model] if several else []
-        table.add_row(one.silo, *model, rows, *(_cell(one.scores[name]) for name in names), *common)
+        first = [one.silo, one.model, rows] if several else [one.silo, rows]
+        if wide:
+            table.add_row(*first, *map(_cell, one.scores.values()), *common)
+            continue
+        for name, score in one.scores.items():
+            table.add_row(*first, name.replace("_", " "), _cell(score), *common)
     console.print(table)
     if comparisons:
         _show_comparisons(comparisons, console)
@@ -82,21 +90,23 @@ def show_evaluations(
 
 
 def _show_comparisons(comparisons: Sequence[Contrast], console: Console) -> None:
-    table = Table(title="federated minus baseline, in points, with the interval of 95 % of paired rows")
-    table.add_column("silo")
-    table.add_column("baseline")
-    table.add_column("rows", justify="right")
-    for name in comparisons[0].differences:
-        table.add_column(name.replace("_", " "), justify="right")
+    table = Table(title="federated minus baseline, in points, by paired rows", **_NARROW)
+    for heading in ("silo", "baseline", "measure"):
+        table.add_column(heading)
+    for heading in ("rows", "difference", "95 % interval"):
+        table.add_column(heading, justify="right")
     for one in comparisons:
-        differences = map(_interval, one.differences.values())
-        table.add_row(one.silo or "all silos", one.baseline, f"{one.rows:,}", *differences)
+        for name, score in one.differences.items():
+            cells = (name.replace("_", " "), f"{one.rows:,}", f"{100 * score.value:+.1f}", _interval(score))
+            table.add_row(one.silo or "all silos", one.baseline, *cells)
     console.print(table)
 
 
 def _interval(score: Score) -> str:
-    value, error = 100 * score.value, 100 * INTERVAL * score.error
-    return f"{value:+.1f}" + ("" if math.isnan(error) else f" ({value - error:+.1f} to {value + error:+.1f})")
+    if math.isnan(score.error):
+        return "–"
+    low, high = (100 * (score.value + side * INTERVAL * score.error) for side in (-1, 1))
+    return f"{low:+.1f} to {high:+.1f}"
 
 
 def _cell(score: Score) -> str:

@@ -60,18 +60,33 @@ def test_a_run_stands_beside_its_baselines() -> None:
     pooled = replace(evaluation(), model="pooled", confusion={})
     apart = Contrast("north", "pooled", 4, {"accuracy": Score(-0.25, 0.1, 4), "macro_f1": Score(0.0, math.nan, 1)})
     both = [evaluation(), pooled], [apart, replace(apart, silo="")]
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=80)
     show_evaluations(both[0], console, both[1])
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "federated" in text
-    (row,) = (line for line in text.splitlines() if "north" in line and "pooled" in line and "to" in line)
-    assert "-25.0 (-44.6 to -5.4)" in row
+    (row,) = (line.split() for line in text.splitlines() if "north" in line and "pooled" in line and " to " in line)
+    assert row == ["north", "pooled", "accuracy", "4", "-25.0", "-44.6", "to", "-5.4"]
     assert "all silos" in text
     assert "nan" not in text
     written = json.loads(evaluations_json(*both))
     assert [one["model"] for one in written["silos"]] == ["federated", "pooled"]
     assert [one["silo"] for one in written["comparisons"]] == ["north", None]
     assert written["comparisons"][0]["differences"]["macro_f1"]["error"] is None
+
+
+def test_five_measures_beside_baselines_fit_80_columns() -> None:
+    names = ("token_f1", "exact_match", "rouge1", "rouge2", "rougeL")
+    scores = {name: Score(1.0, 0.111, 4) for name in names}
+    written = [
+        replace(evaluation(), silo="northern-1", model=model, scores=scores, confusion={}, majority=None, skipped=0)
+        for model in ("federated", "alone", "pooled")
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    show_evaluations(written, console, [Contrast("northern-1", "pooled", 4, scores)])
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("100.0 ± 11.1") == 3 * len(names)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_each_class_has_its_scores() -> None:
