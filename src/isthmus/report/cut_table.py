@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from isthmus.engines.cuts import ROUND_TRIPS, CutChoice, CutFigures, step_seconds, token_seconds
+from isthmus.report.formatting import NARROW
 
 ABSENT_FIGURE = "–"
 
@@ -26,7 +26,7 @@ def cut_json(choice: CutChoice) -> str:
 
 def show_cuts(choice: CutChoice, console: Console) -> None:
     """Print the table, what it rests on, and the choice with its reason in the last line."""
-    table = Table(title=f"cuts of {choice.silo}", box=SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
+    table = Table(title=f"cuts of {choice.silo}", **NARROW)
     table.add_column("cut")
     for heading in ("memory\nMB", "silo\ns/step", "trunk\ns/step", "all\ns/step", "up\nMB", "down\nMB", "token\nms"):
         table.add_column(heading, justify="right")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from isthmus.engines.evaluation import FEDERATED, Contrast, SiloEvaluation
 from isthmus.report.data_table import visible
+from isthmus.report.formatting import NARROW
 from isthmus.tasks.metrics import ClassScore, Score, class_scores
 
 MOST_CLASSES = 12
@@ -22,8 +21,6 @@ MOST_COLUMNS = 3
 """Measures side by side in a row; more stand below each other."""
 INTERVAL = 1.96
 """Standard errors to either side of a value that its interval of 95 % has."""
-_NARROW: dict[str, Any] = {"box": SIMPLE, "padding": (0, 0, 0, 1), "pad_edge": False}
-"""Of tables with many columns, which have to fit 80 characters."""
 
 
 def evaluations_json(evaluations: Sequence[SiloEvaluation], comparisons: Sequence[Contrast] = ()) -> str:
@@ -62,7 +59,7 @@ def show_evaluations(
     """Print each silo's measures with their standard errors, how far the run is from its baselines, and what was given
     in place of what."""
     several = any(one.model != FEDERATED for one in evaluations)
-    table = Table(title="measures with standard errors, in per cent", **_NARROW)
+    table = Table(title="measures with standard errors, in per cent", **NARROW)
     table.add_column("silo")
     if several:
         table.add_column("model")
@@ -90,7 +87,7 @@ def show_evaluations(
 
 
 def _show_comparisons(comparisons: Sequence[Contrast], console: Console) -> None:
-    table = Table(title="federated minus baseline, in points, by paired rows", **_NARROW)
+    table = Table(title="federated minus baseline, in points, by paired rows", **NARROW)
     for heading in ("silo", "baseline", "measure"):
         table.add_column(heading)
     for heading in ("rows", "difference", "95 % interval"):

@@ -1,8 +1,14 @@
-"""Numbers as text for the cells of a table."""
+"""Tables with many columns, and numbers as text for their cells."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from rich.box import SIMPLE
+
+NARROW: dict[str, Any] = {"box": SIMPLE, "padding": (0, 0, 0, 1), "pad_edge": False}
+"""Arguments of a ``rich.table.Table`` with many columns, which has to fit 80 characters."""
 
 
 def epsilon_text(value: float | None) -> str:

@@ -9,9 +9,9 @@ from rich.table import Table
 
 from isthmus.errors import RunError
 from isthmus.privacy.accountant import Epsilon
-from isthmus.privacy.statement import PathStatement, Statement, read_statement
+from isthmus.privacy.statement import Statement, read_statement
 from isthmus.recipe.tree import ROOT
-from isthmus.report.formatting import epsilon_text
+from isthmus.report.formatting import NARROW, epsilon_text
 from isthmus.storage.record import RunDirectory
 
 
@@ -41,22 +41,12 @@ def as_json(statements: list[Statement]) -> str:
 
 
 def show(statements: list[Statement], console: Console) -> None:
-    """Print the table, and below it an explanation of its rows."""
-    delta = statements[0].delta
-    table = Table(title=f"privacy spent, epsilon at delta {delta:g}")
-    for heading in ("silo", "path"):
-        table.add_column(heading)
-    for heading in ("releases", "bytes"):
-        table.add_column(heading, justify="right")
-    table.add_column("mechanism")
-    for heading in ("worst record", "median record", "budget left"):
-        table.add_column(heading, justify="right")
-    table.add_column("ledger verified")
+    """Print a table a silo, and below them an explanation of their rows."""
+    console.print(f"privacy spent, epsilon at delta {statements[0].delta:g}\n", highlight=False)
     for statement in statements:
-        for cells in _rows(statement):
-            table.add_row(*cells)
-        table.add_section()
-    console.print(table)
+        console.print(_title(statement), markup=False, highlight=False, style="bold")
+        if statement.verified:
+            console.print(_table(statement))
     console.print(
         "record: one record's hidden states and gradients, composed over all releases (row 'update': the silo's)\n"
         "held out: what measuring the model took; the rows above are training's and use's\n"
@@ -69,27 +59,29 @@ def show(statements: list[Statement], console: Console) -> None:
     )
 
 
-def _rows(statement: Statement) -> list[tuple[str, ...]]:
+def _title(statement: Statement) -> str:
     if not statement.verified:
-        return [(statement.silo, "", "", "", "", "", "", "", f"no: {statement.reason}")]
-    rows = [_path_row(statement.silo, path, spent) for path, spent in statement.paths.items()]
-    rows += [_path_row(statement.silo, f"{path}, held out", spent) for path, spent in statement.evaluations.items()]
-    records = "1 record" if statement.records == 1 else f"{statement.records} records"
-    records += f", {statement.evaluated_records} of them held out" if statement.evaluations else ""
-    left = epsilon_text(statement.record_left)
-    rows.append(
-        (statement.silo, "record", "", "", records, *_pair(statement.worst, statement.median), left, "yes"),
-    )
+        return f"{statement.silo}: ledger not verified: {statement.reason}"
+    records = "1 record" if statement.records == 1 else f"{statement.records:,} records"
+    held_out = f", {statement.evaluated_records:,} of them held out" if statement.evaluations else ""
+    return f"{statement.silo}: ledger verified, {records}{held_out}"
+
+
+def _table(statement: Statement) -> Table:
+    table = Table(**NARROW)
+    table.add_column("path", min_width=18, no_wrap=True)
+    for heading in ("releases", "bytes", "worst\nrecord", "median\nrecord", "budget\nleft"):
+        table.add_column(heading, justify="right")
+    table.add_column("mechanism")
+    paths = [*statement.paths.items(), *((f"{path}, held out", spent) for path, spent in statement.evaluations.items())]
+    for path, spent in paths:
+        sizes = f"{spent.releases:,}", f"{spent.bytes:,}"
+        table.add_row(path, *sizes, *_pair(spent.worst, spent.median), "", "\n".join(spent.mechanisms))
+    table.add_row("record", "", "", *_pair(statement.worst, statement.median), epsilon_text(statement.record_left), "")
     if "update" in statement.paths:
-        rows.append((statement.silo, "with updates", "", "", "", *_pair(statement.with_updates, None), "", ""))
-    left = epsilon_text(statement.silo_left)
-    rows.append((statement.silo, "silo", "", "", "", *_pair(statement.whole, None), left, ""))
-    return rows
-
-
-def _path_row(silo: str, path: str, spent: PathStatement) -> tuple[str, ...]:
-    mechanisms = "\n".join(spent.mechanisms)
-    return (silo, path, f"{spent.releases}", f"{spent.bytes:,}", mechanisms, *_pair(spent.worst, spent.median), "", "")
+        table.add_row("with updates", "", "", *_pair(statement.with_updates, None), "", "")
+    table.add_row("silo", "", "", *_pair(statement.whole, None), epsilon_text(statement.silo_left), "")
+    return table
 
 
 def _pair(worst: Epsilon, median: float | None) -> tuple[str, str]:
