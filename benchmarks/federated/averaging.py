@@ -161,7 +161,8 @@ def gap(results: Results, setting: Setting, found: list[float], pooled: list[flo
     below = [one - other for one, other in zip(pooled, found, strict=True)]
     error = statistics.stdev(below) / len(below) ** 0.5
     results.add(f"{setting.name}: standard error of the distance from pooled, over runs", error, "points")
-    goal = round(max(BELOW, error), 4) if setting.updates == "gradients" else None
+    judged = setting in (SETTINGS["gradients"], SETTINGS["every"])
+    goal = round(max(BELOW, error), 4) if judged else None
     results.add(f"{setting.name}: below pooled", statistics.fmean(below), "points", at_most=goal)
 
 
