@@ -71,7 +71,7 @@ def test_a_frame_of_more_rows_than_fit_is_refused_before_anything_is_made_of_it(
     greedy = trunk.silo("greedy")
     made: list[object] = []
     new = trunk.service._runner.new_cache
-    trunk.service._runner.new_cache = lambda: (made.append(0), new())[1]  # type: ignore[method-assign]
+    trunk.service._runner.new_cache = lambda entry: (made.append(0), new(entry))[1]  # type: ignore[method-assign]
     with pytest.raises(FrameError, match=r"trunk\.session_bytes"):
         decoded(greedy.send(1, 0, prompt(*[1] * ROWS)))
     assert len(made) == 1

@@ -65,7 +65,7 @@ def test_demo_prints_and_records_its_table(played: Ended, tmp_path: Path) -> Non
     mean = sum(told["accuracy"]["federation"].values()) / len(SILOS)
     (last,) = (line for line in played.out.splitlines() if line.strip("│ ").startswith("mean"))
     assert f"{mean:.1%}" in last
-    assert "products alone: step 6/6" in played.out
+    assert "products alone: round 2/2" in played.out
     assert demo.PROMPT in played.out
     assert f"run directory: {tmp_path / 'run'}" in played.out
 

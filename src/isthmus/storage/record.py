@@ -75,7 +75,9 @@ class RunDirectory:
         silos/NAME/rounds/round-0003.pt   optimizer, guard, error feedback, fairness and control after round 3
         silos/NAME/shared/round-0003.pt   shared adapters after round 3, as received; the last two are kept
         silos/NAME/draft.safetensors      the distilled draft, after ``isthmus draft``
-        baselines/alone/NAME/, pooled/    metrics and rounds of what ``isthmus run --baseline`` trained
+        baselines/alone/NAME/             metrics and rounds of what ``isthmus run --baseline alone`` trained
+        baselines/pooled/                 the same of ``--baseline pooled``
+        moving/                           new files of a cut that is being moved, which take the others' places
         attack.json                       results of ``isthmus attack``
         demo.json                         results of ``isthmus demo``
 
