@@ -78,6 +78,8 @@ def assert_whole(recipe: Recipe, folder: Path, undisturbed: Path) -> None:
         assert all((shared[key] - expected[key]).abs().max() < 1e-3 for key in expected)
     else:
         assert_same(states(folder / "run", ROUNDS), states(undisturbed / "run", ROUNDS))
+    rounds = [line["round"] for line in read_journal(folder / "run" / "root" / "metrics.jsonl")]
+    assert rounds == list(range(1, ROUNDS + 1)), "each round has one line"
     for silo in recipe.silo:
         role = RunDirectory(folder / "run").role(silo.name)
         assert list(read_ledger(role.path / "ledger.jsonl").releases())

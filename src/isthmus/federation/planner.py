@@ -23,7 +23,7 @@ from isthmus.federation.strategies.rules import Mean
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RoleDirectory
+from isthmus.storage.record import RoleDirectory, read_journal
 from isthmus.updates.between import BlocksChange, TrunkBlocks
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
@@ -97,7 +97,6 @@ class RootPlanner:
         self._control = root_control(recipe)
         clip = recipe.federation.clip
         self._clip = Clip(clip, self._sharing) if clip is not None else None
-        self._noise = central_noise(recipe, store)
         self._journals_shares = recipe.federation.weights.kind != "examples"
         self._plans: dict[int, pb.Plan] = {}
         self._named: dict[str, str] = {}
@@ -113,11 +112,13 @@ class RootPlanner:
         if self.completed:
             state = store.load_round(self.completed)
             self.shared, self.run = state["shared"], state.get("run", "")
+            self._complete_journal(state.get("line"))
             self._sharing.load_state_dict(state.get("sharing", {}))
             if self._control is not None:
                 self._control.load_state_dict(state["control"])
             if self._clip is not None:
                 self._clip.load_state_dict(state.get("clip", {}))
+        self._noise = central_noise(recipe, store)
 
     @property
     def over(self) -> bool:
@@ -190,14 +191,20 @@ class RootPlanner:
         if self._control is not None:
             self._control.follow(round, collected, self.layout("", round))
             kept["control"] = self._control.state_dict()
-        self._store.save_round(round, kept)
         if collected.staleness is not None:
             line["staleness"] = collected.staleness
         if self._journals_shares:
             line["shares"] = self._sharing.shares
+        self._store.save_round(round, kept | {"line": line})
         self._journal.append(line)
         self.shared, self.completed = shared, round
         return pb.Accepted()
+
+    def _complete_journal(self, line: dict[str, Any] | None) -> None:
+        """Write the last round's line, if the process that saved the round ended before it wrote the line."""
+        written = read_journal(self._store.path / "metrics.jsonl")
+        if line is not None and all(one["round"] != self.completed for one in written):
+            self._journal.append(line)
 
 
 class EdgePlanner:

@@ -13,7 +13,7 @@ from isthmus.errors import ProtocolError, RoundLostError
 from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.planner import EdgePlanner, RootPlanner
-from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.storage.record import Journal, RoleDirectory, read_journal
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel, answered
@@ -47,6 +47,22 @@ def test_what_a_round_brought_is_on_the_disk_and_continued_from(tmp_path: Path) 
     assert again.completed == planner.completed == 1
     assert again.shared["x"].tolist() == [2.0] * 3
     assert [line["weights"] for line in read_journal(tmp_path / "metrics.jsonl")] == [{"a": 1.0, "b": 1.0}]
+
+
+def test_a_root_that_ends_between_a_rounds_file_and_its_line_writes_the_line_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = root(tmp_path)
+    planner.conclude(1, collected(a=1.0)).result()
+    with monkeypatch.context() as killed:
+        killed.setattr(Journal, "append", lambda *_: pytest.fail("the process ends here"))
+        with pytest.raises(pytest.fail.Exception):
+            planner.conclude(2, collected(a=1.0, b=3.0))
+    assert [line["round"] for line in read_journal(tmp_path / "metrics.jsonl")] == [1]
+    for _ in range(2):
+        assert root(tmp_path).completed == 2
+        lines = read_journal(tmp_path / "metrics.jsonl")
+        assert [(line["round"], line["weights"]) for line in lines] == [(1, {"a": 1.0}), (2, {"a": 1.0, "b": 1.0})]
 
 
 def test_after_the_last_round_there_is_none(tmp_path: Path) -> None:
