@@ -21,8 +21,8 @@ from tests.unit.trunk.drill import Drill, Drills, Work, decoded, recipe_of, resu
 SILOS = ("a", "b", "c")
 STEPS = 5
 SHORT = 0.05
-TOLERANCE = {"sgd": 1e-4, "adamw": 1e-4}
-"""Gradients of hundreds, and Adam, which divides by tiny ones, enlarge rounding from step to step."""
+TOLERANCE = {"sgd": 1e-5, "adamw": 1e-4}
+"""Adam divides by tiny gradients, and so enlarges rounding."""
 
 
 def work_of(name: str, round: int, step: int) -> list[Work]:
@@ -91,7 +91,8 @@ def drills(model: Path, tmp_path: Path) -> Iterator[Drills]:
     built: list[Drill] = []
 
     def build(folder: str = "run", optimizer: str = "sgd", steps: int = STEPS, **trunk: Any) -> Drill:
-        train = {"steps": steps, "optimizer": optimizer, "learning_rate": 1e-3}
+        # gradients are of hundreds: at 1e-3 ten steps of SGD, from 0.8 to elsewhere, enlarge rounding to 1e-5
+        train = {"steps": steps, "optimizer": optimizer, "learning_rate": 3e-4}
         recipe = recipe_of(model, silos=SILOS, train=train, adapter="replica", **trunk)
         built.append(Drill(recipe, tmp_path / folder))
         return built[-1]
