@@ -22,7 +22,6 @@ from isthmus.recipe.checks.budgets import check_budgets
 from isthmus.recipe.checks.cuts import check_between, check_cuts, check_measured_cut, check_moves
 from isthmus.recipe.checks.evaluation import check_evaluation
 from isthmus.recipe.checks.gradients import check_gradients, obstacles
-from isthmus.recipe.checks.inference import check_inference
 from isthmus.recipe.checks.local_steps import check_control, check_epochs, check_sharpness, check_steps
 from isthmus.recipe.checks.masks import check_cohorts, check_compression
 from isthmus.recipe.checks.noise import check_noise
@@ -124,7 +123,6 @@ class Recipe(Section):
         check_cohorts(federation, tree)
         check_partition(self.partition, silos, self.train.rounds)
         check_evaluation(self.train, self.evaluating)
-        check_inference(self.train, federation)
         check_release_once(boundary, self.lora)
         check_defence(boundary, self.lora)
         check_ranks(self.lora, federation, silos)
@@ -142,7 +140,7 @@ class Recipe(Section):
         check_sharpness(self.train, boundary, self.lora, self.trunk)
         check_control(self.train, silos, edges, federation, self.privacy, self.sensitivity)
         check_gradients(self.train, silos, federation)
-        check_noise(federation, boundary.update, edges, tree)
+        check_noise(self.train, federation, boundary.update, edges, tree)
         check_fields(self.sensitivity, self.task)
         check_budgets(self.privacy, self.sensitivity, boundary, federation.noise)
         return self

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from isthmus.errors import RecipeError
 from isthmus.recipe import Recipe
-from tests.unit.recipe.refusals import changed, least, refused
+from tests.unit.recipe.refusals import OUT, Case, assert_mended, changed, least, name_of, refused
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 LEAST = least("ab")
@@ -296,3 +296,42 @@ def test_a_recipe_may_begin_with_a_byte_order_mark_but_must_be_utf_8(tmp_path: P
         with pytest.raises(RecipeError, match=r"other\.toml is not UTF-8 text") as caught:
             Recipe.read(tmp_path / "other.toml")
         assert caught.value.remedy == "save the file as UTF-8"
+
+
+SUMMED = {"federation.secure": True, "federation.weights": "equal", "federation.clip": {"norm": 1.0}}
+NEEDS_ROUNDS: list[Case] = [
+    (
+        {**SUMMED, "train.rounds": 0, "federation.noise": {"epsilon": 8.0}},
+        "federation.noise: with train.rounds = 0 there is no sum",
+        "leave federation.noise out",
+        {"federation.noise": OUT, "federation.clip": OUT},
+    ),
+    (
+        {"train.rounds": 0, "train.epochs": 2},
+        "train.epochs: nothing trains with train.rounds = 0",
+        "leave epochs out",
+        {"train.epochs": OUT},
+    ),
+    (
+        {"silo.0.train": OUT},
+        "silo.train: 'a' has no rows",
+        "or set train.rounds = 0, for inference only",
+        {"train.rounds": 0},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", NEEDS_ROUNDS, ids=name_of)
+def test_what_needs_rounds_is_refused(case: Case) -> None:
+    assert_mended(case)
+
+
+def test_without_rounds_no_rows_are_needed_and_none_are_measured() -> None:
+    values = changed(least(), {"train": {"rounds": 0}, **{f"silo.{number}.train": OUT for number in range(3)}})
+    recipe = Recipe.of(values)
+    assert recipe.train.evaluate == 10
+    assert not recipe.train.evaluates_after(0)
+    assert not recipe.train.keeps(0)
+    assert recipe.most_weight(["a"]) > 0
+    for when in ("best", "end", True, 3):
+        assert not Recipe.of(changed(values, {"train.evaluate": when})).train.evaluates_after(0)

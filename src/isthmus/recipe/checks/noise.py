@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from isthmus.recipe.sections import EdgeSection, FederationSection, NoiseSection, ReleaseSection
+from isthmus.recipe.sections import EdgeSection, FederationSection, NoiseSection, ReleaseSection, TrainSection
 from isthmus.recipe.tree import Tree
 
 UNTOUCHED = 0.0, 1e-4
@@ -10,7 +10,11 @@ UNTOUCHED = 0.0, 1e-4
 
 
 def check_noise(
-    federation: FederationSection, update: ReleaseSection, edges: tuple[EdgeSection, ...], tree: Tree
+    train: TrainSection,
+    federation: FederationSection,
+    update: ReleaseSection,
+    edges: tuple[EdgeSection, ...],
+    tree: Tree,
 ) -> None:
     """Refuse noise that would not give the privacy that the recipe states."""
     if (federation.noise is None) != (federation.clip is None):
@@ -21,6 +25,11 @@ def check_noise(
         )
     if federation.noise is None:
         return
+    if not train.rounds:
+        raise ValueError(
+            "federation.noise: with train.rounds = 0 there is no sum to add noise to; leave federation.noise out, or "
+            "raise train.rounds"
+        )
     _check_influence(federation)
     if federation.noise.where == "root":
         _check_root(federation, edges)
