@@ -15,6 +15,7 @@ from peft import PeftModel
 from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, collate
 from isthmus.engines.export import final_adapter
+from isthmus.errors import MismatchError
 from isthmus.federation.aggregator import root_service
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
@@ -211,6 +212,27 @@ def test_gradients_go_on_where_they_were_stopped(models: Models, tmp_path: Path)
     trunk, ends = [federate(rounds(count), run) for count in (1, 2, 3, 4)][-1]
     assert_same(trunk, undisturbed[0], 0.0)
     assert_same(ends[0], undisturbed[1][0], 0.0)
+
+
+@pytest.mark.parametrize(("began", "goes_on"), [("gradients", "changes"), ("changes", "gradients")])
+def test_a_run_that_changes_its_updates_goes_on_or_says_why_not(
+    began: str, goes_on: str, models: Models, tmp_path: Path
+) -> None:
+    """A silo that never stepped has no moments to step with."""
+    plain = federation_of(models("llama"), tmp_path)
+
+    def rounds(count: int, updates: str) -> Recipe:
+        train = plain.train.model_copy(update={"rounds": count, "optimizer": "adamw"})
+        federation = plain.federation.model_copy(update={"updates": updates})
+        return plain.model_copy(update={"train": train, "federation": federation})
+
+    run = RunDirectory.create(tmp_path / "run", plain)
+    federate(rounds(1, began), run)
+    if goes_on == "gradients":
+        federate(rounds(2, goes_on), run)
+        return
+    with pytest.raises(MismatchError, match="another optimizer than AdamW"):
+        federate(rounds(2, goes_on), run)
 
 
 @pytest.mark.parametrize("lora", ["alternating", "svd"])

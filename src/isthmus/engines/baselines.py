@@ -28,7 +28,7 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Part
 from isthmus.model.device import find_device
 from isthmus.model.families import family_of, uncut_class
-from isthmus.model.optim import build_optimizer, set_rate
+from isthmus.model.optim import build_optimizer, restore_optimizer, set_rate
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.trainer import evaluate, train_step
@@ -225,7 +225,7 @@ class _Training:
         if number:
             state = _opened(self._directory, number, self._recipe)
             self._model.load(state["adapter"])
-            self._optimizer.load_state_dict(state["optimizer"])
+            restore_optimizer(self._optimizer, state["optimizer"])
         return number
 
     def _train(self, round: int) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
+from isthmus.errors import MismatchError
 from isthmus.recipe import TrainSection
 
 
@@ -38,6 +39,23 @@ def build_optimizer(
     if correct is not None or train.max_grad_norm is not None:
         optimizer.register_step_pre_hook(prepare)
     return optimizer
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Replace an optimizer's state by one that its ``state_dict`` returned.
+
+    Raises:
+        MismatchError: it is of an optimizer without settings that this one needs; torch would take it, and fail at the
+            next step.
+    """
+    needed = optimizer.defaults.keys()
+    if missing := sorted({key for group in state["param_groups"] for key in needed - group.keys()}):
+        raise MismatchError(
+            f"the saved state is of another optimizer than {type(optimizer).__name__}: it has no {', '.join(missing)}",
+            remedy="go on with the train.optimizer, train.steps and federation.updates that the run began with, "
+            "or begin a new run",
+        )
+    optimizer.load_state_dict(dict(state))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

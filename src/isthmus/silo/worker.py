@@ -15,7 +15,7 @@ import torch
 from isthmus.data.tokens import Tokens, collate
 from isthmus.errors import RoundLostError, RunError, UnknownStepError
 from isthmus.model import adapters
-from isthmus.model.optim import set_rate
+from isthmus.model.optim import restore_optimizer, set_rate
 from isthmus.recipe import Recipe
 from isthmus.silo import fairness
 from isthmus.silo.accepted import check_round
@@ -255,7 +255,8 @@ class Worker:
         state: dict[str, Any] = {}
         with suppress(RunError):
             state = self._directory.load_round(completed)
-            self._optimizer.load_state_dict(state["optimizer"])
+        if state:
+            restore_optimizer(self._optimizer, state["optimizer"])
         if self._guard is not None:
             self._guard.load_state_dict(state.get("guard", {}))
         self._aggregator.load_state_dict(state.get("updates", {}))

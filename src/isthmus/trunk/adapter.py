@@ -10,7 +10,7 @@ import torch
 
 from isthmus.model import adapters
 from isthmus.model.cut import Part
-from isthmus.model.optim import build_optimizer, set_rate
+from isthmus.model.optim import build_optimizer, restore_optimizer, set_rate
 from isthmus.model.optimizer_settings import OptimizerSettings
 from isthmus.recipe import TrainSection
 from isthmus.trunk.grouped_lora import Adapter
@@ -184,7 +184,7 @@ class SteppingOptimizer:
         """Replace the state by one that ``state_dict`` returned."""
         followed = state.get("followed")
         self._follow(None if followed is None else OptimizerSettings(**followed))
-        self._optimizer.load_state_dict({key: state[key] for key in ("state", "param_groups")})
+        restore_optimizer(self._optimizer, {key: state[key] for key in ("state", "param_groups")})
 
     def _follow(self, settings: OptimizerSettings | None) -> None:
         if settings is None:

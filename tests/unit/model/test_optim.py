@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from isthmus.model.optim import build_optimizer, set_rate
+from isthmus.errors import MismatchError
+from isthmus.model.optim import build_optimizer, restore_optimizer, set_rate
 from isthmus.recipe import TrainSection
 
 
@@ -66,3 +67,22 @@ def test_a_rate_is_that_of_the_next_step() -> None:
     parameter.grad = torch.ones(1)
     optimizer.step()
     assert float(parameter.detach()) == -0.25
+
+
+@pytest.mark.parametrize("saved", ["sgd", "adamw"])
+@pytest.mark.parametrize("here", ["sgd", "adamw"])
+def test_a_state_is_of_the_same_optimizer_or_refused(saved: str, here: str) -> None:
+    def built(kind: str) -> torch.optim.Optimizer:
+        parameter = torch.nn.Parameter(torch.ones(1))
+        parameter.grad = torch.ones(1)
+        return build_optimizer([parameter], TrainSection.model_validate({"optimizer": kind}))
+
+    before, after = built(saved), built(here)
+    before.step()
+    if saved != here:
+        with pytest.raises(MismatchError, match="another optimizer"):
+            restore_optimizer(after, before.state_dict())
+        return
+    restore_optimizer(after, before.state_dict())
+    after.step()
+    assert str(after.state_dict()["state"].keys()) == str(before.state_dict()["state"].keys())

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from isthmus.model.optim import build_optimizer, set_rate
+from isthmus.model.optim import build_optimizer, restore_optimizer, set_rate
 from isthmus.recipe import OptimizerSection, TrainSection
 
 
@@ -130,7 +130,7 @@ class GradientOptimizer:
         self._parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in base.items()}
         self._optimizer = build_optimizer(self._parameters.values(), self._train)
         if self._loaded:
-            self._optimizer.load_state_dict(self._loaded)
+            restore_optimizer(self._optimizer, self._loaded)
         return self._optimizer
 
 
