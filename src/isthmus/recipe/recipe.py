@@ -161,6 +161,11 @@ class Recipe(Section):
             text = path.read_text(encoding="utf-8-sig")
             _verify(path, text)
             values = tomllib.loads(text)
+        except IsADirectoryError as error:
+            raise RecipeError(
+                f"{path} is a folder, not a recipe's file",
+                remedy=f"name the file; a run in that folder is continued with 'isthmus run --resume {path}'",
+            ) from error
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error.strerror}", remedy="check the path") from error
         except UnicodeDecodeError as error:

@@ -285,6 +285,12 @@ def test_a_wrong_value_names_what_is_expected(key: str, value: object, expected:
     assert refused(values_with(key, value)).message.endswith(f": expected {expected}")
 
 
+def test_a_run_directory_is_no_recipe_and_the_remedy_continues_it(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is a folder") as caught:
+        Recipe.read(tmp_path)
+    assert f"isthmus run --resume {tmp_path}" in caught.value.remedy
+
+
 def test_a_recipe_may_begin_with_a_byte_order_mark_but_must_be_utf_8(tmp_path: Path) -> None:
     text = Path("recipes/minimal.toml").read_text(encoding="utf-8")
     for encoding in ("utf-8", "utf-8-sig"):
