@@ -163,7 +163,7 @@ class Recipe(Section):
             values = tomllib.loads(text)
         except IsADirectoryError as error:
             raise RecipeError(
-                f"{path} is a folder, not a recipe's file",
+                f"cannot read the recipe {path}: it is a folder",
                 remedy=f"name the file; a run in that folder is continued with 'isthmus run --resume {path}'",
             ) from error
         except OSError as error:

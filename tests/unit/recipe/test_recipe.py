@@ -178,12 +178,18 @@ def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes) -> None:
     assert caught.value.remedy == "correct the line it names"
 
 
-@pytest.mark.parametrize("name", ["absent.toml", "."])
-def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("absent.toml", "check the path"),
+        (".", "name the file; a run in that folder is continued with 'isthmus run {}'"),
+    ],
+)
+def test_a_file_that_is_not_there(tmp_path: Path, name: str, remedy: str) -> None:
     with pytest.raises(RecipeError, match="cannot read the recipe") as caught:
         Recipe.read(tmp_path / name)
     assert str(tmp_path) in caught.value.message
-    assert caught.value.remedy == "check the path"
+    assert caught.value.remedy == remedy.format(f"--resume {tmp_path}")
 
 
 def test_toml_round_trip(tmp_path: Path) -> None:
@@ -283,12 +289,6 @@ def test_a_silo_has_its_own_steps_or_the_recipes() -> None:
 )
 def test_a_wrong_value_names_what_is_expected(key: str, value: object, expected: str) -> None:
     assert refused(values_with(key, value)).message.endswith(f": expected {expected}")
-
-
-def test_a_run_directory_is_no_recipe_and_the_remedy_continues_it(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="is a folder") as caught:
-        Recipe.read(tmp_path)
-    assert f"isthmus run --resume {tmp_path}" in caught.value.remedy
 
 
 def test_a_recipe_may_begin_with_a_byte_order_mark_but_must_be_utf_8(tmp_path: Path) -> None:
