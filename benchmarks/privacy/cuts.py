@@ -30,7 +30,8 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting, load_data
 from isthmus.silo.worker import Worker
-from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.wire.channel import LoopbackChannel
 
 CACHE = Path("build/demo")

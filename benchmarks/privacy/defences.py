@@ -20,7 +20,7 @@ from isthmus.audit.scenario import AttackPlan, Scenario
 from isthmus.audit.target import Target
 from isthmus.demo.assets import smollm2
 from isthmus.model.device import find_device
-from isthmus.storage.record import read_journal
+from isthmus.storage.journal import read_journal
 
 LESSONS: dict[str, dict[str, float]] = {
     "as drawn": {},

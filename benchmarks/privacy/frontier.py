@@ -46,7 +46,7 @@ from isthmus.privacy.detokenizer import Detokenizer
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe, SensitivitySection
 from isthmus.silo.join import load_tokenizer
-from isthmus.storage.record import writing
+from isthmus.storage.files import writing
 
 SCALED = 32
 """Rows that tell how large what crosses is."""

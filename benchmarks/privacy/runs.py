@@ -16,7 +16,8 @@ from benchmarks.common.rows import Values, write_lines
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.engines.local import create_run, run_federation
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 
 CACHE, MODEL = Path("build/privacy"), Path("build/demo")
 ROWS, HELD_OUT, OTHERS = 250, 100, 500

@@ -24,7 +24,8 @@ from isthmus.engines.roles import run_silo, serve_edge, serve_roles
 from isthmus.errors import IsthmusError
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from tests.integration.processes import assert_same, free_port, states, write_federation
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC

@@ -30,7 +30,8 @@ from isthmus.silo.join import greeting, load_tokenizer
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import train_step
 from isthmus.silo.worker import Worker
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import Answer, LoopbackChannel
 from tests.conftest import make_recipe, save_tiny_model, write_rows

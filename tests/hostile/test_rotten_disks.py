@@ -22,7 +22,8 @@ from isthmus.recipe import SensitivitySection
 from isthmus.silo.join import SharedAdapters, keep_shared
 from isthmus.silo.records import Records
 from isthmus.silo.secrets import open_ledger, read_secret
-from isthmus.storage.record import Journal, RoleDirectory, RunDirectory, read_journal
+from isthmus.storage.journal import Journal, read_journal
+from isthmus.storage.record import RoleDirectory, RunDirectory
 from isthmus.storage.store import Store
 from isthmus.trunk.service import run_name
 from isthmus.wire.identity import Authority, Identity, save_identity

@@ -31,7 +31,8 @@ from isthmus.engines.local import at_address, create_run
 from isthmus.engines.process import LISTENING
 from isthmus.engines.roles import run_silo, start_server
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from tests.conftest import VOCABULARY, save_tiny_model, write_rows
 
 PATIENCE = 150.0

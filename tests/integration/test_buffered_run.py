@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from tests.integration.processes import (
     Commands,
     assert_no_traceback,

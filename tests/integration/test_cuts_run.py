@@ -15,7 +15,7 @@ from isthmus.engines.local import at_address, create_run
 from isthmus.engines.roles import start_server
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
-from isthmus.storage.record import read_journal
+from isthmus.storage.journal import read_journal
 from isthmus.trunk.service import TrunkService
 from tests.conftest import uncut
 from tests.integration.processes import Commands, call, rows_of, train_here, until, write_federation

@@ -8,7 +8,7 @@ import pytest
 
 from isthmus.engines.local import at_edge, create_run
 from isthmus.recipe import Recipe
-from isthmus.storage.record import read_journal
+from isthmus.storage.journal import read_journal
 from tests.conftest import write_rows
 from tests.integration.processes import (
     Commands,

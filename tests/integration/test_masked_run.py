@@ -9,7 +9,8 @@ import torch
 
 from isthmus.engines.local import create_run
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from isthmus.updates.quantize import Ring
 from tests.conftest import write_rows
 from tests.integration.processes import (

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from tests.conftest import write_rows
 from tests.integration.processes import (
     Commands,

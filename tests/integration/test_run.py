@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 import isthmus
 from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from tests.conftest import uncut
 from tests.integration.processes import (
     Command,

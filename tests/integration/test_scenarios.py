@@ -19,7 +19,8 @@ from isthmus.engines.inference import generate_text
 from isthmus.engines.local import create_run
 from isthmus.recipe import Recipe
 from isthmus.report.privacy_table import read_statements
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from tests.conftest import VOCABULARY, save_tiny_model
 from tests.integration.processes import served_here, train_here
 

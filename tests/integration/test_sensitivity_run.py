@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.storage.record import read_journal
+from isthmus.storage.journal import read_journal
 from tests.integration.processes import Commands, call, rows_of, run_here, write_federation
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]

@@ -23,7 +23,8 @@ from isthmus.federation.rounds import Aggregator
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
 from isthmus.silo.worker import Worker
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

@@ -23,7 +23,8 @@ from isthmus.privacy.ledger import read_ledger
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.worker import Worker
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
 from tests.conftest import make_recipe, targets_of, uncut, write_rows

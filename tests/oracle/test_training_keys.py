@@ -25,7 +25,8 @@ from isthmus.report.progress import read_progress
 from isthmus.silo.join import join, load_tokenizer
 from isthmus.silo.trainer import train_step
 from isthmus.silo.worker import Worker
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.grouped_lora import dropout_mask
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel

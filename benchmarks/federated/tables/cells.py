@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.common.rows import Values
 from isthmus.recipe import Recipe
-from isthmus.storage.record import writing
+from isthmus.storage.files import writing
 
 FOLDER = Path("build/tables")
 

@@ -23,7 +23,8 @@ from isthmus.audit.target import Target, open_target
 from isthmus.engines.threads import set_threads
 from isthmus.errors import AttackError, RunError
 from isthmus.model.device import find_device
-from isthmus.storage.record import RunDirectory, writing
+from isthmus.storage.files import writing
+from isthmus.storage.record import RunDirectory
 
 __all__ = ["RESULTS_NAME", "AttackPlan", "AttackResult", "open_target", "results_table", "run_attacks", "save_results"]
 RESULTS_NAME = "attack.json"

@@ -17,7 +17,7 @@ from isthmus.engines.memory import free_memory
 from isthmus.errors import AttackError, CutError, RecipeError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.storage.record import writing
+from isthmus.storage.files import writing
 
 CHEAP_ATTACKS = ("linear",)
 """The attacks by default: the linear inverter is in closed form, and reads nearly all at shallow cuts."""

@@ -24,7 +24,8 @@ from isthmus.report.formatting import megabytes
 from isthmus.report.live import run_with_progress
 from isthmus.report.progress import read_progress
 from isthmus.silo.join import load_tokenizer
-from isthmus.storage.record import RunDirectory, writing
+from isthmus.storage.files import writing
+from isthmus.storage.record import RunDirectory
 from isthmus.tasks import metrics
 
 TRAIN_ROWS = 8

@@ -32,7 +32,8 @@ from isthmus.model.optim import build_optimizer, restore_optimizer, set_rate
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.trainer import evaluate, train_step
-from isthmus.storage.record import RoleDirectory, RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory, RunDirectory
 
 BaselineKind = Literal["alone", "pooled"]
 """``alone``: a model a silo, trained on its rows. ``pooled``: one model, trained on all silos' rows, in each step on

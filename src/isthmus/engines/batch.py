@@ -39,7 +39,8 @@ from isthmus.engines.inference import connected_silo
 from isthmus.errors import BudgetExhausted, DataError, RunError
 from isthmus.recipe import Recipe, SiloSection
 from isthmus.silo.join import load_tokenizer
-from isthmus.storage.record import PRIVATE, RunDirectory, disk_errors, private_folder
+from isthmus.storage.files import PRIVATE, disk_errors, private_folder
+from isthmus.storage.record import RunDirectory
 
 IN_MEMORY = 8 * TOGETHER
 """Questions that are in memory at a time, and answered in groups of similar length."""

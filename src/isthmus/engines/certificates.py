@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from isthmus.recipe import Recipe
-from isthmus.storage.record import disk_errors
+from isthmus.storage.files import disk_errors
 from isthmus.wire.identity import Authority, save_identity
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import RecipeError, RunError
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 
 BEST, LAST = "best", "last"
 HeldOutScores = Mapping[int, Mapping[str, float]]

@@ -31,7 +31,8 @@ from isthmus.engines.inference import connected_silo
 from isthmus.errors import BudgetExhausted, DataError
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RunDirectory, writing
+from isthmus.storage.files import writing
+from isthmus.storage.record import RunDirectory
 from isthmus.tasks.metrics import Answered, Score, confusion, difference, majority, measure
 from isthmus.tasks.task import Item, Task
 

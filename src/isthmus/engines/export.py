@@ -10,7 +10,8 @@ from isthmus.engines.chosen_round import chosen_round
 from isthmus.errors import RunError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.storage.record import ROLES, RunDirectory, disk_errors
+from isthmus.storage.files import disk_errors
+from isthmus.storage.record import ROLES, RunDirectory
 
 
 def export_adapter(run: RunDirectory, out: Path, round: str | int | None = None) -> int:

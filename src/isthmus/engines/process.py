@@ -16,7 +16,7 @@ from pathlib import Path
 
 from isthmus.engines.lifetime import ENGINE
 from isthmus.errors import IsthmusError, PeerGoneError, RunError
-from isthmus.storage.record import PRIVATE, disk_errors, private_folder
+from isthmus.storage.files import PRIVATE, disk_errors, private_folder
 
 LISTENING = "listening at "
 """First words of the line that a server prints when it is ready; ``host:port`` follows."""

@@ -19,7 +19,8 @@ from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, empty_part
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RoleDirectory, RoundFiles, RunDirectory, disk_errors, writing
+from isthmus.storage.files import disk_errors, writing
+from isthmus.storage.record import RoleDirectory, RoundFiles, RunDirectory
 
 Moments = dict[str, dict[str, Any]]
 """An optimizer's state of each tensor, by the tensor's uncut name."""

@@ -20,7 +20,8 @@ from isthmus.model.agreement import hello_of
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.silo.worker import Worker
-from isthmus.storage.record import RunDirectory, private_folder
+from isthmus.storage.files import private_folder
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import Service
 from isthmus.wire.client import GrpcChannel

@@ -22,7 +22,8 @@ from isthmus.privacy.ledger import FileLedger
 from isthmus.privacy.noise import SecretNoise
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
-from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
 from isthmus.updates.quantize import Ring, shortened

@@ -23,7 +23,8 @@ from isthmus.federation.strategies.rules import Mean
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.updates.between import BlocksChange, TrunkBlocks
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError, safe_open
 
 from isthmus.errors import ModelError, RunError
-from isthmus.storage.record import writing
+from isthmus.storage.files import writing
 from isthmus.storage.sealed import seal, unseal
 
 CHUNK = 8 * 2**20

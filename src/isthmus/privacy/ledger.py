@@ -33,7 +33,7 @@ from typing import Any, Protocol, get_args
 from isthmus.errors import LedgerError, LedgerTakenError
 from isthmus.privacy import events
 from isthmus.privacy.events import Charge, Release
-from isthmus.storage.record import disk_errors
+from isthmus.storage.files import disk_errors
 
 GENESIS = "0" * 64
 """The previous hash of the first line."""

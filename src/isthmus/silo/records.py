@@ -22,7 +22,7 @@ from isthmus.privacy.detokenizer import Decode, Detokenizer
 from isthmus.privacy.sensitivity import Sensitivity
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.secrets import read_secret
-from isthmus.storage.record import disk_errors, writing
+from isthmus.storage.files import disk_errors, writing
 
 CACHED_ROWS = 16384
 """Number of rows whose classes are cached."""

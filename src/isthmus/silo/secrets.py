@@ -9,7 +9,9 @@ from pathlib import Path
 from isthmus.errors import RunError
 from isthmus.privacy.ledger import FileLedger
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RoleDirectory, disk_errors, private_folder, read_journal, writing
+from isthmus.storage.files import disk_errors, private_folder, writing
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.storage.sealed import DamagedError, seal, unseal
 
 

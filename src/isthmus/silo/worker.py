@@ -27,7 +27,8 @@ from isthmus.silo.secrets import open_ledger
 from isthmus.silo.served import SharedAdapters
 from isthmus.silo.trainer import Step, evaluate, train_step
 from isthmus.silo.update import AggregatorClient
-from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

@@ -1,4 +1,4 @@
-"""Run directories: their layout, append-only journals, and files that are written atomically.
+"""Run directories: their layout, their locks, and the states of rounds in them.
 
 Torch is imported only where states are saved and loaded, so that the process that starts and watches the roles starts
 fast.
@@ -6,25 +6,24 @@ fast.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import io
-import json
 import logging
 import os
 import pickle
 import re
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from isthmus.errors import DiskFullError, RunError
+from isthmus.errors import RunError
 from isthmus.recipe import Recipe, TrainSection
 from isthmus.recipe.recipe import with_checksum
+from isthmus.storage.files import PRIVATE, disk_errors, writing
+from isthmus.storage.journal import Journal
 from isthmus.storage.sealed import DamagedError, seal, unseal
 
 log = logging.getLogger(__name__)
@@ -38,13 +37,6 @@ ADAPTER_KEYS = (
 """Keys of a recipe that fix which adapters a run has and how they start."""
 LOCK_SECONDS = 15.0
 """Seconds to wait for a run directory that another run has locked."""
-LONGEST_LINE = 2**20
-"""Largest number of bytes of a journal's line."""
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CHECK = '"crc": "'
-"""Start of the last entry of a journal's line, its checksum."""
-PRIVATE = 0o600
-"""Mode of the files: hidden states, adapters and journals are for the party that wrote them."""
 ROUND_FILE = re.compile(r"round-(\d{4,})\.pt")
 
 
@@ -403,120 +395,6 @@ class RoleDirectory:
     def rounds(self) -> set[int]:
         """All rounds with a saved state, damaged or not."""
         return self._rounds.rounds()
-
-
-class Journal:
-    """An append-only JSONL file. Opening it removes an incomplete last line, left by a crash or a full disk.
-
-    The last key of a line, ``crc``, is the CRC-32 of the line's JSON without it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with disk_errors(path):
-            private_folder(path.parent)
-            path.touch(mode=PRIVATE)
-            _drop_incomplete_line(path)
-
-    def append(self, values: dict[str, Any]) -> None:
-        """Append one line, unbuffered.
-
-        Raises:
-            DiskFullError: the disk is full.
-        """
-        text = json.dumps(values)
-        line = memoryview(f'{text[:-1]}, {_CHECK}{zlib.crc32(text.encode()):08x}"}}\n'.encode())
-        with disk_errors(self._path), self._path.open("ab", buffering=0) as file:
-            while line:
-                line = line[file.write(line) :]
-
-
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a journal; none if the file does not exist.
-
-    Raises:
-        RunError: a line is damaged.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [_journal_line(path, number, line) for number, line in enumerate(lines, 1)]
-
-
-def _journal_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    start, _, check = line.rpartition(f", {_CHECK}".encode())
-    text = start + b"}"
-    if check != f'{zlib.crc32(text):08x}"}}'.encode():
-        raise RunError(
-            f"line {number} of {path} is damaged", remedy="restore the file from a backup, or delete the line"
-        )
-    values: dict[str, Any] = json.loads(text)
-    return values
-
-
-def _drop_incomplete_line(path: Path) -> None:
-    with path.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        if not size:  # new, or a device, which may be endless
-            return
-        start = max(0, size - LONGEST_LINE)
-        file.seek(start)
-        tail = file.read()
-        file.truncate(start + tail.rfind(b"\n") + 1)
-
-
-def private_folder(path: Path) -> None:
-    """Create this folder and those above it that do not exist, for their owner alone."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    for folder in reversed(missing):
-        folder.mkdir(mode=0o700, exist_ok=True)
-    path.mkdir(exist_ok=True)  # a file of that name is an error
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """A temporary path that replaces ``path`` atomically when the ``with`` block ends without an error. The file and
-    the folders that are created for it are for their owner alone.
-
-    Raises:
-        DiskFullError, RunError: see ``disk_errors``.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    with disk_errors(path):
-        private_folder(path.parent)
-        try:
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT, PRIVATE))
-            yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Convert ``OSError`` within the ``with`` block, which writes ``path``, to errors with a remedy.
-
-    Raises:
-        DiskFullError: the disk is full.
-        RunError: any other ``OSError``.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise _full(path) from error
-        raise RunError(
-            f"cannot write {path}: {error.strerror}", remedy="name a place that this user may write to"
-        ) from error
-
-
-def _full(path: Path) -> DiskFullError:
-    return DiskFullError(
-        f"the disk is full; cannot write {path}",
-        remedy="free some space, then continue with 'isthmus run --resume'",
-    )
 
 
 def _value(recipe: Recipe, key: str) -> object:

@@ -8,7 +8,7 @@ import re
 from collections import OrderedDict
 from pathlib import Path
 
-from isthmus.storage.record import disk_errors, writing
+from isthmus.storage.files import disk_errors, writing
 from isthmus.storage.sealed import SEAL_BYTES, DamagedError, seal, unseal
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from isthmus.errors import NotSupportedError, ProtocolError
 from isthmus.recipe import Recipe
-from isthmus.storage.record import Journal, RoleDirectory
+from isthmus.storage.journal import Journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.scheduler import Scheduler
 from isthmus.trunk.sync_steps import check_next, check_weight, round_lost
 from isthmus.trunk.training import TrunkTraining

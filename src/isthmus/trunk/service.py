@@ -20,7 +20,8 @@ from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import find_device
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import check_named
-from isthmus.storage.record import RoleDirectory, disk_errors, writing
+from isthmus.storage.files import disk_errors, writing
+from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.adapter import ReplicaAdapters, SharedAdapter, TrunkAdapter
 from isthmus.trunk.async_steps import AsyncSteps
 from isthmus.trunk.batches import Backwards, Evaluation, Evaluations, Forwards

@@ -13,7 +13,7 @@ from isthmus.errors import IsthmusError, OutOfOrderError, ProtocolError, RoundLo
 from isthmus.model.optimizer_settings import OptimizerSettings
 from isthmus.recipe import Recipe, RoundSteps
 from isthmus.recipe.tree import listed
-from isthmus.storage.record import Journal
+from isthmus.storage.journal import Journal
 from isthmus.trunk.round_vote import Asked, Beginning, RoundVote, Running
 from isthmus.trunk.scheduler import Scheduler
 from isthmus.trunk.training import TrunkTraining

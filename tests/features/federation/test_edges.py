@@ -22,7 +22,8 @@ from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.cohort import Cohort
 from isthmus.silo.update import MaskedUpdates, OpenUpdates, Updates
-from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
 from isthmus.updates.quantize import Ring

@@ -19,7 +19,8 @@ from isthmus.recipe import FairnessSection, Recipe
 from isthmus.silo.fairness import factor, starting_loss
 from isthmus.silo.update import OpenUpdates
 from isthmus.silo.worker import Worker
-from isthmus.storage.record import RoleDirectory, RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory, RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

@@ -26,7 +26,8 @@ from isthmus.silo import update
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.cohort import Cohort
 from isthmus.silo.update import Updates, noised_updates
-from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
 from isthmus.updates.quantize import Ring

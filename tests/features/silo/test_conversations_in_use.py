@@ -16,7 +16,8 @@ from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting, load_tokenizer
 from isthmus.silo.trainer import evaluate
 from isthmus.silo.worker import Worker
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import LoopbackChannel
 from tests.conftest import make_recipe, save_tiny_model, uncut, write_rows

@@ -24,7 +24,8 @@ from isthmus.privacy.ledger import MemoryLedger, read_ledger
 from isthmus.recipe import Recipe
 from isthmus.report.progress import read_progress
 from isthmus.silo.worker import Worker
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.updates.quantize import Ring
 from isthmus.wire.channel import LoopbackChannel

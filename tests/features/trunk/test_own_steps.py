@@ -9,7 +9,7 @@ import torch
 
 from isthmus.errors import FrameError, OutOfOrderError
 from isthmus.recipe import Recipe
-from isthmus.storage.record import read_journal
+from isthmus.storage.journal import read_journal
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer

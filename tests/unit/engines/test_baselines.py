@@ -21,7 +21,8 @@ from isthmus.model.adapters import write_adapter
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.trainer import Step, evaluate
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from tests.conftest import make_recipe, save_tiny_model, uncut, write_rows
 from tests.integration.processes import rows_of, train_here, write_federation
 

@@ -20,7 +20,8 @@ from isthmus.engines.opening import open_run
 from isthmus.errors import RecipeError, RunError
 from isthmus.model import adapters
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from tests.conftest import write_rows
 from tests.integration.processes import rows_of, train_here, write_federation
 

@@ -146,7 +146,7 @@ def _cut_off(run: RunDirectory, place: int) -> bool:
 
 
 def _writing() -> Any:
-    from isthmus.storage.record import writing
+    from isthmus.storage.files import writing
 
     return writing
 

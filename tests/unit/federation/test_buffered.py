@@ -18,7 +18,8 @@ from isthmus.federation.buffered import Buffered
 from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
 from isthmus.recipe import FederationSection
-from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.updates.compression import Compression
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

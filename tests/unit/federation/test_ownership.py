@@ -15,7 +15,8 @@ from isthmus.federation.contribution import Contribution
 from isthmus.federation.ownership import OwnedSharing
 from isthmus.federation.planner import RootPlanner, shared_tensors
 from isthmus.recipe import Recipe
-from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.updates.between import BlocksChange
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

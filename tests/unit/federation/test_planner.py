@@ -13,7 +13,8 @@ from isthmus.errors import ProtocolError, RoundLostError
 from isthmus.federation.collection import Collected
 from isthmus.federation.contribution import Contribution
 from isthmus.federation.planner import EdgePlanner, RootPlanner
-from isthmus.storage.record import Journal, RoleDirectory, read_journal
+from isthmus.storage.journal import Journal, read_journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel, answered

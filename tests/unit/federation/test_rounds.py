@@ -16,7 +16,8 @@ import torch
 from isthmus.errors import DiskFullError, FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
 from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Phase, Rounds
-from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from tests.conftest import make_recipe

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,10 @@ from isthmus.errors import DiskFullError, RunError
 from isthmus.recipe import Recipe, TrainSection
 from isthmus.report.progress import read_progress
 from isthmus.storage import record
-from isthmus.storage.record import ROLES, Journal, RoleDirectory, RunDirectory, read_journal, writing
+from isthmus.storage.journal import Journal
+from isthmus.storage.record import ROLES, RoleDirectory, RunDirectory
 from tests.conftest import make_recipe
+from tests.unit.storage.disk import full
 
 HOLD = "import fcntl,sys,time; f=open(sys.argv[1],'w'); fcntl.flock(f,fcntl.LOCK_EX); print('held',flush=True); input()"
 
@@ -37,13 +37,6 @@ def run(tmp_path: Path, recipe: Recipe) -> RunDirectory:
 @pytest.fixture
 def role(tmp_path: Path) -> RoleDirectory:
     return RoleDirectory(tmp_path / "role")
-
-
-def full(path: Path) -> Path:
-    """A file on a full disk at this path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.symlink_to("/dev/full")
-    return path
 
 
 def test_create_then_open(run: RunDirectory, recipe: Recipe, tmp_path: Path) -> None:
@@ -178,17 +171,6 @@ def test_a_save_on_a_full_disk_leaves_the_old_file(role: RoleDirectory) -> None:
     assert [path.name for path in (role.path / "rounds").iterdir()] == ["round-0001.pt"]
 
 
-def test_writing_takes_the_place_only_when_the_block_ends_well(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "file"
-    with pytest.raises(UnicodeEncodeError), writing(path) as temporary:
-        temporary.write_text("half\ud800", encoding="utf-8")
-    assert list(path.parent.iterdir()) == []
-    with writing(path) as temporary:
-        temporary.write_text("whole")
-        assert not path.exists()
-    assert path.read_text() == "whole"
-
-
 @pytest.mark.parametrize("damage", ["absent", "empty", "garbage", "cut", "pickle"])
 def test_a_damaged_state_is_named(role: RoleDirectory, damage: str) -> None:
     role.save_round(2, {"w": torch.ones(500)})
@@ -203,43 +185,6 @@ def test_a_damaged_state_is_named(role: RoleDirectory, damage: str) -> None:
     path.unlink() if damage == "absent" else path.write_bytes(contents[damage])
     with pytest.raises(RunError, match="no readable state of round 2") as caught:
         role.load_round(2)
-    assert caught.value.remedy
-
-
-LINE = f'{{"n": 1, "crc": "{zlib.crc32(b"""{"n": 1}"""):08x}"}}\n'
-"""A line of a journal."""
-
-
-def test_a_journal_keeps_lines_and_continues(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "metrics.jsonl"
-    for number in range(2):
-        journal = Journal(path)
-        journal.append({"n": number})
-        assert read_journal(path)[-1] == {"n": number}
-    assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [0, 1]
-
-
-@pytest.mark.parametrize("half", ['{"n": 2', "{", '{"n": 2, "crc": "98e3be97"}', "\x00" * 40])
-@pytest.mark.parametrize("before", ["", LINE])
-def test_a_half_last_line_is_not_read_and_dropped_on_opening(tmp_path: Path, half: str, before: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(before + half)
-    whole = [{"n": 1}] if before else []
-    assert read_journal(path) == whole
-    journal = Journal(path)
-    assert path.read_text() == before
-    journal.append({"n": 3})
-    assert read_journal(path) == [*whole, {"n": 3}]
-
-
-def test_a_journal_that_is_not_there_has_no_lines(tmp_path: Path) -> None:
-    assert read_journal(tmp_path / "absent.jsonl") == []
-
-
-def test_a_journal_on_a_full_disk(tmp_path: Path) -> None:
-    journal = Journal(full(tmp_path / "metrics.jsonl"))
-    with pytest.raises(DiskFullError, match=r"metrics\.jsonl") as caught:
-        journal.append({"n": 1})
     assert caught.value.remedy
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from isthmus.errors import OutOfOrderError, ProtocolError, RoundLostError, UnknownStepError
-from isthmus.storage.record import RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RunDirectory
 from tests.conftest import make_recipe
 from tests.unit.trunk.test_sync_steps import RATE, WAIT, WORK_A, WORK_B, WORK_C, Oracle, Silo, Trunk
 

@@ -17,7 +17,8 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
 from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting
-from isthmus.storage.record import RoleDirectory, RunDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory, RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

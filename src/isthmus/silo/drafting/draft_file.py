@@ -13,7 +13,7 @@ from isthmus.errors import ModelError
 from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.drafting.bridge import Bridge
 from isthmus.silo.drafting.draft import Corpus, Draft
-from isthmus.storage.record import writing
+from isthmus.storage.files import writing
 
 DRAFT_FILE = "draft.safetensors"
 """The file's name in the silo's folder of a run."""

@@ -20,7 +20,7 @@ from isthmus.model.adapters import initial_tensors
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.privacy.events import Release
 from isthmus.recipe import Recipe
-from isthmus.storage.record import read_journal
+from isthmus.storage.journal import read_journal
 from tests.conftest import save_tiny_model, write_rows
 
 NAMES = ("a", "b", "c")

@@ -17,7 +17,8 @@ from isthmus.federation.planner import RootPlanner
 from isthmus.federation.rounds import Rounds
 from isthmus.federation.strategies.optimizers import GradientOptimizer, optimizer_of
 from isthmus.recipe import OptimizerSection, TrainSection
-from isthmus.storage.record import RoleDirectory, read_journal
+from isthmus.storage.journal import read_journal
+from isthmus.storage.record import RoleDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from tests.clock import Clock
