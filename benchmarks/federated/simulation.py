@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from isthmus.recipe.tree import ROOT
 from isthmus.silo.join import greeting
 from isthmus.silo.update import AggregatorClient
 from isthmus.silo.worker import Worker
+from isthmus.storage.journal import read_journal
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.updates.flat import Layout
@@ -64,9 +66,18 @@ class Learned:
         trunk, root = (self.run.role(role).load_round(round) for role in ("trunk", ROOT))
         return {**trunk["adapter"], **root["shared"]}
 
+    def losses(self) -> list[float]:
+        """Of each step of training, the mean over the silos that took it."""
+        by_step: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+        for silo in self.run.recipe().silo:
+            for line in read_journal(self.run.role(silo.name).path / "metrics.jsonl"):
+                if line["event"] == "step":
+                    by_step[line["round"], line["step"]].append(line["loss"])
+        return [sum(by_step[step]) / len(by_step[step]) for step in sorted(by_step)]
 
-def recipe_of(model: Path, silos: Mapping[str, Mapping[str, Path]], changes: Values, device: str = "cpu") -> Recipe:
-    """A recipe without noise, of these silos' files, with these sections' keys changed.
+
+def recipe_of(model: Path, silos: Mapping[str, Values], changes: Values, device: str = "cpu") -> Recipe:
+    """A recipe without noise, of these silos' files and other keys, with these sections' keys changed.
 
     Args:
         device: of the trunk and of all silos.
@@ -79,8 +90,12 @@ def recipe_of(model: Path, silos: Mapping[str, Mapping[str, Path]], changes: Val
         "trunk": {"patience": PATIENCE, "together": 32, "device": device},
         "root": {"patience": PATIENCE},
         "silo": [
-            {"name": name, "device": device, **{key: str(path) for key, path in files.items()}}
-            for name, files in silos.items()
+            {
+                "name": name,
+                "device": device,
+                **{key: str(one) if isinstance(one, Path) else one for key, one in own.items()},
+            }
+            for name, own in silos.items()
         ],
     }
     for section, value in changes.items():
@@ -115,7 +130,14 @@ def federate(recipe: Recipe, folder: Path, *, malicious: Collection[str] = (), c
     collusion = Collusion(set(names) - set(malicious), malicious, craft) if craft else None
 
     def silo(name: str) -> float:
-        hello = greeting(Checkpoint(recipe.model.path), recipe)
+        try:
+            return trained(name)
+        except Exception:
+            traceback.print_exc()  # now: the others wait for this one until their patience ends
+            raise
+
+    def trained(name: str) -> float:
+        hello = greeting(Checkpoint(recipe.model.path), recipe.of_silo(name, ranked=False))
         ways = {
             "trunk": LoopbackChannel(Clocked(trunk, clock), name, greeting=hello),
             "root": LoopbackChannel(Clocked(nodes[recipe.tree.parent(name)], clock), name),

@@ -10,29 +10,21 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
 from benchmarks.common.results import Results
 from benchmarks.common.rows import SHARED, Rows, read, write_lines
-from isthmus.audit.capture import ZeroTrunk, capture_pairs, restored_trunk
+from isthmus.audit.capture import ZeroTrunk, capture_pairs
 from isthmus.audit.cut_probe import AttackRows, TimedService, probe_cut, probed_silo
 from isthmus.audit.target import Target
 from isthmus.demo.assets import smollm2
 from isthmus.engines.cuts import CUTS, CutFigures
 from isthmus.engines.fresh import in_fresh_process
-from isthmus.federation.aggregator import root_service
-from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.silo.join import greeting, load_data
-from isthmus.silo.worker import Worker
-from isthmus.storage.journal import read_journal
-from isthmus.storage.record import RoleDirectory
-from isthmus.wire.channel import LoopbackChannel
+from isthmus.silo.join import load_data
 
 CACHE = Path("build/demo")
 ROWS, LONGEST = 300, 220
@@ -41,19 +33,15 @@ NOISES = (0.0, 0.01, 0.02, 0.05, 0.1)
 PUBLISHED_MAGNITUDE = 0.02
 """Mean magnitude of a coordinate of the hidden states there."""
 BOTTOMS = (1, 2, 3)
-TRAINED = 2
-"""Blocks at the bottom where the loss is measured, too."""
 WEAK = 0.9
 """Where the linear inverter recovers less, the attack that runs bottom itself is tried, too."""
 MATCHED = 8
 """Rows for that attack, which takes some seconds a row."""
-STEPS, LAST = 16, 8
-"""Training steps, and those of them over whose losses the mean is taken. The rows are the same for every noise."""
 
 
 def main() -> None:
     results = Results("cuts", "make bench-cuts")
-    parts = sys.argv[1:] or ["cuts", "noise", "loss"]
+    parts = sys.argv[1:] or ["cuts", "noise"]
     with tempfile.TemporaryDirectory() as temporary:
         rows = write_rows(Path(temporary) / "rows.jsonl")
         if "cuts" in parts:
@@ -64,8 +52,6 @@ def main() -> None:
             for bottom in BOTTOMS:
                 measure_noise(results, rows, bottom)
                 results.write(keep=True)
-        if "loss" in parts:
-            measure_loss(results, rows, TRAINED)
     print(f"written: {results.write(keep=True)}")
 
 
@@ -76,7 +62,7 @@ def recipe_of(rows: Path, noise: float) -> Recipe:
             "threads": 1,
             "model": {"path": str(smollm2(CACHE).resolve())},
             "task": {"prompt": "{text}\nSentiment:", "answer": " {label}", "choices": [" positive", " negative"]},
-            "train": {"evaluate": False, "batch": 4, "rounds": 1, "steps": STEPS, "learning_rate": 1e-3},
+            "train": {"evaluate": False, "batch": 4},
             "boundary": {"forward": {"noise": noise}, "gradient": {"noise": 0.0}, "update": {"noise": 0.0}},
             "silo": [{"name": "north", "train": str(rows)}],
         }
@@ -141,23 +127,6 @@ def mean_magnitude(clean: Recipe, own: AttackRows) -> float:
     """Of a coordinate of what crosses of these rows without noise."""
     crossed = [pair.crossing.hidden_LD for pair in capture_pairs(Target(clean), "north", own.attacked)]
     return float(torch.cat(crossed).abs().mean())
-
-
-def measure_loss(results: Results, rows: Path, bottom: int) -> None:
-    """The training loss behind so many blocks, by noise: a silo's own worker, beside a trunk and a root."""
-    recipe = recipe_of(rows, 0.0).with_cut(bottom, 1)
-    for name, noise in noises(mean_magnitude(recipe, own_rows(recipe))):
-        recipe = recipe_of(rows, noise).with_cut(bottom, 1)
-        with tempfile.TemporaryDirectory() as temporary, restored_trunk(Target(recipe)) as trunk:
-            own, root = (RoleDirectory(Path(temporary) / role) for role in ("north", "root"))
-            hello = greeting(Checkpoint(recipe.model.path), recipe)
-            ways = LoopbackChannel(trunk, "north", greeting=hello), LoopbackChannel(root_service(recipe, root), "north")
-            with closing(Worker(recipe, "north", own, trunk=ways[0], root=ways[1])) as worker:
-                worker.run()
-            losses = [line["loss"] for line in read_journal(own.path / "metrics.jsonl") if line["event"] == "step"]
-        results.add(
-            f"bottom {bottom}, {name}: loss, steps {STEPS - LAST + 1} to {STEPS}", fmean(losses[-LAST:]), "nats"
-        )
 
 
 def noises(magnitude: float) -> Iterator[tuple[str, float]]:

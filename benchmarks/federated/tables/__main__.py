@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.results import DEVICE, Results
-from benchmarks.federated.tables import optimizers, parallel, quality
+from benchmarks.federated.tables import cuts, optimizers, parallel, quality
 from benchmarks.federated.tables.sets import SOURCES
 from isthmus.demo.assets import smollm2
 
-TABLES = ("quality", "parallel", "optimizers")
+TABLES = ("quality", "cuts", "parallel", "optimizers")
 
 
 def main() -> None:
@@ -29,6 +29,10 @@ def main() -> None:
         if not asked.report:
             quality.run(setting, asked.tasks, asked.arms)
         quality.report(results, setting, asked.tasks)
+    if "cuts" in asked.table:
+        if not asked.report:
+            cuts.run(setting)
+        cuts.report(results, setting)
     if "parallel" in asked.table:
         if not asked.report:
             parallel.run(setting)

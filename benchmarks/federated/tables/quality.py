@@ -62,6 +62,16 @@ class Setting:
     seeds: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Together:
+    """What silos learned in a federation."""
+
+    tensors: Tensors
+    """Adapters of bottom, trunk and top, by uncut name."""
+    losses: list[float]
+    """Mean over silos of each step's loss."""
+
+
 class Learning:
     """One task with one seed: its rows, and the arms that learn from them.
 
@@ -74,15 +84,18 @@ class Learning:
         self.sample: Sample = SOURCES[task].sample(seed)
         self._kept: dict[tuple[tuple[str, ...], float], Tensors] = {}
 
-    def recipe(self, changes: Values) -> Recipe:
-        files = {name: {"train": self._file(name, rows)} for name, rows in self.sample.train.items()}
+    def recipe(self, changes: Values, own: Mapping[str, Values] = {}) -> Recipe:
+        """With these sections' keys, and keys of single silos."""
+        silos = {
+            name: {"train": self._file(name, rows), **own.get(name, {})} for name, rows in self.sample.train.items()
+        }
         values: Values = {
             "seed": self.seed,
             "task": SOURCES[self.task].task,
             "lora": LORA,
             "train": {"batch": BATCH, "max_tokens": MAX_TOKENS},
         }
-        return recipe_of(self.setting.model, files, merged(values, changes), self.setting.device)
+        return recipe_of(self.setting.model, silos, merged(values, changes), self.setting.device)
 
     @cached_property
     def uncut(self) -> UncutModel:
@@ -104,11 +117,12 @@ class Learning:
             self._kept[key] = self.uncut.train(self._joined(rows), STEPS, rate)
         return self._kept[key]
 
-    def federated(self, changes: Values, rate: float) -> Tensors:
-        """What the silos learn together, of bottom, trunk and top."""
-        recipe = self.recipe(merged(merged(FEDERATED, {"train": {"learning_rate": rate}}), changes))
+    def federated(self, changes: Values, rate: float, own: Mapping[str, Values] = {}) -> Together:
+        """What the silos learn together."""
+        recipe = self.recipe(merged(merged(FEDERATED, {"train": {"learning_rate": rate}}), changes), own)
         with tempfile.TemporaryDirectory() as temporary:
-            return federate(recipe, Path(temporary)).tensors(recipe.train.rounds)
+            learned = federate(recipe, Path(temporary))
+            return Together(learned.tensors(recipe.train.rounds), learned.losses())
 
     def answered(self, tensors: Tensors) -> Values:
         """What the model with these adapters makes of the rows that are reported."""
@@ -148,24 +162,24 @@ class Arms:
     """
 
     def __init__(self, learning: Learning, first: Arms | None = None) -> None:
-        self._learning, self._first = learning, first or self
+        self.learning, self._first = learning, first or self
 
     def cell(self, arm: str) -> Cell:
         """As it is determined with the learning rates that were chosen so far."""
         # without training every seed finds the same
-        name = arm if arm == "zero-shot" else f"{arm}-{self._learning.seed}"
-        return Cell(f"quality/{self._learning.task}/{name}", self._determined(arm))
+        name = arm if arm == "zero-shot" else f"{arm}-{self.learning.seed}"
+        return Cell(f"quality/{self.learning.task}/{name}", self._determined(arm))
 
     def measured(self, arm: str) -> Values:
         """The cell's result, now if it was not measured before."""
-        learning = self._learning
+        learning = self.learning
         if arm in RATE_OF:
             self._first._choose(RATE_OF[arm])
         ways: dict[str, Callable[[], Values]] = {
             "zero-shot": lambda: learning.answered({}),
             "pooled": lambda: learning.answered(learning.learned(SILOS, self.rate(arm))),
             "alone": lambda: self._alone(self.rate(arm)),
-            "federated": lambda: learning.answered(learning.federated({}, self.rate(arm))),
+            "federated": lambda: learning.answered(learning.federated({}, self.rate(arm)).tensors),
             "noised": lambda: self._noised(self.rate(arm)),
         }
         return self.cell(arm).measured(ways[arm])
@@ -179,28 +193,29 @@ class Arms:
         self._costs(arm).measured(partial(self._tried, arm))
 
     def _costs(self, arm: str) -> Cell:
-        about = {**self._about(), "rates": RATES, "validation": digest(self._learning.sample.validation)}
-        return Cell(f"quality/{self._learning.task}/rate-{arm}", about)
+        about = {**self._about(), "rates": RATES, "validation": digest(self.learning.sample.validation)}
+        return Cell(f"quality/{self.learning.task}/rate-{arm}", about)
 
     def _tried(self, arm: str) -> Values:
         """Of silos alone the first one is tried."""
         silos = SILOS if arm == "pooled" else SILOS[:1]
-        return {str(rate): self._learning.costs(self._learning.learned(silos, rate)) for rate in RATES}
+        return {str(rate): self.learning.costs(self.learning.learned(silos, rate)) for rate in RATES}
 
     def _alone(self, rate: float) -> Values:
         """The mean of what each silo's model answers."""
-        each = [self._learning.answered(self._learning.learned([name], rate)) for name in SILOS]
+        each = [self.learning.answered(self.learning.learned([name], rate)) for name in SILOS]
         means = {key: statistics.fmean(one[key] for one in each) for key in each[0] if key != "rows"}
         return {"rows": [statistics.fmean(row) for row in zip(*(one["rows"] for one in each), strict=True)], **means}
 
     def _noised(self, rate: float) -> Values:
-        learning = self._learning
-        tensors = learning.federated(PUBLISHED, rate)
-        with learning.uncut.noised(PUBLISHED["boundary"]["forward"]["noise"], learning.seed):
-            return learning.answered(tensors)
+        learning = self.learning
+        together = learning.federated(PUBLISHED, rate)
+        noise, bottom = PUBLISHED["boundary"]["forward"]["noise"], learning.uncut.recipe.model.bottom
+        with learning.uncut.noised(noise, bottom, learning.seed):
+            return learning.answered(together.tensors)
 
     def _about(self) -> Values:
-        learning = self._learning
+        learning = self.learning
         return {
             "model": learning.setting.model.name,
             "task": SOURCES[learning.task].task,
@@ -213,11 +228,11 @@ class Arms:
         }
 
     def _determined(self, arm: str) -> Values:
-        about = {**self._about(), "arm": arm, "reported": digest(self._learning.sample.reported)}
+        about = {**self._about(), "arm": arm, "reported": digest(self.learning.sample.reported)}
         if arm == "zero-shot":
             return {key: about[key] for key in ("model", "task", "max_tokens", "arm", "reported")}
         if arm in FEDERATIONS:
-            recipe = self._learning.recipe(merged(FEDERATED, FEDERATIONS[arm]))
+            recipe = self.learning.recipe(merged(FEDERATED, FEDERATIONS[arm]))
             about["recipe"] = recipe_digest(recipe)
         return {**about, "rate": self.rate(arm)}
 
@@ -258,12 +273,13 @@ def report_arm(results: Results, task: str, arm: str, cells: Sequence[Values]) -
             note(results, f"{task}, {arm}: {key}", [100 * one[key] for one in cells], "%")
 
 
-def report_gap(results: Results, name: str, apart_SR: torch.Tensor) -> None:
+def report_gap(results: Results, name: str, apart_SR: torch.Tensor, *, judged: bool = True) -> None:
+    """How far apart two arms are; judged by the goal of a federation beside the pooled model, or not."""
     if not len(apart_SR):
         print(f"{name}: not measured")
         return
     low, high, error = interval(apart_SR)
-    goal = -round(max(MOST_BELOW, error), 4)
+    goal = -round(max(MOST_BELOW, error), 4) if judged else None
     results.add(name, float(apart_SR.mean()), f"points, {len(apart_SR)} seeds", at_least=goal)
     results.add(f"{name}, lower end of the 95 % interval", low, "points")
     results.add(f"{name}, upper end of the 95 % interval", high, "points")

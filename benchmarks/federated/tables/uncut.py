@@ -5,7 +5,7 @@ It computes what the split model computes, so that it also answers with what a f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,22 +119,47 @@ class UncutModel:
         return named_task(self.recipe.task.name) if self.recipe.task.name else None
 
     @contextmanager
-    def noised(self, scale: float, seed: int) -> Iterator[None]:
+    def noised(self, scale: float, bottom: int, seed: int) -> Iterator[None]:
         """Within the ``with`` block hidden states have the noise that they cross to the trunk with.
 
         Args:
             scale: standard deviation.
+            bottom: blocks before the noise.
         """
-        backbone = self._model.get_submodule(family_of(self._model.config).backbone)
-        block = getattr(backbone, family_of(self._model.config).blocks)[self.recipe.model.bottom - 1]
         draw = torch.Generator(self._model.device).manual_seed(seed)
 
-        def add(module: Any, given: Any, output: Any) -> Any:
-            states = output[0] if isinstance(output, tuple) else output
-            states = states + scale * torch.randn(states.shape, generator=draw, device=states.device)
-            return (states, *output[1:]) if isinstance(output, tuple) else states
+        def add(states: torch.Tensor) -> torch.Tensor:
+            return states + scale * torch.randn(states.shape, generator=draw, device=states.device)
 
-        handle = block.register_forward_hook(add)
+        with self._crossing(bottom, add):
+            yield
+
+    @torch.no_grad()
+    def magnitude(self, questions: Sequence[Question], bottom: int) -> float:
+        """Mean magnitude of a coordinate of the hidden states behind so many blocks, of these prompts."""
+        met: list[torch.Tensor] = []
+
+        def note(states: torch.Tensor) -> torch.Tensor:
+            met.append(states.abs().flatten())
+            return states
+
+        with self._crossing(bottom, note):
+            for one in questions:
+                self._model(torch.tensor([one.tokens.prompt], device=self._model.device))
+        return float(torch.cat(met).mean())
+
+    @contextmanager
+    def _crossing(self, bottom: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Within the ``with`` block hidden states behind so many blocks are changed."""
+        backbone = self._model.get_submodule(family_of(self._model.config).backbone)
+        block = getattr(backbone, family_of(self._model.config).blocks)[bottom - 1]
+
+        def hook(module: Any, given: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (change(output[0]), *output[1:])
+            return change(output)
+
+        handle = block.register_forward_hook(hook)
         try:
             yield
         finally:

@@ -15,7 +15,7 @@ from benchmarks.common.results import Results
 from benchmarks.common.rows import Rows, Values
 from benchmarks.federated.corpora import Corpus, Files, written
 from benchmarks.federated.simulation import merged
-from benchmarks.federated.tables import optimizers, parallel, quality, sets
+from benchmarks.federated.tables import cuts, optimizers, parallel, quality, sets
 from benchmarks.federated.tables.cells import Cell
 from benchmarks.federated.tables.sets import SILOS, Source, skewed, whole
 from tests.conftest import save_tiny_model, write_rows
@@ -174,11 +174,38 @@ def test_a_federation_that_sends_gradients_learns_what_the_pooled_model_does(
     setting = quality.Setting(save_tiny_model("llama", tmp_path / "model"), "cpu", (0,))
     learning = quality.Learning(setting, "made-up", 0, tmp_path / "rows")
     pooled = learning.learned(SILOS, 1e-3)
-    exact = learning.federated({"federation": {"updates": "gradients", "secure": {"masks": False}}}, 1e-3)
+    exact = learning.federated({"federation": {"updates": "gradients", "secure": {"masks": False}}}, 1e-3).tensors
     assert pooled.keys() == exact.keys()
     for name, tensor in pooled.items():
         torch.testing.assert_close(exact[name], tensor, rtol=1e-4, atol=1e-6)
         assert not torch.equal(tensor, learning.uncut.untrained[name])
+
+
+def test_cuts_and_noises_from_rows_to_the_table(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every cut learns what the pooled model does, but for blocks that rest; noise changes what is learned."""
+    monkeypatch.setitem(sets.SOURCES, cuts.TASK, source)
+    monkeypatch.setattr(quality, "STEPS", 2)
+    monkeypatch.setattr(quality, "FEDERATED", merged(quality.FEDERATED, {"train": {"rounds": 2}}))
+    monkeypatch.setattr(cuts, "CUTS", ((1, 1), (2, 1)))
+    monkeypatch.setattr(cuts, "MIXED", ((1, 1), (2, 1), (1, 2)))
+    monkeypatch.setattr(cuts, "BOTTOMS", (1, 2))
+    model = save_tiny_model("llama", tmp_path / "model", blocks=5)
+    setting = quality.Setting(model, "cpu", (0,))
+    table = Results("nowhere", "a test")
+    cuts.report(table, setting)
+    assert "cuts: not measured" in capsys.readouterr().out
+
+    cuts.run(setting)
+    cuts.report(table, setting)
+    said = {row.measure: row.value for row in table.rows}
+    assert said["cut (1, 1), no noise: loss, step 1"] == said["cut (2, 1), no noise: loss, step 1"]
+    assert said["cut (1, 1), no noise, above pooled"] == 0
+    assert "cut (1, 1) (2, 1) (1, 2), published noise: accuracy" in said
+    assert "bottom 2, noise 0.5 × mean magnitude: loss, steps 1 to 2" in said
+    assert said["bottom 1, noise 5 × mean magnitude: loss, step 1"] != said["bottom 1, noise 0: loss, step 1"]
+    assert all(row.goal is None for row in table.rows)
 
 
 def test_another_recipe_is_another_measurement(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
