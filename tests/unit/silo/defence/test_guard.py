@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,14 @@ def rows_of(seed: int, count: int) -> list[Tokens]:
     return [Tokens([*text, END], [YES if text[1] % 2 else NO]) for text in texts]
 
 
-def train(silo: Silo, steps: int, start: int = 0) -> None:
+def train(silo: Silo, steps: int, start: int = 0) -> list[float]:
+    """Returns what the answer cost in each step of a guarded silo, in nats."""
     optimizer = torch.optim.AdamW([p for p in silo.model.parameters() if p.requires_grad], lr=3e-3)
+    costs = []
     for rows in itertools.islice(batches(rows_of(0, 256), 32, "train"), start, start + steps):
         train_step(silo.model, optimizer, collate(rows, 0))
+        costs += [silo.guard.last_terms.answer] if silo.guard else []
+    return costs
 
 
 @torch.no_grad()
@@ -111,11 +116,10 @@ def test_a_reader_reads_all_that_there_is() -> None:
 
 def test_a_guarded_bottom_tells_the_answer_and_less_of_the_text(silo: Callable[..., Silo]) -> None:
     open_silo, guarded = silo(answer=1.0), silo(answer=1.0, inverter=3.0)
-    for one in (open_silo, guarded):
-        train(one, 150)
+    train(open_silo, 150)
+    costs = train(guarded, 150)
     assert read(guarded) < 0.6 * read(open_silo)
-    assert guarded.guard is not None
-    assert guarded.guard.last_terms.answer < 0.5 * math.log(2)
+    assert statistics.fmean(costs[-25:]) < 0.5 * math.log(2)  # noise is drawn anew in each step
 
 
 @pytest.mark.parametrize("term", ["capacity", "correlation"])
