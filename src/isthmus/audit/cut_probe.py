@@ -35,6 +35,7 @@ from isthmus.silo.join import Silo, connect_silo, greeting, load_data
 from isthmus.silo.local_steps import LocalSteps
 from isthmus.silo.pipeline import pipelined_step
 from isthmus.silo.trainer import Step, train_step
+from isthmus.silo.update import update_sizes
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel, Service
 
@@ -201,6 +202,7 @@ def _silo_figures(
         down=down // STEPS,
         silo_token=token,
         token_bytes=size,
+        update_bytes=sum(update_sizes(recipe, parameters)),
     )
 
 

@@ -11,7 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from isthmus.audit.extra import require_extra
-from isthmus.engines.cuts import CutChoice, CutFigures, CutLimits, Link, candidate_cuts, choose_cut, measured_link
+from isthmus.engines.cuts import (
+    CutChoice,
+    CutFigures,
+    CutLimits,
+    Link,
+    averaging,
+    candidate_cuts,
+    choose_cut,
+    measured_link,
+)
 from isthmus.engines.fresh import in_fresh_process
 from isthmus.engines.memory import free_memory
 from isthmus.errors import AttackError, CutError, RecipeError
@@ -82,7 +91,9 @@ def measure_cuts(recipe: Recipe, plan: CutPlan, notify: Callable[[str], None]) -
     for bottom, top in cuts:
         notify(f"measuring the cut ({bottom}, {top})")
         figures.append(_measured(_whole_cut(recipe, bottom, top), name, plan))
-    return choose_cut(name, figures, link, limits)
+    choice = choose_cut(name, figures, link, limits)
+    steps = recipe.party(name).steps or recipe.train.steps
+    return replace(choice, averaging=averaging(choice.chosen, link, steps))
 
 
 def cut_for_run(recipe: Recipe, notify: Callable[[str], None]) -> CutChoice:
@@ -97,7 +108,7 @@ def cut_for_run(recipe: Recipe, notify: Callable[[str], None]) -> CutChoice:
     share = free_memory() // (len(recipe.silo) + 1)
     rows = None if recipe.model.leakage is not None else 0
     choice = measure_cuts(recipe, CutPlan(memory=share, rtt=0.0, rows=rows), notify)
-    return replace(choice, link=Link(0.0, None, "none: all parties run on this machine"))
+    return replace(choice, link=Link(0.0, None, "none: all parties run on this machine"), averaging=None)
 
 
 def write_cut(path: Path, bottom: int, top: int, silo: str | None = None) -> None:

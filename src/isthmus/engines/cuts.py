@@ -17,6 +17,10 @@ EQUALLY_FAST = 1.25
 tenth or two, and a choice must not hang on that."""
 ROUND_TRIPS = 3
 """Times that a silo waits for the trunk in a training step: forward, backward, commit."""
+UPDATE_TRIPS = 2
+"""Times that a silo waits for the root in a round: plan, update."""
+AVERAGING_SHARE = 0.1
+"""Share of the steps' time that averaging may add before it is better done after more steps."""
 CONNECTIONS = 5
 """Connections of which the fastest is the round trip."""
 CONNECT_SECONDS = 2.0
@@ -46,6 +50,8 @@ class CutFigures:
     """Seconds of a decoded token in the trunk."""
     token_bytes: int = 0
     """Bytes of a decoded token, both ways."""
+    update_bytes: int = 0
+    """Bytes of an update to the root and of the mean that comes back."""
     leakage: float | None = None
     """Share of the text's tokens that the best attack recovers, 0 to 1."""
     leakage_interval: tuple[float, float] | None = None
@@ -84,6 +90,18 @@ class CutLimits:
 
 
 @dataclass(frozen=True)
+class Averaging:
+    """What averaging behind the chosen cut costs on a link to the root like that to the trunk."""
+
+    seconds: float
+    """Of an update and the mean that comes back."""
+    share: float
+    """Of the time of the steps between two averages, with the steps that were asked about."""
+    interval: int
+    """Fewest steps a round with which it is at most ``AVERAGING_SHARE``."""
+
+
+@dataclass(frozen=True)
 class CutChoice:
     """The table of cuts and the one chosen from it."""
 
@@ -94,6 +112,13 @@ class CutChoice:
     bottom: int
     top: int
     why: str
+    averaging: Averaging | None = None
+    """What averaging costs behind the chosen cut; None: not asked."""
+
+    @property
+    def chosen(self) -> CutFigures:
+        """The figures of the chosen cut."""
+        return next(one for one in self.figures if (one.bottom, one.top) == (self.bottom, self.top))
 
 
 def candidate_cuts(named: Sequence[str], blocks: int) -> list[tuple[int, int]]:
@@ -161,6 +186,13 @@ def token_seconds(figures: CutFigures, link: Link) -> float:
     """Seconds of a decoded token; without the trunk's part if that was not measured."""
     own = math.inf if figures.silo_token is None else figures.silo_token
     return own + (figures.trunk_token or 0.0) + link.seconds(1, figures.token_bytes)
+
+
+def averaging(figures: CutFigures, link: Link, steps: int) -> Averaging:
+    """What averaging after so many steps costs beside the steps, and how seldom it should be done on a slow link."""
+    seconds, step = link.seconds(UPDATE_TRIPS, figures.update_bytes), step_seconds(figures, link)
+    interval = max(1, math.ceil(seconds / (AVERAGING_SHARE * step)))
+    return Averaging(seconds, seconds / (steps * step), interval)
 
 
 def choose_cut(silo: str, figures: Sequence[CutFigures], link: Link, limits: CutLimits) -> CutChoice:

@@ -8,7 +8,15 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from isthmus.engines.cuts import ROUND_TRIPS, CutChoice, CutFigures, step_seconds, token_seconds
+from isthmus.engines.cuts import (
+    AVERAGING_SHARE,
+    ROUND_TRIPS,
+    Averaging,
+    CutChoice,
+    CutFigures,
+    step_seconds,
+    token_seconds,
+)
 from isthmus.report.formatting import NARROW
 
 ABSENT_FIGURE = "–"
@@ -78,4 +86,17 @@ def _notes(choice: CutChoice) -> list[str]:
         ]
     if any(one.trunk_step is None and one.silo_step is not None for one in choice.figures):
         notes.append("the trunk's part was not measured here: the times of a step and a token leave it out")
+    if choice.averaging is not None and link.rtt is not None:
+        notes += _averaging_notes(choice, choice.averaging)
+    return notes
+
+
+def _averaging_notes(choice: CutChoice, averaging: Averaging) -> list[str]:
+    size = f"{choice.chosen.update_bytes / 1e6:.3g} MB of update and mean"
+    if choice.link.bandwidth is None:
+        size = f"{size} (their time needs --bandwidth)"
+    notes = [f"averaging: {size}, {averaging.share:.0%} of the steps' time"]
+    if averaging.share > AVERAGING_SHARE:
+        seldom = f"with train.steps = {averaging.interval} it is {AVERAGING_SHARE:.0%} at most"
+        notes.append(f"{seldom}; averaging more often learns better")
     return notes

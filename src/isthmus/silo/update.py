@@ -99,6 +99,25 @@ class Updates(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def update_sizes(recipe: Recipe, tensors: Tensors) -> tuple[int, int]:
+    """Bytes of a silo's update to its aggregator, and of the mean that comes back.
+
+    Args:
+        tensors: those that train in the silo. Where a round trains some of them, it sends fewer.
+    """
+    compression, layout = Compression.of(recipe), Layout.of(tensors)
+    whole = pb.Update(tensors=codec.encode_named(tensors)).ByteSize()
+    if recipe.federation.secure.masks:
+        sums = compression.sum_format(layout, 1, len(recipe.silo))
+        words_W = sums.ring.pack(sums.encode(torch.zeros(layout.size), 1.0))
+        return len(sums.ring.written(words_W)), whole
+    compressor = compression.compressor(layout.size, 1)
+    if compressor is None:
+        return whole, whole
+    # what top-k takes depends on the numbers: random ones leave the least to entropy coding
+    return len(compressor.encode(torch.randn(layout.size, generator=torch.Generator().manual_seed(0)))), whole
+
+
 class OpenUpdates:
     """Updates that the aggregator sees one by one, each with its weight."""
 

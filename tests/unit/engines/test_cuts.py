@@ -14,6 +14,7 @@ from isthmus.engines.cuts import (
     CutFigures,
     CutLimits,
     Link,
+    averaging,
     candidate_cuts,
     choose_cut,
     measured_link,
@@ -27,7 +28,9 @@ ANY = CutLimits(10**9, None)
 
 
 def figures(bottom: int, top: int, memory: int = 100, step: float = 1.0, leakage: float | None = 0.9) -> CutFigures:
-    return CutFigures(bottom, top, memory, step, 0.5, 1000, 2000, 0.01, 0.02, 300, leakage, (0.8, 1.0), "linear", 4, 8)
+    return CutFigures(
+        bottom, top, memory, step, 0.5, 1000, 2000, 0.01, 0.02, 300, 500, leakage, (0.8, 1.0), "linear", 4, 8
+    )
 
 
 def chosen(*measured: CutFigures, limits: CutLimits = ANY, link: Link = NEAR) -> tuple[int, int]:
@@ -138,3 +141,17 @@ def test_a_trunk_that_cannot_be_reached_is_said_and_leaves_the_link_out() -> Non
     assert link.seconds(3, 10**9) == 0.0
     assert measured_link(address, rtt=0.25) == Link(0.25, None, "as given")
     assert measured_link("no-such-host.invalid:1").rtt is None
+
+
+def test_averaging_is_advised_more_seldom_on_a_slow_link() -> None:
+    one = replace(figures(1, 1), silo_step=0.25, trunk_step=0.25, up=0, down=0, update_bytes=1_000_000)
+    near, slow = averaging(one, NEAR, 1), averaging(one, Link(0.0, 1e6, "slow"), 2)
+    assert (near.seconds, near.share, near.interval) == (0.0, 0.0, 1)
+    assert (slow.seconds, slow.share, slow.interval) == (1.0, 1.0, 20)
+    again = averaging(one, Link(0.0, 1e6, "slow"), slow.interval)
+    assert again.share <= 0.1 < averaging(one, Link(0.0, 1e6, "slow"), slow.interval - 1).share
+
+
+def test_the_way_to_the_root_counts_its_round_trips() -> None:
+    one = replace(figures(1, 1), silo_step=1.0, trunk_step=0.0, up=0, down=0, update_bytes=0)
+    assert averaging(one, Link(0.1, None, "far"), 1).seconds == pytest.approx(0.2)

@@ -9,14 +9,29 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from isthmus.engines.cuts import CutChoice, CutFigures, CutLimits, Link, choose_cut
+from isthmus.engines.cuts import CutChoice, CutFigures, CutLimits, Link, averaging, choose_cut
 from isthmus.report.cut_table import cut_json, show_cuts
 
 LARGE = CutFigures(
-    10, 10, 123_456_000_000, 123.4, 234.5, 999_900_000, 999_900_000, 12.0, 23.0, 4000, 0.99, (0.9, 1.0), "linear", 24, 9
+    10,
+    10,
+    123_456_000_000,
+    123.4,
+    234.5,
+    999_900_000,
+    999_900_000,
+    12.0,
+    23.0,
+    4000,
+    999_900_000,
+    0.99,
+    (0.9, 1.0),
+    "linear",
+    24,
+    9,
 )
 SMALL = CutFigures(
-    1, 1, 500_000_000, 0.25, 0.5, 1_300_000, 1_200_000, 0.01, 0.03, 4000, 0.5, (0.4, 0.6), "linear", 24, 9
+    1, 1, 500_000_000, 0.25, 0.5, 1_300_000, 1_200_000, 0.01, 0.03, 4000, 800_000, 0.5, (0.4, 0.6), "linear", 24, 9
 )
 
 
@@ -64,3 +79,15 @@ def test_json_has_every_figure_with_its_sums() -> None:
     assert first["leakage_interval"] == [0.4, 0.6]
     assert first["step"] == pytest.approx(0.25 + 0.5 + 0.03 + 0.25)
     assert (killed["memory"], killed["step"], killed["token"]) == (None, None, None)
+
+
+def test_how_often_to_average_is_said_where_the_link_is_slow() -> None:
+    one = choice(SMALL)
+    assert "averaging" not in "\n".join(shown(one))
+    slow = replace(one, averaging=averaging(SMALL, replace(one.link, bandwidth=1e6), 1))
+    text = " ".join(shown(slow))
+    assert "0.8 MB of update and mean" in text
+    assert f"with train.steps = {slow.averaging.interval if slow.averaging else 0} it is 10% at most" in text
+    often = replace(one, averaging=averaging(SMALL, replace(one.link, bandwidth=1e9), 1))
+    assert "train.steps" not in " ".join(shown(often))
+    assert json.loads(cut_json(slow))["averaging"]["interval"] > 1

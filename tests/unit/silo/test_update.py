@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from isthmus.errors import IdentityError, PeerGoneError, ProtocolError, RoundLostError
 from isthmus.recipe import Recipe
 from isthmus.silo.boundary import Boundary
-from isthmus.silo.update import AggregatorClient, MaskedUpdates, NoisedUpdates, OpenUpdates, updates_of
+from isthmus.silo.update import AggregatorClient, MaskedUpdates, NoisedUpdates, OpenUpdates, update_sizes, updates_of
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
 from isthmus.wire import codec
@@ -66,6 +66,29 @@ def test_an_open_update_is_the_change_with_its_weight(tmp_path: Path) -> None:
     torch.testing.assert_close(codec.decode_named(update.tensors, LAYOUT.shapes)["x"], CHANGE["x"])
     updates.send(update)
     assert aggregator.seen == [update]
+
+
+@pytest.mark.parametrize(
+    "compression", [{}, {"bits": 8}, {"kind": "random-k", "keep": 0.1, "bits": 4}, {"kind": "top-k", "keep": 0.1}]
+)
+def test_the_size_that_is_told_beforehand_is_that_of_what_leaves(tmp_path: Path, compression: dict[str, Any]) -> None:
+    recipe = recipe_of(tmp_path, compression=compression)
+    change = {"x": torch.randn(2000, generator=torch.Generator().manual_seed(0)), "y": torch.ones(30, 20)}
+    layout, plan = Layout.of(change), pb.Plan(round=1)
+    updates = OpenUpdates(Boundary(recipe.boundary), LoopbackChannel(Aggregator(), "a"), Compression.of(recipe))
+    updates.begin(plan, layout)
+    update = updates.pack(plan, change, 1.0, 1.0)
+    payload = len(update.compressed) or pb.Update(tensors=update.tensors).ByteSize()
+    up, down = update_sizes(recipe, change)
+    assert down > 4 * layout.size
+    assert payload == pytest.approx(up, rel=0.05 if compression else 0.0)  # entropy coding follows the numbers
+
+
+def test_the_size_of_a_masked_update_is_two_bytes_a_number(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, secure=True)
+    up, down = update_sizes(recipe, {"x": torch.zeros(10_000)})
+    assert 2 * 10_000 <= up < 2.5 * 10_000
+    assert 4 * 10_000 < down < 4.1 * 10_000
 
 
 def test_of_no_weight_nothing_of_the_change_leaves(tmp_path: Path) -> None:
