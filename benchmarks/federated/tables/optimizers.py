@@ -43,7 +43,7 @@ class Optimizer:
     unequal: bool = False
 
 
-ADAM, SGD = (5e-3, 1e-2, 2e-2), (0.1, 0.3, 1.0)
+ADAM, SGD = (5e-3, 1e-2, 2e-2), (0.03, 0.1, 0.3)
 PLAIN: Values = {"federation": {"lora": "plain"}}
 LOCAL_SGD: Values = {"train": {"optimizer": "sgd"}, "federation": {"lora": "plain", "weights": "equal"}}
 OPTIMIZERS = {
