@@ -334,6 +334,35 @@ def test_mixed_cuts_go_on_where_they_were_stopped(lora: str, models: Models, tmp
         assert_same(own, expected, 0.0)
 
 
+def test_ranks_of_silos_own_beside_cuts_of_their_own(models: Models, tmp_path: Path) -> None:
+    """Each silo trains its own rank behind its own cut, the root keeps ``lora.rank``; stopped rounds go on exactly."""
+    recipe = mixed(models("llama", blocks=BLOCKS), tmp_path, lora="svd", optimizer="adamw")
+    ranks = {"north": 2, "east": 4, "south": None, "west": 1}
+    silos = tuple(one.model_copy(update={"rank": ranks[one.name]}) for one in recipe.silo)
+    alone = recipe.trunk.model_copy(update={"together": 1})  # what shares a pass changes last bits
+    recipe = recipe.model_copy(update={"silo": silos, "trunk": alone})
+
+    def rounds(count: int) -> Recipe:
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update={"rounds": count, "steps": 2})})
+
+    undisturbed = RunDirectory.create(tmp_path / "undisturbed", recipe)
+    trunk, ends = federate(rounds(3), undisturbed)
+    run = RunDirectory.create(tmp_path / "stopped", recipe)
+    again = [federate(rounds(count), run) for count in (1, 2, 3)][-1]
+    for own, other in zip([trunk, *ends], [again[0], *again[1]], strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=0)
+
+    for silo, own in zip(recipe.silo, ends, strict=True):
+        assert {one.shape[0] for name, one in own.items() if "lora_A" in name} == {silo.rank or recipe.lora.rank}
+    start = dict(undisturbed.role("trunk").load_round(0)["adapter"])
+    start |= adapters.initial_tensors(Checkpoint(recipe.model.path).config, recipe)
+    learned = final_adapter(undisturbed)[1]
+    assert learned.keys() == start.keys()
+    for name, one in learned.items():
+        assert one.shape == start[name].shape
+        assert torch.equal(one, start[name]) == is_disputed(name), name
+
+
 @pytest.fixture
 def served(models: Models, tmp_path: Path) -> Iterator[tuple[Recipe, TrunkService]]:
     recipe = mixed(models("llama", blocks=BLOCKS), tmp_path)
