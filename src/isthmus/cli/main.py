@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
+from isthmus.cli.init import init
 from isthmus.cli.terminal import as_utf8, check_arguments, encoding_error, flush_output, prepare_log, prepare_output
 from isthmus.engines.lifetime import Stopped, end_with_engine, stoppable
 from isthmus.engines.threads import share_cores
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
     from isthmus.recipe import Recipe
 
 app = typer.Typer(
-    help="Fine-tune one language model across silos that cannot share their text.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 RecipePath = Annotated[Path, typer.Argument(help="The federation's recipe (TOML).")]
@@ -40,6 +39,26 @@ Round = Annotated[
     typer.Option(help='best, last, or the number of a kept round; best by default with train.evaluate = "best".'),
 ]
 TrunkAddress = Annotated[Optional[str], typer.Option(help="host:port of a trunk that serves the run.")]  # noqa: UP045
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import isthmus
+
+        typer.echo(f"isthmus {isthmus.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune one language model across silos that cannot share their text."""
+
+
+app.command()(init)
 
 
 class Baseline(StrEnum):

@@ -15,6 +15,19 @@ from isthmus.recipe import Recipe
 from tests.integration.processes import call
 
 COMMANDS = {
+    "init": [
+        *(
+            "RECIPE?",
+            "--model=",
+            "--silo=",
+            "--held-out=",
+            "--task=",
+            "--prompt=",
+            "--answer=",
+            "--cut=auto",
+        ),
+        *("--masks/--no-masks=", "--example=", "--force=False"),
+    ],
     "run": ["RECIPE?", "--run-dir=runs/latest", "--resume=", "--baseline="],
     "trunk": ["RECIPE", "--run-dir=runs/trunk", "--address=", "--with-root/--no-with-root=False", "--round="],
     "root": ["RECIPE", "--run-dir=runs/root", "--address="],
