@@ -39,8 +39,6 @@ class Starter:
         """The file, TOML."""
         lines = ["# Paths are relative to this file. Every other key has a default: isthmus init --example federation"]
         lines += [f"task.{key} = {_value(value)}" for key, value in self.task.items()]
-        if not any(silo.held_out for silo in self.silos):
-            lines.append("train.evaluate = false          # no silo has held-out rows")
         if self.masks:
             lines.append("federation.secure.masks = true  # the root learns the sum of the silos' updates alone")
         lines += ["", "[model]", f"path = {_value(self.model)}"]

@@ -37,7 +37,7 @@ def test_the_minimal_recipe_says_little_more_than_it_must() -> None:
     assert sum(1 for line in text.splitlines() if " = " in line.partition("#")[0]) <= 10
     recipe = Recipe.read(RECIPES / "minimal.toml")
     assert [silo.name for silo in recipe.silo] == ["north", "south"]
-    assert recipe.train.evaluate
+    assert recipe.train.evaluates_after(recipe.train.rounds)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_what_needs_rounds_is_refused(case: Case) -> None:
 def test_without_rounds_no_rows_are_needed_and_none_are_measured() -> None:
     values = changed(least(), {"train": {"rounds": 0}, **{f"silo.{number}.train": OUT for number in range(3)}})
     recipe = Recipe.of(values)
-    assert recipe.train.evaluate == 10
+    assert recipe.train.evaluate is None
     assert not recipe.train.evaluates_after(0)
     assert not recipe.train.keeps(0)
     assert recipe.most_weight(["a"]) > 0

@@ -38,10 +38,9 @@ def test_the_file_says_what_it_was_told(tmp_path: Path) -> None:
     assert read(tmp_path, Starter("org/name", SILOS, TASK).text()).model.cut == "auto"
 
 
-def test_without_held_out_rows_nothing_is_evaluated(tmp_path: Path) -> None:
+def test_silos_need_no_held_out_rows(tmp_path: Path) -> None:
     silos = tuple(StartingSilo(name, f"{name}.csv") for name in ("a", "b", "c", "d"))
     recipe = read(tmp_path, Starter("org/name", silos, {}, masks=True).text())
-    assert recipe.train.evaluate is False
     assert recipe.federation.secure.masks
 
 

@@ -16,6 +16,10 @@ MOST_ROWS = 100_000
 """Most rows of a silo with ``train.epochs`` where the recipe says nothing."""
 
 
+EVERY = 10
+"""Rounds between evaluations where a recipe does not say when."""
+
+
 class TrainSection(Section):
     """Training: rounds, and the steps that each silo takes in a round."""
 
@@ -80,12 +84,12 @@ class TrainSection(Section):
     """What a silo does with its training rows whose prompts are held out too, whatever their case and white space; they
     make its scores too good. "warn": it says so, and trains on them. "drop": it does not train on them. "refuse": the
     run does not start."""
-    evaluate: bool | Literal["end", "best"] | Count = 10
+    evaluate: bool | Literal["end", "best"] | Count | None = Field(default=None, examples=[10])
     """When to evaluate on held-out rows: accuracy with task.choices, otherwise loss. A number: before the first round,
     after every so many, and after the last; "end": before the first and after the last; "best": ten times in the run
     and before the first; all parties keep these rounds, and the best of them is the one that is used afterwards; true:
-    after each; false: never. Needs silo.held_out of one silo or more. Held-out rows cross as training rows do, and are
-    charged."""
+    after each; false: never. Held-out rows cross as training rows do, and are charged. Left out: 10, if a silo has
+    held-out rows."""
     evaluate_rows: Count | None = Field(default=None, examples=[200])
     """Most held-out rows of a silo that an evaluation reads, drawn once by the seed. Left out: all."""
 
@@ -121,7 +125,8 @@ class TrainSection(Section):
             return False
         if isinstance(self.evaluate, bool):
             return self.evaluate
-        every = max(1, self.rounds // 10) if self.evaluate == "best" else self.evaluate
+        often = EVERY if self.evaluate is None else self.evaluate
+        every = max(1, self.rounds // 10) if often == "best" else often
         return round in (0, self.rounds) or (every != "end" and round % every == 0)
 
     def keeps(self, round: int) -> bool:
