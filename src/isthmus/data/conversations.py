@@ -19,7 +19,16 @@ from transformers import PreTrainedTokenizerBase
 from isthmus.data.encoding import CharSpan
 from isthmus.data.known_task import asked_questions, task_examples
 from isthmus.data.sources import SourceRow
-from isthmus.data.templates import Example, FieldSpan, Turn, chat_example, check_message, fill_prompt, fill_templates
+from isthmus.data.templates import (
+    Example,
+    FieldSpan,
+    Turn,
+    chat_example,
+    check_message,
+    fill_prompt,
+    fill_templates,
+    no_choice,
+)
 from isthmus.errors import DataError, ModelError
 from isthmus.recipe import TaskSection
 
@@ -205,7 +214,7 @@ def _check_choice(place: str, answers: Sequence[str], choices: Sequence[str]) ->
             remedy="make a row of each, or name a last field in task.messages that holds one answer",
         )
     if answers[0] not in choices:
-        raise DataError(f"{place}: the answer {answers[0]!r} is no choice", remedy="list it in task.choices")
+        raise no_choice(answers[0], choices, place)
 
 
 def _until(number: int, turns: Sequence[Turn], classes: Sequence[str]) -> Example:

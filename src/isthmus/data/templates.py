@@ -79,10 +79,33 @@ def fill_templates(row: SourceRow, task: TaskSection, classes: Mapping[str, str]
         return Example("", text, spans, whole=True)
     asked, (answer, more) = fill_prompt(row, task, classes), _filled(task.answer, row, task, classes)
     if task.choices and answer not in task.choices:
-        raise DataError(f"{row.place}: the answer {answer!r} is no choice", remedy="list it in task.choices")
+        raise no_choice(answer, task.choices, row.place)
     start = len(asked.prompt) + len(asked.answer)
     moved = [(one + start, two + start, name) for one, two, name in more]
     return replace(asked, answer=asked.answer + answer, spans=(*asked.spans, *moved))
+
+
+def no_choice(answer: str, choices: Sequence[str], place: str = "") -> DataError:
+    """The error of an answer that is none of the choices.
+
+    Args:
+        place: of its row.
+    """
+    where = f"{place}: " if place else ""
+    return DataError(f"{where}the answer {answer!r} is no choice", remedy=_choice_remedy(answer, choices))
+
+
+def _choice_remedy(answer: str, choices: Sequence[str]) -> str:
+    """What such an answer most likely lacks: spaces, or the same letters as a choice."""
+    plain = answer.strip().casefold()
+    near = next((one for one in choices if one.strip().casefold() == plain), None)
+    if near is None:
+        return "list it in task.choices"
+    if near.strip() != answer.strip():
+        return f"write it as the choice {near!r}: capital letters count"
+    if near.lstrip() != near and answer.lstrip() == answer:
+        return f"the choice {near!r} begins with a space: begin task.answer with one, or leave it out of task.choices"
+    return f"write it as the choice {near!r}: spaces count"
 
 
 def fill_prompt(row: SourceRow, task: TaskSection, classes: Mapping[str, str]) -> Example:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from isthmus.data.conversations import ChatTemplate
 from isthmus.data.encoding import CharSpan, Encoded, TextEncoder
-from isthmus.data.templates import Example, FieldSpan
+from isthmus.data.templates import Example, FieldSpan, no_choice
 from isthmus.errors import DataError
 from isthmus.model.crossing import IGNORED
 from isthmus.privacy.sensitivity import Sensitivity
@@ -336,7 +336,7 @@ class _RowReader:
         answers are equally long whatever the prompt."""
         if choices := self._of(example):
             if example.answer not in choices:
-                raise DataError(f"the answer {example.answer!r} is no choice", remedy="list it in task.choices")
+                raise no_choice(example.answer, choices)
             return self._encoder.prompt(text.prompt, text.markup), choices[example.answer]
         prompt, answer = self._encoder.pair(text.prompt, text.answer, text.markup)
         if example.whole and not prompt.ids:

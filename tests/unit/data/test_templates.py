@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.data.sources import SourceRow, read_rows
-from isthmus.data.templates import Example, Turn, _Filler, _spans, check_message, fill_templates
+from isthmus.data.templates import Example, Turn, _Filler, _spans, check_message, fill_templates, no_choice
 from isthmus.errors import DataError
 from isthmus.recipe import TaskSection
 
@@ -230,3 +230,19 @@ def test_a_message_is_a_text(value: object) -> None:
     with pytest.raises(DataError, match="f:1 has no text in 'content'"):
         check_message("f:1", "content", value)
     assert check_message("f:1", "content", "a") == "a"
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "remedy"),
+    [
+        ("yes", [" yes", " no"], "' yes' begins with a space: begin task.answer with one"),
+        (" Yes", [" yes", " no"], "' yes': capital letters count"),
+        ("no ", ["yes", "no"], "'no': spaces count"),
+        (" no", ["yes", "no"], "'no': spaces count"),
+        ("never", ["yes", "no"], "list it in task.choices"),
+    ],
+)
+def test_an_answer_that_nearly_is_a_choice_names_it(answer: str, choices: list[str], remedy: str) -> None:
+    error = no_choice(answer, choices, "rows.csv:2")
+    assert error.message == f"rows.csv:2: the answer {answer!r} is no choice"
+    assert remedy in error.remedy
