@@ -336,7 +336,7 @@ class _RowReader:
         answers are equally long whatever the prompt."""
         if choices := self._of(example):
             if example.answer not in choices:
-                raise no_choice(example.answer, choices)
+                raise no_choice(example.answer, list(choices))
             return self._encoder.prompt(text.prompt, text.markup), choices[example.answer]
         prompt, answer = self._encoder.pair(text.prompt, text.answer, text.markup)
         if example.whole and not prompt.ids:

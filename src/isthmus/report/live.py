@@ -6,20 +6,24 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from isthmus.engines.local import run_federation
+from isthmus.errors import BudgetExhausted
 from isthmus.recipe import Recipe
-from isthmus.report.formatting import epsilon_text, megabytes, score_text
+from isthmus.report.formatting import NARROW, epsilon_text, megabytes, score_text
 from isthmus.report.progress import SiloStatus, read_progress
 from isthmus.report.spread import Spread, spread_of
 from isthmus.storage.record import RunDirectory
 
 REFRESH_SECONDS = 0.5
 """Time between two updates of the table."""
-SCORES = 6
+LINE_SECONDS = 10.0
+"""Time between two lines of progress where the output is no terminal."""
+SCORES = 4
 """Most scores of a silo in the table."""
 
 
@@ -31,18 +35,25 @@ def run_with_progress(run: RunDirectory, console: Console | None = None) -> None
 
     Raises:
         IsthmusError: a role failed. The run can be resumed.
+        BudgetExhausted: the privacy budgets allowed no silo to train on a row.
         Stopped: SIGINT or SIGTERM arrived. The run can be resumed.
     """
     recipe = run.recipe()
     console = console or Console()
     with _whole_lines(console), Live(console=console, refresh_per_second=4) as live:
-        shown = 0.0
+        shown, said = time.monotonic() if not console.is_terminal else 0.0, ""
 
         def watch() -> None:
-            nonlocal shown
-            if time.monotonic() - shown >= REFRESH_SECONDS:
+            nonlocal shown, said
+            now = time.monotonic()
+            if console.is_terminal and now - shown >= REFRESH_SECONDS:
                 live.update(_table(run, recipe))
-                shown = time.monotonic()
+                shown = now
+            if not console.is_terminal and now - shown >= LINE_SECONDS:
+                line, shown = _line(run, recipe), now
+                if line != said:
+                    notify(line)
+                    said = line
 
         def notify(message: str) -> None:
             live.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
@@ -52,6 +63,12 @@ def run_with_progress(run: RunDirectory, console: Console | None = None) -> None
     from isthmus.report.privacy_table import read_statements, show  # imports the accountant: only after the run
 
     show(read_statements(run), console)
+    if recipe.train.rounds and not any(silo.learned for silo in _statuses(run, recipe)):
+        raise BudgetExhausted(
+            "nothing was learned: the privacy budgets allowed no silo to train on a row",
+            remedy="allow more (privacy.record_epsilon, privacy.silo_epsilon), or let a row cost less: more noise, "
+            "a smaller clip, fewer positions that cross (boundary.tail)",
+        )
 
 
 @contextmanager
@@ -64,32 +81,55 @@ def _whole_lines(console: Console) -> Iterator[None]:
             console.line()
 
 
-def _table(run: RunDirectory, recipe: Recipe) -> Table:
+def _table(run: RunDirectory, recipe: Recipe) -> Group:
     train = recipe.train
     steps = (
         f"of {train.steps} step{'s' * (train.steps > 1)}"
         if train.epochs is None
         else f"with {train.epochs} passes over the rows"
     )
-    table = Table(title=f"{train.rounds} rounds {steps}")
+    table = Table(title=f"{train.rounds} rounds {steps}", **NARROW)
     table.add_column("silo")
-    for heading in ("step", "loss", "tokens/s", "up", "down", "epsilon"):
+    for heading in ("step", "loss", "tokens\n/s", "up", "down", "epsilon"):
         table.add_column(heading, justify="right")
-    own = train.epochs is not None
-    silos = [read_progress(run, silo.name, None if own else recipe.steps(silo.name)) for silo in recipe.silo]
+    silos = _statuses(run, recipe)
     shown = _shown_rounds({number for silo in silos for number in silo.scores})
-    rounds = f" after round {', '.join(map(str, shown))}" if shown else ""
     accurate = any("accuracy" in scores for silo in silos for scores in silo.scores.values()) or recipe.task.choices
-    table.add_column(f"held-out {'accuracy' if accurate else 'loss'}{rounds}")
+    table.add_column(f"held-out\n{'accuracy' if accurate else 'loss'}")
     table.add_column("gain", justify="right")
     spread = spread_of(silos)
     for progress in silos:
         table.add_row(*_row(progress, recipe, shown), "" if spread is None else _gain(spread, progress.name))
-    captions = [_spread_text(spread)] if spread is not None and len(silos) > 1 else []
+    captions = [f"held-out: after round {', '.join(map(str, shown))}"] if shown else []
+    captions += [
+        f"{one.name}: {one.skipped} rows left out of steps, their budgets are spent" for one in silos if one.skipped
+    ]
+    captions += [_spread_text(spread)] if spread is not None and len(silos) > 1 else []
     if any(silo.evaluation_seconds for silo in silos):
         captions.append(_evaluation_text(silos))
-    table.caption = "\n".join(captions) or None
-    return table
+    return Group(table, *(Text(caption, style="dim") for caption in captions))
+
+
+def _line(run: RunDirectory, recipe: Recipe) -> str:
+    """The progress in one line, for output that is read line by line."""
+    silos = _statuses(run, recipe)
+    losses = sorted(one.loss for one in silos if one.loss is not None)
+    loss = f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
+    last = min(silos, key=lambda one: one.steps)
+    sent = megabytes(sum(one.sent_bytes for one in silos))
+    return f"step {_steps(last, recipe)} ({last.name} is last){loss}, {sent} up"
+
+
+def _steps(progress: SiloStatus, recipe: Recipe) -> str:
+    """Steps that are made, and of how many."""
+    if recipe.train.epochs is not None:
+        return str(progress.steps)
+    return f"{progress.steps}/{recipe.train.rounds * recipe.steps(progress.name)}"
+
+
+def _statuses(run: RunDirectory, recipe: Recipe) -> list[SiloStatus]:
+    own = recipe.train.epochs is not None
+    return [read_progress(run, silo.name, None if own else recipe.steps(silo.name)) for silo in recipe.silo]
 
 
 def _shown_rounds(measured: set[int]) -> list[int]:
@@ -129,13 +169,11 @@ def _spread_text(spread: Spread) -> str:
 def _row(progress: SiloStatus, recipe: Recipe, shown: Sequence[int]) -> tuple[str, ...]:
     return (
         progress.name,
-        str(progress.steps)
-        if recipe.train.epochs is not None
-        else f"{progress.steps}/{recipe.train.rounds * recipe.steps(progress.name)}",
+        _steps(progress, recipe),
         "" if progress.loss is None else f"{progress.loss:.3f}",
         "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:.0f}",
         megabytes(progress.sent_bytes),
         megabytes(progress.received_bytes),
-        epsilon_text(progress.epsilon) + (f" ({progress.skipped} rows spent)" if progress.skipped else ""),
+        epsilon_text(progress.epsilon),
         "  ".join(score_text(progress.scores[number]) for number in shown if number in progress.scores),
     )

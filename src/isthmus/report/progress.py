@@ -21,9 +21,11 @@ class SiloStatus:
     tokens_per_second: float | None = None
     """Mean over the last ten steps; None before the first step."""
     sent_bytes: int = 0
-    """Bytes sent to the trunk in this run, by all processes that this silo has had."""
+    """Bytes sent in this run to the trunk and, as updates, to the aggregator, by all processes of this silo."""
     received_bytes: int = 0
-    """Bytes received from the trunk, likewise."""
+    """Bytes received from them, likewise."""
+    learned: bool = False
+    """Whether a step had a row to train on."""
     epsilon: float | None = None
     """Largest epsilon of a record so far, ∞ where no bound holds; None before the first step."""
     skipped: int = 0
@@ -63,8 +65,12 @@ def read_progress(run: RunDirectory, name: str, steps_a_round: int | None) -> Si
         progress.tokens_per_second = sum(line["tokens"] for line in recent) / max(
             1e-9, sum(line["seconds"] for line in recent)
         )
+    progress.learned = any(line["loss"] is not None for line in steps)
     progress.sent_bytes, progress.received_bytes = _total(lines, "sent_bytes"), _total(lines, "received_bytes")
     for line in lines:
+        if line["event"] == "update":
+            progress.sent_bytes += line["own_sent_bytes"]
+            progress.received_bytes += line["own_received_bytes"]
         if line["event"] == "evaluation":
             known = ("accuracy", "loss", "perplexity")
             progress.scores[line["round"]] = {key: line[key] for key in known if key in line}

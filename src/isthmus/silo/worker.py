@@ -165,6 +165,7 @@ class Worker:
         finally:  # the steps were made, even if the round went on without them
             self._directory.save_round(plan.round, self._state())
             self._state_of_round = plan.round
+        self._note_update(plan, update)
         self._aggregator.send(update)
 
     def _change(
@@ -350,6 +351,11 @@ class Worker:
                 "epsilon": _finite(epsilon),
             }
         )
+
+    def _note_update(self, plan: pb.Plan, update: pb.Update) -> None:
+        """What goes to the aggregator in this round, and what came from it."""
+        sizes = {"own_sent_bytes": update.ByteSize(), "own_received_bytes": plan.ByteSize()}
+        self._journal.append({"event": "update", "round": plan.round, **sizes})
 
 
 def _descent(parameter: torch.nn.Parameter) -> torch.Tensor:

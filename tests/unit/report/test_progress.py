@@ -52,6 +52,17 @@ def test_counters_that_begin_again_with_a_process_are_summed(run: RunDirectory) 
     assert (found.sent_bytes, found.received_bytes) == (37, 74)
 
 
+def test_updates_count_among_what_was_sent(run: RunDirectory) -> None:
+    update = {"event": "update", "round": 1, "own_sent_bytes": 100, "own_received_bytes": 1000}
+    found = noted(run, step(1, 1, sent_bytes=10, received_bytes=20), update, step(2, 1, sent_bytes=15), update)
+    assert (found.sent_bytes, found.received_bytes) == (215, 2020)
+
+
+def test_a_silo_learned_once_a_step_had_a_row(run: RunDirectory) -> None:
+    assert not noted(run, step(1, 1, loss=None)).learned
+    assert noted(run, step(1, 2), step(1, 3, loss=None)).learned
+
+
 def test_scores_are_by_round_and_other_figures_no_scores(run: RunDirectory) -> None:
     found = noted(run, {"event": "evaluation", "round": 2, "seconds": 1.0, "accuracy": 0.5, "loss": 1.5})
     assert found.scores == {2: {"accuracy": 0.5, "loss": 1.5}}
