@@ -3,7 +3,7 @@
 Ten Shakespearean speakers, and ten silos with CLINC150's requests in mixtures of their own (Dirichlet, 0.5), of
 stories260k. Each optimizer is compared with the plain one in which nothing else differs: SCAFFOLD with local SGD,
 FedNova with silos that take unequal steps, too. The plain one's learning rate, chosen on validation rows, is the
-other's as well.
+other's as well, but for a buffer, which needs a lower one.
 """
 
 from __future__ import annotations
@@ -39,18 +39,20 @@ class Optimizer:
     against: str
     """The plain one that it is compared with."""
     rates: tuple[float, ...] = ()
-    """Of a plain one, to choose from."""
+    """To choose from; none: the rate is the plain one's."""
     unequal: bool = False
 
 
 ADAM, SGD = (5e-3, 1e-2, 2e-2), (0.03, 0.1, 0.3)
+SINGLY = (1e-3, 2e-3, 4e-3)
+"""Where nobody waits, the trunk takes a step for each silo's, and at the others' rates it diverges."""
 PLAIN: Values = {"federation": {"lora": "plain"}}
 LOCAL_SGD: Values = {"train": {"optimizer": "sgd"}, "federation": {"lora": "plain", "weights": "equal"}}
 OPTIMIZERS = {
     "FedAvg": Optimizer(PLAIN, "FedAvg", ADAM),
     "FedProx": Optimizer(merged(PLAIN, {"train": {"proximal": 0.01}}), "FedAvg"),
     "sharpness-aware": Optimizer(merged(PLAIN, {"train": {"sharpness": 0.05}}), "FedAvg"),
-    "buffered": Optimizer({"federation": {"lora": "plain", "asynchronous": {"buffer": 5}}}, "FedAvg"),
+    "buffered": Optimizer({"federation": {"lora": "plain", "asynchronous": {"buffer": 5}}}, "FedAvg", SINGLY),
     "FedAvg, unequal steps": Optimizer(PLAIN, "FedAvg, unequal steps", ADAM, unequal=True),
     "FedNova": Optimizer({"federation": {"lora": "plain", "normalized": True}}, "FedAvg, unequal steps", unequal=True),
     "FedAvg, SGD": Optimizer(LOCAL_SGD, "FedAvg, SGD", SGD),
@@ -64,34 +66,40 @@ def run(seeds: Sequence[int]) -> None:
     for corpus in CORPORA:
         for seed in seeds:
             for name, optimizer in OPTIMIZERS.items():
-                for rate in OPTIMIZERS[optimizer.against].rates:
-                    measured(corpus, optimizer.against, seeds[0], rate, choosing=True)
-                measured(corpus, name, seed, chosen(corpus, optimizer.against, seeds[0]))
+                tried = name if optimizer.rates else optimizer.against
+                for rate in OPTIMIZERS[tried].rates:
+                    measured(corpus, tried, seeds[0], rate, choosing=True)
+                measured(corpus, name, seed, chosen(corpus, tried, seeds[0]))
 
 
 def report(results: Results, seeds: Sequence[int]) -> None:
     """Rounds and processor time to the plain one's last loss, over the seeds that were measured."""
     for corpus in CORPORA:
         for name, optimizer in OPTIMIZERS.items():
-            rate = chosen(corpus, optimizer.against, seeds[0])
-            pairs = [(found(corpus, name, seed, rate), found(corpus, optimizer.against, seed, rate)) for seed in seeds]
+            plain = chosen(corpus, optimizer.against, seeds[0])
+            rate = chosen(corpus, name, seeds[0]) if optimizer.rates else plain
+            pairs = [(found(corpus, name, seed, rate), found(corpus, optimizer.against, seed, plain)) for seed in seeds]
             known = [(own, plain) for own, plain in pairs if own and plain]
             if rate is None or not known:
                 print(f"{corpus}, {name}: not measured")
                 continue
-            report_one(results, f"{corpus}, {name}", optimizer, known)
+            report_one(results, f"{corpus}, {name}", "" if name == optimizer.against else optimizer.against, known)
 
 
-def report_one(results: Results, label: str, optimizer: Optimizer, pairs: Sequence[tuple[Values, Values]]) -> None:
+def report_one(results: Results, label: str, against: str, pairs: Sequence[tuple[Values, Values]]) -> None:
+    """
+    Args:
+        against: the plain one; empty: it is that itself.
+    """
     losses = [own["losses"][str(ROUNDS)] for own, _ in pairs]
     results.add(f"{label}: loss after {ROUNDS} rounds, {len(pairs)} seeds", sum(losses) / len(losses), "nats")
-    if optimizer.rates:
+    if not against:
         return
     needed = [trial(own).rounds_to(plain["losses"][str(ROUNDS)]) for own, plain in pairs]
     mean = sum(needed) / len(needed)
-    results.add(f"{label}: rounds to the loss of {optimizer.against}, of {ROUNDS}", mean, "rounds")
+    results.add(f"{label}: rounds to the loss of {against}, of {ROUNDS}", mean, "rounds")
     spent = [own["seconds"] / plain["seconds"] for own, plain in pairs]
-    results.add(f"{label}: work of all parties, beside {optimizer.against}", sum(spent) / len(spent), "ratio")
+    results.add(f"{label}: work of all parties, beside {against}", sum(spent) / len(spent), "ratio")
 
 
 def trial(result: Values) -> Trial:
@@ -99,9 +107,9 @@ def trial(result: Values) -> Trial:
     return Trial({int(round): {"all": Score(loss, 0.0, 1)} for round, loss in result["losses"].items()}, (), 0.0)
 
 
-def chosen(corpus: str, plain: str, seed: int) -> float | None:
-    """The rate with which the plain optimizer ends lowest on validation rows; None if not all were tried."""
-    tried = {rate: found(corpus, plain, seed, rate, choosing=True) for rate in OPTIMIZERS[plain].rates}
+def chosen(corpus: str, name: str, seed: int) -> float | None:
+    """The rate with which an optimizer ends lowest on validation rows; None if not all were tried."""
+    tried = {rate: found(corpus, name, seed, rate, choosing=True) for rate in OPTIMIZERS[name].rates}
     ends = {rate: one["losses"][str(ROUNDS)] for rate, one in tried.items() if one}
     return min(ends, key=ends.__getitem__) if len(ends) == len(tried) else None
 
