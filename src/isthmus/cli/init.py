@@ -38,10 +38,7 @@ def init(
     example: Annotated[Optional[str], typer.Option(help="Write a shipped recipe, as hospital-notes.")] = None,  # noqa: UP045
     force: Annotated[bool, typer.Option("--force", help="Replace the file if there is one.")] = False,
 ) -> None:
-    """Write a first recipe, from flags or from answers to a few questions.
-
-    Example: isthmus init --model model --silo north=north.csv --silo south=south.csv
-    """
+    """Write a first recipe, from flags or from answers to a few questions."""
     from isthmus.recipe import starter
 
     if recipe.exists() and not force:

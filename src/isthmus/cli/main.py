@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
+from isthmus.cli.examples import EXIT_CODES, show_examples
 from isthmus.cli.init import init
 from isthmus.cli.terminal import as_utf8, check_arguments, encoding_error, flush_output, prepare_log, prepare_output
 from isthmus.engines.lifetime import Stopped, end_with_engine, stoppable
@@ -49,7 +50,7 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog=EXIT_CODES)
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
@@ -476,6 +477,9 @@ def demo(
     from isthmus.demo.play import play
 
     play(run_dir, cache, quick=quick, seed=seed)
+
+
+show_examples(app)
 
 
 def _train_baseline(recipe: Path | None, run_dir: Path, kind: Literal["alone", "pooled"]) -> None:
