@@ -243,7 +243,10 @@ def draft(
 
 @app.command()
 def privacy(
-    run_dir: RunPath,
+    run_dir: Annotated[Path, typer.Argument(help="A run directory; with --plan a recipe.")],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Before a run: how many passes over its rows each record can afford.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; an epsilon without a bound is null.")] = False,
 ) -> None:
     """Show what has left each silo and its privacy cost, from the ledgers, after verifying them."""
@@ -252,6 +255,9 @@ def privacy(
     from isthmus.report import privacy_table
     from isthmus.storage.record import RunDirectory
 
+    if plan:
+        _show_plan(run_dir, as_json)
+        return
     statements = privacy_table.read_statements(RunDirectory.open(run_dir))
     if as_json:
         typer.echo(privacy_table.as_json(statements))
@@ -491,6 +497,24 @@ def _train_baseline(recipe: Path | None, run_dir: Path, kind: Literal["alone", "
     directory = open_resumed(run_dir) if recipe is None else baseline_run(Recipe.read(recipe, undecided=True), run_dir)
     train_baseline(directory, kind, typer.echo)
     typer.echo(f"run directory: {directory.path}\nnext: isthmus evaluate {directory.path}")
+
+
+def _show_plan(recipe: Path, as_json: bool) -> None:
+    """What the budgets of a recipe allow."""
+    from rich.console import Console
+
+    from isthmus.engines.privacy_plan import plan_privacy
+    from isthmus.recipe import Recipe
+    from isthmus.report import plan_table
+
+    read = Recipe.read(recipe, undecided=True)
+    plans = [plan_privacy(read, silo.name) for silo in read.silo]
+    if as_json:
+        typer.echo(plan_table.plan_json(plans))
+    else:
+        plan_table.show_plans(plans, read.privacy.delta, Console())
+    if all(plan.spent for plan in plans):
+        raise typer.Exit(1)
 
 
 def _measured_cut(recipe: Recipe) -> Recipe:

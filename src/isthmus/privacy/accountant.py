@@ -74,6 +74,11 @@ class Account:
         concentrated = self.concentrated + other.concentrated
         return Account(self.gaussian + other.gaussian, tuple(sorted(counted.items())), concentrated)
 
+    def times(self, count: int) -> Account:
+        """So many compositions of the account with itself."""
+        pures = tuple((pure, count * often) for pure, often in self.pures) if count else ()
+        return Account(count * self.gaussian, pures, count * self.concentrated)
+
     @property
     def bounded(self) -> bool:
         """Whether all charges are finite."""

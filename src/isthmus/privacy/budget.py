@@ -51,7 +51,7 @@ class Budget:
         Raises:
             BudgetExhausted: the budget of a record, which the error names, or of the silo does not allow the release.
         """
-        limits = self._limits(subjects)
+        limits = self.limits(subjects)
         spent = [charge.record for charge in event.charges if not self._fits(charge, limits)]
         if spent:
             names = ", ".join(spent[:MAX_NAMED]) + (
@@ -83,7 +83,7 @@ class Budget:
         """
         if not self.limited and subjects.budgets is None:
             return [True] * len(costs)
-        limits, allowed = self._limits(subjects), []
+        limits, allowed = self.limits(subjects), []
         records: dict[str, Account] = {}
         silo = self.accountant.silo
         for charges in costs:
@@ -100,7 +100,7 @@ class Budget:
                 silo = silo.plus(*charges)
         return allowed
 
-    def _limits(self, subjects: Subjects) -> dict[str, float]:
+    def limits(self, subjects: Subjects) -> dict[str, float]:
         """The largest epsilon of each record. Updates belong to all records: only the silo's budget limits them."""
         limits: dict[str, float] = {}
         budgets = subjects.budgets or (math.inf,) * len(subjects.records)

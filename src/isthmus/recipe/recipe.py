@@ -340,6 +340,13 @@ class Recipe(Section):
         return own
 
     @property
+    def step_releases(self) -> tuple[int, int]:
+        """How often a row's hidden states and its gradients leave in one training step."""
+        if self.train.sharpness:  # a pass uphill comes before; of a frozen bottom it sends no gradient
+            return 2, 1 if self.lora.freeze_bottom else 2
+        return 1, 1
+
+    @property
     def of_widest(self) -> Recipe:
         """The same recipe with the largest bottom and the largest top of all silos as its cut."""
         return self._cut_at(self.widest)

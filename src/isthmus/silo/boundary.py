@@ -209,6 +209,16 @@ class Boundary:
         """
         if not self.limited:
             return [True] * len(rows)
+        return self.budget.affordable(*self.costs(rows, lengths, forwards=forwards, gradients=gradients))
+
+    def costs(
+        self, rows: list[list[int]], lengths: list[int], *, forwards: int = 1, gradients: int = 1
+    ) -> tuple[list[list[Charge]], Subjects]:
+        """The charges of each sequence for these releases, and the records that the sequences belong to.
+
+        Args:
+            rows, lengths, forwards, gradients: as in ``affordable``.
+        """
         subjects, released = self.records.subjects(rows, lengths), self.released
         costs = []
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -220,7 +230,7 @@ class Boundary:
                 if count:
                     charges += self._mechanisms[path].event(path, 0, one, 0).charges * count  # type: ignore[index, arg-type]
             costs.append(charges)
-        return self.budget.affordable(costs, subjects)
+        return costs, subjects
 
     def update_affordable(self, charge: Charge | None = None) -> bool:
         """Whether the silo's privacy budget allows another update to leave.

@@ -240,9 +240,7 @@ class Worker:
         recipe = self._recipe
         if not self._silo.boundary.limited:
             return [True] * len(rows)
-        forwards, gradients = 1, 1 if train else 0
-        if train and recipe.train.sharpness:  # a pass uphill comes before; of a frozen bottom it sends no gradient
-            forwards, gradients = 2, 1 if recipe.lora.freeze_bottom else 2
+        forwards, gradients = recipe.step_releases if train else (1, 0)
         lengths = [row.crossing(recipe.boundary.tail) for row in rows]
         inputs = [row.input for row in rows]
         return self._silo.boundary.affordable(inputs, lengths, forwards=forwards, gradients=gradients)

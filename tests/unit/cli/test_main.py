@@ -40,7 +40,7 @@ COMMANDS = {
     ],
     "batch": ["RUN_DIR", "ROWS", "OUT", "--silo=", "--max-new-tokens=", "--trunk=", "--round="],
     "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96", "--trunk="],
-    "privacy": ["RUN_DIR", "--json=False"],
+    "privacy": ["RUN_DIR", "--plan=False", "--json=False"],
     "data": ["RECIPE", "--silo=", "--examples=5", "--json=False"],
     "evaluate": [
         *("RUN_DIR", "--data=", "--silo=", "--out=", "--max-new-tokens=", "--trunk=", "--round=", "--json=False")

@@ -1,0 +1,64 @@
+"""What privacy budgets allow of a run that has not begun, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from isthmus.engines.privacy_plan import MOST_PASSES, PrivacyPlan
+from isthmus.report.formatting import NARROW, epsilon_text
+
+
+def plan_json(plans: Sequence[PrivacyPlan]) -> str:
+    """The plans as a JSON list; an epsilon or limit that is infinite is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(one) for one in value]
+        return None if isinstance(value, float) and math.isinf(value) else value
+
+    return json.dumps([finite(asdict(plan)) for plan in plans], indent=2, allow_nan=False)
+
+
+def show_plans(plans: Sequence[PrivacyPlan], delta: float, console: Console) -> None:
+    """Print a row for each silo's records of one limit, then what the plan cannot afford."""
+    table = Table(title=f"what budgets allow, epsilon at delta {delta:g}", **NARROW)
+    table.add_column("silo")
+    table.add_column("class")
+    for heading in ("records", "epsilon\na pass", "limit", "passes:\nfewest", "\nmedian", "\nplanned"):
+        table.add_column(heading, justify="right")
+    for plan in plans:
+        for group in plan.groups:
+            cells = epsilon_text(group.epsilon), epsilon_text(group.limit), _passes(group.fewest), _passes(group.median)
+            table.add_row(plan.silo, group.name, f"{group.records:,}", *cells, f"{plan.passes:.3g}")
+    console.print(table)
+    for line in ("epsilon a pass: of the record that costs most", *_warnings(plans)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _warnings(plans: Sequence[PrivacyPlan]) -> list[str]:
+    lines = []
+    for plan in plans:
+        for group in plan.groups:
+            if group.fewest < math.ceil(plan.passes):
+                of = f" of class {group.name}" if group.name else ""
+                lines.append(f"{plan.silo}: records{of} are left out of steps after {group.fewest} passes or more")
+        if plan.silo_passes is not None:
+            lines.append(
+                f"{plan.silo}: privacy.silo_epsilon allows {_passes(plan.silo_passes)} passes, without updates"
+            )
+        if plan.spent:
+            lines.append(f"{plan.silo}: nothing can be learned: no record can afford a pass")
+    return lines
+
+
+def _passes(count: float) -> str:
+    return "any" if count >= MOST_PASSES else f"{count:,.0f}"
