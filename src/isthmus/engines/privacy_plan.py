@@ -58,7 +58,9 @@ class PrivacyPlan:
 
     @property
     def spent(self) -> bool:
-        """Whether no record can afford a single pass."""
+        """Whether rows are to be trained on, and no record can afford a single pass."""
+        if not self.passes or not self.rows:
+            return False
         return not any(group.most for group in self.groups) or self.silo_passes == 0
 
 

@@ -39,6 +39,11 @@ def test_a_plan_that_affords_nothing_says_so() -> None:
     assert "nothing can be learned" not in shown(PrivacyPlan("south", 3, 1.0, (FREE,), None))
 
 
+def test_a_silo_that_only_asks_lacks_nothing() -> None:
+    text = shown(PrivacyPlan("north", 0, 0.0, (), None))
+    assert "nothing can be learned" not in text
+
+
 def test_json_has_null_for_what_is_infinite() -> None:
     (plan,) = json.loads(plan_json([PrivacyPlan("north", 8, 4.0, (TIGHT, FREE), None)]))
     assert plan["groups"][1] == {
