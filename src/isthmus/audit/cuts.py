@@ -92,6 +92,8 @@ def measure_cuts(recipe: Recipe, plan: CutPlan, notify: Callable[[str], None]) -
         notify(f"measuring the cut ({bottom}, {top})")
         figures.append(_measured(_whole_cut(recipe, bottom, top), name, plan))
     choice = choose_cut(name, figures, link, limits)
+    if recipe.train.epochs is not None:  # how long a round is follows from each silo's rows
+        return choice
     steps = recipe.party(name).steps or recipe.train.steps
     return replace(choice, averaging=averaging(choice.chosen, link, steps))
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from isthmus.errors import CutError, RecipeError
+from isthmus.errors import RecipeError
 
 Names = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -39,6 +39,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if there is one.")] = False,
 ) -> None:
     """Write a first recipe, from flags or from answers to a few questions."""
+    from isthmus.engines.cuts import parse_cut
     from isthmus.recipe import starter
 
     if recipe.exists() and not force:
@@ -51,6 +52,8 @@ def init(
     if strangers := tested.keys() - trained.keys():
         raise RecipeError(f"--held-out names {min(strangers)!r}, --silo does not", remedy="give both the same name")
     keys, why = _task(task, prompt, answer, trained)
+    if not Path(model).exists():
+        typer.echo(f"model: no folder {model} is here, so it is a model id of the Hugging Face hub")
     typer.echo(f"task: {why}")
     folder = recipe.parent
     silos = tuple(
@@ -60,7 +63,8 @@ def init(
         for name, source in trained.items()
     )
     masks = len(silos) >= starter.MASKED if masks is None else masks
-    first = starter.Starter(_seen_from(folder, model), silos, keys, _cut(cut), masks)
+    blocks = None if cut == "auto" else parse_cut(cut)
+    first = starter.Starter(_seen_from(folder, model), silos, keys, blocks, masks)
     _write(recipe, first.text(), checked=True)
     typer.echo(f"written: {recipe}\nnext: isthmus data {recipe}; isthmus run {recipe}")
 
@@ -127,17 +131,6 @@ def _seen_from(folder: Path, source: str) -> str:
     """A path as a recipe in this folder names it; what is no path stays."""
     here = Path(source).exists() or any(mark in source for mark in "*?[")
     return os.path.relpath(source, folder) if here and not Path(source).is_absolute() else source
-
-
-def _cut(text: str) -> tuple[int, int] | None:
-    if text == "auto":
-        return None
-    bottom, _, top = text.partition(",")
-    if not (bottom.isdecimal() and top.isdecimal()):
-        raise CutError(
-            f"the cut {text!r} is not two numbers", remedy="give blocks at bottom and top, as --cut 2,2, or auto"
-        )
-    return int(bottom), int(top)
 
 
 def _write(path: Path, text: str, *, checked: bool) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from isthmus.cli.examples import EXIT_CODES, show_examples
 from isthmus.cli.init import init
 from isthmus.cli.terminal import as_utf8, check_arguments, encoding_error, flush_output, prepare_log, prepare_output
 from isthmus.engines.lifetime import Stopped, end_with_engine, stoppable
@@ -50,7 +50,17 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog=EXIT_CODES)
+def command(example: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a command, whose help ends with this example.
+
+    Args:
+        example: without the program's name.
+        name: the command's, if it is not the function's.
+    """
+    return app.command(name=name, epilog=f"Example: isthmus {example}")
+
+
+@app.callback(epilog="Exit codes: 0 done, 1 an error (its remedy is printed), 2 wrong arguments, 130 stopped.")
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
@@ -59,7 +69,7 @@ def options(
     """Fine-tune one language model across silos that cannot share their text."""
 
 
-app.command()(init)
+command("init --model model --silo north=north.csv --silo south=south.csv")(init)
 
 
 class Baseline(StrEnum):
@@ -69,7 +79,7 @@ class Baseline(StrEnum):
     pooled = "pooled"
 
 
-@app.command()
+@command("run recipe.toml --run-dir runs/first")
 def run(
     recipe: Annotated[Optional[Path], typer.Argument(help="The federation's recipe (TOML).")] = None,  # noqa: UP045
     run_dir: Annotated[Path, typer.Option("--run-dir", help="The run directory to create.")] = Path("runs/latest"),
@@ -109,7 +119,7 @@ def run(
     )
 
 
-@app.command()
+@command("trunk recipe.toml --with-root --address 0.0.0.0:50051")
 def trunk(
     recipe: Served,
     run_dir: RunOption = Path("runs/trunk"),
@@ -123,7 +133,7 @@ def trunk(
     serve(recipe, run_dir, ("trunk", "root") if with_root else ("trunk",), address, round)
 
 
-@app.command()
+@command("root recipe.toml --run-dir runs/root")
 def root(recipe: Served, run_dir: RunOption = Path("runs/root"), address: Address = None) -> None:
     """Serve the root, which leads the rounds and aggregates the silos' updates."""
     from isthmus.engines.roles import serve
@@ -131,7 +141,7 @@ def root(recipe: Served, run_dir: RunOption = Path("runs/root"), address: Addres
     serve(recipe, run_dir, ("root",), address)
 
 
-@app.command()
+@command("edge recipe.toml west --run-dir runs/west")
 def edge(
     recipe: RecipePath,
     name: Annotated[str, typer.Argument(help="This edge's name in the recipe.")],
@@ -150,7 +160,7 @@ def edge(
     serve_edge(at_address(read, address, (name,)), run, name)
 
 
-@app.command()
+@command("silo recipe.toml north --run-dir runs/north")
 def silo(
     recipe: RecipePath,
     name: Annotated[str, typer.Argument(help="This silo's name in the recipe.")],
@@ -171,7 +181,7 @@ def silo(
     run_silo(read, recorded(recipe, read, run_dir, name), name)
 
 
-@app.command()
+@command("certificates recipe.toml")
 def certificates(recipe: RecipePath) -> None:
     """Make a certificate for every party of a recipe, in the folder that the recipe names."""
     from isthmus.engines.certificates import make_certificates
@@ -182,7 +192,7 @@ def certificates(recipe: RecipePath) -> None:
     typer.echo(f"certificates: {read.wire.certificates} (give each party its own folder and no other)")
 
 
-@app.command()
+@command('generate runs/first "The patient reports" --max-new-tokens 40')
 def generate(
     run_dir: RunPath,
     prompt: Annotated[Optional[str], typer.Argument(help="The text in the recipe's prompt.")] = None,  # noqa: UP045
@@ -204,7 +214,7 @@ def generate(
     generate_text(run, asked, silo, max_new_tokens=max_new_tokens, trunk=trunk, round=round, notify=_notify)
 
 
-@app.command()
+@command("batch runs/first questions.csv answers.jsonl")
 def batch(
     run_dir: RunPath,
     rows: Annotated[Path, typer.Argument(help="JSONL file of rows, without their answers.")],
@@ -224,7 +234,7 @@ def batch(
     typer.echo(f"{count:,} answers: {out}")
 
 
-@app.command()
+@command("draft runs/first --prompts 200")
 def draft(
     run_dir: RunPath,
     silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the folder's first by default.")] = None,  # noqa: UP045
@@ -241,9 +251,9 @@ def draft(
     typer.echo(f"draft: {path}")
 
 
-@app.command()
+@command("privacy runs/first --json")
 def privacy(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory; with --plan a recipe.")],
+    run_dir: Annotated[Path, typer.Argument(help="A run directory; with --plan a recipe, too.")],
     plan: Annotated[
         bool, typer.Option("--plan", help="Before a run: how many passes over its rows each record can afford.")
     ] = False,
@@ -252,12 +262,18 @@ def privacy(
     """Show what has left each silo and its privacy cost, from the ledgers, after verifying them."""
     from rich.console import Console
 
+    from isthmus.errors import RunError
     from isthmus.report import privacy_table
     from isthmus.storage.record import RunDirectory
 
     if plan:
         _show_plan(run_dir, as_json)
         return
+    if run_dir.is_file():
+        raise RunError(
+            f"{run_dir} is a file, and ledgers are in a run directory",
+            remedy=f"name the run directory; what a recipe's budgets allow: isthmus privacy {run_dir} --plan",
+        )
     statements = privacy_table.read_statements(RunDirectory.open(run_dir))
     if as_json:
         typer.echo(privacy_table.as_json(statements))
@@ -267,7 +283,7 @@ def privacy(
         raise typer.Exit(1)
 
 
-@app.command()
+@command("data recipe.toml --silo north --examples 2")
 def data(
     recipe: RecipePath,
     silo: Annotated[Optional[list[str]], typer.Option(help="Only this silo; repeatable. All by default.")] = None,  # noqa: UP045
@@ -290,7 +306,7 @@ def data(
         raise typer.Exit(1)
 
 
-@app.command(name="evaluate")
+@command("evaluate runs/first --data unseen.csv --out answers.jsonl", name="evaluate")
 def evaluate_answers(
     run_dir: RunPath,
     data: Annotated[
@@ -326,7 +342,7 @@ def evaluate_answers(
             typer.echo(f"answers: {out}")
 
 
-@app.command(name="export")
+@command("export runs/first adapter", name="export")
 def export_run(
     run_dir: RunPath,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
@@ -340,7 +356,7 @@ def export_run(
     typer.echo(f"adapter after {rounds} rounds: {out}")
 
 
-@app.command()
+@command("attack runs/first --victim north --rows 20")
 def attack(
     target: Annotated[Path, typer.Argument(help="A run directory, or a recipe that has not run.")],
     adversary: Annotated[
@@ -394,7 +410,7 @@ def attack(
         typer.echo(f"results: {save_results(attacked.run, results)}")
 
 
-@app.command()
+@command('cut recipe.toml --cuts "1,1 2,2" --rtt 20 --write')
 def cut(
     recipe: RecipePath,
     silo: Annotated[Optional[str], typer.Option(help="The silo to measure; the recipe's first by default.")] = None,  # noqa: UP045
@@ -456,23 +472,25 @@ def cut(
         _notify(f"written: {recipe}")
 
 
-@app.command()
+@command("check model --cut 2,2")
 def check(
     model: Annotated[str, typer.Argument(help="A model folder, or a model id of the Hugging Face hub.")],
     cut: Annotated[str | None, typer.Option(help="Blocks at bottom and top, as 2,3; a third each by default.")] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens of the longest row.")] = 64,
 ) -> None:
     """Compare a model of yours, split, with the uncut one: logits, greedy tokens, gradients."""
-    from isthmus.engines.check import check_model, parse_cut
+    from isthmus.engines.check import check_model
+    from isthmus.engines.cuts import parse_cut
+    from isthmus.model.cut import Cut
 
-    result = check_model(model, None if cut is None else parse_cut(cut), length)
+    result = check_model(model, None if cut is None else Cut(*parse_cut(cut)), length)
     for line in (*result.comparisons, *filter(None, [result.note]), result.verdict):
         typer.echo(line)
     if not result.equal:
         raise typer.Exit(1)
 
 
-@app.command()
+@command("demo --quick")
 def demo(
     run_dir: Annotated[Path, typer.Option("--run-dir", help="The run directory to create.")] = Path("runs/demo"),
     cache: Annotated[Path, typer.Option(help="Folder for the model and the data.")] = Path("build/demo"),
@@ -483,9 +501,6 @@ def demo(
     from isthmus.demo.play import play
 
     play(run_dir, cache, quick=quick, seed=seed)
-
-
-show_examples(app)
 
 
 def _train_baseline(recipe: Path | None, run_dir: Path, kind: Literal["alone", "pooled"]) -> None:
@@ -500,14 +515,15 @@ def _train_baseline(recipe: Path | None, run_dir: Path, kind: Literal["alone", "
 
 
 def _show_plan(recipe: Path, as_json: bool) -> None:
-    """What the budgets of a recipe allow."""
+    """What the budgets of a recipe, or of a run's, allow."""
     from rich.console import Console
 
     from isthmus.engines.privacy_plan import plan_privacy
     from isthmus.recipe import Recipe
     from isthmus.report import plan_table
+    from isthmus.storage.record import RunDirectory
 
-    read = Recipe.read(recipe, undecided=True)
+    read = RunDirectory.open(recipe).recipe() if recipe.is_dir() else Recipe.read(recipe, undecided=True)
     plans = [plan_privacy(read, silo.name) for silo in read.silo]
     if as_json:
         typer.echo(plan_table.plan_json(plans))

@@ -18,7 +18,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from isthmus.errors import CutError, ModelError
+from isthmus.errors import ModelError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.crossing import IGNORED, Outbound, Reply
@@ -136,18 +136,6 @@ def check_model(path: str, cut: Cut | None = None, length: int = 64) -> Check:
             _results(split, named, rows, alone=False), expected, ", in passes shared with a silo" * shared
         )
     return Check(path, cut, length, tuple(found), _window_beyond(config, runner, length))
-
-
-def parse_cut(text: str) -> Cut:
-    """The cut ``A,C``: blocks at the bottom and at the top.
-
-    Raises:
-        CutError: it is not two numbers.
-    """
-    bottom, comma, top = text.partition(",")
-    if not (comma and bottom.strip().isdecimal() and top.strip().isdecimal()):
-        raise CutError(f"the cut {text!r} is not two numbers", remedy="give blocks at bottom and top, as --cut 2,3")
-    return Cut(int(bottom), int(top))
 
 
 class LocalTrunk(nn.Module):

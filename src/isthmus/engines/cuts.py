@@ -131,7 +131,7 @@ def candidate_cuts(named: Sequence[str], blocks: int) -> list[tuple[int, int]]:
     Raises:
         CutError: a text is no cut, one leaves bottom, trunk or top without a block, or none fits.
     """
-    cuts = [_parsed(one) for text in named for one in text.split()]
+    cuts = [parse_cut(one, "--cuts") for text in named for one in text.split()]
     for bottom, top in cuts:
         if bottom < 1 or top < 1 or bottom + top >= blocks:
             raise CutError(
@@ -144,10 +144,18 @@ def candidate_cuts(named: Sequence[str], blocks: int) -> list[tuple[int, int]]:
     return found
 
 
-def _parsed(text: str) -> tuple[int, int]:
-    bottom, _, top = text.partition(",")
-    if not (bottom.isdecimal() and top.isdecimal()):
-        raise CutError(f"the cut {text!r} is not two numbers", remedy="give blocks at bottom and top, as --cuts 2,3")
+def parse_cut(text: str, flag: str = "--cut") -> tuple[int, int]:
+    """The cut ``A,C``: blocks at the bottom and at the top.
+
+    Args:
+        flag: the option that the text is of.
+
+    Raises:
+        CutError: it is not two numbers.
+    """
+    bottom, comma, top = text.partition(",")
+    if not (comma and bottom.strip().isdecimal() and top.strip().isdecimal()):
+        raise CutError(f"the cut {text!r} is not two numbers", remedy=f"give blocks at bottom and top, as {flag} 2,3")
     return int(bottom), int(top)
 
 

@@ -1,4 +1,4 @@
-"""A first recipe: some twenty lines that say what a federation needs to be told, and the shipped examples."""
+"""A starter recipe: about twenty lines with the keys that have no useful default; and the shipped examples."""
 
 from __future__ import annotations
 

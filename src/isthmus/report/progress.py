@@ -23,7 +23,7 @@ class SiloStatus:
     sent_bytes: int = 0
     """Bytes sent in this run to the trunk and, as updates, to the aggregator, by all processes of this silo."""
     received_bytes: int = 0
-    """Bytes received from them, likewise."""
+    """Bytes received from trunk and aggregator, by all processes of this silo."""
     learned: bool = False
     """Whether a step had a row to train on."""
     epsilon: float | None = None

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import isthmus.model.cut
 import isthmus.trunk.packed_attention
 from isthmus.cli.main import main
-from isthmus.engines.check import check_model, parse_cut
-from isthmus.errors import CutError, ModelError
+from isthmus.engines.check import check_model
+from isthmus.errors import ModelError
 from isthmus.model.cut import Cut
 from isthmus.model.families import FAMILIES, Family
 from tests.oracle.twins import save_vivid_model
@@ -140,10 +140,3 @@ def test_a_context_without_room_for_an_answer_is_refused(tmp_path: Path) -> None
     folder = save_vivid_model("llama", tmp_path, blocks=3, max_position_embeddings=17)
     with pytest.raises(ModelError, match="context of 17 tokens is too short"):
         check_model(str(folder))
-
-
-@pytest.mark.parametrize("text", ["2", "2,", "a,b", "-1,2", "2;3"])
-def test_a_cut_that_is_not_two_numbers_is_refused(text: str) -> None:
-    assert parse_cut("2, 3") == Cut(2, 3)
-    with pytest.raises(CutError, match="not two numbers"):
-        parse_cut(text)

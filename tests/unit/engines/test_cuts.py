@@ -18,6 +18,7 @@ from isthmus.engines.cuts import (
     candidate_cuts,
     choose_cut,
     measured_link,
+    parse_cut,
     step_seconds,
     token_seconds,
 )
@@ -49,6 +50,13 @@ def test_what_is_no_cut_is_refused(text: str) -> None:
     with pytest.raises(CutError, match="is not two numbers") as refused:
         candidate_cuts([text], 8)
     assert "--cuts 2,3" in refused.value.remedy
+    with pytest.raises(CutError, match="is not two numbers") as refused:
+        parse_cut(text)
+    assert "--cut 2,3" in refused.value.remedy
+
+
+def test_blanks_beside_the_comma_are_no_harm() -> None:
+    assert parse_cut("2, 3") == (2, 3)
 
 
 @pytest.mark.parametrize("text", ["4,4", "0,2", "2,0", "8,1", "1,99999999999999999999"])
