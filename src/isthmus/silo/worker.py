@@ -113,6 +113,7 @@ class Worker:
                 self._silo.rounds.begin(plan.completed + 1, [self._name], published=plan.published)
             self._measure(plan.completed)
             if not plan.round:
+                self._warn_of_nothing_learned()
                 return plan.completed
             try:
                 self._train(plan, shared)
@@ -349,6 +350,12 @@ class Worker:
                 "epsilon": _finite(epsilon),
             }
         )
+
+    def _warn_of_nothing_learned(self) -> None:
+        """The run goes on without a silo whose budgets allow no row; whoever looks after it should know."""
+        steps = [line for line in read_journal(self._directory.path / "metrics.jsonl") if line["event"] == "step"]
+        if steps and all(line["loss"] is None for line in steps):
+            log.warning("this silo learned nothing: its privacy budgets allowed no row in any step")
 
     def _note_update(self, plan: pb.Plan, update: pb.Update) -> None:
         """What goes to the aggregator in this round, and what came from it."""

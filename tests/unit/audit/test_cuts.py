@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ def test_cuts_are_measured_and_one_is_chosen(tmp_path: Path) -> None:
     assert len(said) == 2
     assert choice.link.rtt is None  # nobody serves the recipe's trunk
     assert recipe.model.cut == "stated"
+    assert choice.averaging is not None
+    passes = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
+    assert measure_cuts(passes, replace(plan, cuts=("1,1",), rows=0, leakage=None), said.append).averaging is None
 
 
 @pytest.mark.process

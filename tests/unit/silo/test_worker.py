@@ -75,6 +75,32 @@ def test_it_takes_part_to_the_end_and_writes_what_it_did(folder: Path, tmp_path:
     assert directory.role("a").rounds() == {1, 2}
 
 
+def test_updates_are_noted_with_their_size(folder: Path, tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run", recipe_of(folder, tmp_path))
+    run(directory.recipe(), directory)
+    lines = read_journal(directory.role("a").path / "metrics.jsonl")
+    updates = [line for line in lines if line["event"] == "update"]
+    assert [line["round"] for line in updates] == [1, 2]
+    released = read_ledger(directory.role("a").path / "ledger.jsonl").releases()
+    sizes = [release.size for release in released if release.path == "update"]
+    for line, size in zip(updates, sizes, strict=True):
+        assert size < line["own_sent_bytes"] < 1.1 * size  # names and shapes of tensors
+        assert line["own_received_bytes"] >= size
+
+
+@pytest.mark.parametrize("limit", [0.01, None])
+def test_a_silo_whose_budgets_allow_no_row_says_so(
+    limit: float | None, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    noise = {"mechanism": "dp_gaussian", "clip": 1.0, "epsilon": 8.0, "delta": 1e-5}
+    sections: dict[str, Any] = {"boundary": {"forward": noise, "gradient": noise}}
+    if limit is not None:
+        sections["privacy"] = {"record_epsilon": limit}
+    directory = RunDirectory.create(tmp_path / "run", recipe_of(folder, tmp_path, **sections))
+    run(directory.recipe(), directory)
+    assert ("this silo learned nothing" in caplog.text) == (limit is not None)
+
+
 def test_after_the_end_it_has_nothing_to_do(folder: Path, tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path / "run", recipe_of(folder, tmp_path))
     run(directory.recipe(), directory)
