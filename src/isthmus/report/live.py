@@ -41,19 +41,19 @@ def run_with_progress(run: RunDirectory, console: Console | None = None) -> None
     recipe = run.recipe()
     console = console or Console()
     with _whole_lines(console), Live(console=console, refresh_per_second=4) as live:
-        shown, said = time.monotonic() if not console.is_terminal else 0.0, ""
+        shown, said = time.monotonic(), ""
 
         def watch() -> None:
             nonlocal shown, said
             now = time.monotonic()
-            if console.is_terminal and now - shown >= REFRESH_SECONDS:
+            if now - shown < (REFRESH_SECONDS if console.is_terminal else LINE_SECONDS):
+                return
+            shown = now
+            if console.is_terminal:
                 live.update(_table(run, recipe))
-                shown = now
-            if not console.is_terminal and now - shown >= LINE_SECONDS:
-                line, shown = _line(run, recipe), now
-                if line != said:
-                    notify(line)
-                    said = line
+            elif (line := _line(run, recipe)) != said:
+                notify(line)
+                said = line
 
         def notify(message: str) -> None:
             live.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
