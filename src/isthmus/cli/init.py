@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from isthmus.cli.app import command
 from isthmus.errors import RecipeError
 
 Names = Annotated[
@@ -17,6 +18,7 @@ Names = Annotated[
 ]
 
 
+@command("init --model model --silo north=north.csv --silo south=south.csv")
 def init(
     recipe: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.toml"),
     model: Annotated[Optional[str], typer.Option(help="A model's folder, or its id on the Hugging Face hub.")] = None,  # noqa: UP045

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 import isthmus
 from isthmus.cli.main import app
-from isthmus.errors import RunError
 from isthmus.recipe import Recipe
 from tests.integration.processes import call
 
@@ -136,15 +135,3 @@ def test_each_commands_help_ends_with_an_example_that_it_takes(name: str) -> Non
     command.make_context(name, arguments)  # raises on what the command does not know
     shown = " ".join(CliRunner().invoke(app, [name, "--help"]).output.split())
     assert command.epilog in shown
-
-
-def test_the_help_names_the_exit_codes() -> None:
-    shown = " ".join(CliRunner().invoke(app, ["--help"]).output.split())
-    assert "0 done, 1 an error (its remedy is printed), 2 wrong arguments, 130 stopped." in shown
-
-
-def test_a_recipe_in_place_of_a_run_directory_is_told_of_the_plan(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text("")
-    found = CliRunner().invoke(app, ["privacy", str(tmp_path / "recipe.toml")], standalone_mode=False)
-    assert isinstance(found.exception, RunError)
-    assert "--plan" in found.exception.remedy

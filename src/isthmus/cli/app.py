@@ -1,0 +1,61 @@
+"""The application, and what its commands share: decorator, arguments, notes on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="The federation's recipe (TOML).")]
+Served = Annotated[Path, typer.Argument(help="The federation's recipe (TOML), or the run directory of a finished run.")]
+RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
+RunOption = Annotated[Path, typer.Option("--run-dir", help="The run directory that this role writes to.")]
+Address = Annotated[Optional[str], typer.Option(help="host:port instead of the recipe's address.")]  # noqa: UP045
+Longest = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Longest written answer, in tokens; by default as a known task says, else 64."),
+]
+Round = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help='best, last, or the number of a kept round; best by default with train.evaluate = "best".'),
+]
+TrunkAddress = Annotated[Optional[str], typer.Option(help="host:port of a trunk that serves the run.")]  # noqa: UP045
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import isthmus
+
+        typer.echo(f"isthmus {isthmus.__version__}")
+        raise typer.Exit
+
+
+def command(example: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a command, whose help ends with this example.
+
+    Args:
+        example: without the program's name.
+        name: the command's, if it is not the function's.
+    """
+    return app.command(name=name, epilog=f"Example: isthmus {example}")
+
+
+@app.callback(epilog="Exit codes: 0 done, 1 an error (its remedy is printed), 2 wrong arguments, 130 stopped.")
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune one language model across silos that cannot share their text."""
+
+
+def notify(message: str) -> None:
+    """Print a note beside the output, to standard error."""
+    typer.echo(message, err=True)

@@ -1,0 +1,84 @@
+"""Commands of one party each, on real machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from isthmus.cli.app import Address, RecipePath, RunOption, Served, command
+
+
+@command("trunk recipe.toml --with-root --address 0.0.0.0:50051")
+def trunk(
+    recipe: Served,
+    run_dir: RunOption = Path("runs/trunk"),
+    address: Address = None,
+    with_root: Annotated[bool, typer.Option(help="Serve the root too, at the same address.")] = False,
+    round: Annotated[Optional[int], typer.Option(min=0, help="The round to serve; the last by default.")] = None,  # noqa: UP045
+) -> None:
+    """Serve the trunk, the middle blocks of the model: for a federation, or to use a finished run."""
+    from isthmus.engines.roles import serve
+
+    serve(recipe, run_dir, ("trunk", "root") if with_root else ("trunk",), address, round)
+
+
+@command("root recipe.toml --run-dir runs/root")
+def root(recipe: Served, run_dir: RunOption = Path("runs/root"), address: Address = None) -> None:
+    """Serve the root, which leads the rounds and aggregates the silos' updates."""
+    from isthmus.engines.roles import serve
+
+    serve(recipe, run_dir, ("root",), address)
+
+
+@command("edge recipe.toml west --run-dir runs/west")
+def edge(
+    recipe: RecipePath,
+    name: Annotated[str, typer.Argument(help="This edge's name in the recipe.")],
+    run_dir: RunOption = Path("runs/edge"),
+    address: Address = None,
+    parent: Address = None,
+) -> None:
+    """Serve an edge, which sums the updates of its silos and sends the sum to its parent."""
+    from isthmus.engines.local import at_address
+    from isthmus.engines.roles import recorded, serve_edge
+    from isthmus.recipe import Recipe
+
+    read = Recipe.read(recipe)
+    read.tree.node(name)
+    read = at_address(read, parent, (read.tree.parent(name),))
+    run = recorded(recipe, read, run_dir)
+    serve_edge(at_address(read, address, (name,)), run, name)
+
+
+@command("silo recipe.toml north --run-dir runs/north")
+def silo(
+    recipe: RecipePath,
+    name: Annotated[str, typer.Argument(help="This silo's name in the recipe.")],
+    run_dir: RunOption = Path("runs/silo"),
+    trunk: Address = None,
+    root: Address = None,
+    edge: Annotated[Optional[list[str]], typer.Option(help="An edge's address as NAME=host:port; repeatable.")] = None,  # noqa: UP045
+) -> None:
+    """Run one silo, which trains on its own text."""
+    from isthmus.engines.local import at_address, at_edge
+    from isthmus.engines.roles import recorded, run_silo
+    from isthmus.recipe import Recipe
+
+    read = at_address(at_address(Recipe.read(recipe), trunk, ("trunk",)), root, ("root",))
+    for option in edge or ():
+        read = at_edge(read, option)
+    read.party(name)
+    run_silo(read, recorded(recipe, read, run_dir, name), name)
+
+
+@command("certificates recipe.toml")
+def certificates(recipe: RecipePath) -> None:
+    """Make a certificate for every party of a recipe, in the folder that the recipe names."""
+    from isthmus.engines.certificates import make_certificates
+    from isthmus.recipe import Recipe
+
+    read = Recipe.read(recipe, undecided=True)
+    make_certificates(read, Path(read.wire.certificates))
+    typer.echo(f"certificates: {read.wire.certificates} (give each party its own folder and no other)")

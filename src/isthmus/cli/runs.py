@@ -1,0 +1,111 @@
+"""Commands that run a whole federation on this machine, and what is made of a run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
+
+import typer
+
+from isthmus.cli.app import Round, RunPath, command, notify
+
+if TYPE_CHECKING:
+    from isthmus.recipe import Recipe
+
+
+class Baseline(StrEnum):
+    """The baselines of a run."""
+
+    alone = "alone"
+    pooled = "pooled"
+
+
+@command("run recipe.toml --run-dir runs/first")
+def run(
+    recipe: Annotated[Optional[Path], typer.Argument(help="The federation's recipe (TOML).")] = None,  # noqa: UP045
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="The run directory to create.")] = Path("runs/latest"),
+    resume: Annotated[Optional[Path], typer.Option(help="Continue the run in this directory.")] = None,  # noqa: UP045
+    baseline: Annotated[
+        Optional[Baseline],  # noqa: UP045
+        typer.Option(help="Train instead what the run is compared with: each silo alone, or one model on all rows."),
+    ] = None,
+) -> None:
+    """Run a whole federation on this machine."""
+    from isthmus.engines.local import create_run, open_resumed
+    from isthmus.errors import RecipeError
+    from isthmus.recipe import Recipe
+    from isthmus.report.live import run_with_progress
+    from isthmus.storage.record import RunDirectory
+
+    if (recipe is None) == (resume is None):
+        raise RecipeError("give either a recipe or --resume", remedy="isthmus run RECIPE, or isthmus run --resume DIR")
+    if baseline is not None:
+        _train_baseline(recipe, resume or run_dir, baseline.value)
+        return
+    if resume is not None:
+        directory = open_resumed(resume)
+    else:
+        assert recipe is not None
+        read = Recipe.read(recipe, undecided=True)
+        if read.model.cut == "auto":
+            RunDirectory.require_free(run_dir)
+            read = _measured_cut(read)
+        directory = create_run(read, run_dir)
+    run_with_progress(directory)
+    typer.echo(f"run directory: {directory.path}")
+    typer.echo(
+        f"next: isthmus generate {directory.path} PROMPT; isthmus evaluate {directory.path}; "
+        f"isthmus export {directory.path} OUT; "
+        f'in Python: isthmus.open("{directory.path}")'
+    )
+
+
+@command("export runs/first adapter", name="export")
+def export_run(
+    run_dir: RunPath,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    round: Round = None,
+) -> None:
+    """Write a run's adapter as a PEFT folder for the uncut model."""
+    from isthmus.engines.export import export_adapter
+    from isthmus.storage.record import RunDirectory
+
+    rounds = export_adapter(RunDirectory.open(run_dir), out, round)
+    typer.echo(f"adapter after {rounds} rounds: {out}")
+
+
+@command("demo --quick")
+def demo(
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="The run directory to create.")] = Path("runs/demo"),
+    cache: Annotated[Path, typer.Option(help="Folder for the model and the data.")] = Path("build/demo"),
+    quick: Annotated[bool, typer.Option(help="Fewer rounds and no baselines.")] = False,
+    seed: Annotated[int, typer.Option(help="The seed for the rows, their order and the initial adapters.")] = 1,
+) -> None:
+    """Run a demonstration: four silos fine-tune a small real model on real reviews, in about 15 minutes."""
+    from isthmus.demo.play import play
+
+    play(run_dir, cache, quick=quick, seed=seed)
+
+
+def _train_baseline(recipe: Path | None, run_dir: Path, kind: Literal["alone", "pooled"]) -> None:
+    """Train a baseline of a recipe, or of the run in this directory."""
+    from isthmus.engines.baselines import baseline_run, train_baseline
+    from isthmus.engines.local import open_resumed
+    from isthmus.recipe import Recipe
+
+    directory = open_resumed(run_dir) if recipe is None else baseline_run(Recipe.read(recipe, undecided=True), run_dir)
+    train_baseline(directory, kind, typer.echo)
+    typer.echo(f"run directory: {directory.path}\nnext: isthmus evaluate {directory.path}")
+
+
+def _measured_cut(recipe: Recipe) -> Recipe:
+    """The recipe with the cut that a measurement on this machine chooses; its table is printed."""
+    from rich.console import Console
+
+    from isthmus.audit.cuts import cut_for_run
+    from isthmus.report.cut_table import show_cuts
+
+    choice = cut_for_run(recipe, notify)
+    show_cuts(choice, Console())
+    return recipe.with_cut(choice.bottom, choice.top)
