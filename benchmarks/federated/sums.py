@@ -37,9 +37,10 @@ from isthmus.updates.masking import Advert
 from isthmus.updates.quantize import Ring
 from isthmus.updates.sums import SumFormat
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.authority import Authority
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer, LoopbackChannel
-from isthmus.wire.identity import Authority, Identity
+from isthmus.wire.identity import Identity
 from isthmus.wire.sum_keys import plan_digest, signers, verify_keys
 
 PARAMETERS = 460_800

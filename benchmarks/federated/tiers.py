@@ -35,8 +35,8 @@ from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
 from isthmus.updates.quantize import Integers, Ring, Whole
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.authority import Authority
 from isthmus.wire.channel import Answer, LoopbackChannel
-from isthmus.wire.identity import Authority
 
 SIZES = (10, 100, 1000)
 COHORT = 25

@@ -17,9 +17,10 @@ from isthmus import errors
 from isthmus.errors import FrameError, FrameSizeError, IsthmusError, MismatchError, PeerGoneError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.authority import Authority
 from isthmus.wire.channel import Answer, Channel, LoopbackChannel, Service, answered
 from isthmus.wire.client import GrpcChannel
-from isthmus.wire.identity import Authority, Identity
+from isthmus.wire.identity import Identity
 from isthmus.wire.server import Server
 
 HANG = 30.0

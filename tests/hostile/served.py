@@ -18,8 +18,9 @@ from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting
 from isthmus.storage.record import RunDirectory
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.authority import Authority
 from isthmus.wire.client import GrpcChannel
-from isthmus.wire.identity import Authority, Identity, Role, save_identity
+from isthmus.wire.identity import Identity, Role, save_identity
 from isthmus.wire.server import Server
 from tests.conftest import make_recipe
 from tests.unit.wire.test_server import free_port

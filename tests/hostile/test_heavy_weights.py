@@ -17,9 +17,9 @@ from isthmus.federation.rounds import Aggregator
 from isthmus.storage.record import RoleDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.authority import Authority
 from isthmus.wire.channel import Answer
 from isthmus.wire.frames import checked, wrap
-from isthmus.wire.identity import Authority
 from tests.conftest import make_recipe, save_tiny_model
 from tests.unit.trunk.drill import Drill, Silo, Work, recipe_of, results, tensors_of
 from tests.unit.trunk.talk import WAIT

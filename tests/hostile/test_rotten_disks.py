@@ -26,7 +26,8 @@ from isthmus.storage.journal import Journal, read_journal
 from isthmus.storage.record import RoleDirectory, RunDirectory
 from isthmus.storage.store import Store
 from isthmus.trunk.service import run_name
-from isthmus.wire.identity import Authority, Identity, save_identity
+from isthmus.wire.authority import Authority
+from isthmus.wire.identity import Identity, save_identity
 from tests.conftest import make_recipe
 
 FLIPS, CUTS = 100, 30

@@ -24,6 +24,7 @@ from isthmus.wire.frames import ANSWERS
 from tests.conformance.test_channels import HANG, TRUNK, Echo, Late, joined, serving, until
 from tests.conftest import save_tiny_model, write_rows
 from tests.hostile.served import Served
+from tests.unit.wire.test_identity import server_credentials
 
 SOON = 0.4
 """A deadline that tests wait for."""
@@ -37,7 +38,7 @@ class Mute:
         self._server = grpc.server(ThreadPoolExecutor(4))
         methods = {"Trunk": grpc.stream_stream_rpc_method_handler(self._stream)}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("isthmus.Wire", methods),))
-        self.port = self._server.add_secure_port("localhost:0", TRUNK.server_credentials())
+        self.port = self._server.add_secure_port("localhost:0", server_credentials(TRUNK))
         self._server.start()
 
     def close(self) -> None:
@@ -93,6 +94,10 @@ DUE = [
     pb.Decode(session=1, lengths=[1], hidden=pb.Matrix(rows=1)),
     pb.Close(session=1),
     pb.Current(),
+    pb.Enroll(),
+    pb.Withdrawals(),
+    pb.Listing(),
+    pb.Fetch(name="config.json"),
     pb.Update(round=1),
 ]
 """One of each kind whose answer waits for no other party."""
@@ -194,7 +199,7 @@ class Breaking:
         self._server = grpc.server(ThreadPoolExecutor(4))
         methods = {"Trunk": grpc.stream_stream_rpc_method_handler(self._stream)}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("isthmus.Wire", methods),))
-        self.port = self._server.add_secure_port("localhost:0", TRUNK.server_credentials())
+        self.port = self._server.add_secure_port("localhost:0", server_credentials(TRUNK))
         self._server.start()
 
     def close(self) -> None:
@@ -272,6 +277,10 @@ REQUESTS = [
     pb.Ready(),
     pb.Update(round=1),
     pb.Current(),
+    pb.Enroll(),
+    pb.Withdrawals(),
+    pb.Listing(),
+    pb.Fetch(name="config.json"),
     pb.End(round=1),
 ]
 

@@ -11,7 +11,7 @@ import pytest
 
 from isthmus.errors import IdentityError, IsthmusError, ProtocolError
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.identity import Authority
+from isthmus.wire.authority import Authority
 from isthmus.wire.published import sign_version
 from tests.conftest import save_tiny_model
 from tests.hostile.served import WAIT, Served

@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from isthmus.errors import IdentityError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.authority import Authority
 from isthmus.wire.client import GrpcChannel
-from isthmus.wire.identity import Authority, Identity, Role
+from isthmus.wire.identity import Identity, Role
 from isthmus.wire.server import Server
 from isthmus.wire.sum_keys import sign_keys, verify_keys
 from tests.unit.wire.test_identity import raw_server, refusal

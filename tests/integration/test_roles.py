@@ -13,7 +13,8 @@ from isthmus.engines.local import at_address
 from isthmus.engines.roles import start_server
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
-from isthmus.wire.identity import Authority, save_identity
+from isthmus.wire.authority import Authority
+from isthmus.wire.identity import save_identity
 from tests.conftest import save_tiny_model
 from tests.integration.processes import (
     Commands,
@@ -172,7 +173,7 @@ def test_a_certificate_of_another_authority_is_refused(federation: Federation, i
     recipe = federation.variant(tmp_path / "north")
     save_identity(Authority().issue("north"), tmp_path / "north" / "certificates")
     refused = isthmus(*federation.silo(recipe, "north", tmp_path / "run"))
-    refused.failed("no trusted connection to trunk", "remedy: both sides need certificates of the same authority")
+    refused.failed("no trusted connection to trunk", "remedy: both sides need valid certificates of the same authority")
     assert "ssl_transport_security" not in refused.err, "gRPC writes its own lines"
 
 
@@ -186,7 +187,7 @@ def test_a_foreign_certificate_with_the_right_authority_beside_it_is_refused(
     (place / "cert.pem").write_bytes(foreign.certificate)
     (place / "key.pem").write_bytes(foreign.key)
     isthmus(*federation.silo(recipe, "north", tmp_path / "run")).failed(
-        "the certificate of north is from another authority", "remedy: make certificates"
+        "the certificate of north was signed by another authority", "remedy: make certificates"
     )
 
 
@@ -194,7 +195,7 @@ def test_an_expired_certificate_is_refused(federation: Federation, isthmus: Call
     recipe = federation.variant(tmp_path / "north")
     save_identity(federation.authority.issue("north", days=-1), tmp_path / "north" / "certificates")
     isthmus(*federation.silo(recipe, "north", tmp_path / "run")).failed(
-        "the certificate of north is not valid now", "remedy: make certificates"
+        "the certificate of north expired on", "or make certificates with 'isthmus certificates RECIPE'"
     )
 
 

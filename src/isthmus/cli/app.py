@@ -37,14 +37,17 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-def command(example: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    example: str, name: str | None = None, group: typer.Typer = app
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorates a command, whose help ends with this example.
 
     Args:
         example: without the program's name.
         name: the command's, if it is not the function's.
+        group: the commands that it is one of.
     """
-    return app.command(name=name, epilog=f"Example: isthmus {example}")
+    return group.command(name=name, epilog=f"Example: isthmus {example}")
 
 
 @app.callback(epilog="Exit codes: 0 done, 1 an error (its remedy is printed), 2 wrong arguments, 130 stopped.")

@@ -9,6 +9,11 @@ import typer
 
 from isthmus.cli.app import Address, RecipePath, RunOption, Served, command
 
+AuthorityOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--authority", help="The authority's folder: answer invites here, and make this role's certificate."),
+]
+
 
 @command("trunk recipe.toml --with-root --address 0.0.0.0:50051")
 def trunk(
@@ -17,19 +22,25 @@ def trunk(
     address: Address = None,
     with_root: Annotated[bool, typer.Option(help="Serve the root too, at the same address.")] = False,
     round: Annotated[Optional[int], typer.Option(min=0, help="The round to serve; the last by default.")] = None,  # noqa: UP045
+    authority: AuthorityOption = None,
 ) -> None:
     """Serve the trunk, the middle blocks of the model: for a federation, or to use a finished run."""
     from isthmus.engines.roles import serve
 
-    serve(recipe, run_dir, ("trunk", "root") if with_root else ("trunk",), address, round)
+    serve(recipe, run_dir, ("trunk", "root") if with_root else ("trunk",), address, round, authority)
 
 
 @command("root recipe.toml --run-dir runs/root")
-def root(recipe: Served, run_dir: RunOption = Path("runs/root"), address: Address = None) -> None:
+def root(
+    recipe: Served,
+    run_dir: RunOption = Path("runs/root"),
+    address: Address = None,
+    authority: AuthorityOption = None,
+) -> None:
     """Serve the root, which leads the rounds and aggregates the silos' updates."""
     from isthmus.engines.roles import serve
 
-    serve(recipe, run_dir, ("root",), address)
+    serve(recipe, run_dir, ("root",), address, authority=authority)
 
 
 @command("edge recipe.toml west --run-dir runs/west")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from isthmus.recipe import Recipe
 from isthmus.storage.files import disk_errors
-from isthmus.wire.identity import Authority, save_identity
+from isthmus.wire.authority import Authority
+from isthmus.wire.identity import save_identity
 
 
 def make_certificates(recipe: Recipe, folder: Path) -> None:

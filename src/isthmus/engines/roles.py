@@ -16,6 +16,10 @@ from isthmus.engines.threads import set_threads
 from isthmus.errors import RecipeError, RunError
 from isthmus.federation.aggregator import GreetedAggregator, edge_service, root_service
 from isthmus.federation.rounds import Aggregator
+from isthmus.joining.authority_folder import OWN_SERVER, AuthorityFolder
+from isthmus.joining.doorkeeper import AuthorityService
+from isthmus.joining.keeper import kept_certificate
+from isthmus.joining.model_files import ModelFiles
 from isthmus.model.agreement import hello_of
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
@@ -25,7 +29,7 @@ from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.channel import Service
 from isthmus.wire.client import GrpcChannel
-from isthmus.wire.identity import Identity
+from isthmus.wire.identity import Identity, Role
 from isthmus.wire.server import Server
 
 LOOK_SECONDS = 1.0
@@ -63,24 +67,33 @@ def recorded(path: Path, recipe: Recipe, run_dir: Path, silo: str | None = None)
     return run
 
 
-def serve(path: Path, run_dir: Path, roles: tuple[str, ...], address: str | None, number: int | None = None) -> None:
+def serve(
+    path: Path,
+    run_dir: Path,
+    roles: tuple[str, ...],
+    address: str | None,
+    number: int | None = None,
+    authority: Path | None = None,
+) -> None:
     """Serve roles of the recipe at this path, or of the finished run in the run directory at this path.
 
     Args:
         run_dir: the roles' run directory, for a recipe.
         address: ``host:port``; None: the recipe's.
         number: as in ``start_server``.
+        authority: the authority's folder, to answer guests from.
 
     Raises:
         RecipeError: two run directories are named.
     """
+    folder = None if authority is None else AuthorityFolder(authority)
     if path.is_dir():
         if run_dir not in (Path(f"runs/{roles[0]}"), path):  # another than the command's default
             raise RecipeError(f"both {path} and {run_dir} are named", remedy="leave out --run-dir")
-        serve_run(path, roles, address, number)
+        serve_run(path, roles, address, number, folder)
     else:
         recipe = Recipe.read(path)
-        serve_roles(at_address(recipe, address, roles), recorded(path, recipe, run_dir), roles, number)
+        serve_roles(at_address(recipe, address, roles), recorded(path, recipe, run_dir), roles, number, folder)
 
 
 @contextmanager
@@ -104,12 +117,18 @@ def alone(run: RunDirectory, roles: tuple[str, ...]) -> Iterator[None]:
         yield
 
 
-def serve_roles(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...], number: int | None = None) -> None:
+def serve_roles(
+    recipe: Recipe,
+    run: RunDirectory,
+    roles: tuple[str, ...],
+    number: int | None = None,
+    authority: AuthorityFolder | None = None,
+) -> None:
     """Serve ``trunk``, ``root`` or both until ``Stopped``.
 
     Args:
         roles: the first one's address and certificate are used for both.
-        number: as in ``start_server``.
+        number, authority: as in ``start_server``.
 
     Raises:
         RecipeError: two roles, but the recipe has them at two addresses.
@@ -121,8 +140,10 @@ def serve_roles(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...], numbe
             remedy="give both the same address in the recipe, or start the root by 'isthmus root'",
         )
     set_threads(recipe)
-    with suppress(Stopped), alone(run, roles):
-        server, services = start_server(recipe, run, roles, number)
+    own: Role = "trunk" if roles[0] == "trunk" else "root"
+    kept = kept_certificate(Path(recipe.wire.certificates), roles[0], own, authority)
+    with suppress(Stopped), alone(run, roles), kept:
+        server, services = start_server(recipe, run, roles, number, authority)
         try:
             _listen(server, getattr(recipe, roles[0]).address, lambda: _result(recipe, run, roles))
         finally:
@@ -131,13 +152,20 @@ def serve_roles(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...], numbe
                     service.stop()
 
 
-def serve_run(path: Path, roles: tuple[str, ...], address: str | None, number: int | None = None) -> None:
+def serve_run(
+    path: Path,
+    roles: tuple[str, ...],
+    address: str | None,
+    number: int | None = None,
+    authority: AuthorityFolder | None = None,
+) -> None:
     """Serve the trunk, the root or both of a run that has finished, so that its silos can use the result.
 
     Args:
         path: the run directory.
         address: ``host:port``; None: the recipe's.
         number: the round to serve; None: the last one.
+        authority: as in ``start_server``.
 
     Raises:
         RunError: the folder is no run directory, lacks these roles or the round, or the run is still going on.
@@ -150,7 +178,7 @@ def serve_run(path: Path, roles: tuple[str, ...], address: str | None, number: i
                 remedy=f"name the run directory of 'isthmus run' or 'isthmus {role}', or give the recipe",
             )
     with run.locked(shared=True):
-        serve_roles(at_address(run.recipe(), address, roles), run, roles, number)
+        serve_roles(at_address(run.recipe(), address, roles), run, roles, number, authority)
 
 
 def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
@@ -160,7 +188,8 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
         RunError: another process serves it from this directory.
     """
     set_threads(recipe)
-    with suppress(Stopped), alone(run, (name,)):
+    kept = kept_certificate(Path(recipe.wire.certificates), name, "edge")
+    with suppress(Stopped), alone(run, (name,)), kept:
         server, edge, channel = start_edge(recipe, run, name)
         try:
             over = f"{_finished(recipe)}; nothing is left to do here"
@@ -231,15 +260,20 @@ def _result(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> str | 
 
 
 def start_server(
-    recipe: Recipe, run: RunDirectory, roles: tuple[str, ...], number: int | None = None
+    recipe: Recipe,
+    run: RunDirectory,
+    roles: tuple[str, ...],
+    number: int | None = None,
+    authority: AuthorityFolder | None = None,
 ) -> tuple[Server, dict[str, Service]]:
     """Start a server with these roles' services, at the first role's address and with its certificate.
 
     Args:
         number: the round whose adapter the trunk serves; None: the last one that is saved.
+        authority: answers guests here; None: nobody does.
 
     Returns:
-        The server, and its services by gRPC service name (``Trunk``, ``Root``).
+        The server, and its services by gRPC service name (``Trunk``, ``Model``, ``Root``).
 
     Raises:
         RunError: the trunk has not saved that round.
@@ -256,7 +290,8 @@ def start_server(
         if number is None and run.role("root").path.exists():
             number = run.completed()  # one run directory: the trunk's adapter must be of the root's round
         services["Trunk"] = own_trunk = trunk = TrunkService(recipe, directory, identity=identity)
-        peers["Trunk"] = [silo.name for silo in recipe.silo]
+        services["Model"] = ModelFiles(recipe, directory.path / "portions")
+        peers["Trunk"] = peers["Model"] = [silo.name for silo in recipe.silo]
         if number is not None:
             trunk.restore(number)
             if recipe.trains_between and number and number == run.completed():  # the root may have ended before it
@@ -270,7 +305,8 @@ def start_server(
     address = getattr(recipe, roles[0]).address
     wire = recipe.wire
     size, grace, edges = wire.max_frame_bytes, 2 * wire.deadline, recipe.tree.edges
-    server = Server(services, identity, peers, address, size, grace, edges=edges)
+    doorkeeper = None if authority is None else AuthorityService(authority)
+    server = Server(services, identity, peers, address, size, grace, edges=edges, doorkeeper=doorkeeper)
     server.start()
     return server, services
 
@@ -282,7 +318,8 @@ def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
         RunError: another process runs it in this directory.
     """
     set_threads(recipe)
-    with alone(run, (name,)), closing(Worker(recipe, name, run.role(name))) as worker:
+    kept = kept_certificate(Path(recipe.wire.certificates), name, "silo")
+    with alone(run, (name,)), kept, closing(Worker(recipe, name, run.role(name))) as worker:
         completed = worker.run()
     if recipe.model.moves and completed < recipe.train.rounds:
         print(f"the cut moves after round {completed}", flush=True)
@@ -301,3 +338,27 @@ def _finished(recipe: Recipe) -> str:
     if not rounds:
         return "nothing trains (train.rounds = 0)"
     return f"finished after {rounds} round{'' if rounds == 1 else 's'}"
+
+
+def serve_authority(folder: Path, address: str | None) -> None:
+    """Answer guests and parties from an authority's folder until ``Stopped``, with a server of its own.
+
+    Args:
+        address: ``host:port`` to listen at; None: that of the invites.
+
+    Raises:
+        RunError: it is the folder of no authority.
+        RecipeError: guests are answered by the trunk or the root.
+    """
+    authority = AuthorityFolder(folder)
+    if authority.server != OWN_SERVER:
+        raise RecipeError(
+            f"guests of {folder} are answered by the {authority.server}",
+            remedy=f"start 'isthmus {authority.server} RECIPE --authority {folder}'",
+        )
+    certificates, limit = folder / "certificates", 2**20
+    with suppress(Stopped), kept_certificate(certificates, OWN_SERVER, "root", authority):
+        identity, where = Identity.load(certificates, OWN_SERVER, "root"), address or authority.address
+        server = Server({}, identity, {}, where, limit, doorkeeper=AuthorityService(authority))
+        server.start()
+        _listen(server, where, lambda: None)

@@ -185,6 +185,7 @@ class Buffered(Aggregator):
                 self._training[peer] = plan.round
             own = self._planner.own(plan, peer)
             if self._identity is not None:
+                self._identity = self._identity.renewed()
                 own.published.CopyFrom(sign_version(self._identity, self._runs[peer], own.completed))
             answer.set_result(own)
 

@@ -143,6 +143,7 @@ class Rounds(Aggregator):
         if self._offers_keys and not request.HasField("keys"):
             raise ProtocolError(f"{peer} offers no keys", remedy="give all parties one recipe")
         if self._identity is not None and request.HasField("keys"):
+            self._identity = self._identity.renewed()
             verify_keys(self._identity, peer, request.keys)
         if self._offers_keys:
             for public in (request.keys.sealing, request.keys.masking):

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from isthmus.errors import ModelError
 from isthmus.model.digests import METADATA, REMEDY, FileState, digests_of, header_of, state_of
+from isthmus.model.portion import lacking, whole_digests
 from isthmus.model.quantized import Stored, copying, stored_weights
 
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
@@ -101,7 +102,7 @@ class Checkpoint:
             opened: dict[Path, Any] = {}
             for name in names:
                 if name not in self.weights:
-                    raise ModelError(f"{self.folder} lacks the tensor {name}", remedy=_FOLDER)
+                    raise ModelError(f"{self.folder} lacks the tensor {name}{lacking(self.folder)}", remedy=_FOLDER)
                 stored = self.weights[name]
                 parts = [self._open(part, opened, stack).get_tensor(part) for part in stored.names]
                 found[name] = self._weight(name, stored, parts)
@@ -138,16 +139,27 @@ class Checkpoint:
             ModelError: as ``files``.
         """
         digest = hashlib.sha256(self.config_digest.encode())
+        found, metadata = self.digests
+        digest.update(json.dumps([sorted(found.items()), metadata]).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def digests(self) -> tuple[dict[str, str], list[str]]:
+        """SHA-256 of every tensor of the model, by name, also of those that a portion lacks; those of the files'
+        metadata.
+
+        Raises:
+            ModelError: as ``files``, or a tensor is not the model's.
+        """
         found: dict[str, str] = {}
         metadata = set()
         for file in sorted(set(self.files.values())):
             digests = dict(digests_of(file))
             metadata.add(digests.pop(METADATA))
             found |= digests
-        digest.update(json.dumps([sorted(found.items()), sorted(metadata)]).encode())
         for file in self._states:
             self._check_unchanged(file)
-        return digest.hexdigest()
+        return whole_digests(self.folder, found) or (found, sorted(metadata))
 
     @cached_property
     def config_digest(self) -> str:

@@ -187,6 +187,7 @@ class MaskedUpdates:
         self.received: Callable[[], Tensors] | None = None
 
     def offer(self) -> pb.SumKeys:
+        self._identity = self._identity.renewed()  # and it stays the same for the whole round
         self._member = Member(self._identity.name)
         advert = self._member.advert
         return sign_keys(self._identity, sealing=advert.sealing, masking=advert.masking, commitment=advert.promise)

@@ -137,7 +137,9 @@ class GrpcChannel:
         """When a frame last came, one of more than ``SMALL`` bytes went, or the first request began to wait."""
         self._opened: float | None = None
         """When the stream was opened whose greeting is not answered yet."""
-        self._grpc = grpc.secure_channel(address, identity.client_credentials(), options=self._options())
+        self._identity = identity
+        self._call: Any = None
+        self._grpc = self._connected()
         self._greeted: Answer = Answer()
         threading.Thread(target=self._keep_streaming, name=f"to {service}", daemon=True).start()
         threading.Thread(target=self._keep_listening, name=f"silence of {service}", daemon=True).start()
@@ -170,6 +172,18 @@ class GrpcChannel:
         self._end(PeerGoneError(f"the channel to {self._service} was closed on this side", remedy="open a new channel"))
         self._grpc.close()
 
+    def _connected(self) -> grpc.Channel:
+        return grpc.secure_channel(self._address, self._identity.client_credentials(), options=self._options())
+
+    def _renew(self) -> None:
+        """Use this party's new certificate from the next stream on, if it has one."""
+        identity = self._identity.renewed()
+        if identity is not self._identity:
+            log.info("the certificate of %s was renewed; connecting to %s again", identity.name, self._server)
+            self._identity = identity
+            self._grpc.close()
+            self._grpc = self._connected()
+
     def _options(self) -> tuple[tuple[str, Any], ...]:
         return (
             ("grpc.ssl_target_name_override", self._server),
@@ -186,6 +200,7 @@ class GrpcChannel:
         pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
         while self._ended is None:
             received = self.received_bytes
+            self._renew()
             try:
                 self._stream()
                 error: IsthmusError | None = None
@@ -227,8 +242,9 @@ class GrpcChannel:
                 outbox.put(one.data)
             self._outbox = outbox
         open_stream = self._grpc.stream_stream(METHOD_PATH.format(self._service), None, None)  # raw bytes both ways
+        self._call = open_stream(self._drain(outbox), metadata=self._metadata)
         try:
-            for data in open_stream(self._drain(outbox), metadata=self._metadata):
+            for data in self._call:
                 self.received_bytes += len(data)
                 self._moved = time.monotonic()
                 self._receive(frames.parse(data), type(greeting))
@@ -247,6 +263,8 @@ class GrpcChannel:
         asked = 0.0
         while not self._over.wait(min(self._deadline, self._answer_deadline) / 8):
             self._fail_overdue()
+            if self._call is not None and self._identity.renewed() is not self._identity:
+                self._call.cancel()  # the next stream shows the new certificate
             now, opened, moved = time.monotonic(), self._opened, self._moved
             waits = bool(self._pending) or opened is not None
             silent = now - (opened if opened is not None else moved)
@@ -313,11 +331,14 @@ class GrpcChannel:
         status, details = broken.code(), broken.details() or ""
         if status in _FATAL:
             kind, remedy = _FATAL[status]
-            return kind(f"{self._server} at {self._address} refused the connection: {details}", remedy=remedy)
+            message, _, told = details.partition("\n  remedy: ")
+            return kind(f"{self._server} at {self._address} refused the connection: {message}", remedy=told or remedy)
         if status is grpc.StatusCode.UNAVAILABLE and any(word in details for word in _DISTRUST):
+            expired = "a certificate has expired: " if "expired" in details.lower() else ""
             return IdentityError(
-                f"no trusted connection to {self._server} at {self._address}: {details[:200]}",
-                remedy="both sides need certificates of the same authority, made by 'isthmus certificates'",
+                f"no trusted connection to {self._server} at {self._address}: {expired}{details[:200]}",
+                remedy="both sides need valid certificates of the same authority, made by 'isthmus join' or "
+                "'isthmus certificates', and clocks that are right",
             )
         return None
 

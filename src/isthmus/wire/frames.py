@@ -28,6 +28,8 @@ MAX_NAME = 64
 """Longest name of a run or a process, in characters."""
 MAX_CERTIFICATE = 8192
 """Largest certificate or signature in bytes."""
+MAX_FILES = 1024
+"""Most files of a model's parts."""
 OPTIMIZERS = ("sgd", "adam", "adamw")
 """Kinds of optimizers that a trunk can follow."""
 MAX_SHARE = 256
@@ -49,6 +51,10 @@ ANSWERS: dict[type[Message], tuple[type[Message], ...]] = {
     pb.Agree: (pb.Agreed,),
     pb.Reveal: (pb.Accepted,),
     pb.Current: (pb.Adapters,),
+    pb.Enroll: (pb.Enrolled,),
+    pb.Withdrawals: (pb.Withdrawn,),
+    pb.Listing: (pb.Listed,),
+    pb.Fetch: (pb.Fetched,),
 }
 """By kind of request, the answers that it may get; beside them, a ``Failure``."""
 WAITING = (pb.Begin, pb.Commit, pb.End, pb.Ready, pb.Deal, pb.Agree, pb.Reveal)
@@ -311,6 +317,29 @@ def _agree(message: pb.Agree) -> None:
         raise _invalid(f"a signature of {len(message.signature)} bytes")
 
 
+def _enroll(message: pb.Enroll) -> None:
+    if len(message.request) > MAX_CERTIFICATE:
+        raise _invalid(f"a signing request of {len(message.request)} bytes")
+
+
+def _listed(message: pb.Listed) -> None:
+    if len(message.files) > MAX_FILES:
+        raise _invalid(f"a list of {len(message.files)} files")
+    for file in message.files:
+        _path(file.name)
+
+
+def _fetch(message: pb.Fetch) -> None:
+    _path(message.name)
+
+
+def _path(name: str) -> None:
+    """A file's place below a folder, nowhere else."""
+    parts = name.split("/")
+    if len(name) > MAX_KEY or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise _invalid(f"the name {name[:MAX_NAME]!r} of a file")
+
+
 _RULES: dict[str, Callable[[Any], None]] = {
     "hello": _hello,
     "welcome": _run,
@@ -328,4 +357,7 @@ _RULES: dict[str, Callable[[Any], None]] = {
     "deal": _secrets,
     "reveal": _secrets,
     "agree": _agree,
+    "enroll": _enroll,
+    "listed": _listed,
+    "fetch": _fetch,
 }

@@ -247,7 +247,7 @@ class Inbox:
     def end(self, stream: Stream, error: IsthmusError | None) -> None:
         """Nothing more is read from the stream. It ends once what is ready is sent, with this error if there is one."""
         with self._account.changed:
-            stream.ended, stream.error = True, error
+            stream.ended, stream.error = True, stream.error or error
             self._account.changed.notify_all()
 
     def leave(self, stream: Stream) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("id", "acked", "hello", "welcome", "failure", "ping", "pong", "begin", "begun", "forward", "hidden", "backward", "gradient", "commit", "stepped", "keep", "kept", "end", "ended", "decode", "close", "closed", "ready", "plan", "update", "accepted", "deal", "dealt", "survivors", "reveal", "current", "adapters", "agree", "agreed")
+    __slots__ = ("id", "acked", "hello", "welcome", "failure", "ping", "pong", "begin", "begun", "forward", "hidden", "backward", "gradient", "commit", "stepped", "keep", "kept", "end", "ended", "decode", "close", "closed", "ready", "plan", "update", "accepted", "deal", "dealt", "survivors", "reveal", "current", "adapters", "agree", "agreed", "enroll", "enrolled", "withdrawals", "withdrawn", "listing", "listed", "fetch", "fetched")
     ID_FIELD_NUMBER: _ClassVar[int]
     ACKED_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,14 @@ class Frame(_message.Message):
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     AGREE_FIELD_NUMBER: _ClassVar[int]
     AGREED_FIELD_NUMBER: _ClassVar[int]
+    ENROLL_FIELD_NUMBER: _ClassVar[int]
+    ENROLLED_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAWALS_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAWN_FIELD_NUMBER: _ClassVar[int]
+    LISTING_FIELD_NUMBER: _ClassVar[int]
+    LISTED_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
     id: int
     acked: int
     hello: Hello
@@ -76,7 +84,15 @@ class Frame(_message.Message):
     adapters: Adapters
     agree: Agree
     agreed: Agreed
-    def __init__(self, id: _Optional[int] = ..., acked: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., deal: _Optional[_Union[Deal, _Mapping]] = ..., dealt: _Optional[_Union[Dealt, _Mapping]] = ..., survivors: _Optional[_Union[Survivors, _Mapping]] = ..., reveal: _Optional[_Union[Reveal, _Mapping]] = ..., current: _Optional[_Union[Current, _Mapping]] = ..., adapters: _Optional[_Union[Adapters, _Mapping]] = ..., agree: _Optional[_Union[Agree, _Mapping]] = ..., agreed: _Optional[_Union[Agreed, _Mapping]] = ...) -> None: ...
+    enroll: Enroll
+    enrolled: Enrolled
+    withdrawals: Withdrawals
+    withdrawn: Withdrawn
+    listing: Listing
+    listed: Listed
+    fetch: Fetch
+    fetched: Fetched
+    def __init__(self, id: _Optional[int] = ..., acked: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., stepped: _Optional[_Union[Stepped, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., deal: _Optional[_Union[Deal, _Mapping]] = ..., dealt: _Optional[_Union[Dealt, _Mapping]] = ..., survivors: _Optional[_Union[Survivors, _Mapping]] = ..., reveal: _Optional[_Union[Reveal, _Mapping]] = ..., current: _Optional[_Union[Current, _Mapping]] = ..., adapters: _Optional[_Union[Adapters, _Mapping]] = ..., agree: _Optional[_Union[Agree, _Mapping]] = ..., agreed: _Optional[_Union[Agreed, _Mapping]] = ..., enroll: _Optional[_Union[Enroll, _Mapping]] = ..., enrolled: _Optional[_Union[Enrolled, _Mapping]] = ..., withdrawals: _Optional[_Union[Withdrawals, _Mapping]] = ..., withdrawn: _Optional[_Union[Withdrawn, _Mapping]] = ..., listing: _Optional[_Union[Listing, _Mapping]] = ..., listed: _Optional[_Union[Listed, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ...) -> None: ...
 
 class Matrix(_message.Message):
     __slots__ = ("codec", "rows", "width", "data")
@@ -532,3 +548,67 @@ class Reveal(_message.Message):
     round: int
     shares: _containers.ScalarMap[str, bytes]
     def __init__(self, round: _Optional[int] = ..., shares: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class Enroll(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: bytes
+    def __init__(self, request: _Optional[bytes] = ...) -> None: ...
+
+class Enrolled(_message.Message):
+    __slots__ = ("certificate", "authority", "revoked", "recipe")
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    AUTHORITY_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    authority: bytes
+    revoked: bytes
+    recipe: str
+    def __init__(self, certificate: _Optional[bytes] = ..., authority: _Optional[bytes] = ..., revoked: _Optional[bytes] = ..., recipe: _Optional[str] = ...) -> None: ...
+
+class Withdrawals(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Withdrawn(_message.Message):
+    __slots__ = ("revoked",)
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
+    revoked: bytes
+    def __init__(self, revoked: _Optional[bytes] = ...) -> None: ...
+
+class Listing(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Listed(_message.Message):
+    __slots__ = ("files", "fingerprint")
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.RepeatedCompositeFieldContainer[File]
+    fingerprint: str
+    def __init__(self, files: _Optional[_Iterable[_Union[File, _Mapping]]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
+class File(_message.Message):
+    __slots__ = ("name", "size", "digest")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size: int
+    digest: str
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class Fetch(_message.Message):
+    __slots__ = ("name", "offset")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    offset: int
+    def __init__(self, name: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class Fetched(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...

@@ -1,7 +1,8 @@
 """Who may send what to whom: by service and kind of request, the roles whose certificates may send it.
 
 Whoever may connect at all is known by certificate and recipe (``server``): silos to the trunk; to root and edges their
-own children, which are silos or edges, and an edge's sibling's silos. Nobody sends requests as a trunk or a root.
+own children, which are silos or edges, and an edge's sibling's silos. As a trunk or a root a party asks the authority
+alone; so may a guest, who has an invite and no role yet.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from isthmus.errors import ProtocolError
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.identity import Role
 
-ServiceName = Literal["Trunk", "Root"]
+ServiceName = Literal["Trunk", "Root", "Authority", "Model"]
 SENDERS: dict[ServiceName, dict[type[Message], tuple[Role, ...]]] = {
     "Trunk": dict.fromkeys(
         (pb.Hello, pb.Ping, pb.Begin, pb.Commit, pb.End, pb.Keep, pb.Forward, pb.Backward, pb.Decode, pb.Close),
@@ -24,10 +25,17 @@ SENDERS: dict[ServiceName, dict[type[Message], tuple[Role, ...]]] = {
         dict.fromkeys((pb.Hello, pb.Ping, pb.Ready, pb.Update, pb.Current), ("silo", "edge"))
     )
     | dict.fromkeys((pb.Deal, pb.Agree, pb.Reveal), ("silo",)),
+    "Authority": dict.fromkeys((pb.Ping, pb.Enroll, pb.Withdrawals), ("silo", "edge", "trunk", "root")),
+    "Model": dict.fromkeys((pb.Ping, pb.Listing, pb.Fetch), ("silo",)),
 }
 """By service (edges' is ``Root``, too) and kind of request, the roles that may send it; what is not there nobody may.
 The same table is in docs/threat-model.md."""
-_WHERE: dict[ServiceName, str] = {"Trunk": "the trunk", "Root": "the edge or root above"}
+_WHERE: dict[ServiceName, str] = {
+    "Trunk": "the trunk",
+    "Root": "the edge or root above",
+    "Authority": "the authority",
+    "Model": "the trunk, as a request for its files",
+}
 
 
 def check_sender(title: str, service: ServiceName, role: Role, request: Message) -> None:

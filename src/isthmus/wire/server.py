@@ -8,13 +8,14 @@ import socket
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
-from cryptography import x509
 
-from isthmus.errors import FrameError, IdentityError, IsthmusError
+from isthmus.errors import FrameError, IdentityError, IsthmusError, ProtocolError
 from isthmus.wire.channel import Service, forget_frames
-from isthmus.wire.identity import Identity, Role, check_role
+from isthmus.wire.identity import Identity, Role
 from isthmus.wire.inbox import MAX_INSTANCES, Inbox, PeerAccount, Stream
 
 METHOD_PATH = "/isthmus.Wire/{}"
@@ -26,6 +27,12 @@ HANDSHAKE_SECONDS = 20.0
 """Time for whoever connects to show a certificate."""
 IDLE_SECONDS = 60.0
 """Time for which a connection may be without a stream."""
+CERTIFICATE_SECONDS = 1.0
+"""Time between two looks whether the certificates behind open streams are still valid."""
+AUTHORITY = "Authority"
+"""The service that guests may connect to, and parties of every role."""
+GUEST_STREAMS = 16
+"""Streams that guests and parties together may have open to it."""
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -35,14 +42,54 @@ KEEPALIVE = (
 )
 
 
+class Doorkeeper(Service, Protocol):
+    """The service ``Authority``: it answers guests, who have an invite and no certificate of the federation yet."""
+
+    def anchors(self) -> bytes:
+        """PEM certificates by which TLS trusts the guests."""
+        ...
+
+    def admit(self, certificate: bytes) -> str:
+        """The peer that a guest's PEM certificate is, which no party's name can be; empty if it is no guest's.
+
+        Raises:
+            IdentityError: it is that of an invite which is used, expired or withdrawn.
+        """
+        ...
+
+    def role_of(self, name: str) -> Role:
+        """The role of a party of the federation.
+
+        Raises:
+            IdentityError: there is none of this name.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Who is behind a stream."""
+
+    service: str
+    peer: str
+    certificate: bytes
+    """PEM."""
+    role: Role | None
+    """None: a guest."""
+
+
 class Server:
     """Serves named services (``Trunk``, ``Root``) to peers with certificates of the federation's authority.
+
+    The certificates behind open streams are looked at again every second: a stream ends when its party's certificate
+    expires or is revoked. When the server's own certificate is renewed, new connections get the new one.
 
     Args:
         services: the services by name.
         identity: the server's identity.
         peers: for each service, the names of the parties that may connect.
         edges: those of them that are edges; the others are silos.
+        doorkeeper: the service ``Authority``, if guests are to be answered here.
         address: ``host:port`` to listen at; port 0 chooses a free port.
         limit: largest frame in bytes.
         grace: seconds after which the answers to a client that does not reconnect are freed. It should exceed the time
@@ -62,16 +109,27 @@ class Server:
         grace: float = 120.0,
         *,
         edges: Collection[str] = (),
+        doorkeeper: Doorkeeper | None = None,
     ) -> None:
-        self._services = services
+        if doorkeeper is not None:
+            services = {**services, AUTHORITY: doorkeeper}
+        self._services, self._doorkeeper = services, doorkeeper
+        self._identity = identity
+        self._shown: tuple[Identity, bytes] | None = None
+        """What new connections see: the server's identity, and the guests that are expected."""
+        self._limit, self._grace = limit, grace
         self._edges = frozenset(edges)
         self._peers = {service: frozenset(names) for service, names in peers.items()}
         self._accounts = {
             (name, peer): PeerAccount(service, peer, limit, grace)
             for name, service in services.items()
-            for peer in self._peers[name]
+            for peer in self._peers.get(name, ())
         }
-        streams = MAX_INSTANCES * len(self._accounts)  # and a few that end or are refused
+        self._visitors: dict[Stream, tuple[Inbox, Visitor]] = {}
+        self._lock = threading.Lock()
+        """Guards accounts and visitors."""
+        self._over = threading.Event()
+        streams = MAX_INSTANCES * len(self._accounts) + GUEST_STREAMS  # and a few that end or are refused
         threads = ThreadPoolExecutor(streams + 8, thread_name_prefix="stream")
         options = (
             ("grpc.max_receive_message_length", limit + 1024),
@@ -90,7 +148,7 @@ class Server:
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("isthmus.Wire", methods),))
         try:
-            self.port = self._server.add_secure_port(_checked_address(address), identity.server_credentials())
+            self.port = self._server.add_secure_port(_checked_address(address), self._credentials())
         except (OSError, RuntimeError) as error:
             raise IsthmusError(
                 f"cannot listen at {address}", remedy="free the port, or set another address in the recipe"
@@ -99,9 +157,11 @@ class Server:
     def start(self) -> None:
         """Start to accept streams."""
         self._server.start()
+        threading.Thread(target=self._keep_watching, name="certificates", daemon=True).start()
 
     def stop(self, grace: float = 1.0) -> None:
         """Stop listening. Open streams end after ``grace`` seconds."""
+        self._over.set()
         self._server.stop(grace).wait()
 
     def held(self, service: str, peer: str) -> int:
@@ -117,21 +177,29 @@ class Server:
     def _stream(self, name: str, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         stream = Stream(context.cancel)
         try:
-            inbox, ended = self._account(name, context).connect(_instance(context), stream)
+            visitor = self._visitor(name, context)
+            inbox, ended = self._account(visitor).connect(_instance(context), stream)
         except IsthmusError as error:
             context.abort(_status(error), str(error))
         for one in ended:
             one.cancel()
-        context.add_callback(lambda: inbox.leave(stream))
+        with self._lock:
+            self._visitors[stream] = inbox, visitor
+        context.add_callback(lambda: self._leave(inbox, stream))
         name = f"requests of {inbox.peer}"
         threading.Thread(target=self._read, args=(requests, inbox, stream, ended), name=name, daemon=True).start()
         try:
             while (data := inbox.next(stream)) is not None:
                 yield data
         finally:
-            inbox.leave(stream)
+            self._leave(inbox, stream)
         if stream.error is not None:
-            context.abort(stream.error.status, str(stream.error))
+            context.abort(_status(stream.error), str(stream.error))
+
+    def _leave(self, inbox: Inbox, stream: Stream) -> None:
+        inbox.leave(stream)
+        with self._lock:
+            self._visitors.pop(stream, None)
 
     def _read(self, requests: Iterator[bytes], inbox: Inbox, stream: Stream, before: Sequence[Stream]) -> None:
         for one in before:
@@ -147,17 +215,77 @@ class Server:
             stream.read.set()
             inbox.end(stream, error)
 
-    def _account(self, service: str, context: grpc.ServicerContext) -> PeerAccount:
+    def _visitor(self, service: str, context: grpc.ServicerContext) -> Visitor:
+        """Who connects to a service.
+
+        Raises:
+            IdentityError: someone who may not, or whose certificate is not valid.
+        """
         seen: Mapping[str, Sequence[bytes]] = context.auth_context()  # type: ignore[assignment]
         names = seen.get("x509_common_name", ())
-        peer = names[0].decode() if names else ""
-        if peer not in self._peers[service]:
+        certificate = b"".join((*seen["x509_pem_cert"], *seen.get("x509_pem_cert_chain", ())))
+        name = names[0].decode() if names else ""
+        if service == AUTHORITY:
+            assert self._doorkeeper is not None
+            if guest := self._doorkeeper.admit(certificate):
+                return Visitor(service, guest, certificate, None)
+            role = self._doorkeeper.role_of(name)
+        elif name not in self._peers[service]:
             raise IdentityError(
-                f"{peer[:64]!r} may not connect to this {service.lower()}", remedy="list it in the recipe"
+                f"{name[:64]!r} may not connect to this {service.lower()}", remedy="list it in the recipe"
             )
-        role: Role = "edge" if peer in self._edges else "silo"
-        check_role(x509.load_pem_x509_certificate(seen["x509_pem_cert"][0]), role)
-        return self._accounts[service, peer]
+        else:
+            role = "edge" if name in self._edges else "silo"
+        visitor = Visitor(service, name, certificate, role)
+        self._check(visitor)
+        return visitor
+
+    def _account(self, visitor: Visitor) -> PeerAccount:
+        """What the visitor holds of its service. Raises ``ProtocolError`` if too many are at ``Authority``."""
+        service, peer = visitor.service, visitor.peer
+        with self._lock:
+            if service == AUTHORITY:
+                if sum(one.service == AUTHORITY for _, one in self._visitors.values()) >= GUEST_STREAMS:
+                    raise ProtocolError("too many parties are joining now", remedy="try again in a minute")
+                if (service, peer) not in self._accounts:
+                    self._accounts[service, peer] = PeerAccount(self._services[service], peer, self._limit, self._grace)
+            return self._accounts[service, peer]
+
+    def _check(self, visitor: Visitor) -> None:
+        """Raise ``IdentityError`` if the visitor's certificate is not valid now."""
+        self._identity = self._identity.renewed()
+        if visitor.role is not None:
+            self._identity.check_peer(visitor.certificate, visitor.peer, visitor.role)
+
+    def _keep_watching(self) -> None:
+        """End the streams of those whose certificates are no longer valid."""
+        while not self._over.wait(CERTIFICATE_SECONDS):
+            with self._lock:
+                visitors = list(self._visitors.items())
+            for stream, (inbox, visitor) in visitors:
+                try:
+                    self._check(visitor)
+                except IdentityError as error:
+                    inbox.end(stream, error)
+
+    def _credentials(self) -> grpc.ServerCredentials:
+        """Credentials that follow the server's identity, and the guests that are expected."""
+        first = self._configuration()
+        assert first is not None
+        return grpc.dynamic_ssl_server_credentials(
+            first,
+            self._configuration,  # type: ignore[arg-type]  # None is allowed, and means no change
+            require_client_authentication=True,
+        )
+
+    def _configuration(self) -> grpc.ServerCertificateConfiguration | None:
+        """What a new connection is to see; None: what the last one saw."""
+        self._identity = self._identity.renewed()
+        guests = b"" if self._doorkeeper is None else self._doorkeeper.anchors()
+        if self._shown == (self._identity, guests):
+            return None
+        self._shown = self._identity, guests
+        return self._identity.server_configuration(guests)
 
 
 def _instance(context: grpc.ServicerContext) -> str:

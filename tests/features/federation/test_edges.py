@@ -28,8 +28,8 @@ from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
 from isthmus.updates.quantize import Ring
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.authority import Authority
 from isthmus.wire.channel import Answer, LoopbackChannel
-from isthmus.wire.identity import Authority
 from tests.conftest import make_recipe
 
 SHAPES = {"x": (20, 30), "y": (4,)}

@@ -27,8 +27,9 @@ from isthmus.updates.flat import Layout
 from isthmus.updates.quantize import Ring
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.authority import Authority
 from isthmus.wire.channel import Answer, LoopbackChannel
-from isthmus.wire.identity import Authority, Identity
+from isthmus.wire.identity import Identity
 from tests.conftest import make_recipe
 
 SHAPES = {"x": (20, 30), "y": (4,)}

@@ -31,11 +31,24 @@ COMMANDS = {
         *("--masks/--no-masks=", "--example=", "--force=False"),
     ],
     "run": ["RECIPE?", "--run-dir=runs/latest", "--resume=", "--baseline="],
-    "trunk": ["RECIPE", "--run-dir=runs/trunk", "--address=", "--with-root/--no-with-root=False", "--round="],
-    "root": ["RECIPE", "--run-dir=runs/root", "--address="],
+    "trunk": [
+        "RECIPE",
+        "--run-dir=runs/trunk",
+        "--address=",
+        "--with-root/--no-with-root=False",
+        "--round=",
+        "--authority=",
+    ],
+    "root": ["RECIPE", "--run-dir=runs/root", "--address=", "--authority="],
     "edge": ["RECIPE", "NAME", "--run-dir=runs/edge", "--address=", "--parent="],
     "silo": ["RECIPE", "NAME", "--run-dir=runs/silo", "--trunk=", "--root=", "--edge="],
     "certificates": ["RECIPE"],
+    "authority init": ["RECIPE", "FOLDER?", "--server=trunk", "--address=", "--days=90.0"],
+    "authority serve": ["FOLDER?", "--address="],
+    "authority show": ["FOLDER?"],
+    "invite": ["NAME", "--authority=authority", "--days=7.0"],
+    "join": ["INVITE", "--folder=", "--train=", "--held-out="],
+    "revoke": ["NAME", "--authority=authority"],
     "generate": [
         *("RUN_DIR", "PROMPT?", "--silo=", "--max-new-tokens=", "--field=", "--raw/--no-raw=False"),
         *("--chat/--no-chat=False", "--trunk=", "--round="),
@@ -80,8 +93,16 @@ def _written(parameter: Any) -> str:
     return f"{'/'.join([*parameter.opts, *parameter.secondary_opts])}={default}"
 
 
+def _commands() -> dict[str, Any]:
+    """All commands by what is typed, those of groups too."""
+    found: dict[str, Any] = {}
+    for name, one in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        found |= {f"{name} {own}": each for own, each in getattr(one, "commands", {}).items()} or {name: one}
+    return found
+
+
 def test_commands_and_their_parameters() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = _commands()
     assert {name: [_written(one) for one in command.params] for name, command in commands.items()} == COMMANDS
     for name, command in commands.items():
         assert command.help, name
@@ -92,7 +113,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setenv("COLUMNS", "160")
     shown = call(capsys, monkeypatch, "--help")
     shown.succeeded()
-    assert all(f" {name} " in shown.out for name in COMMANDS)
+    assert all(f" {name.split()[0]} " in shown.out for name in COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -100,7 +121,7 @@ def test_help_of_a_command_names_its_parameters(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    shown = call(capsys, monkeypatch, name, "--help")
+    shown = call(capsys, monkeypatch, *name.split(), "--help")
     shown.succeeded()
     for parameter in COMMANDS[name]:
         assert parameter.partition("=")[0].split("/")[0].rstrip("?").lower() in shown.out.lower()
@@ -129,9 +150,10 @@ def test_the_command_is_installed() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_commands_help_ends_with_an_example_that_it_takes(name: str) -> None:
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    program, called, *arguments = shlex.split(command.epilog.removeprefix("Example: "))
-    assert (program, called) == ("isthmus", name)
+    command = _commands()[name]
+    program, *arguments = shlex.split(command.epilog.removeprefix("Example: "))
+    called, arguments = arguments[: len(name.split())], arguments[len(name.split()) :]
+    assert (program, called) == ("isthmus", name.split())
     command.make_context(name, arguments)  # raises on what the command does not know
-    shown = " ".join(CliRunner().invoke(app, [name, "--help"]).output.split())
+    shown = " ".join(CliRunner().invoke(app, [*name.split(), "--help"]).output.split())
     assert command.epilog in shown

@@ -35,7 +35,9 @@ def recipe_of(folder: Path, place: Path, **sections: Any) -> Recipe:
     return recipe if sections else at_address(recipe, "localhost:0")
 
 
-@pytest.mark.parametrize(("asked", "services"), [(("trunk",), {"Trunk"}), (("trunk", "root"), {"Trunk", "Root"})])
+@pytest.mark.parametrize(
+    ("asked", "services"), [(("trunk",), {"Trunk", "Model"}), (("trunk", "root"), {"Trunk", "Model", "Root"})]
+)
 def test_a_server_has_the_services_of_its_roles(
     recipe: Recipe, tmp_path: Path, asked: tuple[str, ...], services: set[str]
 ) -> None:

@@ -16,8 +16,8 @@ from isthmus.model.agreement import hello_of
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RoleDirectory
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.authority import Authority
 from isthmus.wire.channel import LoopbackChannel
-from isthmus.wire.identity import Authority
 from isthmus.wire.sum_keys import sign_keys
 from tests.conftest import make_recipe, save_tiny_model
 

@@ -17,8 +17,9 @@ from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.authority import Authority
 from isthmus.wire.channel import Answer, LoopbackChannel, answered
-from isthmus.wire.identity import Authority, save_identity
+from isthmus.wire.identity import save_identity
 from tests.conftest import make_recipe
 
 LAYOUT = Layout({"x": (40,)})

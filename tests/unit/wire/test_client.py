@@ -10,10 +10,10 @@ import pytest
 
 from isthmus.errors import FrameSizeError, IdentityError, MismatchError, PeerGoneError, RecipeError, RunError
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.authority import Authority
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.client import EXEMPT, PROXIES, GrpcChannel, proxy_note
 from isthmus.wire.frames import VERSION
-from isthmus.wire.identity import Authority
 from tests.conformance.test_channels import AUTHORITY, HANG, SILOS, Echo, number, serving
 
 HELLO = pb.Hello(version=VERSION, instance=bytes(8).hex(), fingerprint="f" * 64, bottom=1, top=1)

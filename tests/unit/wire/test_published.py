@@ -6,7 +6,7 @@ import pytest
 
 from isthmus.errors import IdentityError, ProtocolError
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.identity import Authority
+from isthmus.wire.authority import Authority
 from isthmus.wire.published import sign_version, verify_version
 
 AUTHORITY = Authority()

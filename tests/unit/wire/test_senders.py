@@ -18,6 +18,8 @@ from isthmus.wire.senders import ServiceName, check_sender
         ("Root", "silo", pb.Deal()),
         ("Root", "edge", pb.Update()),
         ("Root", "silo", pb.Ping()),
+        ("Authority", "trunk", pb.Enroll()),
+        ("Model", "silo", pb.Fetch()),
     ],
 )
 def test_what_may_be_sent_is_let_through(service: ServiceName, role: Role, request_: Message) -> None:
@@ -32,8 +34,11 @@ def test_what_may_be_sent_is_let_through(service: ServiceName, role: Role, reque
         ("Trunk", "edge", pb.Ready(), "send it to the edge or root above"),
         ("Root", "silo", pb.Commit(), "send it to the trunk"),
         ("Root", "edge", pb.Deal(), "same version"),
-        ("Root", "root", pb.Ping(), "same version"),
+        ("Root", "root", pb.Ping(), "send it to the authority"),
         ("Root", "silo", pb.Plan(), "same version"),
+        ("Model", "edge", pb.Listing(), "same version"),
+        ("Trunk", "silo", pb.Enroll(), "send it to the authority"),
+        ("Root", "silo", pb.Listing(), "send it to the trunk, as a request for its files"),
     ],
 )
 def test_all_else_is_refused_by_name(service: ServiceName, role: Role, request_: Message, remedy: str) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from isthmus.errors import IdentityError
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.identity import Authority, Identity
+from isthmus.wire.authority import Authority
+from isthmus.wire.identity import Identity
 from isthmus.wire.sum_keys import sign_keys, sign_survivors, signers, verify_keys
 
 AUTHORITY = Authority()

@@ -1,0 +1,118 @@
+"""Commands of joining: the authority of who leads a federation, invites, and the party that takes one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from isthmus.cli.app import RecipePath, app, command, notify
+
+authority = typer.Typer(no_args_is_help=True, help="The federation's authority, which says who is a party.")
+app.add_typer(authority, name="authority")
+
+Folder = Annotated[Path, typer.Option("--authority", help="The authority's folder.")]
+
+
+@command("authority init recipe.toml", name="init", group=authority)
+def init_authority(
+    recipe: RecipePath,
+    folder: Annotated[Path, typer.Argument(help="The folder to make.")] = Path("authority"),
+    server: Annotated[
+        str, typer.Option(help="Who answers invites: trunk, root, or authority, a server of its own.")
+    ] = "trunk",
+    address: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="host:port at which that server is reached; the recipe's by default."),
+    ] = None,
+    days: Annotated[float, typer.Option(min=0.001, help="Validity of a certificate; it is renewed by itself.")] = 90.0,
+) -> None:
+    """Make the authority of a federation, once."""
+    from isthmus.joining.authority_folder import AuthorityFolder
+
+    made = AuthorityFolder.create(folder, recipe, server=server, address=address, days=days)
+    serve = f"isthmus authority serve {folder}" if server == "authority" else f"isthmus {server} {recipe}"
+    typer.echo(f"authority: {folder}, fingerprint {made.fingerprint} (who has key.pem can be anyone: keep it, copy it)")
+    typer.echo(f"next: {serve}{'' if server == 'authority' else f' --authority {folder}'}; isthmus invite NAME")
+
+
+@command("authority serve authority --address 0.0.0.0:50052", name="serve", group=authority)
+def serve_guests(
+    folder: Annotated[Path, typer.Argument(help="The authority's folder.")] = Path("authority"),
+    address: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="host:port to listen at; that of the invites by default."),
+    ] = None,
+) -> None:
+    """Answer invites and renewals by a server of its own."""
+    from isthmus.engines.roles import serve_authority
+
+    serve_authority(folder, address)
+
+
+@command("authority show authority", name="show", group=authority)
+def show_authority(folder: Annotated[Path, typer.Argument(help="The authority's folder.")] = Path("authority")) -> None:
+    """Show who has joined, until when, and which invites are open."""
+    from rich.console import Console
+
+    from isthmus.joining.authority_folder import AuthorityFolder
+    from isthmus.report.party_table import show_parties
+
+    show_parties(AuthorityFolder(folder), Console())
+
+
+@command("invite north")
+def invite(
+    name: Annotated[str, typer.Argument(help="A silo or edge of the recipe, trunk or root.")],
+    folder: Folder = Path("authority"),
+    days: Annotated[float, typer.Option(min=0.001, help="Validity in days.")] = 7.0,
+) -> None:
+    """Print an invite for a party: one line, which works once."""
+    from isthmus.joining.authority_folder import AuthorityFolder
+    from isthmus.recipe.address import is_loopback
+
+    made = AuthorityFolder(folder).invite(name, days=days)
+    if is_loopback(made.address):
+        notify(f"note: {made.address} is reached from this machine alone; write trunk.address into the recipe")
+    notify(f"for {name} ({made.role}) at {made.address}, until {made.expires:%Y-%m-%d %H:%M} UTC; works once.")
+    notify("Give it to them alone: by a call, an encrypted message, in person.")
+    typer.echo(made)
+    notify(f"next, on their machine: isthmus join INVITE{' --train ROWS' if made.role == 'silo' else ''}")
+
+
+@command("join isthmus:AAOlj7rG... --train notes.csv --folder north", name="join")
+def take_invite(
+    invite: Annotated[str, typer.Argument(help="The invite, a file that holds it, or - for standard input.")],
+    folder: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The folder to make; named as the party by default."),
+    ] = None,
+    train: Annotated[Optional[list[str]], typer.Option(help="File of this silo's rows; repeatable.")] = None,  # noqa: UP045
+    held_out: Annotated[Optional[list[str]], typer.Option(help="File of rows to measure on; repeatable.")] = None,  # noqa: UP045
+) -> None:
+    """Join a federation: make a key here, get a certificate, the recipe and this silo's parts of the model."""
+    from isthmus.joining.join import OwnFiles, join_federation
+    from isthmus.wire.invite import Invite
+
+    if invite == "-":
+        invite = sys.stdin.readline()
+    elif Path(invite).is_file():
+        invite = Path(invite).read_text()
+    invited = Invite.parse(invite)
+    files = OwnFiles(tuple(train or ()), tuple(held_out or ()))
+    joined = join_federation(invited, folder or Path(invited.name), files, notify)
+    typer.echo(f"joined as {invited.name}: {joined.folder}")
+    named = f" {invited.name}" if invited.role in ("silo", "edge") else ""
+    typer.echo(f"next: isthmus {invited.role} {joined.recipe}{named} --run-dir {joined.folder / 'run'}")
+
+
+@command("revoke north")
+def revoke(name: Annotated[str, typer.Argument(help="The party.")], folder: Folder = Path("authority")) -> None:
+    """Revoke a party's certificates and invites: its open streams end at once."""
+    from isthmus.joining.authority_folder import AuthorityFolder
+
+    count = AuthorityFolder(folder).revoke(name)
+    typer.echo(f"revoked: {name} ({count} certificate{'' if count == 1 else 's'} and invites)")
+    typer.echo(f"next: isthmus invite {name}, if it is to come back with a new key")
