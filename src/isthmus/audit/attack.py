@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from isthmus.attacks.catalogue import ACTIVE, ATTACKS
 from isthmus.attacks.knowledge import Knowledge
-from isthmus.attacks.score import Figure
 from isthmus.attacks.view.view import ADVERSARIES
 from isthmus.audit.judge import AttackResult, Judge, SensitiveMask
 from isthmus.audit.scenario import AttackPlan, Scenario
@@ -23,6 +22,7 @@ from isthmus.audit.target import Target, open_target
 from isthmus.engines.threads import set_threads
 from isthmus.errors import AttackError, RunError
 from isthmus.model.device import find_device
+from isthmus.report.formatting import NarrowTable
 from isthmus.storage.files import writing
 from isthmus.storage.record import RunDirectory
 
@@ -44,7 +44,7 @@ FIGURE_COLUMNS = {
     "top10": "top 10",
     "chance": "by chance",
 }
-"""Column heading by figure, in the order of the table."""
+"""The measure's name by figure, in the order of the table."""
 
 
 def run_attacks(
@@ -100,19 +100,19 @@ def save_results(run: RunDirectory, results: Sequence[AttackResult]) -> Path:
 
 
 def results_table(results: Sequence[AttackResult]) -> Group:
-    """The results as tables for a terminal, one per set of figures, in per cent with confidence intervals."""
-    by_figures: dict[tuple[str, ...], list[AttackResult]] = {}
+    """The results for a terminal, a line per measure in per cent with its confidence interval, then the notes."""
+    table = NarrowTable("recovered, in per cent")
+    table.names("adversary", "attack", "of", "measure")
+    table.numbers("value", "95 % interval", "s")
     for one in results:
-        by_figures.setdefault(tuple(name for name in FIGURE_COLUMNS if name in one.figures), []).append(one)
-    return Group(*(_table(names, rows) for names, rows in by_figures.items()))
-
-
-def _table(names: Sequence[str], results: Sequence[AttackResult]) -> Table:
-    shown = Table("adversary", "attack", "of", *(FIGURE_COLUMNS[name] for name in names), "s", "notes")
-    for one in results:
-        cells = [_percent(one.figures[name]) for name in names]
-        shown.add_row(one.adversary, one.attack, one.tokens, *cells, f"{one.seconds:.0f}", "; ".join(one.notes))
-    return shown
+        first = one.adversary, one.attack, one.tokens
+        for number, name in enumerate(name for name in FIGURE_COLUMNS if name in one.figures):
+            figure = one.figures[name]
+            cells = _percent(figure.value), f"{_percent(figure.low)} to {_percent(figure.high)}"
+            seconds = "" if number else f"{one.seconds:.0f}"
+            table.cells(*(first if not number else ("", "", "")), FIGURE_COLUMNS[name], *cells, seconds)
+    notes = [f"{one.adversary}, {one.attack}, {one.tokens}: {'; '.join(one.notes)}" for one in results if one.notes]
+    return Group(table, *map(Text, notes))
 
 
 def _check(plan: AttackPlan) -> None:
@@ -140,5 +140,5 @@ def _saved(path: Path) -> list[dict[str, Any]]:
         raise RunError(f"{path} does not hold results of attacks", remedy="move the file away") from error
 
 
-def _percent(figure: Figure) -> str:
-    return f"{100 * figure.value:.1f} [{100 * figure.low:.1f}, {100 * figure.high:.1f}]"
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from isthmus.data.silo_data import SiloData
 from isthmus.demo.assets import hutto, smollm2
@@ -20,7 +19,7 @@ from isthmus.engines.baselines import BASELINES, baseline_scores, train_baseline
 from isthmus.engines.inference import generate_text
 from isthmus.engines.local import local_recipe
 from isthmus.recipe import Recipe
-from isthmus.report.formatting import megabytes
+from isthmus.report.formatting import NarrowTable, megabytes
 from isthmus.report.live import run_with_progress
 from isthmus.report.progress import read_progress
 from isthmus.silo.join import load_tokenizer
@@ -64,7 +63,7 @@ def play(run_dir: Path, cache: Path, *, quick: bool, seed: int) -> RunDirectory:
     scores = _scores(directory, recipe, quick=quick)
     crossed = _crossed(directory, recipe)
     _record(directory, scores, crossed, seconds)
-    _print_table(console, scores)
+    print_accuracies(console, scores)
     console.print(
         f"federation: {seconds:.0f} s; {megabytes(crossed['up'])} of noised hidden states and gradients sent, "
         f"{megabytes(crossed['down'])} received; no text, label, mask or position left a silo",
@@ -132,15 +131,15 @@ def _record(run: RunDirectory, scores: AccuracyTable, crossed: dict[str, int], s
         temporary.write_text(json.dumps(results, indent=1))
 
 
-def _print_table(console: Console, scores: AccuracyTable) -> None:
-    table = Table(title="accuracy on held-out rows")
-    table.add_column("silo")
-    for column in scores:
-        table.add_column(column, justify="right")
+def print_accuracies(console: Console, scores: AccuracyTable) -> None:
+    """Print a table of held-out accuracy, a row a silo and one of their means."""
+    table = NarrowTable("accuracy on held-out rows")
+    table.names("silo")
+    table.numbers(*scores)
     for silo in next(iter(scores.values())):
-        table.add_row(silo, *(f"{by_silo[silo]:.1%}" for by_silo in scores.values()))
+        table.cells(silo, *(f"{by_silo[silo]:.1%}" for by_silo in scores.values()))
     table.add_section()
-    table.add_row("mean", *(f"{sum(by_silo.values()) / len(by_silo):.1%}" for by_silo in scores.values()))
+    table.cells("mean", *(f"{sum(by_silo.values()) / len(by_silo):.1%}" for by_silo in scores.values()))
     console.print(table)
 
 

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.table import Table
 
 from isthmus.engines.cuts import (
     AVERAGING_SHARE,
@@ -17,7 +16,7 @@ from isthmus.engines.cuts import (
     step_seconds,
     token_seconds,
 )
-from isthmus.report.formatting import NARROW
+from isthmus.report.formatting import NarrowTable
 
 ABSENT_FIGURE = "–"
 
@@ -34,14 +33,13 @@ def cut_json(choice: CutChoice) -> str:
 
 def show_cuts(choice: CutChoice, console: Console) -> None:
     """Print the table, what it rests on, and the choice with its reason in the last line."""
-    table = Table(title=f"cuts of {choice.silo}", **NARROW)
-    table.add_column("cut")
-    for heading in ("memory\nMB", "silo\ns/step", "trunk\ns/step", "all\ns/step", "up\nMB", "down\nMB", "token\nms"):
-        table.add_column(heading, justify="right")
-    table.add_column("leaks\n%", justify="right")
-    table.add_column("fits")
+    table = NarrowTable(f"cuts of {choice.silo}")
+    table.labels("cut")
+    table.numbers("memory\nMB", "silo\ns/step", "trunk\ns/step", "all\ns/step", "up\nMB", "down\nMB", "token\nms")
+    table.numbers("leaks\n%")
+    table.names("fits")
     for one in choice.figures:
-        table.add_row(*_cut_cells(one, choice))
+        table.cells(*_cut_cells(one, choice))
     console.print(table)
     for line in _notes(choice):
         console.print(line, markup=False, highlight=False, soft_wrap=True, style="dim")

@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.table import Table
 
 from isthmus.data.summary import DataSummary, SetSummary, ShownExample, SiloSummary
+from isthmus.report.formatting import NarrowTable
 
 SHOWN_VALUES = 20
 """Values of a histogram that are named."""
@@ -40,17 +40,16 @@ def show_data(summary: DataSummary, console: Console) -> None:
             _show_example(silo.name, example, console)
 
 
-def _table(summary: DataSummary) -> Table:
-    table = Table(title="rows, and tokens of a row")
-    for heading in ("silo", "set"):
-        table.add_column(heading)
-    for heading in ("rows", "bad", "skipped", "cut", "min", "median", "95 %", "max"):
-        table.add_column(heading, justify="right")
+def _table(summary: DataSummary) -> NarrowTable:
+    table = NarrowTable("rows, and tokens of a row")
+    table.names("silo")
+    table.labels("set")
+    table.numbers("rows", "bad", "skipped", "cut", "min", "median", "95 %", "max")
     for silo in summary.silos:
         for number, (kind, one) in enumerate(silo.sets.items()):
             if number and one.lengths is None:  # a silo without held-out rows
                 continue
-            table.add_row(silo.name, kind, f"{one.rows:,}", _bad(silo) if not number else "", *_cells(one))
+            table.cells(silo.name, kind, f"{one.rows:,}", _bad(silo) if not number else "", *_cells(one))
         table.add_section()
     return table
 

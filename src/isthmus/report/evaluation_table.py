@@ -6,17 +6,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from isthmus.engines.evaluation import FEDERATED, Contrast, SiloEvaluation
 from isthmus.report.data_table import visible
-from isthmus.report.formatting import NARROW
+from isthmus.report.formatting import WIDTH, NarrowTable
 from isthmus.tasks.metrics import ClassScore, Score, class_scores
 
 MOST_CLASSES = 12
 """Classes of a table of right and given answers; with more, the most frequent confusions are listed."""
+LABEL = 10
+"""Characters that a table of right and given answers leaves at least for the classes at its left."""
 MOST_COLUMNS = 3
 """Measures side by side in a row; more stand below each other."""
 INTERVAL = 1.96
@@ -59,25 +62,26 @@ def show_evaluations(
     """Print each silo's measures with their standard errors, how far the run is from its baselines, and what was given
     in place of what."""
     several = any(one.model != FEDERATED for one in evaluations)
-    table = Table(title="measures with standard errors, in per cent", **NARROW)
-    table.add_column("silo")
-    if several:
-        table.add_column("model")
-    table.add_column("rows", justify="right")
-    wide = len(evaluations[0].scores) <= MOST_COLUMNS
-    for name in evaluations[0].scores if wide else ("measure", "value"):
-        table.add_column(name.replace("_", " "), justify="left" if name == "measure" else "right")
-    if evaluations[0].majority is not None:
-        table.add_column("commonest", justify="right")
+    table = NarrowTable("measures with standard errors, in per cent")
+    table.names("silo", *["model"] * several)
+    table.numbers("rows")
+    wide = len(evaluations[0].scores) <= MOST_COLUMNS - several
+    if wide:
+        table.numbers(*(name.replace("_", " ") for name in evaluations[0].scores))
+    else:
+        table.names("measure")
+        table.numbers("value")
+    if any(one.majority is not None for one in evaluations):
+        table.numbers("commonest")
     for one in evaluations:
         rows = f"{len(one.predictions):,}" + (f" ({one.skipped:,} spent)" if one.skipped else "")
         common = [] if one.majority is None else [f"{100 * one.majority:.1f}"]
         first = [one.silo, one.model, rows] if several else [one.silo, rows]
         if wide:
-            table.add_row(*first, *map(_cell, one.scores.values()), *common)
+            table.cells(*first, *map(_cell, one.scores.values()), *common)
             continue
         for name, score in one.scores.items():
-            table.add_row(*first, name.replace("_", " "), _cell(score), *common)
+            table.cells(*first, name.replace("_", " "), _cell(score), *common)
     console.print(table)
     if comparisons:
         _show_comparisons(comparisons, console)
@@ -87,15 +91,13 @@ def show_evaluations(
 
 
 def _show_comparisons(comparisons: Sequence[Contrast], console: Console) -> None:
-    table = Table(title="federated minus baseline, in points, by paired rows", **NARROW)
-    for heading in ("silo", "baseline", "measure"):
-        table.add_column(heading)
-    for heading in ("rows", "difference", "95 % interval"):
-        table.add_column(heading, justify="right")
+    table = NarrowTable("federated minus baseline, in points, by paired rows")
+    table.names("silo", "baseline", "measure")
+    table.numbers("rows", "difference", "95 % interval")
     for one in comparisons:
         for name, score in one.differences.items():
             cells = (name.replace("_", " "), f"{one.rows:,}", f"{100 * score.value:+.1f}", _interval(score))
-            table.add_row(one.silo or "all silos", one.baseline, *cells)
+            table.cells(one.silo or "all silos", one.baseline, *cells)
     console.print(table)
 
 
@@ -115,18 +117,32 @@ def _show_confusion(one: SiloEvaluation, console: Console) -> None:
     title = one.silo if one.model == FEDERATED else f"{one.silo}, {one.model}"
     _show_classes(one, title, console)
     classes = sorted({name for pair in one.confusion for name in pair})
-    if len(classes) > MOST_CLASSES:
+    headings = _headings(one, classes)
+    if headings is None:
         wrong = sorted(((n, pair) for pair, n in one.confusion.items() if pair[0] != pair[1]), reverse=True)
         for count, (right, given) in wrong[:MOST_CLASSES]:
             console.print(f"{title}: {count} × {right!r} taken for {given!r}", highlight=False, markup=False)
         return
-    table = Table(title=f"{title}: right (rows) and given (columns)")
-    table.add_column("")
-    for name in classes:
-        table.add_column(_cell_text(name), justify="right")
-    for right in classes:
-        table.add_row(_cell_text(right), *(str(one.confusion.get((right, given), 0)) for given in classes))
+    console.print(f"{title}: right (rows) and given (columns)", highlight=False, markup=False)
+    table = NarrowTable()
+    table.names("")
+    table.numbers(*headings)
+    for right, heading in zip(classes, headings, strict=True):
+        label = visible(right) if headings[0] == visible(classes[0]) else f"{heading} {visible(right)}"
+        table.cells(label, *(str(one.confusion.get((right, given), 0)) for given in classes))
     console.print(table)
+
+
+def _headings(one: SiloEvaluation, classes: Sequence[str]) -> Sequence[str] | None:
+    """The classes as columns: their names if these fit, else their numbers; None if a table of them does not fit."""
+    if len(classes) > MOST_CLASSES:
+        return None
+    digits = len(str(max(one.confusion.values())))
+    numbers = [str(number) for number in range(1, len(classes) + 1)]
+    for headings in ([visible(name) for name in classes], numbers):
+        if sum(1 + max(digits, cell_len(heading)) for heading in headings) <= WIDTH - LABEL:
+            return headings
+    return None
 
 
 def _show_classes(one: SiloEvaluation, title: str, console: Console) -> None:
@@ -134,10 +150,10 @@ def _show_classes(one: SiloEvaluation, title: str, console: Console) -> None:
     scores = class_scores(one.confusion)
     shown = sorted(scores, key=lambda name: scores[name].f1)[:MOST_CLASSES] if len(scores) > MOST_CLASSES else scores
     some = f", {len(shown)} of {len(scores)} with the least F1" if len(shown) < len(scores) else ""
-    table = Table(title=f"{title}: classes{some}, in per cent")
-    table.add_column("class")
+    table = Table(title=Text(f"{title}: classes{some}, in per cent"))
+    table.add_column("class", overflow="fold")
     for heading in ("rows", "given", "precision", "recall", "F1"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name in shown:
         score = scores[name]
         shares = (score.precision, score.recall, score.f1)

@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from rich.box import SIMPLE
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
-NARROW: dict[str, Any] = {"box": SIMPLE, "padding": (0, 0, 0, 1), "pad_edge": False}
-"""Arguments of a ``rich.table.Table`` with many columns, which has to fit 80 characters."""
+WIDTH = 80
+"""Characters of a line that every table fits."""
+
+
+class NarrowTable(Table):
+    """A table that fits 80 characters. Names are broken over lines where it would be wider; numbers never are."""
+
+    def __init__(self, title: str | None = None) -> None:
+        super().__init__(title=None if title is None else Text(title), box=SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
+
+    def names(self, *headings: str) -> None:
+        """Add columns of text."""
+        for heading in headings:
+            self.add_column(Text(heading), overflow="fold")
+
+    def labels(self, *headings: str) -> None:
+        """Add columns of words of ours, which stay on one line."""
+        for heading in headings:
+            self.add_column(Text(heading), no_wrap=True)
+
+    def numbers(self, *headings: str) -> None:
+        """Add columns of numbers, which stay on one line."""
+        for heading in headings:
+            self.add_column(Text(heading), justify="right", no_wrap=True)
+
+    def cells(self, *cells: str | Text) -> None:
+        """Add a row. Its text is shown as it is, without markup."""
+        texts: list[RenderableType] = [Text(cell) if isinstance(cell, str) else cell for cell in cells]
+        self.add_row(*texts)
 
 
 def epsilon_text(value: float | None) -> str:

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from isthmus.engines.local import run_federation
 from isthmus.errors import BudgetExhausted
 from isthmus.recipe import Recipe
-from isthmus.report.formatting import NARROW, epsilon_text, megabytes, score_text
+from isthmus.report.formatting import NarrowTable, epsilon_text, megabytes, score_text
 from isthmus.report.progress import SiloStatus, read_progress
 from isthmus.report.spread import Spread, spread_of
 from isthmus.storage.record import RunDirectory
@@ -50,7 +49,7 @@ def run_with_progress(run: RunDirectory, console: Console | None = None) -> None
                 return
             shown = now
             if console.is_terminal:
-                live.update(_table(run, recipe))
+                live.update(progress_table(_statuses(run, recipe), recipe))
             elif (line := _line(run, recipe)) != said:
                 notify(line)
                 said = line
@@ -59,7 +58,7 @@ def run_with_progress(run: RunDirectory, console: Console | None = None) -> None
             live.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
         run_federation(run, watch, notify)
-        live.update(_table(run, recipe))
+        live.update(progress_table(_statuses(run, recipe), recipe))
     from isthmus.report.privacy_table import read_statements, show  # imports the accountant: only after the run
 
     show(read_statements(run), console)
@@ -81,25 +80,24 @@ def _whole_lines(console: Console) -> Iterator[None]:
             console.line()
 
 
-def _table(run: RunDirectory, recipe: Recipe) -> Group:
+def progress_table(silos: Sequence[SiloStatus], recipe: Recipe) -> Group:
+    """Each silo's progress as a row, and below the table what holds for all."""
     train = recipe.train
     steps = (
         f"of {train.steps} step{'s' * (train.steps > 1)}"
         if train.epochs is None
         else f"with {train.epochs} passes over the rows"
     )
-    table = Table(title=f"{train.rounds} rounds {steps}", **NARROW)
-    table.add_column("silo")
-    for heading in ("step", "loss", "tokens\n/s", "up", "down", "epsilon"):
-        table.add_column(heading, justify="right")
-    silos = _statuses(run, recipe)
+    table = NarrowTable(f"{train.rounds} rounds {steps}")
+    table.names("silo")
+    table.numbers("step", "loss", "tokens\n/s", "up", "down", "epsilon")
     shown = _shown_rounds({number for silo in silos for number in silo.scores})
     accurate = any("accuracy" in scores for silo in silos for scores in silo.scores.values()) or recipe.task.choices
-    table.add_column(f"held-out\n{'accuracy' if accurate else 'loss'}")
-    table.add_column("gain", justify="right")
+    table.names(f"held-out\n{'accuracy' if accurate else 'loss'}")
+    table.numbers("gain")
     spread = spread_of(silos)
     for progress in silos:
-        table.add_row(*_row(progress, recipe, shown), "" if spread is None else _gain(spread, progress.name))
+        table.cells(*_row(progress, recipe, shown), "" if spread is None else _gain(spread, progress.name))
     captions = [f"held-out: after round {', '.join(map(str, shown))}"] if shown else []
     captions += [
         f"{one.name}: {one.skipped} rows left out of steps, their budgets are spent" for one in silos if one.skipped

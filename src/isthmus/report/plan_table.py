@@ -9,10 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from isthmus.engines.privacy_plan import MOST_PASSES, PrivacyPlan
-from isthmus.report.formatting import NARROW, epsilon_text
+from isthmus.report.formatting import NarrowTable, epsilon_text
 
 
 def plan_json(plans: Sequence[PrivacyPlan]) -> str:
@@ -30,15 +29,13 @@ def plan_json(plans: Sequence[PrivacyPlan]) -> str:
 
 def show_plans(plans: Sequence[PrivacyPlan], delta: float, console: Console) -> None:
     """Print a row for each silo's records of one limit, then what the plan cannot afford."""
-    table = Table(title=f"what budgets allow, epsilon at delta {delta:g}", **NARROW)
-    table.add_column("silo")
-    table.add_column("class")
-    for heading in ("records", "epsilon\na pass", "limit", "passes:\nfewest", "\nmedian", "\nplanned"):
-        table.add_column(heading, justify="right")
+    table = NarrowTable(f"what budgets allow, epsilon at delta {delta:g}")
+    table.names("silo", "class")
+    table.numbers("records", "epsilon\na pass", "limit", "passes:\nfewest", "\nmedian", "\nplanned")
     for plan in plans:
         for group in plan.groups:
             cells = epsilon_text(group.epsilon), epsilon_text(group.limit), _passes(group.fewest), _passes(group.median)
-            table.add_row(plan.silo, group.name, f"{group.records:,}", *cells, f"{plan.passes:.3g}")
+            table.cells(plan.silo, group.name, f"{group.records:,}", *cells, f"{plan.passes:.3g}")
     console.print(table)
     for line in ("epsilon a pass: of the record that costs most", *_warnings(plans)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 
 from rich.console import Console
-from rich.table import Table
 
 from isthmus.errors import RunError
 from isthmus.privacy.accountant import Epsilon
 from isthmus.privacy.statement import Statement, read_statement
 from isthmus.recipe.tree import ROOT
-from isthmus.report.formatting import NARROW, epsilon_text
+from isthmus.report.formatting import NarrowTable, epsilon_text
 from isthmus.storage.record import RunDirectory
 
 
@@ -67,20 +66,19 @@ def _title(statement: Statement) -> str:
     return f"{statement.silo}: ledger verified, {records}{held_out}"
 
 
-def _table(statement: Statement) -> Table:
-    table = Table(**NARROW)
+def _table(statement: Statement) -> NarrowTable:
+    table = NarrowTable()
     table.add_column("path", min_width=18, no_wrap=True)
-    for heading in ("releases", "bytes", "worst\nrecord", "median\nrecord", "budget\nleft"):
-        table.add_column(heading, justify="right")
-    table.add_column("mechanism")
+    table.numbers("releases", "bytes", "worst\nrecord", "median\nrecord", "budget\nleft")
+    table.names("mechanism")
     paths = [*statement.paths.items(), *((f"{path}, held out", spent) for path, spent in statement.evaluations.items())]
     for path, spent in paths:
         sizes = f"{spent.releases:,}", f"{spent.bytes:,}"
-        table.add_row(path, *sizes, *_pair(spent.worst, spent.median), "", "\n".join(spent.mechanisms))
-    table.add_row("record", "", "", *_pair(statement.worst, statement.median), epsilon_text(statement.record_left), "")
+        table.cells(path, *sizes, *_pair(spent.worst, spent.median), "", "\n".join(spent.mechanisms))
+    table.cells("record", "", "", *_pair(statement.worst, statement.median), epsilon_text(statement.record_left), "")
     if "update" in statement.paths:
-        table.add_row("with updates", "", "", *_pair(statement.with_updates, None), "", "")
-    table.add_row("silo", "", "", *_pair(statement.whole, None), epsilon_text(statement.silo_left), "")
+        table.cells("with updates", "", "", *_pair(statement.with_updates, None), "", "")
+    table.cells("silo", "", "", *_pair(statement.whole, None), epsilon_text(statement.silo_left), "")
     return table
 
 
