@@ -23,6 +23,7 @@
     │   ├── UnknownSessionError  no inference session with this number (evicted, expired, trunk restarted)
     │   └── UnknownExampleError  no example with this number is kept (evicted, or never sent)
     ├── PeerGoneError        the peer cannot be reached
+    ├── BusyError            a server has as many requests as it takes
     └── QuorumError          fewer silos are left than the recipe or its aggregation rule needs
 
 Each class has a stable ``code``, which crosses the wire, and a gRPC status. Each error has a ``message``, which says
@@ -208,6 +209,13 @@ class PeerGoneError(IsthmusError):
 
     code = "peer-gone"
     status = grpc.StatusCode.UNAVAILABLE
+
+
+class BusyError(IsthmusError):
+    """A server has as many requests as it takes."""
+
+    code = "busy"
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class QuorumError(IsthmusError):

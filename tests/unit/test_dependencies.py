@@ -15,7 +15,14 @@ SOURCE = Path(isthmus.__file__).parent
 DECLARED = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]
 BROUGHT_BY_TORCH = {"triton"}
 """Packages that some builds of torch bring, and whose absence the source allows for."""
-ROOMS_OF_EXTRAS = {"tasks": "evaluate", "attacks": "audit", "audit": "audit", "data": "data", "demo": "demo"}
+ROOMS_OF_EXTRAS = {
+    "tasks": "evaluate",
+    "attacks": "audit",
+    "audit": "audit",
+    "data": "data",
+    "demo": "demo",
+    "gateway": "gateway",
+}
 
 
 def distributions(requirements: list[str]) -> set[str]:

@@ -9,7 +9,7 @@ import sys
 import typer
 
 # isort: off
-from isthmus.cli import init, runs, roles, joining, answers, measures  # noqa: F401  # each adds its commands, in this order
+from isthmus.cli import init, runs, roles, joining, answers, serving, measures  # noqa: F401  # each adds its commands
 
 # isort: on
 from isthmus.cli.app import app

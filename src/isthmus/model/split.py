@@ -106,12 +106,14 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         self.tail = tail
         self.residual = residual
         self.boundary = boundary
-        self._bottleneck = bottleneck
+        self.bottleneck = bottleneck
         self.shield = shield
         self.guard = guard
         self._by_length = by_length(config)
-        self._context = context_length(config)
-        self._recomputed_after = None if tail is not None else recomputed_after(top.model)
+        self.context = context_length(config)
+        """Largest number of tokens of a sequence."""
+        self.recomputed_after = None if tail is not None else recomputed_after(top.model)
+        """The length after which a generation's caches are computed again from the first token; None: never."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -422,9 +424,9 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         g_TD = reply.g_TD
         if cache is not None and torch.is_grad_enabled() and any(one.requires_grad for one in self.parameters()):
             g_TD = without_gradient(g_TD)
-        if self._bottleneck is not None:
+        if self.bottleneck is not None:
             h_TD = None if h_BLD is None else packing.pack(h_BLD)
-            g_TD = self._bottleneck.join(h_TD, g_TD, reply.noise_TW)
+            g_TD = self.bottleneck.join(h_TD, g_TD, reply.noise_TW)
         g_BLD = packing.unpack(g_TD, h_BLD if self.residual else None)
         if cache is not None and cache.transcript is not None:
             assert h_BLD is not None
@@ -447,7 +449,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
 
         With a gradient it is clipped here, so that clipping is differentiated. The boundary clips every release again.
         """
-        h_TW = h_TD if self._bottleneck is None else self._bottleneck.narrow(h_TD)
+        h_TW = h_TD if self.bottleneck is None else self.bottleneck.narrow(h_TD)
         if self.boundary is not None and self.boundary.clips and h_TW.requires_grad and torch.is_grad_enabled():
             assert subjects is not None
             return self.boundary.clipped(h_TW, "forward", subjects)
@@ -497,7 +499,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         self.bottom.eval()
         with given_lengths([len(row) for row in chosen]):
             h_BLD = self._through_bottom(None, **inputs)
-        h_BLW = h_BLD if self._bottleneck is None else self._bottleneck.narrow(h_BLD)
+        h_BLW = h_BLD if self.bottleneck is None else self.bottleneck.narrow(h_BLD)
         return [
             FreshExample(number, h_LW[len(rows[index]) - lengths[index] : len(rows[index])], subjects.of(index))
             for (number, index), h_LW in zip(new.items(), h_BLW, strict=True)
@@ -563,14 +565,14 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
             made = super()._get_candidate_generator(**settings)
         padding = 0 if mask_BP is None else int((mask_BP == 0).sum())
         if not self._by_length:
-            return BoundedCandidates(made, self._context, padding)
+            return BoundedCandidates(made, self.context, padding)
         if settings["generation_config"].assistant_ensemble_weight is not None:
             raise NotSupportedError(
                 "with assistant_ensemble_weight drafts change the answer, and how many there may be depends on this"
                 " model's rope",
                 remedy="leave assistant_ensemble_weight out",
             )
-        return CandidatesByLength(made, self._context, padding, cache, self._recomputed_after)
+        return CandidatesByLength(made, self.context, padding, cache, self.recomputed_after)
 
     def prepare_inputs_for_generation(
         self,
@@ -595,7 +597,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
 
     def _drops(self, cache: SplitCache, ids_BP: torch.Tensor, mask_BP: torch.Tensor | None) -> bool:
         """Whether a row's length crosses with its new tokens the one after which the family drops its cache."""
-        switch, past = self._recomputed_after, cache.get_seq_length()
+        switch, past = self.recomputed_after, cache.get_seq_length()
         mask_BP = torch.ones_like(ids_BP) if mask_BP is None else mask_BP
         if switch is None or not past or mask_BP.shape != ids_BP.shape:  # a chunk of a prompt has no text to go back to
             return False

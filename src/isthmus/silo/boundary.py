@@ -101,14 +101,21 @@ class Boundary:
         Raises:
             BudgetExhausted: a record's privacy budget, or the silo's, does not allow it. Nothing is charged or leaves.
         """
+        return self.noted_release(h_TD, path, step, subjects)[0]
+
+    def noted_release(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> tuple[pb.Matrix, Release]:
+        """``release``, with its event as the ledger has it.
+
+        Raises:
+            BudgetExhausted: as ``release``.
+        """
         with self._one_at_a_time:
             event, secured = self._secure(h_TD, path, step, subjects)
             if path == "gradient":
                 matrix = codec.encode(secured, self._codec.gradient_up, self._rounding)
             else:
                 matrix = codec.encode(secured, self._codec.forward_up)
-            self._note(event, len(matrix.data))
-            return matrix
+            return matrix, self._note(event, len(matrix.data))
 
     def release_example(self, number: int, h_LW: torch.Tensor, step: int, subjects: Subjects) -> pb.Matrix:
         """Release an example's hidden states and store the bytes on disk for ``released_frames``.
@@ -262,8 +269,9 @@ class Boundary:
             self.budget.require(event, subjects)
         return event, mechanism.secure(h_TD, subjects, self._noise)
 
-    def _note(self, event: Release, size: int) -> None:
+    def _note(self, event: Release, size: int) -> Release:
         event = replace(event, size=size, evaluation=self._evaluating)
         self.ledger.record(event)
         self.budget.note(event)
         self.released_bytes[event.path] += size
+        return event

@@ -5,18 +5,32 @@ Shapes: T tokens of all sequences one after another, D the model's width, W the 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+
+import torch
 
 from isthmus.errors import UnknownSessionError
 from isthmus.model.crossing import Outbound, Reply
+from isthmus.privacy.events import Release
 from isthmus.privacy.subjects import Subjects
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.records import SequenceHistory
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.channel import Channel
+from isthmus.wire.channel import Answer, Channel
 
 MAX_REPLAYS = 16
 """Largest number of times that one step replays a lost session's frames."""
+
+
+@dataclass(frozen=True)
+class SentStep:
+    """A step on its way."""
+
+    request: pb.Decode
+    answer: Answer
+    h_TW: torch.Tensor
+    """What was released, before clipping and noise."""
+    subjects: Subjects
 
 
 class RemoteSession:
@@ -38,6 +52,8 @@ class RemoteSession:
         self._denoise = denoise
         self._history: SequenceHistory | None = None
         self._sent: list[pb.Decode] = []
+        self.releases: list[Release] = []
+        """What has left, as the ledger has it."""
         self._cropped = 0
         self._rows: list[int] = []
 
@@ -59,24 +75,57 @@ class RemoteSession:
             BudgetExhausted: a record's privacy budget, or the silo's, does not allow the release. Nothing leaves.
             UnknownSessionError: the trunk lost the session ``MAX_REPLAYS`` times in this step.
         """
-        h_TW, subjects, number = outbound.h_TW, outbound.subjects, len(self._sent)
-        assert h_TW is not None
-        assert subjects is not None
-        hidden = self._boundary.release(h_TW, "forward", number, subjects)
+        assert outbound.h_TW is not None
+        assert outbound.subjects is not None
+        drafted = outbound.cache is not None and outbound.cache.drafted
+        return self.receive(self.send(outbound.h_TW, outbound.subjects, outbound.lengths, drafted=drafted))
+
+    def send(self, h_TW: torch.Tensor, subjects: Subjects, lengths: list[int], *, drafted: bool = False) -> SentStep:
+        """Send new tokens' hidden states without waiting for the answer.
+
+        Args:
+            lengths: number of new positions of each row that cross.
+            drafted: whether the tokens are drafts.
+
+        Raises:
+            BudgetExhausted: as ``step``.
+        """
+        hidden, event = self._boundary.noted_release(h_TW, "forward", len(self._sent), subjects)
+        self.releases.append(event)
         request = pb.Decode(
             session=self.id,
-            step=number,
-            lengths=outbound.lengths,
+            step=len(self._sent),
+            lengths=lengths,
             hidden=hidden,
             forget=self._cropped,
             rows=self._rows,
-            drafted=outbound.cache is not None and outbound.cache.drafted,
+            drafted=drafted,
         )
         self._cropped, self._rows = 0, []
         self._sent.append(request)
-        shape = (len(h_TW), self._width)
-        g_TD = self._boundary.decode_reply(self._request(request).hidden, "forward", shape, h_TW)
-        return Reply(g_TD, self._boundary.added_noise(hidden, h_TW, subjects) if self._denoise else None)
+        return SentStep(request, self._channel.submit(request), h_TW, subjects)
+
+    def receive(self, sent: SentStep) -> Reply:
+        """The trunk's answer to the newest step. If the trunk lost the session, all frames are replayed.
+
+        There may be several replays: a trunk short of memory may evict a session while it is replayed.
+
+        Raises:
+            UnknownSessionError: as ``step``.
+        """
+        answers, h_TW = [sent.answer], sent.h_TW
+        for _ in range(MAX_REPLAYS):
+            try:
+                answer: pb.Hidden = [one.result() for one in answers][-1]  # type: ignore[assignment]
+                break
+            except UnknownSessionError as error:
+                lost = error
+                answers = [self._channel.submit(request) for request in self._sent]
+        else:
+            raise lost
+        g_TD = self._boundary.decode_reply(answer.hidden, "forward", (len(h_TW), self._width), h_TW)
+        noise = self._boundary.added_noise(sent.request.hidden, h_TW, sent.subjects) if self._denoise else None
+        return Reply(g_TD, noise)
 
     def read_tokens(self, rows: list[list[int]]) -> list[list[int]] | None:
         """Note the next step's new tokens before bottom runs.
@@ -102,19 +151,8 @@ class RemoteSession:
 
     def close(self) -> None:
         """Free the trunk's KV cache."""
-        self._channel.call(pb.Close(session=self.id))
+        self.abandon().result()
 
-    def _request(self, request: pb.Decode) -> Any:
-        """The answer to the newest frame. If the trunk lost the session, all frames are replayed.
-
-        There may be several replays: a trunk short of memory may evict a session while it is replayed.
-        """
-        requests = [request]
-        for _ in range(MAX_REPLAYS):
-            answers = [self._channel.submit(sent) for sent in requests]
-            try:
-                return [answer.result() for answer in answers][-1]
-            except UnknownSessionError as error:
-                lost = error
-                requests = self._sent
-        raise lost
+    def abandon(self) -> Answer:
+        """Free the trunk's KV cache, without waiting for it."""
+        return self._channel.submit(pb.Close(session=self.id))

@@ -55,7 +55,7 @@ def write_answers(
     ids_BL = torch.tensor([[*[pad] * (length - len(one)), *one] for one in prompts], device=device)
     mask_BL = torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in prompts], device=device)
     places_BL = (mask_BL.cumsum(dim=1) - 1).clamp_min(0)
-    settings, rows = _settings(model, length), list(range(len(prompts)))
+    settings, rows = generation_processors(model, length), list(range(len(prompts)))
     given: list[list[int]] = [[] for _ in prompts]
     finished: dict[int, Written] = {}
     output = model(input_ids=ids_BL, attention_mask=mask_BL, position_ids=places_BL, logits_to_keep=1, use_cache=True)
@@ -87,8 +87,12 @@ def write_answers(
         )
 
 
-def _settings(model: PreTrainedModel, length: int) -> LogitsProcessorList:
-    """What the model's generation settings make of scores, such as a penalty for repetitions."""
+def generation_processors(model: PreTrainedModel, length: int) -> LogitsProcessorList:
+    """What the model's generation settings make of scores, such as a penalty for repetitions.
+
+    Args:
+        length: number of tokens of the prompt.
+    """
     config, _ = model._prepare_generation_config(None, do_sample=False)
     model._prepare_special_tokens(config, True, device=model.device)
     settings: LogitsProcessorList = model._get_logits_processor(config, length, device=str(model.device))

@@ -55,6 +55,10 @@ COMMANDS = {
     ],
     "batch": ["RUN_DIR", "ROWS", "OUT", "--silo=", "--max-new-tokens=", "--trunk=", "--round="],
     "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96", "--trunk="],
+    "gateway": [
+        *("RUN_DIR", "--silo=", "--host=127.0.0.1", "--port=8000", "--api-keys=", "--together=16", "--waiting=64"),
+        *("--max-new-tokens=1024", "--trunk=", "--round="),
+    ],
     "privacy": ["RUN_DIR", "--plan=False", "--json=False"],
     "data": ["RECIPE", "--silo=", "--examples=5", "--json=False"],
     "evaluate": [

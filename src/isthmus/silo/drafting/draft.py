@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from isthmus.model.cache import SplitCache
 from isthmus.model.split import SplitForCausalLM
+from isthmus.model.transcript import Transcript
 from isthmus.silo.drafting.bridge import Bridge, BridgeSession, restrict_head
 from isthmus.silo.drafting.draft_length import MAX_DRAFT, AcceptanceRate, Costs, DraftLength, worthwhile
 from isthmus.silo.drafting.lookup import Lookup
@@ -92,6 +93,19 @@ class Draft(SplitForCausalLM):
         return Candidates(self, cache, processors, generation_config)
 
 
+class RecordedSession(Protocol):
+    """What drafts read of a generation: a ``SplitCache``, or what stands for one."""
+
+    @property
+    def session(self) -> object:
+        """Its session: another one once the generation has begun again from its first token."""
+        ...
+
+    def start_transcript(self) -> Transcript:
+        """Record all further hidden states exchanged with the trunk."""
+        ...
+
+
 @dataclass
 class DraftedToken:
     """A token of a draft."""
@@ -110,7 +124,7 @@ class Candidates(CandidateGenerator):
     It returns no candidate logits, so that with sampling, too, the split model's own tokens are kept.
     """
 
-    def __init__(self, draft: Draft, cache: SplitCache, processors: Any, generation_config: Any) -> None:
+    def __init__(self, draft: Draft, cache: RecordedSession, processors: Any, generation_config: Any) -> None:
         self._draft = draft
         self._drafter = BridgeDrafter(draft, cache, processors)
         self._text = Lookup()
@@ -121,6 +135,8 @@ class Candidates(CandidateGenerator):
         self._sent: list[DraftedToken] = []
         self._trips = 0
         self._sent_at = 0.0
+        self.bridging = True
+        """Whether the bridge may draft; otherwise tokens are looked up alone."""
 
     @torch.no_grad()
     def get_candidates(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
@@ -184,7 +200,9 @@ class Candidates(CandidateGenerator):
         expected = EXPECTED + (found.source if found else NO_MATCH)
         known, expected_rate = sources.acceptance(found), sources.rates[expected].value
         gain = reach * (expected_rate - known) / max(0.1, 1 - expected_rate)  # an accepted token allows further ones
-        use_bridge = self._drafter.ready and worthwhile(gain, tokens, seconds, costs.per_drafted_token)
+        use_bridge = (
+            self.bridging and self._drafter.ready and worthwhile(gain, tokens, seconds, costs.per_drafted_token)
+        )
         if use_bridge:
             proposals = [*proposals, self._drafter.propose(ids)]
         if not proposals:
@@ -209,7 +227,7 @@ class BridgeDrafter:
         processors: logits processors of the generation.
     """
 
-    def __init__(self, draft: Draft, cache: SplitCache, processors: Any) -> None:
+    def __init__(self, draft: Draft, cache: RecordedSession, processors: Any) -> None:
         self._draft = draft
         self._processors = processors
         self._transcript = cache.start_transcript()

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible endpoint that a silo runs for its own people, and a conversation in the terminal."""
