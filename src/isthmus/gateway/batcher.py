@@ -10,14 +10,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from isthmus.errors import BusyError, IsthmusError, PeerGoneError
-from isthmus.gateway.generation import Generation, GenerationRequest, Notify
+from isthmus.gateway.generation import Generation, GenerationRequest, PieceSink
 from isthmus.gateway.steps import GatewaySteps
 from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.drafting.draft import Draft
 from isthmus.tasks.greedy import Decode, generation_processors
 
 log = logging.getLogger(__name__)
-IDLE_SECONDS = 5.0
+LOST_LOOK_SECONDS = 5.0
 """Time between two looks of an idle gateway whether the trunk is there."""
 
 
@@ -52,7 +52,7 @@ class Batcher:
         """Numbers of requests that run and that wait."""
         return len(self._running), len(self._waiting)
 
-    def submit(self, request: GenerationRequest, notify: Notify) -> Generation:
+    def submit(self, request: GenerationRequest, notify: PieceSink) -> Generation:
         """Take a request, from any thread.
 
         Raises:
@@ -145,7 +145,7 @@ class Batcher:
             wait(decoding)
         else:
             known: list[Future[Any]] = [*steps, self._wake]
-            wait(known, timeout=IDLE_SECONDS, return_when=FIRST_COMPLETED)
+            wait(known, timeout=LOST_LOOK_SECONDS, return_when=FIRST_COMPLETED)
 
     def _guarded(self, move: Callable[[list[Generation]], None], generations: list[Generation]) -> None:
         """Move generations on. What nobody expected ends these alone. Its message may hold text: it is not logged."""

@@ -80,7 +80,7 @@ class GenerationEnd:
     """Why it ended early; None: all answers are whole."""
 
 
-Notify = Callable[[AnswerPiece | GenerationEnd], None]
+PieceSink = Callable[[AnswerPiece | GenerationEnd], None]
 """Takes pieces as they come, on the batcher's thread: it must not block."""
 
 
@@ -156,7 +156,7 @@ class Generation:
     def __init__(
         self,
         request: GenerationRequest,
-        notify: Notify,
+        notify: PieceSink,
         decode: Callable[[list[int]], str],
         processors: LogitsProcessorList,
     ) -> None:

@@ -20,7 +20,7 @@ from isthmus.engines.process import LISTENING
 from isthmus.errors import PeerGoneError, RecipeError, RunError
 from isthmus.gateway.api_keys import ApiKeys
 from isthmus.gateway.app import ServedModel, gateway_app
-from isthmus.gateway.batcher import IDLE_SECONDS, Batcher
+from isthmus.gateway.batcher import LOST_LOOK_SECONDS, Batcher
 from isthmus.gateway.guard import GatewayGuard, is_own_name
 from isthmus.gateway.prompts import PromptReader
 from isthmus.silo.join import Silo
@@ -107,7 +107,7 @@ def _found_again(
                 found = stack.enter_context(opened())
                 break
             except PeerGoneError:
-                time.sleep(IDLE_SECONDS)
+                time.sleep(LOST_LOOK_SECONDS)
         yield found
 
 
