@@ -20,13 +20,14 @@ from isthmus.errors import IsthmusError
 from isthmus.joining.authority_folder import AuthorityFolder
 from isthmus.storage.files import writing
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.authority import private_pem, signing_request
+from isthmus.wire.authority import CLOCK_SLACK, private_pem, signing_request
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import CERTIFICATE, KEY, REVOKED, Identity, Role, replace_certificate, save_identity
 
 CONTACT = "authority.json"
 """In a party's folder: where its authority answers."""
-LOCAL_SECONDS, REMOTE_SECONDS = 1.0, 20.0
+MIN_SECONDS = 0.2
+LOCAL_SECONDS, REMOTE_SECONDS = 1.0, 10.0
 """Time between two looks at the authority: in a folder of this machine, over the network."""
 RENEWAL = 1 / 3
 """Share of a certificate's life that is left when a new one is asked for."""
@@ -124,14 +125,25 @@ class CertificateKeeper:
 
     def due(self) -> bool:
         """Whether little is left of the certificate's life."""
+        left, life = self._life()
+        return left < RENEWAL * life
+
+    def _life(self) -> tuple[datetime.timedelta, datetime.timedelta]:
+        """What is left of the certificate's life, and all of it."""
         read = x509.load_pem_x509_certificate((self._place / CERTIFICATE).read_bytes())
-        begin, end = read.not_valid_before_utc, read.not_valid_after_utc
-        return end - datetime.datetime.now(datetime.UTC) < RENEWAL * (end - begin)
+        begin, end = read.not_valid_before_utc + CLOCK_SLACK, read.not_valid_after_utc
+        return end - datetime.datetime.now(datetime.UTC), end - begin
+
+    def _pause(self) -> float:
+        """Seconds to the next look: several fit into what is left when a certificate of any length is due."""
+        with suppress(OSError, ValueError):
+            return min(self._source.seconds, max(MIN_SECONDS, RENEWAL * self._life()[1].total_seconds() / 8))
+        return self._source.seconds
 
     def run(self) -> None:
         """Look again and again until ``stop``."""
         failed = ""
-        while not self._over.wait(self._source.seconds):
+        while not self._over.wait(self._pause()):
             try:
                 self.look()
                 failed = ""

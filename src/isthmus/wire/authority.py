@@ -22,6 +22,8 @@ _USAGES: dict[Role, list[x509.ObjectIdentifier]] = {
     "trunk": [_SERVES, _CONNECTS],
     "root": [_SERVES, _CONNECTS],
 }
+CLOCK_SLACK = datetime.timedelta(hours=1)
+"""How long before it was issued a certificate is valid, for clocks that differ."""
 LIST_DAYS = 3650.0
 """Validity of a list of revoked certificates: a party that gets no newer one goes on with what it has."""
 
@@ -165,7 +167,7 @@ def signed_certificate(
     """A certificate of this public key.
 
     Args:
-        days: validity from now, and an hour before, for clocks that differ; negative: already expired.
+        days: validity from now, and ``CLOCK_SLACK`` before; negative: already expired.
         names: host names of a server.
         usages: extended key usages; None: it is an authority's certificate, under which no other authority may be.
     """
@@ -178,7 +180,7 @@ def signed_certificate(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(min(now, end) - datetime.timedelta(hours=1))
+        .not_valid_before(min(now, end) - CLOCK_SLACK)
         .not_valid_after(end)
         .add_extension(constraints, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)

@@ -19,7 +19,7 @@ from isthmus.joining.authority_folder import AuthorityFolder
 from isthmus.joining.doorkeeper import AuthorityService
 from isthmus.joining.keeper import CONTACT, CertificateKeeper, FolderSource, NetworkSource, kept_certificate
 from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.authority import private_pem
+from isthmus.wire.authority import CLOCK_SLACK, private_pem
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import CERTIFICATE, KEY, NEXT_KEY, Identity, replace_certificate, save_identity
 from isthmus.wire.server import Server
@@ -75,7 +75,7 @@ def test_a_certificate_is_renewed_when_a_third_of_its_life_is_left(
     left: float, renewed: bool, federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = x509.load_pem_x509_certificate((federation.certificates / "north" / CERTIFICATE).read_bytes())
-    life = read.not_valid_after_utc - read.not_valid_before_utc
+    life = read.not_valid_after_utc - read.not_valid_before_utc - CLOCK_SLACK
     now = read.not_valid_after_utc - left * life
 
     class Then(datetime.datetime):
