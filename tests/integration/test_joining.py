@@ -4,9 +4,11 @@ trains."""
 from __future__ import annotations
 
 import datetime
+import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -138,3 +140,37 @@ def test_a_revoked_silo_is_out_at_once_and_the_others_go_on(masks: bool, command
     assert found[30] == ["east", "north", "west"]
     again = commands.run("silo", tmp_path / "south" / "recipe.toml", "south", "--run-dir", tmp_path / "south" / "run")
     again.failed("revoked on")
+
+
+def test_a_silo_that_is_added_takes_part_and_nobody_else_does_anything(commands: Commands, tmp_path: Path) -> None:
+    """Under masks: the others sum with it by the authority's word, though their recipes do not name it."""
+    led = Led(
+        commands,
+        tmp_path,
+        train={"rounds": 100_000, "steps": 4, "evaluate": False},
+        federation={"secure": {"masks": True}},
+    )
+    for name in NAMES:
+        led.join(name)
+    silos = {name: led.silo(name) for name in NAMES}
+    led.until_round(2)
+    values = tomllib.loads(led.recipe.read_text())
+    values["silo"].append({"name": "late", "train": "late.jsonl"})
+    led.recipe.write_text(tomli_w.dumps(values))
+    led.join("late")
+    silos["late"] = led.silo("late")
+    until(lambda: any("late" in names for names in led.rounds().values()), "late to take part", command=silos["late"])
+    led.until_round(max(led.rounds()) + 5)
+    assert all(one.process.is_running() for one in (*silos.values(), led.server))
+    for one in (*silos.values(), led.server):
+        one.process.terminate()
+        one.wait()
+    found = led.rounds()
+    first = min(number for number, names in found.items() if "late" in names)
+    assert sorted(found) == list(range(1, len(found) + 1))
+    for number, names in found.items():
+        assert set(names) >= set(NAMES)
+        assert ("late" in names) is (number >= first)
+    for name in NAMES:
+        steps = steps_of(tmp_path / name / "run", name)
+        assert steps == [(1 + count // 4, 1 + count % 4) for count in range(len(steps))]

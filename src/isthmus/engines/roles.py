@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from isthmus.data.examples import check_examples
+from isthmus.engines.growth import Growth
 from isthmus.engines.lifetime import Stopped, by_engine
 from isthmus.engines.local import at_address
 from isthmus.engines.memory import return_memory
@@ -143,13 +144,38 @@ def serve_roles(
     own: Role = "trunk" if roles[0] == "trunk" else "root"
     kept = kept_certificate(Path(recipe.wire.certificates), roles[0], own, authority)
     with suppress(Stopped), alone(run, roles), kept:
-        server, services = start_server(recipe, run, roles, number, authority)
-        try:
-            _listen(server, getattr(recipe, roles[0]).address, lambda: _result(recipe, run, roles))
-        finally:
-            for service in services.values():
-                if isinstance(service, TrunkService):
-                    service.stop()
+        recipe = _serve(recipe, run, roles, number, authority)
+        while True:
+            run.record(recipe)
+            recipe = _serve(recipe, run, roles, None, authority, announce=False)
+
+
+def _serve(
+    recipe: Recipe,
+    run: RunDirectory,
+    roles: tuple[str, ...],
+    number: int | None,
+    authority: AuthorityFolder | None,
+    announce: bool = True,
+) -> Recipe:
+    """Serve these roles until silos are added to the recipe; returns it with them."""
+    server, services = start_server(recipe, run, roles, number, authority)
+    address = _at(getattr(recipe, roles[0]).address, server)
+    root = services.get("Root")
+    growth = Growth(recipe, authority, address) if authority is not None and len(roles) > 1 else None
+    try:
+        _listen(
+            server,
+            address if announce else None,
+            lambda: _result(recipe, run, roles),
+            lambda: growth is not None and isinstance(root, GreetedAggregator) and growth.due(root),
+        )
+        assert growth is not None
+        return growth.recipe
+    finally:
+        for service in services.values():
+            if isinstance(service, TrunkService):
+                service.stop()
 
 
 def serve_run(
@@ -193,7 +219,7 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
         server, edge, channel = start_edge(recipe, run, name)
         try:
             over = f"{_finished(recipe)}; nothing is left to do here"
-            _listen(server, recipe.tree.node(name).address, lambda: over if edge.finished else None)
+            _listen(server, _at(recipe.tree.node(name).address, server), lambda: over if edge.finished else None)
         finally:
             channel.close()
 
@@ -225,16 +251,24 @@ def start_edge(recipe: Recipe, run: RunDirectory, name: str) -> tuple[Server, Ag
     return server, edge, channel
 
 
-def _listen(server: Server, address: str, result: Callable[[], str | None]) -> None:
+def _listen(
+    server: Server,
+    address: str | None,
+    result: Callable[[], str | None],
+    over: Callable[[], bool] = lambda: False,
+) -> None:
     """Print the server's address and wait for ``Stopped``; then stop the server. Meanwhile freed memory is returned.
 
     Args:
+        address: ``host:port``; None: it is not printed.
         result: a message once the federation has finished; until then None.
+        over: whether to stop the server and return.
     """
     try:
-        print(f"{LISTENING}{address.rpartition(':')[0]}:{server.port}", flush=True)
+        if address is not None:
+            print(f"{LISTENING}{address}", flush=True)
         waiting, finished = threading.Event(), False
-        while True:
+        while not over():
             if not finished and (message := result()) is not None:
                 finished = True
                 print(message, flush=True)
@@ -242,6 +276,11 @@ def _listen(server: Server, address: str, result: Callable[[], str | None]) -> N
             return_memory()
     finally:
         server.stop()
+
+
+def _at(address: str, server: Server) -> str:
+    """The address with the port that the server has."""
+    return f"{address.rpartition(':')[0]}:{server.port}"
 
 
 def _result(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> str | None:
@@ -279,6 +318,7 @@ def start_server(
         RunError: the trunk has not saved that round.
     """
     identity = Identity.load(Path(recipe.wire.certificates), roles[0], "trunk" if roles[0] == "trunk" else "root")
+    added = frozenset[str]() if authority is None else authority.added()
     services: dict[str, Service] = {}
     own_trunk: TrunkService | None = None
     peers: dict[str, Collection[str]] = {}
@@ -289,8 +329,8 @@ def start_server(
             raise RunError(f"the trunk has not saved round {number}", remedy=f"name one of these: {saved}")
         if number is None and run.role("root").path.exists():
             number = run.completed()  # one run directory: the trunk's adapter must be of the root's round
-        services["Trunk"] = own_trunk = trunk = TrunkService(recipe, directory, identity=identity)
-        services["Model"] = ModelFiles(recipe, directory.path / "portions")
+        services["Trunk"] = own_trunk = trunk = TrunkService(recipe, directory, identity=identity, added=added)
+        services["Model"] = ModelFiles(authority.recipe if authority else lambda: recipe, directory.path / "portions")
         peers["Trunk"] = peers["Model"] = [silo.name for silo in recipe.silo]
         if number is not None:
             trunk.restore(number)
@@ -300,7 +340,7 @@ def start_server(
         directory = run.role("root")
         if "trunk" in roles and recipe.federation.asynchronous.buffer is None:
             directory.until = run.completed()  # the root must go on from a round that the trunk has, too
-        services["Root"] = GreetedAggregator(recipe, ROOT, root_service(recipe, directory, identity, own_trunk))
+        services["Root"] = GreetedAggregator(recipe, ROOT, root_service(recipe, directory, identity, own_trunk), added)
         peers["Root"] = recipe.tree.node(ROOT).children
     address = getattr(recipe, roles[0]).address
     wire = recipe.wire
@@ -361,4 +401,4 @@ def serve_authority(folder: Path, address: str | None) -> None:
         identity, where = Identity.load(certificates, OWN_SERVER, "root"), address or authority.address
         server = Server({}, identity, {}, where, limit, doorkeeper=AuthorityService(authority))
         server.start()
-        _listen(server, where, lambda: None)
+        _listen(server, _at(where, server), lambda: None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from concurrent.futures import Future
 from pathlib import Path
 
 from google.protobuf.message import Message
@@ -10,7 +12,7 @@ from isthmus.errors import ProtocolError, RecipeError
 from isthmus.federation.buffered import Buffered
 from isthmus.federation.planner import EdgePlanner, Planner, RootPlanner, shared_tensors
 from isthmus.federation.rounds import Aggregator, Rounds
-from isthmus.model.agreement import agreed_keys, check_agreed
+from isthmus.model.agreement import agreed_keys, check_agreed, earlier_keys
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import ROOT
 from isthmus.storage.record import RoleDirectory
@@ -29,10 +31,12 @@ class GreetedAggregator:
 
     Args:
         name: the node's, in the recipe.
+        added: silos that were added since the federation began (see ``earlier_keys``).
     """
 
-    def __init__(self, recipe: Recipe, name: str, aggregator: Service) -> None:
+    def __init__(self, recipe: Recipe, name: str, aggregator: Service, added: Collection[str] = ()) -> None:
         self._keys = agreed_keys(recipe)
+        self._earlier = earlier_keys(recipe, self._keys, added)
         self._title = "the root" if name == ROOT else f"the edge {name}"
         self._edges = frozenset(recipe.tree.edges)
         self._aggregator = aggregator
@@ -41,7 +45,7 @@ class GreetedAggregator:
     def handle(self, peer: str, request: Message) -> Answer:
         check_sender(self._title, "Root", "edge" if peer in self._edges else "silo", request)
         if isinstance(request, pb.Hello):
-            check_agreed(peer, request.keys, self._title, self._keys)
+            check_agreed(peer, request.keys, self._title, self._keys, self._earlier)
             self._greeted.add(peer)
             return answered(pb.Welcome())
         if peer not in self._greeted and not isinstance(request, pb.Ping):
@@ -49,6 +53,11 @@ class GreetedAggregator:
                 f"received {type(request).__name__} before Hello", remedy="send Hello first on every stream"
             )
         return self._aggregator.handle(peer, request)
+
+    def hold(self) -> Future[None]:
+        """As ``Rounds.hold``, of an aggregator that waits for its silos."""
+        assert isinstance(self._aggregator, Rounds)
+        return self._aggregator.hold()
 
 
 def aggregator_of(recipe: Recipe, name: str, planner: Planner, identity: Identity | None = None) -> Aggregator:

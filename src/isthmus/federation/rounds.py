@@ -9,6 +9,7 @@ import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 
 from google.protobuf.message import Message
 
@@ -110,6 +111,8 @@ class Rounds(Aggregator):
         """Silos whose shares are of no secret: every masked sum with them would be lost."""
         self._asked: dict[str, pb.Ready] = {}
         """By child, its last ``Ready``."""
+        self._held: Future[None] | None = None
+        """Done once no round is under way, where none is to begin."""
         self._round = 0
         """The number of the round under way; 0 before the first."""
         self._last = pb.Plan()
@@ -175,6 +178,18 @@ class Rounds(Aggregator):
         with self._lock:
             return self._planner.current(peer)
 
+    def hold(self) -> Future[None]:
+        """From now on no round begins; done once none is under way. Who asks for one is not answered."""
+        with self._lock:
+            self._held = self._held or Future()
+            if self.phase in (Phase.GATHERING, Phase.WAITING, Phase.FINISHED, Phase.FAILED):
+                self._settle_held()
+            return self._held
+
+    def _settle_held(self) -> None:
+        if self._held is not None and not self._held.done():
+            self._held.set_result(None)
+
     @property
     def finished(self) -> bool:
         return self.phase is Phase.FINISHED
@@ -206,6 +221,9 @@ class Rounds(Aggregator):
         self._advance()
 
     def _ask(self, present: list[str]) -> None:
+        if self._held is not None:
+            self._settle_held()
+            return
         if len(present) < self._node.minimum:
             self._miss(present)
             return

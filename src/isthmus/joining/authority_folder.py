@@ -103,6 +103,7 @@ class AuthorityFolder:
             self.recipe_path, self._days = Path(settings["recipe"]), float(settings["days"])
             self.server: str = settings["server"]
             self._address: str | None = settings["address"]
+            self._first = frozenset(settings["silos"])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise RunError(
                 f"{path} is not the folder of an authority", remedy="make one with 'isthmus authority init RECIPE'"
@@ -132,7 +133,7 @@ class AuthorityFolder:
             RecipeError: the recipe cannot be read, or the address is none.
             RunError: the folder holds an authority already.
         """
-        Recipe.read(recipe, undecided=True)
+        first = Recipe.read(recipe, undecided=True)
         if address is None and server not in ("trunk", ROOT):
             raise RecipeError(
                 "an authority with a server of its own needs an address", remedy="add --address host:port"
@@ -149,7 +150,13 @@ class AuthorityFolder:
             private_folder(path)
             for folder in (INVITES, PARTIES):
                 private_folder(path / folder)
-        settings = {"recipe": str(recipe.resolve()), "server": server, "address": address, "days": days}
+        settings = {
+            "recipe": str(recipe.resolve()),
+            "server": server,
+            "address": address,
+            "days": days,
+            "silos": list(first.tree.silos),
+        }
         _write(path / CA, authority.certificate)
         _write(path / SETTINGS, json.dumps(settings).encode())
         _write(path / REVOKED, authority.revocations({}))
@@ -165,6 +172,14 @@ class AuthorityFolder:
     def revoked(self) -> bytes:
         """The PEM list of revoked certificates."""
         return (self.path / REVOKED).read_bytes()
+
+    def added(self) -> frozenset[str]:
+        """Silos that the recipe has now, and had not when the authority was made."""
+        return frozenset(self.recipe().tree.silos) - self._first
+
+    def roster(self) -> bytes:
+        """The signed list of ``added``, for the silos that were there."""
+        return self._authority.roster(self.added())
 
     @property
     def fingerprint(self) -> str:

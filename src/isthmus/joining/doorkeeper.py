@@ -55,6 +55,10 @@ class AuthorityService:
         invite.check()
         return f"{GUEST_PREFIX}{id}"
 
+    def added(self) -> frozenset[str]:
+        """As ``AuthorityFolder.added``."""
+        return self.folder.added()
+
     def role_of(self, name: str) -> Role:
         """As ``AuthorityFolder.role_of``."""
         return self.folder.role_of(name)
@@ -68,7 +72,7 @@ class AuthorityService:
         if isinstance(request, pb.Enroll):
             return answered(self._enroll(peer, guest, request.request))
         if isinstance(request, pb.Withdrawals) and guest is None:
-            return answered(pb.Withdrawn(revoked=self.folder.revoked))
+            return answered(pb.Withdrawn(revoked=self.folder.revoked, roster=self.folder.roster()))
         raise ProtocolError(
             f"the authority does not answer {type(request).__name__} requests of guests",
             remedy="join first, with 'isthmus join INVITE'",

@@ -22,7 +22,7 @@ from isthmus.storage.files import writing
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.authority import CLOCK_SLACK, private_pem, signing_request
 from isthmus.wire.client import GrpcChannel
-from isthmus.wire.identity import CERTIFICATE, KEY, REVOKED, Identity, Role, replace_certificate, save_identity
+from isthmus.wire.identity import CERTIFICATE, KEY, REVOKED, ROSTER, Identity, Role, replace_certificate, save_identity
 
 CONTACT = "authority.json"
 """In a party's folder: where its authority answers."""
@@ -44,8 +44,8 @@ class AuthoritySource(Protocol):
         """Time between two looks."""
         ...
 
-    def revoked(self) -> bytes:
-        """The PEM list of revoked certificates."""
+    def lists(self) -> pb.Withdrawn:
+        """The signed lists of revoked certificates, and of silos that were added."""
         ...
 
     def renew(self, request: bytes) -> bytes:
@@ -61,8 +61,8 @@ class FolderSource:
     name: str
     seconds: float = LOCAL_SECONDS
 
-    def revoked(self) -> bytes:
-        return self.folder.revoked
+    def lists(self) -> pb.Withdrawn:
+        return pb.Withdrawn(revoked=self.folder.revoked, roster=self.folder.roster())
 
     def renew(self, request: bytes) -> bytes:
         return self.folder.renew(self.name, request)
@@ -77,9 +77,8 @@ class NetworkSource:
     role: Role
     seconds: float = REMOTE_SECONDS
 
-    def revoked(self) -> bytes:
-        answer: pb.Withdrawn = self._ask(pb.Withdrawals())
-        return bytes(answer.revoked)
+    def lists(self) -> pb.Withdrawn:
+        return self._ask(pb.Withdrawals())  # type: ignore[no-any-return]
 
     def renew(self, request: bytes) -> bytes:
         answer: pb.Enrolled = self._ask(pb.Enroll(request=request))
@@ -107,16 +106,17 @@ class CertificateKeeper:
         self._over = threading.Event()
 
     def look(self) -> None:
-        """Fetch the list of revoked certificates, and a new certificate if it is time.
+        """Fetch what the authority lists, and a new certificate if it is time.
 
         Raises:
             IsthmusError: the authority cannot be reached, or refuses.
         """
-        revoked = self._source.revoked()
-        file = self._place / REVOKED
-        if revoked and (not file.exists() or file.read_bytes() != revoked):
-            with writing(file) as temporary:
-                temporary.write_bytes(revoked)
+        lists = self._source.lists()
+        for name, data in ((REVOKED, lists.revoked), (ROSTER, lists.roster)):
+            file = self._place / name
+            if data and (not file.exists() or file.read_bytes() != data):
+                with writing(file) as temporary:
+                    temporary.write_bytes(data)
         if self.due():
             key = ec.generate_private_key(ec.SECP256R1())
             certificate = self._source.renew(signing_request(key))

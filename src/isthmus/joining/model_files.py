@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,10 +30,11 @@ class ModelFiles:
     """Serves the files that silos need of the model. What a cut needs is written once, and kept.
 
     Args:
+        recipe: gives the federation's as it is now.
         folder: where portions of the model are kept.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Callable[[], Recipe], folder: Path) -> None:
         self._recipe, self._folder = recipe, folder
         self._portions: dict[tuple[int, int], _Portion] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="portions of the model")
@@ -56,13 +58,14 @@ class ModelFiles:
             answer.set_exception(error)
 
     def _portion(self, silo: str) -> _Portion:
-        ends = self._recipe.ends(silo)
+        recipe = self._recipe()
+        ends = recipe.ends(silo)
         if ends not in self._portions:
             folder = self._folder / f"{ends[0]}-{ends[1]}"
             shutil.rmtree(folder, ignore_errors=True)
-            fingerprint = write_portion(self._recipe.model.path, Cut(*ends), folder / MODEL)
-            if self._recipe.lora.start is not None:
-                shutil.copytree(self._recipe.lora.start, folder / START)
+            fingerprint = write_portion(recipe.model.path, Cut(*ends), folder / MODEL)
+            if recipe.lora.start is not None:
+                shutil.copytree(recipe.lora.start, folder / START)
             self._portions[ends] = _Portion(folder, fingerprint)
         return self._portions[ends]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from isthmus.model.adapters import start_digest
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
-from isthmus.recipe.shared import check_shared, shared_keys
+from isthmus.recipe.shared import check_shared, shared_keys, without_silos
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 
@@ -38,15 +38,37 @@ def agreed_keys(recipe: Recipe, checkpoint: Checkpoint | None = None) -> dict[st
     return {**shared_keys(recipe), CONFIG: _short(checkpoint.config_digest), **tokenizer, **start}
 
 
-def check_agreed(peer: str, theirs: Mapping[str, str], here: str, own: Mapping[str, str]) -> None:
+def check_agreed(
+    peer: str,
+    theirs: Mapping[str, str],
+    here: str,
+    own: Mapping[str, str],
+    earlier: Sequence[Mapping[str, str]] = (),
+) -> None:
     """Compare what two parties have (``agreed_keys``); tokenizers only if both have one, as a server needs none.
+
+    Args:
+        earlier: what a party has that joined before the last silos were added, and does not know of them.
 
     Raises:
         MismatchError: as ``check_shared``.
     """
+    own = next((one for one in earlier if one.get("silo.name") == theirs.get("silo.name")), own)
     alone = {TOKENIZER} - (theirs.keys() & own.keys())
     theirs, own = ({key: value for key, value in keys.items() if key not in alone} for keys in (theirs, own))
     check_shared(peer, theirs, here, own)
+
+
+def earlier_keys(recipe: Recipe, keys: Mapping[str, str], added: Collection[str]) -> list[dict[str, str]]:
+    """What parties have that joined before some silos were added, which a recipe lists in the order in which they came.
+
+    Args:
+        keys: ``agreed_keys`` of the recipe.
+        added: silos of it that were added since the federation began.
+    """
+    silos = [silo.name for silo in recipe.silo]
+    late = [name for name in silos if name in added]
+    return [without_silos(keys, silos, late[count:]) for count in range(len(late))]
 
 
 def hello_of(recipe: Recipe, checkpoint: Checkpoint | None = None) -> pb.Hello:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from isthmus.errors import MismatchError
@@ -136,6 +136,18 @@ def check_shared(peer: str, theirs: Mapping[str, str], here: str, own: Mapping[s
         remedy="give all parties the same values of these keys in their recipes, "
         "and the same files where it is a digest",
     )
+
+
+def without_silos(keys: Mapping[str, str], silos: Sequence[str], absent: Collection[str]) -> dict[str, str]:
+    """These shared keys as a recipe without some silos has them.
+
+    Args:
+        silos: all silos of the recipe, in its order.
+        absent: those that are left out.
+    """
+    tables = tuple(f"silo.{name}." for name in absent)
+    names = _written([name for name in silos if name not in absent])
+    return {key: value for key, value in keys.items() if not key.startswith(tables)} | {"silo.name": names}
 
 
 def _said(keys: Mapping[str, str], key: str) -> str:

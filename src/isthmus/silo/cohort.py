@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from isthmus.errors import ProtocolError
@@ -23,13 +24,16 @@ class Cohort:
         """The silos of an aggregator: its own, and those that turn to it when their edge fails."""
         return cls(frozenset((*node.children, *node.wards)), max(node.minimum, FEWEST))
 
-    def check(self, plan: pb.Plan) -> None:
+    def check(self, plan: pb.Plan, added: Collection[str] = ()) -> None:
         """Check the members of a plan's sum.
+
+        Args:
+            added: further silos of the cohort, as the authority says.
 
         Raises:
             ProtocolError: one is no silo of this cohort, or does not take part; or they are too few.
         """
-        if foreign := plan.keys.keys() - self.silos:
+        if foreign := plan.keys.keys() - self.silos - set(added):
             raise ProtocolError(
                 f"a plan for a sum with {min(foreign)!r}, which is no silo of this cohort in the recipe",
                 remedy="leave this aggregator, or give all parties one recipe",

@@ -197,7 +197,7 @@ class MaskedUpdates:
 
     def begin(self, plan: pb.Plan, layout: Layout) -> None:
         """Send shares of this silo's secrets; the other silos' shares arrive while this one trains."""
-        self._cohort.check(plan)
+        self._cohort.check(plan, self._identity.added)
         for name, keys in plan.keys.items():
             if name != self._identity.name:  # ``deal`` compares its own with what it offered
                 verify_keys(self._identity, name, keys)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from isthmus.errors import CutError, MismatchError, ModelError, ProtocolError, RunError
 from isthmus.model import adapters
-from isthmus.model.agreement import check_agreed, hello_of
+from isthmus.model.agreement import check_agreed, earlier_keys, hello_of
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import find_device
@@ -53,6 +53,7 @@ class TrunkService:
         directory: the directory for the trunk's rounds, metrics and kept examples.
         checkpoint: the base model; the recipe's by default.
         identity: the trunk's; None: all parties are in this process, without certificates.
+        added: silos that were added since the federation began (see ``earlier_keys``).
 
     Raises:
         RecipeError: torch has no device ``trunk.device`` on this machine.
@@ -65,12 +66,14 @@ class TrunkService:
         *,
         checkpoint: Checkpoint | None = None,
         identity: Identity | None = None,
+        added: Collection[str] = (),
     ) -> None:
         checkpoint = checkpoint or Checkpoint(recipe.model.path)
         cut = Cut(recipe.model.bottom, recipe.model.top)
         self._recipe = recipe
         self._hello = hello_of(recipe, checkpoint)
         self._hello.fingerprint = checkpoint.fingerprint
+        self._earlier = earlier_keys(recipe, self._hello.keys, added)
         self._scheduler = Scheduler(QUEUED_FRAMES * recipe.wire.max_frame_bytes)
         self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
         runner = self._runner
@@ -170,7 +173,7 @@ class TrunkService:
                 f"{peer} and the trunk have different base models (configuration or weights differ)",
                 remedy="give both sides the same files at model.path",
             )
-        check_agreed(peer, hello.keys, "the trunk", self._hello.keys)
+        check_agreed(peer, hello.keys, "the trunk", self._hello.keys, self._earlier)
         if (hello.bottom, hello.top) != (own := self._recipe.ends(peer)):
             raise MismatchError(
                 f"{peer} cuts at ({hello.bottom}, {hello.top}), by the trunk's recipe at {own}",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 from cryptography import x509
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from isthmus.errors import IdentityError
-from isthmus.wire.identity import Identity, Role
+from isthmus.wire.identity import Identity, Role, roster_bytes
 
 _SERVES, _CONNECTS = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
 _USAGES: dict[Role, list[x509.ObjectIdentifier]] = {
@@ -130,6 +131,12 @@ class Authority:
             one = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(when).build()
             builder = builder.add_revoked_certificate(one)
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def roster(self, silos: Iterable[str]) -> bytes:
+        """The signed list of silos that were added since the federation began (see ``Identity.added``)."""
+        names = sorted(silos)
+        signature = self._key.sign(roster_bytes(names), ec.ECDSA(hashes.SHA256()))
+        return json.dumps({"silos": names, "signature": signature.hex()}).encode()
 
     def _sign(
         self,

@@ -175,10 +175,14 @@ class GrpcChannel:
     def _connected(self) -> grpc.Channel:
         return grpc.secure_channel(self._address, self._identity.client_credentials(), options=self._options())
 
+    def _renewed(self) -> bool:
+        """Whether this party has another certificate than this channel shows."""
+        return self._identity.renewed().certificate != self._identity.certificate
+
     def _renew(self) -> None:
         """Use this party's new certificate from the next stream on, if it has one."""
-        identity = self._identity.renewed()
-        if identity is not self._identity:
+        if self._renewed():
+            identity = self._identity.renewed()
             log.info("the certificate of %s was renewed; connecting to %s again", identity.name, self._server)
             self._identity = identity
             self._grpc.close()
@@ -263,7 +267,7 @@ class GrpcChannel:
         asked = 0.0
         while not self._over.wait(min(self._deadline, self._answer_deadline) / 8):
             self._fail_overdue()
-            if self._call is not None and self._identity.renewed() is not self._identity:
+            if self._call is not None and self._renewed():
                 self._call.cancel()  # the next stream shows the new certificate
             now, opened, moved = time.monotonic(), self._opened, self._moved
             waits = bool(self._pending) or opened is not None

@@ -10,6 +10,7 @@ counts.
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import stat
 from contextlib import suppress
@@ -30,6 +31,8 @@ from isthmus.errors import IdentityError
 
 Role = Literal["silo", "edge", "trunk", "root"]
 CA, CERTIFICATE, KEY, REVOKED = "ca.pem", "cert.pem", "key.pem", "revoked.pem"
+ROSTER = "roster.json"
+"""The signed list of silos that were added since the federation began."""
 NEXT_KEY = "key.next.pem"
 """The key of a certificate that is being replaced; it counts as soon as the certificate belongs to it."""
 _ECDSA = ec.ECDSA(hashes.SHA256())
@@ -41,6 +44,7 @@ _REMEDY = (
 )
 
 _RENEWAL = "ask who leads the federation for a new invite, or make certificates with 'isthmus certificates RECIPE'"
+_FETCHED = "delete the file; it is fetched again"
 log = logging.getLogger(__name__)
 
 
@@ -61,6 +65,8 @@ class Identity:
     """PEM private key of the party."""
     revoked: bytes = b""
     """PEM list of revoked certificates, signed by the authority; empty: none is known."""
+    roster: bytes = b""
+    """JSON list of silos that were added since the federation began, signed by the authority; empty: none is known."""
     _source: IdentityFiles | None = field(default=None, repr=False, compare=False)
     """Where it was read."""
     _issued: dict[x509.Certificate, datetime.datetime] = field(
@@ -115,6 +121,27 @@ class Identity:
         """Raise ``IdentityError`` unless this PEM certificate is one of the party of this name, for this role, valid
         now, signed by the authority and not revoked."""
         self._check_certificate(_parsed(certificate, name), name, role)
+
+    @cached_property
+    def added(self) -> frozenset[str]:
+        """Silos that were added to the federation since it began, as the authority says. A silo may be in a masked sum
+        with them, too: who signs certificates could as well pose as a silo that the recipe has.
+
+        Raises:
+            IdentityError: the list is damaged, or not the authority's.
+        """
+        if not self.roster:
+            return frozenset()
+        try:
+            read = json.loads(self.roster)
+            names, signature = [str(name) for name in read["silos"]], bytes.fromhex(read["signature"])
+            for issuer in self._issuers:
+                with suppress(InvalidSignature):
+                    _verify_signature(issuer.public_key(), signature, roster_bytes(names))
+                    return frozenset(names)
+        except (ValueError, LookupError, TypeError) as error:
+            raise IdentityError(f"{ROSTER} of {self.name} is damaged", remedy=_FETCHED) from error
+        raise IdentityError(f"{ROSTER} of {self.name} is not the authority's", remedy=_FETCHED)
 
     @cached_property
     def ends(self) -> datetime.datetime:
@@ -245,8 +272,8 @@ class IdentityFiles:
         """Whether the files are as they were."""
         return self.state == _state(self.place)
 
-    def read(self) -> tuple[bytes, bytes, bytes, bytes]:
-        """Authority, certificate, key, revoked certificates.
+    def read(self) -> tuple[bytes, bytes, bytes, bytes, bytes]:
+        """Authority, certificate, key, revoked certificates, added silos.
 
         Raises:
             IdentityError: one that must be there cannot be read.
@@ -262,8 +289,10 @@ class IdentityFiles:
             raise IdentityError(
                 f"no certificate of {self.place.name}: cannot read {error.filename}", remedy=_REMEDY
             ) from error
-        revoked = self.place / REVOKED
-        return authority, certificate, key, revoked.read_bytes() if revoked.exists() else b""
+        revoked, roster = (
+            place.read_bytes() if place.exists() else b"" for place in (self.place / REVOKED, self.place / ROSTER)
+        )
+        return authority, certificate, key, revoked, roster
 
 
 def save_identity(identity: Identity, folder: Path) -> None:
@@ -294,6 +323,11 @@ def replace_certificate(place: Path, certificate: bytes, key: bytes) -> None:
     (place / NEXT_KEY).replace(place / KEY)
 
 
+def roster_bytes(silos: list[str]) -> bytes:
+    """What the authority signs of a list of silos."""
+    return b"\0".join((b"isthmus silos that were added", *(name.encode() for name in sorted(silos))))
+
+
 def common_name(certificate: x509.Certificate) -> str:
     """The common name of a certificate's subject; empty if it has none."""
     names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
@@ -318,7 +352,7 @@ def check_role(certificate: x509.Certificate, role: Role) -> None:
 def _state(place: Path) -> tuple[tuple[int, int], ...]:
     """What changes when one of the files is written."""
     found = []
-    for file in (CA, CERTIFICATE, KEY, REVOKED):
+    for file in (CA, CERTIFICATE, KEY, REVOKED, ROSTER):
         try:
             stated = (place / file).stat()
             found.append((stated.st_ino, stated.st_mtime_ns))

@@ -572,10 +572,12 @@ class Withdrawals(_message.Message):
     def __init__(self) -> None: ...
 
 class Withdrawn(_message.Message):
-    __slots__ = ("revoked",)
+    __slots__ = ("revoked", "roster")
     REVOKED_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
     revoked: bytes
-    def __init__(self, revoked: _Optional[bytes] = ...) -> None: ...
+    roster: bytes
+    def __init__(self, revoked: _Optional[bytes] = ..., roster: _Optional[bytes] = ...) -> None: ...
 
 class Listing(_message.Message):
     __slots__ = ()

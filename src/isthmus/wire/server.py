@@ -13,7 +13,7 @@ from typing import Protocol
 
 import grpc
 
-from isthmus.errors import FrameError, IdentityError, IsthmusError, ProtocolError
+from isthmus.errors import FrameError, IdentityError, IsthmusError, PeerGoneError, ProtocolError
 from isthmus.wire.channel import Service, forget_frames
 from isthmus.wire.identity import Identity, Role
 from isthmus.wire.inbox import MAX_INSTANCES, Inbox, PeerAccount, Stream
@@ -29,6 +29,7 @@ IDLE_SECONDS = 60.0
 """Time for which a connection may be without a stream."""
 CERTIFICATE_SECONDS = 1.0
 """Time between two looks whether the certificates behind open streams are still valid."""
+MODEL = "Model"
 AUTHORITY = "Authority"
 """The service that guests may connect to, and parties of every role."""
 GUEST_STREAMS = 16
@@ -55,6 +56,10 @@ class Doorkeeper(Service, Protocol):
         Raises:
             IdentityError: it is that of an invite which is used, expired or withdrawn.
         """
+        ...
+
+    def added(self) -> frozenset[str]:
+        """Silos that were added since the federation began."""
         ...
 
     def role_of(self, name: str) -> Role:
@@ -229,26 +234,44 @@ class Server:
             assert self._doorkeeper is not None
             if guest := self._doorkeeper.admit(certificate):
                 return Visitor(service, guest, certificate, None)
-            role = self._doorkeeper.role_of(name)
-        elif name not in self._peers[service]:
-            raise IdentityError(
-                f"{name[:64]!r} may not connect to this {service.lower()}", remedy="list it in the recipe"
-            )
-        else:
-            role = "edge" if name in self._edges else "silo"
-        visitor = Visitor(service, name, certificate, role)
+        visitor = Visitor(service, name, certificate, self._role(service, name))
         self._check(visitor)
         return visitor
+
+    def _role(self, service: str, name: str) -> Role:
+        """The role that a party must have to connect to a service.
+
+        Raises:
+            IdentityError: it may not.
+            PeerGoneError: it may soon: it has been added to the federation, and is not taken up here yet.
+        """
+        if name in self._peers.get(service, ()):
+            return "edge" if name in self._edges else "silo"
+        refusal = IdentityError(
+            f"{name[:64]!r} may not connect to this {service.lower()}", remedy="list it in the recipe"
+        )
+        if self._doorkeeper is None:
+            raise refusal
+        if service == AUTHORITY:
+            return self._doorkeeper.role_of(name)
+        if name not in self._doorkeeper.added():
+            raise refusal
+        if service == MODEL:
+            return "silo"
+        raise PeerGoneError(
+            f"{name} was added to the federation, and takes part after the round that is under way",
+            remedy="wait; start it again if it has given up",
+        )
 
     def _account(self, visitor: Visitor) -> PeerAccount:
         """What the visitor holds of its service. Raises ``ProtocolError`` if too many are at ``Authority``."""
         service, peer = visitor.service, visitor.peer
         with self._lock:
-            if service == AUTHORITY:
-                if sum(one.service == AUTHORITY for _, one in self._visitors.values()) >= GUEST_STREAMS:
-                    raise ProtocolError("too many parties are joining now", remedy="try again in a minute")
-                if (service, peer) not in self._accounts:
-                    self._accounts[service, peer] = PeerAccount(self._services[service], peer, self._limit, self._grace)
+            here = sum(one.service == AUTHORITY for _, one in self._visitors.values())
+            if service == AUTHORITY and here >= GUEST_STREAMS:
+                raise ProtocolError("too many parties are joining now", remedy="try again in a minute")
+            if (service, peer) not in self._accounts:
+                self._accounts[service, peer] = PeerAccount(self._services[service], peer, self._limit, self._grace)
             return self._accounts[service, peer]
 
     def _check(self, visitor: Visitor) -> None:

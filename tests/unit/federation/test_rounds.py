@@ -105,6 +105,27 @@ def test_round_by_round(build: Build, store: RoleDirectory) -> None:
     assert lines == [{"round": 1, "weights": {"a": 1.0, "b": 3.0}}, {"round": 2, "weights": {"a": 1.0, "b": 1.0}}]
 
 
+def test_held_between_two_rounds_nobody_is_answered_and_nothing_is_lost(build: Build, store: RoleDirectory) -> None:
+    rounds = build("a", "b")
+    first = plans(rounds, "a", "b")
+    held = rounds.hold()
+    assert held is rounds.hold()
+    assert not held.done()  # a round is under way
+    for silo in "ab":
+        rounds.contribute(silo, update(1))
+    waiting = [rounds.ready(silo, pb.Ready(completed=1)) for silo in "ab"]
+    until(held.done)
+    assert first
+    assert not any(answer.done() for answer in waiting)
+    assert store.rounds()
+    again = build("a", "b")  # the next process goes on after that round
+    assert_plan(plans(again, "a", "b")[0], 2, 1, ["a", "b"], 1.0)
+
+
+def test_before_the_first_round_it_is_held_at_once(build: Build) -> None:
+    assert build("a", "b").hold().done()
+
+
 def test_a_round_goes_on_with_a_silo_that_has_nothing(build: Build, store: RoleDirectory) -> None:
     rounds = build("b", "a")
     plans(rounds, "a", "b")

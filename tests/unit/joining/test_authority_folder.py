@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -217,3 +218,12 @@ def test_a_damaged_record_is_named(folder: AuthorityFolder) -> None:
     record.write_text("{")
     with pytest.raises(RunError, match=record.name):
         folder.certificates()
+
+
+def test_silos_that_the_recipe_gets_later_are_the_added_ones(folder: AuthorityFolder, recipe: Path) -> None:
+    assert folder.added() == frozenset()
+    silos = [{"name": name, "train": f"{name}.jsonl"} for name in ("north", "south", "late")]
+    write_recipe(recipe, silo=silos, train={"evaluate": False})
+    assert folder.added() == AuthorityFolder(folder.path).added() == {"late"}
+    late = enroll(folder, "late")
+    assert dataclasses.replace(late, roster=folder.roster()).added == {"late"}

@@ -181,3 +181,19 @@ def test_an_invite_is_for_days_and_a_certificate_for_months(folder: AuthorityFol
     left = enroll(server, invite).ends - datetime.datetime.now(datetime.UTC)
     assert datetime.timedelta(days=89) < left < datetime.timedelta(days=91)
     assert invite.expires - datetime.datetime.now(datetime.UTC) < datetime.timedelta(days=8)
+
+
+def test_a_silo_that_was_added_gets_its_files_now_and_takes_part_soon(folder: AuthorityFolder, tmp_path: Path) -> None:
+    peers = {"Trunk": ["north", "south"], "Model": ["north", "south"]}
+    services = {"Trunk": Echo(), "Model": Echo()}
+    made = Server(services, folder.issue("trunk"), peers, "localhost:0", 2**20, doorkeeper=AuthorityService(folder))
+    made.start()
+    silos = [{"name": name, "train": f"{name}.jsonl"} for name in ("north", "south", "late")]
+    write_recipe(folder.recipe_path, silo=silos, train={"evaluate": False})
+    late = enroll(made, folder.invite("late"))
+    assert ask(made, late, pb.Ping(), "Model") == pb.Pong()
+    error = refused(made, late, "Trunk")
+    assert isinstance(error, PeerGoneError)  # it tries again, as for a server that is away
+    assert "takes part after the round" in error.message
+    assert isinstance(refused(made, enroll(made, folder.invite("root")), "Model"), IdentityError)
+    made.stop(0)

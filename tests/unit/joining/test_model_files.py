@@ -44,7 +44,7 @@ def test_a_silo_gets_the_blocks_of_its_own_cut(
     silo: str, blocks: set[int], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_files, "PIECE_BYTES", 1000)
-    listed = fetch_all(ModelFiles(recipe, tmp_path / "portions"), silo, tmp_path / silo)
+    listed = fetch_all(ModelFiles(lambda: recipe, tmp_path / "portions"), silo, tmp_path / silo)
     here, whole = load_file(tmp_path / silo / "model" / "model.safetensors"), recipe.model.path
     assert {int(name.split(".")[2]) for name in here if ".layers." in name} == blocks
     assert listed.fingerprint == Checkpoint(whole).fingerprint == Checkpoint(str(tmp_path / silo / "model")).fingerprint
@@ -57,7 +57,7 @@ def test_the_adapter_that_training_starts_from_comes_too(recipe: Recipe, tmp_pat
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "adapter_config.json").write_text("{}")
     started = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"start": str(tmp_path / "start")})})
-    listed = fetch_all(ModelFiles(started, tmp_path / "portions"), "a", tmp_path / "a")
+    listed = fetch_all(ModelFiles(lambda: started, tmp_path / "portions"), "a", tmp_path / "a")
     assert "start/adapter_config.json" in {file.name for file in listed.files}
 
 
@@ -65,26 +65,26 @@ def test_the_adapter_that_training_starts_from_comes_too(recipe: Recipe, tmp_pat
 def test_no_other_file_is_read(name: str, recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "portions" / "1-1").mkdir(parents=True)
     (tmp_path / "portions" / "secret").write_text("s")
-    channel: Any = LoopbackChannel(ModelFiles(recipe, tmp_path / "portions"), "a")
+    channel: Any = LoopbackChannel(ModelFiles(lambda: recipe, tmp_path / "portions"), "a")
     with pytest.raises(Exception, match=r"no file|the name") as caught:
         channel.call(pb.Fetch(name=name))
     assert caught.value.remedy
 
 
 def test_beyond_the_end_there_is_nothing(recipe: Recipe, tmp_path: Path) -> None:
-    channel = LoopbackChannel(ModelFiles(recipe, tmp_path / "portions"), "a")
+    channel = LoopbackChannel(ModelFiles(lambda: recipe, tmp_path / "portions"), "a")
     assert channel.call(pb.Fetch(name="model/config.json", offset=2**40)).data == b""
 
 
 def test_what_is_left_of_an_earlier_process_is_written_anew(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "portions" / "1-1" / "model").mkdir(parents=True)
     (tmp_path / "portions" / "1-1" / "model" / "half.safetensors").write_bytes(b"half")
-    listed = fetch_all(ModelFiles(recipe, tmp_path / "portions"), "a", tmp_path / "a")
+    listed = fetch_all(ModelFiles(lambda: recipe, tmp_path / "portions"), "a", tmp_path / "a")
     assert "model/half.safetensors" not in {file.name for file in listed.files}
 
 
 def test_other_requests_are_refused(recipe: Recipe, tmp_path: Path) -> None:
-    channel = LoopbackChannel(ModelFiles(recipe, tmp_path / "portions"), "a")
+    channel = LoopbackChannel(ModelFiles(lambda: recipe, tmp_path / "portions"), "a")
     assert channel.call(pb.Ping()) == pb.Pong()
     with pytest.raises(ProtocolError, match="does not answer Current"):
         channel.call(pb.Current())
@@ -92,7 +92,7 @@ def test_other_requests_are_refused(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_read_is_an_error_of_the_request(recipe: Recipe, tmp_path: Path) -> None:
     (Path(recipe.model.path) / "model.safetensors").write_bytes(b"x")
-    channel = LoopbackChannel(ModelFiles(recipe, tmp_path / "portions"), "a")
+    channel = LoopbackChannel(ModelFiles(lambda: recipe, tmp_path / "portions"), "a")
     for _ in range(2):
         with pytest.raises(Exception, match="cannot read"):
             channel.submit(pb.Listing()).result(HANG)

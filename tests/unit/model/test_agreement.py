@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from isthmus.errors import MismatchError
-from isthmus.model.agreement import CONFIG, START, TOKENIZER, agreed_keys, check_agreed, hello_of
+from isthmus.model.agreement import CONFIG, START, TOKENIZER, agreed_keys, check_agreed, earlier_keys, hello_of
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe.shared import check_shared, shared_keys
 from isthmus.wire import frames
@@ -75,3 +75,23 @@ def test_tokenizers_are_compared_where_both_have_one(tmp_path: Path) -> None:
         check_agreed("a", swapped, "the trunk", ours)
     check_agreed("a", swapped, "the trunk", none)
     check_agreed("a", none, "the trunk", ours)
+
+
+@pytest.mark.parametrize("count", [3, 40])  # the names of many are compared by their digest
+def test_who_joined_before_silos_were_added_need_not_know_them(count: int, tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    first = tuple(f"silo{number}" for number in range(count))
+    recipes = [make_recipe(folder, silos=first + late) for late in ((), ("x",), ("x", "y"))]
+    keys = [agreed_keys(recipe) for recipe in recipes]
+    earlier = earlier_keys(recipes[2], keys[2], {"x", "y"})
+    assert earlier == keys[:2]
+    for theirs in keys:
+        check_agreed("a", theirs, "the trunk", keys[2], earlier)
+    without_first = agreed_keys(make_recipe(folder, silos=first[1:]))
+    with_another = agreed_keys(make_recipe(folder, silos=(*first, "z")))
+    other = {**keys[0], "seed": "9"}
+    for theirs in (without_first, with_another, other):
+        with pytest.raises(MismatchError):
+            check_agreed("a", theirs, "the trunk", keys[2], earlier)
+    with pytest.raises(MismatchError, match=r"silo\.name"):
+        check_agreed("a", keys[0], "the trunk", keys[2])  # nobody was added by an authority

@@ -42,3 +42,10 @@ def test_a_plan_of_it_passes_and_may_have_participants_of_other_cohorts() -> Non
 def test_other_plans_are_refused(participants: str, keys: str, reason: str) -> None:
     with pytest.raises(ProtocolError, match=reason):
         Cohort(frozenset("abcd"), 3).check(plan(participants, keys))
+
+
+def test_a_silo_that_the_authority_added_may_be_in_a_sum_and_no_other() -> None:
+    cohort = Cohort(frozenset("abcd"), 3)
+    cohort.check(plan("abcx", "abcx"), {"x"})
+    with pytest.raises(ProtocolError, match="'y', which is no silo of this cohort"):
+        cohort.check(plan("abcxy", "abcxy"), {"x"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from contextlib import closing
 from pathlib import Path
@@ -181,3 +182,28 @@ def test_a_list_of_another_authority_is_refused(listed: bytes) -> None:
     with pytest.raises(IdentityError, match="list of revoked certificates") as caught:
         trunk.check_peer(OURS.issue("north").certificate, "north", "silo")
     assert "revoked.pem" in caught.value.remedy
+
+
+def test_added_silos_are_those_that_the_authority_signed() -> None:
+    north = OURS.issue("north")
+    assert not north.added
+    for names in ([], ["late"], ["b", "a"]):
+        assert dataclasses.replace(north, roster=OURS.roster(names)).added == set(names)
+
+
+@pytest.mark.parametrize(
+    "roster",
+    [
+        Authority().roster(["late"]),
+        OURS.roster(["late"]).replace(b"late", b"evil"),
+        OURS.roster(["a", "b"]).replace(b'"a", ', b""),
+        b"{",
+        b"[]",
+        b'{"silos": ["late"], "signature": "zz"}',
+        b'{"silos": 3, "signature": ""}',
+    ],
+)
+def test_a_roster_that_the_authority_did_not_sign_adds_nobody(roster: bytes) -> None:
+    with pytest.raises(IdentityError, match=r"roster\.json") as caught:
+        _ = dataclasses.replace(OURS.issue("north"), roster=roster).added
+    assert "delete" in caught.value.remedy
