@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from isthmus.recipe.recipe import Recipe
 from isthmus.recipe.section import Section
 
-LINE_WIDTH = 100
+WIDTH = 100
 HEADER = """
 Every key of a recipe, its default and its meaning. 'make recipe' writes this file from the docstrings in
 src/isthmus/recipe; a first recipe needs only what minimal.toml has. Paths are relative to this file's folder.
@@ -69,7 +69,7 @@ def _table(
                 lines.append("")
             same = bool(allowed) and allowed == listed
             lines += _key(section, key, field, values, mark, explain, "the same values" if same else allowed)
-            listed = allowed if len(allowed) > LINE_WIDTH // 2 else listed
+            listed = allowed if len(allowed) > WIDTH // 2 else listed
     shown: set[type[Section]] = set()
     for key, field in section.model_fields.items():
         if (inner := subtable(field)) is not None:
@@ -87,7 +87,7 @@ def _key(
         mark, value = mark if value is not None or field.is_required() else "#", field.examples[0]
     line = f"{mark}{key} = {_toml(value)}"
     beside = f"{line:<29} # {allowed}" if allowed and explain else line
-    fits = len(beside) <= LINE_WIDTH
+    fits = len(beside) <= WIDTH
     if explain:
         words = docstrings(section)[key]
         yield from _comment(words if fits else f"{words} Values: {allowed.removeprefix('or ')}.")
@@ -197,7 +197,7 @@ def _paragraph(text: str | None) -> str:
 
 
 def _comment(text: str) -> list[str]:
-    return textwrap.wrap(_paragraph(text), LINE_WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+    return textwrap.wrap(_paragraph(text), WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-WIDTH = 80
+COLUMNS = 80
 """Characters of a line that every table fits."""
 
 
