@@ -13,7 +13,7 @@ from rich.text import Text
 
 from isthmus.engines.evaluation import FEDERATED, Contrast, SiloEvaluation
 from isthmus.report.data_table import visible
-from isthmus.report.formatting import COLUMNS, NarrowTable
+from isthmus.report.formatting import TABLE_WIDTH, NarrowTable
 from isthmus.tasks.metrics import ClassScore, Score, class_scores
 
 MOST_CLASSES = 12
@@ -140,7 +140,7 @@ def _headings(one: SiloEvaluation, classes: Sequence[str]) -> Sequence[str] | No
     digits = len(str(max(one.confusion.values())))
     numbers = [str(number) for number in range(1, len(classes) + 1)]
     for headings in ([visible(name) for name in classes], numbers):
-        if sum(1 + max(digits, cell_len(heading)) for heading in headings) <= COLUMNS - LABEL:
+        if sum(1 + max(digits, cell_len(heading)) for heading in headings) <= TABLE_WIDTH - LABEL:
             return headings
     return None
 

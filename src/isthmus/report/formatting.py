@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-COLUMNS = 80
+TABLE_WIDTH = 80
 """Characters of a line that every table fits."""
 
 
