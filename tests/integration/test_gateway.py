@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -421,3 +423,16 @@ def test_charges_and_budgets(tmp_path: Path, commands: Commands) -> None:
     ledgers = RunDirectory.open(run).role("north").path / "ledger.jsonl"
     lines = [line for line in ledgers.read_text().splitlines() if '"release"' in line]
     assert len(lines) >= 3 + spent + 1
+
+
+def test_a_conversation_in_a_pipe(copy: Path, gateway: Gateway, client: OpenAI) -> None:
+    lines = "w4 w5 w6\nw7 w8\n/privacy\n/new\nw4 w5 w6\n/exit\nw9\n"
+    command = [sys.executable, "-m", "isthmus", "chat", str(copy), "--max-new-tokens", "12"]
+    found = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    first, second, privacy, again = found.stdout.splitlines()
+    turns: list[Any] = [{"role": "user", "content": "w4 w5 w6"}]
+    assert first == again == chat(client, messages=turns).choices[0].message.content
+    turns += [{"role": "assistant", "content": first}, {"role": "user", "content": "w7 w8"}]
+    assert second == chat(client, messages=turns).choices[0].message.content
+    assert privacy.startswith("since the start: 24 releases")

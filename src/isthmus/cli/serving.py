@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from isthmus.cli.app import Round, RunPath, TrunkAddress, command, notify
+from isthmus.cli.terminal import as_utf8
 
 
 @command("gateway runs/first --port 8000 --api-keys keys.txt")
@@ -40,3 +42,33 @@ def gateway(
     settings = GatewaySettings(host, port, api_keys, together, waiting, max_new_tokens)
     run = RunDirectory.open(run_dir)
     serve_gateway(run, silo, settings, trunk=trunk, round=round, notify=notify, announce=typer.echo)
+
+
+@command("chat runs/first --max-new-tokens 300")
+def chat(
+    run_dir: RunPath,
+    silo: Annotated[Optional[str], typer.Option(help="Run as this silo; the folder's first by default.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: the likeliest token at each place.")] = 0.0,
+    system: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The conversation's first turn; the recipe's by default."),
+    ] = None,
+    trunk: TrunkAddress = None,
+    round: Round = None,
+) -> None:
+    """Talk with a run's model; in a pipe, each line of the input is a turn. /privacy says what has left the silo."""
+    from isthmus.gateway.chat import converse
+    from isthmus.storage.record import RunDirectory
+
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # what is no text is refused by name
+    converse(
+        RunDirectory.open(run_dir),
+        silo,
+        longest=max_new_tokens,
+        temperature=temperature,
+        system=None if system is None else as_utf8(system),
+        trunk=trunk,
+        round=round,
+        notify=notify,
+    )

@@ -151,6 +151,7 @@ class Generation:
     Args:
         decode: token ids as text, without control tokens.
         processors: what the model's own generation settings make of logits.
+        kept: whether its session is kept when it has ended, for ``resume``.
     """
 
     def __init__(
@@ -159,7 +160,10 @@ class Generation:
         notify: PieceSink,
         decode: Callable[[list[int]], str],
         processors: LogitsProcessorList,
+        *,
+        kept: bool = False,
     ) -> None:
+        self._kept, self._begun = kept, 0
         self.request, self.processors = request, processors
         self.cancelled = False
         """Whether nobody waits for it any more."""
@@ -186,7 +190,8 @@ class Generation:
         self.failed = False
         """Whether it ended with an error."""
         self._notify, self._earlier = notify, list[Release]()
-        self._finished: list[WrittenRow] = []
+        self.finished: list[WrittenRow] = []
+        """Rows that have ended."""
 
     @property
     def prompting(self) -> bool:
@@ -200,14 +205,28 @@ class Generation:
     def restart(self, session: RemoteSession) -> None:
         """Go on with a new session, which has no positions yet."""
         self.leave()
-        self.session, self.cached = session, 0
+        self.session, self._begun, self.cached = session, 0, 0
         if self.transcript is not None:
             self.transcript.crop(len(self.transcript))
+
+    def resume(self, earlier: Generation) -> bool:
+        """Go on with the session of one that has ended, if its tokens begin this one's prompt. Returns whether it
+        does. Both have one answer."""
+        (row,) = earlier.finished
+        known = earlier.known(row)[: earlier.cached]
+        if earlier.session is None or earlier.shielded is not None or self.request.prompt[: len(known)] != known:
+            return False
+        if len(known) == len(self.request.prompt):
+            return False
+        self.session, self._begun, self.cached = earlier.session, len(earlier.session.releases), earlier.cached
+        self.rows[0].caches, self.transcript = row.caches, earlier.transcript
+        earlier.session = None
+        return True
 
     def leave(self) -> None:
         """Free the trunk's memory."""
         if self.session is not None:
-            self._earlier += self.session.releases
+            self._note_releases()
             with suppress(IsthmusError):  # a trunk that is gone has forgotten it
                 self.session.abandon()
             self.session = None
@@ -229,7 +248,7 @@ class Generation:
             piece = row.piece()
             if piece is not None:
                 self._notify(piece)
-        self._finished += [row for row in self.rows if row.finish is not None]
+        self.finished += [row for row in self.rows if row.finish is not None]
         self.rows = [row for row in self.rows if row.finish is None]
         if not self.rows:
             self.end()
@@ -239,6 +258,14 @@ class Generation:
         if self.ended:
             return
         self.ended, self.failed = True, error is not None
-        self.leave()
-        written = sum(row.written for row in (*self._finished, *self.rows))
+        if self._kept and error is None:
+            self._note_releases()
+        else:
+            self.leave()
+        written = sum(row.written for row in (*self.finished, *self.rows))
         self._notify(GenerationEnd(tuple(self._earlier), written, error))
+
+    def _note_releases(self) -> None:
+        assert self.session is not None
+        self._earlier += self.session.releases[self._begun :]
+        self._begun = len(self.session.releases)

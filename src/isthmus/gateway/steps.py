@@ -101,7 +101,8 @@ class GatewaySteps:
                 row.caches = self._ends.new_caches()
         if not one.cached and self._model.shield is not None:
             one.shielded = DynamicCache(config=self._model.bottom.config)
-        one.drafts = self._drafted(one, alone=alone) if one.cached else []
+        prompting = len(one.known(one.rows[0])) - one.cached > 1  # the prompt's length decides its own frequencies
+        one.drafts = [] if prompting else self._drafted(one, alone=alone)
 
     def _drops(self, one: Generation) -> bool:
         """Whether the next token's length is the first after which the family drops its cache (``model.rope``)."""
@@ -196,7 +197,7 @@ class GatewaySteps:
                 break
             right += 1
         wrong = len(drafts) - right
-        if wrong and row.finish is None:
+        if wrong:
             one.cached -= wrong
             _caches(row).crop(wrong)
             assert one.session is not None

@@ -59,6 +59,9 @@ COMMANDS = {
         *("RUN_DIR", "--silo=", "--host=127.0.0.1", "--port=8000", "--api-keys=", "--together=16", "--waiting=64"),
         *("--max-new-tokens=1024", "--trunk=", "--round="),
     ],
+    "chat": [
+        *("RUN_DIR", "--silo=", "--max-new-tokens=512", "--temperature=0.0", "--system=", "--trunk=", "--round="),
+    ],
     "privacy": ["RUN_DIR", "--plan=False", "--json=False"],
     "data": ["RECIPE", "--silo=", "--examples=5", "--json=False"],
     "evaluate": [
