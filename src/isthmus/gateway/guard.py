@@ -20,6 +20,8 @@ from isthmus.gateway.problems import Problem
 log = logging.getLogger(__name__)
 LARGEST_BODY = 2 * 2**20
 """Bytes."""
+DISCARDED = 16
+"""Times the largest body: so much of a larger one is read before it is refused."""
 KNOWN_PATHS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/healthz", "/openapi.json"}
 )
@@ -78,21 +80,21 @@ class GatewayGuard:
             and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
         ):
             raise Problem(415, "the body must be JSON: send 'Content-Type: application/json'")
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self._largest:
-            raise self._too_large()
 
     async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
         """Messages with the whole body first, which is no larger than allowed."""
-        body, more = bytearray(), scope["method"] in ("POST", "PUT", "PATCH")
+        body, size, more = bytearray(), 0, scope["method"] in ("POST", "PUT", "PATCH")
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 break
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._largest:
-                raise self._too_large()
+            more, size = message.get("more_body", False), size + len(message.get("body", b""))
+            if size <= self._largest:
+                body += message.get("body", b"")
+            if size > DISCARDED * self._largest:
+                break
+        if size > self._largest:  # said when all is read: a client that still sends would not see it
+            raise Problem(413, f"the body is larger than {self._largest:,} bytes", code="request_too_large")
         given = False
 
         async def whole() -> Message:
@@ -103,9 +105,6 @@ class GatewayGuard:
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         return whole
-
-    def _too_large(self) -> Problem:
-        return Problem(413, f"the body is larger than {self._largest:,} bytes", code="request_too_large")
 
 
 def is_own_name(host: str) -> bool:
