@@ -12,9 +12,11 @@ import typer
 from isthmus.cli.app import command
 from isthmus.errors import RecipeError
 
+FIRST_CUT = (2, 2)
+"""Blocks at bottom and top where no silo's rows are here to measure with."""
 Names = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option(help="A silo and its training rows, as north=north.csv; repeatable."),
+    typer.Option(help="A silo and its training rows, as north=north.csv, or its name alone, if it joins by an invite."),
 ]
 
 
@@ -33,6 +35,10 @@ def init(
     cut: Annotated[
         str, typer.Option(help="Blocks at bottom and top, as 2,2; auto: measured when a run starts.")
     ] = "auto",
+    address: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="host:port at which silos on other machines reach this one."),
+    ] = None,
     masks: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option(help="Sum updates under masks; by default with three silos or more."),
@@ -50,7 +56,7 @@ def init(
         _write(recipe, starter.example(example), checked=False)
         typer.echo(f"written: {recipe}\nnext: put your paths into it, then isthmus data {recipe}")
         return
-    model, trained, tested = _asked(model, _pairs(silo, "--silo"), _pairs(held_out, "--held-out"))
+    model, trained, tested = _asked(model, _pairs(silo, "--silo", alone=True), _pairs(held_out, "--held-out"))
     if strangers := tested.keys() - trained.keys():
         raise RecipeError(f"--held-out names {min(strangers)!r}, --silo does not", remedy="give both the same name")
     keys, why = _task(task, prompt, answer, trained)
@@ -60,15 +66,26 @@ def init(
     folder = recipe.parent
     silos = tuple(
         starter.StartingSilo(
-            name, _seen_from(folder, source), _seen_from(folder, tested[name]) if name in tested else None
+            name,
+            _seen_from(folder, source) if source else None,
+            _seen_from(folder, tested[name]) if name in tested else None,
         )
         for name, source in trained.items()
     )
     masks = len(silos) >= starter.MASKED if masks is None else masks
     blocks = None if cut == "auto" else parse_cut(cut)
-    first = starter.Starter(_seen_from(folder, model), silos, keys, blocks, masks)
+    if blocks is None and not all(trained.values()):
+        blocks = FIRST_CUT
+        typer.echo(f"cut: {FIRST_CUT}; it takes a silo's rows to measure one (isthmus cut)")
+    first = starter.Starter(_seen_from(folder, model), silos, keys, blocks, masks, address)
     _write(recipe, first.text(), checked=True)
-    typer.echo(f"written: {recipe}\nnext: isthmus data {recipe}; isthmus run {recipe}")
+    follows = f"isthmus data {recipe}; isthmus run {recipe}" if all(trained.values()) else _by_invite(recipe)
+    typer.echo(f"written: {recipe}\nnext: {follows}")
+
+
+def _by_invite(recipe: Path) -> str:
+    trunk = f"isthmus trunk {recipe} --with-root --authority authority"
+    return f"isthmus authority init {recipe}; {trunk}; isthmus invite NAME"
 
 
 def _asked(
@@ -97,11 +114,12 @@ def _terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def _pairs(given: list[str] | None, flag: str) -> dict[str, str]:
+def _pairs(given: list[str] | None, flag: str, *, alone: bool = False) -> dict[str, str]:
+    """Names with their sources; where a name may stand alone, an empty source."""
     pairs = {}
     for one in given or []:
         name, equals, source = one.partition("=")
-        if not (name and equals and source):
+        if not (name and ((equals and source) or (alone and not equals))):
             raise RecipeError(f"{flag} {one!r} is no name with a file", remedy=f"write it as {flag} north=north.csv")
         if name in pairs:
             raise RecipeError(
@@ -119,12 +137,17 @@ def _task(
     from isthmus.data.sources import read_rows
     from isthmus.tasks.catalogue import named_task
 
-    rows = [row for source in trained.values() for row in read_rows([source])]
+    rows = [row for source in trained.values() if source for row in read_rows([source])]
     if name is not None:
         return {"name": named_task(name).name}, name
     given = {key: value for key, value in (("prompt", prompt), ("answer", answer)) if value is not None}
     if given:
         return given, "as given"
+    if not rows:
+        raise RecipeError(
+            "no silo's rows are here to tell what is asked",
+            remedy="add --prompt '{text}' --answer ' {label}', or --task",
+        )
     proposal = propose_task(rows)
     return dict(proposal.task), proposal.why
 

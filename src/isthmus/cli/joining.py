@@ -33,9 +33,13 @@ def init_authority(
     from isthmus.joining.authority_folder import AuthorityFolder
 
     made = AuthorityFolder.create(folder, recipe, server=server, address=address, days=days)
-    serve = f"isthmus authority serve {folder}" if server == "authority" else f"isthmus {server} {recipe}"
+    read = made.recipe()
+    both = " --with-root" if server == "trunk" and read.trunk.address == read.root.address else ""
+    serve = f"isthmus authority serve {folder}"
+    if server != "authority":
+        serve = f"isthmus {server} {recipe}{both} --authority {folder}"
     typer.echo(f"authority: {folder}, fingerprint {made.fingerprint} (who has key.pem can be anyone: keep it, copy it)")
-    typer.echo(f"next: {serve}{'' if server == 'authority' else f' --authority {folder}'}; isthmus invite NAME")
+    typer.echo(f"next: {serve}; isthmus invite NAME")
 
 
 @command("authority serve authority --address 0.0.0.0:50052", name="serve", group=authority)
@@ -65,21 +69,25 @@ def show_authority(folder: Annotated[Path, typer.Argument(help="The authority's 
 
 @command("invite north")
 def invite(
-    name: Annotated[str, typer.Argument(help="A silo or edge of the recipe, trunk or root.")],
+    names: Annotated[list[str], typer.Argument(help="Silos or edges of the recipe, trunk or root.")],
     folder: Folder = Path("authority"),
     days: Annotated[float, typer.Option(min=0.001, help="Validity in days.")] = 7.0,
 ) -> None:
-    """Print an invite for a party: one line, which works once."""
+    """Print an invite for each party: one line, which works once."""
     from isthmus.joining.authority_folder import AuthorityFolder
     from isthmus.recipe.address import is_loopback
 
-    made = AuthorityFolder(folder).invite(name, days=days)
-    if is_loopback(made.address):
-        notify(f"note: {made.address} is reached from this machine alone; write trunk.address into the recipe")
-    notify(f"for {name} ({made.role}) at {made.address}, until {made.expires:%Y-%m-%d %H:%M} UTC; works once.")
-    notify("Give it to them alone: by a call, an encrypted message, in person.")
-    typer.echo(made)
-    notify(f"next, on their machine: isthmus join INVITE{' --train ROWS' if made.role == 'silo' else ''}")
+    authority = AuthorityFolder(folder)
+    if is_loopback(authority.address):
+        notify(f"note: {authority.address} is reached from this machine alone; write trunk.address into the recipe")
+    for name in names:
+        authority.role_in_recipe(name)
+    for name in names:
+        made = authority.invite(name, days=days)
+        notify(f"for {name} ({made.role}) at {made.address}, until {made.expires:%Y-%m-%d %H:%M} UTC; works once:")
+        typer.echo(made)
+    notify("Give each to its party alone: by a call, an encrypted message, in person.")
+    notify("next, on their machine: isthmus join INVITE, a silo with --train ROWS")
 
 
 @command("join isthmus:AAOlj7rG... --train notes.csv --folder north", name="join")
@@ -91,6 +99,7 @@ def take_invite(
     ] = None,
     train: Annotated[Optional[list[str]], typer.Option(help="File of this silo's rows; repeatable.")] = None,  # noqa: UP045
     held_out: Annotated[Optional[list[str]], typer.Option(help="File of rows to measure on; repeatable.")] = None,  # noqa: UP045
+    run: Annotated[bool, typer.Option("--run", help="Then run this silo until the federation has finished.")] = False,
 ) -> None:
     """Join a federation: make a key here, get a certificate, the recipe and this silo's parts of the model."""
     from isthmus.joining.join import OwnFiles, join_federation
@@ -104,6 +113,11 @@ def take_invite(
     files = OwnFiles(tuple(train or ()), tuple(held_out or ()))
     joined = join_federation(invited, folder or Path(invited.name), files, notify)
     typer.echo(f"joined as {invited.name}: {joined.folder}")
+    if run and invited.role == "silo":
+        from isthmus.cli.roles import silo
+
+        silo(joined.recipe, invited.name, joined.folder / "run")
+        return
     named = f" {invited.name}" if invited.role in ("silo", "edge") else ""
     typer.echo(f"next: isthmus {invited.role} {joined.recipe}{named} --run-dir {joined.folder / 'run'}")
 

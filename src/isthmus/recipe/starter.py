@@ -20,7 +20,8 @@ class StartingSilo:
     """A silo and its files, as the recipe names them."""
 
     name: str
-    train: str
+    train: str | None
+    """None: the silo names its own when it joins."""
     held_out: str | None = None
 
 
@@ -34,6 +35,8 @@ class Starter:
     cut: tuple[int, int] | None = None
     """Blocks at the bottom and at the top; None: measured when a run starts."""
     masks: bool = False
+    address: str | None = None
+    """``host:port`` at which silos reach trunk and root; None: this machine alone does."""
 
     def text(self) -> str:
         """The file, TOML."""
@@ -46,8 +49,13 @@ class Starter:
             lines.append('cut = "auto"                     # measured when the run starts; or bottom = 2, top = 2')
         else:
             lines += [f"bottom = {self.cut[0]}", f"top = {self.cut[1]}"]
+        if self.address is not None:
+            lines += ["", f"[trunk]\naddress = {_value(self.address)}", f"[root]\naddress = {_value(self.address)}"]
         for silo in self.silos:
-            lines += ["", "[[silo]]", f"name = {_value(silo.name)}", f"train = {_value(silo.train)}"]
+            own = silo.train is None  # a placeholder: who joins names its own
+            train = _value(f"{silo.name}.jsonl" if silo.train is None else silo.train)
+            note = "  # its own: isthmus join INVITE --train FILE" if own else ""
+            lines += ["", "[[silo]]", f"name = {_value(silo.name)}", f"train = {train}{note}"]
             lines += [f"held_out = {_value(silo.held_out)}"] if silo.held_out else []
         return "\n".join(lines) + "\n"
 

@@ -81,7 +81,7 @@ def test_questions_ask_for_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ([], "needs a model and the silos"),
         ([*MODEL], "needs a model and the silos"),
-        ([*MODEL, "--silo", "north"], "no name with a file"),
+        ([*MODEL, "--silo", "north="], "no name with a file"),
         ([*MODEL, *NORTH, *NORTH], "names 'north' twice"),
         ([*MODEL, *NORTH, "--held-out", "south=east.csv"], "--silo does not"),
         ([*MODEL, *NORTH, "--silo", "south=none.csv"], r"none\.csv"),
@@ -110,3 +110,33 @@ def test_a_file_is_replaced_only_when_asked() -> None:
 
 def test_the_version_is_the_packages() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"isthmus {isthmus.__version__}\n"
+
+
+def test_silos_that_join_by_invites_need_no_rows_here() -> None:
+    asked = ("--prompt", "{text} =", "--answer", " {label}", "--address", "a.example.org:7001")
+    said = call("first.toml", *MODEL, "--silo", "north", "--silo", "south", *asked)
+    assert "next: isthmus authority init first.toml" in said
+    recipe = Recipe.read(Path("first.toml"))
+    assert (recipe.model.bottom, recipe.model.top) == (2, 2)
+    assert recipe.trunk.address == recipe.root.address == "a.example.org:7001"
+    assert [silo.name for silo in recipe.silo] == ["north", "south"]
+    assert len(Path("first.toml").read_text().splitlines()) <= 25
+
+
+def test_without_any_rows_what_is_asked_must_be_said() -> None:
+    with pytest.raises(IsthmusError, match="no silo's rows are here") as caught:
+        call("first.toml", *MODEL, "--silo", "north")
+    assert "--prompt" in caught.value.remedy
+    assert not Path("first.toml").exists()
+
+
+def test_one_silos_rows_tell_what_all_are_asked() -> None:
+    call("first.toml", *MODEL, *NORTH, "--silo", "south", "--address", "a.example.org:7001")
+    assert Recipe.read(Path("first.toml")).task.choices
+
+
+@pytest.mark.parametrize("address", ["nowhere", "http://a:1"])
+def test_an_address_that_is_none_leaves_no_file(address: str) -> None:
+    with pytest.raises(IsthmusError, match="address"):
+        call("first.toml", *MODEL, *NORTH, *SOUTH, "--cut", "2,2", "--address", address)
+    assert not Path("first.toml").exists()

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from isthmus.cli.main import app
-from isthmus.errors import IdentityError
+from isthmus.errors import IdentityError, RecipeError
 from isthmus.wire.invite import Invite
 from tests.integration.processes import write_recipe
 
@@ -22,13 +22,21 @@ def run(*arguments: object, text: str | None = None) -> str:
 def authority(tmp_path: Path) -> Path:
     recipe = write_recipe(tmp_path / "recipe.toml", trunk={"address": "a.example.org:7001"})
     shown = run("authority", "init", recipe, tmp_path / "authority")
-    assert f"next: isthmus trunk {recipe} --authority" in shown
+    assert f"next: isthmus trunk {recipe} --authority {tmp_path / 'authority'}; isthmus invite" in shown
     return tmp_path / "authority"
 
 
 def test_what_invite_prints_to_standard_output_is_the_invite_alone(authority: Path) -> None:
     invite = Invite.parse(run("invite", "north", "--authority", authority))
     assert (invite.name, invite.role, invite.address) == ("north", "silo", "a.example.org:7001")
+
+
+def test_several_are_invited_at_once_or_none(authority: Path) -> None:
+    lines = run("invite", "north", "south", "--authority", authority).splitlines()
+    assert [Invite.parse(line).name for line in lines] == ["north", "south"]
+    with pytest.raises(RecipeError, match="no party 'nobody'"):
+        run("invite", "north", "nobody", "--authority", authority)
+    assert len(list((authority / "invites").iterdir())) == 2
 
 
 def test_the_parties_are_shown_at_80_columns(authority: Path) -> None:

@@ -27,6 +27,7 @@ COMMANDS = {
             "--prompt=",
             "--answer=",
             "--cut=auto",
+            "--address=",
         ),
         *("--masks/--no-masks=", "--example=", "--force=False"),
     ],
@@ -46,8 +47,8 @@ COMMANDS = {
     "authority init": ["RECIPE", "FOLDER?", "--server=trunk", "--address=", "--days=90.0"],
     "authority serve": ["FOLDER?", "--address="],
     "authority show": ["FOLDER?"],
-    "invite": ["NAME", "--authority=authority", "--days=7.0"],
-    "join": ["INVITE", "--folder=", "--train=", "--held-out="],
+    "invite": ["NAMES", "--authority=authority", "--days=7.0"],
+    "join": ["INVITE", "--folder=", "--train=", "--held-out=", "--run=False"],
     "revoke": ["NAME", "--authority=authority"],
     "generate": [
         *("RUN_DIR", "PROMPT?", "--silo=", "--max-new-tokens=", "--field=", "--raw/--no-raw=False"),
