@@ -194,7 +194,7 @@ def chat(people: People) -> str:
     url = f"http://127.0.0.1:{GATEWAY}/v1/chat/completions"
     asked = {"model": "run", "max_tokens": 12, "messages": [{"role": "user", "content": "A wonderful film."}]}
     body = f"-H 'Content-Type: application/json' -d '{json.dumps(asked)}'"
-    answer = json.loads(people.type("north", f"curl --silent --retry 60 --retry-connrefused {body} {url}"))
+    answer = json.loads(people.type("north", f"curl --silent --fail --retry 60 --retry-connrefused {body} {url}"))
     return str(answer["choices"][0]["message"]["content"])
 
 

@@ -19,7 +19,9 @@ from isthmus.errors import DataError, DiskFullError, IdentityError, ModelError, 
 from isthmus.joining.keeper import CONTACT
 from isthmus.joining.model_files import MODEL, START
 from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.portion import FILE_KINDS
 from isthmus.recipe import Recipe
+from isthmus.recipe.shared import OWN_PLACES
 from isthmus.storage.files import disk_errors, private_folder, writing
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.authority import private_pem, signing_request
@@ -86,6 +88,8 @@ def join_federation(
             save_identity(identity, certificates)
             _write(certificates / invite.name / CONTACT, json.dumps(_contact(invite)))
             _write(folder / RECIPE, own_recipe(recipe, invite.name, files))
+        for key in _own_code(recipe):
+            notify(f"left out of the recipe: {key}; what is used on your text, you write into {folder / RECIPE}")
         notify(f"certificate of {invite.name} ({invite.role}): {certificates / invite.name}")
     elif files != OwnFiles():
         _write(folder / RECIPE, own_recipe((folder / RECIPE).read_text(encoding="utf-8"), invite.name, files))
@@ -97,30 +101,48 @@ def join_federation(
 def own_recipe(text: str, name: str, files: OwnFiles) -> str:
     """The federation's recipe with what is this party's own: places on its machine, and its own rows.
 
+    What the text says of any party's machine is left out (``recipe.shared.OWN_PLACES``): who leads the federation must
+    not name files that are read here, or code that is run.
+
     Args:
         text: TOML, as who leads the federation wrote it.
         name: the party's.
     """
     values: dict[str, Any] = tomllib.loads(text)
+    for key in OWN_PLACES:
+        table, _, leaf = key.rpartition(".")
+        found = values.get(table, {}) if table else values
+        if isinstance(found, dict) and leaf not in ("train", "held_out"):
+            found.pop(leaf, None)
     values.setdefault("model", {})["path"] = MODEL
     values.setdefault("wire", {})["certificates"] = CERTIFICATES
     if values.get("lora", {}).get("start") is not None:
         values["lora"]["start"] = START
-    for silo in values.get("silo", []):
-        if silo.get("name") != name:
-            continue
-        for key, paths in (("train", files.train), ("held_out", files.held_out)):
-            if paths:
-                silo[key] = [str(Path(path).resolve()) for path in paths]
-        if files.train:
-            silo.pop("format", None)
-            if not files.held_out:
-                silo.pop("held_out", None)
-    if not any("held_out" in silo for silo in values.get("silo", [])):
+    values["silo"] = [_own_silo(silo, files if silo.get("name") == name else None) for silo in values.get("silo", [])]
+    if not any("held_out" in silo for silo in values["silo"]):
         values.get("train", {}).pop("evaluate", None)  # there is nothing to measure on here
     return f"# {name}'s copy. Keys that all parties must have alike are compared when they connect.\n" + tomli_w.dumps(
         values
     )
+
+
+def _own_code(text: str) -> list[str]:
+    """Keys of a recipe that say which code or lists a silo uses on its text."""
+    section = tomllib.loads(text).get("sensitivity", {})
+    return [f"sensitivity.{key}" for key in ("function", "names") if key in section]
+
+
+def _own_silo(silo: dict[str, Any], files: OwnFiles | None) -> dict[str, Any]:
+    """A silo's table with this party's rows; of any other, and where no file is given, the files' mere names."""
+    kept = {key: value for key, value in silo.items() if f"silo.{key}" not in OWN_PLACES}
+    given = {"train": files.train, "held_out": files.held_out} if files else {"train": (), "held_out": ()}
+    for key, paths in given.items():
+        if paths:
+            kept[key] = [str(Path(path).resolve()) for path in paths]
+        elif key in silo and not given["train"]:
+            listed = silo[key] if isinstance(silo[key], list) else [silo[key]]
+            kept[key] = [Path(str(one)).name for one in listed]
+    return kept
 
 
 def fetch_model(recipe: Recipe, identity: Identity, folder: Path, notify: Notify = lambda message: None) -> None:
@@ -144,6 +166,8 @@ def fetch_model(recipe: Recipe, identity: Identity, folder: Path, notify: Notify
     )
     with closing(channel):
         listed: pb.Listed = channel.call(pb.Listing())
+        for file in listed.files:
+            _check_place(file.name)
         missing = [file for file in listed.files if not _here(folder / file.name, file)]
         size = sum(file.size for file in missing)
         _require_disk(folder, size)
@@ -223,6 +247,20 @@ def _require_disk(folder: Path, size: int) -> None:
         raise DiskFullError(
             f"the parts of the model take {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free at {folder}",
             remedy="free some space, or name another folder with --folder; then join again",
+        )
+
+
+def _check_place(name: str) -> None:
+    """Refuse a file that is none of a model: the server names them, and a key or a recipe is not its to write."""
+    place = Path(name)
+    if (
+        place.parts[0] not in (MODEL, START)
+        or len(place.parts) != 2
+        or place.suffix not in (*FILE_KINDS, ".safetensors")
+    ):
+        raise ModelError(
+            f"the trunk sends {name!r}, which is no file of a model",
+            remedy="leave this federation, or ask who leads it what that is",
         )
 
 

@@ -50,7 +50,7 @@ class Checkpoint:
             ModelError: config.json is missing or invalid.
         """
         try:
-            config = AutoConfig.from_pretrained(self.folder)
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             told = str(error).partition("\n")[0][:200]
             raise ModelError(f"no usable config.json in {self.folder}: {told}", remedy=_FOLDER) from error

@@ -68,6 +68,9 @@ FREE: dict[str, str] = {
 }
 """The keys that may differ, each with the reason."""
 
+OWN_PLACES = frozenset(key for key, reason in FREE.items() if reason in (_OWN_FILE, _OWN_MACHINE))
+"""The keys about one party's machine: its files, its devices, its code. Nobody else's word on them counts."""
+
 _RELEASE = ("mechanism", "clip", "noise", "epsilon", "delta", "unit")
 _TABLES: dict[str, tuple[str, ...]] = {
     "model": ("cut", "bottom", "top", "moves", "dtype"),

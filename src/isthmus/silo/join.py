@@ -455,7 +455,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ModelError: the folder has no usable tokenizer.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"no usable tokenizer in {folder}", remedy="copy the model's tokenizer files there") from error
     tokenizer.padding_side = "left"
