@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from isthmus.gateway.batcher import Batcher
 from isthmus.gateway.generation import GenerationRequest
@@ -17,17 +18,18 @@ from isthmus.gateway.sampling import SamplingSettings
 from isthmus.model.families import FAMILIES
 from isthmus.model.split import SplitForCausalLM
 from isthmus.wire import isthmus_pb2 as pb
-from tests.conftest import MULTIMODAL, VOCABULARY
+from tests.conftest import MULTIMODAL, VOCABULARY, make_recipe
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.gateway import Collected, batching, written
 from tests.oracle.test_bottleneck import SECTIONS
 from tests.oracle.test_drafts import draft_for
 from tests.oracle.test_generation import crossed
 from tests.oracle.test_ropes import CASES, SWITCH, Build, built  # noqa: F401
-from tests.oracle.twins import Twins
+from tests.oracle.twins import Twins, make_twins
 
 GREEDY = SamplingSettings(temperature=0.0)
 LENGTH = 24
+STORIES = Path("/work/shared/models/stories260k")
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
@@ -50,15 +52,15 @@ def greedy(prompt: list[int], length: int = LENGTH, **how: Any) -> GenerationReq
     return GenerationRequest(prompt, length, settings=GREEDY, **how)
 
 
-def answers(batcher: Batcher, prompts: list[list[int]], **how: Any) -> list[list[int]]:
-    return [one.ids[0] for one in written(batcher, [greedy(prompt, **how) for prompt in prompts])]
+def answers(batcher: Batcher, requests: list[GenerationRequest]) -> list[list[int]]:
+    return [one.ids[0] for one in written(batcher, requests)]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - MULTIMODAL.keys()))
 def test_greedy_answers_of_each_family(family: str, twins_of: BuildTwins) -> None:
     model = twins_of(family, (2, 2)).split
     with batching(model) as batcher:
-        assert answers(batcher, PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
+        assert answers(batcher, list(map(greedy, PROMPTS))) == [alone(model, prompt) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("boundary", [{"tail": 4}, *SECTIONS.values()], ids=["tail", *SECTIONS])
@@ -66,7 +68,7 @@ def test_whatever_crosses(boundary: dict[str, Any], twins_of: BuildTwins) -> Non
     twins = twins_of("qwen3", (2, 1), sections={"boundary": boundary})
     with batching(twins.split) as batcher:
         before = crossed(twins)
-        found = answers(batcher, PROMPTS)
+        found = answers(batcher, list(map(greedy, PROMPTS)))
         packed = crossed(twins)[len(before) :]
     assert found == [alone(twins.split, prompt) for prompt in PROMPTS]
     assert sorted(packed) == sorted(crossed(twins)[len(before) + len(packed) :])
@@ -95,9 +97,23 @@ def test_ropes_that_look_at_lengths(family: str, kind: str, drafting: bool, buil
     model = built(family, kind).split
     prompts = [random_prompt(length, length) for length in (SWITCH - 5, 3, SWITCH, SWITCH + 9, SWITCH - 1)]
     with batching(model, draft=draft_for(model) if drafting else None) as batcher:
-        assert answers(batcher, prompts) == [alone(model, prompt) for prompt in prompts]
+        assert answers(batcher, list(map(greedy, prompts))) == [alone(model, prompt) for prompt in prompts]
         (several,) = written(batcher, [greedy(prompts[0], answers=2)])
     assert several.ids == [alone(model, prompts[0])] * 2
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason=f"no model at {STORIES}")
+def test_sixteen_stories_at_once(tmp_path: Path) -> None:
+    """A real model, whose likeliest tokens are often close: whoever shares its passes, it writes the same."""
+    twins = make_twins(make_recipe(STORIES, lora={"targets": ["q_proj", "v_proj"]}), tmp_path, moved=False)
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    names = ("Lily", "Tom", "Sue", "Ben", "Mia", "Max", "Anna", "Sam")
+    texts = [f"Once upon a time, {name} {what}" for name in names for what in ("had a red ball.", "was very sad. One")]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    with batching(twins.split) as batcher:
+        found = answers(batcher, [greedy(prompt, 80) for prompt in prompts])
+    assert found == [alone(twins.split, prompt, 80) for prompt in prompts]
+    twins.close()
 
 
 @pytest.fixture
@@ -165,9 +181,9 @@ def test_drafts_change_nothing_but_the_trips(llama: Twins) -> None:
     repeated = [prompt * 3 for prompt in PROMPTS[:3]]
     expected = [alone(llama.split, prompt) for prompt in repeated]
     with batching(llama.split, draft=draft_for(llama.split)) as batcher:
-        assert answers(batcher, repeated) == expected
+        assert answers(batcher, list(map(greedy, repeated))) == expected
         before = len(crossed(llama))
-        assert answers(batcher, repeated[:1]) == expected[:1]
+        assert answers(batcher, list(map(greedy, repeated[:1]))) == expected[:1]
         sent = crossed(llama)[before:]
     assert max(sent[1:]) > 1
     assert sum(sent) > len(repeated[0]) + LENGTH - 1, "no guess was wrong: nothing had to be forgotten"

@@ -30,7 +30,7 @@ from isthmus.gateway.exchange import ClientExchange, ClientGone, begun
 from isthmus.gateway.generation import AnswerPiece, GenerationRequest
 from isthmus.gateway.problems import Problem, problem_of
 from isthmus.gateway.prompts import PromptReader, ReadPrompt
-from isthmus.gateway.requests import ChatBody, CompletionBody, EmbeddingsBody, SampledBody
+from isthmus.gateway.requests import ChatBody, CompletionBody, EmbeddingsBody, SampledBody, body_problem
 from isthmus.gateway.responses import AnswerShape, ChatShape, CompletionShape, Envelope, event, merged_pieces
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -47,7 +47,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 CLIENT_GONE = 499
 """Status, for nobody, of a request whose client has gone."""
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+"""A server-sent event: a chunk as JSON, or ``[DONE]``."""
+EVENTS = {"text/event-stream": {"schema": EVENT}}
 
 
 @dataclass
@@ -120,7 +122,11 @@ class Endpoints:
         )
 
     async def health(self) -> Response:
-        """Whether the gateway answers, and how much it does."""
+        """Whether the gateway and the trunk are there, and how much they do."""
+        if not self._batcher.open:
+            raise Problem(
+                503, "there is no connection to the trunk", type="trunk_unavailable", code="trunk_unavailable"
+            )
         running, waiting = self._batcher.load
         return JSONResponse({"status": "ok", "running": running, "waiting": waiting})
 
@@ -271,26 +277,8 @@ async def _problem(request: Request, error: Exception) -> Response:
 
 
 async def _malformed(request: Request, error: Exception) -> Response:
-    """What is wrong with a body, without what was in it."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return _response(Problem(400, "the body is no valid JSON"))
-    place = [str(one) for one in first["loc"] if one != "body"]
-    param = first.get("ctx", {}).get("param") or ".".join(place) or None
-    message = (
-        f"unknown argument: {param}" if first["type"] == "extra_forbidden" else f"{param or 'the body'}: {first['msg']}"
-    )
-    own = first["type"] in OWN_COMPLAINTS
-    return _response(Problem(400, first["msg"] if own else message, param=param, code=_code(first["type"])))
-
-
-OWN_COMPLAINTS = frozenset({"not_offered", "not_streamed", "no_logprobs", "two_lengths", "no_question"})
-"""Types of complaints of ``gateway.requests``, whose messages name the argument."""
-
-
-def _code(kind: str) -> str | None:
-    return {"not_offered": "unsupported_parameter", "extra_forbidden": "unknown_parameter"}.get(kind)
+    return _response(body_problem(error.errors()[0]))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from isthmus.errors import BusyError, IsthmusError, PeerGoneError
 from isthmus.gateway.generation import Generation, GenerationRequest, PieceSink
-from isthmus.gateway.steps import GatewaySteps
+from isthmus.gateway.steps import GatewaySteps, ending
 from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.drafting.draft import Draft
 from isthmus.tasks.greedy import Decode, generation_processors
@@ -105,11 +104,13 @@ class Batcher:
     def _step(self, steps: GatewaySteps) -> None:
         ready = [one for one in self._running if one.step is None]
         if ready:
-            self._guarded(steps.send, ready)
+            with ending(*ready):
+                steps.send(ready)
         self._await_answers()
         done = [one for one in self._running if one.step is not None and one.step.sent.answer.done()]
         if done:
-            self._guarded(steps.receive, done)
+            with ending(*done):
+                steps.receive(done)
 
     def _admit(self) -> None:
         """Let requests run that there is room for, oldest first; end those that nobody waits for."""
@@ -146,15 +147,6 @@ class Batcher:
         else:
             known: list[Future[Any]] = [*steps, self._wake]
             wait(known, timeout=LOST_LOOK_SECONDS, return_when=FIRST_COMPLETED)
-
-    def _guarded(self, move: Callable[[list[Generation]], None], generations: list[Generation]) -> None:
-        """Move generations on. What nobody expected ends these alone. Its message may hold text: it is not logged."""
-        try:
-            move(generations)
-        except Exception as error:
-            log.error("gateway: a step failed: %s", type(error).__name__)
-            for one in generations:
-                one.end(IsthmusError(f"the step failed: {type(error).__name__}", remedy="send the request again"))
 
     def _end_all(self, error: IsthmusError) -> None:
         with self._lock:

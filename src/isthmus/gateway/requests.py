@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from isthmus.gateway.problems import Problem
 from isthmus.gateway.sampling import SamplingSettings
 
 NOT_OFFERED: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -33,6 +34,14 @@ NOT_OFFERED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": ((), "the gateway searches nothing"),
 }
 """Arguments that are refused: values that ask for what happens anyway, and why others are refused."""
+COMPLAINTS: Mapping[str, str | None] = {
+    "not_offered": "unsupported_parameter",
+    "not_streamed": None,
+    "no_logprobs": None,
+    "two_lengths": None,
+    "no_question": None,
+}
+"""The code of each complaint that is made here, by its type. Their messages name the argument."""
 Stop = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -189,3 +198,20 @@ class CompletionBody(SampledBody):
 
 class EmbeddingsBody(BaseModel):
     """Of ``/v1/embeddings``, which is refused whatever is in it."""
+
+
+def body_problem(complaint: Mapping[str, Any]) -> Problem:
+    """What pydantic has found wrong with a body, without anything of what was in it but names of arguments.
+
+    Args:
+        complaint: one of the errors of a ``ValidationError``.
+    """
+    kind, said = complaint["type"], str(complaint["msg"])
+    param = complaint.get("ctx", {}).get("param") or ".".join(str(one) for one in complaint["loc"] if one != "body")
+    if kind == "json_invalid":
+        return Problem(400, "the body is no valid JSON")
+    if kind == "extra_forbidden":
+        return Problem(400, f"unknown argument: {param}", param=param, code="unknown_parameter")
+    if kind in COMPLAINTS:
+        return Problem(400, said, param=param, code=COMPLAINTS[kind])
+    return Problem(400, f"{param or 'the body'}: {said}", param=param or None)

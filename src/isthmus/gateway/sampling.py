@@ -14,13 +14,16 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+COLDEST = 1e-4
+"""Temperatures below are taken for 0: logits divided by them have no end."""
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
     """What a request says of the choice of tokens."""
 
     temperature: float = 1.0
-    """0: the likeliest token."""
+    """Below ``COLDEST``: the likeliest token."""
     top_p: float = 1.0
     """The smallest set of tokens with this probability is drawn from; 1: all."""
     seed: int | None = None
@@ -63,7 +66,7 @@ class TokenChooser:
     ) -> None:
         self._settings, self._processors, self._likeliest = settings, processors or LogitsProcessorList(), likeliest
         self._warpers = LogitsProcessorList()
-        if settings.temperature not in (0.0, 1.0):
+        if settings.temperature != 1.0 and settings.temperature >= COLDEST:
             self._warpers.append(TemperatureLogitsWarper(settings.temperature))
         if settings.top_p < 1.0:
             self._warpers.append(TopPLogitsWarper(settings.top_p))
@@ -93,7 +96,7 @@ class TokenChooser:
         scores_1V = self._penalized(given, logits_V)[None]
         before_1L = torch.tensor([[*prompt, *given]]) if self._processors or self._warpers else torch.empty(1, 0)
         scores_1V = self._processors(before_1L, scores_1V)
-        if not self._settings.temperature:
+        if self._settings.temperature < COLDEST:
             return int(scores_1V[0].argmax())
         scores_1V = self._warpers(before_1L, scores_1V)
         return int(torch.multinomial(scores_1V.softmax(dim=-1), 1, generator=self._generator))

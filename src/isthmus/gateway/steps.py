@@ -9,7 +9,8 @@ K positions that are scored, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import DynamicCache
@@ -49,10 +50,8 @@ class GatewaySteps:
         outputs = iter(self._through_bottom(ready, feeds))
         for one, own in zip(ready, feeds, strict=True):
             h_LDs = [next(outputs) for _ in own]
-            try:
+            with ending(one):
                 self._send(one, own, h_LDs)
-            except IsthmusError as error:
-                one.end(error)
 
     @torch.no_grad()
     def receive(self, generations: Sequence[Generation]) -> None:
@@ -61,10 +60,8 @@ class GatewaySteps:
         for one in generations:
             assert one.step is not None
             assert one.session is not None
-            try:
+            with ending(one):
                 known.append((one, one.step, self._top_inputs(one, one.step, one.session.receive(one.step.sent))))
-            except IsthmusError as error:
-                one.end(error)
         if not known:
             return
         g_LDs = [g_LD for _, _, own in known for g_LD in own]
@@ -72,7 +69,9 @@ class GatewaySteps:
         scored = [1 + (len(one.drafts) if one.cached else 0) for one, step, _ in known for _ in step.feeds]
         logits = iter(self._ends.through_top(g_LDs, feeds, scored))
         for one, step, _ in known:
-            self._choose(one, step, [next(logits) for _ in step.feeds])
+            own = [next(logits) for _ in step.feeds]
+            with ending(one):
+                self._choose(one, step, own)
 
     def lost(self) -> bool:
         """Whether the connection to the trunk is over: it has to be opened again."""
@@ -84,10 +83,8 @@ class GatewaySteps:
 
     def _prepared(self, one: Generation, *, alone: bool) -> bool:
         """Make a generation ready for its next step; one that cannot be ends with the error."""
-        try:
+        with ending(one):
             self._prepare(one, alone=alone)
-        except IsthmusError as error:
-            one.end(error)
         return not one.ended
 
     def _prepare(self, one: Generation, *, alone: bool) -> None:
@@ -220,6 +217,23 @@ class GatewaySteps:
         one.session.select(rows)
         if one.shielded is not None:
             one.shielded.batch_select_indices(torch.tensor(rows))
+
+
+@contextmanager
+def ending(*generations: Generation) -> Iterator[None]:
+    """An error within the block ends these generations, and nothing else. The message of one that nobody expected may
+    hold text: it is not logged."""
+    try:
+        yield
+    except IsthmusError as error:
+        known = error
+    except Exception as error:
+        log.error("gateway: a step failed: %s", type(error).__name__)
+        known = IsthmusError(f"the step failed: {type(error).__name__}", remedy="send the request again")
+    else:
+        return
+    for one in generations:
+        one.end(known)
 
 
 def _caches(row: WrittenRow) -> EndCaches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,16 @@ def test_a_client_that_leaves_ends_its_request(gateway: tuple[FastAPI, Batcher])
         whole = call(app, "POST", "/v1/completions", TEXT)
         assert whole.status == 200
         assert batcher.load[1] == 0
+
+
+def test_health_is_that_of_the_connection_to_the_trunk(gateway: tuple[FastAPI, Batcher]) -> None:
+    app, batcher = gateway
+    assert call(app, "GET", "/healthz").json == {"status": "ok", "running": 0, "waiting": 0}
+    batcher.stop()
+    while batcher.open:
+        time.sleep(0.001)
+    assert call(app, "GET", "/healthz").status == 503
+    assert call(app, "POST", "/v1/completions", TEXT).json["error"]["code"] == "trunk_unavailable"
 
 
 def test_sequences_of_several_prompts_are_numbered_by_prompt(gateway: tuple[FastAPI, Batcher]) -> None:

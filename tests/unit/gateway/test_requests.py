@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from isthmus.gateway.requests import NOT_OFFERED, ChatBody, CompletionBody, SampledBody
+from isthmus.gateway.requests import NOT_OFFERED, ChatBody, CompletionBody, SampledBody, body_problem
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 TEXT: dict[str, Any] = {"model": "m", "prompt": "hello"}
@@ -94,3 +94,24 @@ def test_lengths_and_stops() -> None:
     assert CompletionBody.model_validate(TEXT | {"stop": "a"}).stops == ("a",)
     assert CompletionBody.model_validate(TEXT | {"stop": ["a", "b"]}).stops == ("a", "b")
     assert CompletionBody.model_validate(TEXT | {"logit_bias": {"7": -1}}).settings().logit_bias == {7: -1.0}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param", "code"),
+    [
+        ({"unknown": "SECRET"}, "unknown", "unknown_parameter"),
+        ({"tools": ["SECRET"]}, "tools", "unsupported_parameter"),
+        ({"temperature": "SECRET"}, "temperature", None),
+        ({"messages": [{"role": "SECRET", "content": "SECRET"}]}, "messages.0.role", None),
+        ({"messages": "SECRET"}, "messages", None),
+        ({"top_logprobs": 3}, "top_logprobs", None),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said_without_what_was_in_it(wrong: dict[str, Any], param: str, code: str | None) -> None:
+    with pytest.raises(ValidationError) as found:
+        ChatBody.model_validate(CHAT | wrong)
+    problem = body_problem(found.value.errors()[0])
+    assert (problem.status, problem.param, problem.code) == (400, param, code)
+    assert param in problem.message
+    assert "SECRET" not in problem.message

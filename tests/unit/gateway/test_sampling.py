@@ -24,6 +24,11 @@ def test_temperature_zero_is_the_likeliest() -> None:
     assert tokens(TokenChooser(GREEDY), 3) == [1, 1, 1]
 
 
+@given(st.floats(0, 1e-3))
+def test_cold_is_the_likeliest(temperature: float) -> None:
+    assert tokens(TokenChooser(SamplingSettings(temperature, seed=1)), 5) == [1] * 5
+
+
 def test_draws_follow_the_distribution() -> None:
     found = Counter(tokens(TokenChooser(SamplingSettings(temperature=0.5, seed=1)), 4000))
     expected = (LOGITS / 0.5).softmax(dim=0)

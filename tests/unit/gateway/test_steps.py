@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
 from transformers import LogitsProcessorList
 
 from isthmus.errors import BudgetExhausted, PeerGoneError
@@ -60,6 +62,24 @@ def test_a_record_whose_budget_is_spent_ends_alone(split: Split, tmp_path: Path)
     assert 3 < left < 40
     assert left == told.end.written
     assert len(list(model.boundary.ledger.history())) == left + 3
+
+
+def test_a_choice_that_nobody_expected_to_fail_ends_its_generation_alone(
+    split: Split, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = split(make_recipe(save_tiny_model("llama", tmp_path / "model")))
+    (one, told), (other, whole) = started([4, 5]), started([6])
+
+    def fail(logits_V: torch.Tensor) -> int:
+        raise ValueError("a text that a patient wrote")
+
+    one.rows[0].choose = fail  # type: ignore[method-assign]
+    run(model, one, other)
+    assert told.end is not None
+    assert "ValueError" in str(told.end.error)
+    assert len(told.end.releases) == 1
+    assert (whole.finishes, len(whole.ids[0])) == (["length"], 8)
+    assert "patient" not in caplog.text
 
 
 def test_without_a_trunk_each_ends_and_the_connection_is_lost(split: Split, tmp_path: Path) -> None:
