@@ -23,6 +23,7 @@ from isthmus.gateway.app import ServedModel, gateway_app
 from isthmus.gateway.batcher import LOST_LOOK_SECONDS, Batcher
 from isthmus.gateway.guard import GatewayGuard, is_own_name
 from isthmus.gateway.prompts import PromptReader
+from isthmus.joining.keeper import kept_certificate
 from isthmus.silo.join import Silo
 from isthmus.storage.record import RoleDirectory, RunDirectory
 from isthmus.tasks.greedy import Decode
@@ -85,6 +86,8 @@ def serve_gateway(
             app = gateway_app(served, batcher, prompt_reader(silo))
             serving.enter_context(http_server(GatewayGuard(app, keys), listening))
             serving.callback(batcher.stop)
+            certificates = Path(run.recipe().wire.certificates)
+            serving.enter_context(kept_certificate(certificates, silo.name, "silo"))  # it runs for months
             announce(f"{LISTENING}{url_of(listening)}")
             announce(f"model: {served.name}; {'with' if keys else 'without'} API keys; stop with Ctrl-C")
             batcher.run(silo.model, load_draft(directory, silo))

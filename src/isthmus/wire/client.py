@@ -220,7 +220,7 @@ class GrpcChannel:
                 error = self._unreachable(waited, reason)
             if error is not None:
                 self._end(error)
-            elif self._ended is None:
+            elif self._ended is None and not self._renewed():
                 if (pause := next(pauses)) == PAUSES[0]:
                     log.warning(
                         "no connection to %s at %s; trying for %.0f s", self._server, self._address, self._deadline
