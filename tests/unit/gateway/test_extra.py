@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -24,3 +26,9 @@ def test_the_packages_are_those_of_the_extra() -> None:
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     listed = {one.partition(">")[0] for one in project["optional-dependencies"]["gateway"]}
     assert set(extra.SERVER_PACKAGES) <= listed
+
+
+def test_a_conversation_needs_none_of_it() -> None:
+    hidden = "".join(f"sys.modules[{name!r}] = None; " for name in extra.SERVER_PACKAGES)
+    code = f"import sys; {hidden}import isthmus.gateway.chat, isthmus.gateway.batcher, isthmus.cli.main"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
