@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,32 @@ def test_servers_killed_in_mid_round_are_waited_for(
     assert_same(states(run, 2), states(tmp_path / "undisturbed", 2))
 
 
-def test_a_silo_whose_trunk_never_comes_says_so(isthmus: Call, tmp_path: Path) -> None:
-    recipe = write_federation(tmp_path, wire={"deadline": 1.0}, trunk={"address": f"localhost:{free_port()}"})
+def test_silos_wait_for_a_trunk_that_starts_late_and_for_one_that_stands_still(
+    commands: Commands, isthmus: Call, tmp_path: Path
+) -> None:
+    """Both for several times wire.deadline; what comes of the run is what comes of an undisturbed one."""
+    train, address = {"rounds": 2, "steps": 30, "evaluate": False}, {"address": f"localhost:{free_port()}"}
+    sections = {"train": train, "wire": {"deadline": 1.0}, "trunk": address, "root": address}
+    recipe = write_federation(tmp_path / "made", **sections)
     isthmus("certificates", recipe).succeeded()
-    ended = isthmus("silo", recipe, "north", "--run-dir", tmp_path / "run")
-    ended.failed(
-        f"error: no connection to trunk at {Recipe.read(recipe).trunk.address} for", "check its address in the recipe"
-    )
+    run = tmp_path / "run"
+    silos = [commands.start("silo", recipe, name, "--run-dir", run) for name in ("north", "south")]
+    for silo in silos:
+        until(lambda silo=silo: "no connection to trunk at" in silo.stderr, "a silo to miss the trunk", command=silo)
+    time.sleep(3.0)
+    assert all(silo.process.is_running() for silo in silos)
+    trunk = commands.start("trunk", recipe, "--with-root", "--run-dir", run)
+    until_step(run, 2, 5, trunk)
+    trunk.process.suspend()
+    for silo in silos:
+        until(lambda silo=silo: silo.stderr.count("connecting again") > 2, "a silo to give up twice", command=silo)
+    trunk.process.resume()
+    for silo in silos:
+        silo.wait().succeeded()
+        assert "is lost" not in silo.stderr
+    run_here(recipe, tmp_path / "undisturbed")
+    shutil.copy(recipe, run / "recipe.toml")
+    assert_same(states(run, 2), states(tmp_path / "undisturbed", 2))
 
 
 class Federation:

@@ -33,6 +33,9 @@ from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import Identity, Role
 from isthmus.wire.server import Server
 
+AWAY_SECONDS = 86_400.0
+"""Time for which a server keeps its answers for a party without a connection, unless an engine started both: such a
+party waits until its server is there again, and would have to be started again without them."""
 LOOK_SECONDS = 1.0
 """Time between two looks whether the federation has finished, and between two returns of memory."""
 
@@ -240,12 +243,13 @@ def start_edge(recipe: Recipe, run: RunDirectory, name: str) -> tuple[Server, Ag
         greeting=hello_of(recipe),
         deadline=wire.deadline,
         answer_deadline=wire.answer_deadline,
+        endless=not by_engine(),
         limit=wire.max_frame_bytes,
     )
     edge = edge_service(recipe, name, run.edge(name), channel, identity)
     service = GreetedAggregator(recipe, name, edge)
     peers = {"Root": (*node.children, *node.wards)}
-    size, grace, edges = wire.max_frame_bytes, 2 * wire.deadline, recipe.tree.edges
+    size, grace, edges = wire.max_frame_bytes, _grace(recipe), recipe.tree.edges
     server = Server({"Root": service}, identity, peers, node.address, size, grace, edges=edges)
     server.start()
     return server, edge, channel
@@ -276,6 +280,11 @@ def _listen(
             return_memory()
     finally:
         server.stop()
+
+
+def _grace(recipe: Recipe) -> float:
+    """Seconds for which a server keeps its answers for a party without a connection."""
+    return 2 * recipe.wire.deadline if by_engine() else max(AWAY_SECONDS, 2 * recipe.wire.deadline)
 
 
 def _at(address: str, server: Server) -> str:
@@ -344,7 +353,7 @@ def start_server(
         peers["Root"] = recipe.tree.node(ROOT).children
     address = getattr(recipe, roles[0]).address
     wire = recipe.wire
-    size, grace, edges = wire.max_frame_bytes, 2 * wire.deadline, recipe.tree.edges
+    size, grace, edges = wire.max_frame_bytes, _grace(recipe), recipe.tree.edges
     doorkeeper = None if authority is None else AuthorityService(authority)
     server = Server(services, identity, peers, address, size, grace, edges=edges, doorkeeper=doorkeeper)
     server.start()
@@ -359,7 +368,7 @@ def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
     """
     set_threads(recipe)
     kept = kept_certificate(Path(recipe.wire.certificates), name, "silo")
-    with alone(run, (name,)), kept, closing(Worker(recipe, name, run.role(name))) as worker:
+    with alone(run, (name,)), kept, closing(Worker(recipe, name, run.role(name), endless=not by_engine())) as worker:
         completed = worker.run()
     if recipe.model.moves and completed < recipe.train.rounds:
         print(f"the cut moves after round {completed}", flush=True)

@@ -187,8 +187,13 @@ def connect_silo(
     channel: Channel | None = None,
     releases: Path | None = None,
     records: Path | None = None,
+    endless: bool = False,
 ) -> Silo:
-    """A silo with initial adapters, whatever the trunk has learned (see ``join``)."""
+    """A silo with initial adapters, whatever the trunk has learned (see ``join``).
+
+    Args:
+        endless: wait for the trunk until it is there.
+    """
     recipe = recipe.of_silo(name, ranked=False)
     device = find_device(recipe.party(name).device)
     checkpoint = Checkpoint(recipe.model.path)
@@ -197,7 +202,7 @@ def connect_silo(
     served = ServedRound()
     if channel is None:
         hello = greeting(checkpoint, recipe)
-        opened = connect(recipe, name, "Trunk", recipe.trunk.address, hello, accept=served.check)
+        opened = connect(recipe, name, "Trunk", recipe.trunk.address, hello, accept=served.check, endless=endless)
         served.connect(opened, hello)
         channel = opened
     ledger = ledger or MemoryLedger()
@@ -422,6 +427,7 @@ def connect(
     *,
     server: str | None = None,
     accept: Callable[[pb.Welcome], None] | None = None,
+    endless: bool = False,
 ) -> GrpcChannel:
     """A channel from a silo to a server.
 
@@ -429,7 +435,7 @@ def connect(
         name: the silo's name, which selects its certificate.
         service: gRPC service, ``"Trunk"`` or ``"Root"``.
         hello: first frame of the connection; None: that to a root or an edge.
-        server, address, accept: as in ``GrpcChannel``.
+        server, address, accept, endless: as in ``GrpcChannel``.
 
     Raises:
         IsthmusError: the silo's certificate is missing or unusable.
@@ -444,6 +450,7 @@ def connect(
         accept=accept,
         deadline=recipe.wire.deadline,
         answer_deadline=recipe.wire.answer_deadline,
+        endless=endless,
         limit=recipe.wire.max_frame_bytes,
     )
 

@@ -368,13 +368,22 @@ class AggregatorClient:
 
     Args:
         channel: a channel there, in place of the recipe's address.
+        endless: wait for it until it is there, unless there is a sibling to turn to.
 
     Raises:
         IdentityError: updates are to be masked, and the silo's certificate is unusable.
     """
 
-    def __init__(self, recipe: Recipe, name: str, boundary: Boundary, channel: Channel | None = None) -> None:
-        self._recipe, self._name, self._boundary = recipe, name, boundary
+    def __init__(
+        self,
+        recipe: Recipe,
+        name: str,
+        boundary: Boundary,
+        channel: Channel | None = None,
+        *,
+        endless: bool = False,
+    ) -> None:
+        self._recipe, self._name, self._boundary, self._endless = recipe, name, boundary, endless
         self._aggregator = recipe.tree.parent(name)
         self._channel = channel or self._connect()
         self._updates = updates_of(recipe, name, boundary, self._channel, self._aggregator)
@@ -427,7 +436,8 @@ class AggregatorClient:
 
     def _connect(self) -> Channel:
         address = self._recipe.tree.node(self._aggregator).address
-        return connect(self._recipe, self._name, "Root", address, server=self._aggregator)
+        endless = self._endless and self._sibling() is None
+        return connect(self._recipe, self._name, "Root", address, server=self._aggregator, endless=endless)
 
     def _move(self, error: IsthmusError) -> None:
         """Belong to the cohort of the edge's sibling from now on.

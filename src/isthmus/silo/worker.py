@@ -46,6 +46,7 @@ class Worker:
         directory: the silo's own, for metrics, ledger, released examples and states. None of it leaves the silo.
         trunk: a channel to the trunk, in place of the recipe's address.
         root: a channel to the root, or to the silo's edge if it has one, in place of the recipe's address.
+        endless: wait for servers that are away until they are there.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Worker:
         *,
         trunk: Channel | None = None,
         root: Channel | None = None,
+        endless: bool = False,
     ) -> None:
         self._mean_reach = recipe.mean_reach
         self._recipe = recipe = recipe.of_silo(name)
@@ -68,12 +70,13 @@ class Worker:
             channel=trunk,
             releases=directory.path / "released",
             records=directory.path / "records",
+            endless=endless,
         )
         self._guard = self._silo.guard
         self._data = load_data(recipe, name, self._silo)
         self._read = self._data.measured_rows()
         """The held-out rows that evaluations read."""
-        self._aggregator = AggregatorClient(recipe, name, self._silo.boundary, root)
+        self._aggregator = AggregatorClient(recipe, name, self._silo.boundary, root, endless=endless)
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()
         }

@@ -32,6 +32,8 @@ EXEMPT = ("no_grpc_proxy", "no_proxy")
 """Variables that name hosts to be reached without one, likewise."""
 PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Seconds between attempts to connect; the last one repeats."""
+SAID_SECONDS = 60.0
+"""Time between two lines of who waits without end for a server."""
 SMALL = 256
 """Bytes of a frame that takes no time on a slow line. That such a one goes does not show that the server is alive."""
 log = logging.getLogger(__name__)
@@ -79,9 +81,12 @@ class GrpcChannel:
     Frames without an answer when the stream breaks are sent again, byte for byte, on the next stream; the server
     answers each id once. After ``deadline`` seconds without a connection all pending requests fail; so they do when a
     server that holds the connection has not answered the greeting by then, or is silent for as long, a ping unanswered.
-    A request that waits for no other party fails alone if, of those, it is the oldest for ``answer_deadline`` seconds,
-    whatever else the server answers and however often it breaks the stream. Requests that wait for others may take any
-    time, as long as pings are answered.
+    A request that waits for no other party fails alone if, of those, it is the oldest for ``answer_deadline`` seconds
+    of connection, whatever else the server answers and however often it breaks the stream. Requests that wait for
+    others may take any time, as long as pings are answered.
+
+    An ``endless`` channel does not end for want of a server: it gives up a connection on which the server is silent,
+    opens another, and goes on until the server is there, saying now and then who is waited for.
 
     Args:
         address: ``host:port`` of the server.
@@ -93,6 +98,7 @@ class GrpcChannel:
             channel. None: every answer is accepted.
         deadline: seconds to keep trying to connect, and to wait for a silent server.
         answer_deadline: seconds for the answer to a request that waits for no other party.
+        endless: keep trying until the server is there.
         limit: largest frame in bytes.
 
     Raises:
@@ -111,6 +117,7 @@ class GrpcChannel:
         accept: Callable[[pb.Welcome], None] | None = None,
         deadline: float = 60.0,
         answer_deadline: float = 600.0,
+        endless: bool = False,
         limit: int = 64 * 2**20,
     ) -> None:
         self.sent_bytes = 0
@@ -120,7 +127,7 @@ class GrpcChannel:
         self._address = checked_address(address)
         self._service = service
         self._server = server or service.lower()
-        self._deadline, self._answer_deadline = deadline, answer_deadline
+        self._deadline, self._answer_deadline, self._endless = deadline, answer_deadline, endless
         self._limit = limit
         self._greet: Message = greeting or pb.Ping()
         self._metadata = ((INSTANCE_KEY, secrets.token_hex(8)),)
@@ -128,7 +135,7 @@ class GrpcChannel:
         self._lock = threading.Lock()
         self._pending: dict[int, Pending] = {}
         self._oldest: tuple[int | None, float] = None, 0.0
-        """Id of the oldest request that is due, and since when it is the oldest."""
+        """Id of the oldest request that is due, and the seconds of connection for which it is the oldest."""
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._ended: IsthmusError | None = None
         self._over = threading.Event()
@@ -137,6 +144,10 @@ class GrpcChannel:
         """When a frame last came, one of more than ``SMALL`` bytes went, or the first request began to wait."""
         self._opened: float | None = None
         """When the stream was opened whose greeting is not answered yet."""
+        self._greeting_answered = False
+        """Whether the greeting of the open stream is answered."""
+        self._dead = False
+        """Whether the connection is to be replaced: the server is silent on it."""
         self._identity = identity
         self._call: Any = None
         self._grpc = self._connected()
@@ -180,13 +191,17 @@ class GrpcChannel:
         return self._identity.renewed().certificate != self._identity.certificate
 
     def _renew(self) -> None:
-        """Use this party's new certificate from the next stream on, if it has one."""
+        """Use this party's new certificate from the next stream on, if it has one, and another connection in place of
+        a dead one."""
         if self._renewed():
             identity = self._identity.renewed()
             log.info("the certificate of %s was renewed; connecting to %s again", identity.name, self._server)
             self._identity = identity
-            self._grpc.close()
-            self._grpc = self._connected()
+        elif not self._dead:
+            return
+        self._dead = False
+        self._grpc.close()
+        self._grpc = self._connected()
 
     def _options(self) -> tuple[tuple[str, Any], ...]:
         return (
@@ -200,7 +215,7 @@ class GrpcChannel:
         )
 
     def _keep_streaming(self) -> None:
-        last_contact, reason = time.monotonic(), ""
+        last_contact, said, reason = time.monotonic(), 0.0, ""
         pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
         while self._ended is None:
             received = self.received_bytes
@@ -213,19 +228,33 @@ class GrpcChannel:
             except FrameError as malformed:
                 error = malformed
             if self.received_bytes > received:
-                last_contact = time.monotonic()
+                last_contact, said = time.monotonic(), 0.0
                 pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
             waited = time.monotonic() - last_contact
-            if error is None and waited > self._deadline:
+            if error is None and waited > self._deadline and not self._endless:
                 error = self._unreachable(waited, reason)
             if error is not None:
                 self._end(error)
             elif self._ended is None and not self._renewed():
-                if (pause := next(pauses)) == PAUSES[0]:
-                    log.warning(
-                        "no connection to %s at %s; trying for %.0f s", self._server, self._address, self._deadline
-                    )
-                time.sleep(pause)
+                if (pause := next(pauses)) == PAUSES[0] or waited - said > SAID_SECONDS:
+                    said = waited
+                    self._say_waiting(waited, reason)
+                self._over.wait(pause)
+
+    def _say_waiting(self, waited: float, reason: str) -> None:
+        if not self._endless:
+            log.warning("no connection to %s at %s; trying for %.0f s", self._server, self._address, self._deadline)
+        elif waited < PAUSES[-1]:
+            log.warning("no connection to %s at %s; waiting until it is there", self._server, self._address)
+        else:
+            log.warning(
+                "no connection to %s at %s%s for %.0f s; still waiting%s",
+                self._server,
+                self._address,
+                proxy_note(self._address),
+                waited,
+                reason,
+            )
 
     def _unreachable(self, waited: float, reason: str) -> PeerGoneError:
         proxy = proxy_note(self._address)
@@ -253,7 +282,7 @@ class GrpcChannel:
                 self._moved = time.monotonic()
                 self._receive(frames.parse(data), type(greeting))
         finally:
-            self._opened = None
+            self._opened, self._greeting_answered = None, False
             outbox.put(None)
 
     def _drain(self, outbox: queue.SimpleQueue[bytes | None]) -> Iterator[bytes]:
@@ -263,10 +292,11 @@ class GrpcChannel:
             yield data
 
     def _keep_listening(self) -> None:
-        """End the channel if the server is silent: it may hold the connection and answer nothing."""
-        asked = 0.0
-        while not self._over.wait(min(self._deadline, self._answer_deadline) / 8):
-            self._fail_overdue()
+        """End the channel, or an endless one's connection, if the server is silent: it may hold the connection and
+        answer nothing."""
+        asked, interval = 0.0, min(self._deadline, self._answer_deadline) / 8
+        while not self._over.wait(interval):
+            self._fail_overdue(interval)
             if self._call is not None and self._renewed():
                 self._call.cancel()  # the next stream shows the new certificate
             now, opened, moved = time.monotonic(), self._opened, self._moved
@@ -275,22 +305,36 @@ class GrpcChannel:
             if not waits or silent < self._deadline / 2:
                 continue
             if silent > self._deadline:
-                self._end(self._silence(silent))
-                self._grpc.close()
+                self._give_up(silent)
             elif opened is None and asked != moved:
                 with suppress(IsthmusError):  # ended meanwhile
                     self.submit(pb.Ping())
                 asked = moved
 
-    def _fail_overdue(self) -> None:
-        """Fail the oldest request that is due if it is that for too long. The channel goes on."""
-        now = time.monotonic()
+    def _give_up(self, silent: float) -> None:
+        """End the channel for this silence; of an endless one, the connection, after which another is opened."""
+        if not self._endless:
+            self._end(self._silence(silent))
+            self._grpc.close()
+        elif (self._opened is not None or self._greeting_answered) and not self._dead:
+            log.warning("%s; connecting again", self._silence(silent).message)
+            self._dead = True
+            self._call.cancel()
+
+    def _fail_overdue(self, seconds: float) -> None:
+        """Fail the oldest request that is due if it is that for too long. The channel goes on.
+
+        Args:
+            seconds: since the last look. They count where there is a connection.
+        """
         with self._lock:
             oldest = next((id for id, one in self._pending.items() if one.due), None)
             if oldest is None or oldest != self._oldest[0]:
-                self._oldest = oldest, now
+                self._oldest = oldest, 0.0
                 return
-            if (waited := now - self._oldest[1]) <= self._answer_deadline:
+            waited = self._oldest[1] + (seconds if self._greeting_answered else 0.0)
+            self._oldest = oldest, waited
+            if waited <= self._answer_deadline:
                 return
             late = self._pending.pop(oldest)
         late.answer.set_exception(
@@ -317,7 +361,7 @@ class GrpcChannel:
             settle(known.answer, frame, known.kind)
 
     def _welcomed(self, frame: pb.Frame, greeting: type[Message]) -> None:
-        self._opened = None
+        self._opened, self._greeting_answered = None, True
         verdict: Answer = Answer()
         settle(verdict, frame, greeting)
         try:

@@ -135,7 +135,7 @@ def test_a_worker_is_closed_however_it_ends(
     done: list[str] = []
 
     class Worker:
-        def __init__(self, recipe: Recipe, name: str, directory: object) -> None:
+        def __init__(self, recipe: Recipe, name: str, directory: object, *, endless: bool) -> None:
             done.append(name)
 
         def run(self) -> int:

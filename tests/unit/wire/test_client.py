@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 
 import pytest
@@ -14,7 +16,8 @@ from isthmus.wire.authority import Authority
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.client import EXEMPT, PROXIES, GrpcChannel, proxy_note
 from isthmus.wire.frames import VERSION
-from tests.conformance.test_channels import AUTHORITY, HANG, SILOS, Echo, number, serving
+from tests.conformance.test_channels import AUTHORITY, HANG, SILOS, Echo, number, serving, until
+from tests.unit.wire.test_identity import Forwarder
 
 HELLO = pb.Hello(version=VERSION, instance=bytes(8).hex(), fingerprint="f" * 64, bottom=1, top=1)
 SILO = sorted(SILOS)[0]
@@ -121,6 +124,71 @@ def test_an_address_that_is_none_is_not_tried(address: str) -> None:
 def test_nobody_at_the_address_is_named_after_the_deadline() -> None:
     with pytest.raises(PeerGoneError, match="no connection to trunk at localhost:1 for"):
         GrpcChannel("localhost:1", "Trunk", AUTHORITY.issue(SILO), deadline=0.1)
+
+
+def test_an_endless_channel_waits_for_a_server_that_comes_after_the_deadline(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+    address = f"localhost:{port}"
+    with ThreadPoolExecutor(1) as threads:
+        joining = threads.submit(GrpcChannel, address, "Trunk", AUTHORITY.issue(SILO), deadline=0.1, endless=True)
+        time.sleep(0.5)
+        assert not joining.done()
+        with serving({"Trunk": Echo()}, address=address), closing(joining.result(HANG)) as channel:
+            assert channel.call(number(3)) == number(3)
+    assert f"no connection to trunk at {address}; waiting until it is there" in caplog.text
+
+
+def test_an_endless_channel_says_now_and_then_who_is_waited_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.wire.client.SAID_SECONDS", 0.1)
+    monkeypatch.setattr("isthmus.wire.client.PAUSES", (0.01, 0.02))
+    service = Echo()
+    with serving({"Trunk": service}) as server:
+        channel = GrpcChannel(
+            f"localhost:{server.port}", "Trunk", AUTHORITY.issue(SILO), deadline=0.1, endless=True, limit=2**20
+        )
+    with closing(channel):
+        until(lambda: caplog.text.count("still waiting") > 2)
+        assert f"no connection to trunk at localhost:{server.port} for" in caplog.text
+
+
+def test_an_endless_channel_leaves_a_connection_on_which_the_server_is_silent(caplog: pytest.LogCaptureFixture) -> None:
+    """As if the server's host were unplugged: no end of the connection is seen, and no byte comes."""
+    service = Echo()
+    with serving({"Trunk": service}) as server, closing(Forwarder(server.port)) as cable:
+        identity, address = AUTHORITY.issue(SILO), f"localhost:{cable.port}"
+        with closing(GrpcChannel(address, "Trunk", identity, deadline=0.4, endless=True)) as channel:
+            assert channel.call(number(1)) == number(1)
+            cable.vanish()
+            waiting = [channel.submit(number(value)) for value in (2, 3)]
+            until(lambda: caplog.text.count("connecting again") > 2)
+            assert not any(one.done() for one in waiting)
+            cable.return_again()
+            assert [one.result(HANG) for one in waiting] == [number(2), number(3)]
+            assert channel.call(number(4)) == number(4)
+    assert [one for one in service.requests if one != pb.Ping()] == [number(value) for value in (1, 2, 3, 4)]
+
+
+def test_time_without_a_connection_is_no_time_to_answer() -> None:
+    service = Echo()
+    with serving({"Trunk": service}) as server, closing(Forwarder(server.port)) as cable:
+        options = {"deadline": 0.2, "answer_deadline": 0.4, "endless": True}
+        with closing(GrpcChannel(f"localhost:{cable.port}", "Trunk", AUTHORITY.issue(SILO), **options)) as channel:  # type: ignore[arg-type]
+            cable.vanish()
+            waiting = channel.submit(pb.Ping())
+            time.sleep(2.0)
+            assert not waiting.done()
+            cable.return_again()
+            assert waiting.result(HANG) == pb.Pong()
+
+
+def test_waiting_mends_neither_a_stranger_nor_a_mismatch() -> None:
+    with serving({"Trunk": Choosy()}) as server:
+        for authority, error in ((AUTHORITY, MismatchError), (Authority(), IdentityError)):
+            with pytest.raises(error):
+                channel_to(server.port, authority=authority, greeting=HELLO, endless=True)
 
 
 class Proxy:

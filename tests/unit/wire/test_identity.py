@@ -35,7 +35,7 @@ Stream = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]
 
 
 class Forwarder:
-    """TCP from a port of its own to a server's; connections can be cut while both ends live."""
+    """TCP from a port of its own to a server's; connections can be cut while both ends live, and bytes held back."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -45,6 +45,8 @@ class Forwarder:
         self._left = -1
         self.passing = True
         self.turned_away = 0
+        self._flows = threading.Event()
+        self._flows.set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
@@ -58,8 +60,18 @@ class Forwarder:
         """Cut when this many more bytes have gone to the server."""
         self._left = size
 
+    def vanish(self) -> None:
+        """Hold back every byte both ways from now on, as a host does whose cable is pulled."""
+        self._flows.clear()
+
+    def return_again(self) -> None:
+        """Pass bytes again, on connections that are made from now on."""
+        self.cut()
+        self._flows.set()
+
     def close(self) -> None:
         self.passing = False
+        self._flows.set()
         self._listener.close()
         self.cut()
 
@@ -79,6 +91,7 @@ class Forwarder:
     def _pump(self, source: socket.socket, sink: socket.socket, to_server: bool) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
+                self._flows.wait()
                 sink.sendall(data)
                 if to_server and self._left > 0:
                     self._left = max(self._left - len(data), 0)
