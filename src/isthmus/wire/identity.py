@@ -167,7 +167,7 @@ class Identity:
                 match the data.
         """
         text, chain = self._read.get(name, (b"", []))
-        if text != certificate:
+        if not chain or text != certificate:
             chain = _parsed(certificate, name)
         self._check_certificate(chain, name, role)
         self._read[name] = certificate, chain

@@ -113,13 +113,13 @@ class Party:
         self.data: SiloData = load_data(recipe, "a", self.silo)
         self.given: list[tuple[torch.Tensor, str, Subjects]] = []
         """Clean tensor, path and subjects of each release."""
-        self._release = self.silo.boundary.release
-        self.silo.boundary.release = self._shown  # type: ignore[method-assign]
+        self._release = self.silo.boundary.noted_release  # ``release`` goes that way, too
+        self.silo.boundary.noted_release = self._shown  # type: ignore[method-assign]
 
-    def _shown(self, h_TW: torch.Tensor, path: Any, step: int, subjects: Subjects) -> pb.Matrix:
-        matrix = self._release(h_TW, path, step, subjects)
+    def _shown(self, h_TW: torch.Tensor, path: Any, step: int, subjects: Subjects) -> tuple[pb.Matrix, Release]:
+        released = self._release(h_TW, path, step, subjects)
         self.given.append((h_TW.detach().clone(), path, subjects))
-        return matrix
+        return released
 
     def batches(self) -> list[Batch]:
         """All rows, in two."""
