@@ -8,7 +8,7 @@ PRIVACY := cuts defences frontier privacy updates
 FEDERATED := afternoon averaging demo federation kills numbers tables
 BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness
 
-.PHONY: demo test check proto recipe bench $(BENCHMARKS:%=bench-%) bench-cuda clean
+.PHONY: demo test docs check proto recipe bench $(BENCHMARKS:%=bench-%) bench-cuda clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,6 +26,9 @@ demo: .venv/demo  ## Four silos train one model on this machine; QUICK=1 leaves 
 
 test: .venv/demo  ## All tests, file by file on one process more than cores, the longest first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 5 --dist loadfile --no-loadscope-reorder
+
+docs: .venv/ready  ## The documentation as a site, in build/site
+	$(BIN)/mkdocs build --quiet
 
 check: .venv/ready  ## What CI checks before the tests
 	$(BIN)/ruff check .

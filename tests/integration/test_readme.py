@@ -7,16 +7,14 @@ whoever adds a number to the README adds its source there (or lists its phrase a
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
-from isthmus.cli.main import app
+from tests.commands import assert_understood, commands_in
 from tests.integration.processes import run_here, write_federation
 from tests.integration.readme_figures import faults, measured, read_mapping, slips, swaps
 
@@ -24,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAPPING = read_mapping(ROOT / "benchmarks" / "readme.toml")
 MEASURED = measured(ROOT / "benchmarks" / "results")
-COMMANDS = re.findall(r"^ {4}isthmus (.+?)(?:  +#.*)?$", README, flags=re.MULTILINE)
+COMMANDS = commands_in(README)
 TARGETS = re.findall(r"^ {4}make (\w+)", README, flags=re.MULTILINE)
 LINKS = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README)
 
@@ -37,9 +35,7 @@ def test_readme_names_commands_targets_and_links() -> None:
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_is_understood(line: str) -> None:
-    name, *arguments = shlex.split(line)
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    commands[name].make_context(name, arguments)
+    assert_understood(line)
 
 
 @pytest.mark.parametrize("target", TARGETS)
