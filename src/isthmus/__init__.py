@@ -1,5 +1,9 @@
 """isthmus: several silos fine-tune and use one language model that none of them holds whole."""
 
+import os
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read as gRPC is imported; errors here say what its lines say
+
 from isthmus.errors import IsthmusError
 from isthmus.recipe import Recipe
 

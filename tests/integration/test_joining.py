@@ -4,6 +4,9 @@ trains."""
 from __future__ import annotations
 
 import datetime
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -153,3 +156,19 @@ def test_keys_are_renewed_a_silo_is_added_another_revoked_and_no_round_is_lost(
         whole = [one for one in steps if one[0] not in (last, last + 1)]  # these a lost sum may have begun twice
         expected = [(round, step) for round in range(1, steps[-1][0] + 1) for step in range(1, 5)]
         assert whole == [one for one in expected if one[0] not in (last, last + 1)][: len(whole)]
+
+
+@pytest.mark.parametrize("shift", ["-3d", "+200d"])
+def test_a_wrong_clock_is_named_and_the_invite_is_still_good(shift: str, commands: Commands, tmp_path: Path) -> None:
+    faketime = shutil.which("faketime")
+    if faketime is None:
+        pytest.skip("faketime is not installed")
+    led = Led(commands, tmp_path)
+    invite = AuthorityFolder(led.authority).invite("north")
+    join = [sys.executable, "-m", "isthmus", "join", str(invite), "--folder", str(tmp_path / "n")]
+    found = subprocess.run([faketime, "-f", shift, *join], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "by this machine's clock" in found.stderr
+    assert "set the clock right" in found.stderr
+    assert "ssl_transport_security" not in found.stderr
+    join_federation(invite, tmp_path / "n")

@@ -22,7 +22,6 @@ from isthmus.errors import IsthmusError
 def main() -> None:
     """Run the command. Errors of isthmus are printed without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its own lines about a handshake; the error says what is wrong
     prepare_output()
     prepare_log()
     share_cores()

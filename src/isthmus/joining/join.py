@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import shutil
@@ -32,6 +33,8 @@ from isthmus.wire.invite import Invite, key_of
 RECIPE, CERTIFICATES = "recipe.toml", "certificates"
 SPARE = 64 * 2**20
 """Bytes of the disk that stay free."""
+_BY_CLOCK = ("certificate has expired", "certificate is not yet valid")
+"""What TLS says of a server's certificate where a clock is wrong."""
 JOIN_SECONDS = 60.0
 """Seconds to reach the server that answers guests."""
 Notify = Callable[[str], None]
@@ -90,6 +93,7 @@ def join_federation(
             _write(folder / RECIPE, own_recipe(recipe, invite.name, files))
         for key in _own_code(recipe):
             notify(f"left out of the recipe: {key}; what is used on your text, you write into {folder / RECIPE}")
+        identity.check(invite.role)  # if the clock is wrong, the same call goes on when it is right
         notify(f"certificate of {invite.name} ({invite.role}): {certificates / invite.name}")
     elif files != OwnFiles():
         _write(folder / RECIPE, own_recipe((folder / RECIPE).read_text(encoding="utf-8"), invite.name, files))
@@ -211,6 +215,12 @@ def _enroll(invite: Invite, notify: Notify) -> tuple[Identity, str]:
     try:
         channel = GrpcChannel(invite.address, "Authority", invite.guest(), server=invite.server, deadline=JOIN_SECONDS)
     except IdentityError as error:
+        if any(word in error.message for word in _BY_CLOCK):
+            now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
+            raise IdentityError(
+                f"by this machine's clock, {now}, the certificate of the server at {invite.address} is not valid",
+                remedy="set the clock right and join again, with the same invite; else ask who leads the federation",
+            ) from error
         if "no trusted connection" in error.message:
             raise IdentityError(
                 f"the server at {invite.address} is not of the federation that the invite is from, or does not know "
@@ -222,9 +232,7 @@ def _enroll(invite: Invite, notify: Notify) -> tuple[Identity, str]:
         answer: pb.Enrolled = channel.call(pb.Enroll(request=signing_request(key)))
     if key_of(answer.authority) != invite.authority:
         raise IdentityError("the certificate that came is of another authority than the invite", remedy=_TELL)
-    identity = Identity(invite.name, answer.authority, answer.certificate, private_pem(key), answer.revoked)
-    identity.check(invite.role)
-    return identity, answer.recipe
+    return Identity(invite.name, answer.authority, answer.certificate, private_pem(key), answer.revoked), answer.recipe
 
 
 def _contact(invite: Invite) -> dict[str, str]:

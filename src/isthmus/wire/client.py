@@ -384,7 +384,7 @@ class GrpcChannel:
         if status is grpc.StatusCode.UNAVAILABLE and any(word in details for word in _DISTRUST):
             expired = "a certificate has expired: " if "expired" in details.lower() else ""
             return IdentityError(
-                f"no trusted connection to {self._server} at {self._address}: {expired}{details[:200]}",
+                f"no trusted connection to {self._server} at {self._address}: {expired}{details[:400]}",
                 remedy="both sides need valid certificates of the same authority, made by 'isthmus join' or "
                 "'isthmus certificates', and clocks that are right",
             )
