@@ -16,6 +16,7 @@ from isthmus.errors import FrameError, ProtocolError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire import server as wire_server
+from isthmus.wire.chunks import Assembler
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.inbox import MAX_INSTANCES
 from isthmus.wire.server import INSTANCE_KEY, METHOD_PATH
@@ -43,7 +44,10 @@ class Raw:
         self._outbox.put(frames.wrap(body or pb.Ping(), id=id, acked=acked).SerializeToString())
 
     def read(self) -> pb.Frame:
-        return frames.parse(next(self.call))
+        received = Assembler(64 * 2**20)
+        while (whole := received.add(next(self.call))) is None:
+            pass
+        return frames.parse(whole)
 
     @property
     def lives(self) -> bool:

@@ -23,6 +23,7 @@ from isthmus.recipe.address import checked_address, is_loopback
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, check_size, settle, welcome_of
+from isthmus.wire.chunks import FLOW_ID, Assembler, in_chunks
 from isthmus.wire.identity import Identity
 from isthmus.wire.server import INSTANCE_KEY, KEEPALIVE, METHOD_PATH
 
@@ -146,6 +147,8 @@ class GrpcChannel:
         """When the stream was opened whose greeting is not answered yet."""
         self._greeting_answered = False
         """Whether the greeting of the open stream is answered."""
+        self._flowed = False
+        """Whether bytes of a frame in several chunks went or came since the last look at what is overdue."""
         self._dead = False
         """Whether the connection is to be replaced: the server is silent on it."""
         self._identity = identity
@@ -267,7 +270,7 @@ class GrpcChannel:
     def _stream(self) -> None:
         """Open a stream, send the greeting and all unanswered frames, then settle answers until the stream ends."""
         outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        greeting = self._greet
+        greeting, received = self._greet, Assembler(self._limit + 1024)
         outbox.put(frames.wrap(greeting).SerializeToString())
         self._opened = self._moved = time.monotonic()
         with self._lock:
@@ -278,18 +281,23 @@ class GrpcChannel:
         self._call = open_stream(self._drain(outbox), metadata=self._metadata)
         try:
             for data in self._call:
-                self.received_bytes += len(data)
                 self._moved = time.monotonic()
-                self._receive(frames.parse(data), type(greeting))
+                if (whole := received.add(data)) is None:
+                    self._flowed = True
+                else:
+                    self.received_bytes += len(whole)
+                    self._receive(frames.parse(whole), type(greeting))
         finally:
             self._opened, self._greeting_answered = None, False
             outbox.put(None)
 
     def _drain(self, outbox: queue.SimpleQueue[bytes | None]) -> Iterator[bytes]:
         while (data := outbox.get()) is not None:
-            if len(data) > SMALL:
-                self._moved = time.monotonic()
-            yield data
+            for chunk in in_chunks(data):
+                if len(chunk) > SMALL:
+                    self._moved = time.monotonic()
+                self._flowed |= len(chunk) < len(data)
+                yield chunk
 
     def _keep_listening(self) -> None:
         """End the channel, or an endless one's connection, if the server is silent: it may hold the connection and
@@ -325,11 +333,13 @@ class GrpcChannel:
         """Fail the oldest request that is due if it is that for too long. The channel goes on.
 
         Args:
-            seconds: since the last look. They count where there is a connection.
+            seconds: since the last look. They count where there is a connection, from when bytes of a large frame last
+                moved.
         """
         with self._lock:
             oldest = next((id for id, one in self._pending.items() if one.due), None)
-            if oldest is None or oldest != self._oldest[0]:
+            if oldest is None or oldest != self._oldest[0] or self._flowed:
+                self._flowed = False
                 self._oldest = oldest, 0.0
                 return
             waited = self._oldest[1] + (seconds if self._greeting_answered else 0.0)
@@ -357,6 +367,7 @@ class GrpcChannel:
             return
         with self._lock:
             known = self._pending.pop(frame.id, None)
+            self._flowed |= frame.id == FLOW_ID
         if known is not None:
             settle(known.answer, frame, known.kind)
 

@@ -12,7 +12,7 @@ from isthmus.errors import FrameError, IsthmusError, ProtocolError, by_code
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.parts import check_parts
 
-VERSION = 4
+VERSION = 5
 """Version of the protocol."""
 MAX_SEQUENCES = 4096
 MAX_SILOS = 2**20

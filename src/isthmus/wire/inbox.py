@@ -17,6 +17,7 @@ from isthmus.errors import IsthmusError, ProtocolError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Service, answer_request
+from isthmus.wire.chunks import FLOW
 
 FRAMES = 4
 """Largest frames that requests being answered and unsent answers of a peer may have together."""
@@ -64,6 +65,8 @@ class Stream:
         self.greeting: bytes | None = None
         """The answer to the greeting, to be sent before all others."""
         self.beat = False
+        self.flows = False
+        """Whether the client is to be told that a chunk has come."""
 
 
 class PeerAccount:
@@ -224,12 +227,21 @@ class Inbox:
                         return sendable
                 elif stream.ended:
                     return None
+                elif stream.flows:
+                    stream.flows = False
+                    return FLOW
                 elif stream.beat:
                     stream.beat = False
                     return BEAT
                 else:
                     self._account.changed.wait()
             return None
+
+    def tell_flow(self, stream: Stream) -> None:
+        """Tell the client that bytes of a large frame have come."""
+        with self._account.changed:
+            stream.flows = True
+            self._account.changed.notify_all()
 
     def replace(self, stream: Stream | None) -> Stream | None:
         """Send on this stream from now on, or never again; under the account's lock. Returns the last one."""

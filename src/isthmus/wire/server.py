@@ -15,6 +15,7 @@ import grpc
 
 from isthmus.errors import FrameError, IdentityError, IsthmusError, PeerGoneError, ProtocolError
 from isthmus.wire.channel import Service, forget_frames
+from isthmus.wire.chunks import Assembler, in_chunks
 from isthmus.wire.identity import Identity, Role
 from isthmus.wire.inbox import MAX_INSTANCES, Inbox, PeerAccount, Stream
 
@@ -36,7 +37,7 @@ GUEST_STREAMS = 16
 """Streams that guests and parties together may have open to it."""
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 60_000),  # a ping waits behind what the network holds of a large frame
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -195,7 +196,7 @@ class Server:
         threading.Thread(target=self._read, args=(requests, inbox, stream, ended), name=name, daemon=True).start()
         try:
             while (data := inbox.next(stream)) is not None:
-                yield data
+                yield from in_chunks(data)
         finally:
             self._leave(inbox, stream)
         if stream.error is not None:
@@ -210,9 +211,13 @@ class Server:
         for one in before:
             one.read.wait()  # requests reach the service in their order, over streams
         error: IsthmusError | None = None
+        received = Assembler(self._limit + 1024)
         try:
             for data in requests:
-                inbox.receive(data, stream)
+                if (whole := received.add(data)) is None:
+                    inbox.tell_flow(stream)
+                else:
+                    inbox.receive(whole, stream)
         except Exception as ended:  # a bare one from gRPC's iterator, if the stream is gone
             error = ended if isinstance(ended, FrameError) else None
             forget_frames(ended)

@@ -45,6 +45,8 @@ class Forwarder:
         self._left = -1
         self.passing = True
         self.turned_away = 0
+        self.rate = 0.0
+        """Bytes that pass each way in a second; 0: any number."""
         self._flows = threading.Event()
         self._flows.set()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -90,8 +92,13 @@ class Forwarder:
 
     def _pump(self, source: socket.socket, sink: socket.socket, to_server: bool) -> None:
         with suppress(OSError):
-            while data := source.recv(65536):
+            for end in (source, sink):  # so that what waits for a slow line waits with whoever sends it
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+            while data := source.recv(2**14):
                 self._flows.wait()
+                if self.rate:
+                    time.sleep(len(data) / self.rate)
                 sink.sendall(data)
                 if to_server and self._left > 0:
                     self._left = max(self._left - len(data), 0)
