@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from isthmus.cli.app import Longest, Round, RunPath, TrunkAddress, command, notify
+from isthmus.cli.app import AsJson, Longest, Round, RunPath, TrunkAddress, command, finish, notes_aside, notify
 from isthmus.cli.terminal import as_utf8
 
 
@@ -22,6 +22,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Put the text alone into the model's chat template.")] = False,
     trunk: TrunkAddress = None,
     round: Round = None,
+    as_json: AsJson = False,
 ) -> None:
     """Answer a prompt with a run's model, split between this process and a trunk process."""
     from isthmus.engines.inference import PromptRequest, generate_text, named_fields
@@ -30,7 +31,13 @@ def generate(
     run = RunDirectory.open(run_dir)
     text, fields = None if prompt is None else as_utf8(prompt), named_fields(map(as_utf8, field or ()))
     asked = PromptRequest(text, fields, raw, chat)
-    generate_text(run, asked, silo, max_new_tokens=max_new_tokens, trunk=trunk, round=round, notify=notify)
+    with notes_aside(as_json):
+        answer = generate_text(run, asked, silo, max_new_tokens=max_new_tokens, trunk=trunk, round=round, notify=notify)
+    follows = f"isthmus privacy {run_dir}; isthmus chat {run_dir}"
+    if as_json:
+        finish({"answer": answer}, as_json, following=follows)
+    else:
+        notify(f"next: {follows}")  # standard output has the answer and nothing else
 
 
 @command("batch runs/first questions.csv answers.jsonl")
@@ -42,6 +49,7 @@ def batch(
     max_new_tokens: Longest = None,
     trunk: TrunkAddress = None,
     round: Round = None,
+    as_json: AsJson = False,
 ) -> None:
     """Answer a file of rows in the recipe's template. The same command goes on where it was stopped."""
     from isthmus.engines.batch import answer_file
@@ -50,7 +58,8 @@ def batch(
     run = RunDirectory.open(run_dir)
     how = {"trunk": trunk, "round": round}
     count = answer_file(run, rows, out, silo, max_new_tokens=max_new_tokens, notify=notify, **how)
-    typer.echo(f"{count:,} answers: {out}")
+    follows = f"isthmus privacy {run_dir}"
+    finish({"answers": count, "file": out}, as_json, f"{count:,} answers: {out}", following=follows)
 
 
 @command("draft runs/first --prompts 200")
@@ -60,14 +69,16 @@ def draft(
     prompts: Annotated[int, typer.Option(min=1, help="Training prompts whose answers the draft learns.")] = 500,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 96,
     trunk: TrunkAddress = None,
+    as_json: AsJson = False,
 ) -> None:
     """Distil a small draft model for 'generate', so that one round trip yields several tokens."""
     from isthmus.engines.inference import make_draft
     from isthmus.storage.record import RunDirectory
 
     run = RunDirectory.open(run_dir)
-    path = make_draft(run, silo, prompts=prompts, max_new_tokens=max_new_tokens, notify=typer.echo, trunk=trunk)
-    typer.echo(f"draft: {path}")
+    with notes_aside(as_json):
+        path = make_draft(run, silo, prompts=prompts, max_new_tokens=max_new_tokens, notify=typer.echo, trunk=trunk)
+    finish({"draft": path}, as_json, f"draft: {path}", following=f"isthmus generate {run_dir} PROMPT")
 
 
 @command("evaluate runs/first --data unseen.csv --out answers.jsonl", name="evaluate")
@@ -82,7 +93,7 @@ def evaluate_answers(
     max_new_tokens: Longest = None,
     trunk: TrunkAddress = None,
     round: Round = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a run's model on held-out rows or on a file: accuracy, F1, ROUGE, with standard errors, for each silo."""
     from rich.console import Console
@@ -104,3 +115,4 @@ def evaluate_answers(
         evaluation_table.show_evaluations(evaluations, Console(), comparisons)
         if out is not None:
             typer.echo(f"answers: {out}")
+        typer.echo(f"next: isthmus export {run_dir} adapter; isthmus attack {run_dir}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -27,6 +31,8 @@ Round = Annotated[
     typer.Option(help='best, last, or the number of a kept round; best by default with train.evaluate = "best".'),
 ]
 TrunkAddress = Annotated[Optional[str], typer.Option(help="host:port of a trunk that serves the run.")]  # noqa: UP045
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; notes go to standard error.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -62,3 +68,38 @@ def options(
 def notify(message: str) -> None:
     """Print a note beside the output, to standard error."""
     typer.echo(message, err=True)
+
+
+@contextmanager
+def notes_aside(as_json: bool) -> Iterator[None]:
+    """While the block runs, all that it prints is a note if the result is to be JSON."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
+
+
+def finish(values: Mapping[str, Any], as_json: bool, text: str = "", *, following: str) -> None:
+    """Print a command's result, as JSON or as text, and what to type next.
+
+    Args:
+        values: the JSON object, as of ``print_json``.
+        text: the result in words; empty: it is printed already.
+        following: commands, parted by ``;``.
+    """
+    if as_json:
+        print_json(values)
+        notify(f"next: {following}")
+    else:
+        typer.echo(f"{text}\nnext: {following}" if text else f"next: {following}")
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print a JSON object; a number that is not finite becomes null, a path its text."""
+    typer.echo(json.dumps(_finite(values), indent=2, allow_nan=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

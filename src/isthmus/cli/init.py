@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from isthmus.cli.app import command
+from isthmus.cli.app import AsJson, command, finish, notes_aside
 from isthmus.errors import RecipeError
 
 FIRST_CUT = (2, 2)
@@ -45,6 +45,7 @@ def init(
     ] = None,
     example: Annotated[Optional[str], typer.Option(help="Write a shipped recipe, as hospital-notes.")] = None,  # noqa: UP045
     force: Annotated[bool, typer.Option("--force", help="Replace the file if there is one.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a first recipe, from flags or from answers to a few questions."""
     from isthmus.engines.cuts import parse_cut
@@ -54,15 +55,17 @@ def init(
         raise RecipeError(f"{recipe} is there already", remedy="name another file, or replace it with --force")
     if example is not None:
         _write(recipe, starter.example(example), checked=False)
-        typer.echo(f"written: {recipe}\nnext: put your paths into it, then isthmus data {recipe}")
+        follows = f"put your paths into it, then isthmus data {recipe}"
+        finish({"recipe": recipe}, as_json, f"written: {recipe}", following=follows)
         return
-    model, trained, tested = _asked(model, _pairs(silo, "--silo", alone=True), _pairs(held_out, "--held-out"))
+    with notes_aside(as_json):
+        model, trained, tested = _asked(model, _pairs(silo, "--silo", alone=True), _pairs(held_out, "--held-out"))
     if strangers := tested.keys() - trained.keys():
         raise RecipeError(f"--held-out names {min(strangers)!r}, --silo does not", remedy="give both the same name")
     keys, why = _task(task, prompt, answer, trained)
     if not Path(model).exists():
-        typer.echo(f"model: no folder {model} is here, so it is a model id of the Hugging Face hub")
-    typer.echo(f"task: {why}")
+        typer.echo(f"model: no folder {model} is here, so it is a model id of the Hugging Face hub", err=as_json)
+    typer.echo(f"task: {why}", err=as_json)
     folder = recipe.parent
     silos = tuple(
         starter.StartingSilo(
@@ -76,11 +79,11 @@ def init(
     blocks = None if cut == "auto" else parse_cut(cut)
     if blocks is None and not all(trained.values()):
         blocks = FIRST_CUT
-        typer.echo(f"cut: {FIRST_CUT}; it takes a silo's rows to measure one (isthmus cut)")
+        typer.echo(f"cut: {FIRST_CUT}; it takes a silo's rows to measure one (isthmus cut)", err=as_json)
     first = starter.Starter(_seen_from(folder, model), silos, keys, blocks, masks, address)
     _write(recipe, first.text(), checked=True)
     follows = f"isthmus data {recipe}; isthmus run {recipe}" if all(trained.values()) else _by_invite(recipe)
-    typer.echo(f"written: {recipe}\nnext: {follows}")
+    finish({"recipe": recipe, "task": keys}, as_json, f"written: {recipe}", following=follows)
 
 
 def _by_invite(recipe: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from isthmus.cli.app import RecipePath, app, command, notify
+from isthmus.cli.app import AsJson, RecipePath, app, command, finish, notify, print_json
 
 authority = typer.Typer(no_args_is_help=True, help="The federation's authority, which says who is a party.")
 app.add_typer(authority, name="authority")
@@ -28,6 +28,7 @@ def init_authority(
         typer.Option(help="host:port at which that server is reached; the recipe's by default."),
     ] = None,
     days: Annotated[float, typer.Option(min=0.001, help="Validity of a certificate; it is renewed by itself.")] = 90.0,
+    as_json: AsJson = False,
 ) -> None:
     """Make the authority of a federation, once."""
     from isthmus.joining.authority_folder import AuthorityFolder
@@ -38,8 +39,9 @@ def init_authority(
     serve = f"isthmus authority serve {folder}"
     if server != "authority":
         serve = f"isthmus {server} {recipe}{both} --authority {folder}"
-    typer.echo(f"authority: {folder}, fingerprint {made.fingerprint} (who has key.pem can be anyone: keep it, copy it)")
-    typer.echo(f"next: {serve}; isthmus invite NAME")
+    text = f"authority: {folder}, fingerprint {made.fingerprint} (who has key.pem can be anyone: keep it, copy it)"
+    values = {"authority": folder, "fingerprint": made.fingerprint}
+    finish(values, as_json, text, following=f"{serve}; isthmus invite NAME")
 
 
 @command("authority serve authority --address 0.0.0.0:50052", name="serve", group=authority)
@@ -72,6 +74,7 @@ def invite(
     names: Annotated[list[str], typer.Argument(help="Silos or edges of the recipe, trunk or root.")],
     folder: Folder = Path("authority"),
     days: Annotated[float, typer.Option(min=0.001, help="Validity in days.")] = 7.0,
+    as_json: AsJson = False,
 ) -> None:
     """Print an invite for each party: one line, which works once."""
     from isthmus.joining.authority_folder import AuthorityFolder
@@ -82,12 +85,16 @@ def invite(
         notify(f"note: {authority.address} is reached from this machine alone; write trunk.address into the recipe")
     for name in names:
         authority.role_in_recipe(name)
+    invites = {}
     for name in names:
         made = authority.invite(name, days=days)
+        invites[name] = str(made)
         notify(f"for {name} ({made.role}) at {made.address}, until {made.expires:%Y-%m-%d %H:%M} UTC; works once:")
-        typer.echo(made)
+        typer.echo(made, err=as_json)
     notify("Give each to its party alone: by a call, an encrypted message, in person.")
     notify("next, on their machine: isthmus join INVITE, a silo with --train ROWS")
+    if as_json:
+        print_json({"invites": invites})
 
 
 @command("join isthmus:AAOlj7rG... --train notes.csv --folder north", name="join")
@@ -123,10 +130,15 @@ def take_invite(
 
 
 @command("revoke north")
-def revoke(name: Annotated[str, typer.Argument(help="The party.")], folder: Folder = Path("authority")) -> None:
+def revoke(
+    name: Annotated[str, typer.Argument(help="The party.")],
+    folder: Folder = Path("authority"),
+    as_json: AsJson = False,
+) -> None:
     """Revoke a party's certificates and invites: its open streams end at once."""
     from isthmus.joining.authority_folder import AuthorityFolder
 
     count = AuthorityFolder(folder).revoke(name)
-    typer.echo(f"revoked: {name} ({count} certificate{'' if count == 1 else 's'} and invites)")
-    typer.echo(f"next: isthmus invite {name}, if it is to come back with a new key")
+    text = f"revoked: {name} ({count} certificate{'' if count == 1 else 's'} and invites)"
+    follows = f"isthmus invite {name}, if it is to come back with a new key"
+    finish({"name": name, "certificates": count}, as_json, text, following=follows)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from isthmus.cli.app import RecipePath, command, notify
+from isthmus.cli.app import AsJson, RecipePath, command, finish, notes_aside, notify
 
 
 @command("privacy runs/first --json")
@@ -38,6 +39,7 @@ def privacy(
         typer.echo(privacy_table.as_json(statements))
     else:
         privacy_table.show(statements, Console())
+        typer.echo(f"next: isthmus attack {run_dir}")
     if not all(statement.verified for statement in statements):
         raise typer.Exit(1)
 
@@ -47,7 +49,7 @@ def data(
     recipe: RecipePath,
     silo: Annotated[Optional[list[str]], typer.Option(help="Only this silo; repeatable. All by default.")] = None,  # noqa: UP045
     examples: Annotated[int, typer.Option(min=0, help="Training rows of each silo to show.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what the silos' rows are like, as the model reads them: numbers, lengths, answers, duplicates, bad rows."""
     from rich.console import Console
@@ -61,6 +63,7 @@ def data(
         typer.echo(data_table.data_json(summary))
     else:
         data_table.show_data(summary, Console())
+        typer.echo(f"next: isthmus cut {recipe}; isthmus run {recipe}")
     if any(one.error for one in summary.silos):
         raise typer.Exit(1)
 
@@ -90,6 +93,7 @@ def attack(
     inference: Annotated[bool, typer.Option(help="Attack inference instead of training.")] = False,
     references: Annotated[int, typer.Option(min=0, help="Reference models for membership inference.")] = 2,
     device: Annotated[str, typer.Option(help="The device of the attacks: cpu, cuda, cuda:1 or auto.")] = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Attack a run or a recipe, to measure what an adversary recovers of a silo's text."""
     from isthmus.audit.extra import require_extra
@@ -113,10 +117,14 @@ def attack(
         references,
         device=device,
     )
-    results = run_attacks(attacked, plan, typer.echo)
-    Console().print(results_table(results))
-    if attacked.run is not None:
-        typer.echo(f"results: {save_results(attacked.run, results)}")
+    with notes_aside(as_json):
+        results = run_attacks(attacked, plan, typer.echo)
+    if not as_json:
+        Console().print(results_table(results))
+    saved = None if attacked.run is None else save_results(attacked.run, results)
+    values = {"results": [asdict(one) for one in results], "file": saved}
+    follows = f"isthmus run {target}" if saved is None else f"isthmus privacy {target}"
+    finish(values, as_json, "" if saved is None else f"results: {saved}", following=follows)
 
 
 @command('cut recipe.toml --cuts "1,1 2,2" --rtt 20 --write')
@@ -148,7 +156,7 @@ def cut(
     trunk: Annotated[bool, typer.Option(help="Measure the trunk's part on this machine, too.")] = True,
     own: Annotated[bool, typer.Option("--own", help="Choose for this silo alone: silo.bottom and silo.top.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Write the chosen cut to the recipe.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure where to cut the model: memory, times, bytes and what an attack recovers, for each cut."""
     from rich.console import Console
@@ -174,8 +182,8 @@ def cut(
         typer.echo(cut_table.cut_json(choice))
     else:
         cut_table.show_cuts(choice, Console())
-        if not write:
-            typer.echo(f"next: with --write the choice is written to {recipe}; then isthmus run {recipe}")
+        follows = "" if write else f"with --write the choice is written to {recipe}; then "
+        typer.echo(f"next: {follows}isthmus run {recipe}")
     if write:
         write_cut(recipe, choice.bottom, choice.top, choice.silo if own else None)
         notify(f"written: {recipe}")
@@ -186,6 +194,7 @@ def check(
     model: Annotated[str, typer.Argument(help="A model folder, or a model id of the Hugging Face hub.")],
     cut: Annotated[str | None, typer.Option(help="Blocks at bottom and top, as 2,3; a third each by default.")] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens of the longest row.")] = 64,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a model of yours, split, with the uncut one: logits, greedy tokens, gradients."""
     from isthmus.engines.check import check_model
@@ -193,8 +202,10 @@ def check(
     from isthmus.model.cut import Cut
 
     result = check_model(model, None if cut is None else Cut(*parse_cut(cut)), length)
-    for line in (*result.comparisons, *filter(None, [result.note]), result.verdict):
-        typer.echo(line)
+    lines = map(str, (*result.comparisons, *filter(None, [result.note]), result.verdict))
+    values = {**asdict(result), "equal": result.equal, "verdict": result.verdict}
+    follows = f"isthmus init --model {model}" if result.equal else f"isthmus check {model} --cut 1,1"
+    finish(values, as_json, "\n".join(lines), following=follows)
     if not result.equal:
         raise typer.Exit(1)
 
@@ -214,5 +225,6 @@ def _show_plan(recipe: Path, as_json: bool) -> None:
         typer.echo(plan_table.plan_json(plans))
     else:
         plan_table.show_plans(plans, read.privacy.delta, Console())
+        typer.echo(f"next: isthmus run {'--resume ' if recipe.is_dir() else ''}{recipe}")
     if all(plan.spent for plan in plans):
         raise typer.Exit(1)

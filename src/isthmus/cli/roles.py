@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from isthmus.cli.app import Address, RecipePath, RunOption, Served, command
+from isthmus.cli.app import Address, AsJson, RecipePath, RunOption, Served, command, finish
 
 AuthorityOption = Annotated[
     Optional[Path],  # noqa: UP045
@@ -85,11 +85,14 @@ def silo(
 
 
 @command("certificates recipe.toml")
-def certificates(recipe: RecipePath) -> None:
+def certificates(recipe: RecipePath, as_json: AsJson = False) -> None:
     """Make a certificate for every party of a recipe, in the folder that the recipe names."""
     from isthmus.engines.certificates import make_certificates
     from isthmus.recipe import Recipe
 
     read = Recipe.read(recipe, undecided=True)
     make_certificates(read, Path(read.wire.certificates))
-    typer.echo(f"certificates: {read.wire.certificates} (give each party its own folder and no other)")
+    parties = ["trunk", "root", *read.tree.parties]
+    text = f"certificates: {read.wire.certificates} (give each party its own folder and no other)"
+    follows = f"isthmus trunk {recipe} --with-root; isthmus silo {recipe} NAME"
+    finish({"folder": read.wire.certificates, "parties": parties}, as_json, text, following=follows)

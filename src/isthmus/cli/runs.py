@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from isthmus.cli.app import Round, RunPath, command, notify
+from isthmus.cli.app import AsJson, Round, RunPath, command, finish, notes_aside, notify
 
 if TYPE_CHECKING:
     from isthmus.recipe import Recipe
@@ -30,35 +32,35 @@ def run(
         Optional[Baseline],  # noqa: UP045
         typer.Option(help="Train instead what the run is compared with: each silo alone, or one model on all rows."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run a whole federation on this machine."""
     from isthmus.engines.local import create_run, open_resumed
     from isthmus.errors import RecipeError
     from isthmus.recipe import Recipe
-    from isthmus.report.live import run_with_progress
+    from isthmus.report.live import run_with_progress, statuses
     from isthmus.storage.record import RunDirectory
 
     if (recipe is None) == (resume is None):
         raise RecipeError("give either a recipe or --resume", remedy="isthmus run RECIPE, or isthmus run --resume DIR")
     if baseline is not None:
-        _train_baseline(recipe, resume or run_dir, baseline.value)
+        _train_baseline(recipe, resume or run_dir, baseline.value, as_json)
         return
-    if resume is not None:
-        directory = open_resumed(resume)
-    else:
-        assert recipe is not None
-        read = Recipe.read(recipe, undecided=True)
-        if read.model.cut == "auto":
-            RunDirectory.require_free(run_dir)
-            read = _measured_cut(read)
-        directory = create_run(read, run_dir)
-    run_with_progress(directory)
-    typer.echo(f"run directory: {directory.path}")
-    typer.echo(
-        f"next: isthmus generate {directory.path} PROMPT; isthmus evaluate {directory.path}; "
-        f"isthmus export {directory.path} OUT; "
-        f'in Python: isthmus.open("{directory.path}")'
-    )
+    with notes_aside(as_json):
+        if resume is not None:
+            directory = open_resumed(resume)
+        else:
+            assert recipe is not None
+            read = Recipe.read(recipe, undecided=True)
+            if read.model.cut == "auto":
+                RunDirectory.require_free(run_dir)
+                read = _measured_cut(read)
+            directory = create_run(read, run_dir)
+        run_with_progress(directory)
+    path = directory.path
+    values = {"run_dir": path, "silos": [asdict(one) for one in statuses(directory, directory.recipe())]}
+    follows = f"isthmus generate {path} PROMPT; isthmus evaluate {path}; isthmus export {path} OUT; "
+    finish(values, as_json, f"run directory: {path}", following=f'{follows}in Python: isthmus.open("{path}")')
 
 
 @command("export runs/first adapter", name="export")
@@ -66,13 +68,15 @@ def export_run(
     run_dir: RunPath,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     round: Round = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a run's adapter as a PEFT folder for the uncut model."""
     from isthmus.engines.export import export_adapter
     from isthmus.storage.record import RunDirectory
 
     rounds = export_adapter(RunDirectory.open(run_dir), out, round)
-    typer.echo(f"adapter after {rounds} rounds: {out}")
+    values, text = {"rounds": rounds, "folder": out}, f"adapter after {rounds} rounds: {out}"
+    finish(values, as_json, text, following=f'in Python: peft.PeftModel.from_pretrained(MODEL, "{out}")')
 
 
 @command("demo --quick")
@@ -81,22 +85,28 @@ def demo(
     cache: Annotated[Path, typer.Option(help="Folder for the model and the data.")] = Path("build/demo"),
     quick: Annotated[bool, typer.Option(help="Fewer rounds and no baselines.")] = False,
     seed: Annotated[int, typer.Option(help="The seed for the rows, their order and the initial adapters.")] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Run a demonstration: four silos fine-tune a small real model on real reviews, in about 15 minutes."""
     from isthmus.demo.play import play
 
-    play(run_dir, cache, quick=quick, seed=seed)
+    with notes_aside(as_json):
+        run = play(run_dir, cache, quick=quick, seed=seed)
+    found = json.loads((run.path / "demo.json").read_text(encoding="utf-8"))
+    finish({"run_dir": run.path, **found}, as_json, following=f"isthmus privacy {run.path}; isthmus chat {run.path}")
 
 
-def _train_baseline(recipe: Path | None, run_dir: Path, kind: Literal["alone", "pooled"]) -> None:
+def _train_baseline(recipe: Path | None, run_dir: Path, kind: Literal["alone", "pooled"], as_json: bool) -> None:
     """Train a baseline of a recipe, or of the run in this directory."""
     from isthmus.engines.baselines import baseline_run, train_baseline
     from isthmus.engines.local import open_resumed
     from isthmus.recipe import Recipe
 
     directory = open_resumed(run_dir) if recipe is None else baseline_run(Recipe.read(recipe, undecided=True), run_dir)
-    train_baseline(directory, kind, typer.echo)
-    typer.echo(f"run directory: {directory.path}\nnext: isthmus evaluate {directory.path}")
+    with notes_aside(as_json):
+        train_baseline(directory, kind, typer.echo)
+    values, text = {"run_dir": directory.path, "baseline": kind}, f"run directory: {directory.path}"
+    finish(values, as_json, text, following=f"isthmus evaluate {directory.path}")
 
 
 def _measured_cut(recipe: Recipe) -> Recipe:

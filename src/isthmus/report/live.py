@@ -49,7 +49,7 @@ def run_with_progress(run: RunDirectory, console: Console | None = None) -> None
                 return
             shown = now
             if console.is_terminal:
-                live.update(progress_table(_statuses(run, recipe), recipe))
+                live.update(progress_table(statuses(run, recipe), recipe))
             elif (line := _line(run, recipe)) != said:
                 notify(line)
                 said = line
@@ -58,11 +58,11 @@ def run_with_progress(run: RunDirectory, console: Console | None = None) -> None
             live.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
         run_federation(run, watch, notify)
-        live.update(progress_table(_statuses(run, recipe), recipe))
+        live.update(progress_table(statuses(run, recipe), recipe))
     from isthmus.report.privacy_table import read_statements, show  # imports the accountant: only after the run
 
     show(read_statements(run), console)
-    if recipe.train.rounds and not any(silo.learned for silo in _statuses(run, recipe)):
+    if recipe.train.rounds and not any(silo.learned for silo in statuses(run, recipe)):
         raise BudgetExhausted(
             "nothing was learned: the privacy budgets allowed no silo to train on a row",
             remedy="allow more (privacy.record_epsilon, privacy.silo_epsilon), or let a row cost less: more noise, "
@@ -110,7 +110,7 @@ def progress_table(silos: Sequence[SiloStatus], recipe: Recipe) -> Group:
 
 def _line(run: RunDirectory, recipe: Recipe) -> str:
     """The progress in one line, for output that is read line by line."""
-    silos = _statuses(run, recipe)
+    silos = statuses(run, recipe)
     losses = sorted(one.loss for one in silos if one.loss is not None)
     loss = f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
     last = min(silos, key=lambda one: one.steps)
@@ -125,7 +125,8 @@ def _steps(progress: SiloStatus, recipe: Recipe) -> str:
     return f"{progress.steps}/{recipe.train.rounds * recipe.steps(progress.name)}"
 
 
-def _statuses(run: RunDirectory, recipe: Recipe) -> list[SiloStatus]:
+def statuses(run: RunDirectory, recipe: Recipe) -> list[SiloStatus]:
+    """Each silo's progress so far."""
     own = recipe.train.epochs is not None
     return [read_progress(run, silo.name, None if own else recipe.steps(silo.name)) for silo in recipe.silo]
 

@@ -29,9 +29,9 @@ COMMANDS = {
             "--cut=auto",
             "--address=",
         ),
-        *("--masks/--no-masks=", "--example=", "--force=False"),
+        *("--masks/--no-masks=", "--example=", "--force=False", "--json=False"),
     ],
-    "run": ["RECIPE?", "--run-dir=runs/latest", "--resume=", "--baseline="],
+    "run": ["RECIPE?", "--run-dir=runs/latest", "--resume=", "--baseline=", "--json=False"],
     "trunk": [
         "RECIPE",
         "--run-dir=runs/trunk",
@@ -43,19 +43,19 @@ COMMANDS = {
     "root": ["RECIPE", "--run-dir=runs/root", "--address=", "--authority="],
     "edge": ["RECIPE", "NAME", "--run-dir=runs/edge", "--address=", "--parent="],
     "silo": ["RECIPE", "NAME", "--run-dir=runs/silo", "--trunk=", "--root=", "--edge="],
-    "certificates": ["RECIPE"],
-    "authority init": ["RECIPE", "FOLDER?", "--server=trunk", "--address=", "--days=90.0"],
+    "certificates": ["RECIPE", "--json=False"],
+    "authority init": ["RECIPE", "FOLDER?", "--server=trunk", "--address=", "--days=90.0", "--json=False"],
     "authority serve": ["FOLDER?", "--address="],
     "authority show": ["FOLDER?"],
-    "invite": ["NAMES", "--authority=authority", "--days=7.0"],
+    "invite": ["NAMES", "--authority=authority", "--days=7.0", "--json=False"],
     "join": ["INVITE", "--folder=", "--train=", "--held-out=", "--run=False"],
-    "revoke": ["NAME", "--authority=authority"],
+    "revoke": ["NAME", "--authority=authority", "--json=False"],
     "generate": [
         *("RUN_DIR", "PROMPT?", "--silo=", "--max-new-tokens=", "--field=", "--raw/--no-raw=False"),
-        *("--chat/--no-chat=False", "--trunk=", "--round="),
+        *("--chat/--no-chat=False", "--trunk=", "--round=", "--json=False"),
     ],
-    "batch": ["RUN_DIR", "ROWS", "OUT", "--silo=", "--max-new-tokens=", "--trunk=", "--round="],
-    "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96", "--trunk="],
+    "batch": ["RUN_DIR", "ROWS", "OUT", "--silo=", "--max-new-tokens=", "--trunk=", "--round=", "--json=False"],
+    "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96", "--trunk=", "--json=False"],
     "gateway": [
         *("RUN_DIR", "--silo=", "--host=127.0.0.1", "--port=8000", "--api-keys=", "--together=16", "--waiting=64"),
         *("--max-new-tokens=1024", "--trunk=", "--round="),
@@ -68,7 +68,7 @@ COMMANDS = {
     "evaluate": [
         *("RUN_DIR", "--data=", "--silo=", "--out=", "--max-new-tokens=", "--trunk=", "--round=", "--json=False")
     ],
-    "export": ["RUN_DIR", "OUT", "--round="],
+    "export": ["RUN_DIR", "OUT", "--round=", "--json=False"],
     "attack": [
         "TARGET",
         "--adversary=['trunk+silo']",
@@ -81,14 +81,23 @@ COMMANDS = {
         "--inference/--no-inference=False",
         "--references=2",
         "--device=cpu",
+        "--json=False",
     ],
     "cut": [
         *("RECIPE", "--silo=", "--cuts=", "--rows=", "--attack=['linear']", "--memory=", "--leakage=", "--rtt="),
         *("--bandwidth=", "--trunk/--no-trunk=True", "--own=False", "--write=False", "--json=False"),
     ],
-    "check": ["MODEL", "--cut=", "--length=64"],
-    "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1"],
+    "check": ["MODEL", "--cut=", "--length=64", "--json=False"],
+    "demo": ["--run-dir=runs/demo", "--cache=build/demo", "--quick/--no-quick=False", "--seed=1", "--json=False"],
 }
+WITHOUT_JSON = {
+    **dict.fromkeys(("trunk", "root", "edge", "authority serve", "gateway"), "a server: its log says what it does"),
+    "silo": "runs until the federation has finished: its log and journals say what it does",
+    "join": "a dialogue with the authority; what it gets are files",
+    "authority show": "a table for people",
+    "chat": "a conversation",
+}
+"""Commands that print no result, each with the reason."""
 EXPORTED = {"IsthmusError", "Recipe", "__version__", "join", "open"}
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
 
@@ -165,3 +174,13 @@ def test_each_commands_help_ends_with_an_example_that_it_takes(name: str) -> Non
     command.make_context(name, arguments)  # raises on what the command does not know
     shown = " ".join(CliRunner().invoke(app, [*name.split(), "--help"]).output.split())
     assert command.epilog in shown
+
+
+def test_every_command_that_prints_a_result_prints_json() -> None:
+    """Those are documented, too: a row each."""
+    with_json = {name for name, parameters in COMMANDS.items() if "--json=False" in parameters}
+    assert with_json | WITHOUT_JSON.keys() == COMMANDS.keys()
+    assert not with_json & WITHOUT_JSON.keys()
+    page = (Path(__file__).parents[3] / "docs" / "features" / "commands.md").read_text(encoding="utf-8")
+    assert not {name for name in with_json if f"| `{name}` |" not in page}
+    assert not {name for name in WITHOUT_JSON if f"`{name}`" not in page}
