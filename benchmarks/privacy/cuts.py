@@ -17,12 +17,13 @@ import torch
 
 from benchmarks.common.results import Results
 from benchmarks.common.rows import SHARED, Rows, read, write_lines
-from isthmus.audit.capture import ZeroTrunk, capture_pairs
+from isthmus.audit.capture import capture_pairs
 from isthmus.audit.cut_probe import AttackRows, TimedService, probe_cut, probed_silo
 from isthmus.audit.target import Target
 from isthmus.demo.assets import smollm2
 from isthmus.engines.cuts import CUTS, CutFigures
 from isthmus.engines.fresh import in_fresh_process
+from isthmus.engines.zero_trunk import ZeroTrunk
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_data
 

@@ -28,10 +28,11 @@ from benchmarks.privacy.runs import (
 )
 from isthmus.attacks.gradients.labels import LabelClassifier
 from isthmus.audit.attack import AttackPlan, AttackResult, run_attacks
-from isthmus.audit.capture import ZeroTrunk, capture_pairs, restored_trunk, tapped_silo
+from isthmus.audit.capture import capture_pairs, restored_trunk, tapped_silo
 from isthmus.audit.target import Target
 from isthmus.data.silo_data import SiloData
 from isthmus.engines.local import create_run
+from isthmus.engines.zero_trunk import ZeroTrunk
 from isthmus.model.device import find_device
 from isthmus.silo.join import load_tokenizer
 from isthmus.silo.trainer import evaluate

@@ -16,9 +16,10 @@ from google.protobuf.message import Message
 from isthmus.attacks.view.frames import sequences_of
 from isthmus.attacks.view.tap import Tap
 from isthmus.attacks.view.view import Crossing, Lesson, Steering
-from isthmus.audit.capture import ZeroTrunk, capture_rows, restored_trunk, tapped_silo, training_alone
+from isthmus.audit.capture import capture_rows, restored_trunk, tapped_silo, training_alone
 from isthmus.audit.target import Target, Tensors
 from isthmus.data.tokens import Tokens
+from isthmus.engines.zero_trunk import ZeroTrunk
 from isthmus.federation.aggregator import root_service
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint

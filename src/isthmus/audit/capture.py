@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from google.protobuf.message import Message
 
 from isthmus.attacks.view.frames import crossings_of, observed_updates
 from isthmus.attacks.view.tap import Tap
 from isthmus.attacks.view.view import Crossing, KnownPair, ObservedUpdate
 from isthmus.audit.target import Target, Tensors
 from isthmus.data.tokens import Tokens, collate
-from isthmus.errors import AttackError, ProtocolError
+from isthmus.engines.zero_trunk import ZeroTrunk
+from isthmus.errors import AttackError
 from isthmus.federation.aggregator import root_service
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
@@ -31,8 +31,7 @@ from isthmus.silo.worker import Worker
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
-from isthmus.wire import isthmus_pb2 as pb
-from isthmus.wire.channel import Answer, LoopbackChannel, Service
+from isthmus.wire.channel import LoopbackChannel, Service
 
 BATCH = 8
 """Rows per forward pass."""
@@ -47,43 +46,6 @@ class Captured:
     crossings: tuple[Crossing, ...]
     truth: tuple[tuple[int, ...], ...]
     """Input tokens of each crossing, for scoring only."""
-
-
-class ZeroTrunk:
-    """A stand-in for the trunk that answers forwards, backwards and decoded tokens with zeros, where only the silo's
-    own part matters."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._codecs = recipe.boundary.codec
-        self._width: int = Checkpoint(recipe.model.path).config.get_text_config().hidden_size
-        self._sent: dict[int, int] = {}
-        """By step: the width of its hidden states, which their gradient has, too."""
-
-    def handle(self, peer: str, request: Message) -> Answer:
-        """Answer a request of ``wire.channel.Service``."""
-        answer: Answer = Answer()
-        answer.set_result(self._answer(request))
-        return answer
-
-    def _answer(self, request: Message) -> Message:
-        if isinstance(request, pb.Hello):
-            return pb.Welcome()
-        if isinstance(request, pb.Keep):
-            return pb.Kept()
-        if isinstance(request, pb.Close):
-            return pb.Closed()
-        if isinstance(request, pb.Forward | pb.Decode):
-            if isinstance(request, pb.Forward) and request.train:
-                self._sent[request.step] = request.hidden.width
-            zeros_TD = torch.zeros(sum(request.lengths), self._width)
-            return pb.Hidden(hidden=codec.encode(zeros_TD, self._codecs.forward_down))
-        if isinstance(request, pb.Backward):
-            width = self._sent.pop(request.step, 0)
-            if not request.reply:
-                return pb.Gradient()
-            zeros_TW = torch.zeros(request.gradient.rows, width)
-            return pb.Gradient(gradient=codec.encode(zeros_TW, self._codecs.gradient_down))
-        raise ProtocolError(f"ZeroTrunk does not answer {type(request).__name__}", remedy="use TrunkService")
 
 
 def capture_rows(target: Target, name: str, rows: Sequence[Tokens], given: SharedAdapters | None = None) -> Captured:

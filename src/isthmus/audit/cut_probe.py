@@ -19,13 +19,15 @@ import torch
 from google.protobuf.message import Message
 from transformers.utils import logging as transformers_logging
 
-from isthmus.audit.capture import ZeroTrunk, restored_trunk
+from isthmus.audit.capture import restored_trunk
 from isthmus.audit.target import Target
 from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, Tokens, collate
 from isthmus.engines.cuts import CutFigures
+from isthmus.engines.dry_run import without_budgets
 from isthmus.engines.memory import free_memory, peak_memory
 from isthmus.engines.threads import set_threads
+from isthmus.engines.zero_trunk import ZeroTrunk
 from isthmus.errors import AttackError, DataError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
@@ -98,7 +100,7 @@ def probe_cut(recipe: Recipe, name: str, rows: int | None, attacks: Sequence[str
     """
     set_threads(recipe)
     transformers_logging.disable_progress_bar()
-    recipe = _probed_recipe(recipe)
+    recipe = without_budgets(recipe)
     cut = Cut(recipe.model.bottom, recipe.model.top)
     figures = CutFigures(cut.bottom, cut.top)
     with probed_silo(recipe, name, TimedService(ZeroTrunk(recipe))) as (silo, service, channel):
@@ -261,15 +263,3 @@ def _trunk_bytes(recipe: Recipe, cut: Cut) -> float:
     part = empty_part(Checkpoint(recipe.model.path).config, cut, "trunk")
     dtype = getattr(torch, recipe.trunk.dtype or recipe.model.dtype)
     return float(ROOM * dtype.itemsize * sum(one.numel() for one in part.model.parameters()))
-
-
-def _probed_recipe(recipe: Recipe) -> Recipe:
-    """The recipe without privacy budgets, since nothing is released here that one would have to allow; and with a round
-    to train in, where it is for inference only."""
-    privacy = recipe.privacy.model_copy(update={"record_epsilon": None, "silo_epsilon": None})
-    train = recipe.train.model_copy(update={"rounds": max(1, recipe.train.rounds)})
-    sensitivity = recipe.sensitivity
-    if sensitivity is not None:
-        classes = {key: one.model_copy(update={"epsilon": None}) for key, one in sensitivity.classes.items()}
-        sensitivity = sensitivity.model_copy(update={"classes": classes})
-    return recipe.model_copy(update={"privacy": privacy, "train": train, "sensitivity": sensitivity})

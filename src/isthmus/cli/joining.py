@@ -106,6 +106,9 @@ def take_invite(
     ] = None,
     train: Annotated[Optional[list[str]], typer.Option(help="File of this silo's rows; repeatable.")] = None,  # noqa: UP045
     held_out: Annotated[Optional[list[str]], typer.Option(help="File of rows to measure on; repeatable.")] = None,  # noqa: UP045
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Check this machine and the servers at the end, as 'doctor'.")
+    ] = True,
     run: Annotated[bool, typer.Option("--run", help="Then run this silo until the federation has finished.")] = False,
 ) -> None:
     """Join a federation: make a key here, get a certificate, the recipe and this silo's parts of the model."""
@@ -120,6 +123,8 @@ def take_invite(
     files = OwnFiles(tuple(train or ()), tuple(held_out or ()))
     joined = join_federation(invited, folder or Path(invited.name), files, notify)
     typer.echo(f"joined as {invited.name}: {joined.folder}")
+    if check:
+        _examine(joined.recipe, invited.name, joined.folder / "run")
     if run and invited.role == "silo":
         from isthmus.cli.roles import silo
 
@@ -142,3 +147,39 @@ def revoke(
     text = f"revoked: {name} ({count} certificate{'' if count == 1 else 's'} and invites)"
     follows = f"isthmus invite {name}, if it is to come back with a new key"
     finish({"name": name, "certificates": count}, as_json, text, following=follows)
+
+
+@command("doctor north/recipe.toml north")
+def doctor(
+    recipe: RecipePath,
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="A silo or edge of the recipe, trunk or root; the one whose certificate is here."),
+    ] = None,
+    run_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Where the party writes, for the check of the disk; the recipe's folder by default."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run/--no-dry-run", help="Take ten steps of a silo that train nothing.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Check a party on its own machine, and say in words what is wrong: certificate, servers, clock, disk, memory."""
+    _examine(recipe, name, run_dir, dry_run, as_json)
+
+
+def _examine(recipe: Path, name: str | None, run_dir: Path | None, dry_run: bool = True, as_json: bool = False) -> None:
+    """Print what the doctor finds; exit with 1 if a check failed."""
+    from rich.console import Console
+
+    from isthmus.engines.doctor import diagnose
+    from isthmus.report.doctor_table import diagnosis_json, show_diagnosis
+
+    found = diagnose(recipe, name, run_dir=run_dir, dry=dry_run, notify=notify)
+    if as_json:
+        typer.echo(diagnosis_json(found))
+    else:
+        show_diagnosis(found, Console())
+    if found.failed:
+        raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from concurrent.futures import Future
 from pathlib import Path
@@ -48,6 +49,9 @@ class GreetedAggregator:
             check_agreed(peer, request.keys, self._title, self._keys, self._earlier)
             self._greeted.add(peer)
             return answered(pb.Welcome())
+        if isinstance(request, pb.Ping) and request.HasField("compared"):
+            check_agreed(peer, request.compared.keys, self._title, self._keys, self._earlier)
+            return answered(pb.Pong(time=time.time()))
         if peer not in self._greeted and not isinstance(request, pb.Ping):
             raise ProtocolError(
                 f"received {type(request).__name__} before Hello", remedy="send Hello first on every stream"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+import time
 from collections.abc import Callable, Collection, Hashable, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -117,11 +118,13 @@ class TrunkService:
         self._instances: dict[str, str] = {}
         self._last: dict[str, Answer] = {}
         """Answer to each silo's last request that changes the trunk's state."""
+        self._compared: set[str] = set()
+        """Silos that had a greeting compared."""
         self._ends: dict[str, int] = {}
         """The round of the adapters of each silo that infers and does not train."""
         self._answers: dict[type[Message], Callable[[str, Any], Answer]] = {
             pb.Hello: self._greet,
-            pb.Ping: lambda peer, request: answered(pb.Pong()),
+            pb.Ping: self._ping,
             pb.Begin: self._begin,
             pb.Commit: self._in_order(self._steps.commit),
             pb.End: self._in_order(self._steps.end),
@@ -143,7 +146,8 @@ class TrunkService:
 
     def handle(self, peer: str, request: Message) -> Answer:
         check_sender("the trunk", "Trunk", "silo", request)
-        if peer not in self._instances and not isinstance(request, pb.Hello | pb.Ping):
+        greeted = peer in self._instances or (peer in self._compared and _changes_nothing(request))
+        if not greeted and not isinstance(request, pb.Hello | pb.Ping):
             raise ProtocolError(
                 f"received {type(request).__name__} before Hello", remedy="send Hello first on every stream"
             )
@@ -167,7 +171,21 @@ class TrunkService:
         """End the compute thread."""
         self._scheduler.stop()
 
-    def _greet(self, peer: str, hello: pb.Hello) -> Answer:
+    def _ping(self, peer: str, request: pb.Ping) -> Answer:
+        """The answer to a ping; with a greeting to be compared the time and the trunk's round, if both sides agree.
+        A process of the silo that has connected stays so."""
+        if not request.HasField("compared"):
+            return answered(pb.Pong())
+        self._compare(peer, request.compared)
+        self._compared.add(peer)
+        return answered(pb.Pong(time=time.time(), welcome=self._welcome()))
+
+    def _welcome(self) -> pb.Welcome:
+        training = self._training
+        return pb.Welcome(completed=training.completed, training=training.moved, run=self._run)
+
+    def _compare(self, peer: str, hello: pb.Hello) -> None:
+        """Raise ``MismatchError`` unless the silo has the trunk's model, shared keys and cut."""
         if hello.fingerprint != self._hello.fingerprint:
             raise MismatchError(
                 f"{peer} and the trunk have different base models (configuration or weights differ)",
@@ -179,6 +197,9 @@ class TrunkService:
                 f"{peer} cuts at ({hello.bottom}, {hello.top}), by the trunk's recipe at {own}",
                 remedy="use the same recipe on both sides",
             )
+
+    def _greet(self, peer: str, hello: pb.Hello) -> Answer:
+        self._compare(peer, hello)
         if self._instances.get(peer) != hello.instance:
             log.info("trunk: %s has connected%s", peer, " with another process" if peer in self._instances else "")
             self._instances[peer] = hello.instance
@@ -189,7 +210,7 @@ class TrunkService:
         if hello.HasField("ends"):
             training.require_round(peer, hello.ends)
             self._ends[peer] = hello.ends
-        return answered(pb.Welcome(completed=training.completed, training=training.moved, run=self._run))
+        return answered(self._welcome())
 
     def _forget(self, peer: str) -> None:
         self._scheduler.drop(
@@ -294,6 +315,11 @@ class TrunkService:
             return pb.Closed()
 
         return self._scheduler.enqueue(SINGLE, (peer, "session", request.session), close)
+
+
+def _changes_nothing(request: Message) -> bool:
+    """Whether a request is a forward without a backward, of hidden states that it holds itself."""
+    return isinstance(request, pb.Forward) and not request.train and not request.examples
 
 
 def _pass_on(done: Answer, answer: Answer) -> None:

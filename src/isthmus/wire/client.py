@@ -423,13 +423,21 @@ def proxy_note(address: str) -> str:
     """
     if is_loopback(address):
         return ""
-    host = address.rpartition(":")[0].strip("[]")
     name = next((name for name in PROXIES if os.environ.get(name)), None)
     if name is None:
         upper = next((name.upper() for name in PROXIES if os.environ.get(name.upper())), None)
         return f" without a proxy ({upper} is set, but gRPC reads {upper.lower()})" if upper else ""
-    exempt = next((os.environ[one] for one in EXEMPT if os.environ.get(one)), "")
-    if any(one.strip() and host.endswith(one.strip()) for one in exempt.split(",")):
+    if proxy_for(address) is None:
         return ""
     proxy = os.environ[name].rpartition("@")[2].rpartition("//")[2]  # without a user's name and password
     return f" through the proxy {proxy} (from {name})"
+
+
+def proxy_for(address: str) -> str | None:
+    """The proxy that gRPC takes to this address, as the environment has it: a URL, perhaps with a user's name and
+    password; None: it takes none."""
+    host = address.rpartition(":")[0].strip("[]")
+    exempt = next((os.environ[one] for one in EXEMPT if os.environ.get(one)), "")
+    if is_loopback(address) or any(one.strip() and host.endswith(one.strip()) for one in exempt.split(",")):
+        return None
+    return next((os.environ[name] for name in PROXIES if os.environ.get(name)), None)

@@ -259,6 +259,17 @@ def _hello(message: pb.Hello) -> None:
         raise _invalid(f"the name of a process with {len(message.instance)} characters")
 
 
+def _ping(message: pb.Ping) -> None:
+    if message.HasField("compared"):
+        _hello(message.compared)
+
+
+def _pong(message: pb.Pong) -> None:
+    if not 0 <= message.time < math.inf:
+        raise _invalid(f"the time {message.time}")
+    _run(message.welcome)
+
+
 def _run(message: Any) -> None:
     if len(message.run) > MAX_NAME:
         raise _invalid(f"the name of a run with {len(message.run)} characters")
@@ -343,6 +354,8 @@ def _path(name: str) -> None:
 _RULES: dict[str, Callable[[Any], None]] = {
     "hello": _hello,
     "welcome": _run,
+    "ping": _ping,
+    "pong": _pong,
     "begin": _begin,
     "forward": _forward,
     "backward": _backward,

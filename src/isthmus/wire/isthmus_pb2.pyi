@@ -166,12 +166,18 @@ class Failure(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., remedy: _Optional[str] = ...) -> None: ...
 
 class Ping(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("compared",)
+    COMPARED_FIELD_NUMBER: _ClassVar[int]
+    compared: Hello
+    def __init__(self, compared: _Optional[_Union[Hello, _Mapping]] = ...) -> None: ...
 
 class Pong(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("time", "welcome")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    time: float
+    welcome: Welcome
+    def __init__(self, time: _Optional[float] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ...) -> None: ...
 
 class Begin(_message.Message):
     __slots__ = ("round", "participants", "open", "start", "digest", "steps", "published")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.audit.capture import ZeroTrunk, capture_answers, capture_pairs, capture_rows
+from isthmus.audit.capture import capture_answers, capture_pairs, capture_rows
 from isthmus.audit.target import Target
+from isthmus.engines.zero_trunk import ZeroTrunk
 from isthmus.errors import ProtocolError, RecipeError
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.audit.capture import ZeroTrunk
 from isthmus.audit.cut_probe import (
     ATTACKED_ROWS,
     KNOWN_ROWS,
@@ -18,6 +17,7 @@ from isthmus.audit.cut_probe import (
     probed_silo,
     seconds_here,
 )
+from isthmus.engines.zero_trunk import ZeroTrunk
 from isthmus.errors import AttackError, CutError
 from isthmus.recipe import Recipe
 from isthmus.silo.join import load_data

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from isthmus.cli.main import app
 from isthmus.errors import IdentityError, RecipeError
 from isthmus.wire.invite import Invite
-from tests.integration.processes import write_recipe
+from tests.integration.processes import rows_of, write_recipe, write_rows
+from tests.unit.joining.test_join import Coordinator
 
 
 def run(*arguments: object, text: str | None = None) -> str:
@@ -61,3 +64,40 @@ def test_a_word_that_is_no_invite_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="no invite"):
         run("join", "north", "--folder", tmp_path / "north")
     assert not (tmp_path / "north").exists()
+
+
+def test_joining_ends_with_the_doctors_checks_and_fails_with_remedies(tmp_path: Path) -> None:
+    leader = Coordinator(tmp_path / "leader")
+    own = write_rows(tmp_path / "own.jsonl", rows_of("own"))
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with leader.serving():
+        invite = leader.authority.invite("north")
+        found = invoked("join", invite, "--train", tmp_path / "bad.jsonl", "--folder", tmp_path / "north")
+        assert found.exit_code == 1
+        assert "failed   rows: " in found.stdout
+        assert "remedy: " in found.stdout
+        assert "failed   trunk" not in found.stdout
+        again = "join", invite, "--train", own, "--folder", tmp_path / "north"
+        assert "recipe: " not in run(*again, "--no-check")
+        whole = run(*again)  # the same invite goes on, with rows that can be read
+        assert "ok       dry run: 10 steps" in whole
+        assert whole.splitlines()[-1].startswith("next: isthmus silo")
+        assert max(map(len, whole.splitlines()[1:-1])) <= 80
+
+
+def test_the_doctor_says_what_is_wrong_in_json_too(tmp_path: Path) -> None:
+    leader = Coordinator(tmp_path / "leader")
+    found = invoked("doctor", leader.recipe_path, "--json")  # the trunk's certificate is the one that is here
+    assert found.exit_code == 0, found.stdout
+    read = json.loads(found.stdout)
+    assert (read["party"], read["role"], read["failed"]) == ("trunk", "trunk", False)
+    missing = invoked("doctor", leader.recipe_path, "north", "--json")
+    assert missing.exit_code == 1
+    states = {one["check"]: one["state"] for one in json.loads(missing.stdout)["findings"]}
+    assert states["certificate"] == "failed"
+    assert states["rows"] == "ok"
+
+
+def invoked(*arguments: object) -> Result:
+    """What ``main`` makes of it, errors as exit codes."""
+    return CliRunner().invoke(app, list(map(str, arguments)))

@@ -48,7 +48,8 @@ COMMANDS = {
     "authority serve": ["FOLDER?", "--address="],
     "authority show": ["FOLDER?"],
     "invite": ["NAMES", "--authority=authority", "--days=7.0", "--json=False"],
-    "join": ["INVITE", "--folder=", "--train=", "--held-out=", "--run=False"],
+    "join": ["INVITE", "--folder=", "--train=", "--held-out=", "--check/--no-check=True", "--run=False"],
+    "doctor": ["RECIPE", "NAME?", "--run-dir=", "--dry-run/--no-dry-run=True", "--json=False"],
     "revoke": ["NAME", "--authority=authority", "--json=False"],
     "generate": [
         *("RUN_DIR", "PROMPT?", "--silo=", "--max-new-tokens=", "--field=", "--raw/--no-raw=False"),

@@ -101,3 +101,8 @@ def test_the_door_of_an_edge_says_whose_it_is(folder: Path, tmp_path: Path) -> N
         door.handle("a", pb.Ready())
     assert door.handle("a", hello_of(recipe)).result() == pb.Welcome()
     assert door.handle("b", pb.Ping()).result() == pb.Pong()
+    assert door.handle("b", pb.Ping(compared=hello_of(recipe))).result().time > 0  # type: ignore[attr-defined]
+    with pytest.raises(MismatchError, match=r"b has seed = 7"):
+        door.handle("b", pb.Ping(compared=hello_of(recipe.model_copy(update={"seed": 7}))))
+    with pytest.raises(ProtocolError, match="before Hello"):
+        door.handle("b", pb.Ready())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import stat
 import tomllib
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,6 +135,17 @@ def test_an_invite_of_another_federation_is_told_apart(leader: Coordinator, tmp_
     with pytest.raises(IdentityError, match="not of the federation that the invite is from") as caught:
         join_federation(other.invite("north"), tmp_path / "north")
     assert "fingerprint" in caught.value.remedy
+
+
+def shifted(days: float) -> Any:
+    """The module ``datetime`` of a machine whose clock is ahead by so many days."""
+
+    class Shifted(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+            return datetime.datetime.now(tz) + datetime.timedelta(days=days)
+
+    return types.SimpleNamespace(datetime=Shifted, timedelta=datetime.timedelta, UTC=datetime.UTC)
 
 
 def test_a_leader_that_is_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -103,3 +104,32 @@ def test_an_answer_during_which_the_trunk_trained_is_none(trunk: Trunk) -> None:
     hold.set()
     with pytest.raises(RunError, match="trained while it answered a"):
         answer.result(WAIT)
+
+
+def test_a_greeting_that_is_compared_alone_leaves_the_silos_process_as_it_is(trunk: Trunk) -> None:
+    service = trunk.service
+    forward = pb.Forward(step=1, lengths=[2], hidden=codec.encode(torch.ones(2, WIDTH), "fp32"))
+    with pytest.raises(ProtocolError, match="before Hello"):
+        service.handle("a", forward)
+    service.handle("a", hello(trunk)).result(WAIT)
+    service.handle("a", decode()).result(WAIT)
+    pong: Any = service.handle("a", pb.Ping(compared=hello(trunk))).result(WAIT)
+    assert (pong.welcome.completed, pong.welcome.training, len(pong.welcome.run)) == (0, False, 16)
+    assert abs(pong.time - time.time()) < WAIT
+    service.handle("a", decode(1, rows=1)).result(WAIT)
+    with pytest.raises(MismatchError, match="different base models"):
+        service.handle("a", pb.Ping(compared=hello(trunk, fingerprint="0" * 64)))
+    service.handle("a", decode(2, rows=1)).result(WAIT)
+
+
+def test_who_was_compared_alone_may_ask_for_forwards_that_change_nothing(trunk: Trunk) -> None:
+    service = trunk.service
+    service.handle("a", pb.Ping(compared=hello(trunk))).result(WAIT)
+    allowed = pb.Forward(step=1, lengths=[2], hidden=codec.encode(torch.ones(2, WIDTH), "fp32"))
+    assert service.handle("a", allowed).result(WAIT).hidden.rows == 2  # type: ignore[attr-defined]
+    trains, kept = pb.Forward(), pb.Forward(step=1, lengths=[2], examples=[7])
+    trains.CopyFrom(allowed)
+    trains.train = True
+    for refused in (trains, kept, decode(), pb.Begin(round=1, participants=["a"]), pb.Commit(round=1, step=1)):
+        with pytest.raises(ProtocolError, match="before Hello"):
+            service.handle("a", refused)

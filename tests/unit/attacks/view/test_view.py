@@ -12,9 +12,10 @@ import torch
 from isthmus.attacks.view.frames import crossings_of, observed_updates
 from isthmus.attacks.view.tap import Tap
 from isthmus.attacks.view.view import View, aggregator_view, outsider_view
-from isthmus.audit.capture import ZeroTrunk, capture_answers, capture_pairs, capture_round, capture_rows, tapped_silo
+from isthmus.audit.capture import capture_answers, capture_pairs, capture_round, capture_rows, tapped_silo
 from isthmus.audit.target import Target
 from isthmus.data.tokens import collate
+from isthmus.engines.zero_trunk import ZeroTrunk
 from isthmus.errors import AttackError, ProtocolError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.silo.join import greeting, join
