@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from isthmus.cli.app import AsJson, RecipePath, command, finish, notes_aside, notify
+from isthmus.cli.app import AsJson, RecipePath, command, finish, notes_aside, notify, print_json
 
 
 @command("privacy runs/first --json")
@@ -204,10 +204,14 @@ def check(
     result = check_model(model, None if cut is None else Cut(*parse_cut(cut)), length)
     lines = map(str, (*result.comparisons, *filter(None, [result.note]), result.verdict))
     values = {**asdict(result), "equal": result.equal, "verdict": result.verdict}
-    follows = f"isthmus init --model {model}" if result.equal else f"isthmus check {model} --cut 1,1"
-    finish(values, as_json, "\n".join(lines), following=follows)
-    if not result.equal:
-        raise typer.Exit(1)
+    if as_json:
+        print_json(values)
+    else:
+        typer.echo("\n".join(lines))
+    if result.equal:
+        notify(f"next: isthmus init --model {model}")  # the verdict is the last line of standard output
+        return
+    raise typer.Exit(1)
 
 
 def _show_plan(recipe: Path, as_json: bool) -> None:
