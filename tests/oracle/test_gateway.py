@@ -29,7 +29,7 @@ from tests.oracle.twins import Twins, make_twins
 
 GREEDY = SamplingSettings(temperature=0.0)
 LENGTH = 24
-STORIES = Path("/work/shared/models/stories260k")
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from isthmus.gateway.answer_text import AnswerText
 
-STORIES = Path("/work/shared/models/stories260k")
+STORIES = Path(__file__).parents[4] / "shared" / "models" / "stories260k"
 
 
 def from_bytes(ids: list[int]) -> str:
