@@ -13,7 +13,8 @@ from isthmus.cli import init, runs, roles, joining, answers, serving, measures  
 
 # isort: on
 from isthmus.cli.app import app
-from isthmus.cli.terminal import check_arguments, encoding_error, flush_output, prepare_log, prepare_output
+from isthmus.cli.log import prepare_log
+from isthmus.cli.terminal import check_arguments, encoding_error, flush_output, prepare_output
 from isthmus.engines.lifetime import Stopped, end_with_engine, stoppable
 from isthmus.engines.threads import share_cores
 from isthmus.errors import IsthmusError

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from isthmus.cli.app import Address, AsJson, RecipePath, RunOption, Served, command, finish
+from isthmus.cli.log import log_as
 
 AuthorityOption = Annotated[
     Optional[Path],  # noqa: UP045
@@ -27,6 +28,7 @@ def trunk(
     """Serve the trunk, the middle blocks of the model: for a federation, or to use a finished run."""
     from isthmus.engines.roles import serve
 
+    log_as("both" if with_root else "trunk")
     serve(recipe, run_dir, ("trunk", "root") if with_root else ("trunk",), address, round, authority)
 
 
@@ -40,6 +42,7 @@ def root(
     """Serve the root, which leads the rounds and aggregates the silos' updates."""
     from isthmus.engines.roles import serve
 
+    log_as("root")
     serve(recipe, run_dir, ("root",), address, authority=authority)
 
 
@@ -56,6 +59,7 @@ def edge(
     from isthmus.engines.roles import recorded, serve_edge
     from isthmus.recipe import Recipe
 
+    log_as(f"edge {name}")
     read = Recipe.read(recipe)
     read.tree.node(name)
     read = at_address(read, parent, (read.tree.parent(name),))
@@ -77,6 +81,7 @@ def silo(
     from isthmus.engines.roles import recorded, run_silo
     from isthmus.recipe import Recipe
 
+    log_as(f"silo {name}")
     read = at_address(at_address(Recipe.read(recipe), trunk, ("trunk",)), root, ("root",))
     for option in edge or ():
         read = at_edge(read, option)

@@ -1,10 +1,9 @@
-"""The terminal: output in whatever encoding it has, the log with times, arguments that are not UTF-8, a closed pipe."""
+"""The terminal: output in whatever encoding it has, arguments that are not UTF-8, a closed pipe."""
 
 from __future__ import annotations
 
 import errno
 import io
-import logging
 import os
 import sys
 
@@ -21,24 +20,6 @@ def prepare_output() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the process ends)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-
-
-class _StandardError(logging.Handler):
-    """Writes to what is standard error at that time, which a caller in this process may have replaced."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
-
-
-def prepare_log() -> None:
-    """Show isthmus's log on standard error, from state changes up, each line with its time and time zone."""
-    log = logging.getLogger("isthmus")
-    if log.handlers:
-        return
-    handler = _StandardError()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S %z"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
 
 
 def flush_output(code: int) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
+import isthmus
 from isthmus.data.examples import check_examples
 from isthmus.engines.growth import Growth
 from isthmus.engines.lifetime import Stopped, by_engine
@@ -33,6 +35,7 @@ from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import Identity, Role
 from isthmus.wire.server import Server
 
+log = logging.getLogger(__name__)
 AWAY_SECONDS = 86_400.0
 """Time for which a server keeps its answers for a party without a connection, unless an engine started both: such a
 party waits until its server is there again, and would have to be started again without them."""
@@ -271,11 +274,13 @@ def _listen(
     try:
         if address is not None:
             print(f"{LISTENING}{address}", flush=True)
+            _note_start(address=address)
         waiting, finished = threading.Event(), False
         while not over():
             if not finished and (message := result()) is not None:
                 finished = True
                 print(message, flush=True)
+                log.info("%s", message.partition("\n")[0])
             waiting.wait(LOOK_SECONDS)
             return_memory()
     finally:
@@ -285,6 +290,11 @@ def _listen(
 def _grace(recipe: Recipe) -> float:
     """Seconds for which a server keeps its answers for a party without a connection."""
     return 2 * recipe.wire.deadline if by_engine() else max(AWAY_SECONDS, 2 * recipe.wire.deadline)
+
+
+def _note_start(**fields: str) -> None:
+    told = ", ".join(f"{name} {value}" for name, value in fields.items())
+    log.info("started: isthmus %s, %s", isthmus.__version__, told, extra={"version": isthmus.__version__, **fields})
 
 
 def _at(address: str, server: Server) -> str:
@@ -368,6 +378,7 @@ def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
     """
     set_threads(recipe)
     kept = kept_certificate(Path(recipe.wire.certificates), name, "silo")
+    _note_start(trunk=recipe.trunk.address)
     with alone(run, (name,)), kept, closing(Worker(recipe, name, run.role(name), endless=not by_engine())) as worker:
         completed = worker.run()
     if recipe.model.moves and completed < recipe.train.rounds:

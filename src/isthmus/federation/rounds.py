@@ -7,6 +7,7 @@ import enum
 import logging
 import secrets
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -115,6 +116,8 @@ class Rounds(Aggregator):
         """Done once no round is under way, where none is to begin."""
         self._round = 0
         """The number of the round under way; 0 before the first."""
+        self._began = 0.0
+        """Monotonic time at which it began."""
         self._last = pb.Plan()
         """The plan that every child gets once the federation is finished."""
         self._collection: Collection | None = None
@@ -237,8 +240,10 @@ class Rounds(Aggregator):
             self._log("finished after %d rounds", plan.completed)
             self._advance()
             return
-        self.phase, self._round = Phase.TRAINING, plan.round
-        self._log("round %d begins with %s; missing: %s", plan.round, listed(participants), self._missing(participants))
+        self.phase, self._round, self._began = Phase.TRAINING, plan.round, time.monotonic()
+        missing = self._missing(participants)
+        fields = {"round": plan.round, "present": participants, "missing": missing}
+        self._log("round %d begins with %s; missing: %s", plan.round, listed(participants), missing, fields=fields)
         if self._offers_keys:
             keys = {peer: self._asked[peer].keys for peer in participants}
             plan.sum = secrets.token_bytes(16)
@@ -316,8 +321,15 @@ class Rounds(Aggregator):
         self.phase, self._collection = Phase.CONCLUDING, None
         # the next round does not wait again for a child that sent nothing in this one
         self._when_there(
-            lambda: self._planner.conclude(self._round, collected), lambda _: self._gather(collected.weights)
+            lambda: self._planner.conclude(self._round, collected), lambda _: self._go_on(collected.weights)
         )
+
+    def _go_on(self, contributed: Iterable[str]) -> None:
+        """The round is saved: gather for the next one."""
+        seconds = round(time.monotonic() - self._began, 3)
+        fields = {"round": self._round, "seconds": seconds}
+        self._log("round %d is saved, %.1f s after it began", self._round, seconds, fields=fields)
+        self._gather(contributed)
 
     def _bar(self, frauds: set[str]) -> None:
         if frauds:
@@ -397,8 +409,10 @@ class Rounds(Aggregator):
     def _missing(self, present: Iterable[str]) -> str:
         return listed(set(self._node.children) - set(present))
 
-    def _log(self, message: str, *values: object, level: int = logging.INFO) -> None:
-        log.log(level, f"%s: {message}", self._node.name, *values)
+    def _log(
+        self, message: str, *values: object, level: int = logging.INFO, fields: Mapping[str, object] | None = None
+    ) -> None:
+        log.log(level, f"%s: {message}", self._node.name, *values, extra=fields)
 
     def _give_up(self, error: IsthmusError) -> None:
         with self._lock:

@@ -118,6 +118,8 @@ class Worker:
             if not plan.round:
                 self._warn_of_nothing_learned()
                 return plan.completed
+            began = time.monotonic()
+            log.info("round %d begins", plan.round, extra={"round": plan.round})
             try:
                 self._train(plan, shared)
             except (RoundLostError, UnknownStepError) as lost:  # a server started again, or went on without this silo
@@ -127,6 +129,9 @@ class Worker:
                     raise
             else:
                 completed, losses = plan.round, 0
+                seconds = round(time.monotonic() - began, 3)
+                told = {"round": completed, "seconds": seconds}
+                log.info("round %d ended after %.1f s", completed, seconds, extra=told)
 
     def close(self) -> None:
         self._silo.close()

@@ -18,6 +18,7 @@ from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Service, answer_request
 from isthmus.wire.chunks import FLOW
+from isthmus.wire.traffic import Traffic
 
 FRAMES = 4
 """Largest frames that requests being answered and unsent answers of a peer may have together."""
@@ -26,6 +27,8 @@ LEAST = 16 * 2**20
 KEPT = 0.75
 """Share of that for answers that were sent. A stream that breaks loses two of the largest frames (one that is being
 sent, one that is not read to its end) and what the network holds on its way."""
+REFUSAL = 4096
+"""Bytes of a frame that may be an error: messages are short."""
 COST = 1024
 """Bytes that a request or an answer counts beside its frame's: what Python needs to keep it."""
 MAX_INSTANCES = 2
@@ -90,6 +93,7 @@ class PeerAccount:
         """Bytes that their answers are expected to have."""
         self.greeting = False
         """Whether a greeting is being answered. One is at a time, whatever room there is: a stream begins with it."""
+        self.traffic = Traffic(peer)
         self._ratios: dict[str, float] = {}
         self._inboxes: dict[str, Inbox] = {}
         self._refused: deque[str] = deque(maxlen=REMEMBERED)
@@ -135,8 +139,11 @@ class PeerAccount:
         return min(self.limit, math.ceil(ratio * size))
 
     def learn(self, kind: str, size: int, answer: bytes) -> None:
-        """Note how large the answer to such a request was; errors are no measure."""
-        if len(answer) > COST or not frames.parse(answer).HasField("failure"):
+        """Note how large the answer to such a request was; errors are no measure, and are counted."""
+        parsed = frames.parse(answer) if len(answer) <= REFUSAL else None
+        if parsed is not None and parsed.HasField("failure"):
+            self.traffic.refuse(kind, parsed.failure.code)
+        else:
             self._ratios[kind] = max(self._ratios.get(kind, 0.0), len(answer) / max(size, 1))
 
 
@@ -200,6 +207,7 @@ class Inbox:
                 return
             if stream.replaced:
                 return
+            account.traffic.came(kind, size)
             expected = account.expect(kind, size)
             account.open += size + COST
             account.expected += expected
@@ -218,12 +226,14 @@ class Inbox:
             while not stream.replaced:
                 if stream.greeting is not None:
                     data, stream.greeting = stream.greeting, None
+                    self._account.traffic.sent_bytes += len(data)
                     self._account.changed.notify_all()
                     return data
                 if stream.ready:
                     sendable = self._take(stream.ready.popleft(), stream)
                     self._account.changed.notify_all()
                     if sendable is not None:
+                        self._account.traffic.sent_bytes += len(sendable)
                         return sendable
                 elif stream.ended:
                     return None

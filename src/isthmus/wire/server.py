@@ -4,6 +4,7 @@ once."""
 from __future__ import annotations
 
 import errno
+import logging
 import socket
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from isthmus.wire.chunks import Assembler, in_chunks
 from isthmus.wire.identity import Identity, Role
 from isthmus.wire.inbox import MAX_INSTANCES, Inbox, PeerAccount, Stream
 
+log = logging.getLogger(__name__)
 METHOD_PATH = "/isthmus.Wire/{}"
 INSTANCE_KEY = "isthmus-instance"
 """Metadata key of the client object's random name, which distinguishes a new client from a reconnected one."""
@@ -186,7 +188,11 @@ class Server:
             visitor = self._visitor(name, context)
             inbox, ended = self._account(visitor).connect(_instance(context), stream)
         except IsthmusError as error:
+            fields = {"service": name, "code": error.code}
+            log.warning("a connection to the %s was refused: %s", name.lower(), error.message, extra=fields)
             context.abort(_status(error), str(error))
+        fields = {"service": name, "peer": visitor.peer}
+        log.info("%s is connected to the %s", visitor.peer, name.lower(), extra=fields)
         for one in ended:
             one.cancel()
         with self._lock:
@@ -205,7 +211,12 @@ class Server:
     def _leave(self, inbox: Inbox, stream: Stream) -> None:
         inbox.leave(stream)
         with self._lock:
-            self._visitors.pop(stream, None)
+            inside = self._visitors.pop(stream, None)
+        if inside is not None:  # the first of the two calls for a stream
+            service, peer = inside[1].service, inside[1].peer
+            reason = "ended by the peer or the network" if stream.error is None else stream.error.message
+            fields = {"service": service, "peer": peer, "code": stream.error.code if stream.error else ""}
+            log.info("%s has left the %s: %s", peer, service.lower(), reason, extra=fields)
 
     def _read(self, requests: Iterator[bytes], inbox: Inbox, stream: Stream, before: Sequence[Stream]) -> None:
         for one in before:

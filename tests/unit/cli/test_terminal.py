@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,10 +88,3 @@ def test_what_an_encoding_cannot_write_is_said() -> None:
     with pytest.raises(UnicodeEncodeError) as caught:
         "東京.toml".encode("ascii")
     assert encoding_error(caught.value).message == "東京 cannot be written in the encoding ascii"
-
-
-def test_the_log_has_times() -> None:
-    code = "import logging; from isthmus.cli import terminal; terminal.prepare_log(); terminal.prepare_log(); "
-    code += "logging.getLogger('isthmus.federation.rounds').info('root: gathering')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4} INFO: root: gathering\n", done.stderr)

@@ -87,7 +87,7 @@ def test_a_silo_of_one_class_is_named(tmp_path: Path, caplog: pytest.LogCaptureF
         silos.append({"name": name, "train": str(write_rows(tmp_path / f"{name}.jsonl", rows))})
     task = {"prompt": "{text}:", "answer": "{label}", "choices": [" yes", " no"]}
     check_examples(make_recipe(Path("none"), silo=silos, task=task))
-    assert warnings(caplog) == ["a: all 5 training rows have one answer, ' yes'"]
+    assert warnings(caplog) == ["a: all 5 training rows have one answer"]
 
 
 def test_plain_texts_are_compared_as_texts() -> None:
