@@ -34,7 +34,11 @@ RESULTS = {
     "check": "check model --cut 1,1 --length 8",
 }
 """A call of each command with a JSON object."""
-ELSEWHERE = {"privacy": "tests/integration/test_run.py", "demo": "tests/integration/test_demo.py"}
+ELSEWHERE = {
+    "privacy": "tests/integration/test_run.py",
+    "demo": "tests/integration/test_demo.py",
+    "doctor": "tests/integration/test_doctor.py",
+}
 WORDS = {"PROMPT": "text", "OUT": "folder", "NAME": "north", "INVITE": "isthmus:AAAA", "ROWS": "rows.jsonl"}
 """What users write in place of a placeholder."""
 
