@@ -54,6 +54,7 @@ class RunDirectory:
         trunk/metrics.jsonl               one line for each optimizer step: round, step, silos
         trunk/rounds/round-0003.pt        adapter and optimizers of the trunk after round 3; round 0 is the start
         trunk/kept/SILO/                  examples that a silo released once, as received
+        trunk/portions/                   files of the parts that silos keep, a folder for each cut
         root/metrics.jsonl                one line for each round: weights; staleness, shares, clip if any
         root/rounds/round-0003.pt         shared adapters after round 3; state of strategy, clip and control
         root/ledger.jsonl, ledger.head    releases of the root, where it adds the noise of sums
