@@ -384,7 +384,7 @@ def test_a_trunk_that_is_gone_is_named(commands: Commands, tmp_path: Path) -> No
         chat(client)
     assert (found.value.status_code, found.value.code) == (503, "trunk_unavailable")
     until(lambda: "the trunk is there again" in gateway.log, "the trunk", command=gateway.command)
-    assert raw(gateway, "GET", "/healthz")[0] == 200
+    until(lambda: raw(gateway, "GET", "/healthz")[0] == 200, "requests to be taken", command=gateway.command)
     again = chat(client)
     assert again.choices == before.choices
     assert again.system_fingerprint == before.system_fingerprint

@@ -95,8 +95,9 @@ def serve_gateway(
             log.warning("gateway: the trunk is gone; it is looked for until it is there")
             with _found_again(opened) as (silo, directory):
                 served.fingerprint = fingerprint_of(silo)
+                draft = load_draft(directory, silo)
                 log.info("gateway: the trunk is there again")
-                batcher.run(silo.model, load_draft(directory, silo))
+                batcher.run(silo.model, draft)
 
 
 @contextmanager
