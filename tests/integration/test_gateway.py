@@ -392,6 +392,10 @@ def test_a_trunk_that_is_gone_is_named(commands: Commands, tmp_path: Path) -> No
     assert gateway.command.wait().code == 130
 
 
+ENDLESS = {"2": -100}
+"""No end token, which noise would draw at times, so that an answer goes on until the budget ends it."""
+
+
 def test_charges_and_budgets(tmp_path: Path, commands: Commands) -> None:
     """What an answer cost is in its headers; a spent budget is a 429 that clients do not try again."""
     run = write_run(
@@ -400,7 +404,9 @@ def test_charges_and_budgets(tmp_path: Path, commands: Commands) -> None:
         privacy={"record_epsilon": 4.0, "delta": 1e-5},
     )
     client = Gateway(commands, run).client()
-    answer = client.chat.completions.with_raw_response.create(model="run", messages=ASKED, max_tokens=3)
+    answer = client.chat.completions.with_raw_response.create(
+        model="run", messages=ASKED, max_tokens=3, logit_bias=ENDLESS
+    )
     charge = {name: answer.headers[f"x-isthmus-{name}"] for name in ("releases", "bytes", "epsilon", "delta")}
     body = answer.parse().model_extra["privacy"]
     assert charge["releases"] == "3"
@@ -408,7 +414,7 @@ def test_charges_and_budgets(tmp_path: Path, commands: Commands) -> None:
     assert float(charge["epsilon"]) == pytest.approx(body["epsilon"], rel=1e-5)
     assert (int(charge["bytes"]), float(charge["delta"])) == (body["bytes"], body["delta"])
     with pytest.raises(openai.RateLimitError) as found:
-        chat(client, max_tokens=100)
+        chat(client, max_tokens=100, logit_bias=ENDLESS)
     assert (found.value.code, found.value.type) == ("privacy_budget_exhausted", "insufficient_quota")
     assert found.value.response.headers["x-should-retry"] == "false"
     spent = int(found.value.response.headers["x-isthmus-releases"])
@@ -416,7 +422,7 @@ def test_charges_and_budgets(tmp_path: Path, commands: Commands) -> None:
     with pytest.raises(openai.RateLimitError):
         chat(client, stream=True)
     other = [{"role": "user", "content": "w8 w9"}]
-    chunks = chat(client, messages=other, max_tokens=100, stream=True)
+    chunks = chat(client, messages=other, max_tokens=100, stream=True, logit_bias=ENDLESS)
     pieces = []
     with pytest.raises(openai.APIError, match="privacy budget"):
         pieces += [chunk.choices[0].delta.content for chunk in chunks]
