@@ -19,6 +19,7 @@ from isthmus.errors import IdentityError, IsthmusError, PeerGoneError, ProtocolE
 from isthmus.joining import authority_folder
 from isthmus.joining.authority_folder import AuthorityFolder
 from isthmus.joining.doorkeeper import AuthorityService
+from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.authority import private_pem, signed_certificate, signing_request, x509_name
 from isthmus.wire.client import GrpcChannel
@@ -113,7 +114,7 @@ def test_a_guest_reaches_the_authority_alone(server: Server, folder: AuthorityFo
     guest = folder.invite("north").guest()
     error = refused(server, guest, "Trunk")
     assert isinstance(error, IdentityError)
-    for request in (pb.Withdrawals(), pb.Hello(version=4, instance="i")):
+    for request in (pb.Withdrawals(), pb.Hello(version=frames.VERSION, instance="i")):
         with pytest.raises(ProtocolError, match="requests of guests"):
             ask(server, guest, request)
 
