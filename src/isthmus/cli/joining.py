@@ -13,6 +13,8 @@ from isthmus.cli.app import AsJson, RecipePath, app, command, finish, notify, pr
 authority = typer.Typer(no_args_is_help=True, help="The federation's authority, which says who is a party.")
 app.add_typer(authority, name="authority")
 
+LONGEST_PATH = 255
+"""Characters of a word that may name a file."""
 Folder = Annotated[Path, typer.Option("--authority", help="The authority's folder.")]
 
 
@@ -113,11 +115,11 @@ def take_invite(
 ) -> None:
     """Join a federation: make a key here, get a certificate, the recipe and this silo's parts of the model."""
     from isthmus.joining.join import OwnFiles, join_federation
-    from isthmus.wire.invite import Invite
+    from isthmus.wire.invite import INVITE_PREFIX, Invite
 
     if invite == "-":
         invite = sys.stdin.readline()
-    elif Path(invite).is_file():
+    elif not invite.startswith(INVITE_PREFIX) and len(invite) < LONGEST_PATH and Path(invite).is_file():
         invite = Path(invite).read_text()
     invited = Invite.parse(invite)
     files = OwnFiles(tuple(train or ()), tuple(held_out or ()))

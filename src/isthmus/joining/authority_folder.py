@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
@@ -109,6 +109,7 @@ class AuthorityFolder:
                 f"{path} is not the folder of an authority", remedy="make one with 'isthmus authority init RECIPE'"
             ) from error
         self._authority = Authority.load(certificate, key, days=self._days)
+        self._added = frozenset[str]()
         self._read: tuple[int, tuple[OpenInvite, ...]] | None = None
 
     @classmethod
@@ -174,8 +175,11 @@ class AuthorityFolder:
         return (self.path / REVOKED).read_bytes()
 
     def added(self) -> frozenset[str]:
-        """Silos that the recipe has now, and had not when the authority was made."""
-        return frozenset(self.recipe().tree.silos) - self._first
+        """Silos that the recipe has now, and had not when the authority was made; those that it had last, while it
+        cannot be read (half written, say)."""
+        with suppress(RecipeError):
+            self._added = frozenset(self.recipe().tree.silos) - self._first
+        return self._added
 
     def roster(self) -> bytes:
         """The signed list of ``added``, for the silos that were there."""

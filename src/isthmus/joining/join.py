@@ -88,15 +88,15 @@ def join_federation(
     if identity is None:
         identity, recipe = _enroll(invite, notify)
         with disk_errors(folder):
-            save_identity(identity, certificates)
-            _write(certificates / invite.name / CONTACT, json.dumps(_contact(invite)))
             _write(folder / RECIPE, own_recipe(recipe, invite.name, files))
+            _write(certificates / invite.name / CONTACT, json.dumps(_contact(invite)))
+            save_identity(identity, certificates)  # last: a folder with a key has all of it
         for key in _own_code(recipe):
             notify(f"left out of the recipe: {key}; what is used on your text, you write into {folder / RECIPE}")
         identity.check(invite.role)  # if the clock is wrong, the same call goes on when it is right
         notify(f"certificate of {invite.name} ({invite.role}): {certificates / invite.name}")
     elif files != OwnFiles():
-        _write(folder / RECIPE, own_recipe((folder / RECIPE).read_text(encoding="utf-8"), invite.name, files))
+        _write(folder / RECIPE, with_rows((folder / RECIPE).read_text(encoding="utf-8"), invite.name, files))
     if invite.role == "silo":
         fetch_model(Recipe.read(folder / RECIPE, undecided=True), identity, folder, notify)
     return Joined(invite, folder)
@@ -122,12 +122,29 @@ def own_recipe(text: str, name: str, files: OwnFiles) -> str:
     values.setdefault("wire", {})["certificates"] = CERTIFICATES
     if values.get("lora", {}).get("start") is not None:
         values["lora"]["start"] = START
-    values["silo"] = [_own_silo(silo, files if silo.get("name") == name else None) for silo in values.get("silo", [])]
-    if not any("held_out" in silo for silo in values["silo"]):
+    values["silo"] = [_without_places(silo) for silo in values.get("silo", [])]
+    return with_rows(tomli_w.dumps(values), name, files)
+
+
+def with_rows(text: str, name: str, files: OwnFiles) -> str:
+    """A party's copy of the recipe with these rows of its own; what else it has written there stays.
+
+    Args:
+        text: TOML.
+        name: the party's.
+    """
+    values: dict[str, Any] = tomllib.loads(text)
+    for silo in values.get("silo", []):
+        if silo.get("name") == name and files.train:  # format and measured rows are those of other files
+            for key in ("format", "held_out"):
+                silo.pop(key, None)
+            silo["train"] = _resolved(files.train)
+        if silo.get("name") == name and files.held_out:
+            silo["held_out"] = _resolved(files.held_out)
+    if not any("held_out" in silo for silo in values.get("silo", [])):
         values.get("train", {}).pop("evaluate", None)  # there is nothing to measure on here
-    return f"# {name}'s copy. Keys that all parties must have alike are compared when they connect.\n" + tomli_w.dumps(
-        values
-    )
+    head = f"# {name}'s copy. Keys that all parties must have alike are compared when they connect.\n"
+    return head + tomli_w.dumps(values)
 
 
 def _own_code(text: str) -> list[str]:
@@ -136,17 +153,18 @@ def _own_code(text: str) -> list[str]:
     return [f"sensitivity.{key}" for key in ("function", "names") if key in section]
 
 
-def _own_silo(silo: dict[str, Any], files: OwnFiles | None) -> dict[str, Any]:
-    """A silo's table with this party's rows; of any other, and where no file is given, the files' mere names."""
+def _without_places(silo: dict[str, Any]) -> dict[str, Any]:
+    """A silo's table without what is about its machine; of its files, their mere names."""
     kept = {key: value for key, value in silo.items() if f"silo.{key}" not in OWN_PLACES}
-    given = {"train": files.train, "held_out": files.held_out} if files else {"train": (), "held_out": ()}
-    for key, paths in given.items():
-        if paths:
-            kept[key] = [str(Path(path).resolve()) for path in paths]
-        elif key in silo and not given["train"]:
+    for key in ("train", "held_out"):
+        if key in silo:
             listed = silo[key] if isinstance(silo[key], list) else [silo[key]]
             kept[key] = [Path(str(one)).name for one in listed]
     return kept
+
+
+def _resolved(paths: tuple[str, ...]) -> list[str]:
+    return [str(Path(path).resolve()) for path in paths]
 
 
 def fetch_model(recipe: Recipe, identity: Identity, folder: Path, notify: Notify = lambda message: None) -> None:
@@ -193,7 +211,8 @@ def _own_identity(invite: Invite, certificates: Path) -> Identity | None:
         IdentityError: it is of another federation, or not valid.
     """
     if not (certificates / invite.name / KEY).exists():
-        others = sorted(path.name for path in certificates.iterdir()) if certificates.is_dir() else []
+        found = certificates.iterdir() if certificates.is_dir() else ()
+        others = sorted(path.name for path in found if path.name != invite.name)
         if others:
             raise RunError(
                 f"{certificates.parent} is the folder of {others[0]}", remedy="name another one with --folder"

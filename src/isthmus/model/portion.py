@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PORTION = "portion.json"
 FILE_KINDS = (".json", ".txt", ".model", ".jinja")
 """Ends of the names of files that are configuration or tokenizer."""
+_REMEDY = "delete the folder, and run 'isthmus join' again with the same invite: it fetches the files anew"
 _WEIGHTS = ("model.safetensors.index.json", "adapter_config.json", PORTION)
 
 
@@ -30,7 +31,7 @@ def write_portion(path: str, cut: Cut, folder: Path) -> str:
 
     Args:
         path: the model folder, or a model id of the hub.
-        cut: the silo's. A portion can be cut again at an end that has no more blocks.
+        cut: the silo's.
 
     Returns:
         The model's fingerprint.
@@ -55,7 +56,7 @@ def write_portion(path: str, cut: Cut, folder: Path) -> str:
             shutil.copyfile(file, folder / file.name)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     digests, metadata = source.digests
-    portion = {"cut": [cut.bottom, cut.top], "digests": digests, "metadata": metadata}
+    portion = {"digests": digests, "metadata": metadata}
     (folder / PORTION).write_text(json.dumps(portion), encoding="utf-8")
     return source.fingerprint
 
@@ -90,8 +91,4 @@ def lacking(folder: Path) -> str:
     """A note on what a portion holds; empty if the folder is none."""
     if not (folder / PORTION).exists():
         return ""
-    bottom, top = json.loads((folder / PORTION).read_text(encoding="utf-8"))["cut"]
-    return f": it holds the first {bottom} and the last {top} blocks of the model alone"
-
-
-_REMEDY = "fetch it again: delete the folder, and run 'isthmus join' with the same invite's party"
+    return ": it holds the blocks that this silo keeps, and no others"

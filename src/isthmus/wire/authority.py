@@ -133,9 +133,10 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def roster(self, silos: Iterable[str]) -> bytes:
-        """The signed list of silos that were added since the federation began (see ``Identity.added``)."""
+        """The signed list of silos that were added since the federation began (see ``Identity.added``): the same bytes
+        for the same silos, so that who keeps it sees whether it changed."""
         names = sorted(silos)
-        signature = self._key.sign(roster_bytes(names), ec.ECDSA(hashes.SHA256()))
+        signature = self._key.sign(roster_bytes(names), ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
         return json.dumps({"silos": names, "signature": signature.hex()}).encode()
 
     def _sign(

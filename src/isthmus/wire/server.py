@@ -251,6 +251,7 @@ class Server:
             if guest := self._doorkeeper.admit(certificate):
                 return Visitor(service, guest, certificate, None)
         visitor = Visitor(service, name, certificate, self._role(service, name))
+        self._identity = self._identity.renewed()
         self._check(visitor)
         return visitor
 
@@ -292,13 +293,13 @@ class Server:
 
     def _check(self, visitor: Visitor) -> None:
         """Raise ``IdentityError`` if the visitor's certificate is not valid now."""
-        self._identity = self._identity.renewed()
         if visitor.role is not None:
             self._identity.check_peer(visitor.certificate, visitor.peer, visitor.role)
 
     def _keep_watching(self) -> None:
         """End the streams of those whose certificates are no longer valid."""
         while not self._over.wait(CERTIFICATE_SECONDS):
+            self._identity = self._identity.renewed()
             with self._lock:
                 visitors = list(self._visitors.items())
             for stream, (inbox, visitor) in visitors:

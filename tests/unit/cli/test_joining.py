@@ -101,3 +101,21 @@ def test_the_doctor_says_what_is_wrong_in_json_too(tmp_path: Path) -> None:
 def invoked(*arguments: object) -> Result:
     """What ``main`` makes of it, errors as exit codes."""
     return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_the_longest_invite_is_no_files_name(tmp_path: Path) -> None:
+    """Names of 63 characters at an address of 253 make a word that no file could have."""
+    address = f"{'a' * 60}.{'b' * 60}.{'c' * 60}.{'d' * 60}.example.org:50051"
+    recipe = write_recipe(
+        tmp_path / "recipe.toml",
+        trunk={"address": address},
+        silo=[{"name": "n" * 63, "train": "n.jsonl"}],
+        train={"evaluate": False},
+    )
+    run("authority", "init", recipe, tmp_path / "authority")
+    line = run("invite", "n" * 63, "--authority", tmp_path / "authority").strip()
+    assert len(line) > 255
+    with pytest.raises(Exception, match=r"no file missing\.csv"):
+        run("join", line, "--train", "missing.csv", "--folder", tmp_path / "north")
+    with pytest.raises(IdentityError, match="no invite"):
+        run("join", "x" * 4000, "--folder", tmp_path / "north")

@@ -227,3 +227,14 @@ def test_silos_that_the_recipe_gets_later_are_the_added_ones(folder: AuthorityFo
     assert folder.added() == AuthorityFolder(folder.path).added() == {"late"}
     late = enroll(folder, "late")
     assert dataclasses.replace(late, roster=folder.roster()).added == {"late"}
+
+
+def test_added_silos_stay_while_the_recipe_cannot_be_read(folder: AuthorityFolder, recipe: Path) -> None:
+    silos = [{"name": name, "train": f"{name}.jsonl"} for name in ("north", "south", "late")]
+    write_recipe(recipe, silo=silos, train={"evaluate": False})
+    assert folder.added() == {"late"}
+    for text in ("[", "", 'seed = "x"'):
+        recipe.write_text(text)
+        assert folder.added() == {"late"}
+    recipe.unlink()
+    assert folder.added() == {"late"}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from isthmus.engines.roles import start_server
 from isthmus.errors import DataError, DiskFullError, IdentityError, ModelError, PeerGoneError, RunError
@@ -236,3 +237,27 @@ def test_own_recipe_changes_nothing_that_all_must_have_alike() -> None:
             assert other.party("north").format is None
             assert other.party("north").train == (str(Path("a.jsonl").resolve()),)
             assert (other.party("north").held_out is None) is (not files.held_out)
+
+
+def test_what_a_party_wrote_into_its_copy_stays_when_its_rows_change(leader: Coordinator, tmp_path: Path) -> None:
+    invite = leader.authority.invite("north")
+    joined = join_federation(invite, tmp_path / "north", rows(tmp_path / "a"))
+    values = tomllib.loads(joined.recipe.read_text())
+    values["threads"], values["silo"][0]["device"] = 2, "auto"
+    joined.recipe.write_text(tomli_w.dumps(values))
+    join_federation(invite, tmp_path / "north", rows(tmp_path / "b"))
+    recipe = Recipe.read(joined.recipe)
+    assert (recipe.threads, recipe.party("north").device) == (2, "auto")
+    assert recipe.party("north").train == (str(tmp_path / "b" / "own.jsonl"),)
+
+
+def test_a_folder_with_a_key_has_all_else(leader: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed just before the key is written, the party asks for another invite, and the same folder is good for it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(joining, "save_identity", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            join_federation(leader.authority.invite("north"), tmp_path / "north")
+    place = tmp_path / "north" / "certificates" / "north"
+    assert (tmp_path / "north" / "recipe.toml").exists()
+    assert [path.name for path in place.iterdir()] == [CONTACT]
+    join_federation(leader.authority.invite("north"), tmp_path / "north")

@@ -223,3 +223,29 @@ def test_damaged_contacts_do_not_end_a_role(federation: Federation, monkeypatch:
         (federation.certificates / "north" / CONTACT).write_text(text)
         with kept_certificate(federation.certificates, "north", "silo"):
             pass
+
+
+def test_what_is_kept_is_written_only_when_it_changes(federation: Federation) -> None:
+    """Else every look would be a new identity, for servers and silos alike."""
+    place = federation.certificates / "north"
+    federation.keeper("north").look()
+    identity = Identity.load(federation.certificates, "north", "silo")
+    before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in place.iterdir()}
+    again = CertificateKeeper(
+        federation.certificates, "north", FolderSource(AuthorityFolder(federation.authority.path), "north")
+    )
+    for one in (federation.keeper("north"), again):
+        one.look()
+    assert {path.name: (path.stat().st_ino, path.read_bytes()) for path in place.iterdir()} == before
+    assert identity.renewed() is identity
+
+
+def test_a_recipe_that_is_half_written_holds_up_no_revocation(federation: Federation) -> None:
+    recipe = federation.authority.recipe_path
+    text = recipe.read_text()
+    recipe.write_text(text[: len(text) // 2])
+    federation.authority.revoke("south")
+    federation.keeper("north").look()
+    south = Identity.load(federation.certificates, "south", "silo")
+    with pytest.raises(IdentityError, match="revoked on"):
+        Identity.load(federation.certificates, "north", "silo").check_peer(south.certificate, "south", "silo")
