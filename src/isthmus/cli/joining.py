@@ -86,7 +86,7 @@ def invite(
     if is_loopback(authority.address):
         notify(f"note: {authority.address} is reached from this machine alone; write trunk.address into the recipe")
     for name in names:
-        authority.role_in_recipe(name)
+        authority.recipe().tree.role(name)  # all of them, or none is invited
     invites = {}
     for name in names:
         made = authority.invite(name, days=days)

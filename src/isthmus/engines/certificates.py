@@ -24,7 +24,7 @@ def make_certificates(recipe: Recipe, folder: Path) -> None:
         save_identity(authority.issue("trunk", also=("root",) if shared else ()), folder)
         save_identity(authority.issue("root"), folder)
         for name in recipe.tree.parties:
-            save_identity(authority.issue(name, "edge" if name in recipe.tree.edges else "silo"), folder)
+            save_identity(authority.issue(name, recipe.tree.role(name)), folder)
 
 
 def has_certificates(recipe: Recipe, folder: Path) -> bool:

@@ -86,7 +86,7 @@ def diagnose(
     try:
         recipe = Recipe.read(path)
         party = name or _only_party(recipe)
-        role = role_of(recipe, party)
+        role = recipe.tree.role(party)
     except IsthmusError as error:
         return Diagnosis(name or "", "", (_failed("recipe", error),))
     return Doctor(path, recipe, party, role, run_dir or path.resolve().parent, notify).examine(dry)
@@ -310,22 +310,6 @@ class Doctor:
 
     def _fail(self, check: str, words: str, remedy: str) -> None:
         self._findings.append(Finding(check, "failed", words, remedy))
-
-
-def role_of(recipe: Recipe, name: str) -> Role:
-    """The role of a party of the recipe.
-
-    Raises:
-        RecipeError: there is none of this name.
-    """
-    roles: dict[str, Role] = {"trunk": "trunk", ROOT: "root"}
-    for silo in recipe.tree.silos:
-        roles[silo] = "silo"
-    for edge in recipe.tree.edges:
-        roles[edge] = "edge"
-    if name not in roles:
-        raise RecipeError(f"the recipe has no party {name!r}", remedy=f"use one of: {', '.join(sorted(roles))}")
-    return roles[name]
 
 
 def own_address(recipe: Recipe, name: str, role: Role) -> str:

@@ -200,25 +200,6 @@ class AuthorityFolder:
         """The federation's recipe as it is now."""
         return Recipe.read(self.recipe_path, undecided=True)
 
-    def role_in_recipe(self, name: str) -> Role:
-        """The role of a party of the recipe.
-
-        Raises:
-            RecipeError: it has no such party.
-        """
-        recipe = self.recipe()
-        if name in ("trunk", ROOT):
-            return cast(Role, name)
-        if name in recipe.tree.edges:
-            return "edge"
-        if name in recipe.tree.parties:
-            return "silo"
-        raise RecipeError(
-            f"{self.recipe_path} has no party {name!r}",
-            remedy=f"add a table [[silo]] or [[edge]] of this name to it, or name one of: "
-            f"trunk, root, {', '.join(recipe.tree.parties)}",
-        )
-
     def invite(self, name: str, *, days: float = INVITE_DAYS) -> Invite:
         """A new invite for a party of the recipe. An earlier one for it that is still open is withdrawn.
 
@@ -228,7 +209,7 @@ class AuthorityFolder:
         Raises:
             RecipeError: the recipe has no such party.
         """
-        role = self.role_in_recipe(name)
+        role = self.recipe().tree.role(name)
         made = Invite.make(name, role, self.address, self.server, self._authority.public_key, days=days)
         with self._locked():
             for other in self.invites():
@@ -286,7 +267,7 @@ class AuthorityFolder:
             RecipeError: the recipe has no such party.
         """
         with self._locked():
-            role = "root" if name == self.server == OWN_SERVER else self.role_in_recipe(name)
+            role: Role = "root" if name == self.server == OWN_SERVER else self.recipe().tree.role(name)
             identity = self._authority.issue(name, role, also=self._also(name))
             self._enter(identity.certificate, name, role)
         return replace(identity, revoked=self.revoked)

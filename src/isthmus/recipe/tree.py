@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from isthmus.errors import ProtocolError, RecipeError
 from isthmus.recipe.sections import EdgeSection, RootSection, SiloSection
@@ -57,6 +58,26 @@ class Tree:
     def parties(self) -> tuple[str, ...]:
         """Names of edges and silos."""
         return (*self._edges, *self.silos)
+
+    def role(self, name: str) -> Literal["silo", "edge", "trunk", "root"]:
+        """What a party of the federation is.
+
+        Raises:
+            RecipeError: there is none of this name.
+        """
+        if name == "trunk":
+            return "trunk"
+        if name == ROOT:
+            return "root"
+        if name in self._edges:
+            return "edge"
+        if name in self.silos:
+            return "silo"
+        known = ", ".join(("trunk", ROOT, *self.parties))
+        raise RecipeError(
+            f"the recipe has no party {name!r}",
+            remedy=f"add a table [[silo]] or [[edge]] for it, or use one of: {known}",
+        )
 
     def parent(self, name: str) -> str:
         """The edge, or ``root``, to which this silo or edge sends its update."""

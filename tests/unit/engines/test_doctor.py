@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from isthmus.engines import doctor
-from isthmus.engines.doctor import Diagnosis, diagnose, disk_needed, memory_needed, role_of
+from isthmus.engines.doctor import Diagnosis, diagnose, disk_needed, memory_needed
 from isthmus.engines.reachability import Finding
 from isthmus.errors import RecipeError
 from isthmus.joining.join import join_federation
@@ -136,7 +136,7 @@ def test_the_party_is_named_unless_one_certificate_is_here(tmp_path: Path) -> No
     assert "those of north, south are" in failed(examined(tmp_path))["recipe"].words
     assert "no party 'east'" in failed(examined(tmp_path, "east"))["recipe"].words
     with pytest.raises(RecipeError, match="no party"):
-        role_of(Recipe.read(recipe), "east")
+        Recipe.read(recipe).tree.role("east")
 
 
 @pytest.mark.parametrize(

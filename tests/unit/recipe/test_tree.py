@@ -42,3 +42,14 @@ def test_an_edge_that_is_not_there() -> None:
 )
 def test_parties_are_listed_for_a_log(count: int, text: str) -> None:
     assert listed({f"silo-{number:02}" for number in range(count)}) == text
+
+
+def test_each_party_has_a_role_and_nobody_else_has() -> None:
+    edges = [{"name": "left", "address": "localhost:1", "silos": ["a", "b"]}]
+    tree = Recipe.of(LEAST | {"edge": edges}).tree
+    found = {name: tree.role(name) for name in ("trunk", "root", *tree.parties)}
+    assert found == {"trunk": "trunk", "root": "root", "left": "edge", "a": "silo", "b": "silo", "c": "silo"}
+    for name in ("", "d", "Trunk", "authority"):
+        with pytest.raises(RecipeError, match="no party") as caught:
+            tree.role(name)
+        assert all(known in caught.value.remedy for known in found)
