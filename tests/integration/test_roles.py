@@ -207,7 +207,7 @@ def test_a_foreign_certificate_with_the_right_authority_beside_it_is_refused(
     (place / "cert.pem").write_bytes(foreign.certificate)
     (place / "key.pem").write_bytes(foreign.key)
     isthmus(*federation.silo(recipe, "north", tmp_path / "run")).failed(
-        "the certificate of north was signed by another authority", "remedy: make certificates"
+        "the certificate of north was signed by another authority", "remedy: join with an invite"
     )
 
 

@@ -39,7 +39,7 @@ _ECDSA = ec.ECDSA(hashes.SHA256())
 _PSS = padding.PSS(padding.MGF1(hashes.SHA256()), padding.PSS.DIGEST_LENGTH)
 _ISSUERS = ExtensionPolicy.permit_all().require_present(x509.BasicConstraints, Criticality.AGNOSTIC, None)
 _REMEDY = (
-    "make certificates with 'isthmus certificates RECIPE' and give each party its folder; "
+    "join with an invite of who leads the federation, or make certificates with 'isthmus certificates RECIPE'; "
     "wire.certificates in the recipe names the folder that holds it"
 )
 

@@ -9,8 +9,8 @@ class WireSection(Section):
     """Connections between the parties."""
 
     certificates: str = "certificates"
-    """Folder with one folder for each party, which holds ``ca.pem``, ``cert.pem`` and ``key.pem``. The command
-    ``isthmus certificates`` makes them."""
+    """Folder with one folder for each party, which holds ``ca.pem``, ``cert.pem`` and ``key.pem``. ``isthmus join``
+    makes a party's own from an invite; ``isthmus certificates`` makes all parties', for trials."""
     deadline: Positive = 60.0
     """Seconds to keep trying to reach a peer that does not answer."""
     answer_deadline: Positive = 600.0
