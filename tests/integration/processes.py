@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -295,15 +297,17 @@ def alive(process: psutil.Process) -> bool:
 
 
 class SmallDisk:
-    """A folder on a disk of its own that can be filled up; where mounting is not permitted, files that cannot grow."""
+    """A folder on a disk of its own that can be filled up; where mounting is not permitted, files that cannot grow.
 
-    def __init__(self, folder: Path, *, megabytes: int) -> None:
-        self.folder = folder
-        self._ballast = folder / "ballast"
+    Not in pytest's own folders: it could not remove one that a killed run of the tests left mounted.
+    """
+
+    def __init__(self, *, megabytes: int) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="isthmus-disk-"))
+        self._ballast = self.folder / "ballast"
         self._size = f"size={megabytes}m"
 
     def __enter__(self) -> Self:
-        self.folder.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", self._size, "tmpfs", str(self.folder)]
         self._mounted = subprocess.run(mount, capture_output=True).returncode == 0
         return self
@@ -311,6 +315,7 @@ class SmallDisk:
     def __exit__(self, *_: object) -> None:
         if self._mounted:
             subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
+        shutil.rmtree(self.folder)
 
     def fill(self, writers: list[psutil.Process]) -> None:
         """Leave no room for what these processes write."""

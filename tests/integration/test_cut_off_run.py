@@ -39,7 +39,7 @@ def test_run_cut_off_in_every_way_resumes_to_the_same_adapters(
     recipe: Path, commands: Commands, tmp_path: Path
 ) -> None:
     run_here(recipe, tmp_path / "undisturbed")
-    with SmallDisk(tmp_path / "disk", megabytes=4) as disk:
+    with SmallDisk(megabytes=4) as disk:
         run = disk.folder / "run"
 
         cut_off = commands.start("run", recipe, "--run-dir", run)
