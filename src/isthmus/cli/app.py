@@ -30,6 +30,10 @@ Round = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help='best, last, or the number of a kept round; best by default with train.evaluate = "best".'),
 ]
+MetricsAddress = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--metrics", help="host:port at which to answer /healthz and /metrics (Prometheus), without a key."),
+]
 TrunkAddress = Annotated[Optional[str], typer.Option(help="host:port of a trunk that serves the run.")]  # noqa: UP045
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; notes go to standard error.")]

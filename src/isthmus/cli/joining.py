@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from isthmus.cli.app import AsJson, RecipePath, app, command, finish, notify, print_json
+from isthmus.cli.app import AsJson, MetricsAddress, RecipePath, app, command, finish, notify, print_json
 
 authority = typer.Typer(no_args_is_help=True, help="The federation's authority, which says who is a party.")
 app.add_typer(authority, name="authority")
@@ -53,11 +53,14 @@ def serve_guests(
         Optional[str],  # noqa: UP045
         typer.Option(help="host:port to listen at; that of the invites by default."),
     ] = None,
+    metrics: MetricsAddress = None,
 ) -> None:
     """Answer invites and renewals by a server of its own."""
+    from isthmus.engines.monitor import monitored
     from isthmus.engines.roles import serve_authority
 
-    serve_authority(folder, address)
+    with monitored("authority", metrics) as monitor:
+        serve_authority(folder, address, monitor)
 
 
 @command("authority show authority", name="show", group=authority)

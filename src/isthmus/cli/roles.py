@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from isthmus.cli.app import Address, AsJson, RecipePath, RunOption, Served, command, finish
+from isthmus.cli.app import Address, AsJson, MetricsAddress, RecipePath, RunOption, Served, command, finish
 from isthmus.cli.log import log_as
 
 AuthorityOption = Annotated[
@@ -24,12 +24,16 @@ def trunk(
     with_root: Annotated[bool, typer.Option(help="Serve the root too, at the same address.")] = False,
     round: Annotated[Optional[int], typer.Option(min=0, help="The round to serve; the last by default.")] = None,  # noqa: UP045
     authority: AuthorityOption = None,
+    metrics: MetricsAddress = None,
 ) -> None:
     """Serve the trunk, the middle blocks of the model: for a federation, or to use a finished run."""
+    from isthmus.engines.monitor import monitored
     from isthmus.engines.roles import serve
 
     log_as("both" if with_root else "trunk")
-    serve(recipe, run_dir, ("trunk", "root") if with_root else ("trunk",), address, round, authority)
+    roles = ("trunk", "root") if with_root else ("trunk",)
+    with monitored("+".join(roles), metrics) as monitor:
+        serve(recipe, run_dir, roles, address, round, authority, monitor)
 
 
 @command("root recipe.toml --run-dir runs/root")
@@ -38,12 +42,15 @@ def root(
     run_dir: RunOption = Path("runs/root"),
     address: Address = None,
     authority: AuthorityOption = None,
+    metrics: MetricsAddress = None,
 ) -> None:
     """Serve the root, which leads the rounds and aggregates the silos' updates."""
+    from isthmus.engines.monitor import monitored
     from isthmus.engines.roles import serve
 
     log_as("root")
-    serve(recipe, run_dir, ("root",), address, authority=authority)
+    with monitored("root", metrics) as monitor:
+        serve(recipe, run_dir, ("root",), address, authority=authority, monitor=monitor)
 
 
 @command("edge recipe.toml west --run-dir runs/west")
@@ -53,9 +60,11 @@ def edge(
     run_dir: RunOption = Path("runs/edge"),
     address: Address = None,
     parent: Address = None,
+    metrics: MetricsAddress = None,
 ) -> None:
     """Serve an edge, which sums the updates of its silos and sends the sum to its parent."""
     from isthmus.engines.local import at_address
+    from isthmus.engines.monitor import monitored
     from isthmus.engines.roles import recorded, serve_edge
     from isthmus.recipe import Recipe
 
@@ -64,7 +73,8 @@ def edge(
     read.tree.node(name)
     read = at_address(read, parent, (read.tree.parent(name),))
     run = recorded(recipe, read, run_dir)
-    serve_edge(at_address(read, address, (name,)), run, name)
+    with monitored(f"edge {name}", metrics) as monitor:
+        serve_edge(at_address(read, address, (name,)), run, name, monitor)
 
 
 @command("silo recipe.toml north --run-dir runs/north")

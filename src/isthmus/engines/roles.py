@@ -14,6 +14,7 @@ from isthmus.engines.growth import Growth
 from isthmus.engines.lifetime import Stopped, by_engine
 from isthmus.engines.local import at_address
 from isthmus.engines.memory import return_memory
+from isthmus.engines.monitor import Monitor
 from isthmus.engines.process import LISTENING
 from isthmus.engines.threads import set_threads
 from isthmus.errors import RecipeError, RunError
@@ -81,6 +82,7 @@ def serve(
     address: str | None,
     number: int | None = None,
     authority: Path | None = None,
+    monitor: Monitor | None = None,
 ) -> None:
     """Serve roles of the recipe at this path, or of the finished run in the run directory at this path.
 
@@ -89,6 +91,7 @@ def serve(
         address: ``host:port``; None: the recipe's.
         number: as in ``start_server``.
         authority: the authority's folder, to answer guests from.
+        monitor: tells of the roles.
 
     Raises:
         RecipeError: two run directories are named.
@@ -97,10 +100,11 @@ def serve(
     if path.is_dir():
         if run_dir not in (Path(f"runs/{roles[0]}"), path):  # another than the command's default
             raise RecipeError(f"both {path} and {run_dir} are named", remedy="leave out --run-dir")
-        serve_run(path, roles, address, number, folder)
+        serve_run(path, roles, address, number, folder, monitor)
     else:
         recipe = Recipe.read(path)
-        serve_roles(at_address(recipe, address, roles), recorded(path, recipe, run_dir), roles, number, folder)
+        run = recorded(path, recipe, run_dir)
+        serve_roles(at_address(recipe, address, roles), run, roles, number, folder, monitor)
 
 
 @contextmanager
@@ -130,12 +134,14 @@ def serve_roles(
     roles: tuple[str, ...],
     number: int | None = None,
     authority: AuthorityFolder | None = None,
+    monitor: Monitor | None = None,
 ) -> None:
     """Serve ``trunk``, ``root`` or both until ``Stopped``.
 
     Args:
         roles: the first one's address and certificate are used for both.
         number, authority: as in ``start_server``.
+        monitor: tells of the roles.
 
     Raises:
         RecipeError: two roles, but the recipe has them at two addresses.
@@ -150,10 +156,10 @@ def serve_roles(
     own: Role = "trunk" if roles[0] == "trunk" else "root"
     kept = kept_certificate(Path(recipe.wire.certificates), roles[0], own, authority)
     with suppress(Stopped), alone(run, roles), kept:
-        recipe = _serve(recipe, run, roles, number, authority)
+        recipe = _serve(recipe, run, roles, number, authority, monitor)
         while True:
             run.record(recipe)
-            recipe = _serve(recipe, run, roles, None, authority, announce=False)
+            recipe = _serve(recipe, run, roles, None, authority, monitor, announce=False)
 
 
 def _serve(
@@ -162,10 +168,13 @@ def _serve(
     roles: tuple[str, ...],
     number: int | None,
     authority: AuthorityFolder | None,
+    monitor: Monitor | None,
     announce: bool = True,
 ) -> Recipe:
     """Serve these roles until silos are added to the recipe; returns it with them."""
     server, services = start_server(recipe, run, roles, number, authority)
+    if monitor is not None:
+        monitor.watch(server, services)
     address = _at(getattr(recipe, roles[0]).address, server)
     root = services.get("Root")
     growth = Growth(recipe, authority, address) if authority is not None and len(roles) > 1 else None
@@ -190,6 +199,7 @@ def serve_run(
     address: str | None,
     number: int | None = None,
     authority: AuthorityFolder | None = None,
+    monitor: Monitor | None = None,
 ) -> None:
     """Serve the trunk, the root or both of a run that has finished, so that its silos can use the result.
 
@@ -198,6 +208,7 @@ def serve_run(
         address: ``host:port``; None: the recipe's.
         number: the round to serve; None: the last one.
         authority: as in ``start_server``.
+        monitor: tells of the roles.
 
     Raises:
         RunError: the folder is no run directory, lacks these roles or the round, or the run is still going on.
@@ -210,11 +221,14 @@ def serve_run(
                 remedy=f"name the run directory of 'isthmus run' or 'isthmus {role}', or give the recipe",
             )
     with run.locked(shared=True):
-        serve_roles(at_address(run.recipe(), address, roles), run, roles, number, authority)
+        serve_roles(at_address(run.recipe(), address, roles), run, roles, number, authority, monitor)
 
 
-def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
+def serve_edge(recipe: Recipe, run: RunDirectory, name: str, monitor: Monitor | None = None) -> None:
     """Serve the edge ``name`` until ``Stopped``.
+
+    Args:
+        monitor: tells of the edge.
 
     Raises:
         RunError: another process serves it from this directory.
@@ -223,6 +237,8 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str) -> None:
     kept = kept_certificate(Path(recipe.wire.certificates), name, "edge")
     with suppress(Stopped), alone(run, (name,)), kept:
         server, edge, channel = start_edge(recipe, run, name)
+        if monitor is not None:
+            monitor.watch(server, {"Root": edge})
         try:
             over = f"{_finished(recipe)}; nothing is left to do here"
             _listen(server, _at(recipe.tree.node(name).address, server), lambda: over if edge.finished else None)
@@ -400,11 +416,12 @@ def _finished(recipe: Recipe) -> str:
     return f"finished after {rounds} round{'' if rounds == 1 else 's'}"
 
 
-def serve_authority(folder: Path, address: str | None) -> None:
+def serve_authority(folder: Path, address: str | None, monitor: Monitor | None = None) -> None:
     """Answer guests and parties from an authority's folder until ``Stopped``, with a server of its own.
 
     Args:
         address: ``host:port`` to listen at; None: that of the invites.
+        monitor: tells of the authority.
 
     Raises:
         RunError: it is the folder of no authority.
@@ -421,4 +438,6 @@ def serve_authority(folder: Path, address: str | None) -> None:
         identity, where = Identity.load(certificates, OWN_SERVER, "root"), address or authority.address
         server = Server({}, identity, {}, where, limit, doorkeeper=AuthorityService(authority))
         server.start()
+        if monitor is not None:
+            monitor.watch(server, {})
         _listen(server, _at(where, server), lambda: None)

@@ -22,6 +22,7 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, Channel, Service, answered
 from isthmus.wire.identity import Identity
 from isthmus.wire.senders import check_sender
+from isthmus.wire.vitals import Vitals
 
 
 class GreetedAggregator:
@@ -57,6 +58,11 @@ class GreetedAggregator:
                 f"received {type(request).__name__} before Hello", remedy="send Hello first on every stream"
             )
         return self._aggregator.handle(peer, request)
+
+    def vitals(self) -> Vitals:
+        """Implements ``wire.vitals.Watched``."""
+        assert isinstance(self._aggregator, Aggregator)
+        return self._aggregator.vitals()
 
     def hold(self) -> Future[None]:
         """As ``Rounds.hold``, of an aggregator that waits for its silos."""

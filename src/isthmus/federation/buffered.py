@@ -28,6 +28,7 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.identity import Identity
 from isthmus.wire.published import sign_version
+from isthmus.wire.vitals import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,12 @@ class Buffered(Aggregator):
     def current(self, peer: str = "") -> Answer:
         with self._lock:
             return self._planner.current(peer)
+
+    def vitals(self) -> Vitals:
+        """Implements ``wire.vitals.Watched``; takes no lock, which a version's arithmetic may hold for long."""
+        failure = "" if self._error is None else self._error.message
+        state = "failed" if failure else "finished" if self._planner.over else "training"
+        return Vitals(state, self._planner.completed, failure, gauges={"root_buffered_updates": len(self._buffer)})
 
     @property
     def finished(self) -> bool:

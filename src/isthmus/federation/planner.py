@@ -38,6 +38,9 @@ T = TypeVar("T")
 class Planner(Protocol):
     """Plans rounds for the state machine of ``rounds``."""
 
+    completed: int
+    """Number of rounds that are finished, as far as this node knows."""
+
     @property
     def over(self) -> bool:
         """Whether no round is left, as far as this node knows."""
@@ -226,7 +229,7 @@ class EdgePlanner:
         self._masks, self._compression = recipe.federation.secure.masks, Compression.of(recipe)
         self._silos = len(recipe.silo)
         self._journal = store.journal("metrics")
-        self._completed = 0
+        self.completed = 0
         self._named: dict[str, str] = {}
 
     def meet(self, peer: str, run: str) -> None:
@@ -238,7 +241,7 @@ class EdgePlanner:
 
     def plan(self, silos: Iterable[str]) -> Answer:
         return self._parent.submit(
-            pb.Ready(completed=self._completed, silos=sorted(silos), run=_most_named(self._named))
+            pb.Ready(completed=self.completed, silos=sorted(silos), run=_most_named(self._named))
         )
 
     def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
@@ -269,7 +272,7 @@ class EdgePlanner:
 
     def _note(self, round: int, collected: Collected, done: Answer) -> None:
         if done.exception() is None:
-            self._completed = round
+            self.completed = round
             self._journal.append({"round": round, "weights": collected.weights})
 
 

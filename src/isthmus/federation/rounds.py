@@ -29,6 +29,7 @@ from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.identity import Identity
 from isthmus.wire.sum_keys import plan_digest, signers, verify_keys
+from isthmus.wire.vitals import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,10 @@ class Aggregator(ABC):
     @abstractmethod
     def current(self, peer: str = "") -> Answer:
         """``pb.Adapters``: the shared adapters after the last finished round, for a child that does not train."""
+
+    @abstractmethod
+    def vitals(self) -> Vitals:
+        """Implements ``wire.vitals.Watched``."""
 
     @property
     @abstractmethod
@@ -192,6 +197,19 @@ class Rounds(Aggregator):
     def _settle_held(self) -> None:
         if self._held is not None and not self._held.done():
             self._held.set_result(None)
+
+    def vitals(self) -> Vitals:
+        """Implements ``wire.vitals.Watched``; takes no lock, which a round's arithmetic may hold for long."""
+        phase, collection, children = self.phase, self._collection, {*self._node.children, *self._node.wards}
+        missing: set[str] = set()
+        if collection is not None:
+            missing = {child for child in children if collection.awaits(child)}
+        elif phase is Phase.GATHERING:
+            missing = set(self._gathering.expected) - set(self._waiting)
+        elif phase is Phase.WAITING:
+            missing = set(self._node.children) - set(self._waiting)
+        failure = "" if self._error is None else self._error.message
+        return Vitals(phase.value, self._planner.completed, failure, tuple(sorted(missing)))
 
     @property
     def finished(self) -> bool:

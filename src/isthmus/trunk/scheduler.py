@@ -129,7 +129,8 @@ class Scheduler:
         self._bytes: Counter[Hashable] = Counter()
         """Bytes of these jobs."""
         self._stopped = False
-        threading.Thread(target=self._work, name="trunk compute", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="trunk compute", daemon=True)
+        self._thread.start()
 
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
         """Call ``work`` alone, after all earlier jobs and before all later ones. The future gives its result or
@@ -161,6 +162,11 @@ class Scheduler:
     def _put(self, job: Job) -> Future[Any]:
         self._arriving.put(job)
         return job.done
+
+    @property
+    def alive(self) -> bool:
+        """Whether the compute thread runs."""
+        return self._thread.is_alive()
 
     @property
     def waiting(self) -> Mapping[Hashable, int]:

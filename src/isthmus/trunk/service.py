@@ -40,6 +40,7 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.identity import Identity
 from isthmus.wire.senders import check_sender
+from isthmus.wire.vitals import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,18 @@ class TrunkService:
         if isinstance(self._steps, SyncSteps):
             self._steps.settled(completed)
         return self._scheduler.submit_urgent(lambda: self._training.settle(completed, shared))
+
+    def vitals(self) -> Vitals:
+        """Implements ``wire.vitals.Watched``."""
+        waiting, held = self._scheduler.waiting, self._scheduler.waiting_bytes
+        gauges = {
+            "trunk_waiting_requests": sum(waiting.values()),
+            "trunk_waiting_bytes": sum(held.values()),
+            "trunk_sessions": len(self._sessions),
+        }
+        failure = "" if self._scheduler.alive else "the trunk's compute thread has ended"
+        state = "failed" if failure else "computing" if waiting else "idle"
+        return Vitals(state, self._training.completed, failure, gauges=gauges)
 
     def stop(self) -> None:
         """End the compute thread."""

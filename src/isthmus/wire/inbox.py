@@ -18,7 +18,7 @@ from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Service, answer_request
 from isthmus.wire.chunks import FLOW
-from isthmus.wire.traffic import Traffic
+from isthmus.wire.traffic import PeerTraffic, Traffic
 
 FRAMES = 4
 """Largest frames that requests being answered and unsent answers of a peer may have together."""
@@ -103,6 +103,13 @@ class PeerAccount:
         """Bytes held: requests being answered, and answers unsent or kept."""
         with self.changed:
             return self.open + sum(inbox.held for inbox in self._inboxes.values())
+
+    def seen(self, service: str) -> PeerTraffic:
+        """What the peer has sent and got of this service."""
+        held = self.held
+        with self.changed:
+            connected = any(inbox.stream is not None for inbox in self._inboxes.values())
+            return self.traffic.seen(service, connected=connected, held_bytes=held)
 
     def connect(self, instance: str, stream: Stream) -> tuple[Inbox, list[Stream]]:
         """The inbox of a client, which has this stream from now on, and the streams that must be ended for it: the

@@ -3,6 +3,7 @@ once."""
 
 from __future__ import annotations
 
+import datetime
 import errno
 import logging
 import socket
@@ -19,6 +20,7 @@ from isthmus.wire.channel import Service, forget_frames
 from isthmus.wire.chunks import Assembler, in_chunks
 from isthmus.wire.identity import Identity, Role
 from isthmus.wire.inbox import MAX_INSTANCES, Inbox, PeerAccount, Stream
+from isthmus.wire.traffic import PeerTraffic
 
 log = logging.getLogger(__name__)
 METHOD_PATH = "/isthmus.Wire/{}"
@@ -175,6 +177,17 @@ class Server:
     def held(self, service: str, peer: str) -> int:
         """Bytes of requests and answers that are held for a peer of a service."""
         return self._accounts[service, peer].held
+
+    @property
+    def expires(self) -> datetime.datetime:
+        """When the server's own certificate does."""
+        return self._identity.ends
+
+    def traffic(self) -> list[PeerTraffic]:
+        """What each peer has sent and got since the server started, by service and peer."""
+        with self._lock:
+            accounts = sorted(self._accounts.items())
+        return [account.seen(service) for (service, _), account in accounts]
 
     def _stream_of(self, name: str):  # type: ignore[no-untyped-def]
         def stream(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

@@ -5,8 +5,28 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PeerTraffic:
+    """What one peer of a service has sent and got so far."""
+
+    service: str
+    peer: str
+    connected: bool
+    """Whether a stream of it is open."""
+    held_bytes: int
+    """Bytes of its requests and answers that the server holds."""
+    requests: Mapping[str, int]
+    """By kind."""
+    refusals: Mapping[str, int]
+    """By the error's code."""
+    received_bytes: int
+    sent_bytes: int
 
 
 class Traffic:
@@ -37,3 +57,9 @@ class Traffic:
             told = "%s of %s was refused: %s (number %d)"
             fields = {"peer": self._peer, "request": kind, "code": code, "times": times}
             log.info(told, kind, self._peer, code, times, extra=fields)
+
+    def seen(self, service: str, *, connected: bool, held_bytes: int) -> PeerTraffic:
+        """The counts so far, with what else is known of the peer."""
+        requests, refusals = dict(self.requests), dict(self.refusals)
+        sizes = self.received_bytes, self.sent_bytes
+        return PeerTraffic(service, self._peer, connected, held_bytes, requests, refusals, *sizes)
