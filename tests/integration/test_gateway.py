@@ -22,7 +22,7 @@ import isthmus
 from isthmus.engines.inference import PromptRequest, generate_text
 from isthmus.storage.record import RunDirectory
 from tests.integration.gateways import DP, Gateway, write_run
-from tests.integration.processes import Commands, free_port, until
+from tests.integration.processes import Commands, Ended, call, free_port, until
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
 KEY = "a-key-that-is-long-enough"
@@ -343,20 +343,25 @@ def test_keys(run: Path, tmp_path: Path, commands: Commands, copy: Path) -> None
     assert KEY not in gateway.log
 
 
-def test_bad_starts(copy: Path, tmp_path: Path, commands: Commands) -> None:
+def test_bad_starts(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*arguments: object) -> Ended:
+        return call(capsys, monkeypatch, "gateway", *arguments)
+
     empty, short = tmp_path / "empty", tmp_path / "short"
     empty.touch(mode=0o600)
     short.touch(mode=0o600)
     short.write_text("12345\n")
-    commands.run("gateway", copy, "--api-keys", empty).failed("holds no key")
-    commands.run("gateway", copy, "--api-keys", short).failed("fewer than 16 characters")
-    commands.run("gateway", copy, "--api-keys", tmp_path / "absent").failed("cannot be read")
-    commands.run("gateway", copy, "--host", "0.0.0.0").failed("has no API keys", "--api-keys")
+    start(copy, "--api-keys", empty).failed("holds no key")
+    start(copy, "--api-keys", short).failed("fewer than 16 characters")
+    start(copy, "--api-keys", tmp_path / "absent").failed("cannot be read")
+    start(copy, "--host", "0.0.0.0").failed("has no API keys", "--api-keys")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port := free_port()))
         taken.listen()
-        commands.run("gateway", copy, "--port", port).failed(f"cannot listen at 127.0.0.1:{port}", "another --port")
-    commands.run("gateway", tmp_path).failed()
+        start(copy, "--port", port).failed(f"cannot listen at 127.0.0.1:{port}", "another --port")
+    start(tmp_path).failed()
 
 
 def test_a_full_queue_turns_away(copy: Path, commands: Commands) -> None:

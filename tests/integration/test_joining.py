@@ -49,8 +49,8 @@ class Led:
             folder / "leader",
             train={"rounds": 100_000, "steps": 4, "evaluate": False},
             silo=silos,
-            trunk={**address, "patience": 3.0},
-            root={**address, "patience": 3.0, "minimum": 3},
+            trunk={**address, "patience": 20.0},
+            root={**address, "patience": 20.0, "minimum": 3},
             federation={"secure": {"masks": True}},
         )
         self.authority = folder / "leader" / "authority"
