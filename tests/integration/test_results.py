@@ -35,6 +35,7 @@ RESULTS = {
 }
 """A call of each command with a JSON object."""
 ELSEWHERE = {
+    "abort": "tests/integration/test_early_end.py",
     "privacy": "tests/integration/test_run.py",
     "demo": "tests/integration/test_demo.py",
     "doctor": "tests/integration/test_doctor.py",

@@ -60,7 +60,23 @@ def run(
     path = directory.path
     values = {"run_dir": path, "silos": [asdict(one) for one in statuses(directory, directory.recipe())]}
     follows = f"isthmus generate {path} PROMPT; isthmus evaluate {path}; isthmus export {path} OUT; "
+    completed, rounds = directory.completed(), directory.recipe().train.rounds
+    if completed < rounds:
+        notify(f"ended early, after {completed} of {rounds} rounds; go on with 'isthmus run --resume {path}'")
     finish(values, as_json, f"run directory: {path}", following=f'{follows}in Python: isthmus.open("{path}")')
+
+
+@command("abort runs/first")
+def abort(run_dir: RunPath, as_json: AsJson = False) -> None:
+    """End a federation early: its silos keep the rounds that are finished. Named where its root runs."""
+    from isthmus.engines.early_end import end_early
+    from isthmus.storage.record import RunDirectory
+
+    run = RunDirectory.open(run_dir)
+    completed, rounds = end_early(run), run.recipe().train.rounds
+    text = f"{run_dir} ends after {completed} of {rounds} rounds; silos hear of it when they ask for the next one"
+    values = {"run_dir": run_dir, "completed": completed, "rounds": rounds}
+    finish(values, as_json, text, following=f"isthmus run --resume {run_dir}; deployed: start root and silos again")
 
 
 @command("export runs/first adapter", name="export")

@@ -104,6 +104,8 @@ def serve(
     else:
         recipe = Recipe.read(path)
         run = recorded(path, recipe, run_dir)
+        if "root" in roles:
+            run.role("root").go_on()
         serve_roles(at_address(recipe, address, roles), run, roles, number, folder, monitor)
 
 
@@ -182,7 +184,7 @@ def _serve(
         _listen(
             server,
             address if announce else None,
-            lambda: _result(recipe, run, roles),
+            lambda: _result(recipe, run, roles, root),
             lambda: growth is not None and isinstance(root, GreetedAggregator) and growth.due(root),
         )
         assert growth is not None
@@ -240,10 +242,14 @@ def serve_edge(recipe: Recipe, run: RunDirectory, name: str, monitor: Monitor | 
         if monitor is not None:
             monitor.watch(server, {"Root": edge})
         try:
-            over = f"{_finished(recipe)}; nothing is left to do here"
-            _listen(server, _at(recipe.tree.node(name).address, server), lambda: over if edge.finished else None)
+            _listen(server, _at(recipe.tree.node(name).address, server), lambda: _over(recipe, edge))
         finally:
             channel.close()
+
+
+def _over(recipe: Recipe, edge: Aggregator) -> str | None:
+    """A message once no round is left for an edge."""
+    return f"{_finished(recipe, edge.vitals().completed)}; nothing is left to do here" if edge.finished else None
 
 
 def start_edge(recipe: Recipe, run: RunDirectory, name: str) -> tuple[Server, Aggregator, GrpcChannel]:
@@ -318,16 +324,24 @@ def _at(address: str, server: Server) -> str:
     return f"{address.rpartition(':')[0]}:{server.port}"
 
 
-def _result(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...]) -> str | None:
-    """What to do with the last round, once all these roles have saved it."""
+def _result(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...], root: Service | None = None) -> str | None:
+    """What to do with the last round, once all these roles have saved it. Ends the rounds of the root, if it is one of
+    them and is asked to."""
     number = min(max(run.role(role).rounds(), default=0) for role in roles)  # called often: reads no file
     if number < recipe.train.rounds:
-        return None
+        if not isinstance(root, GreetedAggregator) or not run.role("root").ended_early:
+            return None
+        root.end_early()
+        return (
+            f"{_finished(recipe, number)}; silos hear of it when they have trained the round that they are in\n"
+            f"next: isthmus {roles[0]} {run.path}{' --with-root' if len(roles) > 1 else ''} serves what was trained; "
+            "start this role with its recipe again to go on"
+        )
     if not recipe.train.rounds:
-        return f"{_finished(recipe)}; silos can use the model while the trunk runs"
+        return f"{_finished(recipe, 0)}; silos can use the model while the trunk runs"
     folders = "" if run.served_here else " (it takes the folders of trunk and root, copied into one)"
     return (
-        f"{_finished(recipe)}; silos can use the model while the trunk runs\n"
+        f"{_finished(recipe, number)}; silos can use the model while the trunk runs\n"
         f"next: isthmus export {run.path} OUT{folders}; later: isthmus {roles[0]} {run.path}"
         f"{' --with-root' if len(roles) > 1 else ''}"
     )
@@ -397,22 +411,25 @@ def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
     _note_start(trunk=recipe.trunk.address)
     with alone(run, (name,)), kept, closing(Worker(recipe, name, run.role(name), endless=not by_engine())) as worker:
         completed = worker.run()
-    if recipe.model.moves and completed < recipe.train.rounds:
+    move = recipe.next_move(completed)
+    if move is not None and move[0] == completed:
         print(f"the cut moves after round {completed}", flush=True)
         return
     trunk = "" if run.served_here else ", while the trunk runs"
     print(
-        f"{_finished(recipe)}\n"
+        f"{_finished(recipe, completed)}\n"
         f'next: isthmus generate {run.path} PROMPT --silo {name}, or isthmus.open("{run.path}", "{name}") in Python'
         f"{trunk}; isthmus privacy {run.path}",
         flush=True,
     )
 
 
-def _finished(recipe: Recipe) -> str:
+def _finished(recipe: Recipe, completed: int) -> str:
     rounds = recipe.train.rounds
     if not rounds:
         return "nothing trains (train.rounds = 0)"
+    if completed < rounds:
+        return f"ended early, after {completed} of {rounds} rounds"
     return f"finished after {rounds} round{'' if rounds == 1 else 's'}"
 
 

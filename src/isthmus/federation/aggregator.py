@@ -64,6 +64,11 @@ class GreetedAggregator:
         assert isinstance(self._aggregator, Aggregator)
         return self._aggregator.vitals()
 
+    def end_early(self) -> None:
+        """As ``Aggregator.end_early``."""
+        assert isinstance(self._aggregator, Aggregator)
+        self._aggregator.end_early()
+
     def hold(self) -> Future[None]:
         """As ``Rounds.hold``, of an aggregator that waits for its silos."""
         assert isinstance(self._aggregator, Rounds)

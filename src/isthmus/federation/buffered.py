@@ -124,6 +124,13 @@ class Buffered(Aggregator):
         with self._lock:
             return self._planner.current(peer)
 
+    def end_early(self) -> None:
+        with self._lock:
+            self._buffer.clear()
+            if self._clock is not None:
+                self._clock.cancel()
+            self._answer()
+
     def vitals(self) -> Vitals:
         """Implements ``wire.vitals.Watched``; takes no lock, which a version's arithmetic may hold for long."""
         failure = "" if self._error is None else self._error.message

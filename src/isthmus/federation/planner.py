@@ -126,7 +126,7 @@ class RootPlanner:
 
     @property
     def over(self) -> bool:
-        return self.completed >= self._rounds
+        return self.completed >= self._rounds or self._store.ended_early
 
     def meet(self, peer: str, run: str) -> None:
         if self.completed and self.run and run and run != self.run:

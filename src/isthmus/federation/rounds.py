@@ -74,6 +74,10 @@ class Aggregator(ABC):
         """``pb.Adapters``: the shared adapters after the last finished round, for a child that does not train."""
 
     @abstractmethod
+    def end_early(self) -> None:
+        """The planner has become ``over``: drop the round under way, and tell every child that asks."""
+
+    @abstractmethod
     def vitals(self) -> Vitals:
         """Implements ``wire.vitals.Watched``."""
 
@@ -194,6 +198,11 @@ class Rounds(Aggregator):
                 self._settle_held()
             return self._held
 
+    def end_early(self) -> None:
+        with self._lock:
+            if self.phase in (Phase.GATHERING, Phase.WAITING, Phase.TRAINING):  # the others end by themselves, and soon
+                self._gather(self._node.children)
+
     def _settle_held(self) -> None:
         if self._held is not None and not self._held.done():
             self._held.set_result(None)
@@ -209,7 +218,10 @@ class Rounds(Aggregator):
         elif phase is Phase.WAITING:
             missing = set(self._node.children) - set(self._waiting)
         failure = "" if self._error is None else self._error.message
-        return Vitals(phase.value, self._planner.completed, failure, tuple(sorted(missing)))
+        completed = max(
+            self._planner.completed, self._last.completed
+        )  # a new edge knows of rounds by its parent's word
+        return Vitals(phase.value, completed, failure, tuple(sorted(missing)))
 
     @property
     def finished(self) -> bool:

@@ -57,6 +57,7 @@ class RunDirectory:
         trunk/portions/                   files of the parts that silos keep, a folder for each cut
         root/metrics.jsonl                one line for each round: weights; staleness, shares, clip if any
         root/rounds/round-0003.pt         shared adapters after round 3; state of strategy, clip and control
+        root/end-early                    the root was asked to end the federation
         root/ledger.jsonl, ledger.head    releases of the root, where it adds the noise of sums
         edges/NAME/metrics.jsonl          one line for each round: weights
         silos/NAME/metrics.jsonl          one line for each step, evaluation and fairness measurement
@@ -351,6 +352,7 @@ class RoleDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rounds = RoundFiles(path / "rounds")
+        self._early_end = path / "end-early"
         self.keep: int | None = None
         """Number of last rounds that are kept besides round 0, the start; None: all."""
         self._saved = False
@@ -359,6 +361,20 @@ class RoleDirectory:
         """Later rounds are passed over when the role starts, as another role cannot go on from them; None: none are."""
         self.shared = RoundFiles(path / "shared", keep=2)
         """A silo's: the shared adapters of the last rounds, as ``shared``, and the name of the trunk's run, ``run``."""
+
+    @property
+    def ended_early(self) -> bool:
+        """A root's: whether its federation is to end after the last finished round (see ``end_early``)."""
+        return self._early_end.exists()
+
+    def end_early(self) -> None:
+        """Ask the root that runs here to end its federation after the last finished round."""
+        with disk_errors(self.path):
+            self._early_end.touch(mode=PRIVATE)
+
+    def go_on(self) -> None:
+        """Take that back."""
+        self._early_end.unlink(missing_ok=True)
 
     def keep_as(self, train: TrainSection) -> None:
         """Keep as many rounds as the recipe says, and those among which it chooses the best one."""

@@ -32,6 +32,7 @@ COMMANDS = {
         *("--masks/--no-masks=", "--example=", "--force=False", "--json=False"),
     ],
     "run": ["RECIPE?", "--run-dir=runs/latest", "--resume=", "--baseline=", "--json=False"],
+    "abort": ["RUN_DIR", "--json=False"],
     "trunk": [
         "RECIPE",
         "--run-dir=runs/trunk",

@@ -23,6 +23,7 @@ from isthmus.storage.record import RoleDirectory
 from isthmus.updates.compression import Compression
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.vitals import Vitals
 from tests.conftest import make_recipe
 from tests.unit.federation.test_rounds import BAD_TENSORS, LONG, SHAPES, SOON, WAIT, assert_plan, constant, update
 
@@ -231,6 +232,23 @@ def test_a_silo_that_dies_with_its_update_in_the_buffer(build: Build, store: Rol
     assert_plan(second.result(WAIT), 2, 1, ["a"], 2.0)
     assert not first.done()
     assert journal(store)[0]["weights"] == {"a": 1.0, "b": 1.0}
+
+
+def test_ended_early_the_buffer_is_dropped_and_all_that_ask_hear_it(build: Build, store: RoleDirectory) -> None:
+    buffered = build("a", "b", "c", buffer=2, rounds=5)
+    for silo in ("a", "b"):
+        plan(buffered, silo)
+    buffered.contribute("a", update(1)).result(WAIT)
+    waiting = buffered.ready("a", pb.Ready())
+    assert buffered.vitals() == Vitals("training", 0, gauges={"root_buffered_updates": 1})
+    store.end_early()
+    buffered.end_early()
+    assert waiting.result(WAIT).round == 0
+    with pytest.raises(RoundLostError):
+        buffered.contribute("b", update(1))
+    assert plan(buffered, "b").round == plan(buffered, "c").round == 0
+    assert buffered.finished
+    assert buffered.vitals() == Vitals("finished", 0, gauges={"root_buffered_updates": 0})
 
 
 def test_silos_that_learn_nothing_end_the_federation_too(build: Build, store: RoleDirectory) -> None:

@@ -20,6 +20,7 @@ from isthmus.storage.journal import read_journal
 from isthmus.storage.record import RoleDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.vitals import Vitals
 from tests.conftest import make_recipe
 
 SHAPES = {"x": (2, 3), "y": (4,)}
@@ -120,6 +121,59 @@ def test_held_between_two_rounds_nobody_is_answered_and_nothing_is_lost(build: B
     assert store.rounds()
     again = build("a", "b")  # the next process goes on after that round
     assert_plan(plans(again, "a", "b")[0], 2, 1, ["a", "b"], 1.0)
+
+
+@pytest.mark.parametrize("contributed", [(), ("a",), ("a", "b")])
+def test_ended_early_the_round_under_way_is_dropped_and_all_that_ask_hear_it(
+    contributed: tuple[str, ...], build: Build, store: RoleDirectory
+) -> None:
+    rounds = build("a", "b", rounds=5)
+    plans(rounds, "a", "b")
+    for silo in contributed:
+        rounds.contribute(silo, update(1, 2.0)).result(WAIT)
+    saved = int(contributed == ("a", "b"))
+    waiting = [rounds.ready(silo, pb.Ready()) for silo in contributed[:1]]
+    store.end_early()
+    rounds.end_early()
+    for plan in [answer.result(WAIT) for answer in waiting] + plans(rounds, "b"):
+        assert (plan.round, plan.completed) == (0, saved)
+    if not saved:
+        with pytest.raises(RoundLostError):
+            rounds.contribute("b", update(1))
+    assert plans(rounds, "a")[0].round == 0
+    assert rounds.finished
+    assert store.last_round() == saved
+    rounds.end_early()
+    assert rounds.vitals().state == "finished"
+
+    store.go_on()
+    again = build("a", "b", rounds=5)
+    for plan in plans(again, "a", "b"):
+        assert_plan(plan, saved + 1, saved, ["a", "b"], 2.0 * saved)
+
+
+def test_ended_early_whoever_waits_for_others_is_answered(build: Build, store: RoleDirectory) -> None:
+    rounds = build("a", "b", minimum=2, patience=SOON)
+    waiting = rounds.ready("a", pb.Ready())
+    until(lambda: rounds.phase is Phase.WAITING)
+    store.end_early()
+    rounds.end_early()
+    assert waiting.result(WAIT).round == 0
+
+
+def test_it_says_whom_it_waits_for(build: Build) -> None:
+    rounds = build("a", "b", rounds=1)
+    assert rounds.vitals() == Vitals("gathering", 0, missing=("a", "b"))
+    first = rounds.ready("b", pb.Ready())
+    assert rounds.vitals().missing == ("a",)
+    plans(rounds, "a")
+    first.result(WAIT)
+    rounds.contribute("a", update(1)).result(WAIT)
+    assert rounds.vitals() == Vitals("training", 0, missing=("b",))
+    rounds.contribute("b", update(1)).result(WAIT)
+    assert rounds.vitals().completed == 1
+    plans(rounds, "a")
+    assert rounds.vitals() == Vitals("finished", 1)
 
 
 def test_before_the_first_round_it_is_held_at_once(build: Build) -> None:
