@@ -177,7 +177,7 @@ def main() -> None:
         with flooding(recipe, hello, "unread answers"):
             time.sleep(SECONDS)
         results.add("unread answers, no process comes back: held", (resident(pid) - start) / 2**20, "MiB")
-        seconds = returned(pid, start, 3 * recipe.wire.deadline)
+        seconds = returned(pid, start, 3 * recipe.waits.reach)
         results.add("unread answers, no process comes back: memory is back after", seconds, "s", at_most=5)
     for when, value in (("start", load[0]), ("end", os.getloadavg()[0])):
         results.add(f"processes that wanted to run on this machine's {os.cpu_count()} cores, at the {when}", value, "")

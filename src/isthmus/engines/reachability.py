@@ -110,16 +110,16 @@ def open_channel(recipe: Recipe, place: ServerPlace, name: str, role: Role) -> G
     Raises:
         IsthmusError: the server cannot be reached, or does not accept the party.
     """
-    identity, wire = Identity.load(Path(recipe.wire.certificates), name, role), recipe.wire
-    limit = min(REACH_LIMIT, wire.deadline)
+    identity, waits = Identity.load(Path(recipe.wire.certificates), name, role), recipe.waits
+    limit = min(REACH_LIMIT, waits.reach)
     return GrpcChannel(
         place.address,
         place.service,
         identity,
         server=place.name,
         deadline=limit,
-        answer_deadline=wire.answer_deadline,
-        limit=wire.max_frame_bytes,
+        answer_deadline=waits.answer,
+        limit=recipe.wire.max_frame_bytes,
     )
 
 

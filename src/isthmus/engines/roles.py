@@ -266,8 +266,8 @@ def start_edge(recipe: Recipe, run: RunDirectory, name: str) -> tuple[Server, Ag
         identity,
         server=parent,
         greeting=hello_of(recipe),
-        deadline=wire.deadline,
-        answer_deadline=wire.answer_deadline,
+        deadline=recipe.waits.reach,
+        answer_deadline=recipe.waits.answer,
         endless=not by_engine(),
         limit=wire.max_frame_bytes,
     )
@@ -311,7 +311,7 @@ def _listen(
 
 def _grace(recipe: Recipe) -> float:
     """Seconds for which a server keeps its answers for a party without a connection."""
-    return 2 * recipe.wire.deadline if by_engine() else max(AWAY_SECONDS, 2 * recipe.wire.deadline)
+    return 2 * recipe.waits.reach if by_engine() else max(AWAY_SECONDS, 2 * recipe.waits.reach)
 
 
 def _note_start(**fields: str) -> None:

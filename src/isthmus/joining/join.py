@@ -182,8 +182,8 @@ def fetch_model(recipe: Recipe, identity: Identity, folder: Path, notify: Notify
         "Model",
         identity,
         server="trunk",
-        deadline=recipe.wire.deadline,
-        answer_deadline=recipe.wire.answer_deadline,
+        deadline=recipe.waits.reach,
+        answer_deadline=recipe.waits.answer,
         limit=recipe.wire.max_frame_bytes,
     )
     with closing(channel):

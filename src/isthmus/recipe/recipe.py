@@ -29,7 +29,7 @@ from isthmus.recipe.checks.partition import check_partition
 from isthmus.recipe.checks.robustness import check_robustness
 from isthmus.recipe.checks.sensitivity import check_fields
 from isthmus.recipe.checks.tree import check_names, check_tree
-from isthmus.recipe.section import COUNTRY, DEVICE, NAME, Count, Section
+from isthmus.recipe.section import COUNTRY, DEVICE, NAME, Count, Positive, Section
 from isthmus.recipe.sections import (
     BoundarySection,
     EdgeSection,
@@ -48,6 +48,7 @@ from isthmus.recipe.sections import (
 )
 from isthmus.recipe.sections.train import MOST_ROWS
 from isthmus.recipe.tree import Tree
+from isthmus.recipe.waits import Waits
 
 PATTERNS = {
     DEVICE: "'cpu', 'cuda', 'cuda:1' or 'auto'",
@@ -97,6 +98,10 @@ class Recipe(Section):
     """Seed of the adapters' first values and the order of the data. Noise never follows from it."""
     threads: Count | None = Field(default=None, examples=[2])
     """Threads that PyTorch uses in each process. Left out: PyTorch's own choice."""
+    patience: Positive = 300.0
+    """Seconds that parties wait for one that is slow, or not there: the one setting of time for most federations. What
+    is left out follows from it: root.patience is as long, trunk.patience and wire.deadline a fifth, edge.patience a
+    quarter of its parent's, wire.answer_deadline twice as long."""
     model: ModelSection
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
@@ -236,7 +241,19 @@ class Recipe(Section):
     @property
     def tree(self) -> Tree:
         """The tree of aggregation: which party sends its update to which."""
-        return Tree(self.silo, self.edge, self.root, self.federation.asynchronous.buffer)
+        return Tree(self.silo, self.edge, self.root, self.waits.round, self.federation.asynchronous.buffer)
+
+    @property
+    def waits(self) -> Waits:
+        """How long parties wait for one another."""
+        wire = self.wire
+        return Waits.of(
+            self.patience,
+            step=self.trunk.patience,
+            round=self.root.patience,
+            reach=wire.deadline,
+            answer=wire.answer_deadline,
+        )
 
     @property
     def sends_gradients(self) -> bool:

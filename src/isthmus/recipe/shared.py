@@ -25,6 +25,7 @@ _OWN_BUDGET = "a silo's own limit on what leaves it; it may be stricter than oth
 
 FREE: dict[str, str] = {
     "threads": _OWN_MACHINE,
+    "patience": _WAIT,
     "model.path": "a place on each party's machine; the files are compared by their fingerprint",
     "model.leakage": "what a cut is chosen by before anything starts; the cut is compared",
     "lora.start": "a place on each party's machine; the adapters in it are compared by their digest",

@@ -32,6 +32,7 @@ class Tree:
     """Which party sends its update to which.
 
     Args:
+        patience: seconds the others wait for a slow child of the root at the end of a round.
         buffer: updates of which a round is made, where rounds are asynchronous.
     """
 
@@ -40,10 +41,11 @@ class Tree:
         silos: tuple[SiloSection, ...],
         edges: tuple[EdgeSection, ...],
         root: RootSection,
+        patience: float,
         buffer: int | None = None,
     ) -> None:
         self.silos = tuple(silo.name for silo in silos)
-        self._root, self._buffer = root, buffer
+        self._root, self._patience, self._buffer = root, patience, buffer
         self._edges = {edge.name: edge for edge in edges}
         self._parents = {edge.name: edge.parent or ROOT for edge in edges}
         for edge in edges:
@@ -99,10 +101,10 @@ class Tree:
         children = self._children(name)
         if name == ROOT:
             minimum = self._root.minimum or self._buffer or len(children)
-            return Node(name, self._root.address, children, (), minimum, self._root.patience)
+            return Node(name, self._root.address, children, (), minimum, self._patience)
         edge = self._edges[name]
         wards = tuple(silo for other in self._edges.values() if other.sibling == name for silo in other.silos)
-        return Node(name, edge.address, children, wards, edge.minimum or len(children), self._patience(edge))
+        return Node(name, edge.address, children, wards, edge.minimum or len(children), self._patience_of(edge))
 
     def leaf(self, name: str) -> bool:
         """Whether the children of this node are silos."""
@@ -129,7 +131,7 @@ class Tree:
     def _children(self, name: str) -> tuple[str, ...]:
         return tuple(child for child in self.parties if self.parent(child) == name)
 
-    def _patience(self, edge: EdgeSection) -> float:
+    def _patience_of(self, edge: EdgeSection) -> float:
         """Left out, a quarter of the parent's: under masks an edge waits three times before its parent hears of it."""
         return edge.patience or self.node(self.parent(edge.name)).patience / 4
 

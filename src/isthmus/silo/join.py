@@ -263,12 +263,9 @@ def fetch_shared(silo: Silo, recipe: Recipe, directory: RoleDirectory | None) ->
         IsthmusError: it cannot be reached, it has adapters of other shapes, or ones that the silo does not accept.
     """
     parent = recipe.tree.parent(silo.name)
-    wire = recipe.wire
-    limits = {
-        "deadline": min(FETCH_SECONDS, wire.deadline),
-        "answer_deadline": min(wire.deadline, wire.answer_deadline),
-    }
-    hasty = recipe.model_copy(update={"wire": wire.model_copy(update=limits)})
+    waits = recipe.waits
+    limits = {"deadline": min(FETCH_SECONDS, waits.reach), "answer_deadline": min(waits.reach, waits.answer)}
+    hasty = recipe.model_copy(update={"wire": recipe.wire.model_copy(update=limits)})
     channel = connect(hasty, silo.name, "Root", recipe.tree.node(parent).address, server=parent)
     try:
         answer: pb.Adapters = channel.call(pb.Current())
@@ -448,8 +445,8 @@ def connect(
         server=server,
         greeting=hello or hello_of(recipe),
         accept=accept,
-        deadline=recipe.wire.deadline,
-        answer_deadline=recipe.wire.answer_deadline,
+        deadline=recipe.waits.reach,
+        answer_deadline=recipe.waits.answer,
         endless=endless,
         limit=recipe.wire.max_frame_bytes,
     )

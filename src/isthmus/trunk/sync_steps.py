@@ -85,7 +85,7 @@ class SyncSteps:
         """Number of optimizer steps that each silo has finished in this round."""
         self._missed: set[str] = set()
         """Silos of this round that a step went on without."""
-        self._patience = recipe.trunk.patience
+        self._patience = recipe.waits.step
         self._commits: Barrier[Arrival] = Barrier(self._patience, self._step)
         self._ends: Barrier[Answer] = Barrier(self._patience, self._end)
 

@@ -18,8 +18,9 @@ class TrunkSection(Section):
     """Where the trunk computes: "cpu", "cuda", "cuda:1", or "auto" for a CUDA device if there is one."""
     dtype: Dtype | None = Field(default=None, examples=["bfloat16"])
     """Data type of the trunk's blocks: an accelerator may want 16 bits where silos want 32. Left out: model.dtype."""
-    patience: Positive = 60.0
-    """Seconds that the other silos wait for a slow one at a training step, counted from the first that is ready."""
+    patience: Positive | None = Field(default=None, examples=[60.0])
+    """Seconds that the other silos wait for a slow one at a training step, counted from the first that is ready. Left
+    out: a fifth of patience."""
     lease: Positive = 600.0
     """Seconds that an inference session is kept without a request."""
     sessions: Count = 64

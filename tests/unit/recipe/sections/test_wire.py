@@ -10,9 +10,9 @@ from isthmus.recipe import Recipe
 from tests.unit.recipe.refusals import changed, least, refused
 
 
-def test_frames_of_sixty_four_megabytes_within_a_minute() -> None:
+def test_frames_of_sixty_four_megabytes_and_deadlines_that_follow() -> None:
     wire = Recipe.of(least()).wire
-    assert (wire.deadline, wire.max_frame_bytes) == (60.0, 64 * 2**20)
+    assert (wire.deadline, wire.answer_deadline, wire.max_frame_bytes) == (None, None, 64 * 2**20)
 
 
 @pytest.mark.parametrize(("key", "bad"), [("deadline", 0.0), ("max_frame_bytes", 0), ("certificates", 1)])
