@@ -87,10 +87,14 @@ def export_run(
     as_json: AsJson = False,
 ) -> None:
     """Write a run's adapter as a PEFT folder for the uncut model."""
+    from isthmus.engines.chosen_round import better_round
     from isthmus.engines.export import export_adapter
     from isthmus.storage.record import RunDirectory
 
-    rounds = export_adapter(RunDirectory.open(run_dir), out, round)
+    run = RunDirectory.open(run_dir)
+    rounds = export_adapter(run, out, round)
+    if (better := better_round(run, rounds)) is not None:
+        notify(f"on held-out rows round {better} was better: isthmus export {run_dir} OUT --round best")
     values, text = {"rounds": rounds, "folder": out}, f"adapter after {rounds} rounds: {out}"
     finish(values, as_json, text, following=f'in Python: peft.PeftModel.from_pretrained(MODEL, "{out}")')
 

@@ -256,7 +256,7 @@ class _Training:
         """Measure and record the quality on each silo's held-out rows: after the last round, if the federation does,
         and after each among which the best is chosen."""
         train = self._recipe.train
-        if not train.keeps(completed) and not (completed == train.rounds and train.evaluates_after(completed)):
+        if not train.evaluates_after(completed) or (train.evaluate != "best" and completed != train.rounds):
             return
         for silo in self._silos:
             rows = silo.measured_rows()

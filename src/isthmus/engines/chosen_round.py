@@ -56,6 +56,14 @@ def _named(run: RunDirectory, asked: str | int | None) -> str | int:
     return asked
 
 
+def better_round(run: RunDirectory, number: int) -> int | None:
+    """The round that is kept here and was better on held-out rows than this one; None: there is none, or no scores
+    say so."""
+    silos = [journal_scores(run.role(name).path / "metrics.jsonl") for name in run.silos()]
+    best = best_round(silos, kept_rounds(run))
+    return None if best == number else best
+
+
 def kept_rounds(run: RunDirectory) -> set[int] | None:
     """The rounds from 1 that both trunk and root have in this folder; None: they are elsewhere."""
     if not run.served_here:

@@ -12,7 +12,7 @@ import torch
 
 from isthmus.engines.baselines import train_baseline, trained_baseline
 from isthmus.engines.batch import answer_file
-from isthmus.engines.chosen_round import best_round, chosen_round, journal_scores
+from isthmus.engines.chosen_round import best_round, better_round, chosen_round, journal_scores
 from isthmus.engines.evaluation import evaluate_run
 from isthmus.engines.export import final_adapter
 from isthmus.engines.local import create_run
@@ -23,7 +23,7 @@ from isthmus.recipe import Recipe
 from isthmus.storage.journal import read_journal
 from isthmus.storage.record import RunDirectory
 from tests.conftest import write_rows
-from tests.integration.processes import rows_of, train_here, write_federation
+from tests.integration.processes import call, rows_of, train_here, write_federation, write_recipe
 
 pytestmark = pytest.mark.usefixtures("trunk_here")
 ROUNDS, EVERY = 24, 2
@@ -103,6 +103,33 @@ def test_a_trunk_that_serves_another_round_is_refused(run: RunDirectory, monkeyp
         open_run(run.path, "north", round=4)
     assert "--round 4" in caught.value.remedy
     open_run(run.path, "north", round=6).close()
+
+
+def test_the_best_is_there_and_named_where_the_last_is_used(
+    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that measures every second round, and does not ask for the best."""
+    train = {"rounds": ROUNDS, "steps": 1, "keep_rounds": 2, "evaluate": EVERY, "learning_rate": 0.1}
+    recipe = write_recipe(run.recipe_path.parent.parent / "plain.toml", train=train, silo=SILOS)
+    made = create_run(Recipe.read(recipe), tmp_path / "run")
+    train_here(made)
+    best = best_of(made)
+    assert chosen_round(made) is None
+    kept = {round for round in range(1, ROUNDS + 1) if made.recipe().train.keeps(round)}
+    for role in ("trunk", "root", "north"):
+        assert run.role(role).rounds() - {0} >= kept
+    scores = [journal_scores(made.role(name).path / "metrics.jsonl") for name in ("north", "south")]
+    chosen = best_round(scores, kept)
+    assert chosen is not None
+    assert chosen == best or best not in kept
+    assert better_round(made, ROUNDS) == chosen_round(made, "best") == chosen
+    assert better_round(made, chosen) is None
+    exported = call(capsys, monkeypatch, "export", made.path, tmp_path / "last")
+    exported.succeeded()
+    assert f"round {chosen} was better: isthmus export {made.path} OUT --round best" in exported.err
+    exported = call(capsys, monkeypatch, "export", made.path, tmp_path / "best", "--round", "best")
+    exported.succeeded()
+    assert "was better" not in exported.err
 
 
 def test_without_measured_rounds_there_is_no_best(tmp_path: Path) -> None:

@@ -261,6 +261,10 @@ def test_rounds_among_which_the_best_is_chosen_stay(tmp_path: Path) -> None:
     assert directory.shared.rounds() == {*range(0, 31, 4), 29, 30}
     plain = RoleDirectory(tmp_path / "plain")
     plain.keep_as(TrainSection(rounds=40, keep_rounds=3))
+    unmeasured = RoleDirectory(tmp_path / "unmeasured")
+    unmeasured.keep_as(TrainSection(rounds=40, keep_rounds=3, evaluate="end"))
     for number in range(31):
         plain.save_round(number, {})
-    assert plain.rounds() == {0, 28, 29, 30}
+        unmeasured.save_round(number, {})
+    assert unmeasured.rounds() == {0, 28, 29, 30}
+    assert plain.rounds() == {0, 10, 20, 28, 29, 30}

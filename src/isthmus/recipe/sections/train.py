@@ -17,6 +17,8 @@ MOST_ROWS = 100_000
 
 
 EVERY = 10
+KEPT = 10
+"""About so many evaluated rounds are kept until the end."""
 """Rounds between evaluations where a recipe does not say when."""
 
 
@@ -28,8 +30,9 @@ class TrainSection(Section):
     the trunk takes no training step, and the model is that of model.path, with the adapter of lora.start if there is
     one."""
     keep_rounds: Annotated[int, Field(ge=2)] = 10
-    """Last rounds whose files each party keeps, besides round 0, the start; older ones are removed, which bounds the
-    disk. A model that was saved in a loop of your own goes on only from a round that the trunk keeps."""
+    """Last rounds whose files each party keeps, besides round 0, the start, and of those that are evaluated about ten;
+    older ones are removed, which bounds the disk. A model that was saved in a loop of your own goes on only from a
+    round that the trunk keeps."""
     steps: Count = 1
     """Optimizer steps of each silo in a round, unless the silo has its own silo.steps. A split step waits for the
     trunk anyway, and an update is smaller than a step's hidden states, so that averaging after every step costs little.
@@ -88,7 +91,7 @@ class TrainSection(Section):
     evaluate: bool | Literal["end", "best"] | Count | None = Field(default=None, examples=[10])
     """When to evaluate on held-out rows: accuracy with task.choices, otherwise loss. A number: before the first round,
     after every so many, and after the last; "end": before the first and after the last; "best": ten times in the run
-    and before the first; all parties keep these rounds, and the best of them is the one that is used afterwards; true:
+    and before the first, and the best of these rounds is the one that is used afterwards, in place of the last; true:
     after each; false: never. Held-out rows cross as training rows do, and are charged. Left out: 10, if a silo has
     held-out rows."""
     evaluate_rows: Count | None = Field(default=None, examples=[200])
@@ -126,13 +129,25 @@ class TrainSection(Section):
             return False
         if isinstance(self.evaluate, bool):
             return self.evaluate
-        often = EVERY if self.evaluate is None else self.evaluate
-        every = max(1, self.rounds // 10) if often == "best" else often
-        return round in (0, self.rounds) or (every != "end" and round % every == 0)
+        every = self._every()
+        return round in (0, self.rounds) or (every is not None and round % every == 0)
 
     def keeps(self, round: int) -> bool:
-        """Whether this round's files stay, however many came after it."""
-        return self.evaluate == "best" and self.evaluates_after(round)
+        """Whether this round's files stay, however many came after it: of the rounds that are evaluated about ten do,
+        among which the best is found afterwards."""
+        every = self._every()
+        if every is None or not self.evaluates_after(round):
+            return False
+        apart = every if self.evaluate == "best" else every * -(-self.rounds // (KEPT * every))
+        return round == self.rounds or round % apart == 0
+
+    def _every(self) -> int | None:
+        """Rounds from one evaluation to the next; None: there are none but before the first and after the last."""
+        if self.evaluate == "best":
+            return max(1, self.rounds // KEPT)
+        if self.evaluate in (False, "end"):
+            return None
+        return EVERY if self.evaluate is None else int(self.evaluate)
 
     @property
     def step_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -149,7 +150,20 @@ def test_no_silo_of_so_many_rows_weighs_more_in_any_round(rows: int, epochs: int
 def test_when_held_out_rows_are_measured(when: Any, measured: list[int]) -> None:
     section = TrainSection(rounds=5, evaluate=when)
     assert [round for round in range(6) if section.evaluates_after(round)] == measured
-    assert not any(map(section.keeps, range(6)))
+    kept = [round for round in range(6) if section.keeps(round)]
+    assert kept == ([] if when in (False, "end") else measured)
+
+
+@given(rounds=st.integers(1, 5000), every=st.none() | st.just(True) | st.integers(1, 700))
+def test_of_measured_rounds_about_ten_are_kept_whatever_the_run_is_long(rounds: int, every: int | None) -> None:
+    section = TrainSection(rounds=rounds, evaluate=every)
+    measured = [round for round in range(rounds + 1) if section.evaluates_after(round)]
+    kept = [round for round in range(rounds + 1) if section.keeps(round)]
+    assert set(kept) <= set(measured)
+    assert {0, rounds} <= set(kept)
+    assert len(kept) == len(measured) or 6 <= len(kept) <= 12
+    apart = [later - earlier for earlier, later in itertools.pairwise(kept[:-1])]
+    assert len(set(apart)) <= 1
 
 
 @pytest.mark.parametrize(("rounds", "every"), [(3, 1), (10, 1), (19, 1), (20, 2), (45, 4)])
