@@ -59,7 +59,7 @@ def test_silos_noise_their_sum_and_a_run_cut_off_goes_on_with_its_clip(
     assert all(abs(math.log(after / before)) <= 0.25 + 1e-9 for before, after in pairwise(went_on))
     told = call(capsys, monkeypatch, "privacy", run, "--json")
     told.succeeded()
-    for silo in json.loads(told.out):
+    for silo in json.loads(told.out)["statements"]:
         update, norm = silo["paths"]["update"], silo["paths"]["norm"]
         assert update["releases"] == norm["releases"]
         assert ROUNDS <= update["releases"] <= ROUNDS + 1  # the round that was cut off may have been repeated
@@ -78,7 +78,7 @@ def test_a_root_that_noises_tells_what_it_published(
     run_here(recipe(tmp_path, federation=federation), run)
     told = call(capsys, monkeypatch, "privacy", run, "--json")
     told.succeeded()
-    *silos, root = json.loads(told.out)
+    *silos, root = json.loads(told.out)["statements"]
     assert [silo["whole"]["value"] for silo in silos] == [None] * 3  # the root saw them without noise
     assert (root["silo"], root["paths"]["update"]["releases"]) == ("root", ROUNDS)
     assert root["whole"]["value"] == pytest.approx(EPSILON, rel=1e-3)

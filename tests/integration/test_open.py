@@ -63,7 +63,7 @@ def test_a_deployed_run_is_used_from_the_parties_own_folders(
     here("export", runs["trunk"], tmp_path / "adapter").succeeded()
     base = uncut(Path(Recipe.read(recipe).model.path))
     whole = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    (told,) = json.loads(here("privacy", runs["north"], "--json").out)
+    (told,) = json.loads(here("privacy", runs["north"], "--json").out)["statements"]
     assert (told["silo"], told["verified"]) == ("north", True)
 
     later = commands.start("trunk", runs["trunk"])  # without the root
@@ -82,7 +82,7 @@ def test_a_deployed_run_is_used_from_the_parties_own_folders(
     assert "isthmus.open" in fresh.value.remedy
     later.process.terminate()
     later.wait().succeeded()
-    again = json.loads(here("privacy", runs["north"], "--json").out)[0]
+    again = json.loads(here("privacy", runs["north"], "--json").out)["statements"][0]
     assert again["paths"]["forward"]["releases"] > told["paths"]["forward"]["releases"]
 
     impatient = Path(runs["north"] / "recipe.toml")

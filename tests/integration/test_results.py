@@ -22,6 +22,7 @@ RESULTS = {
     "certificates": "certificates recipe.toml",
     "authority init": "authority init recipe.toml new",
     "invite": "invite north south",
+    "authority show": "authority show authority",
     "revoke": "revoke north",
     "generate": 'generate run "w4 w5" --max-new-tokens 2',
     "batch": "batch run rows.jsonl answers.jsonl --max-new-tokens 2",
@@ -38,6 +39,7 @@ ELSEWHERE = {
     "abort": "tests/integration/test_early_end.py",
     "privacy": "tests/integration/test_run.py",
     "demo": "tests/integration/test_demo.py",
+    "join": "tests/unit/cli/test_joining.py",
     "doctor": "tests/integration/test_doctor.py",
 }
 WORDS = {"PROMPT": "text", "OUT": "folder", "NAME": "north", "INVITE": "isthmus:AAAA", "ROWS": "rows.jsonl"}
@@ -73,7 +75,7 @@ def test_a_result_as_json_and_what_is_next(
         folder = tmp_path / form
         shutil.copytree(federation, folder)
         monkeypatch.chdir(folder)
-        if name in ("invite", "revoke"):
+        if name in ("invite", "revoke", "authority show"):
             call(capsys, monkeypatch, "authority", "init", "recipe.toml").succeeded()
             call(capsys, monkeypatch, "invite", "north").succeeded()
         done = call(capsys, monkeypatch, *shlex.split(RESULTS[name]), *["--json"] * (not number))

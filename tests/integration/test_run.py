@@ -111,7 +111,7 @@ def test_privacy_tells_what_was_spent_and_notices_an_edit(
     shutil.copytree(undisturbed[0], run)
     asked = call(capsys, monkeypatch, "privacy", run, "--json")
     asked.succeeded()
-    north, south = json.loads(asked.out)
+    north, south = json.loads(asked.out)["statements"]
     assert (north["silo"], south["silo"], north["verified"], north["delta"]) == ("north", "south", True, 1e-5)
     assert north["paths"]["gradient"]["releases"] == ROUNDS * STEPS
     assert (north["worst"]["value"], north["worst"]["method"]) == (None, "none")  # nothing is clipped
@@ -122,7 +122,7 @@ def test_privacy_tells_what_was_spent_and_notices_an_edit(
     ledger.write_text(ledger.read_text().replace('"noise": 0.0', '"noise": 9.0', 1))
     edited = call(capsys, monkeypatch, "privacy", run, "--json")
     assert edited.code == 1
-    assert [one["verified"] for one in json.loads(edited.out)] == [True, False]
+    assert [one["verified"] for one in json.loads(edited.out)["statements"]] == [True, False]
     call(capsys, monkeypatch, "run", "--resume", run).failed("is broken at entry", "remedy: restore the ledger")
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-from isthmus.cli.app import AsJson, MetricsAddress, RecipePath, app, command, finish, notify, print_json
+from isthmus.cli.app import AsJson, MetricsAddress, RecipePath, app, command, finish, notes_aside, notify, print_json
 
 authority = typer.Typer(no_args_is_help=True, help="The federation's authority, which says who is a party.")
 app.add_typer(authority, name="authority")
@@ -64,14 +66,22 @@ def serve_guests(
 
 
 @command("authority show authority", name="show", group=authority)
-def show_authority(folder: Annotated[Path, typer.Argument(help="The authority's folder.")] = Path("authority")) -> None:
+def show_authority(
+    folder: Annotated[Path, typer.Argument(help="The authority's folder.")] = Path("authority"),
+    as_json: AsJson = False,
+) -> None:
     """Show who has joined, until when, and which invites are open."""
     from rich.console import Console
 
     from isthmus.joining.authority_folder import AuthorityFolder
-    from isthmus.report.party_table import show_parties
+    from isthmus.report.party_table import party_lines, show_parties
 
-    show_parties(AuthorityFolder(folder), Console())
+    authority = AuthorityFolder(folder)
+    if not as_json:
+        show_parties(authority, Console())
+    parties = [asdict(line) for line in party_lines(authority)]
+    values = {"authority": folder, "fingerprint": authority.fingerprint, "parties": parties}
+    finish(values, as_json, following="isthmus invite NAME; isthmus revoke NAME")
 
 
 @command("invite north")
@@ -115,6 +125,7 @@ def take_invite(
         bool, typer.Option("--check/--no-check", help="Check this machine and the servers at the end, as 'doctor'.")
     ] = True,
     run: Annotated[bool, typer.Option("--run", help="Then run this silo until the federation has finished.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Join a federation: make a key here, get a certificate, the recipe and this silo's parts of the model."""
     from isthmus.joining.join import OwnFiles, join_federation
@@ -127,16 +138,23 @@ def take_invite(
     invited = Invite.parse(invite)
     files = OwnFiles(tuple(train or ()), tuple(held_out or ()))
     joined = join_federation(invited, folder or Path(invited.name), files, notify)
-    typer.echo(f"joined as {invited.name}: {joined.folder}")
+    run_dir = joined.folder / "run"
+    named = f" {invited.name}" if invited.role in ("silo", "edge") else ""
+    values = {"party": invited.name, "role": invited.role, "folder": joined.folder, "recipe": joined.recipe}
+    if not as_json:
+        typer.echo(f"joined as {invited.name}: {joined.folder}")
+    elif not check:
+        print_json(values)
     if check:
-        _examine(joined.recipe, invited.name, joined.folder / "run")
+        _examine(joined.recipe, invited.name, run_dir, as_json=as_json, values=values)
     if run and invited.role == "silo":
         from isthmus.cli.roles import silo
 
-        silo(joined.recipe, invited.name, joined.folder / "run")
+        with notes_aside(as_json):
+            silo(joined.recipe, invited.name, run_dir)
         return
-    named = f" {invited.name}" if invited.role in ("silo", "edge") else ""
-    typer.echo(f"next: isthmus {invited.role} {joined.recipe}{named} --run-dir {joined.folder / 'run'}")
+    following = f"next: isthmus {invited.role} {joined.recipe}{named} --run-dir {run_dir}"
+    notify(following) if as_json else typer.echo(following)
 
 
 @command("revoke north")
@@ -174,16 +192,27 @@ def doctor(
     _examine(recipe, name, run_dir, dry_run, as_json)
 
 
-def _examine(recipe: Path, name: str | None, run_dir: Path | None, dry_run: bool = True, as_json: bool = False) -> None:
-    """Print what the doctor finds; exit with 1 if a check failed."""
+def _examine(
+    recipe: Path,
+    name: str | None,
+    run_dir: Path | None,
+    dry_run: bool = True,
+    as_json: bool = False,
+    values: Mapping[str, Any] | None = None,
+) -> None:
+    """Print what the doctor finds; exit with 1 if a check failed.
+
+    Args:
+        values: what else the JSON object has.
+    """
     from rich.console import Console
 
     from isthmus.engines.doctor import diagnose
-    from isthmus.report.doctor_table import diagnosis_json, show_diagnosis
+    from isthmus.report.doctor_table import show_diagnosis
 
     found = diagnose(recipe, name, run_dir=run_dir, dry=dry_run, notify=notify)
     if as_json:
-        typer.echo(diagnosis_json(found))
+        print_json({**(values or {}), **asdict(found), "failed": found.failed})
     else:
         show_diagnosis(found, Console())
     if found.failed:

@@ -36,7 +36,7 @@ def privacy(
         )
     statements = privacy_table.read_statements(RunDirectory.open(run_dir))
     if as_json:
-        typer.echo(privacy_table.as_json(statements))
+        print_json({"statements": [statement.to_dict() for statement in statements]})
     else:
         privacy_table.show(statements, Console())
         typer.echo(f"next: isthmus attack {run_dir}")
@@ -226,7 +226,7 @@ def _show_plan(recipe: Path, as_json: bool) -> None:
     read = RunDirectory.open(recipe).recipe() if recipe.is_dir() else Recipe.read(recipe, undecided=True)
     plans = [plan_privacy(read, silo.name) for silo in read.silo]
     if as_json:
-        typer.echo(plan_table.plan_json(plans))
+        print_json({"plans": [asdict(plan) for plan in plans]})
     else:
         plan_table.show_plans(plans, read.privacy.delta, Console())
         typer.echo(f"next: isthmus run {'--resume ' if recipe.is_dir() else ''}{recipe}")

@@ -1,10 +1,8 @@
-"""What a doctor found of a party: a line for each check, and JSON."""
+"""What a doctor found of a party: a line for each check."""
 
 from __future__ import annotations
 
-import json
 import textwrap
-from dataclasses import asdict
 
 from rich.console import Console
 from rich.text import Text
@@ -15,11 +13,6 @@ from isthmus.report.data_table import visible
 from isthmus.report.formatting import TABLE_WIDTH
 
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
-
-
-def diagnosis_json(found: Diagnosis) -> str:
-    """The diagnosis as a JSON object."""
-    return json.dumps({**asdict(found), "failed": found.failed}, indent=2, allow_nan=False)
 
 
 def show_diagnosis(found: Diagnosis, console: Console) -> None:

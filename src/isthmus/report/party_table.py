@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import astuple, dataclass, fields
 
 from rich.console import Console
 from rich.table import Table
@@ -10,17 +11,37 @@ from rich.table import Table
 from isthmus.joining.authority_folder import AuthorityFolder
 
 
-def show_parties(folder: AuthorityFolder, console: Console) -> None:
-    """Print who has which certificate, and which invites are open."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("party", "role", "certificate", "until"):
-        table.add_column(title, overflow="fold")
+@dataclass(frozen=True)
+class PartyLine:
+    """One certificate of a party, or its open invite."""
+
+    party: str
+    role: str
+    certificate: str
+    """``valid``, ``expired``, ``invited``, or since when it is revoked."""
+    until: str
+    """The day, by UTC."""
+
+
+def party_lines(folder: AuthorityFolder) -> list[PartyLine]:
+    """Who has which certificate, by name, then which invites are open."""
+    lines = []
     for one in sorted(folder.certificates(), key=lambda one: (one.name, one.issued)):
         state = f"revoked {_day(one.revoked)}" if one.revoked is not None else "valid" if one.valid else "expired"
-        table.add_row(one.name, one.role, state, _day(one.expires))
+        lines.append(PartyLine(one.name, one.role, state, _day(one.expires)))
     for invite in folder.invites():
         if invite.used is None and invite.withdrawn is None:
-            table.add_row(invite.name, invite.role, "invited", _day(invite.expires))
+            lines.append(PartyLine(invite.name, invite.role, "invited", _day(invite.expires)))
+    return lines
+
+
+def show_parties(folder: AuthorityFolder, console: Console) -> None:
+    """Print these lines as a table."""
+    table = Table(box=None, pad_edge=False)
+    for field in fields(PartyLine):
+        table.add_column(field.name, overflow="fold")
+    for line in party_lines(folder):
+        table.add_row(*astuple(line))
     console.print(f"authority {folder.path}, fingerprint {folder.fingerprint}", highlight=False)
     console.print(table)
 

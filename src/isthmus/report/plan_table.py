@@ -1,30 +1,14 @@
-"""What privacy budgets allow of a run that has not begun, as a table and as JSON."""
+"""What privacy budgets allow of a run that has not begun, as a table."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 
 from isthmus.engines.privacy_plan import MOST_PASSES, PrivacyPlan
 from isthmus.report.formatting import NarrowTable, epsilon_text
-
-
-def plan_json(plans: Sequence[PrivacyPlan]) -> str:
-    """The plans as a JSON list; an epsilon or limit that is infinite is null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(one) for key, one in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(one) for one in value]
-        return None if isinstance(value, float) and math.isinf(value) else value
-
-    return json.dumps([finite(asdict(plan)) for plan in plans], indent=2, allow_nan=False)
 
 
 def show_plans(plans: Sequence[PrivacyPlan], delta: float, console: Console) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from rich.console import Console
 
 from isthmus.errors import RunError
@@ -32,11 +30,6 @@ def read_statements(run: RunDirectory) -> list[Statement]:
             f"{run.path} holds no ledger: no silo ran here", remedy="name the run directory of 'isthmus silo'"
         )
     return [read_statement(run.role(name).path / "ledger.jsonl", name, recipe.privacy) for name in names]
-
-
-def as_json(statements: list[Statement]) -> str:
-    """The statements as a JSON list; an epsilon without a bound is null."""
-    return json.dumps([statement.to_dict() for statement in statements], indent=2, allow_nan=False)
 
 
 def show(statements: list[Statement], console: Console) -> None:

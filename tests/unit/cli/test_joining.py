@@ -79,6 +79,16 @@ def test_joining_ends_with_the_doctors_checks_and_fails_with_remedies(tmp_path: 
         assert "failed   trunk" not in found.stdout
         again = "join", invite, "--train", own, "--folder", tmp_path / "north"
         assert "recipe: " not in run(*again, "--no-check")
+        told = json.loads(invoked(*again, "--no-check", "--json").stdout)
+        assert told == {
+            "party": "north",
+            "role": "silo",
+            "folder": str(tmp_path / "north"),
+            "recipe": str(tmp_path / "north" / "recipe.toml"),
+        }
+        examined = json.loads(invoked(*again, "--json").stdout)
+        assert examined.items() > told.items()
+        assert not examined["failed"]
         whole = run(*again)  # the same invite goes on, with rows that can be read
         assert "ok       dry run: 10 steps" in whole
         assert whole.splitlines()[-1].startswith("next: isthmus silo")

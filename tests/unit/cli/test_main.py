@@ -48,9 +48,11 @@ COMMANDS = {
     "certificates": ["RECIPE", "--json=False"],
     "authority init": ["RECIPE", "FOLDER?", "--server=trunk", "--address=", "--days=90.0", "--json=False"],
     "authority serve": ["FOLDER?", "--address=", "--metrics="],
-    "authority show": ["FOLDER?"],
+    "authority show": ["FOLDER?", "--json=False"],
     "invite": ["NAMES", "--authority=authority", "--days=7.0", "--json=False"],
-    "join": ["INVITE", "--folder=", "--train=", "--held-out=", "--check/--no-check=True", "--run=False"],
+    "join": [
+        *("INVITE", "--folder=", "--train=", "--held-out=", "--check/--no-check=True", "--run=False", "--json=False"),
+    ],
     "doctor": ["RECIPE", "NAME?", "--run-dir=", "--dry-run/--no-dry-run=True", "--json=False"],
     "revoke": ["NAME", "--authority=authority", "--json=False"],
     "generate": [
@@ -96,8 +98,6 @@ COMMANDS = {
 WITHOUT_JSON = {
     **dict.fromkeys(("trunk", "root", "edge", "authority serve", "gateway"), "a server: its log says what it does"),
     "silo": "runs until the federation has finished: its log and journals say what it does",
-    "join": "a dialogue with the authority; what it gets are files",
-    "authority show": "a table for people",
     "chat": "a conversation",
 }
 """Commands that print no result, each with the reason."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +11,7 @@ from rich.console import Console
 from isthmus.engines.doctor import Diagnosis
 from isthmus.engines.dry_run import DryRun
 from isthmus.engines.reachability import Finding
-from isthmus.report.doctor_table import diagnosis_json, show_diagnosis
+from isthmus.report.doctor_table import show_diagnosis
 
 FINDINGS = (
     Finding("recipe", "ok", "recipe.toml: 2 silos", "not shown"),
@@ -37,14 +36,6 @@ def test_a_line_for_each_check_with_remedies_where_something_is_to_do() -> None:
     assert "about 90 s a round and 2.1 days for the whole run" in " ".join(text.split())
     assert "4.0 MB of updates" in " ".join(text.split())
     assert text.splitlines()[-1] == "silo north: 1 ok, 1 to look at, 1 failed"
-
-
-def test_json_has_all_of_it() -> None:
-    read = json.loads(diagnosis_json(Diagnosis("north", "silo", FINDINGS, DRY, 90.0, 180.0)))
-    assert read["failed"] is True
-    assert [one["check"] for one in read["findings"]] == [one.check for one in FINDINGS]
-    assert read["dry_run"]["up"] == 1000
-    assert json.loads(diagnosis_json(Diagnosis("", "", FINDINGS[:1])))["dry_run"] is None
 
 
 @given(st.text(max_size=300), st.text(max_size=300))

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from isthmus.joining.authority_folder import AuthorityFolder
-from isthmus.report.party_table import show_parties
+from isthmus.report.party_table import party_lines, show_parties
 from tests.integration.processes import write_recipe
 
 
@@ -25,3 +25,5 @@ def test_each_certificate_and_open_invite_has_a_line(tmp_path: Path) -> None:
         ["north", "silo", "invited"],
     ]
     assert folder.fingerprint in out.getvalue()
+    told = [(one.party, one.role, one.certificate.split()[0]) for one in party_lines(folder)]
+    assert told == [("south", "silo", "revoked"), ("trunk", "trunk", "valid"), ("north", "silo", "invited")]

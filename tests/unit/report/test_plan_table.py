@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 
 from rich.console import Console
 
 from isthmus.engines.privacy_plan import MOST_PASSES, PrivacyPlan, RecordsPlan
-from isthmus.report.plan_table import plan_json, show_plans
+from isthmus.report.plan_table import show_plans
 
 TIGHT = RecordsPlan("secret", 1.0, 12_345, 0.75, 1, 1.5, 3)
 FREE = RecordsPlan("", math.inf, 8, math.inf, MOST_PASSES, float(MOST_PASSES), MOST_PASSES)
@@ -42,16 +41,3 @@ def test_a_plan_that_affords_nothing_says_so() -> None:
 def test_a_silo_that_only_asks_lacks_nothing() -> None:
     text = shown(PrivacyPlan("north", 0, 0.0, (), None))
     assert "nothing can be learned" not in text
-
-
-def test_json_has_null_for_what_is_infinite() -> None:
-    (plan,) = json.loads(plan_json([PrivacyPlan("north", 8, 4.0, (TIGHT, FREE), None)]))
-    assert plan["groups"][1] == {
-        "name": "",
-        "limit": None,
-        "records": 8,
-        "epsilon": None,
-        "fewest": MOST_PASSES,
-        "median": MOST_PASSES,
-        "most": MOST_PASSES,
-    }

@@ -17,7 +17,7 @@ MOST_ROWS = 100_000
 
 
 EVERY = 10
-KEPT = 10
+LASTING_ROUNDS = 10
 """About so many evaluated rounds are kept until the end."""
 """Rounds between evaluations where a recipe does not say when."""
 
@@ -138,13 +138,13 @@ class TrainSection(Section):
         every = self._every()
         if every is None or not self.evaluates_after(round):
             return False
-        apart = every if self.evaluate == "best" else every * -(-self.rounds // (KEPT * every))
+        apart = every if self.evaluate == "best" else every * -(-self.rounds // (LASTING_ROUNDS * every))
         return round == self.rounds or round % apart == 0
 
     def _every(self) -> int | None:
         """Rounds from one evaluation to the next; None: there are none but before the first and after the last."""
         if self.evaluate == "best":
-            return max(1, self.rounds // KEPT)
+            return max(1, self.rounds // LASTING_ROUNDS)
         if self.evaluate in (False, "end"):
             return None
         return EVERY if self.evaluate is None else int(self.evaluate)
