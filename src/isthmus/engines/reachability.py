@@ -117,6 +117,7 @@ def open_channel(recipe: Recipe, place: ServerPlace, name: str, role: Role) -> G
         place.service,
         identity,
         server=place.name,
+        visits=True,
         deadline=limit,
         answer_deadline=waits.answer,
         limit=recipe.wire.max_frame_bytes,

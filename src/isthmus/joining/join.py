@@ -182,6 +182,7 @@ def fetch_model(recipe: Recipe, identity: Identity, folder: Path, notify: Notify
         "Model",
         identity,
         server="trunk",
+        visits=True,
         deadline=recipe.waits.reach,
         answer_deadline=recipe.waits.answer,
         limit=recipe.wire.max_frame_bytes,

@@ -25,6 +25,7 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, check_size, settle, welcome_of
 from isthmus.wire.chunks import FLOW_ID, Assembler, in_chunks
 from isthmus.wire.identity import Identity
+from isthmus.wire.inbox import VISITOR
 from isthmus.wire.server import INSTANCE_KEY, KEEPALIVE, METHOD_PATH
 
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
@@ -95,6 +96,7 @@ class GrpcChannel:
         identity: this party's identity.
         server: the name on the server's certificate; None: the service's name in lower case.
         greeting: the first request on every stream; an error in answer ends the channel.
+        visits: whether this client asks and goes, and no other of its party has to make room for it.
         accept: called with the answer to the greeting on every stream; an ``IsthmusError`` that it raises ends the
             channel. None: every answer is accepted.
         deadline: seconds to keep trying to connect, and to wait for a silent server.
@@ -115,6 +117,7 @@ class GrpcChannel:
         *,
         server: str | None = None,
         greeting: Message | None = None,
+        visits: bool = False,
         accept: Callable[[pb.Welcome], None] | None = None,
         deadline: float = 60.0,
         answer_deadline: float = 600.0,
@@ -131,7 +134,7 @@ class GrpcChannel:
         self._deadline, self._answer_deadline, self._endless = deadline, answer_deadline, endless
         self._limit = limit
         self._greet: Message = greeting or pb.Ping()
-        self._metadata = ((INSTANCE_KEY, secrets.token_hex(8)),)
+        self._metadata = ((INSTANCE_KEY, (VISITOR if visits else "") + secrets.token_hex(8)),)
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._pending: dict[int, Pending] = {}

@@ -33,6 +33,9 @@ COST = 1024
 """Bytes that a request or an answer counts beside its frame's: what Python needs to keep it."""
 MAX_INSTANCES = 2
 """Clients of one peer that a server of a service knows at a time, each with one stream."""
+VISITOR, VISITORS = "visit-", 1
+"""Begins the name of a client that asks and goes, as a doctor's; so many of a peer are known beside its others, which
+keep their answers and place."""
 REMEMBERED = 64
 """Names of clients that had to make room for newer ones, to be refused should they return."""
 BEAT_SECONDS = 5.0
@@ -124,15 +127,17 @@ class PeerAccount:
                     f"newer processes of {self.peer} have connected since",
                     remedy="stop the other processes that use this certificate",
                 )
-            if instance not in self._inboxes:
+            visits = instance.startswith(VISITOR)
+            if instance not in self._inboxes and not visits:
                 for other in self._inboxes.values():
                     if other.stream is None:  # of a process that is gone, most likely
                         other.free()
             inbox = self._inboxes.pop(instance, None) or Inbox(self)
             self._inboxes[instance] = inbox
             ended = [inbox.replace(stream)]
-            if len(self._inboxes) > MAX_INSTANCES:
-                oldest = min(self._inboxes, key=lambda name: self._inboxes[name].stream is not None)  # the first such
+            alike = [name for name in self._inboxes if name.startswith(VISITOR) == visits]
+            if len(alike) > (VISITORS if visits else MAX_INSTANCES):
+                oldest = min(alike, key=lambda name: self._inboxes[name].stream is not None)  # the first such
                 self._refused.append(oldest)
                 ended.append(self._inboxes.pop(oldest).replace(None))
             self.changed.notify_all()

@@ -19,7 +19,7 @@ from isthmus.errors import FrameError, IdentityError, IsthmusError, PeerGoneErro
 from isthmus.wire.channel import Service, forget_frames
 from isthmus.wire.chunks import Assembler, in_chunks
 from isthmus.wire.identity import Identity, Role
-from isthmus.wire.inbox import MAX_INSTANCES, Inbox, PeerAccount, Stream
+from isthmus.wire.inbox import MAX_INSTANCES, VISITORS, Inbox, PeerAccount, Stream
 from isthmus.wire.traffic import PeerTraffic
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class Server:
         self._lock = threading.Lock()
         """Guards accounts and visitors."""
         self._over = threading.Event()
-        streams = MAX_INSTANCES * len(self._accounts) + GUEST_STREAMS  # and a few that end or are refused
+        streams = (MAX_INSTANCES + VISITORS) * len(self._accounts) + GUEST_STREAMS  # and a few that end or are refused
         threads = ThreadPoolExecutor(streams + 8, thread_name_prefix="stream")
         options = (
             ("grpc.max_receive_message_length", limit + 1024),

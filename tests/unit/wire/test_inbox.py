@@ -13,7 +13,7 @@ from isthmus.errors import FrameError, ProtocolError
 from isthmus.wire import frames
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer
-from isthmus.wire.inbox import COST, KEPT, LEAST, MAX_INSTANCES, Inbox, PeerAccount, Stream
+from isthmus.wire.inbox import COST, KEPT, LEAST, MAX_INSTANCES, VISITOR, Inbox, PeerAccount, Stream
 from tests.conformance.test_channels import HANG, Echo, Late, echoed, number, until
 
 LIMIT = LEAST // 4
@@ -206,6 +206,27 @@ def test_clients_beyond_the_allowed_make_room_for_good() -> None:
         connected(one, "i0")
     assert refused.value.remedy
     assert not any(stream.replaced for stream in streams[1:])
+
+
+def test_visitors_take_nothing_of_a_client_that_is_away() -> None:
+    """A doctor that looks again and again while the silo's connection is broken."""
+    one = account(grace=HANG)
+    inbox, stream = connected(one)
+    inbox.receive(request(1), stream)
+    inbox.leave(stream)
+    for number_ in range(3 * MAX_INSTANCES):
+        visitor, passing = connected(one, f"{VISITOR}{number_}")
+        visitor.receive(request(7), passing)
+        assert sent(visitor, passing) == [7]
+        if number_ % 2:
+            visitor.leave(passing)
+    again, successor = connected(one)
+    assert again is inbox
+    again.receive(request(1), successor)
+    assert sent(again, successor) == [1]
+    newer = [connected(one, f"i{number_}")[1] for number_ in range(MAX_INSTANCES - 1)]
+    connected(one, f"{VISITOR}last")
+    assert not any(one.replaced for one in (successor, *newer))
 
 
 def test_a_client_without_a_stream_makes_room_before_an_older_one() -> None:
