@@ -14,17 +14,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks.common.network import Network
 from benchmarks.common.results import Results
 from isthmus.demo.assets import hutto, smollm2
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path("build/demo").resolve()
 SILOS = ("north", "south")
-PORT, GATEWAY = 50051, 8000
+GATEWAY = 8000
 COMMANDS, MINUTES = 12, 15.0
 ROWS, HELD_OUT = 48, 16
 
@@ -32,8 +32,8 @@ ROWS, HELD_OUT = 48, 16
 class People:
     """Who types commands: where, and how many."""
 
-    def __init__(self, folder: Path, python: Path) -> None:
-        self.folder, self.typed = folder, list[str]()
+    def __init__(self, folder: Path, python: Path, network: Network) -> None:
+        self.folder, self.typed, self._network = folder, list[str](), network
         self._path = f"{python.parent}:{os.environ['PATH']}"
         self._running = ExitStack()
 
@@ -68,65 +68,13 @@ class People:
         print(self.typed[-1][:160], flush=True)
 
     def _inside(self, name: str, command: str) -> list[str]:
-        return ["ip", "netns", "exec", namespace(name), "bash", "-c", f"exec {command}"]
+        return self._network.inside(name, "bash", "-c", f"exec {command}")
 
     def _where(self, name: str) -> dict:
         home = self.home(name)
         environment = {"HOME": str(home), "PATH": self._path, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
         kept = {key: value for key, value in os.environ.items() if key.startswith("PIP_") or "proxy" in key.lower()}
         return {"cwd": home, "env": environment | kept}
-
-
-def namespace(name: str) -> str:
-    return f"isthmus-{name}"
-
-
-@contextmanager
-def network() -> Iterator[str]:
-    """A namespace for each; each silo's has a cable to the leader's, over which one TCP port answers."""
-    names, address = ("leader", *SILOS), "10.77.{}.1"
-    try:
-        for name in names:
-            ip("netns", "add", namespace(name))
-            inside(name, "ip", "link", "set", "lo", "up")
-        inside("leader", "ip", "addr", "add", "10.77.0.1/32", "dev", "lo")
-        for number, name in enumerate(SILOS, 1):
-            ip(
-                "link",
-                "add",
-                f"to-{name}",
-                "netns",
-                namespace("leader"),
-                "type",
-                "veth",
-                "peer",
-                "up0",
-                "netns",
-                namespace(name),
-            )
-            for where, link, own in (
-                ("leader", f"to-{name}", address.format(number)),
-                (name, "up0", f"10.77.{number}.2"),
-            ):
-                inside(where, "ip", "addr", "add", f"{own}/24", "dev", link)
-                inside(where, "ip", "link", "set", link, "up")
-            inside(name, "ip", "route", "add", "default", "via", address.format(number))
-            rule = ["iptables", "-A", "OUTPUT", "-o", "up0"]
-            inside(name, *rule, "-p", "tcp", "--dport", str(PORT), "-j", "ACCEPT")
-            inside(name, *rule, "-j", "DROP")
-            inside(name, "iptables", "-A", "INPUT", "-i", "up0", "-p", "tcp", "--syn", "-j", "DROP")
-        yield f"10.77.0.1:{PORT}"
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", namespace(name)], capture_output=True)
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
-def inside(name: str, *command: str) -> None:
-    ip("netns", "exec", namespace(name), *command)
 
 
 def prepare(people: People) -> None:
@@ -200,15 +148,15 @@ def chat(people: People) -> str:
 
 def main() -> None:
     results = Results("afternoon", "make bench-afternoon")
-    with tempfile.TemporaryDirectory() as temporary, network() as address:
+    with tempfile.TemporaryDirectory() as temporary, Network(SILOS) as network:
         folder = Path(temporary)
         package = wheel(folder)
         subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
-        people = People(folder, folder / "venv" / "bin" / "python")
+        people = People(folder, folder / "venv" / "bin" / "python", network)
         prepare(people)
         try:
             started = time.perf_counter()
-            answer = walk(people, package, address)
+            answer = walk(people, package, network.address)
             minutes = (time.perf_counter() - started) / 60
         finally:
             people.end()
