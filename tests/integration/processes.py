@@ -335,9 +335,13 @@ class SmallDisk:
 
 def states(run: Path, number: int) -> dict[str, torch.Tensor]:
     """Every tensor that trunk, root and silos kept after this round: adapters and optimizer states."""
-    directory = RunDirectory.open(run)
-    roles = ["trunk", "root", *(silo.name for silo in directory.recipe().silo)]
-    return {key: tensor for role in roles for key, tensor in _tensors(directory.role(role).load_round(number), role)}
+    roles = ["trunk", "root", *(silo.name for silo in RunDirectory.open(run).recipe().silo)]
+    return {key: tensor for role in roles for key, tensor in state(run, role, number).items()}
+
+
+def state(run: Path, role: str, number: int) -> dict[str, torch.Tensor]:
+    """Every tensor that one role kept after this round."""
+    return dict(_tensors(RunDirectory.open(run).role(role).load_round(number), role))
 
 
 def _tensors(value: Any, key: str) -> list[tuple[str, torch.Tensor]]:
