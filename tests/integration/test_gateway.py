@@ -182,7 +182,6 @@ def test_sixteen_at_once_are_sixteen_alone(client: OpenAI) -> None:
 
 def test_what_is_not_offered_is_refused_by_name(client: OpenAI) -> None:
     refused: dict[str, Any] = {
-        "response_format": {"type": "json_object"},
         "tools": [{"type": "function", "function": {"name": "f"}}],
         "functions": [{"name": "f"}],
         "reasoning_effort": "low",

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from isthmus.data.templates import Turn
 from isthmus.errors import IsthmusError
+from isthmus.gateway.answer_grammar import AnswerGrammar, GrammarReader
 from isthmus.gateway.batcher import Batcher
 from isthmus.gateway.documents import (
     ChatAnswer,
@@ -45,6 +47,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"model": ErrorBody, "description": "An error of the gateway"},
     503: {"model": ErrorBody, "description": "Too many requests wait, or the trunk is away"},
 }
+COMPILERS = 2
+"""Threads that compile schemas."""
 CLIENT_GONE = 499
 """Status, for nobody, of a request whose client has gone."""
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
@@ -79,8 +83,9 @@ class ServedModel:
 class Endpoints:
     """The functions behind the paths."""
 
-    def __init__(self, served: ServedModel, batcher: Batcher, reader: PromptReader) -> None:
-        self._served, self._batcher, self._reader = served, batcher, reader
+    def __init__(self, served: ServedModel, batcher: Batcher, reader: PromptReader, grammars: GrammarReader) -> None:
+        self._served, self._batcher, self._reader, self._grammars = served, batcher, reader, grammars
+        self._compiling = ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammar")
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """Answer a conversation, in the model's own chat template."""
@@ -88,7 +93,7 @@ class Endpoints:
         roles = {"developer": "system"}
         turns = [Turn(roles.get(one.role, one.role), one.text) for one in body.messages]
         read = await self._read([partial(self._reader.conversation, turns)], "messages")
-        asked = self._requests(body, read, body.longest, body.likeliest)
+        asked = self._requests(body, read, body.longest, body.likeliest, await self._grammar(body))
         shape = ChatShape(self._envelope("chatcmpl"), self._reader.spelled, noted=body.logprobs)
         return await self._answer(body, asked, shape, request)
 
@@ -100,7 +105,7 @@ class Endpoints:
             for one in body.prompts
         ]
         read = await self._read(ways, "prompt")
-        asked = self._requests(body, read, body.max_tokens, body.logprobs)
+        asked = self._requests(body, read, body.max_tokens, body.logprobs, await self._grammar(body))
         shape = CompletionShape(self._envelope("cmpl"), self._reader.spelled, noted=body.logprobs is not None)
         return await self._answer(body, asked, shape, request)
 
@@ -145,8 +150,25 @@ class Endpoints:
             problem.param = param
             raise problem from None
 
+    async def _grammar(self, body: SampledBody) -> AnswerGrammar | None:
+        """What the answers are held to. Schemas are compiled by few threads: others' requests go on meanwhile."""
+        schema = body.schema_held
+        if schema is None:
+            return None
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compiling, self._grammars.read, schema)
+        except IsthmusError as error:
+            problem = problem_of(error)
+            problem.param = "response_format"
+            raise problem from None
+
     def _requests(
-        self, body: SampledBody, prompts: Sequence[ReadPrompt], longest: int | None, likeliest: int | None
+        self,
+        body: SampledBody,
+        prompts: Sequence[ReadPrompt],
+        longest: int | None,
+        likeliest: int | None,
+        grammar: AnswerGrammar | None,
     ) -> list[GenerationRequest]:
         settings = body.settings()
         if any(token >= self._reader.vocabulary for token in settings.logit_bias):
@@ -163,6 +185,7 @@ class Endpoints:
                 settings,
                 likeliest,
                 body.stream,
+                grammar,
             )
             for one in prompts
         ]
@@ -240,7 +263,7 @@ async def _events(
         await pieces.aclose()
 
 
-def gateway_app(served: ServedModel, batcher: Batcher, reader: PromptReader) -> FastAPI:
+def gateway_app(served: ServedModel, batcher: Batcher, reader: PromptReader, grammars: GrammarReader) -> FastAPI:
     """The endpoints as an application."""
     app = FastAPI(
         title="isthmus gateway",
@@ -249,7 +272,7 @@ def gateway_app(served: ServedModel, batcher: Batcher, reader: PromptReader) -> 
         docs_url=None,
         redoc_url=None,
     )
-    ends = Endpoints(served, batcher, reader)
+    ends = Endpoints(served, batcher, reader, grammars)
     add = partial(app.add_api_route, response_class=JSONResponse)
     answered = {"content": {"application/json": {}, **EVENTS}, "description": "The answers, or a stream of chunks"}
     chat = {**ERRORS, 200: {**answered, "model": ChatAnswer}}

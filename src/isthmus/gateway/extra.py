@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from isthmus.errors import RunError
 
-SERVER_PACKAGES = ("fastapi", "starlette", "uvicorn")
+SERVER_PACKAGES = ("fastapi", "llguidance", "starlette", "uvicorn")
 
 
 def require_server() -> None:

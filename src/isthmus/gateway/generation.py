@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList
@@ -22,6 +22,9 @@ from isthmus.model.transcript import Transcript
 from isthmus.privacy.events import Release
 from isthmus.silo.drafting.draft import Candidates, Draft
 from isthmus.silo.session import RemoteSession, SentStep
+
+if TYPE_CHECKING:  # of the extra ``gateway``, which a conversation in the terminal does without
+    from isthmus.gateway.answer_grammar import AnswerGrammar
 
 Finish = Literal["stop", "length"]
 
@@ -45,6 +48,8 @@ class GenerationRequest:
     """Number of likeliest tokens to note at each place; None: no log-probabilities."""
     streamed: bool = True
     """Whether pieces are given as they come; otherwise each answer is one piece, at its end."""
+    grammar: AnswerGrammar | None = None
+    """What answers are held to; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,7 @@ class WrittenRow:
         self.caches: EndCaches | None = None
         self.finish: Finish | None = None
         self._request, self._chooser = request, chooser
-        self._text = AnswerText(decode, request.stop)
+        self._text = AnswerText(decode if request.grammar is None else request.grammar.decode, request.stop)
         self._noted: list[PlacedToken] = []
 
     def choose(self, logits_V: torch.Tensor) -> int:
@@ -108,9 +113,10 @@ class WrittenRow:
         if scored.token in self._request.ends:
             self.finish = "stop"
         else:
+            self._chooser.take(scored.token)
             self.given.append(scored.token)
             self._noted.append(PlacedToken(scored, self._text.add(scored.token)))
-            if self._text.stopped:
+            if self._text.stopped or self._chooser.complete:
                 self.finish = "stop"
             elif self.written == self._request.longest:
                 self.finish = "length"
@@ -172,7 +178,13 @@ class Generation:
                 number,
                 request,
                 decode,
-                TokenChooser(request.settings, processors, answer=number, likeliest=request.likeliest),
+                TokenChooser(
+                    request.settings,
+                    processors,
+                    answer=number,
+                    likeliest=request.likeliest,
+                    rule=None if request.grammar is None else request.grammar.begin(request.ends),
+                ),
             )
             for number in range(request.answers)
         ]

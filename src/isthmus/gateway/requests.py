@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from isthmus.gateway.answer_grammar import ANY_OBJECT
 from isthmus.gateway.problems import Problem
 from isthmus.gateway.sampling import SamplingSettings
 
@@ -23,7 +24,6 @@ NOT_OFFERED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "prompt_cache_key": ((), "prompts are not cached"),
     "prompt_cache_retention": ((), "prompts are not cached"),
     "reasoning_effort": ((), "the model has no such setting"),
-    "response_format": (({"type": "text"},), "the model's text is not held to a form: check it, and ask again"),
     "service_tier": (("auto", "default"), "there is one tier"),
     "store": ((False,), "nothing is stored"),
     "suffix": (("",), "the model writes after a prompt, not into it"),
@@ -73,6 +73,36 @@ class StreamOptions(GatewayBody):
     """Whether a last chunk has the numbers of tokens."""
 
 
+class TextFormat(GatewayBody):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(GatewayBody):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(GatewayBody):
+    """A JSON schema that answers are held to, ``strict`` or not."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    """Not used."""
+    description: str | None = None
+    """Not used."""
+    definition: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool = False
+
+
+class JsonSchemaFormat(GatewayBody):
+    """JSON of one schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
 class SampledBody(GatewayBody):
     """What requests for answers have in common."""
 
@@ -84,6 +114,9 @@ class SampledBody(GatewayBody):
     n: Annotated[int, Field(ge=1, le=128)] = 1
     """Answers to each prompt; the prompt crosses once for all."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] = (
+        TextFormat(type="text")
+    )
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
     """Texts before which an answer ends."""
@@ -108,6 +141,13 @@ class SampledBody(GatewayBody):
     def stops(self) -> tuple[str, ...]:
         """The stops as several."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def schema_held(self) -> Mapping[str, Any] | None:
+        """The JSON schema that answers are held to; None: none."""
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return self.response_format.json_schema.definition
+        return ANY_OBJECT if isinstance(self.response_format, JsonObjectFormat) else None
 
     def settings(self) -> SamplingSettings:
         """How tokens are chosen."""

@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from transformers import LogitsProcessorList
@@ -46,10 +47,33 @@ class ScoredToken:
     """The likeliest tokens at its place."""
 
 
+class TokenRule(Protocol):
+    """What an answer is held to while it is written."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer is whole, and nothing can follow."""
+        ...
+
+    def allowed(self, size: int) -> torch.Tensor:
+        """Which tokens may come next, ``[V]``, bool; at least one.
+
+        Args:
+            size: V, of the model's logits.
+        """
+        ...
+
+    def take(self, token: int) -> None:
+        """The token that was chosen."""
+        ...
+
+
 class TokenChooser:
     """Chooses the tokens of one answer.
 
     Args:
+        rule: what the answer is held to; None: nothing. Tokens that it does not allow are left out after penalties
+            and biases, before temperature and top_p.
         processors: what the model's own generation settings make of logits.
         answer: number of the answer among those to one prompt. The first draws as ``torch.manual_seed(seed)`` makes
             ``generate`` draw, the others from seeds of their own.
@@ -63,8 +87,10 @@ class TokenChooser:
         *,
         answer: int = 0,
         likeliest: int | None = None,
+        rule: TokenRule | None = None,
     ) -> None:
         self._settings, self._processors, self._likeliest = settings, processors or LogitsProcessorList(), likeliest
+        self._rule = rule
         self._warpers = LogitsProcessorList()
         if settings.temperature != 1.0 and settings.temperature >= COLDEST:
             self._warpers.append(TemperatureLogitsWarper(settings.temperature))
@@ -75,6 +101,16 @@ class TokenChooser:
             self._generator.seed()
         else:
             self._generator.manual_seed(_seed_of(settings.seed, answer))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer is whole by its rule, and nothing can follow."""
+        return self._rule is not None and self._rule.complete
+
+    def take(self, token: int) -> None:
+        """The answer goes on with this token: one that was chosen, and does not end it."""
+        if self._rule is not None:
+            self._rule.take(token)
 
     def choose(self, prompt: Sequence[int], given: Sequence[int], logits_V: torch.Tensor) -> ScoredToken:
         """The next token.
@@ -95,11 +131,19 @@ class TokenChooser:
     def _token(self, prompt: Sequence[int], given: Sequence[int], logits_V: torch.Tensor) -> int:
         scores_1V = self._penalized(given, logits_V)[None]
         before_1L = torch.tensor([[*prompt, *given]]) if self._processors or self._warpers else torch.empty(1, 0)
-        scores_1V = self._processors(before_1L, scores_1V)
+        scores_1V = self._ruled(self._processors(before_1L, scores_1V), scores_1V)
         if self._settings.temperature < COLDEST:
             return int(scores_1V[0].argmax())
         scores_1V = self._warpers(before_1L, scores_1V)
         return int(torch.multinomial(scores_1V.softmax(dim=-1), 1, generator=self._generator))
+
+    def _ruled(self, scores_1V: torch.Tensor, own_1V: torch.Tensor) -> torch.Tensor:
+        """The scores of allowed tokens, of others minus infinity. Where the model's settings leave none, ``own_1V``."""
+        if self._rule is None:
+            return scores_1V
+        banned_V = ~self._rule.allowed(scores_1V.shape[1])
+        ruled_1V = scores_1V.masked_fill(banned_V, -torch.inf)
+        return ruled_1V if bool((ruled_1V > -torch.inf).any()) else own_1V.masked_fill(banned_V, -torch.inf)
 
     def _penalized(self, given: Sequence[int], logits_V: torch.Tensor) -> torch.Tensor:
         """The logits with penalties and biases, by OpenAI's formula."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from isthmus.engines.inference import connected_silo, load_draft, stop_tokens
 from isthmus.engines.process import LISTENING
 from isthmus.errors import PeerGoneError, RecipeError, RunError
+from isthmus.gateway.answer_grammar import GrammarReader
 from isthmus.gateway.api_keys import ApiKeys
 from isthmus.gateway.app import ServedModel, gateway_app
 from isthmus.gateway.batcher import LOST_LOOK_SECONDS, Batcher
@@ -83,7 +84,7 @@ def serve_gateway(
         with opened() as (silo, directory):
             served = served_model(run, silo, settings.longest)
             batcher = Batcher(decoder(silo.tokenizer), together=settings.together, waiting=settings.waiting)
-            app = gateway_app(served, batcher, prompt_reader(silo))
+            app = gateway_app(served, batcher, prompt_reader(silo), grammar_reader(silo))
             serving.enter_context(http_server(GatewayGuard(app, keys), listening))
             serving.callback(batcher.stop)
             certificates = Path(run.recipe().wire.certificates)
@@ -138,6 +139,11 @@ def prompt_reader(silo: Silo) -> PromptReader:
     """Makes prompts for this silo's model."""
     vocabulary: int = silo.model.config.get_text_config().vocab_size
     return PromptReader(silo.tokenizer, vocabulary, stop_tokens(silo.model, ()) or (), silo.task.system)
+
+
+def grammar_reader(silo: Silo) -> GrammarReader:
+    """Makes grammars for this silo's model."""
+    return GrammarReader(silo.tokenizer, silo.model.config.get_text_config().vocab_size)
 
 
 def url_of(listening: socket.socket) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from transformers import AutoTokenizer
 
+from isthmus.gateway.answer_grammar import GrammarReader
 from isthmus.gateway.app import ServedModel, gateway_app
 from isthmus.gateway.batcher import Batcher
 from isthmus.gateway.prompts import PromptReader
@@ -31,4 +32,7 @@ def served(model: SplitForCausalLM, folder: Path, **settings: Any) -> Iterator[t
     thread = threading.Thread(target=batcher.run, args=(model,), daemon=True)
     thread.start()
     with opened(batcher, thread):
-        yield gateway_app(own, batcher, PromptReader(tokenizer, VOCABULARY)), batcher
+        yield (
+            gateway_app(own, batcher, PromptReader(tokenizer, VOCABULARY), GrammarReader(tokenizer, VOCABULARY)),
+            batcher,
+        )

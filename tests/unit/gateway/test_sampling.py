@@ -77,3 +77,27 @@ def test_log_probabilities_are_the_models_before_any_setting() -> None:
     assert scored.best == ((1, float(expected[1])), (3, float(expected[3])))
     assert TokenChooser(GREEDY, likeliest=0).choose([], [], LOGITS).best == ()
     assert TokenChooser(GREEDY).choose([], [], LOGITS).log_prob == 0.0
+
+
+class Only:
+    """Allows these tokens, and is complete after one."""
+
+    def __init__(self, *tokens: int) -> None:
+        self._tokens, self.complete = tokens, False
+
+    def allowed(self, size: int) -> torch.Tensor:
+        return torch.isin(torch.arange(size), torch.tensor(self._tokens))
+
+    def take(self, token: int) -> None:
+        self.complete = True
+
+
+def test_a_rule_leaves_out_tokens_after_biases_and_before_the_rest() -> None:
+    settings = [GREEDY, SamplingSettings(top_p=0.0, logit_bias={1: 100}), SamplingSettings(2.0, logit_bias={2: -100})]
+    assert [TokenChooser(one, rule=Only(2, 4)).choose([], [], LOGITS).token for one in settings] == [2, 2, 4]
+    chooser = TokenChooser(GREEDY, likeliest=1, rule=Only(4))
+    scored = chooser.choose([], [], LOGITS)
+    assert (scored.token, scored.best[0][0], chooser.complete) == (4, 1, False)
+    chooser.take(4)
+    assert chooser.complete
+    assert not TokenChooser(GREEDY).complete
