@@ -447,3 +447,33 @@ def test_a_conversation_in_a_pipe(copy: Path, gateway: Gateway, client: OpenAI) 
     turns += [{"role": "assistant", "content": first}, {"role": "user", "content": "w7 w8"}]
     assert second == chat(client, messages=turns).choices[0].message.content
     assert privacy.startswith("since the start: 24 releases")
+
+
+def test_a_chat_sends_what_is_new_alone(tmp_path: Path, commands: Commands) -> None:
+    """Over HTTP, where each turn has the whole conversation; each API key has its own."""
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text(f"{KEY}\nanother-key-long-enough\n")
+    run = write_run(tmp_path / "federation")
+    told: dict[int, list[str]] = {}
+    for kept in (2, 0):
+        folder = Commands(tmp_path / f"kept-{kept}")
+        client = Gateway(folder, run, "--api-keys", keys, "--conversations", kept).client(KEY)
+        turns: list[Any] = []
+        for text in ("w4 w5 w6", "w7 w8", "w9"):
+            turns.append({"role": "user", "content": text})
+            answer = chat(client, messages=turns, logit_bias={str(token): -100 for token in range(4)})
+            turns.append({"role": "assistant", "content": answer.choices[0].message.content})
+        told[kept] = [turn["content"] for turn in turns]
+        usage, sent = answer.usage, answer.model_extra["privacy"]["bytes"]
+        cached = usage.prompt_tokens_details.cached_tokens
+        if kept:
+            other = chat(client.with_options(api_key="another-key-long-enough"), messages=turns[:-1])
+            assert other.usage.prompt_tokens_details.cached_tokens == 0
+            assert cached >= usage.prompt_tokens - 6  # the answer's last token, its end, and the turn
+            least = sent
+        else:
+            assert cached == 0
+            assert sent > least * 2
+        folder.end()
+    assert told[2] == told[0]

@@ -29,6 +29,9 @@ def gateway(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer, in tokens, where a request does not say.")
     ] = 1024,
+    conversations: Annotated[
+        int, typer.Option(min=0, help="Most conversations kept for their next turn, which sends what is new alone.")
+    ] = 4,
     trunk: TrunkAddress = None,
     round: Round = None,
 ) -> None:
@@ -39,7 +42,7 @@ def gateway(
     from isthmus.gateway.server import GatewaySettings, serve_gateway
     from isthmus.storage.record import RunDirectory
 
-    settings = GatewaySettings(host, port, api_keys, together, waiting, max_new_tokens)
+    settings = GatewaySettings(host, port, api_keys, together, waiting, max_new_tokens, conversations)
     run = RunDirectory.open(run_dir)
     serve_gateway(run, silo, settings, trunk=trunk, round=round, notify=notify, announce=typer.echo)
 

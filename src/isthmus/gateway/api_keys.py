@@ -48,12 +48,14 @@ class ApiKeys:
             )
         return cls(keys)
 
-    def accepts(self, authorization: str) -> bool:
-        """Whether the value of a header ``Authorization`` is ``Bearer`` and one of the keys."""
+    def owner(self, authorization: str) -> int | None:
+        """The number, from 1, of the key in the value of a header ``Authorization``; None: it is not ``Bearer`` and one
+        of the keys."""
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip())
-        found = [hmac.compare_digest(given, known) for known in self._digests]  # all of them, whichever it is
-        return scheme.lower() == "bearer" and any(found)
+        numbered = enumerate(self._digests, 1)
+        found = max(number * hmac.compare_digest(given, known) for number, known in numbered)  # whichever it is
+        return found if found and scheme.lower() == "bearer" else None
 
 
 def _digest(key: str) -> bytes:

@@ -30,6 +30,7 @@ from isthmus.gateway.documents import (
 )
 from isthmus.gateway.exchange import ClientExchange, ClientGone, begun
 from isthmus.gateway.generation import AnswerPiece, GenerationRequest
+from isthmus.gateway.guard import OWNER
 from isthmus.gateway.problems import Problem, problem_of
 from isthmus.gateway.prompts import PromptReader, ReadPrompt
 from isthmus.gateway.requests import ChatBody, CompletionBody, EmbeddingsBody, SampledBody, body_problem
@@ -93,7 +94,8 @@ class Endpoints:
         roles = {"developer": "system"}
         turns = [Turn(roles.get(one.role, one.role), one.text) for one in body.messages]
         read = await self._read([partial(self._reader.conversation, turns)], "messages")
-        asked = self._requests(body, read, body.longest, body.likeliest, await self._grammar(body))
+        grammar, owner = await self._grammar(body), getattr(request.state, OWNER, 0)
+        asked = self._requests(body, read, body.longest, body.likeliest, grammar, owner)
         shape = ChatShape(self._envelope("chatcmpl"), self._reader.spelled, noted=body.logprobs)
         return await self._answer(body, asked, shape, request)
 
@@ -105,7 +107,8 @@ class Endpoints:
             for one in body.prompts
         ]
         read = await self._read(ways, "prompt")
-        asked = self._requests(body, read, body.max_tokens, body.logprobs, await self._grammar(body))
+        grammar, owner = await self._grammar(body), getattr(request.state, OWNER, 0)
+        asked = self._requests(body, read, body.max_tokens, body.logprobs, grammar, owner)
         shape = CompletionShape(self._envelope("cmpl"), self._reader.spelled, noted=body.logprobs is not None)
         return await self._answer(body, asked, shape, request)
 
@@ -169,6 +172,7 @@ class Endpoints:
         longest: int | None,
         likeliest: int | None,
         grammar: AnswerGrammar | None,
+        owner: int,
     ) -> list[GenerationRequest]:
         settings = body.settings()
         if any(token >= self._reader.vocabulary for token in settings.logit_bias):
@@ -186,6 +190,7 @@ class Endpoints:
                 likeliest,
                 body.stream,
                 grammar,
+                owner,
             )
             for one in prompts
         ]

@@ -9,8 +9,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from isthmus.errors import BusyError, IsthmusError, PeerGoneError
+from isthmus.gateway.conversations import KeptConversations
 from isthmus.gateway.generation import Generation, GenerationRequest, PieceSink
-from isthmus.gateway.steps import GatewaySteps, ending
+from isthmus.gateway.steps import GatewaySteps, ending, keeps_sessions
 from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.drafting.draft import Draft
 from isthmus.tasks.greedy import Decode, generation_processors
@@ -29,9 +30,19 @@ class Batcher:
         decode: token ids as text, without control tokens.
         together: most answers that are written at a time.
         waiting: most requests that wait for room.
+        conversations: most conversations whose sessions are kept for their next turn; 0: none.
+        lease: seconds that one is kept: the trunk's lease of its session.
     """
 
-    def __init__(self, decode: Decode, *, together: int = 16, waiting: int = 64) -> None:
+    def __init__(
+        self,
+        decode: Decode,
+        *,
+        together: int = 16,
+        waiting: int = 64,
+        conversations: int = 0,
+        lease: float = 600.0,
+    ) -> None:
         self.together = together
         self._decode, self._most = decode, waiting
         self._model: SplitForCausalLM | None = None
@@ -40,6 +51,8 @@ class Batcher:
         self._running: list[Generation] = []
         self._wake: Future[None] = Future()
         self._stopping = False
+        self._keeping = conversations > 0
+        self._kept = KeptConversations(conversations, lease)
 
     @property
     def open(self) -> bool:
@@ -62,7 +75,8 @@ class Batcher:
             if self._model is None:
                 raise PeerGoneError("there is no connection to the trunk", remedy="send it again in a while")
             processors = generation_processors(self._model, len(request.prompt))
-            generation = Generation(request, notify, self._decode, processors)
+            kept = self._keeping and request.answers == 1 and keeps_sessions(self._model)
+            generation = Generation(request, notify, self._decode, processors, kept=kept)
             self._waiting.append(generation)
             if (without := self._without_room()) > self._most:
                 self._waiting.pop()
@@ -94,6 +108,7 @@ class Batcher:
             while not self._stopping:
                 self._admit()
                 self._step(steps)
+                self._keep()
                 if (not self._running or any(one.failed for one in self._running)) and steps.lost():
                     gone = PeerGoneError("the trunk is gone", remedy="send it again in a while")
                     return
@@ -117,11 +132,27 @@ class Batcher:
         with self._lock:
             for one in [one for one in (*self._running, *self._waiting) if one.cancelled]:
                 one.end()
+            self._keep()
             self._running = [one for one in self._running if not one.ended]
             self._waiting = deque(one for one in self._waiting if not one.ended)
             while self._waiting and self._room(self._waiting[0]):
                 self._running.append(self._waiting.popleft())
+                self._resume(self._running[-1])
             self._wake = Future()
+
+    def _resume(self, generation: Generation) -> None:
+        """Let a request go on with a kept conversation, if one begins as it does."""
+        request = generation.request
+        found = self._kept.take(request.owner, request.prompt) if request.answers == 1 else None
+        if found is not None:
+            generation.resume(found)
+
+    def _keep(self) -> None:
+        """Keep the sessions of requests that have ended, for their next turns."""
+        self._kept.expire()
+        for one in self._running:
+            if (kept := one.keep()) is not None:
+                self._kept.put(one.request.owner, kept)
 
     def _room(self, generation: Generation) -> bool:
         taken = sum(len(one.rows) for one in self._running)
@@ -155,6 +186,7 @@ class Batcher:
                 one.end(error)
             self._running.clear()
             self._waiting.clear()
+            self._kept.clear()
 
     def _awake(self) -> None:
         with self._lock:

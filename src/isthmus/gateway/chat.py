@@ -12,6 +12,7 @@ from isthmus.data.templates import Turn, chat_example
 from isthmus.data.tokens import ending_tokens, prompt_tokens
 from isthmus.engines.inference import connected_silo, load_draft, stop_tokens
 from isthmus.errors import DataError, IsthmusError
+from isthmus.gateway.conversations import KeptConversation
 from isthmus.gateway.generation import AnswerPiece, Generation, GenerationEnd, GenerationRequest, PieceSink
 from isthmus.gateway.privacy_charge import PrivacyCharge
 from isthmus.gateway.sampling import SamplingSettings
@@ -48,8 +49,9 @@ class Conversation:
         self._settings = SamplingSettings(temperature)
         self._system = [Turn("system", system)] if system else []
         self._turns: list[Turn] = []
-        self._last: Generation | None = None
-        """The last answer, whose session the next one goes on with."""
+        self._whole = silo.model.tail is None and silo.model.shield is None
+        self._last: KeptConversation | None = None
+        """What the last answer left behind, for the next one."""
         self._releases: list[Release] = []
         prompt_tokens(chat_example([Turn("user", "a")]), silo.tokenizer)
 
@@ -91,16 +93,18 @@ class Conversation:
         last = self._generate(request, show)
         if failed[0] is not None:
             raise failed[0]
-        self._last = last
+        self._last = last.keep()
         self._turns += [Turn("user", text), Turn("assistant", "".join(pieces))]
         return self._turns[-1].content
 
     def _generate(self, request: GenerationRequest, notify: PieceSink) -> Generation:
         """Step by step, in this thread."""
         processors = generation_processors(self._silo.model, len(request.prompt))
-        generation = Generation(request, notify, self._decode, processors, kept=True)
-        if self._last is not None and (self._silo.model.tail is not None or not generation.resume(self._last)):
-            self._forget()
+        generation = Generation(request, notify, self._decode, processors, kept=self._whole)
+        if self._last is not None and self._last.shared(request.prompt) == len(self._last.tokens):
+            generation.resume(self._last)
+            self._last = None
+        self._forget()
         while not generation.ended:
             self._steps.send([generation])
             if generation.step is not None:

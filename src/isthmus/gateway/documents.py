@@ -24,12 +24,20 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+class PromptDetail(BaseModel):
+    """Of a prompt's tokens."""
+
+    cached_tokens: int
+    """Those of a kept conversation, which did not cross again."""
+
+
 class UsageBody(BaseModel):
     """Numbers of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetail
 
 
 class PrivacyBody(BaseModel):

@@ -49,7 +49,8 @@ class ClientExchange:
     @property
     def usage(self) -> Usage:
         """The prompts' tokens, and those written by what has ended."""
-        return Usage(sum(len(one.prompt) for one in self._requests), sum(one.written for one in self._ended))
+        prompts, ended = sum(len(one.prompt) for one in self._requests), self._ended
+        return Usage(prompts, sum(one.written for one in ended), sum(one.reused for one in ended))
 
     async def pieces(self) -> AsyncGenerator[AnswerPiece, None]:
         """All pieces as they come. However it ends, nothing more is computed.

@@ -16,6 +16,7 @@ from transformers import DynamicCache, LogitsProcessorList
 
 from isthmus.errors import IsthmusError
 from isthmus.gateway.answer_text import AnswerText
+from isthmus.gateway.conversations import KeptConversation
 from isthmus.gateway.packed_ends import EndCaches, NewTokens
 from isthmus.gateway.sampling import SamplingSettings, ScoredToken, TokenChooser
 from isthmus.model.transcript import Transcript
@@ -50,6 +51,8 @@ class GenerationRequest:
     """Whether pieces are given as they come; otherwise each answer is one piece, at its end."""
     grammar: AnswerGrammar | None = None
     """What answers are held to; None: nothing."""
+    owner: int = 0
+    """Whose kept conversations it may go on with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,8 @@ class GenerationEnd:
     """Number of tokens of all answers, those included that ended them."""
     error: IsthmusError | None = None
     """Why it ended early; None: all answers are whole."""
+    reused: int = 0
+    """Number of the prompt's tokens that did not cross again."""
 
 
 PieceSink = Callable[[AnswerPiece | GenerationEnd], None]
@@ -157,7 +162,8 @@ class Generation:
     Args:
         decode: token ids as text, without control tokens.
         processors: what the model's own generation settings make of logits.
-        kept: whether its session is kept when it has ended, for ``resume``.
+        kept: whether its session stays open when it ends without an error between two steps, for ``keep``. It has one
+            answer then.
     """
 
     def __init__(
@@ -170,6 +176,9 @@ class Generation:
         kept: bool = False,
     ) -> None:
         self._kept, self._begun = kept, 0
+        self._first = request.prompt
+        self.reused = 0
+        """Number of the prompt's tokens that need not cross: those of a kept conversation."""
         self.request, self.processors = request, processors
         self.cancelled = False
         """Whether nobody waits for it any more."""
@@ -208,7 +217,7 @@ class Generation:
     @property
     def prompting(self) -> bool:
         """Whether the prompt, or with a new session all text so far, is on its way or comes next."""
-        return not self.cached
+        return not self.cached or not all(row.written for row in self.rows)
 
     def known(self, row: WrittenRow) -> list[int]:
         """Prompt and answer so far."""
@@ -217,23 +226,25 @@ class Generation:
     def restart(self, session: RemoteSession) -> None:
         """Go on with a new session, which has no positions yet."""
         self.leave()
-        self.session, self._begun, self.cached = session, 0, 0
+        self.session, self._begun, self.cached, self.reused = session, 0, 0, 0
         if self.transcript is not None:
             self.transcript.crop(len(self.transcript))
 
-    def resume(self, earlier: Generation) -> bool:
-        """Go on with the session of one that has ended, if its tokens begin this one's prompt. Returns whether it
-        does. Both have one answer."""
-        (row,) = earlier.finished
-        known = earlier.known(row)[: earlier.cached]
-        if earlier.session is None or earlier.shielded is not None or self.request.prompt[: len(known)] != known:
-            return False
-        if len(known) == len(self.request.prompt):
-            return False
-        self.session, self._begun, self.cached = earlier.session, len(earlier.session.releases), earlier.cached
-        self.rows[0].caches, self.transcript = row.caches, earlier.transcript
-        earlier.session = None
-        return True
+    def resume(self, kept: KeptConversation) -> None:
+        """Go on with the session of a conversation whose tokens begin this one's prompt."""
+        self.session, self._begun, self._first = kept.session, len(kept.session.releases), kept.first
+        self.cached = self.reused = len(kept.tokens)
+        self.rows[0].caches, self.transcript = kept.caches, kept.transcript
+
+    def keep(self) -> KeptConversation | None:
+        """What it leaves behind for ``resume``, once; None: nothing."""
+        if not self.ended or self.session is None:
+            return None
+        (row,) = (*self.finished, *self.rows)
+        assert row.caches is not None
+        tokens = self.known(row)[: self.cached]
+        session, self.session = self.session, None
+        return KeptConversation(self._first, tokens, session, row.caches, self.transcript)
 
     def leave(self) -> None:
         """Free the trunk's memory."""
@@ -270,12 +281,12 @@ class Generation:
         if self.ended:
             return
         self.ended, self.failed = True, error is not None
-        if self._kept and error is None:
+        if self._kept and error is None and self.step is None and self.cached:
             self._note_releases()
         else:
             self.leave()
         written = sum(row.written for row in (*self.finished, *self.rows))
-        self._notify(GenerationEnd(tuple(self._earlier), written, error))
+        self._notify(GenerationEnd(tuple(self._earlier), written, error, self.reused))
 
     def _note_releases(self) -> None:
         assert self.session is not None

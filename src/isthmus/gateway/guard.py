@@ -22,6 +22,8 @@ LARGEST_BODY = 2 * 2**20
 """Bytes."""
 DISCARDED = 16
 """Times the largest body: so much of a larger one is read before it is refused."""
+OWNER = "owner"
+"""In the state of a request: whose it is."""
 KNOWN_PATHS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/healthz", "/openapi.json"}
 )
@@ -52,7 +54,7 @@ class GatewayGuard:
             await send(message)
 
         try:
-            self._check(scope)
+            scope = {**scope, "state": {**scope.get("state", {}), OWNER: self._check(scope)}}
             await self._app(scope, await self._read_body(scope, receive), noted_send)
         except Problem as problem:
             await _answer(problem, noted_send)
@@ -63,12 +65,16 @@ class GatewayGuard:
         path = scope["path"] if scope["path"] in KNOWN_PATHS else "another path"
         log.info("gateway: %s %s: %s, %.2f s", scope["method"], path, status or "gone", time.monotonic() - started)
 
-    def _check(self, scope: Scope) -> None:
+    def _check(self, scope: Scope) -> int:
+        """Whose request it is: the number of the API key; 0 without keys."""
+        owner: int | None = 0
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if self._keys is None:
             if not is_own_name(re.sub(r":\d*$", "", headers.get("host", ""))):
                 raise Problem(403, "without API keys the gateway answers to this machine's own names alone")
-        elif scope["path"].startswith("/v1") and not self._keys.accepts(headers.get("authorization", "")):
+        elif scope["path"].startswith("/v1"):
+            owner = self._keys.owner(headers.get("authorization", ""))
+        if owner is None:
             raise Problem(
                 401,
                 "no valid API key: send one of this gateway's as 'Authorization: Bearer KEY'",
@@ -80,6 +86,7 @@ class GatewayGuard:
             and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
         ):
             raise Problem(415, "the body must be JSON: send 'Content-Type: application/json'")
+        return owner
 
     async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
         """Messages with the whole body first, which is no larger than allowed."""

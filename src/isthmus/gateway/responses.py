@@ -33,13 +33,16 @@ class Usage:
 
     prompt: int
     written: int
+    reused: int = 0
+    """Of the prompts, those that did not cross again."""
 
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.written,
             "total_tokens": self.prompt + self.written,
+            "prompt_tokens_details": {"cached_tokens": self.reused},
         }
 
 

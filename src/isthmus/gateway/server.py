@@ -46,6 +46,10 @@ class GatewaySettings:
     waiting: int = 64
     longest: int = 1024
     """Most tokens of an answer where the request does not say."""
+    conversations: int = 4
+    """Most conversations whose sessions are kept after an answer, so that the next turn sends what is new alone; 0:
+    none. Each holds the KV caches of one sequence, in the silo and on the trunk. None is kept longer than
+    ``trunk.lease``, or given to another API key."""
 
 
 def serve_gateway(
@@ -83,7 +87,13 @@ def serve_gateway(
     with bound(settings.host, settings.port) as listening, ExitStack() as serving:
         with opened() as (silo, directory):
             served = served_model(run, silo, settings.longest)
-            batcher = Batcher(decoder(silo.tokenizer), together=settings.together, waiting=settings.waiting)
+            batcher = Batcher(
+                decoder(silo.tokenizer),
+                together=settings.together,
+                waiting=settings.waiting,
+                conversations=settings.conversations,
+                lease=run.recipe().trunk.lease,
+            )
             app = gateway_app(served, batcher, prompt_reader(silo), grammar_reader(silo))
             serving.enter_context(http_server(GatewayGuard(app, keys), listening))
             serving.callback(batcher.stop)

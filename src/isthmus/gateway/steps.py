@@ -19,12 +19,19 @@ from isthmus.errors import IsthmusError
 from isthmus.gateway.generation import Generation, StepState, WrittenRow
 from isthmus.gateway.packed_ends import EndCaches, NewTokens, PackedEnds
 from isthmus.model.crossing import Reply
+from isthmus.model.rope import by_length
 from isthmus.model.split import SplitForCausalLM
 from isthmus.silo.drafting.draft import Draft
 from isthmus.silo.remote import RemoteTrunk
 from isthmus.wire import isthmus_pb2 as pb
 
 log = logging.getLogger(__name__)
+
+
+def keeps_sessions(model: SplitForCausalLM) -> bool:
+    """Whether a later turn may go on with a session: all tokens cross, and what is computed for a token depends on
+    nothing but the tokens before it."""
+    return model.tail is None and model.shield is None and not by_length(model.config)
 
 
 class GatewaySteps:

@@ -142,6 +142,11 @@ class Records:
         names = (self._prompt_of(row) or self._name(row) for row in rows)
         return tuple(self._owners.get(name, name) for name in names)
 
+    def same_record(self, first: TokenIds, row: TokenIds) -> bool:
+        """Whether a whole sequence, which begins with ``first``, goes on with its record: the silo's data has no longer
+        prompt that it begins with."""
+        return self._prompt_of(first) == self._prompt_of(row)
+
     def classes(self, rows: list[TokenIds]) -> list[list[int]] | None:
         """The sensitivity class of each token of each whole sequence; None without sensitivity."""
         return None if self.sensitivity is None else [list(self._classes(tuple(row))) for row in rows]

@@ -149,6 +149,15 @@ class RemoteSession:
         if self._history is not None:
             self._history.select(rows)
 
+    def same_record(self, first: list[int], row: list[int]) -> bool:
+        """Whether a whole sequence is of the record of the tokens that it begins with (``Records.same_record``)."""
+        return self._boundary.records.same_record(first, row)
+
+    @property
+    def sent_tokens(self) -> int:
+        """Number of positions in all stored frames, dropped ones included."""
+        return sum(sum(request.lengths) for request in self._sent)
+
     def close(self) -> None:
         """Free the trunk's KV cache."""
         self.abandon().result()

@@ -63,7 +63,7 @@ COMMANDS = {
     "draft": ["RUN_DIR", "--silo=", "--prompts=500", "--max-new-tokens=96", "--trunk=", "--json=False"],
     "gateway": [
         *("RUN_DIR", "--silo=", "--host=127.0.0.1", "--port=8000", "--api-keys=", "--together=16", "--waiting=64"),
-        *("--max-new-tokens=1024", "--trunk=", "--round="),
+        *("--max-new-tokens=1024", "--conversations=4", "--trunk=", "--round="),
     ],
     "chat": [
         *("RUN_DIR", "--silo=", "--max-new-tokens=512", "--temperature=0.0", "--system=", "--trunk=", "--round="),

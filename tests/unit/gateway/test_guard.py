@@ -8,7 +8,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from isthmus.gateway.api_keys import ApiKeys
-from isthmus.gateway.guard import GatewayGuard, is_own_name
+from isthmus.gateway.guard import OWNER, GatewayGuard, is_own_name
 from tests.unit.gateway.asgi import call
 
 KEY = "a-key-that-is-long-enough"
@@ -93,3 +93,19 @@ def test_the_log_names_known_paths_only(caplog: pytest.LogCaptureFixture) -> Non
     assert "GET /v1/models: 200" in caplog.text
     assert "GET another path: 200" in caplog.text
     assert "Secret" not in caplog.text
+
+
+def test_requests_say_whose_they_are() -> None:
+    """By the number of the key; a client's own headers say nothing of it."""
+    seen: list[int] = []
+
+    async def noted(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["state"][OWNER])
+        await echo(scope, receive, send)
+
+    other = "another-key-long-enough"
+    keyed = GatewayGuard(noted, ApiKeys([KEY, other]))
+    for key in (KEY, other, KEY):
+        call(keyed, "POST", "/v1/completions", b"{}", {"authorization": f"Bearer {key}", OWNER: "2"})
+    call(GatewayGuard(noted, None), "POST", "/v1/completions", b"{}")
+    assert seen == [1, 2, 1, 0]

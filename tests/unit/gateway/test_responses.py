@@ -36,11 +36,16 @@ def spell(tokens: Sequence[int]) -> list[str]:
 
 
 def test_whole_answers() -> None:
-    chat = ChatShape(ENVELOPE, spell, noted=True).whole([ANSWER], Usage(5, 7), PRIVACY)
-    text = CompletionShape(ENVELOPE, spell, noted=True).whole([ANSWER], Usage(5, 7), PRIVACY)
+    chat = ChatShape(ENVELOPE, spell, noted=True).whole([ANSWER], Usage(5, 7, 3), PRIVACY)
+    text = CompletionShape(ENVELOPE, spell, noted=True).whole([ANSWER], Usage(5, 7, 3), PRIVACY)
     for body in (chat, text):
         assert "Infinity" not in json.dumps(body)
-        assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+        assert body["usage"] == {
+            "prompt_tokens": 5,
+            "completion_tokens": 7,
+            "total_tokens": 12,
+            "prompt_tokens_details": {"cached_tokens": 3},
+        }
     ChatAnswer.model_validate(chat)
     CompletionAnswer.model_validate(text)
     content = ChatCompletion.model_validate(chat).choices[0].logprobs.content  # type: ignore[union-attr]
@@ -52,7 +57,7 @@ def test_whole_answers() -> None:
 
 
 def test_without_log_probabilities_they_are_null() -> None:
-    chat = ChatShape(ENVELOPE, spell, noted=False).whole([ANSWER], Usage(5, 7), PRIVACY)
+    chat = ChatShape(ENVELOPE, spell, noted=False).whole([ANSWER], Usage(5, 7, 3), PRIVACY)
     assert chat["choices"][0]["logprobs"] is None
 
 

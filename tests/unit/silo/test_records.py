@@ -57,6 +57,15 @@ def test_a_rows_answer_changes_no_record_and_other_text_is_another() -> None:
     assert len(set(records)) == 3
 
 
+def test_a_turn_is_of_its_conversations_record_unless_the_data_knows_better() -> None:
+    one = Records()
+    one.add_rows([Tokens([5, 6], [7]), Tokens([5, 6, 7, 8], [9])])
+    assert one.same_record([1, 2], [1, 2, 3, 4])
+    assert one.same_record([5, 6], [5, 6, 7, 9])
+    assert not one.same_record([5, 6], [5, 6, 7, 8, 9])
+    assert not one.same_record([5], [5, 6])
+
+
 def test_names_stay_over_a_restart_and_need_the_key(tmp_path: Path) -> None:
     first, again, other = (Records(folder) for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"))
     name = first.subjects([[5, 6]], [2]).records
