@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
@@ -38,20 +40,27 @@ NAMES = ("north", "south", "east", "west")
 
 
 class Led:
-    """A coordinator's folder with a trunk and root that answers invites, and silos that join it."""
+    """A coordinator's folder with a trunk and root that answers invites, and silos that join it.
 
-    def __init__(self, commands: Commands, folder: Path) -> None:
+    Args:
+        sections: of the recipe, in place of those of a long run under masks.
+    """
+
+    def __init__(self, commands: Commands, folder: Path, names: Sequence[str] = NAMES, **sections: Any) -> None:
         self.commands, self.folder = commands, folder
         address = {"address": f"localhost:{free_port()}"}
-        silos = [{"name": name, "train": f"{name}.jsonl"} for name in NAMES]
-        self.names = list(NAMES)
+        silos = [{"name": name, "train": f"{name}.jsonl"} for name in names]
+        self.names = list(names)
         self.recipe = write_federation(
             folder / "leader",
-            train={"rounds": 100_000, "steps": 4, "evaluate": False},
             silo=silos,
             trunk={**address, "patience": 20.0},
-            root={**address, "patience": 20.0, "minimum": 3},
-            federation={"secure": {"masks": True}},
+            **{
+                "train": {"rounds": 100_000, "steps": 4, "evaluate": False},
+                "root": {**address, "patience": 20.0, "minimum": 3},
+                "federation": {"secure": {"masks": True}},
+                **{name: {**address, **one} if name == "root" else one for name, one in sections.items()},
+            },
         )
         self.authority = folder / "leader" / "authority"
         AuthorityFolder.create(self.authority, self.recipe)
@@ -86,8 +95,8 @@ class Led:
     def until_round(self, number: int) -> None:
         until(lambda: max(self.rounds(), default=0) >= number, f"round {number}", command=self.server)
 
-    def age(self, name: str) -> int:
-        """Give a party a certificate of which little is left; returns its serial number."""
+    def age(self, name: str, left: datetime.timedelta = datetime.timedelta(hours=3)) -> int:
+        """Give a party a certificate of which this little is left; returns its serial number."""
         folder, key = AuthorityFolder(self.authority), ec.generate_private_key(ec.SECP256R1())
         last = x509.load_pem_x509_certificate(self.certificate(name).read_bytes())
         now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
@@ -97,7 +106,7 @@ class Led:
                 builder = builder.add_extension(one.value, one.critical)
         made = (
             builder.not_valid_before(now - day)
-            .not_valid_after(now + day / 8)
+            .not_valid_after(now + left)
             .sign(folder._authority._key, hashes.SHA256())
         )
         replace_certificate(
