@@ -27,6 +27,7 @@ from isthmus.updates.compression import Compression
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.identity import Identity
+from isthmus.wire.patience import Heard, Patience
 from isthmus.wire.published import sign_version
 from isthmus.wire.vitals import Vitals
 
@@ -63,6 +64,7 @@ class Buffered(Aggregator):
     def __init__(self, recipe: Recipe, planner: RootPlanner, identity: Identity | None = None) -> None:
         assert recipe.federation.asynchronous.buffer is not None
         self._size, self._oldest = recipe.federation.asynchronous.buffer, recipe.federation.asynchronous.staleness
+        self.heard = Heard(recipe.waits.silence)
         self._compression = Compression.of(recipe)
         self._node = recipe.tree.node(ROOT)
         self._heaviest = {silo: recipe.most_weight([silo]) for silo in self._node.children}
@@ -73,7 +75,7 @@ class Buffered(Aggregator):
         self._training: dict[str, int] = {}
         """The round of each silo that has a plan."""
         self._buffer: dict[str, Held] = {}
-        self._clock: threading.Timer | None = None
+        self._clock: Patience | None = None
         """Ends the wait for a full buffer; runs from the buffer's first update on."""
         self._late = False
         """Whether patience has ended with fewer than the minimum in the buffer: that many are enough now."""
@@ -204,9 +206,10 @@ class Buffered(Aggregator):
             answer.set_result(own)
 
     def _start_clock(self) -> None:
-        self._clock = threading.Timer(self._node.patience, self._lose_patience, (self._planner.completed,))
-        self._clock.daemon = True
-        self._clock.start()
+        version = self._planner.completed
+        self._clock = Patience(
+            self._node.patience, lambda: self._lose_patience(version), lambda: list(self._waiting), self.heard
+        )
 
     def _lose_patience(self, version: int) -> None:
         """The buffer is not full in time: what is in it is enough, or the first updates that make up the minimum."""

@@ -28,6 +28,7 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.identity import Identity
+from isthmus.wire.patience import Heard
 from isthmus.wire.sum_keys import plan_digest, signers, verify_keys
 from isthmus.wire.vitals import Vitals
 
@@ -50,7 +51,11 @@ class Phase(enum.Enum):
 class Aggregator(ABC):
     """A node that plans rounds and takes updates: the root, or an edge. Implements ``wire.channel.Service``."""
 
+    heard: Heard
+    """The children that it hears."""
+
     def handle(self, peer: str, request: Message) -> Answer:
+        self.heard.note(peer)
         if isinstance(request, (pb.Update, pb.Deal, pb.Agree, pb.Reveal)):
             return self.contribute(peer, request)
         if isinstance(request, pb.Ready):
@@ -102,6 +107,7 @@ class Rounds(Aggregator):
 
     def __init__(self, recipe: Recipe, planner: Planner, name: str = ROOT, identity: Identity | None = None) -> None:
         self._identity = identity
+        self.heard = Heard(recipe.waits.silence)
         self.phase = Phase.GATHERING
         self._error: IsthmusError | None = None
         """The error that every child gets once the phase is ``FAILED``."""
@@ -403,7 +409,7 @@ class Rounds(Aggregator):
                 if turn == self._turn:
                     fire(arrived)
 
-        return Barrier(self._node.patience, fire_in_turn)
+        return Barrier(self._node.patience, fire_in_turn, self.heard)
 
     def _miss(self, present: list[str]) -> None:
         """Fewer than the minimum are left: wait for more, or send those that are there away and gather again."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 STEP, ROUND, REACH, ANSWER = 1 / 5, 1.0, 1 / 5, 2.0
 """Parts of ``patience``."""
+SILENCE = 3 / 4
+"""Part of ``reach``."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,11 @@ class Waits:
     """``wire.deadline``: for a peer that does not answer."""
     answer: float
     """``wire.answer_deadline``: for an answer that waits for no other party."""
+
+    @property
+    def silence(self) -> float:
+        """Without a sign of a party that waits: then the network is taken to be broken. It pings twice in ``reach``."""
+        return SILENCE * self.reach
 
     @classmethod
     def of(

@@ -90,6 +90,11 @@ class RoundVote:
         """Take a silo's request, if it has one, out of the vote."""
         return self._asks.pop(peer, None)
 
+    @property
+    def voters(self) -> frozenset[str]:
+        """The silos that have asked."""
+        return frozenset(list(self._asks))  # a thread of a clock reads it
+
     def others(self, peer: str) -> list[Beginning]:
         """What the other silos ask for."""
         return [asked.beginning for other, asked in self._asks.items() if other != peer]

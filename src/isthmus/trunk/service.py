@@ -39,6 +39,7 @@ from isthmus.updates.between import BlocksChange
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, answered
 from isthmus.wire.identity import Identity
+from isthmus.wire.patience import Heard
 from isthmus.wire.senders import check_sender
 from isthmus.wire.vitals import Vitals
 
@@ -108,9 +109,10 @@ class TrunkService:
         )
         self._run = run_name(directory)
         journal = directory.journal("metrics")
+        self._heard = Heard(recipe.waits.silence)
         self._steps: SyncSteps | AsyncSteps
         if recipe.federation.asynchronous.buffer is None:
-            self._steps = SyncSteps(self._training, self._scheduler, recipe, journal)
+            self._steps = SyncSteps(self._training, self._scheduler, recipe, journal, self._heard)
         else:
             self._steps = AsyncSteps(
                 self._training, self._scheduler, recipe, directory, journal, identity=identity, run=self._run
@@ -147,6 +149,7 @@ class TrunkService:
 
     def handle(self, peer: str, request: Message) -> Answer:
         check_sender("the trunk", "Trunk", "silo", request)
+        self._heard.note(peer)
         greeted = peer in self._instances or (peer in self._compared and _changes_nothing(request))
         if not greeted and not isinstance(request, pb.Hello | pb.Ping):
             raise ProtocolError(

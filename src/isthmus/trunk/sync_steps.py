@@ -20,6 +20,7 @@ from isthmus.trunk.training import TrunkTraining
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 from isthmus.wire.channel import Answer
+from isthmus.wire.patience import Heard, Patience
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +62,17 @@ class SyncSteps:
     Args:
         recipe: gives the silos' steps in a round, their learning rate, and the patience.
         journal: gets one line for each optimizer step taken together.
+        heard: the silos that the trunk hears; None: all of them.
     """
 
-    def __init__(self, training: TrunkTraining, scheduler: Scheduler, recipe: Recipe, journal: Journal) -> None:
+    def __init__(
+        self,
+        training: TrunkTraining,
+        scheduler: Scheduler,
+        recipe: Recipe,
+        journal: Journal,
+        heard: Heard | None = None,
+    ) -> None:
         self._training = training
         self._scheduler = scheduler
         self._recipe = recipe
@@ -75,7 +84,7 @@ class SyncSteps:
         self._open: OpenRound | None = None
         """The running round, if it is open."""
         self._vote = RoundVote()
-        self._clock: threading.Timer | None = None
+        self._clock: Patience | None = None
         """Ends the vote."""
         self._participants: frozenset[str] = frozenset()
         """All silos that were named for the running round."""
@@ -86,8 +95,9 @@ class SyncSteps:
         self._missed: set[str] = set()
         """Silos of this round that a step went on without."""
         self._patience = recipe.waits.step
-        self._commits: Barrier[Arrival] = Barrier(self._patience, self._step)
-        self._ends: Barrier[Answer] = Barrier(self._patience, self._end)
+        self._present = heard
+        self._commits: Barrier[Arrival] = Barrier(self._patience, self._step, heard)
+        self._ends: Barrier[Answer] = Barrier(self._patience, self._end, heard)
 
     def begin(self, peer: str, request: pb.Begin) -> Answer:
         """Start a round; answered once all participants have come and the trunk is at the end of the previous round, or
@@ -163,9 +173,13 @@ class SyncSteps:
         if self._vote:
             since = self._vote.since
             left = max(0.0, since + self._patience - time.monotonic())
-            self._clock = threading.Timer(left, self._count_votes, (since,))
-            self._clock.daemon = True
-            self._clock.start()
+            self._clock = Patience(
+                self._patience,
+                lambda: self._count_votes(since),
+                lambda: self._vote.voters,
+                self._present,
+                left=left,
+            )
 
     def _open_beginning(self, peer: str, request: pb.Begin, participants: list[str]) -> Beginning:
         others, silos = self._vote.others(peer), frozenset(participants)

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
+from isthmus.wire.patience import Heard, Patience
+
 T = TypeVar("T")
 
 
@@ -16,18 +18,19 @@ class Barrier(Generic[T]):
     until it arrives again.
 
     Args:
-        patience: timeout in seconds.
+        patience: timeout in seconds, as of ``Patience``.
         fire: called with the arrived items by peer, without the barrier's lock, from any thread.
+        heard: who is heard; None: everyone that has arrived is.
     """
 
-    def __init__(self, patience: float, fire: Callable[[dict[str, T]], None]) -> None:
-        self._patience = patience
+    def __init__(self, patience: float, fire: Callable[[dict[str, T]], None], heard: Heard | None = None) -> None:
+        self._patience, self._heard = patience, heard
         self._fire = fire
         self._lock = threading.Lock()
         self._expected: set[str] = set()
         self._arrived: dict[str, T] = {}
         self._group = 0
-        self._clock: threading.Timer | None = None
+        self._clock: Patience | None = None
 
     def expect(self, peers: Iterable[str]) -> None:
         """Replace the set of expected peers."""
@@ -57,9 +60,10 @@ class Barrier(Generic[T]):
         self._fire_if(lambda: self._complete())
 
     def _start_clock(self, group: int) -> None:
-        self._clock = threading.Timer(self._patience, lambda: self._fire_if(lambda: self._group == group))
-        self._clock.daemon = True
-        self._clock.start()
+        def ring() -> None:
+            self._fire_if(lambda: self._group == group)
+
+        self._clock = Patience(self._patience, ring, lambda: list(self._arrived), self._heard)
 
     def _complete(self) -> bool:
         return self._expected <= self._arrived.keys()

@@ -20,6 +20,7 @@ from isthmus.storage.journal import read_journal
 from isthmus.storage.record import RoleDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.patience import Heard
 from isthmus.wire.vitals import Vitals
 from tests.conftest import make_recipe
 
@@ -301,6 +302,32 @@ def test_of_three_enough_are_two_and_the_third_is_not_waited_for(build: Build) -
     until(lambda: rounds.phase is Phase.WAITING)
     assert_plan(rounds.ready("b", pb.Ready()).result(WAIT), 1, 0, ["a", "b"], 0.0)
     assert waiting.done()
+
+
+def test_a_root_that_hears_nobody_loses_nobody(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its network is broken for longer than its patience."""
+    cut_off, looks = [True], list[set[str]]()
+
+    def silent(self: Heard, peers: Any) -> bool:
+        looks.append(set(peers))
+        return cut_off[0]
+
+    monkeypatch.setattr(Heard, "silent", silent)
+    rounds = build("a", "b", minimum=1, patience=SOON)
+    first = rounds.ready("a", pb.Ready())
+    until(lambda: len(looks) > 1)
+    second = rounds.ready("b", pb.Ready())
+    assert_plan(first.result(WAIT), 1, 0, ["a", "b"], 0.0)
+    second.result(WAIT)
+    rounds.contribute("a", update(1, 1.0)).result(WAIT)
+    looks.clear()
+    until(lambda: len(looks) > 1)
+    assert looks[0] == {"a"}
+    rounds.contribute("b", update(1, 3.0)).result(WAIT)
+    assert plans(rounds, "a", "b")[0].completed == 1
+    rounds.contribute("a", update(2, 1.0)).result(WAIT)
+    cut_off[0] = False
+    assert plans(rounds, "a")[0].completed == 2, "b alone is away"
 
 
 def test_resume(build: Build) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.channel import Answer, LoopbackChannel
+from isthmus.wire.patience import Heard
 from tests.conftest import make_recipe, save_tiny_model
 from tests.oracle.twins import assert_same, random_b
 from tests.unit.trunk.drill import Work, tensors_of
@@ -247,6 +249,31 @@ def test_slow_silo_joins_the_next_step(build: Build, caplog: pytest.LogCaptureFi
     assert [line["silos"] for line in lines] == [["a"], ["a", "b"], ["b"]]
     said = [record.getMessage() for record in caplog.records if record.name == "isthmus.trunk.sync_steps"]
     assert said == [f"trunk: round 1 {what}" for what in ("begins with a, b", "goes on without b", "is over")]
+
+
+def test_a_trunk_that_hears_nobody_steps_without_nobody(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its network is broken for longer than its patience, while one silo waits at the step and the other computes."""
+    looks: list[set[str]] = []
+
+    def silent(self: Heard, peers: Any) -> bool:
+        looks.append(set(peers))
+        return True
+
+    monkeypatch.setattr(Heard, "silent", silent)
+    trunk = build(steps=1)
+    a, b = begun(trunk)
+    a.work(WORK_A)
+    trunk.patience(SOON)
+    waiting = a.commit(1, weight=3)
+    end = time.monotonic() + WAIT
+    while len(looks) < 2:
+        assert time.monotonic() < end, "patience did not end"
+        time.sleep(0.005)
+    assert looks[0] == {"a"}
+    assert not waiting.done()
+    b.work(WORK_B)
+    assert b.commit(1, weight=4).result(WAIT).contributors == 2
+    assert waiting.result(WAIT).contributors == 2
 
 
 def test_who_is_at_work_when_the_root_has_finished_the_round_has_lost_it(build: Build) -> None:

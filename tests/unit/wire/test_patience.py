@@ -1,0 +1,107 @@
+"""Patience ends after its time, unless none of those who wait is heard: then it begins again once one is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from isthmus.wire.barrier import Barrier
+from isthmus.wire.patience import Heard, Patience
+
+SOON, HANG = 0.05, 60.0
+
+
+class Silence(Heard):
+    """Says that everyone is silent until it is told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__(HANG)
+        self.now, self.asked = True, 0
+
+    def silent(self, peers: object) -> bool:
+        self.asked += 1
+        return self.now
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def test_it_rings_once() -> None:
+    rings: list[int] = []
+    rung = threading.Event()
+    Patience(SOON, lambda: (rings.append(1), rung.set())[-1], tuple, None)  # type: ignore[func-returns-value]
+    assert rung.wait(HANG)
+    assert rings == [1]
+
+
+def test_cancelled_it_does_not_ring() -> None:
+    rung = threading.Event()
+    patience = Patience(SOON, rung.set, tuple, None)
+    patience.cancel()
+    patience._look()  # a timer that had begun to ring
+    assert not rung.is_set()
+
+
+def test_what_is_left_may_be_less_than_the_whole() -> None:
+    rung = threading.Event()
+    Patience(HANG, rung.set, tuple, None, left=0.0)
+    assert rung.wait(HANG)
+
+
+def test_while_nobody_is_heard_it_waits_and_then_as_long_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard, rung, armed = Silence(), threading.Event(), list[float]()
+    arm = Patience._arm
+
+    def noted(self: Patience, seconds: float) -> None:
+        armed.append(seconds)
+        arm(self, 0.0)
+
+    monkeypatch.setattr(Patience, "_arm", noted)
+    Patience(30.0, rung.set, lambda: {"a"}, heard)
+    until(lambda: heard.asked > 3)
+    assert not rung.is_set()
+    heard.now = False
+    assert rung.wait(HANG)
+    assert armed[0] == armed[-1] == 30.0
+    assert set(armed[1:-1]) == {1.0}
+
+
+def test_who_is_silent() -> None:
+    now = [0.0]
+    heard = Heard(10.0, lambda: now[0])
+    heard.note("a")
+    now[0] = 8.0
+    heard.note("b")
+    assert not heard.silent(["a", "b"])
+    now[0] = 12.0
+    assert heard.silent(["a"])
+    assert not heard.silent(["a", "b"])
+    assert not heard.silent([])
+    assert not heard.silent(["a", "stranger"]), "who never sent a request is of no service that counts"
+    now[0] = 19.0
+    assert heard.silent(["a", "b"])
+    heard.note("a")
+    assert not heard.silent(["a", "b"])
+
+
+def test_a_barrier_keeps_its_expected_through_an_outage() -> None:
+    heard, fired = Silence(), list[dict[str, int]]()
+    barrier: Barrier[int] = Barrier(SOON, fired.append, heard)
+    barrier.expect({"a", "b"})
+    barrier.arrive("a", 1)
+    until(lambda: heard.asked > 2)
+    assert not fired
+    barrier.arrive("b", 2)
+    assert fired == [{"a": 1, "b": 2}]
+    assert barrier.expected == {"a", "b"}
+    barrier.arrive("a", 3)
+    heard.now = False
+    until(lambda: len(fired) == 2)
+    assert fired[1] == {"a": 3}
