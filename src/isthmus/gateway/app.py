@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ from isthmus.gateway.documents import (
 from isthmus.gateway.exchange import ClientExchange, ClientGone, begun
 from isthmus.gateway.generation import AnswerPiece, GenerationRequest
 from isthmus.gateway.guard import OWNER
+from isthmus.gateway.metrics import CONTENT_TYPE, GatewayMetrics
 from isthmus.gateway.problems import Problem, problem_of
 from isthmus.gateway.prompts import PromptReader, ReadPrompt
 from isthmus.gateway.requests import ChatBody, CompletionBody, EmbeddingsBody, SampledBody, body_problem
@@ -84,8 +86,16 @@ class ServedModel:
 class Endpoints:
     """The functions behind the paths."""
 
-    def __init__(self, served: ServedModel, batcher: Batcher, reader: PromptReader, grammars: GrammarReader) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        batcher: Batcher,
+        reader: PromptReader,
+        grammars: GrammarReader,
+        metrics: GatewayMetrics,
+    ) -> None:
         self._served, self._batcher, self._reader, self._grammars = served, batcher, reader, grammars
+        self._metrics = metrics
         self._compiling = ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammar")
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
@@ -137,6 +147,10 @@ class Endpoints:
             )
         running, waiting = self._batcher.load
         return JSONResponse({"status": "ok", "running": running, "waiting": waiting})
+
+    async def metrics(self) -> Response:
+        """Counts, as Prometheus reads them."""
+        return Response(self._metrics.page(), media_type=CONTENT_TYPE)
 
     def _check_model(self, name: str) -> None:
         if name != self._served.name:
@@ -221,10 +235,26 @@ class Endpoints:
             if body.stream:
                 pieces = await begun(exchange.pieces())
                 usage = body.stream_options is not None and body.stream_options.include_usage
-                return StreamingResponse(_events(pieces, exchange, shape, usage=usage), media_type="text/event-stream")
-            return await _whole(exchange, shape)
+                events = self._counted(_events(pieces, exchange, shape, usage=usage), exchange)
+                return StreamingResponse(events, media_type="text/event-stream")
+            try:
+                return await _whole(exchange, shape)
+            finally:
+                self._count(exchange)
         except ClientGone:
             return Response(status_code=CLIENT_GONE)
+
+    async def _counted(self, events: AsyncGenerator[str, None], exchange: ClientExchange) -> AsyncGenerator[str, None]:
+        """The same events; at their end the answers are counted."""
+        try:
+            async with aclosing(events):
+                async for one in events:
+                    yield one
+        finally:
+            self._count(exchange)
+
+    def _count(self, exchange: ClientExchange) -> None:
+        self._metrics.note_answers(exchange.usage, exchange.charge.releases)
 
 
 async def _whole(exchange: ClientExchange, shape: AnswerShape) -> Response:
@@ -238,7 +268,7 @@ async def _whole(exchange: ClientExchange, shape: AnswerShape) -> Response:
 
 async def _events(
     pieces: AsyncGenerator[AnswerPiece, None], exchange: ClientExchange, shape: AnswerShape, *, usage: bool
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """The events of a stream. The last chunk of all has what left the silo; it is known when all answers are whole."""
     begun_answers: set[int] = set()
     held: dict[str, Any] | None = None
@@ -268,7 +298,9 @@ async def _events(
         await pieces.aclose()
 
 
-def gateway_app(served: ServedModel, batcher: Batcher, reader: PromptReader, grammars: GrammarReader) -> FastAPI:
+def gateway_app(
+    served: ServedModel, batcher: Batcher, reader: PromptReader, grammars: GrammarReader, metrics: GatewayMetrics
+) -> FastAPI:
     """The endpoints as an application."""
     app = FastAPI(
         title="isthmus gateway",
@@ -277,7 +309,7 @@ def gateway_app(served: ServedModel, batcher: Batcher, reader: PromptReader, gra
         docs_url=None,
         redoc_url=None,
     )
-    ends = Endpoints(served, batcher, reader, grammars)
+    ends = Endpoints(served, batcher, reader, grammars, metrics)
     add = partial(app.add_api_route, response_class=JSONResponse)
     answered = {"content": {"application/json": {}, **EVENTS}, "description": "The answers, or a stream of chunks"}
     chat = {**ERRORS, 200: {**answered, "model": ChatAnswer}}
@@ -288,6 +320,7 @@ def gateway_app(served: ServedModel, batcher: Batcher, reader: PromptReader, gra
     add("/v1/models", ends.models, methods=["GET"], responses={**ERRORS, 200: {"model": ModelsBody}})
     add("/v1/models/{name}", ends.model, methods=["GET"], responses={**ERRORS, 200: {"model": ModelBody}})
     add("/healthz", ends.health, methods=["GET"], responses={**ERRORS, 200: {"model": HealthBody}})
+    app.add_api_route("/metrics", ends.metrics, methods=["GET"], include_in_schema=False)
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _refused)

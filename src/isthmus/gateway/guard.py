@@ -15,6 +15,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from isthmus.gateway.api_keys import ApiKeys
+from isthmus.gateway.metrics import GatewayMetrics
 from isthmus.gateway.problems import Problem
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ DISCARDED = 16
 OWNER = "owner"
 """In the state of a request: whose it is."""
 KNOWN_PATHS = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/healthz", "/openapi.json"}
+    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/healthz", "/metrics", "/openapi.json"}
 )
 """Paths that the log names."""
 
@@ -34,13 +35,20 @@ class GatewayGuard:
     """An ASGI application around another one.
 
     Args:
-        keys: those that ``/v1`` asks for; None: nobody needs one, and only this machine's names are accepted as hosts,
-            so that no page in a browser here can read answers.
+        keys: those that ``/v1`` and ``/metrics`` ask for; None: nobody needs one, and only this machine's names are
+            accepted as hosts, so that no page in a browser here can read answers.
         largest: bytes of the largest body.
+        metrics: count the requests; None: nothing does.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None, largest: int = LARGEST_BODY) -> None:
-        self._app, self._keys, self._largest = app, keys, largest
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys | None,
+        largest: int = LARGEST_BODY,
+        metrics: GatewayMetrics | None = None,
+    ) -> None:
+        self._app, self._keys, self._largest, self._metrics = app, keys, largest, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,7 +71,10 @@ class GatewayGuard:
             if not status:
                 await _answer(Problem(500, "an error of the gateway", type="server_error"), noted_send)
         path = scope["path"] if scope["path"] in KNOWN_PATHS else "another path"
-        log.info("gateway: %s %s: %s, %.2f s", scope["method"], path, status or "gone", time.monotonic() - started)
+        seconds = time.monotonic() - started
+        log.info("gateway: %s %s: %s, %.2f s", scope["method"], path, status or "gone", seconds)
+        if self._metrics is not None:
+            self._metrics.note_request(path, status, seconds)
 
     def _check(self, scope: Scope) -> int:
         """Whose request it is: the number of the API key; 0 without keys."""
@@ -72,7 +83,7 @@ class GatewayGuard:
         if self._keys is None:
             if not is_own_name(re.sub(r":\d*$", "", headers.get("host", ""))):
                 raise Problem(403, "without API keys the gateway answers to this machine's own names alone")
-        elif scope["path"].startswith("/v1"):
+        elif scope["path"].startswith(("/v1", "/metrics")):
             owner = self._keys.owner(headers.get("authorization", ""))
         if owner is None:
             raise Problem(

@@ -23,6 +23,7 @@ from isthmus.gateway.api_keys import ApiKeys
 from isthmus.gateway.app import ServedModel, gateway_app
 from isthmus.gateway.batcher import LOST_LOOK_SECONDS, Batcher
 from isthmus.gateway.guard import GatewayGuard, is_own_name
+from isthmus.gateway.metrics import GatewayMetrics
 from isthmus.gateway.prompts import PromptReader
 from isthmus.joining.keeper import kept_certificate
 from isthmus.silo.join import Silo
@@ -94,8 +95,9 @@ def serve_gateway(
                 conversations=settings.conversations,
                 lease=run.recipe().trunk.lease,
             )
-            app = gateway_app(served, batcher, prompt_reader(silo), grammar_reader(silo))
-            serving.enter_context(http_server(GatewayGuard(app, keys), listening))
+            metrics = GatewayMetrics(batcher)
+            app = gateway_app(served, batcher, prompt_reader(silo), grammar_reader(silo), metrics)
+            serving.enter_context(http_server(GatewayGuard(app, keys, metrics=metrics), listening))
             serving.callback(batcher.stop)
             certificates = Path(run.recipe().wire.certificates)
             serving.enter_context(kept_certificate(certificates, silo.name, "silo"))  # it runs for months

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from isthmus.gateway.answer_grammar import GrammarReader
 from isthmus.gateway.app import ServedModel, gateway_app
 from isthmus.gateway.batcher import Batcher
+from isthmus.gateway.metrics import GatewayMetrics
 from isthmus.gateway.prompts import PromptReader
 from isthmus.gateway.server import decoder
 from isthmus.model.split import SplitForCausalLM
@@ -33,6 +34,12 @@ def served(model: SplitForCausalLM, folder: Path, **settings: Any) -> Iterator[t
     thread.start()
     with opened(batcher, thread):
         yield (
-            gateway_app(own, batcher, PromptReader(tokenizer, VOCABULARY), GrammarReader(tokenizer, VOCABULARY)),
+            gateway_app(
+                own,
+                batcher,
+                PromptReader(tokenizer, VOCABULARY),
+                GrammarReader(tokenizer, VOCABULARY),
+                GatewayMetrics(batcher),
+            ),
             batcher,
         )
