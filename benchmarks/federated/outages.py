@@ -25,7 +25,8 @@ from cryptography import x509
 from benchmarks.common.network import LEADER, Network
 from benchmarks.common.results import Results
 from isthmus.privacy.ledger import read_ledger
-from isthmus.recipe.sections.wire import WireSection
+from isthmus.recipe import Recipe
+from isthmus.recipe.waits import Waits
 from isthmus.storage.files import writing
 from isthmus.storage.journal import read_journal
 from tests.integration.processes import rows_of, state, steps_of, write_federation, write_rows
@@ -41,6 +42,7 @@ BARRIER = 5.0
 DAY, HOURS = 86_400, 24
 AGE = 59.5 * DAY
 """Age of the certificates, which are valid for 90 days, when training begins: within a day they are to be renewed."""
+SHIPPED = Waits.of(Recipe.model_fields["patience"].default)
 SHORT = 6.0
 """Seconds of patience, where a day is emulated in 24."""
 FAKETIME = "/usr/$LIB/faketime/libfaketimeMT.so.1"
@@ -91,7 +93,7 @@ class Federation:
         write_federation(
             self._leader,
             train={"rounds": ROUNDS, "steps": STEPS, "evaluate": False},
-            wire={"deadline": WireSection().deadline},
+            wire={"deadline": SHIPPED.reach},
             trunk={"address": self.network.address, **other},
             root={"address": self.network.address, **other},
         )
