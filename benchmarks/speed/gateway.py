@@ -77,7 +77,7 @@ def write_run(folder: Path) -> Path:
 @contextmanager
 def gateway(run: Path) -> Iterator[tuple[OpenAI, psutil.Process]]:
     """A client of a gateway, and the gateway's process."""
-    command = [sys.executable, "-m", "isthmus", "gateway", str(run), "--port", "0"]
+    command = [sys.executable, "-m", "isthmus", "gateway", str(run), "--port", "0", "--conversations", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
