@@ -64,7 +64,7 @@ class Buffered(Aggregator):
     def __init__(self, recipe: Recipe, planner: RootPlanner, identity: Identity | None = None) -> None:
         assert recipe.federation.asynchronous.buffer is not None
         self._size, self._oldest = recipe.federation.asynchronous.buffer, recipe.federation.asynchronous.staleness
-        self.heard = Heard(recipe.waits.silence)
+        self.heard = Heard(recipe.waits.silence if identity else math.inf)
         self._compression = Compression.of(recipe)
         self._node = recipe.tree.node(ROOT)
         self._heaviest = {silo: recipe.most_weight([silo]) for silo in self._node.children}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import secrets
 import threading
 import time
@@ -107,7 +108,7 @@ class Rounds(Aggregator):
 
     def __init__(self, recipe: Recipe, planner: Planner, name: str = ROOT, identity: Identity | None = None) -> None:
         self._identity = identity
-        self.heard = Heard(recipe.waits.silence)
+        self.heard = Heard(recipe.waits.silence if identity else math.inf)
         self.phase = Phase.GATHERING
         self._error: IsthmusError | None = None
         """The error that every child gets once the phase is ``FAILED``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping
@@ -109,7 +110,7 @@ class TrunkService:
         )
         self._run = run_name(directory)
         journal = directory.journal("metrics")
-        self._heard = Heard(recipe.waits.silence)
+        self._heard = Heard(recipe.waits.silence if identity else math.inf)
         self._steps: SyncSteps | AsyncSteps
         if recipe.federation.asynchronous.buffer is None:
             self._steps = SyncSteps(self._training, self._scheduler, recipe, journal, self._heard)

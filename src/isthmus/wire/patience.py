@@ -15,7 +15,7 @@ class Heard:
 
     Args:
         seconds: without a sign of those who wait after which the network is taken to be broken: longer than between
-            two pings.
+            two pings. Infinite: everyone is there, as parties of one process, which do not ping.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:

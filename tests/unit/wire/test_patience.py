@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -89,6 +90,10 @@ def test_who_is_silent() -> None:
     assert heard.silent(["a", "b"])
     heard.note("a")
     assert not heard.silent(["a", "b"])
+    in_one_process = Heard(math.inf, lambda: now[0])
+    in_one_process.note("a")
+    now[0] = 1e9
+    assert not in_one_process.silent(["a"])
 
 
 def test_a_barrier_keeps_its_expected_through_an_outage() -> None:
