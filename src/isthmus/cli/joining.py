@@ -153,8 +153,7 @@ def take_invite(
         with notes_aside(as_json):
             silo(joined.recipe, invited.name, run_dir)
         return
-    following = f"next: isthmus {invited.role} {joined.recipe}{named} --run-dir {run_dir}"
-    notify(following) if as_json else typer.echo(following)
+    typer.echo(f"next: isthmus {invited.role} {joined.recipe}{named} --run-dir {run_dir}", err=as_json)
 
 
 @command("revoke north")

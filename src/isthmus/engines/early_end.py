@@ -7,8 +7,8 @@ from isthmus.storage.record import RunDirectory
 
 
 def end_early(run: RunDirectory) -> int:
-    """Ask the root that runs in this directory to end the federation. It drops the round under way, and every silo that
-    asks for the next one is told that none is left.
+    """Ask the root that runs in this directory to end the federation. It drops the round under way, and answers every
+    silo that asks for the next one that none is left.
 
     Returns:
         Number of rounds that are finished.

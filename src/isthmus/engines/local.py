@@ -80,7 +80,7 @@ def run_federation(
     """
     _move_cut(run)
     _run_phase(run, watch, notify)
-    while _move_cut(run):
+    while not run.role("root").ended_early and _move_cut(run):
         _run_phase(run, watch, notify)
 
 

@@ -39,8 +39,8 @@ class Monitor:
 
     ``/healthz`` is one JSON object: ``status`` (``starting``, ``ok`` or ``failed``), ``role``, and for each service
     its state, completed rounds and the parties that it waits for. It is 200 where the status is ``ok``, else 503. A
-    service that waits for parties is well. Nobody has to show a certificate: listen where only those may come who run
-    the role.
+    service that waits for parties is well. There is no authentication: listen where only the role's operators have
+    access.
 
     Args:
         role: what the process is, as ``trunk``.
@@ -99,7 +99,7 @@ class Monitor:
         vitals = {name: one.vitals() for name, one in self._services.items()}
         failed = any(one.failure for one in vitals.values())
         status = "starting" if self._server is None else "failed" if failed else "ok"
-        services = {name.lower(): _told(one) for name, one in vitals.items()}
+        services = {name.lower(): _as_json(one) for name, one in vitals.items()}
         body = json.dumps({"status": status, "role": self._role, "services": services}) + "\n"
         code = "200 OK" if status == "ok" else "503 Service Unavailable"
         return code, "application/json", body.encode()
@@ -123,9 +123,9 @@ def monitored(role: str, address: str | None) -> Iterator[Monitor | None]:
         monitor.close()
 
 
-def _told(vitals: Vitals) -> dict[str, object]:
-    told: dict[str, object] = {"state": vitals.state, "completed": vitals.completed, "missing": list(vitals.missing)}
-    return told | ({"failure": vitals.failure} if vitals.failure else {})
+def _as_json(vitals: Vitals) -> dict[str, object]:
+    state: dict[str, object] = {"state": vitals.state, "completed": vitals.completed, "missing": list(vitals.missing)}
+    return state | ({"failure": vitals.failure} if vitals.failure else {})
 
 
 def _of_services(vitals: Mapping[str, Vitals]) -> Iterator[Metric]:

@@ -225,9 +225,7 @@ class Rounds(Aggregator):
         elif phase is Phase.WAITING:
             missing = set(self._node.children) - set(self._waiting)
         failure = "" if self._error is None else self._error.message
-        completed = max(
-            self._planner.completed, self._last.completed
-        )  # a new edge knows of rounds by its parent's word
+        completed = max(self._planner.completed, self._last.completed)  # of a new edge: by its parent's word
         return Vitals(phase.value, completed, failure, tuple(sorted(missing)))
 
     @property

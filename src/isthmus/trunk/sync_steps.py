@@ -86,6 +86,8 @@ class SyncSteps:
         self._vote = RoundVote()
         self._clock: Patience | None = None
         """Ends the vote."""
+        self._timed: float | None = None
+        """The start of the vote that it ends."""
         self._participants: frozenset[str] = frozenset()
         """All silos that were named for the running round."""
         self._heard: dict[str, float] = {}
@@ -166,19 +168,16 @@ class SyncSteps:
             log.warning("trunk: %s would begin round %d, others are at work", names, number)
 
     def _time_vote(self) -> None:
-        """Have the vote end after the patience from its start."""
+        """Have the vote end after the patience from its start: one clock for each start, however many ask."""
+        since = self._vote.since if self._vote else None
+        if since == self._timed:
+            return
         if self._clock is not None:
             self._clock.cancel()
-        self._clock = None
-        if self._vote:
-            since = self._vote.since
-            left = max(0.0, since + self._patience - time.monotonic())
+        self._timed, self._clock = since, None
+        if since is not None:
             self._clock = Patience(
-                self._patience,
-                lambda: self._count_votes(since),
-                lambda: self._vote.voters,
-                self._present,
-                left=left,
+                self._patience, lambda: self._count_votes(since), lambda: self._vote.voters, self._present
             )
 
     def _open_beginning(self, peer: str, request: pb.Begin, participants: list[str]) -> Beginning:

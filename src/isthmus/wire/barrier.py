@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
@@ -60,10 +61,16 @@ class Barrier(Generic[T]):
         self._fire_if(lambda: self._complete())
 
     def _start_clock(self, group: int) -> None:
-        def ring() -> None:
-            self._fire_if(lambda: self._group == group)
+        found = weakref.ref(self)  # the clock of a barrier that nobody has any more must end, whoever is silent
 
-        self._clock = Patience(self._patience, ring, lambda: list(self._arrived), self._heard)
+        def ring() -> None:
+            if (barrier := found()) is not None:
+                barrier._fire_if(lambda: barrier._group == group)
+
+        def waiting() -> list[str]:
+            return [] if (barrier := found()) is None else list(barrier._arrived)
+
+        self._clock = Patience(self._patience, ring, waiting, self._heard)
 
     def _complete(self) -> bool:
         return self._expected <= self._arrived.keys()

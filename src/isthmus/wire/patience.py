@@ -41,7 +41,6 @@ class Patience:
         ring: called from another thread.
         waiting: who waits at the moment; called from another thread.
         heard: of the service; None: everyone is taken to be there.
-        left: seconds until the first ring; None: ``seconds``.
     """
 
     def __init__(
@@ -50,14 +49,12 @@ class Patience:
         ring: Callable[[], None],
         waiting: Callable[[], Collection[str]],
         heard: Heard | None,
-        *,
-        left: float | None = None,
     ) -> None:
         self._seconds, self._ring, self._waiting, self._heard = seconds, ring, waiting, heard
         self._lock = threading.Lock()
         self._cancelled = self._paused = False
         self._timer: threading.Timer | None = None
-        self._arm(seconds if left is None else left)
+        self._arm(seconds)
 
     def cancel(self) -> None:
         """Do not ring."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 
@@ -20,11 +21,12 @@ class Silence(Heard):
 
     def __init__(self) -> None:
         super().__init__(HANG)
-        self.now, self.asked = True, 0
+        self.now, self.asked, self.seen = True, 0, list[Collection[str]]()
 
-    def silent(self, peers: object) -> bool:
+    def silent(self, peers: Collection[str]) -> bool:
         self.asked += 1
-        return self.now
+        self.seen.append(tuple(peers))
+        return self.now and bool(peers)
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -48,12 +50,6 @@ def test_cancelled_it_does_not_ring() -> None:
     patience.cancel()
     patience._look()  # a timer that had begun to ring
     assert not rung.is_set()
-
-
-def test_what_is_left_may_be_less_than_the_whole() -> None:
-    rung = threading.Event()
-    Patience(HANG, rung.set, tuple, None, left=0.0)
-    assert rung.wait(HANG)
 
 
 def test_while_nobody_is_heard_it_waits_and_then_as_long_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +106,16 @@ def test_a_barrier_keeps_its_expected_through_an_outage() -> None:
     heard.now = False
     until(lambda: len(fired) == 2)
     assert fired[1] == {"a": 3}
+
+
+def test_the_clock_of_a_barrier_that_was_dropped_ends() -> None:
+    """In a round that was lost for good nobody is heard any more."""
+    heard = Silence()
+    barrier: Barrier[int] = Barrier(SOON, lambda arrived: None, heard)
+    barrier.expect({"a", "b"})
+    barrier.arrive("a", 1)
+    until(lambda: heard.asked > 1)
+    assert heard.seen[-1] == ("a",)
+    del barrier
+    gc.collect()
+    until(lambda: () in heard.seen)
