@@ -151,11 +151,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(model: Path, tmp_path: Path) -> Iterator[Build]:
     built: list[Trunk] = []
 
-    def make(steps: int | None = 2, optimizer: str = "sgd", **more: Any) -> Trunk:
+    def make(steps: int | None = 2, optimizer: str = "sgd", silos: tuple[str, ...] = ("a", "b"), **more: Any) -> Trunk:
         train = {"optimizer": optimizer, "learning_rate": RATE, "evaluate": False, **more}
         if steps is not None:
             train["steps"] = steps
-        recipe = make_recipe(model, silos=("a", "b"), train=train, trunk={"patience": LONG})
+        recipe = make_recipe(model, silos=silos, train=train, trunk={"patience": LONG})
         built.append(Trunk(recipe, RunDirectory(tmp_path).role("trunk")))
         return built[-1]
 
@@ -274,6 +274,35 @@ def test_a_trunk_that_hears_nobody_steps_without_nobody(build: Build, monkeypatc
     b.work(WORK_B)
     assert b.commit(1, weight=4).result(WAIT).contributors == 2
     assert waiting.result(WAIT).contributors == 2
+
+
+def test_after_an_outage_a_vote_waits_for_all_with_its_whole_patience(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first that is back does not end the wait, though the vote began longer ago than patience."""
+    looks: list[set[str]] = []
+
+    def silent(self: Heard, peers: Any) -> bool:
+        looks.append(set(peers))
+        return True
+
+    monkeypatch.setattr(Heard, "silent", silent)
+    trunk = build(steps=1, silos=("a", "b", "c"))
+    trunk.patience(SOON)
+    a, b, c = (Silo(trunk, name) for name in "abc")
+    votes = [a.begin(participants=("a", "b", "c"))]
+    end = time.monotonic() + WAIT
+    while len(looks) < 2:
+        assert time.monotonic() < end, "patience did not end"
+        time.sleep(0.005)
+    clock = trunk.service._steps._clock  # type: ignore[union-attr]
+    votes.append(b.begin(participants=("a", "b", "c")))
+    trunk.settle()
+    assert trunk.service._steps._clock is clock  # type: ignore[union-attr]
+    assert not any(vote.done() for vote in votes)
+    votes.append(c.begin(participants=("a", "b", "c")))
+    for vote in votes:
+        vote.result(WAIT)
 
 
 def test_who_is_at_work_when_the_root_has_finished_the_round_has_lost_it(build: Build) -> None:
