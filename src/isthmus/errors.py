@@ -92,6 +92,12 @@ class MismatchError(ModelError):
     code = "mismatch"
 
 
+class CutMovedError(MismatchError):
+    """Two parties of a run whose cut moves have different cuts: one of them has not made the last move yet."""
+
+    code = "cut-moved"
+
+
 class NotSupportedError(IsthmusError):
     """A caller asks the split model for what it does not offer."""
 

@@ -15,9 +15,10 @@ from isthmus.engines.lifetime import Stopped, by_engine
 from isthmus.engines.local import at_address
 from isthmus.engines.memory import return_memory
 from isthmus.engines.monitor import Monitor
+from isthmus.engines.moving import RootMoves, SiloMoves, TrunkMoves, check_moves_apart, finished, recorded_cut
 from isthmus.engines.process import LISTENING
 from isthmus.engines.threads import set_threads
-from isthmus.errors import RecipeError, RunError
+from isthmus.errors import CutMovedError, RecipeError, RunError
 from isthmus.federation.aggregator import GreetedAggregator, edge_service, root_service
 from isthmus.federation.rounds import Aggregator
 from isthmus.joining.authority_folder import OWN_SERVER, AuthorityFolder
@@ -54,7 +55,7 @@ def recorded(path: Path, recipe: Recipe, run_dir: Path, silo: str | None = None)
 
     Raises:
         DataError: a row or file of the silo cannot be used; all of them are counted.
-        RecipeError: the recipe divides one set among silos, and so is a simulation; or it moves the cut.
+        RecipeError: the recipe divides one set among silos, and so is a simulation; or it moves the cut, and has edges.
         RunError: the directory holds a run whose adapters have other shapes or another start.
     """
     run = RunDirectory(run_dir.resolve())
@@ -64,14 +65,10 @@ def recorded(path: Path, recipe: Recipe, run_dir: Path, silo: str | None = None)
                 "[partition] divides one set among silos that all read it: it is for simulations on one machine",
                 remedy="use 'isthmus run', or name each silo's own rows in silo.train and leave [partition] out",
             )
-        if recipe.model.moves:
-            raise RecipeError(
-                "[model] moves change the cut in the folders of all parties at once, and this is one party's",
-                remedy="use 'isthmus run', or leave out model.moves",
-            )
+        check_moves_apart(recipe)
         if silo is not None:
             check_examples(recipe, (silo,))
-        run.record(recipe)
+        run.record(recorded_cut(run, recipe))
     return run
 
 
@@ -158,7 +155,7 @@ def serve_roles(
     own: Role = "trunk" if roles[0] == "trunk" else "root"
     kept = kept_certificate(Path(recipe.wire.certificates), roles[0], own, authority)
     with suppress(Stopped), alone(run, roles), kept:
-        recipe = _serve(recipe, run, roles, number, authority, monitor)
+        recipe = _serve(finished(run, recipe, roles), run, roles, number, authority, monitor)
         while True:
             run.record(recipe)
             recipe = _serve(recipe, run, roles, None, authority, monitor, announce=False)
@@ -173,26 +170,31 @@ def _serve(
     monitor: Monitor | None,
     announce: bool = True,
 ) -> Recipe:
-    """Serve these roles until silos are added to the recipe; returns it with them."""
+    """Serve these roles until silos are added to the recipe, or its cut is to move; returns it with these silos, or
+    with the new cut once that is made."""
     server, services = start_server(recipe, run, roles, number, authority)
     if monitor is not None:
         monitor.watch(server, services)
     address = _at(getattr(recipe, roles[0]).address, server)
     root = services.get("Root")
     growth = Growth(recipe, authority, address) if authority is not None and len(roles) > 1 else None
+    moves = RootMoves(recipe, run) if roles == ("root",) and recipe.model.moves else services.get("Moves")
+    assert moves is None or isinstance(moves, TrunkMoves | RootMoves)
+
+    def over() -> bool:
+        grown = growth is not None and isinstance(root, GreetedAggregator) and growth.due(root)
+        return grown or (moves is not None and moves.due())
+
     try:
-        _listen(
-            server,
-            address if announce else None,
-            lambda: _result(recipe, run, roles, root),
-            lambda: growth is not None and isinstance(root, GreetedAggregator) and growth.due(root),
-        )
-        assert growth is not None
-        return growth.recipe
+        _listen(server, address if announce else None, lambda: _result(recipe, run, roles, root), over)
     finally:
         for service in services.values():
             if isinstance(service, TrunkService):
                 service.stop()
+    if moves is not None and moves.due():
+        return at_address(moves.make(), address, roles)
+    assert growth is not None
+    return growth.recipe
 
 
 def serve_run(
@@ -361,7 +363,8 @@ def start_server(
         authority: answers guests here; None: nobody does.
 
     Returns:
-        The server, and its services by gRPC service name (``Trunk``, ``Model``, ``Root``).
+        The server, and its services by gRPC service name (``Trunk``, ``Model``, ``Root``, and where the cut moves
+        ``Moves``).
 
     Raises:
         RunError: the trunk has not saved that round.
@@ -380,7 +383,10 @@ def start_server(
             number = run.completed()  # one run directory: the trunk's adapter must be of the root's round
         services["Trunk"] = own_trunk = trunk = TrunkService(recipe, directory, identity=identity, added=added)
         services["Model"] = ModelFiles(authority.recipe if authority else lambda: recipe, directory.path / "portions")
-        peers["Trunk"] = peers["Model"] = [silo.name for silo in recipe.silo]
+        peers["Trunk"] = peers["Model"] = silos = [silo.name for silo in recipe.silo]
+        if recipe.model.moves and not by_engine():
+            services["Moves"] = TrunkMoves(recipe, run, with_root="root" in roles)
+            peers["Moves"] = [*silos, ROOT]
         if number is not None:
             trunk.restore(number)
             if recipe.trains_between and number and number == run.completed():  # the root may have ended before it
@@ -409,8 +415,8 @@ def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
     set_threads(recipe)
     kept = kept_certificate(Path(recipe.wire.certificates), name, "silo")
     _note_start(trunk=recipe.trunk.address)
-    with alone(run, (name,)), kept, closing(Worker(recipe, name, run.role(name), endless=not by_engine())) as worker:
-        completed = worker.run()
+    with alone(run, (name,)), kept:
+        recipe, completed = _train(finished(run, recipe, (name,)), run, name)
     move = recipe.next_move(completed)
     if move is not None and move[0] == completed:
         print(f"the cut moves after round {completed}", flush=True)
@@ -422,6 +428,24 @@ def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
         f"{trunk}; isthmus privacy {run.path}",
         flush=True,
     )
+
+
+def _train(recipe: Recipe, run: RunDirectory, name: str) -> tuple[Recipe, int]:
+    """Train as this silo until the federation has finished, or in a run directory of all parties until its cut is to
+    move. Returns the recipe with the cut that it has then, and the number of finished rounds."""
+    moves = SiloMoves(run, name)
+    while True:
+        try:
+            with closing(Worker(recipe, name, run.role(name), endless=not by_engine())) as worker:
+                completed = worker.run()
+                move = recipe.next_move(completed)
+                if move is None or move[0] != completed or by_engine() or not run.deployed:
+                    return recipe, completed
+                brought = moves.released(recipe, worker, completed)
+            recipe = moves.make(recipe, completed, brought)
+        except CutMovedError as behind:
+            log.info("%s", behind.message)
+            recipe = moves.follow(recipe)
 
 
 def _finished(recipe: Recipe, completed: int) -> str:

@@ -59,7 +59,7 @@ class ModelFiles:
 
     def _portion(self, silo: str) -> _Portion:
         recipe = self._recipe()
-        ends = recipe.ends(silo)
+        ends = recipe.deepest(silo)
         if ends not in self._portions:
             folder = self._folder / f"{ends[0]}-{ends[1]}"
             shutil.rmtree(folder, ignore_errors=True)

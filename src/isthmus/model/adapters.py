@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -30,6 +31,7 @@ from isthmus.model.peft_folder import PREFIX, PeftFolder
 from isthmus.recipe import LoraSection, Recipe
 from isthmus.recipe.sections.lora import ALL_LINEAR
 
+T = TypeVar("T")
 TensorDict = dict[str, torch.Tensor]
 ADAPTER = "default"
 """The name that peft knows the adapter of every part by."""
@@ -79,7 +81,7 @@ def add_trained_layers(part: Part, recipe: Recipe) -> None:
         ModelError: the recipe does not fit the part, or the folder ``lora.start`` not the recipe.
         NotSupportedError: the recipe, or that folder, asks for what adapters here do not have.
     """
-    exact = recipe.trunk.adapter == "replica" if part.name == "trunk" else recipe.federation.lora == "frozen-a"
+    exact = recipe.trunk.adapter == "replica" if part.name == "trunk" else recipe.freezes_a
     add_adapter(part, recipe.lora, recipe.seed, freeze_a=exact)
     frozen = part.name == "bottom" and recipe.lora.freeze_bottom
     bottleneck.add_layers(part, recipe.boundary, frozen=frozen)
@@ -214,7 +216,7 @@ def trained_factors(lora: str, round: int) -> str:
     return "B" if lora == "frozen-a" else "AB"
 
 
-def select_factors(tensors: Mapping[str, torch.Tensor], factors: str) -> TensorDict:
+def select_factors(tensors: Mapping[str, T], factors: str) -> dict[str, T]:
     """The tensors that train in a round that trains these factors. Tensors that are not LoRA factors always train."""
     frozen = [f"lora_{factor}" for factor in "AB" if factor not in factors]
     return {name: one for name, one in tensors.items() if not any(factor in name for factor in frozen)}

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from isthmus.errors import CutMovedError
 from isthmus.model.adapters import start_digest
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
@@ -17,6 +18,8 @@ from isthmus.wire import isthmus_pb2 as pb
 
 CONFIG, START = "the digest of config.json", "the digest of the adapter at lora.start"
 TOKENIZER = "the digest of tokenizer.json"
+CUT = {"model.bottom", "model.top"}
+"""The shared keys that change where the cut moves."""
 _TOKENS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
 """Keys of tokenizer.json that fix which numbers a text becomes."""
 
@@ -52,10 +55,18 @@ def check_agreed(
 
     Raises:
         MismatchError: as ``check_shared``.
+        CutMovedError: the cut moves in this run, and nothing else differs: one of them has not moved it yet.
     """
     own = next((one for one in earlier if one.get("silo.name") == theirs.get("silo.name")), own)
     alone = {TOKENIZER} - (theirs.keys() & own.keys())
     theirs, own = ({key: value for key, value in keys.items() if key not in alone} for keys in (theirs, own))
+    differing = {key for key in theirs.keys() | own.keys() if theirs.get(key) != own.get(key)}
+    if "model.moves" in own and differing and differing <= CUT:
+        cuts = [f"({keys.get('model.bottom')}, {keys.get('model.top')})" for keys in (theirs, own)]
+        raise CutMovedError(
+            f"{peer} has the cut {cuts[0]}, {here} {cuts[1]}: it moves in this run, and one of them is behind",
+            remedy="wait, a role that runs takes it up by itself; start it again if it has ended",
+        )
     check_shared(peer, theirs, here, own)
 
 

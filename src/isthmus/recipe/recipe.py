@@ -378,6 +378,12 @@ class Recipe(Section):
         """Whether the adapters of such blocks train."""
         return self.mixes_cuts and self.federation.between == "train"
 
+    @property
+    def freezes_a(self) -> bool:
+        """Whether LoRA's A of silos' blocks is what it was at the start, so that nobody has to be told. Where the cut
+        moves, a block may come with an A that the trunk trained: silos then get it with the shared adapters."""
+        return self.federation.lora == "frozen-a" and not self.model.moves
+
     def next_move(self, completed: int) -> tuple[int, tuple[int, int]] | None:
         """The next move of the cut: the round after which it is due, and the blocks of bottom and top from then on.
 
@@ -395,6 +401,26 @@ class Recipe(Section):
         """The same recipe with another cut for all."""
         model = self.model.model_copy(update={"bottom": ends[0], "top": ends[1]})
         return self.model_copy(update={"model": model})
+
+    def cut_after(self, after: int) -> tuple[int, int]:
+        """The blocks of bottom and top once the move after this round is made.
+
+        Raises:
+            RecipeError: no move is due after this round.
+        """
+        ends = self.model.bottom, self.model.top
+        for move in self.model.moves or ():
+            ends = move.get("bottom", ends[0]), move.get("top", ends[1])
+            if move["after"] == after:
+                return ends
+        raise RecipeError(f"no move of the cut is due after round {after}", remedy="give all parties one recipe")
+
+    def deepest(self, name: str) -> tuple[int, int]:
+        """Most blocks of this silo's bottom and of its top, now and after all moves of the cut."""
+        bottom, top = self.ends(name)
+        for move in self.model.moves or ():
+            bottom, top = max(bottom, move.get("bottom", 0)), max(top, move.get("top", 0))
+        return bottom, top
 
     @property
     def opens_updates(self) -> bool:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -63,20 +63,25 @@ class Worker:
         self._recipe = recipe = recipe.of_silo(name)
         self._name = name
         self._directory = directory
-        self._silo = connect_silo(
-            recipe,
-            name,
-            ledger=open_ledger(directory, recipe, name),
-            channel=trunk,
-            releases=directory.path / "released",
-            records=directory.path / "records",
-            endless=endless,
-        )
+        with ExitStack() as undo:  # a silo that a server refuses leaves no ledger locked
+            ledger = open_ledger(directory, recipe, name)
+            undo.callback(ledger.close)
+            self._silo = connect_silo(
+                recipe,
+                name,
+                ledger=ledger,
+                channel=trunk,
+                releases=directory.path / "released",
+                records=directory.path / "records",
+                endless=endless,
+            )
+            undo.callback(self._silo.close)
+            self._aggregator = AggregatorClient(recipe, name, self._silo.boundary, root, endless=endless)
+            undo.pop_all()
         self._guard = self._silo.guard
         self._data = load_data(recipe, name, self._silo)
         self._read = self._data.measured_rows()
         """The held-out rows that evaluations read."""
-        self._aggregator = AggregatorClient(recipe, name, self._silo.boundary, root, endless=endless)
         self._parameters = {
             key: tensor for part in self._silo.parts for key, tensor in adapters.trainable(part).items()
         }
@@ -132,6 +137,24 @@ class Worker:
                 seconds = round(time.monotonic() - began, 3)
                 told = {"round": completed, "seconds": seconds}
                 log.info("round %d ended after %.1f s", completed, seconds, extra=told)
+
+    def release_moments(self, round: int, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """An optimizer's moments on their way to the trunk, as an update leaves: through the boundary, with a line in
+        the ledger.
+
+        Args:
+            round: the round at whose end they are.
+            tensors: by any name.
+        """
+        layout, released = Layout.of(tensors), dict(tensors)
+
+        def encode(row_P: torch.Tensor) -> pb.Update:
+            released.update(layout.tensors(row_P))
+            return pb.Update(tensors=codec.encode_named(released))
+
+        if tensors:
+            self._silo.boundary.release_update(layout.row(tensors), round, encode)
+        return released
 
     def close(self) -> None:
         self._silo.close()

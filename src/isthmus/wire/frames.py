@@ -43,6 +43,7 @@ ANSWERS: dict[type[Message], tuple[type[Message], ...]] = {
     pb.Commit: (pb.Stepped,),
     pb.Keep: (pb.Kept,),
     pb.End: (pb.Ended,),
+    pb.Move: (pb.Moved,),
     pb.Decode: (pb.Hidden,),
     pb.Close: (pb.Closed,),
     pb.Ready: (pb.Plan,),
@@ -57,7 +58,7 @@ ANSWERS: dict[type[Message], tuple[type[Message], ...]] = {
     pb.Fetch: (pb.Fetched,),
 }
 """By kind of request, the answers that it may get; beside them, a ``Failure``."""
-WAITING = (pb.Begin, pb.Commit, pb.End, pb.Ready, pb.Deal, pb.Agree, pb.Reveal)
+WAITING = (pb.Begin, pb.Commit, pb.End, pb.Move, pb.Ready, pb.Deal, pb.Agree, pb.Reveal)
 """Kinds of requests whose answers wait for other parties, as do those to masked updates: for hours, if these do."""
 _REMEDY = "both sides must run the same version of isthmus"
 _FIELDS = {field.message_type: field.name for field in pb.Frame.DESCRIPTOR.oneofs_by_name["body"].fields}

@@ -1,8 +1,8 @@
 """Who may send what to whom: by service and kind of request, the roles whose certificates may send it.
 
 Whoever may connect at all is known by certificate and recipe (``server``): silos to the trunk; to root and edges their
-own children, which are silos or edges, and an edge's sibling's silos. As a trunk or a root a party asks the authority
-alone; so may a guest, who has an invite and no role yet.
+own children, which are silos or edges, and an edge's sibling's silos. A trunk asks the authority alone; so may a guest,
+who has an invite and no role yet; a root asks the trunk, too, where the cut moves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from isthmus.errors import ProtocolError
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.identity import Role
 
-ServiceName = Literal["Trunk", "Root", "Authority", "Model"]
+ServiceName = Literal["Trunk", "Root", "Authority", "Model", "Moves"]
 SENDERS: dict[ServiceName, dict[type[Message], tuple[Role, ...]]] = {
     "Trunk": dict.fromkeys(
         (pb.Hello, pb.Ping, pb.Begin, pb.Commit, pb.End, pb.Keep, pb.Forward, pb.Backward, pb.Decode, pb.Close),
@@ -27,6 +27,7 @@ SENDERS: dict[ServiceName, dict[type[Message], tuple[Role, ...]]] = {
     | dict.fromkeys((pb.Deal, pb.Agree, pb.Reveal), ("silo",)),
     "Authority": dict.fromkeys((pb.Ping, pb.Enroll, pb.Withdrawals), ("silo", "edge", "trunk", "root")),
     "Model": dict.fromkeys((pb.Ping, pb.Listing, pb.Fetch), ("silo",)),
+    "Moves": dict.fromkeys((pb.Ping, pb.Move), ("silo", "root")),
 }
 """By service (edges' is ``Root``, too) and kind of request, the roles that may send it; what is not there nobody may.
 The same table is in docs/threat-model.md."""
@@ -35,6 +36,7 @@ _WHERE: dict[ServiceName, str] = {
     "Root": "the edge or root above",
     "Authority": "the authority",
     "Model": "the trunk, as a request for its files",
+    "Moves": "the trunk, as a move of the cut",
 }
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 import grpc
 
 from isthmus.errors import FrameError, IdentityError, IsthmusError, PeerGoneError, ProtocolError
+from isthmus.recipe.tree import ROOT
 from isthmus.wire.channel import Service, forget_frames
 from isthmus.wire.chunks import Assembler, in_chunks
 from isthmus.wire.identity import Identity, Role
@@ -98,7 +99,7 @@ class Server:
         services: the services by name.
         identity: the server's identity.
         peers: for each service, the names of the parties that may connect.
-        edges: those of them that are edges; the others are silos.
+        edges: those of them that are edges; the others are silos, or the root.
         doorkeeper: the service ``Authority``, if guests are to be answered here.
         address: ``host:port`` to listen at; port 0 chooses a free port.
         limit: largest frame in bytes.
@@ -276,7 +277,7 @@ class Server:
             PeerGoneError: it may soon: it has been added to the federation, and is not taken up here yet.
         """
         if name in self._peers.get(service, ()):
-            return "edge" if name in self._edges else "silo"
+            return "edge" if name in self._edges else "root" if name == ROOT else "silo"
         refusal = IdentityError(
             f"{name[:64]!r} may not connect to this {service.lower()}", remedy="list it in the recipe"
         )

@@ -130,8 +130,8 @@ def check_moves(
         "boundary.release_once": (boundary.release_once, "what was released is of one cut"),
         "lora.freeze_bottom": (lora.freeze_bottom, "a block that moves to bottom would lose its adapter"),
         f"federation.lora = {federation.lora!r}": (
-            federation.lora in ("frozen-a", "svd"),
-            "silos and trunk must train the same factors of a block",
+            federation.lora == "svd",
+            "the root makes new factors each round, and a block that comes from the trunk has its own",
         ),
         "trunk.adapter = 'replica'": (trunk.adapter == "replica", "a replica's block would have no one owner"),
         "federation.updates": (federation.updates == "gradients", "the root's moments are of one cut's tensors"),
