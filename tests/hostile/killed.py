@@ -51,14 +51,24 @@ def masked(folder: Path) -> Recipe:
     )
 
 
-def _recipe(folder: Path, **sections: Any) -> Recipe:
-    """Two rounds of two steps, with certificates and fixed addresses, so that a role can come back."""
-    short = {"patience": 2.0}
+def moved(folder: Path) -> Recipe:
+    """Two silos, trunk and root, whose cut moves after the first round: a block to the silos, and one to the trunk,
+    which waits for the moments of a silo that is killed."""
+    model = {"bottom": 1, "top": 2, "moves": [{"after": 1, "bottom": 2, "top": 1}]}
+    return _recipe(folder, 60.0, model=model)
+
+
+def _recipe(folder: Path, round: float = 2.0, **sections: Any) -> Recipe:
+    """Two rounds of two steps, with certificates and fixed addresses, so that a role can come back.
+
+    Args:
+        round: seconds that trunk and root wait for others at a round's end.
+    """
     path = write_federation(
         folder,
         train={"rounds": ROUNDS, "steps": 2},
-        trunk={"address": f"localhost:{free_port()}", **short},
-        root={"address": f"localhost:{free_port()}", **short},
+        trunk={"address": f"localhost:{free_port()}", "patience": 2.0},
+        root={"address": f"localhost:{free_port()}", "patience": round},
         wire={"deadline": 30.0, "certificates": "certificates"},
         **sections,
     )
@@ -242,7 +252,7 @@ def kill_at(recipe: Recipe, folder: Path, role: str, at: int, undisturbed: Path)
     raise AssertionError(f"{role} was never killed")
 
 
-FEDERATIONS = {"plain": plain, "masked": masked}
+FEDERATIONS = {"plain": plain, "masked": masked, "moved": moved}
 
 if __name__ == "__main__":  # a process of its own: what has used gRPC cannot be forked
     kill_in_turn(sys.argv[1], sys.argv[2].split(","), int(sys.argv[3]), Path(sys.argv[4]))

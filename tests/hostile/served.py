@@ -26,7 +26,8 @@ from tests.conftest import make_recipe
 from tests.unit.wire.test_server import free_port
 
 WAIT = 30.0
-SERVICE = {"trunk": "Trunk", "root": "Root"}
+SERVICE = {"trunk": "Trunk", "root": "Root", "moves": "Moves"}
+"""By server, its service; ``moves`` is the trunk's second one, where the recipe moves the cut."""
 
 
 class Served:
@@ -36,7 +37,7 @@ class Served:
         together: one server is both, with the trunk's certificate.
     """
 
-    def __init__(self, model: Path, folder: Path, *, together: bool = False, **recipe: Any) -> None:
+    def __init__(self, model: Path, folder: Path, /, *, together: bool = False, **recipe: Any) -> None:
         self.authority = Authority()
         certificates = folder / "certificates"
         self.recipe: Recipe = make_recipe(
@@ -60,7 +61,7 @@ class Served:
         for roles in [("trunk", "root")] if together else [("trunk",), ("root",)]:
             server, services = start_server(self.recipe, self.run, roles)
             self._opened.callback(server.stop, 0)
-            self.servers |= dict.fromkeys(roles, server)
+            self.servers |= dict.fromkeys((*roles, *(["moves"] if "Moves" in services else [])), server)
             self.services |= services
         self._opened.callback(self.services["Trunk"].stop)
         for name in self.recipe.tree.edges:  # a parent comes before its children in these recipes
@@ -73,6 +74,10 @@ class Served:
 
     def __exit__(self, *_: object) -> None:
         self._opened.close()
+
+    def certified(self, server: str) -> str:
+        """The name on a server's certificate."""
+        return "trunk" if self.servers[server] is self.servers["trunk"] else server
 
     def hello(self, server: str, instance: str = "") -> pb.Hello:
         known = Checkpoint(self.recipe.model.path)
@@ -87,8 +92,8 @@ class Served:
             f"localhost:{self.servers[server].port}",
             SERVICE.get(server, "Root"),
             identity,
-            server="trunk" if self.servers[server] is self.servers["trunk"] else server,
-            greeting=greeting or self.hello(server),
+            server=self.certified(server),
+            greeting=greeting or (pb.Ping() if server == "moves" else self.hello(server)),
             deadline=WAIT,
             limit=self.recipe.wire.max_frame_bytes,
         )

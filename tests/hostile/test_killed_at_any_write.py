@@ -13,7 +13,9 @@ TIMES = 3
 """Kills of each role, evenly over its writes; ``benchmarks/federated/kills.py`` has one before each."""
 
 
-@pytest.mark.parametrize(("name", "roles"), [("plain", "trunk,root,north"), ("masked", "ward,west")])
+@pytest.mark.parametrize(
+    ("name", "roles"), [("plain", "trunk,root,north"), ("masked", "ward,west"), ("moved", "trunk,root,north")]
+)
 def test_a_role_that_is_killed_at_any_write_comes_back_and_the_result_is_the_same(
     name: str, roles: str, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from isthmus.wire.channel import Answer
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.frames import ANSWERS
 from isthmus.wire.identity import Identity, Role
-from isthmus.wire.senders import SENDERS
+from isthmus.wire.senders import SENDERS, ServiceName
 from isthmus.wire.server import METHOD_PATH
 from tests.conformance.test_channels import HANG
 from tests.conftest import save_tiny_model
@@ -50,6 +50,8 @@ class Place(NamedTuple):
 PLACES = {
     "trunk": Place("flat", "trunk", "a", "silo", (("a", "edge"), ("x", "silo"))),
     "root over silos": Place("flat", "root", "a", "silo", (("a", "edge"), ("x", "silo"))),
+    "moves, of a silo": Place("flat", "moves", "a", "silo", (("a", "edge"), ("x", "silo"))),
+    "moves, of the root": Place("flat", "moves", "root", "root", (("root", "silo"), ("x", "silo"))),
     "trunk of a tree": Place("tree", "trunk", "d", "silo", (("top", "edge"), ("left", "edge"))),
     "root over edges": Place("tree", "root", "top", "edge", (("top", "silo"), ("left", "edge"), ("a", "silo"))),
     "edge over edges": Place("tree", "top", "left", "edge", (("left", "silo"), ("a", "silo"), ("top", "edge"))),
@@ -59,7 +61,8 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def federations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
-    """One without edges and one with two tiers of them, both with masks: every kind of request has its place."""
+    """One without edges, whose cut moves, and one with two tiers of edges, both with masks: every kind of request has
+    its place."""
     model = save_tiny_model("llama", tmp_path_factory.mktemp("model"), blocks=4)
     shared: dict[str, Any] = {"federation": {"secure": True}, "train": {"rounds": 2, "evaluate": False}}
     edges = [
@@ -71,7 +74,9 @@ def federations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         )
     ]
     with (
-        Served(model, tmp_path_factory.mktemp("flat"), silos=FLAT, **shared) as flat,
+        Served(
+            model, tmp_path_factory.mktemp("flat"), silos=FLAT, model={"moves": [{"after": 1, "bottom": 2}]}, **shared
+        ) as flat,
         Served(model, tmp_path_factory.mktemp("tree"), silos=TREE, edge=edges, **shared) as tree,
     ):
         yield {"flat": flat, "tree": tree}
@@ -136,7 +141,9 @@ def assert_taken(answer: Answer, request: Message) -> None:
 
 
 def assert_serves(place: Place, channel: GrpcChannel) -> None:
-    if place.server == "trunk":
+    if place.server == "moves":
+        assert channel.submit(pb.Move()).result(HANG) == pb.Moved()
+    elif place.server == "trunk":
         assert channel.submit(pb.Close(session=7)).result(HANG) == pb.Closed()
     else:
         assert isinstance(channel.submit(pb.Current()).result(HANG), pb.Adapters)
@@ -147,7 +154,8 @@ def unlike(place: Place, served: Served) -> Iterator[tuple[str, Identity]]:
     for role in ROLES:
         if role != place.role:
             yield f"{place.child} as {role}", served.issue(place.child, role)
-    for name, role in (*place.strangers, ("trunk", "trunk"), ("root", "root")):
+    roots = [] if place.server == "moves" else [("root", "root")]
+    for name, role in (*place.strangers, ("trunk", "trunk"), *roots):
         yield f"{name} as {role}", served.issue(name, role)
 
 
@@ -164,7 +172,10 @@ def test_of_anybody_else_nothing_is_heard(
     data = [frames.wrap(body, id=number).SerializeToString() for number, body in enumerate(bodies)]
     strangers = list(unlike(place, served))
     for who, identity in strangers if kind is None else [strangers[KINDS.index(kind) % len(strangers)]]:
-        assert status_of(served.servers[place.server].port, place.server, name, identity, data) in REFUSED, who
+        assert (
+            status_of(served.servers[place.server].port, served.certified(place.server), name, identity, data)
+            in REFUSED
+        ), who
     assert not heard
     monkeypatch.undo()
     assert_serves(place, channels[place])
@@ -210,5 +221,6 @@ def test_the_page_has_this_table() -> None:
     assert found.keys() == bodies
     for name, roles in found.items():
         kind = getattr(pb, name)
-        assert roles == [SENDERS[service].get(kind, ()) for service in ("Trunk", "Root", "Authority", "Model")], name
+        columns: tuple[ServiceName, ...] = ("Trunk", "Root", "Authority", "Model", "Moves")
+        assert roles == [SENDERS[service].get(kind, ()) for service in columns], name
     assert {kind for senders in SENDERS.values() for kind in senders} == set(ANSWERS)

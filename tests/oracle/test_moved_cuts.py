@@ -37,11 +37,13 @@ CUTS = {1: (1, 1), 3: (3, 1), 5: (2, 2)}
 """By the first round that has it."""
 
 
-def recipe_of(model: Path, folder: Path, names: tuple[str, ...], moves: list[dict[str, int]]) -> Recipe:
+def recipe_of(
+    model: Path, folder: Path, names: tuple[str, ...], moves: list[dict[str, int]], lora: str = "plain"
+) -> Recipe:
     train = {"rounds": ROUNDS, "steps": STEPS, "batch": 2, "learning_rate": RATE, "weight_decay": 0.0}
     return make_recipe(
         model,
-        federation={"lora": "plain"},
+        federation={"lora": lora},
         silo=[one for one in write_silos(folder) if one["name"] in names],
         lora={"targets": targets_of("llama")},
         model={"bottom": 1, "top": 1, "moves": moves},
@@ -98,16 +100,18 @@ class OneProcess:
         self.own["trunk"] = {key: torch.nn.Parameter(one.clone()) for key, one in start.items()}
         self.optimizers: dict[tuple[str, str], torch.optim.Optimizer] = {}
         self.losses: dict[str, list[float]] = {name: [] for name in self.whole}
+        self.frozen = recipe.federation.lora == "frozen-a"
         self.kept: set[str] = set()
         self.cut((1, 1), moments=True)
 
     def cut(self, ends: tuple[int, int], *, moments: bool) -> None:
-        """Hand the tensors over: the trunk's moments to each silo, the mean of the silos' to the trunk."""
+        """Hand the tensors over: the trunk's moments to each silo, the mean of the silos' to the trunk. A frozen A
+        stays as it comes, and the trunk begins anew with it."""
         kept = {key for key in self.own["trunk"] if self._is_kept(key, ends)}
         before, self.optimizers = self.optimizers, {}
         for party, named in self.own.items():
             for key, one in named.items():
-                if (key in kept) != (party == "trunk"):
+                if (key in kept) != (party == "trunk") and not (party != "trunk" and self._rests(key)):
                     made = self.optimizers[party, key] = torch.optim.AdamW([one], lr=RATE, weight_decay=0.0)
                     states = [before[who, key].state_dict() for who in self.own if (who, key) in before]
                     if states and moments:
@@ -130,7 +134,7 @@ class OneProcess:
                 weights[name] += batch.weight
                 for key, one in self.own[name].items():
                     grads[key] += batch.weight / sum(one.weight for one in taken.values()) * one.grad
-                    if key in self.kept:
+                    if key in self.kept and not self._rests(key):
                         self.optimizers[name, key].step()
             for key, one in self.own["trunk"].items():
                 if key not in self.kept:
@@ -148,6 +152,10 @@ class OneProcess:
         for named in self.own.values():
             for key, one in tensors.items():
                 named[key].copy_(one)
+
+    def _rests(self, name: str) -> bool:
+        """Whether silos do not train this tensor."""
+        return self.frozen and "lora_A" in name
 
     @staticmethod
     def _is_kept(name: str, ends: tuple[int, int]) -> bool:
@@ -179,9 +187,10 @@ def oracle_of(recipe: Recipe, run: RunDirectory, *, moments: bool = True) -> One
     return found
 
 
-def test_training_goes_on_across_moves(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", ["plain", "frozen-a"])
+def test_training_goes_on_across_moves(model: Path, tmp_path: Path, lora: str) -> None:
     """The loss of every step, of all silos, and all tensors in the end; without the moments they are others."""
-    recipe = recipe_of(model, tmp_path, ("north", "east", "south"), MOVES)
+    recipe = recipe_of(model, tmp_path, ("north", "east", "south"), MOVES, lora)
     run = RunDirectory.create(tmp_path / "run", recipe)
     assert train(run) == [(2, (3, 1)), (4, (2, 2))]
     oracle, forgetful = oracle_of(recipe, run), oracle_of(recipe, run, moments=False)

@@ -341,7 +341,7 @@ def disk_needed(recipe: Recipe, name: str, role: Role) -> float:
     own = TRAINING_STATES * rounds * _trained_bytes(recipe)
     copies = len(recipe.silo) if recipe.trunk.adapter == "replica" else 1
     kept = recipe.trunk.kept_bytes if recipe.boundary.release_once else 0
-    portions = {recipe.ends(silo.name): silo.name for silo in recipe.silo}.values()
+    portions = {recipe.deepest(silo.name): silo.name for silo in recipe.silo}.values()
     return float(copies * own + kept + sum(_weights(recipe, silo, "silo") for silo in portions))
 
 
@@ -352,7 +352,7 @@ def _weights(recipe: Recipe, name: str, role: Role) -> int:
         dtype, cut = recipe.trunk.dtype or recipe.model.dtype, Cut(recipe.model.bottom, recipe.model.top)
         parts = [empty_part(config, cut, "trunk")]
     else:
-        dtype, cut = recipe.model.dtype, Cut(*recipe.ends(name))
+        dtype, cut = recipe.model.dtype, Cut(*recipe.deepest(name))
         parts = [empty_part(config, cut, "bottom"), empty_part(config, cut, "top")]
     size: int = getattr(torch, dtype).itemsize * sum(one.numel() for part in parts for one in part.model.parameters())
     return size

@@ -24,7 +24,7 @@ from google.protobuf.message import Message
 
 from isthmus.engines.lifetime import by_engine
 from isthmus.engines.repartition import CUT, LEFT, Moments, Move, finish_move, mean_moments, stage_servers, staging
-from isthmus.errors import FrameError, ProtocolError, RecipeError
+from isthmus.errors import CutMovedError, FrameError, ProtocolError, RecipeError
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
@@ -257,15 +257,22 @@ class SiloMoves:
         """
         return self._made(recipe, pb.Move(after=completed, tensors=codec.encode_named(brought)))
 
-    def follow(self, recipe: Recipe) -> Recipe:
+    def follow(self, recipe: Recipe, behind: CutMovedError) -> Recipe:
         """Make the trunk's last move, if this silo has not; else wait a little, since another party has not. Returns
         the recipe with the cut that the silo has then.
 
+        Args:
+            behind: how a server refused this silo.
+
         Raises:
+            CutMovedError: the trunk has made no move yet: the recipes differ.
             IsthmusError: the trunk refuses, or has moved as this silo's recipe does not say.
         """
+        log.info("%s", behind.message)
         made = self._ask(recipe, pb.Move()).after
-        if not made or recipe.cut_after(made) == (recipe.model.bottom, recipe.model.top):
+        if not made:
+            raise behind
+        if recipe.cut_after(made) == (recipe.model.bottom, recipe.model.top):
             time.sleep(LAG_SECONDS)
             return recipe
         return self._made(recipe, pb.Move(after=made))

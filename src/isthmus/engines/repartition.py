@@ -222,7 +222,9 @@ def finish_move(run: RunDirectory, roles: Collection[str] | None = None, place: 
             if roles is not None:
                 with writing(old / CUT) as temporary:
                     temporary.write_text(f"{bottom} {top}\n", encoding="ascii")
-        run.rewrite(run.recipe().moved_to((int(bottom), int(top))))
+        recipe, ends = run.recipe(), (int(bottom), int(top))
+        if (recipe.model.bottom, recipe.model.top) != ends:  # else another role of this directory was here before
+            run.rewrite(recipe.moved_to(ends))
         (staged.path / READY).unlink()
     shutil.rmtree(staged.path)
     return True

@@ -444,8 +444,7 @@ def _train(recipe: Recipe, run: RunDirectory, name: str) -> tuple[Recipe, int]:
                 brought = moves.released(recipe, worker, completed)
             recipe = moves.make(recipe, completed, brought)
         except CutMovedError as behind:
-            log.info("%s", behind.message)
-            recipe = moves.follow(recipe)
+            recipe = moves.follow(recipe, behind)
 
 
 def _finished(recipe: Recipe, completed: int) -> str:

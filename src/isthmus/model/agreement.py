@@ -65,7 +65,8 @@ def check_agreed(
         cuts = [f"({keys.get('model.bottom')}, {keys.get('model.top')})" for keys in (theirs, own)]
         raise CutMovedError(
             f"{peer} has the cut {cuts[0]}, {here} {cuts[1]}: it moves in this run, and one of them is behind",
-            remedy="wait, a role that runs takes it up by itself; start it again if it has ended",
+            remedy="wait: a role that runs takes it up by itself; start it again if it has ended. Before the first "
+            "move, give all parties one recipe",
         )
     check_shared(peer, theirs, here, own)
 

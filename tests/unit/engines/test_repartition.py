@@ -12,8 +12,7 @@ import torch
 from isthmus.engines import repartition
 from isthmus.engines.local import create_run
 from isthmus.engines.repartition import READY, STAGING, mean_moments, move_if_due
-from isthmus.engines.roles import recorded
-from isthmus.errors import CutError, RecipeError
+from isthmus.errors import CutError
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RoleDirectory, RunDirectory
 from isthmus.trunk.service import TrunkService
@@ -185,12 +184,3 @@ def test_a_move_that_does_not_fit_is_refused_before_the_first_round(tmp_path: Pa
     recipe = make_recipe(model, model=moves, federation={"lora": "plain"})
     with pytest.raises(CutError, match=r"the cut \(3, 2\) does not fit a model of 5 blocks"):
         TrunkService(recipe, RoleDirectory(tmp_path / "trunk"))
-
-
-def test_a_party_by_itself_moves_no_cut(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.toml"
-    recipe = make_recipe(tmp_path, model=MODEL, federation={"lora": "plain"})
-    path.write_text(recipe.toml())
-    with pytest.raises(RecipeError, match="change the cut in the folders of all parties at once") as caught:
-        recorded(path, recipe, tmp_path / "run")
-    assert "isthmus run" in caught.value.remedy

@@ -53,6 +53,15 @@ def test_a_silo_gets_the_blocks_of_its_own_cut(
         assert name not in here or bool((here[name] == tensor).all())
 
 
+def test_a_silo_gets_the_blocks_of_the_deepest_cut_that_comes(recipe: Recipe, tmp_path: Path) -> None:
+    """What it will keep after a move is there when that comes: a party fetches files once."""
+    moves = {"moves": [{"after": 1, "bottom": 2}, {"after": 2, "bottom": 1, "top": 2}]}
+    moving = make_recipe(Path(recipe.model.path), model=moves)
+    fetch_all(ModelFiles(lambda: moving, tmp_path / "portions"), "a", tmp_path / "a")
+    here = load_file(tmp_path / "a" / "model" / "model.safetensors")
+    assert {int(name.split(".")[2]) for name in here if ".layers." in name} == {0, 1, 3, 4}
+
+
 def test_the_adapter_that_training_starts_from_comes_too(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "adapter_config.json").write_text("{}")

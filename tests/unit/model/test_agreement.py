@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from isthmus.errors import MismatchError
+from isthmus.errors import CutMovedError, MismatchError
 from isthmus.model.agreement import CONFIG, START, TOKENIZER, agreed_keys, check_agreed, earlier_keys, hello_of
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe.shared import check_shared, shared_keys
@@ -95,3 +95,19 @@ def test_who_joined_before_silos_were_added_need_not_know_them(count: int, tmp_p
             check_agreed("a", theirs, "the trunk", keys[2], earlier)
     with pytest.raises(MismatchError, match=r"silo\.name"):
         check_agreed("a", keys[0], "the trunk", keys[2])  # nobody was added by an authority
+
+
+def test_a_party_that_has_not_moved_its_cut_yet_is_told_so(tmp_path: Path) -> None:
+    moves = {"moves": [{"after": 2, "bottom": 2}]}
+    recipe = make_recipe(save_tiny_model("llama", tmp_path), model=moves)
+    before, after = agreed_keys(recipe), agreed_keys(recipe.moved_to((2, 1)))
+    for theirs, own in ((before, after), (after, before)):
+        with pytest.raises(CutMovedError, match="one of them is behind"):
+            check_agreed("a", theirs, "the trunk", own)
+    with pytest.raises(MismatchError, match=r"seed") as told:
+        check_agreed("a", before | {"seed": "7"}, "the trunk", after)
+    assert not isinstance(told.value, CutMovedError)
+    stays = agreed_keys(make_recipe(Path(recipe.model.path), model={"bottom": 2}))
+    with pytest.raises(MismatchError, match=r"model\.bottom") as told:
+        check_agreed("a", stays, "the trunk", stays | {"model.bottom": "1"})
+    assert not isinstance(told.value, CutMovedError)

@@ -57,6 +57,8 @@ VALID: dict[str, Message] = {
     "kept": pb.Kept(),
     "end": pb.End(round=1),
     "ended": pb.Ended(),
+    "move": pb.Move(after=2, tensors=[tensor()]),
+    "moved": pb.Moved(after=2, tensors=[tensor()]),
     "decode": pb.Decode(session=1, step=1, lengths=[1, 2], hidden=matrix(3), forget=1, rows=[1, 0]),
     "close": pb.Close(session=1),
     "closed": pb.Closed(),

@@ -20,6 +20,8 @@ from isthmus.wire.senders import ServiceName, check_sender
         ("Root", "silo", pb.Ping()),
         ("Authority", "trunk", pb.Enroll()),
         ("Model", "silo", pb.Fetch()),
+        ("Moves", "silo", pb.Move()),
+        ("Moves", "root", pb.Move()),
     ],
 )
 def test_what_may_be_sent_is_let_through(service: ServiceName, role: Role, request_: Message) -> None:
@@ -37,6 +39,9 @@ def test_what_may_be_sent_is_let_through(service: ServiceName, role: Role, reque
         ("Root", "root", pb.Ping(), "send it to the authority"),
         ("Root", "silo", pb.Plan(), "same version"),
         ("Model", "edge", pb.Listing(), "same version"),
+        ("Moves", "edge", pb.Move(), "same version"),
+        ("Moves", "root", pb.Forward(), "same version"),
+        ("Trunk", "root", pb.Move(), "send it to the trunk, as a move of the cut"),
         ("Trunk", "silo", pb.Enroll(), "send it to the authority"),
         ("Root", "silo", pb.Listing(), "send it to the trunk, as a request for its files"),
     ],
