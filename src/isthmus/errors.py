@@ -5,6 +5,7 @@
     ├── ModelError           a model folder is missing, incomplete or unusable
     │   ├── CutError         the cut does not fit the model
     │   └── MismatchError    silo and trunk do not hold the same base model
+    │       └── CutMovedError  two parties of a run whose cut moves have different cuts
     ├── NotSupportedError    a caller asks the split model for what it does not offer
     ├── DataError            a data file is missing, empty or unreadable
     ├── RunError             a run directory is missing, incomplete or in use

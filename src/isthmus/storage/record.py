@@ -55,6 +55,8 @@ class RunDirectory:
         trunk/rounds/round-0003.pt        adapter and optimizers of the trunk after round 3; round 0 is the start
         trunk/kept/SILO/                  examples that a silo released once, as received
         trunk/portions/                   files of the parts that silos keep, a folder for each cut
+        trunk/left/round-0003.pt          adapters and moments that left when the cut moved after round 3
+        ROLE/cut                          bottom and top of a role by itself, once its cut has moved
         root/metrics.jsonl                one line for each round: weights; staleness, shares, clip if any
         root/rounds/round-0003.pt         shared adapters after round 3; state of strategy, clip and control
         root/end-early                    the root was asked to end the federation
@@ -71,7 +73,7 @@ class RunDirectory:
         silos/NAME/draft.safetensors      the distilled draft, after ``isthmus draft``
         baselines/alone/NAME/             metrics and rounds of what ``isthmus run --baseline alone`` trained
         baselines/pooled/                 the same of ``--baseline pooled``
-        moving/                           new files of a cut that is being moved, which take the others' places
+        moving/, moving-ROLE/             new files of a cut that is being moved, which take the others' places
         attack.json                       results of ``isthmus attack``
         demo.json                         results of ``isthmus demo``
 

@@ -30,7 +30,7 @@ class ModelSection(Section):
         default=None, strict=False, examples=[[{"after": 10, "bottom": 3}]]
     )
     """Cuts that later rounds have: after this many finished rounds, bottom and top (of one alone the other stays).
-    Adapters and the optimizers' moments change sides, and training goes on. Of 'isthmus run' alone. Left out: the cut
-    stays."""
+    Adapters and the optimizers' moments change sides, and training goes on. Not with edges on machines of their own.
+    Left out: the cut stays."""
     dtype: Dtype = "float32"
     """Data type of the model's weights and activations; trunk.dtype may set another for the trunk."""
