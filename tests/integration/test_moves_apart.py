@@ -22,6 +22,7 @@ from tests.integration.processes import (
     free_port,
     states,
     train_here,
+    until,
     write_federation,
 )
 
@@ -39,8 +40,8 @@ class Federation:
         self._folder, self._commands, self._together = folder, commands, together
         trunk = {"address": f"localhost:{free_port()}", "together": 1}
         root = trunk["address"] if together else f"localhost:{free_port()}"
-        train = TRAIN | sections.pop("train", {})
-        made = {"train": train, "trunk": trunk, "root": {"address": root}, "model": {"moves": MOVES}, **sections}
+        train, leads = TRAIN | sections.pop("train", {}), {"address": root} | sections.pop("root", {})
+        made = {"train": train, "trunk": trunk, "root": leads, "model": {"moves": MOVES}, **sections}
         self.recipe = write_federation(folder / "made", **made)
         self.started: dict[str, Command] = {}
 
@@ -106,3 +107,46 @@ def test_parties_on_machines_of_their_own_follow_the_cut(
         federation.started[name].wait().succeeded()
         assert f"finished after {ROUNDS} rounds" in federation.started[name].stdout
     assert_alike(federation.gathered(), federation.on_one_machine())
+
+
+@pytest.mark.parametrize("killed", ["trunk", "north"])
+def test_a_party_that_is_killed_after_a_move_comes_back_at_its_cut(
+    commands: Commands, isthmus: Callable[..., Ended], tmp_path: Path, killed: str
+) -> None:
+    """Between the moves: it comes back with the cut of its files, and the recipe that it was given first."""
+    federation = Federation(tmp_path, commands, together=True)
+    isthmus("certificates", federation.recipe).succeeded()
+    trunk = federation.start("trunk")
+    for name in ("north", "south"):
+        federation.start(name)
+    until(lambda: "(2, 1) after round 2" in federation.started["south"].stderr, "the first move", command=trunk)
+    federation.started["south"].process.suspend()
+    federation.started["north"].process.suspend()
+    federation.started[killed].process.kill()
+    federation.started[killed].wait()
+    federation.started["south"].process.resume()
+    if killed != "north":
+        federation.started["north"].process.resume()
+    federation.start(killed)
+    for name in ("north", "south"):
+        federation.started[name].wait().succeeded()
+    assert_alike(federation.gathered(), federation.on_one_machine())
+
+
+def test_a_silo_that_comes_after_the_move_begins_at_the_new_cut(
+    commands: Commands, isthmus: Callable[..., Ended], tmp_path: Path
+) -> None:
+    federation = Federation(tmp_path, commands, together=True, train={"steps": 20}, root={"minimum": 1}, patience=4.0)
+    isthmus("certificates", federation.recipe).succeeded()
+    trunk = federation.start("trunk")
+    north = federation.start("north")
+    until(lambda: "(2, 1) after round 2" in north.stderr, "the first move", command=trunk)
+    south = federation.start("south")
+    for silo in (north, south):
+        silo.wait().succeeded()
+    lines = read_journal(federation.run_of("south") / "silos" / "south" / "metrics.jsonl")
+    rounds = {line["round"] for line in lines if line["event"] == "step"}
+    assert rounds
+    assert min(rounds) > 2
+    assert max(rounds) == ROUNDS
+    assert "it moves in this run, and one of them is behind" in south.stderr

@@ -38,6 +38,7 @@ from isthmus.wire.channel import Answer, answered
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import Identity, Role
 from isthmus.wire.senders import check_sender
+from isthmus.wire.vitals import Vitals
 
 Shapes = Mapping[str, tuple[int, ...]]
 STATES = {"adamw": ("exp_avg", "exp_avg_sq", "step"), "sgd": ("momentum_buffer",)}
@@ -74,6 +75,8 @@ class TrunkMoves:
         self._lock = threading.Lock()
         self._brought: dict[str, dict[str, torch.Tensor]] = {}
         """By who has asked for the next move: the tensors that came with the question."""
+        self._silos: tuple[int, set[str]] = 0, set()
+        """A finished round, and the silos that trained in it."""
         self._since: float | None = None
         """When the root was ready."""
 
@@ -111,24 +114,36 @@ class TrunkMoves:
     def due(self) -> bool:
         """Whether the next move can be made: the root has finished the round, and the silos that trained in it have
         asked, or patience has ended."""
+        missing = self._missing()
+        if missing is None:
+            return False
+        if self._since is None:
+            self._since = time.monotonic()
+            log.info("the cut is to move after round %d; expected: %s", self._silos[0], listed(missing))
+        return not missing or time.monotonic() - self._since > self._recipe.waits.round
+
+    def vitals(self) -> Vitals:
+        """Implements ``wire.vitals.Watched``."""
+        missing = self._missing()
+        state = "idle" if missing is None else "gathering"
+        return Vitals(state, max(self._left.rounds(), default=0), missing=tuple(sorted(missing or ())))
+
+    def _missing(self) -> set[str] | None:
+        """The silos that the next move waits for; None: the round, or the root, is not so far."""
         move = self._move
         if move is None or move.after not in self._trunk.rounds():
-            return False
+            return None
         with self._lock:
             here = set(self._brought)
         ready = move.after in self._run.role("root").rounds() if self._with_root else ROOT in here
-        if not ready:
-            return False
-        missing = self._silos(move.after) - here
-        if self._since is None:
-            self._since = time.monotonic()
-            log.info("the cut is to move after round %d; expected: %s", move.after, listed(missing))
-        return not missing or time.monotonic() - self._since > self._recipe.waits.round
+        return self._trained(move.after) - here if ready else None
 
-    def _silos(self, round: int) -> set[str]:
-        """The silos that trained in a round."""
-        lines = read_journal(self._trunk.path / "metrics.jsonl")
-        return {silo for line in lines if line["round"] == round for silo in line["silos"]}
+    def _trained(self, round: int) -> set[str]:
+        """The silos that trained in a round that is finished."""
+        if self._silos[0] != round:
+            lines = read_journal(self._trunk.path / "metrics.jsonl")
+            self._silos = round, {silo for line in lines if line["round"] == round for silo in line["silos"]}
+        return self._silos[1]
 
     def make(self) -> Recipe:
         """Make the move that is ``due``, once nobody is served any more. Returns the recipe with the new cut."""
@@ -255,6 +270,7 @@ class SiloMoves:
         Raises:
             IsthmusError: the trunk refuses.
         """
+        log.info("the cut is to move after round %d; asking the trunk", completed)
         return self._made(recipe, pb.Move(after=completed, tensors=codec.encode_named(brought)))
 
     def follow(self, recipe: Recipe, behind: CutMovedError) -> Recipe:

@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from cryptography import x509
 
-from isthmus.errors import IsthmusError
+from isthmus.errors import CutMovedError, IsthmusError
 from isthmus.joining.keeper import CONTACT
 from isthmus.recipe import Recipe
 from isthmus.wire import isthmus_pb2 as pb
@@ -229,7 +229,11 @@ def _greeted(
     if hello is None or place.service == AUTHORITY:
         return
     started = time.time()
-    pong: pb.Pong = channel.call(pb.Ping(compared=hello))
+    try:
+        pong: pb.Pong = channel.call(pb.Ping(compared=hello))
+    except CutMovedError as moved:  # no fault of a party that starts now
+        yield Finding(f"{place.title}, recipe", "warning", moved.message, moved.remedy)
+        return
     middle = (started + time.time()) / 2
     if not pong.time:
         words = f"{place.name} runs an earlier version, which compares nothing before a run"

@@ -29,6 +29,7 @@ from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
+from isthmus.wire.vitals import Vitals
 from tests.conftest import make_recipe, save_tiny_model
 from tests.integration.processes import train_here, write_federation
 
@@ -82,8 +83,10 @@ def test_the_trunk_moves_once_all_have_asked_and_answers_from_its_files(run: Run
     assert moves.handle("north", pb.Move()).result() == pb.Moved()
     for name in run.silos():
         assert not moves.due()
+        assert name in moves.vitals().missing
         assert not ask(moves, run, name).done()
     assert moves.due()
+    assert moves.vitals() == Vitals("gathering", 0)
     moved = moves.make()
     assert (moved.model.bottom, moved.model.top) == (run.recipe().model.bottom, run.recipe().model.top) == (2, 1)
     state = Move(moved, 2, (2, 1)).trunk_moments(run.role("trunk").load_round(2))
@@ -93,6 +96,7 @@ def test_the_trunk_moves_once_all_have_asked_and_answers_from_its_files(run: Run
 
     later = TrunkMoves(moved, run, with_root=True)
     assert not later.due()
+    assert later.vitals() == Vitals("idle", 2)
     assert later.handle("north", pb.Move()).result() == pb.Moved(after=2)
     assert later.handle("north", pb.Move(after=1)).result() == pb.Moved(after=2)  # of a move that was long ago
     answer = later.handle("north", pb.Move(after=2)).result()

@@ -27,6 +27,7 @@ from isthmus.engines.reachability import (
     servers_of,
     shown_certificate,
 )
+from isthmus.errors import CutMovedError
 from isthmus.joining.join import join_federation
 from isthmus.joining.keeper import CONTACT
 from isthmus.model.checkpoint import Checkpoint
@@ -230,6 +231,22 @@ def test_an_earlier_version_is_said_to_be_one(alone: Alone, recipe: Recipe) -> N
         found = alone.reach(address, hello_to(recipe))
     assert found.findings[-1].state == "warning"
     assert "earlier version" in found.findings[-1].words
+    assert found.pong is None
+
+
+class Moved(Earlier):
+    """A server whose cut has moved since the party's recipe was written."""
+
+    def handle(self, peer: str, request: object) -> Answer:
+        if isinstance(request, pb.Ping) and request.HasField("compared"):
+            raise CutMovedError("one of them is behind", remedy="wait")
+        return super().handle(peer, request)
+
+
+def test_a_cut_that_has_moved_is_no_failure_of_who_follows_it(alone: Alone, recipe: Recipe) -> None:
+    with alone.serving(alone.authority.issue("trunk"), Moved()) as address:
+        found = alone.reach(address, hello_to(recipe))
+    assert (found.findings[-1].state, found.findings[-1].words) == ("warning", "one of them is behind")
     assert found.pong is None
 
 

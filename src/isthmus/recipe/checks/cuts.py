@@ -53,7 +53,10 @@ def check_between(federation: FederationSection, trunk: TrunkSection, edges: tup
     """Refuse to train blocks that some silos keep and others leave to the trunk beside what takes all updates alike."""
     own = "the root averages these blocks among some silos and the trunk"
     refused = {
-        "federation.secure.masks": (federation.secure.masks, f"{own}, and of a masked sum it knows no part"),
+        "federation.secure.masks": (
+            federation.secure.masks,
+            f"{own}, and a sum of the few silos that keep a block would hide none of them",
+        ),
         "[[edge]]": (bool(edges), f"{own}, and edges pass on one sum of all"),
         "federation.asynchronous.buffer": (
             federation.asynchronous.buffer is not None,
