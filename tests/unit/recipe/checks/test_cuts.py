@@ -53,7 +53,7 @@ CASES += [
         {"federation.between": "rest"},
     )
     for changes, reason in (
-        ({"federation.secure": True}, "the root averages these blocks among some silos and the trunk, and a sum of the few"),
+        ({"federation.secure": True}, "the root averages these blocks among some silos and the trunk, and a"),
         ({"edge": [EDGE]}, "the root averages these blocks among some silos and the trunk, and edges"),
         ({"federation.asynchronous.buffer": 2}, "the trunk's change is of a round that all silos end together"),
         ({"federation.robust": "median"}, "the root averages these blocks among some silos and the trunk, too few"),
