@@ -340,7 +340,7 @@ def disk_needed(recipe: Recipe, name: str, role: Role) -> float:
         return float(TRAINING_STATES * rounds * _shared_bytes(recipe))
     own = TRAINING_STATES * rounds * _trained_bytes(recipe)
     copies = len(recipe.silo) if recipe.trunk.adapter == "replica" else 1
-    kept = recipe.trunk.kept_bytes if recipe.boundary.release_once else 0
+    kept = recipe.trunk.kept_bytes * (recipe.boundary.release_once + recipe.boundary.differences)
     portions = {recipe.deepest(silo.name): silo.name for silo in recipe.silo}.values()
     return float(copies * own + kept + sum(_weights(recipe, silo, "silo") for silo in portions))
 

@@ -82,7 +82,7 @@ _TABLES: dict[str, tuple[str, ...]] = {
         *("momentum", "proximal", "sharpness"),
     ),
     "task": ("name", "prompt", "answer", "choices", "truncate", "chat", "system", "messages", "text", "join"),
-    "boundary": ("tail", "width", "residual", "denoise", "gradients", "release_once"),
+    "boundary": ("tail", "width", "residual", "denoise", "gradients", "release_once", "differences"),
     "boundary.codec": ("forward_up", "forward_down", "gradient_up", "gradient_down"),
     "boundary.forward": _RELEASE,
     "boundary.gradient": _RELEASE,

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from isthmus.model.answers import KeptAnswers, decode_answers
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.events import ALL, Charge, Path, Release, merged
 from isthmus.privacy.ledger import Ledger, MemoryLedger
@@ -38,6 +39,7 @@ class Boundary:
         budget: the privacy budgets that releases must fit; unlimited by default.
         records: maps sequences to the records they belong to; by default it has no rows.
         released: the stored releases if each example is released once; None: hidden states leave at every forward.
+        answers: the last answer about each example, if later ones cross as differences; None: they cross whole.
         generator: seeded source of noise for reproducible tests; None: noise from a secret key.
     """
 
@@ -49,6 +51,7 @@ class Boundary:
         budget: Budget | None = None,
         records: Records | None = None,
         released: Released | None = None,
+        answers: KeptAnswers | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self._codec = section.codec
@@ -64,6 +67,7 @@ class Boundary:
         self.budget = budget or Budget()
         self.records = records or Records()
         self.released = released
+        self._answers = answers
         self._noise: Noise = SecretNoise() if generator is None else SeededNoise(generator)
         self._rounding = generator or secret_generator()
         self._one_at_a_time = threading.Lock()
@@ -261,6 +265,31 @@ class Boundary:
         self.received_bytes += len(matrix.data)
         name = self._codec.gradient_down if path == "gradient" else self._codec.forward_down
         return codec.decode(matrix, rows=rows, width=width, codec=name, device=like.device).to(like)
+
+    def earlier_answers(self, numbers: Sequence[int], lengths: Sequence[int]) -> list[torch.Tensor | None] | None:
+        """The last answer about each of these examples, ``[L, D]``; None if answers cross whole."""
+        if self._answers is None:
+            return None
+        return [self._answers.read(number, length) for number, length in zip(numbers, lengths, strict=True)]
+
+    def decode_answers(
+        self, answer: pb.Hidden, request: pb.Forward, bases: Sequence[torch.Tensor | None], width: int
+    ) -> torch.Tensor:
+        """Decode the answer to a forward that named the answers before, fp32 ``[T, width]``, and keep it.
+
+        Args:
+            bases: what ``earlier_answers`` gave for the request.
+
+        Raises:
+            FrameError: shape, codec or size differ from what is expected, or a value is not finite.
+            DiskFullError: the disk is full.
+        """
+        assert self._answers is not None
+        self.received_bytes += len(answer.hidden.data) + len(answer.changes.data)
+        rows = decode_answers(answer, list(request.lengths), bases, self._codec.forward_down, width)
+        for number, row_LD in zip(request.examples, rows, strict=True):
+            self._answers.write(number, row_LD)
+        return torch.cat(rows)
 
     def _secure(self, h_TD: torch.Tensor, path: Path, step: int, subjects: Subjects) -> tuple[Release, torch.Tensor]:
         mechanism = self._mechanisms[path]

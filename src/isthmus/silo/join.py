@@ -26,6 +26,7 @@ from isthmus.data.tokens import prompt_tokens
 from isthmus.errors import IsthmusError, ModelError, RecipeError, RunError
 from isthmus.model import adapters
 from isthmus.model.agreement import hello_of
+from isthmus.model.answers import KeptAnswers
 from isthmus.model.bottleneck import Bottleneck
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
@@ -207,12 +208,14 @@ def connect_silo(
         channel = opened
     ledger = ledger or MemoryLedger()
     silo_records = open_records(recipe, tokenizer, records)
+    released, answers = _open_released(recipe, bottom, checkpoint, releases)
     boundary = Boundary(
         recipe.boundary,
         ledger,
         budget=Budget(recipe.privacy, ledger.history()),
         records=silo_records,
-        released=_open_released(recipe, bottom, checkpoint, releases),
+        released=released,
+        answers=answers,
     )
     model = build_model(recipe, checkpoint, (bottom, top), channel, boundary)
     assert isinstance(model.trunk, RemoteTrunk)
@@ -468,16 +471,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _open_released(recipe: Recipe, bottom: Part, checkpoint: Checkpoint, folder: Path | None) -> Released | None:
-    """The silo's released examples in this folder or in a temporary one; None without ``boundary.release_once``."""
+def _open_released(
+    recipe: Recipe, bottom: Part, checkpoint: Checkpoint, folder: Path | None
+) -> tuple[Released | None, KeptAnswers | None]:
+    """The silo's released examples in this folder or in a temporary one, and the answers about them; None without
+    ``boundary.release_once`` and ``boundary.differences``."""
     if not recipe.boundary.release_once:
-        return None
-    if folder is not None:
-        return Released(folder, bottom, recipe, checkpoint.fingerprint)
-    temporary = tempfile.mkdtemp(prefix="isthmus-released-")
-    released = Released(Path(temporary), bottom, recipe, checkpoint.fingerprint)
-    weakref.finalize(released, shutil.rmtree, temporary, ignore_errors=True)
-    return released
+        return None, None
+    place = folder or Path(tempfile.mkdtemp(prefix="isthmus-released-"))
+    released = Released(place, bottom, recipe, checkpoint.fingerprint)
+    if folder is None:
+        weakref.finalize(released, shutil.rmtree, place, ignore_errors=True)
+    if not recipe.boundary.differences:
+        return released, None
+    return released, KeptAnswers(place / "answers", checkpoint.config.get_text_config().hidden_size)
 
 
 def _kept(directory: RoleDirectory, shared: SharedAdapters) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from isthmus.errors import UnknownExampleError
+from isthmus.model.answers import digest
 from isthmus.model.crossing import FreshExample, Outbound, Reply
 from isthmus.privacy.events import Path
 from isthmus.privacy.subjects import Subjects
@@ -59,6 +60,8 @@ class PendingStep:
     """The noise and rounding error in the hidden states that were sent; None unless the bottleneck denoises."""
     request: pb.Forward | None = None
     """A forward that names released examples: it is sent again if the trunk has evicted one of them. Otherwise None."""
+    bases: list[torch.Tensor | None] | None = None
+    """The answers before about its examples, if the trunk may answer with differences from them. Otherwise None."""
     example_answers: list[Answer] = field(default_factory=list)
     """Answers to the frames that carried its new examples."""
 
@@ -157,6 +160,9 @@ class RemoteTrunk(nn.Module):
             request = pb.Forward(
                 step=step, lengths=outbound.lengths, examples=outbound.examples, train=train, dropout=dropout
             )
+            bases = self._boundary.earlier_answers(outbound.examples, outbound.lengths)
+            if bases is not None:
+                request.answered.extend(map(digest, bases))
             answer = self.channel.submit(request)
             return PendingStep(
                 step,
@@ -168,6 +174,7 @@ class RemoteTrunk(nn.Module):
                 width,
                 tokens,
                 request=request,
+                bases=bases,
                 example_answers=example_answers,
             )
         assert h_TW is not None
@@ -217,6 +224,9 @@ class RemoteTrunk(nn.Module):
         return self._decode(self._await_answer(pending), pending)
 
     def _decode(self, body: Any, pending: PendingStep) -> torch.Tensor:
+        if pending.bases is not None:
+            assert pending.request is not None
+            return self._boundary.decode_answers(body, pending.request, pending.bases, self._width).to(pending.like)
         matrix = body.hidden if pending.path == "forward" else body.gradient
         return self._boundary.decode_reply(matrix, pending.path, pending.shape, pending.like)
 

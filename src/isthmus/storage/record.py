@@ -54,6 +54,7 @@ class RunDirectory:
         trunk/metrics.jsonl               one line for each optimizer step: round, step, silos
         trunk/rounds/round-0003.pt        adapter and optimizers of the trunk after round 3; round 0 is the start
         trunk/kept/SILO/                  examples that a silo released once, as received
+        trunk/answers/SILO/               its last answer about each of them, with ``boundary.differences``
         trunk/portions/                   files of the parts that silos keep, a folder for each cut
         trunk/left/round-0003.pt          adapters and moments that left when the cut moved after round 3
         ROLE/cut                          bottom and top of a role by itself, once its cut has moved
@@ -68,6 +69,7 @@ class RunDirectory:
         silos/NAME/records/record-key     key of the records' names in the ledger
         silos/NAME/records/sensitivity.json   scale of the classes' noise
         silos/NAME/released/              examples released once, as sent; ``secret`` is the key of their numbers
+        silos/NAME/released/answers/      the trunk's last answer about each of them
         silos/NAME/rounds/round-0003.pt   optimizer, guard, error feedback, fairness and control after round 3
         silos/NAME/shared/round-0003.pt   shared adapters after round 3, as received; the last two are kept
         silos/NAME/draft.safetensors      the distilled draft, after ``isthmus draft``

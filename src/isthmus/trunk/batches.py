@@ -58,7 +58,8 @@ class Forwards:
     def run(self, jobs: list[Job]) -> None:
         read = _read(jobs, self._forward)
         for job, output_TD in _computed(read, self._training.forward):
-            job.settle(partial(self._codecs.encode_hidden, output_TD))
+            silo, request = job.request
+            job.settle(partial(self._codecs.encode_answer, silo, request, output_TD))
 
     def _forward(self, silo: str, request: pb.Forward) -> ForwardStep:
         lengths = list(request.lengths)
@@ -183,7 +184,7 @@ class Evaluations:
         return [[next(outputs) for _ in piece] for _, piece in pieces]
 
     def _encoded(self, one: Evaluation) -> Message:
-        return self._codecs.encode_hidden(torch.cat(one.results))
+        return self._codecs.encode_answer(one.silo, one.request, torch.cat(one.results))
 
 
 def _gathered(jobs: list[Job], expected: int, section: TrunkSection, now: float) -> tuple[list[Job], float]:

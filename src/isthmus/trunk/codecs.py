@@ -10,6 +10,7 @@ import torch
 from isthmus.model.device import CPU
 from isthmus.privacy.noise import secret_generator
 from isthmus.recipe import CodecSection
+from isthmus.trunk.earlier_answers import EarlierAnswers
 from isthmus.trunk.kept_examples import KeptExamples
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -23,16 +24,24 @@ class Codecs:
         width: D.
         kept: the kept examples, which a forward may name instead of sending hidden states.
         device: the trunk's device.
+        earlier: the answers before, if answers about examples cross as differences; None: they cross whole.
     """
 
     def __init__(
-        self, section: CodecSection, crossing_width: int, width: int, kept: KeptExamples, device: torch.device = CPU
+        self,
+        section: CodecSection,
+        crossing_width: int,
+        width: int,
+        kept: KeptExamples,
+        device: torch.device = CPU,
+        earlier: EarlierAnswers | None = None,
     ) -> None:
         self._codec = section
         self._crossing_width = crossing_width
         self._width = width
         self._kept = kept
         self._device = device
+        self._earlier = earlier
         self._generator = secret_generator(device)
 
     def decode_forward(self, silo: str, request: pb.Forward) -> torch.Tensor:
@@ -62,8 +71,18 @@ class Codecs:
         """
         return self._decoded(matrix, rows, self._width, self._codec.gradient_up)
 
+    def encode_answer(self, silo: str, request: pb.Forward, h_TD: torch.Tensor) -> pb.Hidden:
+        """The answer to a forward.
+
+        Raises:
+            DiskFullError: it is to be kept, and the disk is full.
+        """
+        if self._earlier is not None and request.answered:
+            return self._earlier.encode(silo, request, h_TD)
+        return self.encode_hidden(h_TD)
+
     def encode_hidden(self, h_TD: torch.Tensor) -> pb.Hidden:
-        """The answer to a forward or decoding step."""
+        """The answer to a decoding step, or to a forward that names no answers before."""
         return pb.Hidden(hidden=codec.encode(h_TD, self._codec.forward_down))
 
     def encode_gradient(self, gradient_TD: torch.Tensor | None, norm: float) -> pb.Gradient:

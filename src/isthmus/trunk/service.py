@@ -30,6 +30,7 @@ from isthmus.trunk.batches import Backwards, Evaluation, Evaluations, Forwards
 from isthmus.trunk.between import BetweenBlocks
 from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.decoding import Decoding, SessionStep
+from isthmus.trunk.earlier_answers import EarlierAnswers
 from isthmus.trunk.kept_examples import KeptExamples
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import SINGLE, JobKind, Scheduler
@@ -84,7 +85,10 @@ class TrunkService:
         if recipe.lora.start is not None:
             _check_start(runner.part, directory, recipe.lora.start)
         self._kept = KeptExamples(directory.path / "kept", recipe, runner.crossing_width, runner.device)
-        self._codecs = Codecs(recipe.boundary.codec, runner.crossing_width, runner.width, self._kept, runner.device)
+        codecs, earlier = recipe.boundary.codec, None
+        if recipe.boundary.differences:
+            earlier = EarlierAnswers(directory.path / "answers", recipe, runner.width)
+        self._codecs = Codecs(codecs, runner.crossing_width, runner.width, self._kept, runner.device, earlier)
         self._sessions = Sessions(self._runner, recipe.trunk, len(recipe.silo))
         self._scheduler.tidy = self._sessions.expire
         self._decoding = Decoding(self._runner, self._sessions, self._codecs, recipe.trunk.chunk)

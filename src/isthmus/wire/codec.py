@@ -1,6 +1,7 @@
 """Codecs: matrices and named tensors as raw little-endian bytes, never as executable formats such as pickle.
 
-A codec's name is one of ``MATRIX_CODECS``, such as ``int8``, optionally with ``+zstd``, which compresses the bytes.
+A codec's name is one of ``MATRIX_CODECS``, such as ``int8``, optionally with ``+zstd``, which compresses the bytes, or
+one of ``RANGE_CODECS``, such as ``range-0.5``.
 
 Shapes: T tokens (rows), D width.
 """
@@ -18,6 +19,7 @@ import zstandard
 from isthmus.errors import FrameError
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.blockwise import Blockwise
+from isthmus.wire.range_coded import RangeCoded
 
 ZSTD = "+zstd"
 ZSTD_LEVEL = 1
@@ -70,17 +72,29 @@ MATRIX_CODECS: dict[str, MatrixCodec] = {
     "int8": Blockwise(8),
     "int4": Blockwise(4),
 }
-CODEC_NAMES = (*MATRIX_CODECS, *(name + ZSTD for name in MATRIX_CODECS))
+RANGE_CODECS = {f"range-{step:g}": RangeCoded(step) for step in (0.25, 0.5, 0.75, 1.0)}
+"""Those that can write a matrix as its difference from one that both sides have."""
+CODEC_NAMES = (*MATRIX_CODECS, *(name + ZSTD for name in MATRIX_CODECS), *RANGE_CODECS)
 """Names of all codecs."""
 
 
-def encode(h_TD: torch.Tensor, name: str, generator: torch.Generator | None = None) -> pb.Matrix:
+def encode(
+    h_TD: torch.Tensor,
+    name: str,
+    generator: torch.Generator | None = None,
+    reference_TD: torch.Tensor | None = None,
+) -> pb.Matrix:
     """The matrix message of ``h_TD [T, D]``, of any float dtype and device, in the codec of this name.
 
     Args:
         generator: for random rounding (see ``MatrixCodec.encode``).
+        reference_TD: a matrix that the receiver has, too: the difference from it is encoded. For ``RANGE_CODECS``.
     """
     rows, width = h_TD.shape
+    if name in RANGE_CODECS:
+        data = RANGE_CODECS[name].encode(h_TD, generator, reference_TD)
+        return pb.Matrix(codec=name, rows=rows, width=width, data=data)
+    assert reference_TD is None
     h_TD = h_TD.detach().to(h_TD.device if rows * width > SMALL_MATRIX else _CPU)
     data = MATRIX_CODECS[name.removesuffix(ZSTD)].encode(h_TD, generator)
     if name.endswith(ZSTD):
@@ -88,8 +102,19 @@ def encode(h_TD: torch.Tensor, name: str, generator: torch.Generator | None = No
     return pb.Matrix(codec=name, rows=rows, width=width, data=data)
 
 
-def decode(matrix: pb.Matrix, *, rows: int, width: int, codec: str, device: torch.device = _CPU) -> torch.Tensor:
+def decode(
+    matrix: pb.Matrix,
+    *,
+    rows: int,
+    width: int,
+    codec: str,
+    device: torch.device = _CPU,
+    reference_TD: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The tensor ``[rows, width]`` of a received matrix message, in a float dtype, on this device.
+
+    Args:
+        reference_TD: as of ``encode``.
 
     Raises:
         FrameError: its shape or codec is not the expected one, its bytes are invalid, or it holds NaN or infinity.
@@ -100,6 +125,8 @@ def decode(matrix: pb.Matrix, *, rows: int, width: int, codec: str, device: torc
         raise FrameError(f"received a matrix {matrix.rows} × {matrix.width}, expected {rows} × {width}", remedy=_REMEDY)
     if not rows * width:
         raise FrameError("received an empty matrix", remedy=_REMEDY)
+    if codec in RANGE_CODECS:
+        return RANGE_CODECS[codec].decode(matrix.data, rows, width, device, reference_TD)
     base = MATRIX_CODECS[codec.removesuffix(ZSTD)]
     data = decompressed(matrix.data, base.most_bytes(rows, width)) if codec.endswith(ZSTD) else matrix.data
     return base.decode(data, rows, width, device if rows * width > SMALL_MATRIX else _CPU).to(device)

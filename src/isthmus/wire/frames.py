@@ -160,12 +160,24 @@ def _batch(message: Any) -> None:
 def _forward(message: pb.Forward) -> None:
     if not message.examples:
         _lengths(message)
+        if message.answered:
+            raise _invalid("digests of answers without the numbers of examples")
         return
     _batch(message)
     if message.HasField("hidden"):
         raise _invalid("hidden states beside the numbers of kept examples")
     if len(message.examples) != len(message.lengths):
         raise _invalid(f"{len(message.examples)} examples for {len(message.lengths)} sequences")
+    if len(message.answered) not in (0, len(message.examples)):
+        raise _invalid(f"{len(message.answered)} digests of answers for {len(message.examples)} examples")
+
+
+def _hidden(message: pb.Hidden) -> None:
+    changed = list(message.changed)
+    if len(changed) > MAX_SEQUENCES or changed != sorted(set(changed)):
+        raise _invalid("changed sequences that are too many or in no order")
+    if bool(changed) != message.HasField("changes"):
+        raise _invalid("changed sequences without changes, or changes of none")
 
 
 def _keep(message: pb.Keep) -> None:
@@ -359,6 +371,7 @@ _RULES: dict[str, Callable[[Any], None]] = {
     "pong": _pong,
     "begin": _begin,
     "forward": _forward,
+    "hidden": _hidden,
     "backward": _backward,
     "gradient": _gradient,
     "keep": _keep,

@@ -254,26 +254,32 @@ class Kept(_message.Message):
     def __init__(self) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("step", "lengths", "hidden", "train", "examples", "dropout")
+    __slots__ = ("step", "lengths", "hidden", "train", "examples", "dropout", "answered")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
     step: int
     lengths: _containers.RepeatedScalarFieldContainer[int]
     hidden: Matrix
     train: bool
     examples: _containers.RepeatedScalarFieldContainer[int]
     dropout: bool
-    def __init__(self, step: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., hidden: _Optional[_Union[Matrix, _Mapping]] = ..., train: _Optional[bool] = ..., examples: _Optional[_Iterable[int]] = ..., dropout: _Optional[bool] = ...) -> None: ...
+    answered: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., hidden: _Optional[_Union[Matrix, _Mapping]] = ..., train: _Optional[bool] = ..., examples: _Optional[_Iterable[int]] = ..., dropout: _Optional[bool] = ..., answered: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Hidden(_message.Message):
-    __slots__ = ("hidden",)
+    __slots__ = ("hidden", "changes", "changed")
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
     hidden: Matrix
-    def __init__(self, hidden: _Optional[_Union[Matrix, _Mapping]] = ...) -> None: ...
+    changes: Matrix
+    changed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, hidden: _Optional[_Union[Matrix, _Mapping]] = ..., changes: _Optional[_Union[Matrix, _Mapping]] = ..., changed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("step", "gradient", "reply", "ascent_pass", "keep")

@@ -167,6 +167,13 @@ BROKEN += [
 ]
 BROKEN += [
     ("forward", {"examples": [1, 2]}, "hidden states beside"),
+    ("forward", {"answered": [1, 2]}, "digests of answers without"),
+    ("forward", {"examples": [1, 2], "answered": [1], "hidden": None}, "1 digests of answers for 2"),
+    ("hidden", {"changed": [1, 0], "changes": matrix(2)}, "in no order"),
+    ("hidden", {"changed": [1, 1], "changes": matrix(2)}, "in no order"),
+    ("hidden", {"changed": list(range(4097)), "changes": matrix(4097)}, "too many"),
+    ("hidden", {"changed": [0]}, "without changes"),
+    ("hidden", {"changes": matrix(2)}, "changes of none"),
     ("forward", {"examples": [1, 2], "hidden": pb.Matrix()}, "hidden states beside"),
     ("backward", {"reply": False}, "neither learned from nor answered"),
     ("keep", {"hidden": pb.Matrix()}, "an example of 0 tokens"),

@@ -12,6 +12,7 @@ import torch
 
 from isthmus.attacks.view.tap import Exchange
 from isthmus.attacks.view.view import Crossing, ObservedUpdate
+from isthmus.model.answers import decode_answers, digest
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
 
@@ -83,6 +84,8 @@ class _Reading:
     sender: str
     round: int = 0
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    answered: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Answers about kept examples by their digests, from which later ones may be differences."""
     steps: dict[int, list[Crossing]] = field(default_factory=dict)
     sessions: dict[int, _Session] = field(default_factory=dict)
     uncommitted: list[int] = field(default_factory=list)
@@ -111,13 +114,22 @@ class _Reading:
             rows = [self.kept[example] for example in request.examples]
         else:
             rows = sequences_of(request.hidden, request.lengths)
-        answers = _split(answer.hidden if answer else None, request.lengths)
+        answers = self._answers(request, answer)
         self.steps[request.step] = [
             Crossing(self.sender, "train" if request.train else "evaluate", request.step, row, back, round=self.round)
             for row, back in zip(rows, answers, strict=True)
         ]
         if request.train:
             self.uncommitted.append(request.step)
+
+    def _answers(self, request: pb.Forward, answer: pb.Hidden | None) -> list[torch.Tensor] | list[None]:
+        if answer is None or not request.answered:
+            return _split(answer.hidden if answer else None, request.lengths)
+        matrix = answer.changes if answer.changed else answer.hidden
+        bases = [self.answered.get(named) for named in request.answered]
+        rows = decode_answers(answer, list(request.lengths), bases, matrix.codec, matrix.width)
+        self.answered |= {digest(row): row.bfloat16() for row in rows}
+        return rows
 
     def _backward(self, request: pb.Backward, answer: pb.Gradient | None) -> None:
         step = self.steps[request.step]

@@ -16,6 +16,16 @@ def check_release_once(boundary: BoundarySection, lora: LoraSection) -> None:
             "boundary.denoise: the noise of examples released once is not kept; "
             "leave out denoise or boundary.release_once"
         )
+    if boundary.differences and not boundary.release_once:
+        raise ValueError(
+            "boundary.differences: without numbers neither side knows that an example comes again; "
+            "set boundary.release_once = true, or leave out differences"
+        )
+    if boundary.differences and not boundary.codec.forward_down.startswith("range-"):
+        raise ValueError(
+            f"boundary.differences: {boundary.codec.forward_down!r} writes no differences; "
+            'set boundary.codec.forward_down = "range-0.5", or leave out differences'
+        )
 
 
 def check_defence(boundary: BoundarySection, lora: LoraSection) -> None:

@@ -50,7 +50,8 @@ class TrunkSection(Section):
     gather: Amount = 0.05
     """Seconds that a silo's request waits for those of the other silos in the round, to be computed with them."""
     kept_bytes: Count = 8 * 2**30
-    """Bytes on the trunk's disk for the examples of boundary.release_once, in equal shares for all silos. When a share
+    """Bytes on the trunk's disk for the examples of boundary.release_once, in equal shares for all silos, and as many
+    for the answers about them with boundary.differences. When a share
     is full, the example that was unused longest makes room; its silo sends the same bytes again when it needs it."""
 
     @model_validator(mode="after")

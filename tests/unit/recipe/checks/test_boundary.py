@@ -21,6 +21,18 @@ REFUSED: list[Case] = [
         {"boundary.denoise": OUT},
     ),
     (
+        {"boundary": {"differences": True, "codec": {"forward_down": "range-0.5"}}},
+        "boundary.differences: without numbers neither side knows",
+        "set boundary.release_once = true",
+        FROZEN | {"boundary.release_once": True},
+    ),
+    (
+        FROZEN | {"boundary": {"release_once": True, "differences": True}},
+        "boundary.differences: 'fp32' writes no differences",
+        'set boundary.codec.forward_down = "range-0.5"',
+        {"boundary.codec": "range-0.5"},
+    ),
+    (
         FROZEN | {"boundary.defence": {"inverter": 1.0}},
         "boundary.defence: a frozen bottom learns nothing",
         "set lora.freeze_bottom = false",

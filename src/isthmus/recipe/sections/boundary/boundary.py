@@ -31,6 +31,9 @@ class BoundarySection(Section):
     release_once: bool = False
     """If true, the hidden states of an example leave once, noised once; the trunk keeps them, and later epochs name
     them by a number. Needs lora.freeze_bottom, because a bottom that trains gives other states each time."""
+    differences: bool = False
+    """If true, the trunk's answer about an example that it answered before crosses as the difference from that answer.
+    Needs release_once, by whose numbers both sides know an example, and a range codec for codec.forward_down."""
     codec: CodecSection = CodecSection()
     forward: ReleaseSection = ReleaseSection(noise=0.025)
     """Hidden states, in training and inference alike."""

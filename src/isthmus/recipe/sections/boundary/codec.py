@@ -6,13 +6,20 @@ from typing import Literal
 
 from isthmus.recipe.section import Section
 
-Codec = Literal["fp32", "bf16", "fp16", "int8", "int4", "fp32+zstd", "bf16+zstd", "fp16+zstd", "int8+zstd", "int4+zstd"]
+# fmt: off
+Codec = Literal[
+    "fp32", "bf16", "fp16", "int8", "int4", "fp32+zstd", "bf16+zstd", "fp16+zstd", "int8+zstd", "int4+zstd",
+    "range-0.25", "range-0.5", "range-0.75", "range-1",
+]
+# fmt: on
 
 
 class CodecSection(Section):
     """How matrices are encoded on the wire, in each direction; ``codec = "int8"`` sets all four.
 
     int8 and int4 have one scale for each block of 32 values and keep outliers exact; "+zstd" compresses the result.
+    "range-0.5" rounds to multiples of half a row's standard deviation, of half the whole matrix's for gradients, and
+    writes frequent multiples in fewer bits (range coding).
     """
 
     forward_up: Codec = "fp32"
