@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 SPEED := boundary draft floods foundation gateway generation latency release replay scoring sessions silos together walks
 PRIVACY := cuts defences frontier privacy updates
-FEDERATED := afternoon averaging demo federation kills numbers outages tables
+FEDERATED := afternoon averaging bytes demo federation kills numbers outages tables
 BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness
 
 .PHONY: demo test docs check proto recipe bench $(BENCHMARKS:%=bench-%) bench-cuda clean
