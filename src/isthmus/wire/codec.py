@@ -72,7 +72,7 @@ MATRIX_CODECS: dict[str, MatrixCodec] = {
     "int8": Blockwise(8),
     "int4": Blockwise(4),
 }
-RANGE_CODECS = {f"range-{step:g}": RangeCoded(step) for step in (0.25, 0.5, 0.75, 1.0)}
+RANGE_CODECS = {f"range-{step:g}": RangeCoded(step) for step in (0.25, 0.5, 0.75, 1.0, 2.0)}
 """Those that can write a matrix as its difference from one that both sides have."""
 CODEC_NAMES = (*MATRIX_CODECS, *(name + ZSTD for name in MATRIX_CODECS), *RANGE_CODECS)
 """Names of all codecs."""

@@ -64,7 +64,12 @@ EVERY = ("gaussian noise", "sequence noise by class", "tail, width, residual")
 """Settings that are tried in every act; the others in a few."""
 FEW = ("training", "micro-batches", "greedy")
 MODES = [(setting, act) for setting in SETTINGS for act in (ACTS if setting in EVERY else FEW)]
-COARSE = {"int4": 0.05, "int8": 0.01, "bf16": 0.01, **{f"range-{step:g}": step**2 for step in (0.25, 0.5, 0.75, 1.0)}}
+COARSE = {
+    "int4": 0.05,
+    "int8": 0.01,
+    "bf16": 0.01,
+    **{f"range-{step:g}": step**2 for step in (0.25, 0.5, 0.75, 1.0, 2.0)},
+}
 """What rounding may add to the noise's deviation."""
 ROWS = [
     {

@@ -9,7 +9,7 @@ from isthmus.recipe.section import Section
 # fmt: off
 Codec = Literal[
     "fp32", "bf16", "fp16", "int8", "int4", "fp32+zstd", "bf16+zstd", "fp16+zstd", "int8+zstd", "int4+zstd",
-    "range-0.25", "range-0.5", "range-0.75", "range-1",
+    "range-0.25", "range-0.5", "range-0.75", "range-1", "range-2",
 ]
 # fmt: on
 
