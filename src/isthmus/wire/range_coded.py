@@ -80,9 +80,9 @@ class RangeCoded:
 
     Format: kind (uint8), largest scale (fp32) and number of outliers (uint32); places (uint32) and values (fp32) of the
     outliers; the powers of the rows' scales (uint8) and, with ``NORMALIZED_ROWS`` or more rows, the largest spread of
-    a channel (fp32), the powers of all spreads (uint8) and the centres in half spreads (int8); each row's class (uint8);
-    of each class the lowest and highest level (int8) and the levels' frequencies (uint16); the range coder's words
-    (uint32). A matrix with one scale has neither powers nor channels, a difference no scales at all.
+    a channel (fp32), the powers of all spreads (uint8) and the centres in half spreads (int8); each row's class
+    (uint8); of each class the lowest and highest level (int8) and the levels' frequencies (uint16); the range coder's
+    words (uint32). A matrix with one scale has neither powers nor channels, a difference no scales at all.
     """
 
     step: float

@@ -6,7 +6,6 @@ import shutil
 from typing import Any
 
 import pytest
-import torch
 
 from isthmus.wire import isthmus_pb2 as pb
 from tests.unit.silo.conftest import once_model, start  # noqa: F401  (fixtures)
