@@ -16,6 +16,12 @@ AuthorityOption = Annotated[
 ]
 
 
+FlowerSocket = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--flower", help="The Unix socket at which to meet the app of 'isthmus flower'."),
+]
+
+
 @command("trunk recipe.toml --with-root --address 0.0.0.0:50051")
 def trunk(
     recipe: Served,
@@ -25,6 +31,7 @@ def trunk(
     round: Annotated[Optional[int], typer.Option(min=0, help="The round to serve; the last by default.")] = None,  # noqa: UP045
     authority: AuthorityOption = None,
     metrics: MetricsAddress = None,
+    flower: FlowerSocket = None,
 ) -> None:
     """Serve the trunk, the middle blocks of the model: for a federation, or to use a finished run."""
     from isthmus.engines.monitor import monitored
@@ -33,7 +40,7 @@ def trunk(
     log_as("both" if with_root else "trunk")
     roles = ("trunk", "root") if with_root else ("trunk",)
     with monitored("+".join(roles), metrics) as monitor:
-        serve(recipe, run_dir, roles, address, round, authority, monitor)
+        serve(recipe, run_dir, roles, address, round, authority, monitor, flower)
 
 
 @command("root recipe.toml --run-dir runs/root")
@@ -43,6 +50,7 @@ def root(
     address: Address = None,
     authority: AuthorityOption = None,
     metrics: MetricsAddress = None,
+    flower: FlowerSocket = None,
 ) -> None:
     """Serve the root, which leads the rounds and aggregates the silos' updates."""
     from isthmus.engines.monitor import monitored
@@ -50,7 +58,7 @@ def root(
 
     log_as("root")
     with monitored("root", metrics) as monitor:
-        serve(recipe, run_dir, ("root",), address, authority=authority, monitor=monitor)
+        serve(recipe, run_dir, ("root",), address, authority=authority, monitor=monitor, flower=flower)
 
 
 @command("edge recipe.toml west --run-dir runs/west")
@@ -85,6 +93,7 @@ def silo(
     trunk: Address = None,
     root: Address = None,
     edge: Annotated[Optional[list[str]], typer.Option(help="An edge's address as NAME=host:port; repeatable.")] = None,  # noqa: UP045
+    flower: FlowerSocket = None,
 ) -> None:
     """Run one silo, which trains on its own text."""
     from isthmus.engines.local import at_address, at_edge
@@ -96,7 +105,7 @@ def silo(
     for option in edge or ():
         read = at_edge(read, option)
     read.party(name)
-    run_silo(read, recorded(recipe, read, run_dir, name), name)
+    run_silo(read, recorded(recipe, read, run_dir, name), name, flower)
 
 
 @command("certificates recipe.toml")

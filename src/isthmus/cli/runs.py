@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from isthmus.cli.app import AsJson, Round, RunPath, command, finish, notes_aside, notify
+from isthmus.cli.app import AsJson, RecipePath, Round, RunPath, command, finish, notes_aside, notify
 
 if TYPE_CHECKING:
     from isthmus.recipe import Recipe
@@ -64,6 +64,34 @@ def run(
     if completed < rounds:
         notify(f"ended early, after {completed} of {rounds} rounds; go on with 'isthmus run --resume {path}'")
     finish(values, as_json, f"run directory: {path}", following=f'{follows}in Python: isthmus.open("{path}")')
+
+
+@command("flower recipe.toml app")
+def flower(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Argument(help="The folder to write the app to.")],
+    simulation: Annotated[bool, typer.Option(help="For Flower's simulation: the app starts the federation.")] = False,
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Of a simulation: its run directory.")] = Path(
+        "runs/flower"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Write a Flower app that carries a federation's rounds, for 'flwr run'."""
+    from isthmus.engines.flower.app import simulation_command, write_app
+    from isthmus.recipe import Recipe
+
+    read = Recipe.read(recipe)
+    write_app(read, out, simulate=simulation_command(recipe, run_dir) if simulation else ())
+    values = {"folder": out, "silos": [silo.name for silo in read.silo]}
+    if simulation:
+        follows = f"flwr run {out} SUPERLINK --federation-config 'num-supernodes={len(read.silo)}' --stream"
+    else:
+        follows = (
+            f"isthmus root {recipe} --flower /ABSOLUTE/root.sock; "
+            f"isthmus silo {recipe} NAME --flower /ABSOLUTE/NAME.sock; "
+            f"flwr run {out} SUPERLINK --run-config 'root=\"/ABSOLUTE/root.sock\"' --stream"
+        )
+    finish(values, as_json, f"Flower app: {out}", following=follows)
 
 
 @command("abort runs/first")

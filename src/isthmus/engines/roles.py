@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import isthmus
 from isthmus.data.examples import check_examples
+from isthmus.engines.flower.app import check_carried
+from isthmus.engines.flower.root_end import carried
+from isthmus.engines.flower.silo_end import FlowerChannel, at_socket
 from isthmus.engines.growth import Growth
 from isthmus.engines.lifetime import Stopped, by_engine
 from isthmus.engines.local import at_address
@@ -32,7 +35,7 @@ from isthmus.silo.worker import Worker
 from isthmus.storage.files import private_folder
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
-from isthmus.wire.channel import Service
+from isthmus.wire.channel import Channel, Service
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import Identity, Role
 from isthmus.wire.server import Server
@@ -80,6 +83,7 @@ def serve(
     number: int | None = None,
     authority: Path | None = None,
     monitor: Monitor | None = None,
+    flower: Path | None = None,
 ) -> None:
     """Serve roles of the recipe at this path, or of the finished run in the run directory at this path.
 
@@ -89,6 +93,7 @@ def serve(
         number: as in ``start_server``.
         authority: the authority's folder, to answer guests from.
         monitor: tells of the roles.
+        flower: as in ``serve_roles``.
 
     Raises:
         RecipeError: two run directories are named.
@@ -103,7 +108,7 @@ def serve(
         run = recorded(path, recipe, run_dir)
         if "root" in roles:
             run.role("root").go_on()
-        serve_roles(at_address(recipe, address, roles), run, roles, number, folder, monitor)
+        serve_roles(at_address(recipe, address, roles), run, roles, number, folder, monitor, flower)
 
 
 @contextmanager
@@ -134,6 +139,7 @@ def serve_roles(
     number: int | None = None,
     authority: AuthorityFolder | None = None,
     monitor: Monitor | None = None,
+    flower: Path | None = None,
 ) -> None:
     """Serve ``trunk``, ``root`` or both until ``Stopped``.
 
@@ -141,6 +147,7 @@ def serve_roles(
         roles: the first one's address and certificate are used for both.
         number, authority: as in ``start_server``.
         monitor: tells of the roles.
+        flower: the socket at which the root answers a Flower app, too.
 
     Raises:
         RecipeError: two roles, but the recipe has them at two addresses.
@@ -155,10 +162,10 @@ def serve_roles(
     own: Role = "trunk" if roles[0] == "trunk" else "root"
     kept = kept_certificate(Path(recipe.wire.certificates), roles[0], own, authority)
     with suppress(Stopped), alone(run, roles), kept:
-        recipe = _serve(finished(run, recipe, roles), run, roles, number, authority, monitor)
+        recipe = _serve(finished(run, recipe, roles), run, roles, number, authority, monitor, flower)
         while True:
             run.record(recipe)
-            recipe = _serve(recipe, run, roles, None, authority, monitor, announce=False)
+            recipe = _serve(recipe, run, roles, None, authority, monitor, flower, announce=False)
 
 
 def _serve(
@@ -168,6 +175,7 @@ def _serve(
     number: int | None,
     authority: AuthorityFolder | None,
     monitor: Monitor | None,
+    flower: Path | None,
     announce: bool = True,
 ) -> Recipe:
     """Serve these roles until silos are added to the recipe, or its cut is to move; returns it with these silos, or
@@ -185,8 +193,10 @@ def _serve(
         grown = growth is not None and isinstance(root, GreetedAggregator) and growth.due(root)
         return grown or (moves is not None and moves.due())
 
+    own = _identity(recipe, roles)
     try:
-        _listen(server, address if announce else None, lambda: _result(recipe, run, roles, root), over)
+        with nullcontext() if flower is None or root is None else carried(flower, recipe, root, own):
+            _listen(server, address if announce else None, lambda: _result(recipe, run, roles, root), over)
     finally:
         for service in services.values():
             if isinstance(service, TrunkService):
@@ -369,7 +379,7 @@ def start_server(
     Raises:
         RunError: the trunk has not saved that round.
     """
-    identity = Identity.load(Path(recipe.wire.certificates), roles[0], "trunk" if roles[0] == "trunk" else "root")
+    identity = _identity(recipe, roles)
     added = frozenset[str]() if authority is None else authority.added()
     services: dict[str, Service] = {}
     own_trunk: TrunkService | None = None
@@ -406,8 +416,17 @@ def start_server(
     return server, services
 
 
-def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
+def _identity(recipe: Recipe, roles: tuple[str, ...]) -> Identity:
+    """Of the process that serves these roles: the first one's."""
+    return Identity.load(Path(recipe.wire.certificates), roles[0], "trunk" if roles[0] == "trunk" else "root")
+
+
+def run_silo(recipe: Recipe, run: RunDirectory, name: str, flower: Path | None = None) -> None:
     """Run the silo ``name`` until the federation has finished.
+
+    Args:
+        flower: the socket at which it waits for a Flower app, which carries its frames to the root; None: it connects
+            to the root itself.
 
     Raises:
         RunError: another process runs it in this directory.
@@ -415,8 +434,8 @@ def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
     set_threads(recipe)
     kept = kept_certificate(Path(recipe.wire.certificates), name, "silo")
     _note_start(trunk=recipe.trunk.address)
-    with alone(run, (name,)), kept:
-        recipe, completed = _train(finished(run, recipe, (name,)), run, name)
+    with alone(run, (name,)), kept, _to_root(recipe, name, flower) as root:
+        recipe, completed = _train(finished(run, recipe, (name,)), run, name, root)
     move = recipe.next_move(completed)
     if move is not None and move[0] == completed:
         print(f"the cut moves after round {completed}", flush=True)
@@ -430,13 +449,17 @@ def run_silo(recipe: Recipe, run: RunDirectory, name: str) -> None:
     )
 
 
-def _train(recipe: Recipe, run: RunDirectory, name: str) -> tuple[Recipe, int]:
+def _train(recipe: Recipe, run: RunDirectory, name: str, root: Channel | None = None) -> tuple[Recipe, int]:
     """Train as this silo until the federation has finished, or in a run directory of all parties until its cut is to
-    move. Returns the recipe with the cut that it has then, and the number of finished rounds."""
+    move. Returns the recipe with the cut that it has then, and the number of finished rounds.
+
+    Args:
+        root: the channel to a root through Flower, which carries no move; None: the silo connects itself.
+    """
     moves = SiloMoves(run, name)
     while True:
         try:
-            with closing(Worker(recipe, name, run.role(name), endless=not by_engine())) as worker:
+            with closing(Worker(recipe, name, run.role(name), root=root, endless=not by_engine())) as worker:
                 completed = worker.run()
                 move = recipe.next_move(completed)
                 if move is None or move[0] != completed or by_engine() or not run.deployed:
@@ -445,6 +468,19 @@ def _train(recipe: Recipe, run: RunDirectory, name: str) -> tuple[Recipe, int]:
             recipe = moves.make(recipe, completed, brought)
         except CutMovedError as behind:
             recipe = moves.follow(recipe, behind)
+
+
+@contextmanager
+def _to_root(recipe: Recipe, name: str, flower: Path | None) -> Iterator[Channel | None]:
+    """The silo's channel to the root through Flower; None: it is to connect itself."""
+    if flower is None:
+        yield None
+        return
+    check_carried(recipe)
+    identity = Identity.load(Path(recipe.wire.certificates), name, "silo")
+    channel = FlowerChannel(identity, hello_of(recipe.of_silo(name)), limit=recipe.wire.max_frame_bytes)
+    with at_socket(channel, flower):
+        yield channel
 
 
 def _finished(recipe: Recipe, completed: int) -> str:
