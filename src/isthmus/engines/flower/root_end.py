@@ -65,8 +65,8 @@ class _Caller:
     """Whether that letter was lost."""
     next: float = 0.0
     """Monotonic time before which the node is not asked."""
-    awaits: int | None = 0
-    """The answer that the silo waits for; None: it works."""
+    awaits: list[int] = field(default_factory=list)
+    """Ids of the answers that the silo waits for; none: it works."""
     ended: bool = False
     """Whether the silo has said that it has ended."""
     troubles: int = 0
@@ -172,9 +172,9 @@ class RootEnd:
         assert caller.secured is not None
         if not caller.silo:
             return caller.secured.has_outgoing
-        if caller.awaits is None:
+        if not caller.awaits:
             return self._speaks(caller.silo)
-        return any(id == caller.awaits for id, _ in list(caller.answers))
+        return any(id in caller.awaits for id, _ in list(caller.answers))
 
     def _next_letter(self, caller: _Caller) -> tuple[dict[str, object], bytes]:
         caller.under_way = True
@@ -211,7 +211,7 @@ class RootEnd:
         except IsthmusError as error:
             self._refuse(caller, error)
             return
-        caller.awaits, caller.troubles = told.get("awaits"), 0
+        caller.awaits, caller.troubles = list(told.get("awaits") or ()), 0
         if told.get("over"):
             self._end(caller, str(told.get("failure") or ""))
 
@@ -234,7 +234,7 @@ class RootEnd:
         self._check_claim(caller, caller.claimed)
         self._identity = self._identity.renewed()
         caller.session, caller.number, caller.ended = session, 0, False
-        caller.again, caller.silo, caller.inbox, caller.awaits = False, "", None, 0
+        caller.again, caller.silo, caller.inbox, caller.awaits = False, "", None, [0]
         caller.answers = deque()  # what is left of the last connection's pump keeps the other
         caller.secured = Secured(self._identity, limit=self._limit)
 

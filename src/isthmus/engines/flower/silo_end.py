@@ -52,6 +52,8 @@ class FlowerChannel:
         self.sent_bytes = 0
         self.received_bytes = 0
         self.welcome = pb.Welcome()
+        self.greeted: Answer = Answer()
+        """The answer to the first greeting."""
         self._identity, self._greeting, self._server, self._limit = identity, greeting, server, limit
         self._name = secrets.token_hex(8)
         """Of this channel, over all its connections."""
@@ -168,15 +170,15 @@ class FlowerChannel:
     def _over(self) -> bool:
         return self._ended is not None
 
-    def _awaits(self) -> int | None:
-        """The id of the answer without which the silo does not go on; None: it works."""
+    def _awaits(self) -> list[int]:
+        """Ids of the answers without which the silo does not go on, 0 for that to its greeting; none: it works."""
         if self._secured is None or not self._secured.established:
-            return 0
-        return max((id for id in self._awaited if id in self._pending), default=None)
+            return [0]
+        return sorted(id for id in self._awaited if id in self._pending)
 
     def _quiet(self) -> bool:
         """Whether the silo has nothing to say before the root answers."""
-        return self._awaits() is not None
+        return bool(self._awaits())
 
     def _open(self) -> None:
         """Begin a connection."""
@@ -215,6 +217,9 @@ class FlowerChannel:
                 self.welcome = welcome_of(verdict.result())
             except IsthmusError as error:
                 self._end(error)
+            else:
+                if not self.greeted.done():
+                    self.greeted.set_result(verdict.result())
         elif (known := self._pending.pop(frame.id, None)) is not None:
             settle(known.answer, frame, known.kind)
 
@@ -224,6 +229,8 @@ class FlowerChannel:
         self._changed.notify_all()
         for one in pending.values():
             one.answer.set_exception(error)
+        if not self.greeted.done():
+            self.greeted.set_exception(error)
 
     def _letter(self, number: int, body: bytes, **said: Any) -> Letter:
         return Letter({"silo": self._identity.name, "session": self._session, "number": number, **said}, (body,))
