@@ -28,8 +28,8 @@ class Delivered(NamedTuple):
 class Mail(Protocol):
     """Flower, as a courier needs it."""
 
-    def online(self) -> Collection[int]:
-        """The nodes that are there."""
+    def online(self) -> Mapping[int, str]:
+        """The nodes that are there, each with the time since when it is."""
         ...
 
     def send(self, letters: Collection[tuple[int, Letter]], ttl: float) -> list[str | None]:
@@ -56,6 +56,8 @@ class Courier:
         self._mail, self._root, self._hold, self._extra = mail, root, hold, dict(extra or {})
         self._sent: dict[str, int] = {}
         """By message under way, its node."""
+        self._since: dict[int, str] = {}
+        """By node, since when it has been there."""
 
     def carry(self, wait: float) -> bool:
         """Fetch answers, and send what is due; returns whether there is more to come.
@@ -69,15 +71,28 @@ class Courier:
         for one in self._mail.fetch(list(self._sent)) if self._sent else ():
             node = self._sent.pop(one.message)
             if one.letter is None:
-                self._root(Letter({"kind": "failed", "node": node, "reason": one.reason}))
+                self._fail(node, one.reason)
             else:
                 head = {**one.letter.head, "kind": "arrived", "node": node}
                 self._root(Letter(head, one.letter.bodies))
-        due = self._root(Letter({"kind": "collect", "online": list(self._mail.online()), "wait": wait}))
+        online = self._mail.online()
+        self._note_restarts(online)
+        due = self._root(Letter({"kind": "collect", "online": list(online), "wait": wait}))
         self._send(due)
         if due.head["failure"]:
             raise RuntimeError(f"the federation has failed: {due.head['failure']}")
         return not due.head["over"]
+
+    def _note_restarts(self, online: Mapping[int, str]) -> None:
+        """A SuperNode that has started again has lost the message that it had."""
+        for message, node in list(self._sent.items()):
+            if online.get(node, self._since[node]) != self._since[node]:
+                del self._sent[message]
+                self._fail(node, "its SuperNode has started again")
+        self._since |= online
+
+    def _fail(self, node: int, reason: str) -> None:
+        self._root(Letter({"kind": "failed", "node": node, "reason": reason}))
 
     def _send(self, due: Letter) -> None:
         letters = [
@@ -88,7 +103,7 @@ class Courier:
             return
         for (node, _), message in zip(letters, self._mail.send(letters, self._hold + MARGIN_SECONDS), strict=True):
             if message is None:
-                self._root(Letter({"kind": "failed", "node": node, "reason": "Flower did not take the message"}))
+                self._fail(node, "Flower did not take the message")
             else:
                 self._sent[message] = node
 

@@ -30,8 +30,8 @@ class GridMail:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
 
-    def online(self) -> Collection[int]:
-        return list(self._grid.get_node_ids())
+    def online(self) -> dict[int, str]:
+        return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
 
     def send(self, letters: Collection[tuple[int, Letter]], ttl: float) -> list[str | None]:
         messages = [Message(content_of(letter), node, "train", ttl=ttl) for node, letter in letters]
