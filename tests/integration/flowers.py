@@ -118,10 +118,14 @@ class SuperLink:
             assert program.process.wait(60) == 0, program.output
         return path
 
-    def node(self, key: Path, silo: str, socket: Path) -> Program:
-        """A SuperNode."""
+    def node(self, key: Path, silo: str, socket: Path, more: str = "") -> Program:
+        """A SuperNode.
+
+        Args:
+            more: of its node config.
+        """
         words = ("--superlink", f"localhost:{self.port}", "--root-certificates", self.home / "ca.pem")
-        config = f'silo="{silo}" socket="{socket}"'
+        config = f'silo="{silo}" socket="{socket}" {more}'.strip()
         where = ("--auth-supernode-private-key", key, "--node-config", config, "--port", free_port())
         return self._start(f"node-{key.name}", "flower-supernode", *words, *where)
 

@@ -57,22 +57,19 @@ def link(tmp_path: Path) -> Iterator[SuperLink]:
         yield made
 
 
-def test_three_rounds_with_a_node_that_restarts_and_two_that_are_refused(
+def test_three_rounds_with_a_node_that_restarts_and_one_with_a_wrong_key(
     link: SuperLink, commands: Commands, tmp_path: Path
 ) -> None:
     recipe = write_federation(tmp_path / "federation", train={"rounds": 3, "steps": 4, "evaluate": False})
     parties = Parties(commands, recipe, tmp_path / "parties", "north", "south")
-    keys = {silo: link.key(silo) for silo in ("north", "south", "third")}
+    keys = {silo: link.key(silo) for silo in ("north", "south")}
     nodes = {silo: link.node(keys[silo], silo, parties.socket(silo)) for silo in ("north", "south")}
     stranger = link.node(link.key("stranger", register=False), "south", parties.socket("south"))
     run = link.run(tmp_path / "parties" / "app", "--run-config", f'root="{parties.socket("root")}"')
     run_here(recipe, tmp_path / "plain")
     until(parties.completed, "the first round", command=parties.server)
     nodes["south"].stop()
-    again = link.node(keys["south"], "south", parties.socket("south"))
-    until(lambda: "Sent successfully" in again.output, "the node that restarted", command=parties.server)
-    third = link.node(keys["third"], "south", parties.socket("south"))
-    third.until("the root refuses this node")
+    link.node(keys["south"], "south", parties.socket("south"))
     for silo in parties.silos.values():
         silo.wait().succeeded()
     assert run.process.wait(60) == 0, run.output

@@ -35,8 +35,8 @@ class FlowerChannel:
 
     The root's letters are numbered from 1, and each is answered once, when the silo waits for the root again: with all
     that it has said until then. A letter that comes again is answered as before. One that does not follow the last, as
-    after a restart of the root, begins a new connection, on which the frames without an answer are sent again; the root
-    answers each frame once.
+    after a restart of the root, is answered with the beginning of a new connection, on which, if the root goes on with
+    it, the frames without an answer are sent again; the root answers each frame once.
 
     A round is one message, so an update waits for no answer of its own: it goes with the request for the next plan, and
     what the root says of both is heard together.
@@ -68,6 +68,9 @@ class FlowerChannel:
         self._secured: Secured | None = None
         self._session, self._number = "", 0
         """The connection, and the number of its last letter."""
+        self._next: Secured | None = None
+        self._proposed = ""
+        """A connection that the root has not gone on with yet."""
         self._reply: Letter | None = None
         """What answered that letter; None: it is held still."""
         self._turn = 0
@@ -113,11 +116,11 @@ class FlowerChannel:
             if self._ended is None:
                 self._failure = failure
                 self._end(PeerGoneError("the channel to the root was closed on this side", remedy="open a new channel"))
-            if self._session:
+            if self._session or self._proposed:
                 self._changed.wait_for(lambda: self._told, LINGER_SECONDS)
 
     def exchange(self, letter: Letter) -> Letter:
-        """The answer to a letter of the root, or to the first of a courier, which has no session.
+        """The answer to a letter of the root. One of no known session is answered with the beginning of another.
 
         Held until the silo waits for the root, or for ``hold`` seconds.
         """
@@ -125,28 +128,33 @@ class FlowerChannel:
         if asked.get("silo", self._identity.name) != self._identity.name:
             return self._letter(-1, b"", refused=f"the worker at this socket is {self._identity.name}'s")
         with self._changed:
-            self._turn += 1
-            turn = self._turn
-            self._changed.notify_all()
             if self._over():
                 return self._last_word()
-            follows = asked.get("session") == self._session and bool(self._session)
-            if follows and asked.get("number") == self._number and self._reply is not None:
+            session, number = asked.get("session", ""), asked.get("number", 0)
+            if session and session == self._proposed and number == 1:
+                self._adopt()
+            if not session or session != self._session or number not in (self._number, self._number + 1):
+                return self._propose()
+            if number == self._number and self._reply is not None:
                 return self._reply
-            if not follows or asked.get("number") not in (self._number, self._number + 1):
-                self._open()
-            elif asked["number"] == self._number + 1:
-                self._number, self._reply = self._number + 1, None
+            if number == self._number + 1:
+                self._number, self._reply = number, None
                 self._accept(b"".join(letter.bodies))
-            hold = min(float(asked.get("hold", 0.0)), HOLD_SECONDS)
-            self._changed.wait_for(lambda: self._turn != turn or self._over() or self._quiet(), hold)
-            if self._over():
-                return self._last_word()
-            if self._turn != turn:
-                return self._letter(-1, b"", refused="another letter came meanwhile")
-            assert self._secured is not None
-            self._reply = self._letter(self._number, self._secured.outgoing(), awaits=self._awaits())
-            return self._reply
+            return self._held(min(float(asked.get("hold", 0.0)), HOLD_SECONDS))
+
+    def _held(self, seconds: float) -> Letter:
+        """The answer to the connection's last letter, once there is something to say, or after so long."""
+        self._turn += 1
+        turn = self._turn
+        self._changed.notify_all()
+        self._changed.wait_for(lambda: self._turn != turn or self._over() or self._quiet(), seconds)
+        if self._over():
+            return self._last_word()
+        if self._turn != turn:
+            return self._letter(-1, b"", refused="another letter came meanwhile")
+        assert self._secured is not None
+        self._reply = self._letter(self._number, self._secured.outgoing(), awaits=self._awaits())
+        return self._reply
 
     def speaks(self) -> bool:
         """Whether a letter now would be answered at once, with something."""
@@ -180,11 +188,18 @@ class FlowerChannel:
         """Whether the silo has nothing to say before the root answers."""
         return bool(self._awaits())
 
-    def _open(self) -> None:
-        """Begin a connection."""
+    def _propose(self) -> Letter:
+        """The beginning of a connection. The last one stays until the root goes on with this: whoever brings a letter
+        may come from a node that the root refuses."""
         self._identity = self._identity.renewed()
-        self._secured = Secured(self._identity, server=self._server, limit=self._limit)
-        self._session, self._number, self._reply = secrets.token_hex(8), 0, None
+        self._next = Secured(self._identity, server=self._server, limit=self._limit)
+        self._proposed = secrets.token_hex(8)
+        return self._letter(0, self._next.outgoing(), session=self._proposed, awaits=[0])
+
+    def _adopt(self) -> None:
+        """Go on with the connection that was proposed last."""
+        self._secured, self._session, self._number, self._reply = self._next, self._proposed, 0, None
+        self._next, self._proposed = None, ""
         self._send(json.dumps({"instance": self._name}).encode())
         self._send(frames.wrap(self._greeting).SerializeToString())
         for one in self._pending.values():
@@ -207,7 +222,7 @@ class FlowerChannel:
             self._end(error)
         except FrameError as error:
             log.warning("a letter of the root cannot be read: %s; connecting again", error.message)
-            self._open()
+            self._session = ""
 
     def _settle(self, frame: pb.Frame) -> None:
         if frame.id == 0:
@@ -233,7 +248,8 @@ class FlowerChannel:
             self.greeted.set_exception(error)
 
     def _letter(self, number: int, body: bytes, **said: Any) -> Letter:
-        return Letter({"silo": self._identity.name, "session": self._session, "number": number, **said}, (body,))
+        head = {"silo": self._identity.name, "session": self._session, "number": number}
+        return Letter(head | said, (body,))
 
     def _last_word(self) -> Letter:
         self._told = True

@@ -1,0 +1,1 @@
+"""Flower's FedAvg of LoRA adapters."""
