@@ -71,8 +71,8 @@ train = "south.jsonl"
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--silos", type=int, default=200, help="of the simulation; 0: none")
     chosen = parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import textwrap
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from isthmus.engines.flower import courier
+from isthmus.engines.flower.app import PACKAGE
 from isthmus.wire.authority import Authority
 from tests.integration.processes import free_port, until
 
@@ -137,3 +140,21 @@ class SuperLink:
         program = Program(self.home, title, *words)
         self._programs.callback(program.end)
         return program
+
+
+IDENTITY = """
+from flwr.supercore.task_identity import TaskIdentity
+TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # what Flower's own launcher would set
+"""
+
+
+def in_flower(folder: Path, code: str) -> None:
+    """Run code in Flower's environment, beside the app, in this folder."""
+    package = folder / PACKAGE
+    package.mkdir()
+    for one in Path(courier.__file__).parent.glob("*.py"):
+        (package / one.name).write_text(one.read_text())
+    words = [str(BIN / "python"), "-c", IDENTITY + textwrap.dedent(code)]
+    environment = _clean(os.environ) | SETTINGS | {"FLWR_HOME": str(folder)}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -161,6 +161,8 @@ def _remove_dead(path: Path) -> None:
     """Remove the socket that an ended process left. Raises ``OSError`` if one listens there, or it is another file."""
     if not path.exists():
         return
+    if not path.is_socket():
+        raise FileExistsError(f"{path} is no socket")
     with socket.socket(socket.AF_UNIX) as line:
         try:
             line.connect(str(path))
