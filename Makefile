@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 SPEED := boundary draft floods foundation gateway generation latency release replay scoring sessions silos together walks
 PRIVACY := cuts defences frontier privacy updates
-FEDERATED := afternoon averaging bytes demo federation kills numbers outages tables
+FEDERATED := afternoon averaging bytes demo federation flower kills numbers outages tables
 BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness
 
 .PHONY: demo test docs check proto recipe bench $(BENCHMARKS:%=bench-%) bench-cuda clean
@@ -24,7 +24,7 @@ BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness
 demo: .venv/demo  ## Four silos train one model on this machine; QUICK=1 leaves out the baselines
 	$(BIN)/isthmus demo $(if $(QUICK),--quick)
 
-test: .venv/demo  ## All tests, file by file on one process more than cores, the longest first
+test: .venv/demo build/flower/ready  ## All tests, file by file on one process more than cores, the longest first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 5 --dist loadfile --no-loadscope-reorder
 
 docs: .venv/ready  ## The documentation as a site, in build/site
@@ -55,16 +55,16 @@ $(PRIVACY:%=bench-%): bench-%: .venv/demo
 	$(BIN)/python -m benchmarks.privacy.$*
 
 $(FEDERATED:%=bench-%): bench-%: .venv/demo
-	$(BIN)/python -m benchmarks.federated.$* $(ARGS)
+	$(BIN)/python -m benchmarks.federated.$(if $(filter flower,$*),flower_rounds,$*) $(ARGS)
 
 bench-exactness: .venv/ready
 	$(BIN)/python -m benchmarks.exactness
 
-bench-federation: build/flower/ready
+bench-federation bench-flower: build/flower/ready
 
-build/flower/ready:  ## Flower, for comparison, in an environment of its own
-	$(PYTHON) -m venv build/flower
-	build/flower/bin/python -m pip install --quiet flwr==1.41.0
+build/flower/ready: Makefile  ## Flower, in an environment of its own: it needs another protobuf
+	$(PYTHON) -m venv --clear build/flower
+	build/flower/bin/python -m pip install --quiet "flwr[simulation]==1.42.0"
 	touch $@
 
 bench-cuda: .venv/ready  ## On a CUDA device, with a random model of the LLaMA-2-7B shape: nothing to download

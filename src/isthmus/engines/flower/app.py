@@ -40,8 +40,8 @@ packages = ["."]
 publisher = "isthmus"
 
 [tool.flwr.app.components]
-serverapp = "{package}.server_app:app"
-clientapp = "{package}.client_app:app"
+serverapp = "{package}.server_app:server"
+clientapp = "{package}.client_app:client"
 
 [tool.flwr.app.config]
 root = {root}          # the socket of 'isthmus root RECIPE --flower SOCKET', beside the SuperLink

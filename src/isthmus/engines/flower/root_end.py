@@ -36,7 +36,7 @@ HEARD_SECONDS = 1.0
 """Time between two signs of life of a silo whose node is online."""
 KEEP_SECONDS = 86_400.0
 """Time for which answers are kept for a silo that is away."""
-LOOK_SECONDS = 0.2
+NEWS_SECONDS = 0.2
 """Longest time between two looks for what is due."""
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class RootEnd:
             self._note_heard()
         while not (found := self._letters()) and (left := end - time.monotonic()) > 0:
             with self._news:
-                self._news.wait(min(left, LOOK_SECONDS))
+                self._news.wait(min(left, NEWS_SECONDS))
         with self._lock:
             vitals = self._service.vitals()
             over = (vitals.state == "finished" or bool(vitals.failure)) and self._all_told()

@@ -119,7 +119,7 @@ def _raise(failed: list[Future[None]] | tuple[()]) -> None:
         one.result()
 
 
-def main(arguments: list[str]) -> int:
+def run_simulated(arguments: list[str]) -> int:
     """Run or continue a federation; returns the exit code."""
     recipe, run_dir, socket = map(Path, arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
@@ -139,4 +139,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_simulated(sys.argv[1:]))

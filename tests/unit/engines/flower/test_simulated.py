@@ -10,7 +10,7 @@ import torch
 
 from isthmus.engines.flower.courier.delivery import Courier
 from isthmus.engines.flower.courier.letters import ask
-from isthmus.engines.flower.simulated import main, simulate
+from isthmus.engines.flower.simulated import run_simulated, simulate
 from isthmus.engines.local import create_run
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
@@ -42,5 +42,5 @@ def _plain(path: Path) -> dict[str, torch.Tensor]:
 def test_a_recipe_that_cannot_be_read_is_an_error_and_no_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(tmp_path / "none.toml"), str(tmp_path / "run"), str(tmp_path / "box")]) == 1
+    assert run_simulated([str(tmp_path / "none.toml"), str(tmp_path / "run"), str(tmp_path / "box")]) == 1
     assert "error: " in capsys.readouterr().err

@@ -9,11 +9,11 @@ from flwr.clientapp import ClientApp
 from .contents import content_of, letter_in
 from .delivery import check_version, hand_over
 
-app = ClientApp()
+client = ClientApp()
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
+@client.train()
+def answer_letter(message: Message, context: Context) -> Message:
     """The silo's answer to a message of the root."""
     check_version(flwr.__version__)
     return Message(content_of(hand_over(letter_in(message.content), context.node_config)), reply_to=message)

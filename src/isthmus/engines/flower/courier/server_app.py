@@ -19,9 +19,9 @@ from .letters import Letter, ask
 LISTENING = "listening at "
 ROOT_SECONDS = 60.0
 """Time for which the root may be away, as when it starts again."""
-WAIT_SECONDS = 0.5
+CARRY_SECONDS = 0.5
 """Time between two looks for answers."""
-app = ServerApp()
+server = ServerApp()
 
 
 class GridMail:
@@ -48,8 +48,8 @@ def _delivered(reply: Message) -> Delivered:
     return Delivered(name, letter_in(reply.content))
 
 
-@app.main()
-def main(grid: Grid, context: Context) -> None:
+@server.main()
+def carry_letters(grid: Grid, context: Context) -> None:
     """Carry letters until the federation is over."""
     check_version(flwr.__version__)
     config = context.run_config
@@ -60,7 +60,7 @@ def main(grid: Grid, context: Context) -> None:
             float(str(config["hold"])) if not extra else 0.0,
             extra,
         )
-        while courier.carry(WAIT_SECONDS):
+        while courier.carry(CARRY_SECONDS):
             time.sleep(0.05)
 
 

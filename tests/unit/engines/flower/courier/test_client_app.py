@@ -26,7 +26,7 @@ def test_a_message_is_handed_to_the_silo_and_its_answer_sent_back(tmp_path: Path
         MESSAGE
         + """
         with Postbox(Path("box"), lambda letter: Letter({"heard": letter.head["silo"]}, (b"up",))):
-            reply = client_app.app(message, context)
+            reply = client_app.client(message, context)
         assert letter_in(reply.content) == Letter({"heard": "north"}, (b"up",))
         assert reply.metadata.dst_node_id == message.metadata.src_node_id
         """,
@@ -40,7 +40,7 @@ def test_another_flwr_is_refused_by_name(tmp_path: Path) -> None:
         + """
         client_app.flwr.__version__ = "1.99.0"
         try:
-            client_app.app(message, context)
+            client_app.client(message, context)
         except RuntimeError as error:
             assert "flwr 1.99.0 is installed" in str(error), error
         else:

@@ -57,7 +57,7 @@ def test_letters_go_to_nodes_and_answers_to_the_root(tmp_path: Path) -> None:
         GRID
         + """
         with Postbox(Path("box"), root):
-            server_app.app(Grid(), context())
+            server_app.server(Grid(), context())
         heads = [one.head for one in told if one.head["kind"] != "collect"]
         assert {"kind": "arrived", "silo": "north", "node": 3} in heads
         assert [one["node"] for one in heads if one["kind"] == "failed"] == [4], heads
@@ -74,9 +74,9 @@ def test_a_simulation_starts_its_federation_and_ends_it(tmp_path: Path) -> None:
         box = Path("box").absolute()
         with Postbox(box, root):
             command = f"{sys.executable} -c 'print(\\"listening at {box}\\")'"
-            server_app.app(Grid(), context(simulate=command))
+            server_app.server(Grid(), context(simulate=command))
         try:
-            server_app.app(Grid(), context(simulate=f"{sys.executable} -c 'raise SystemExit(3)'"))
+            server_app.server(Grid(), context(simulate=f"{sys.executable} -c 'raise SystemExit(3)'"))
         except RuntimeError as error:
             assert "ended with exit code 3" in str(error), error
         else:
@@ -92,7 +92,7 @@ def test_a_root_that_is_not_there_is_named(tmp_path: Path) -> None:
         + """
         server_app.ROOT_SECONDS = 0.0
         try:
-            server_app.app(Grid(), context())
+            server_app.server(Grid(), context())
         except RuntimeError as error:
             assert "no root answers at" in str(error), error
             assert "--flower" in str(error), error
