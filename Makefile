@@ -62,7 +62,7 @@ bench-exactness: .venv/ready
 
 bench-federation bench-flower: build/flower/ready
 
-build/flower/ready: Makefile  ## Flower, in an environment of its own: it needs another protobuf
+build/flower/ready:  ## Flower, in an environment of its own: it needs another protobuf
 	$(PYTHON) -m venv --clear build/flower
 	build/flower/bin/python -m pip install --quiet "flwr[simulation]==1.42.0"
 	touch $@

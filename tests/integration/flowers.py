@@ -8,7 +8,7 @@ import textwrap
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import psutil
 import pytest
@@ -42,7 +42,7 @@ class Program:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_clean(os.environ) | SETTINGS | {"FLWR_HOME": str(home), "PATH": path},
+                env=os.environ | SETTINGS | {"FLWR_HOME": str(home), "PATH": path},
             )
 
     @property
@@ -70,11 +70,6 @@ class Program:
             except psutil.NoSuchProcess:
                 continue
         self.process.wait()
-
-
-def _clean(environment: Any) -> dict[str, str]:
-    """Without what points Flower's Python at isthmus' packages."""
-    return {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
 class SuperLink:
@@ -155,6 +150,6 @@ def in_flower(folder: Path, code: str) -> None:
     for one in Path(courier.__file__).parent.glob("*.py"):
         (package / one.name).write_text(one.read_text())
     words = [str(BIN / "python"), "-c", IDENTITY + textwrap.dedent(code)]
-    environment = _clean(os.environ) | SETTINGS | {"FLWR_HOME": str(folder)}
+    environment = os.environ | SETTINGS | {"FLWR_HOME": str(folder)}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
