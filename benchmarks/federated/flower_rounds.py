@@ -80,6 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="isthmus-flower-") as folder:
         if chosen.pairs:
             compare(results, Path(folder), chosen.pairs, chosen.rounds, chosen.steps)
+            results.write(keep=True)
         if chosen.silos:
             simulate(results, Path(folder), chosen.silos)
     results.write(keep=True)
@@ -159,6 +160,7 @@ def simulate(results: Results, folder: Path, silos: int, rounds: int = 3) -> Non
         while run.process.poll() is None:
             memory = max(memory, _memory("isthmus.engines.flower.simulated"))
             time.sleep(1)
+        assert run.process.wait() == 0, run.output
         seconds = time.perf_counter() - started
     directory = RunDirectory(place / "run").role("root").path
     saved = [directory / "rounds" / f"round-{number:04}.pt" for number in range(1, rounds + 1)]

@@ -159,7 +159,7 @@ def carried(service: Service, peer: str, *, limit: int = LIMIT, **options: Any) 
     try:
         channel.greeted.result(HANG)
         yield channel
-        channel.close()
+        channel.part()
     finally:
         over.set()
         thread.join(HANG)

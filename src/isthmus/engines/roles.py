@@ -96,9 +96,14 @@ def serve(
         flower: as in ``serve_roles``.
 
     Raises:
-        RecipeError: two run directories are named.
+        RecipeError: two run directories are named; or Flower is to carry rounds of no root, or of a finished run.
     """
     folder = None if authority is None else AuthorityFolder(authority)
+    if flower is not None and ("root" not in roles or path.is_dir()):
+        raise RecipeError(
+            "Flower carries the rounds of a root, and here is none that leads any",
+            remedy="start 'isthmus trunk RECIPE --with-root --flower SOCKET' or 'isthmus root RECIPE --flower SOCKET'",
+        )
     if path.is_dir():
         if run_dir not in (Path(f"runs/{roles[0]}"), path):  # another than the command's default
             raise RecipeError(f"both {path} and {run_dir} are named", remedy="leave out --run-dir")

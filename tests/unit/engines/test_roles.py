@@ -12,7 +12,7 @@ from isthmus.engines import roles
 from isthmus.engines.certificates import make_certificates
 from isthmus.engines.lifetime import Stopped
 from isthmus.engines.local import at_address
-from isthmus.engines.roles import run_silo, serve_edge, serve_roles, start_server
+from isthmus.engines.roles import run_silo, serve, serve_edge, serve_roles, start_server
 from isthmus.errors import IdentityError, RecipeError, RunError
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
@@ -135,7 +135,7 @@ def test_a_worker_is_closed_however_it_ends(
     done: list[str] = []
 
     class Worker:
-        def __init__(self, recipe: Recipe, name: str, directory: object, *, endless: bool) -> None:
+        def __init__(self, recipe: Recipe, name: str, directory: object, *, root: object, endless: bool) -> None:
             done.append(name)
 
         def run(self) -> int:
@@ -155,3 +155,10 @@ def test_a_worker_is_closed_however_it_ends(
     assert done == ["a", "closed"]
     told = capsys.readouterr().out
     assert ("next: isthmus generate" in told) == (not fails)
+
+
+@pytest.mark.parametrize("roles", [("trunk",), ("trunk", "root")], ids=["no root", "finished"])
+def test_flower_without_rounds_to_carry_is_refused(roles: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path if "root" in roles else tmp_path / "recipe.toml"
+    with pytest.raises(RecipeError, match="none that leads any"):
+        serve(path, tmp_path / "run", roles, None, flower=tmp_path / "root.sock")

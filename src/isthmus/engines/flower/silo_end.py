@@ -76,8 +76,8 @@ class FlowerChannel:
         self._turn = 0
         """Counts letters, so that one that is held ends when another comes."""
         self._ended: IsthmusError | None = None
-        self._failure = ""
-        """Why the silo has ended before the federation, in a word."""
+        self._parting: str | None = None
+        """Why the silo has ended before the federation; empty: it has not; None: that is not known yet."""
         self._told = False
         """Whether the root's side has been told that the silo has ended."""
 
@@ -104,18 +104,20 @@ class FlowerChannel:
         return answer.result()
 
     def close(self) -> None:
-        self.fail("")
+        with self._changed:
+            if self._ended is None:
+                self._end(PeerGoneError("the channel to the root was closed on this side", remedy="open a new channel"))
 
-    def fail(self, failure: str) -> None:
-        """End the channel, and wait until Flower has fetched that the silo has ended.
+    def part(self, failure: str = "") -> None:
+        """Close the channel, and wait until Flower has fetched how the silo has ended.
 
         Args:
             failure: why, in words that may leave the silo; empty: the federation has finished.
         """
+        self.close()
         with self._changed:
-            if self._ended is None:
-                self._failure = failure
-                self._end(PeerGoneError("the channel to the root was closed on this side", remedy="open a new channel"))
+            self._parting = failure
+            self._changed.notify_all()
             if self._session or self._proposed:
                 self._changed.wait_for(lambda: self._told, LINGER_SECONDS)
 
@@ -252,10 +254,11 @@ class FlowerChannel:
         return Letter(head | said, (body,))
 
     def _last_word(self) -> Letter:
+        self._changed.wait_for(lambda: self._parting is not None, LINGER_SECONDS)
         self._told = True
         self._changed.notify_all()
         body = b"" if self._secured is None else self._secured.outgoing()
-        return self._letter(self._number, body, over=True, failure=self._failure)
+        return self._letter(self._number, body, over=True, failure=self._parting or "")
 
 
 class _Awaited(Answer):
@@ -283,9 +286,9 @@ def at_socket(channel: FlowerChannel, path: Path) -> Iterator[None]:
             yield
         except BaseException as error:
             with suppress(IsthmusError):
-                channel.fail(f"{type(error).__name__}; its log says more")
+                channel.part(f"{type(error).__name__}; its log says more")
             raise
-        channel.close()
+        channel.part()
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def _train(recipe: Recipe, run: RunDirectory, channels: Mapping[str, FlowerChann
         left = len(working) - len(failed)
         if failed and left < recipe.tree.fewest():
             for channel in channels.values():
-                channel.fail("another silo failed")
+                channel.close()
         _raise(failed if left < recipe.tree.fewest() else ())
 
 
@@ -108,9 +108,10 @@ def _work(recipe: Recipe, run: RunDirectory, name: str, channel: FlowerChannel) 
     try:
         with closing(Worker(recipe, name, run.role(name), root=channel)) as worker:
             worker.run()
+        channel.part()
     except BaseException as error:
         log.error("silo %s failed: %s", name, error if isinstance(error, IsthmusError) else type(error).__name__)
-        channel.fail(type(error).__name__)
+        channel.part(type(error).__name__)
         raise
 
 

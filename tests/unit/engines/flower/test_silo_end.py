@@ -68,6 +68,7 @@ def test_the_last_word_says_how_the_silo_ended(tmp_path: Path) -> None:
     def fail() -> None:
         with at_socket(channel, tmp_path / "box"):
             channel.exchange(Letter({"hold": 0.0}, (b"",)))
+            channel.close()  # as whoever holds it does first
             raise DataError("row 3 of patient Smith", remedy="correct it")
 
     def listen() -> None:
