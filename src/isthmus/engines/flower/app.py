@@ -88,8 +88,8 @@ def check_carried(recipe: Recipe) -> None:
         )
     if recipe.model.moves:
         raise NotSupportedError(
-            "model.moves changes the cut in all parties' folders at once, which is for 'isthmus run'",
-            remedy="leave out model.moves",
+            "Flower carries rounds alone, and model.moves has parties exchange blocks between them",
+            remedy="leave out model.moves, or run the parties without Flower",
         )
 
 
