@@ -107,7 +107,7 @@ class Part(nn.Module):
 
         A block keeps its index in this part: masks and caches are those of the whole part.
         """
-        model, backbone = shallow(self.model), shallow(self.family.backbone_of(self.model))
+        model, backbone = _shallow(self.model), _shallow(self.family.backbone_of(self.model))
         backbone.config = copy.copy(backbone.config)
         backbone.config.num_hidden_layers = len(blocks)
         for setting in PER_BLOCK:
@@ -125,7 +125,7 @@ class Part(nn.Module):
         return backbone(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
 
-def shallow(module: Any) -> Any:
+def _shallow(module: Any) -> Any:
     """A module with the same submodules and tensors, of which single ones can be replaced."""
     twin = copy.copy(module)
     twin.__dict__["_modules"] = dict(module._modules)

@@ -51,7 +51,6 @@ from isthmus.model.crossing import (
     up_to_last_crossing,
 )
 from isthmus.model.cut import Part
-from isthmus.model.head_loss import HeadLoss
 from isthmus.model.interfaces import BottomGuard, BottomShield, Drafting, ModelBoundary, Rows, TrunkModule
 from isthmus.model.packing import Packing
 from isthmus.model.refusals import CLASS_REFUSALS, DTYPE, REFUSALS, refuse, refusing
@@ -110,7 +109,6 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         self.bottleneck = bottleneck
         self.shield = shield
         self.guard = guard
-        self._head_loss = HeadLoss(top)
         self._by_length = by_length(config)
         self.context = context_length(config)
         """Largest number of tokens of a sequence."""
@@ -293,40 +291,6 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         if outbound.cache is not None:
             outbound.cache.drafted = False
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=outbound.cache)
-
-    def loss(self, input_ids: torch.Tensor, inputs: dict[str, Any], head: dict[str, Any]) -> torch.Tensor:
-        """The loss that ``forward`` computes, without the logits of all positions in memory at once.
-
-        Args:
-            input_ids: ``[B, L]``.
-            inputs: as in ``outbound``.
-            head: as in ``inbound_loss``.
-
-        Raises:
-            DataError, NotSupportedError, ModelError: as ``outbound``.
-        """
-        outbound = self.outbound(input_ids, inputs, head)
-        if torch.is_grad_enabled():
-            outbound = replace(outbound, supervised=count_supervised(head["labels"], head["shift_labels"]))
-        return self.inbound_loss(outbound, self.trunk(outbound), head)
-
-    def inbound_loss(self, outbound: Outbound, reply: Reply, head: dict[str, Any]) -> torch.Tensor:
-        """The loss from the trunk's answer, without the logits of all positions in memory at once.
-
-        It is that of ``inbound`` to the bit where these are few, and else but for rounding.
-
-        Args:
-            outbound: the batch, from ``model.outbound``, without a cache.
-            reply: the trunk's answer to it.
-            head: ``labels``, ``shift_labels`` ``[B, K]`` and ``logits_to_keep``, K, as in ``forward``; maybe
-                ``num_items_in_batch``.
-        """
-        if self._head_loss.is_small(head["shift_labels"]):
-            loss: torch.Tensor = self.inbound(outbound, reply, head).loss
-            return loss
-        g_BLD, inputs = self._received(outbound, reply, head)
-        h_BKD = self.top.hidden(inputs_embeds=g_BLD, **inputs)[:, -head["logits_to_keep"] :]
-        return self._head_loss(h_BKD, head["shift_labels"], head.get("num_items_in_batch"))
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **_: Any) -> None:
         """Write what was trained in bottom and top, and the number of the trunk's round that belongs to it.

@@ -64,14 +64,14 @@ def _finish_forward(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatc
     assert received_TD is not None
     received_TD.requires_grad_(trunk.gradients)
     detached = replace(part.outbound, h_BLD=part.leaf_BLD)
-    reply = Reply(received_TD, part.pending.noise_TW)
-    loss = model.inbound_loss(detached, reply, part.batch.supervision()) * part.share
+    output = model.inbound(detached, Reply(received_TD, part.pending.noise_TW), part.batch.supervision())
+    loss: torch.Tensor = output.loss * part.share
     loss.backward()  # type: ignore[no-untyped-call]
     if trunk.wants_gradient(part.outbound):
         assert received_TD.grad is not None
         h_TW = part.outbound.h_TW
-        wanted = h_TW is not None and h_TW.requires_grad
-        part.pending = trunk.send_gradient(part.pending, received_TD.grad, reply=wanted)
+        reply = h_TW is not None and h_TW.requires_grad
+        part.pending = trunk.send_gradient(part.pending, received_TD.grad, reply=reply)
     return float(loss.detach())
 
 

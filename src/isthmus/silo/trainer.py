@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, Tokens, collate
 from isthmus.model.crossing import IGNORED
-from isthmus.model.split import SplitForCausalLM
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,10 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: 
     """One forward, backward and optimizer step on the batch's loss, the mean over the tokens of ``batch.weight``."""
     started = time.perf_counter()
     optimizer.zero_grad()
-    loss = loss_of(model, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss = model(**batch.inputs()).loss
+    loss.backward()
     optimizer.step()
     return Step(float(loss.detach()), batch.weight, batch.tokens, time.perf_counter() - started)
-
-
-def loss_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """The batch's loss, the mean over the tokens of ``batch.weight``; of a split model in pieces."""
-    if isinstance(model, SplitForCausalLM):
-        return model.loss(batch.input_ids, batch.places(), batch.supervision())
-    loss: torch.Tensor = model(**batch.inputs(), use_cache=False).loss
-    return loss
 
 
 @torch.no_grad()
@@ -112,6 +103,6 @@ def _loss(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]]) ->
     total, weight = 0.0, 0
     for rows in chunks:
         batch = collate(rows, data.pad).to(model.device)
-        total += float(loss_of(model, batch)) * batch.weight
+        total += float(model(**batch.inputs(), use_cache=False).loss) * batch.weight
         weight += batch.supervised
     return {"loss": total / weight, "perplexity": math.exp(min(total / weight, 50.0))}
