@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from isthmus.data.tokens import Batch
+from isthmus.model import loss
 from isthmus.silo.trainer import train_step
+from tests.conftest import VOCABULARY
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.twins import FAMILIES, Twins, assert_same, batch_of, lora_of, ragged
 
@@ -50,3 +52,14 @@ def test_ten_steps(family: str, optimizer: str, padding: bool, tolerance: float,
     assert_same(after, {name: tensor.detach() for name, tensor in lora_of(twins.whole).items()}, tolerance)
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved == {name for name, parameter in lora_of(twins.whole).items() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_steps_with_the_loss_in_pieces(family: str, twins_of: BuildTwins, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a large vocabulary has it, seven positions at a time: equal within rounding."""
+    monkeypatch.setattr(loss, "FEW", 0)
+    monkeypatch.setattr(loss, "PIECE", 7 * VOCABULARY)
+    sections = {"train": {"optimizer": "sgd", "learning_rate": 1e-3, "steps": STEPS}}
+    twins = twins_of(family, (1, 2), sections=sections, moved=False)
+    train(twins, "sgd", padding=True)
+    assert_same(twins.split_adapter(), {name: one.detach() for name, one in lora_of(twins.whole).items()}, 2e-4)

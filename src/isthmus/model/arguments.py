@@ -360,6 +360,16 @@ def check_labels(labels: Any, shift_labels: Any, new: torch.Tensor, logits_to_ke
         _check_range(value.masked_fill(value == IGNORED, 0), vocabulary, name)
 
 
+def check_skipped(skip_logits: bool, labels: Any) -> None:
+    """Refuse a forward that would compute nothing.
+
+    Raises:
+        DataError: it skips the logits, and there are no labels for a loss.
+    """
+    if skip_logits and labels is None:
+        raise DataError("skip_logits leaves a loss alone, which needs labels", remedy="pass labels, or leave it out")
+
+
 def _check_range(ids: torch.Tensor, vocabulary: int, name: str) -> None:
     low, high = ids.min(), ids.max()
     if bool(low < 0) or bool(high >= vocabulary):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from isthmus.errors import CutError, ModelError
 from isthmus.model.checkpoint import Checkpoint
@@ -123,6 +124,27 @@ class Part(nn.Module):
         """The last hidden states, ``[batch, length, width]``; keyword arguments as for the family's backbone."""
         backbone = getattr(self.model, self.family.backbone)
         return backbone(**inputs).last_hidden_state  # type: ignore[no-any-return]
+
+    @property
+    def head(self) -> nn.Module:
+        """The head of the top, with the adapter that it may have."""
+        head: nn.Module = self.model.get_submodule(self.family.head)
+        return head
+
+    def logits(self, h_BLD: torch.Tensor) -> torch.Tensor:
+        """The logits ``[batch, length, vocabulary]`` of ``hidden``'s hidden states, by the family's own code: with the
+        scale or the cap that some families have behind the head."""
+        model = _shallow(self.model)
+        setattr(model, self.family.backbone, _Given())
+        return model(inputs_embeds=h_BLD, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+class _Given(nn.Module):
+    """In a backbone's place: what it would compute is given."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: object) -> MoeModelOutputWithPast:
+        """The last hidden states."""
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 def _shallow(module: Any) -> Any:

@@ -33,6 +33,7 @@ from isthmus.model.arguments import (
     check_generation,
     check_labels,
     check_packed_arguments,
+    check_skipped,
     check_tokens,
     find_places,
     take_arguments,
@@ -52,6 +53,7 @@ from isthmus.model.crossing import (
 )
 from isthmus.model.cut import Part
 from isthmus.model.interfaces import BottomGuard, BottomShield, Drafting, ModelBoundary, Rows, TrunkModule
+from isthmus.model.loss import loss_and_logits
 from isthmus.model.packing import Packing
 from isthmus.model.refusals import CLASS_REFUSALS, DTYPE, REFUSALS, refuse, refusing
 from isthmus.model.rope import by_length, context_length, given_lengths, recomputed_after
@@ -131,8 +133,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         """The language model's head, in top."""
-        head: nn.Module = self.top.model.get_submodule(self.top.family.head)
-        return head
+        return self.top.head
 
     def get_decoder(self) -> SplitBackbone:
         """The model without its head."""
@@ -159,6 +160,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss if there are labels, like the uncut model's forward.
@@ -171,9 +173,11 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
             position_ids: ``[B, L]``; those that restart at 0 within a row make several sequences of it.
             use_cache: by default true without labels and with gradients disabled.
             logits_to_keep: as in transformers; ``labels`` must cover the same positions.
+            skip_logits: compute the loss alone, in less memory (``model.loss``); the output's logits are None.
 
         Raises:
-            DataError: ids, labels or mask have a wrong shape or dtype, or a row has no token.
+            DataError: ids, labels or mask have a wrong shape or dtype, or a row has no token; or there is no loss to
+                compute without logits.
             NotSupportedError: an argument, a mask or positions that the split model does not compute with.
         """
         loss, packed = take_arguments(kwargs, self.config)
@@ -181,7 +185,8 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         check_labels(
             labels, loss.get("shift_labels"), new, logits_to_keep, self.top.config.get_text_config().vocab_size
         )
-        head = {"labels": labels, "logits_to_keep": logits_to_keep, **loss}
+        check_skipped(skip_logits, labels)
+        head = {"labels": labels, "logits_to_keep": logits_to_keep, "skip_logits": skip_logits, **loss}
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, **packed}
         cache = self._cache(past_key_values, inputs, wanted=labels is None)
         outbound = self.outbound(input_ids, inputs, head, inputs_embeds=inputs_embeds, cache=cache)
@@ -283,14 +288,14 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         Args:
             outbound: the batch, from ``model.outbound``.
             reply: the trunk's answer to it.
-            head: as in ``outbound``, with any other arguments of top's forward.
+            head: as in ``outbound``, with ``skip_logits`` and any other arguments of top's forward.
         """
         g_BLD, inputs = self._received(outbound, reply, head)
         past = None if outbound.cache is None else outbound.cache.top
-        output = self.top.model(inputs_embeds=g_BLD, past_key_values=past, **inputs, **head)
+        loss, logits = loss_and_logits(self.top, {"inputs_embeds": g_BLD, "past_key_values": past, **inputs}, head)
         if outbound.cache is not None:
             outbound.cache.drafted = False
-        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=outbound.cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outbound.cache)
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **_: Any) -> None:
         """Write what was trained in bottom and top, and the number of the trunk's round that belongs to it.

@@ -64,7 +64,9 @@ def _finish_forward(model: SplitForCausalLM, trunk: RemoteTrunk, part: MicroBatc
     assert received_TD is not None
     received_TD.requires_grad_(trunk.gradients)
     detached = replace(part.outbound, h_BLD=part.leaf_BLD)
-    output = model.inbound(detached, Reply(received_TD, part.pending.noise_TW), part.batch.supervision())
+    head = {**part.batch.supervision(), "skip_logits": True}
+    output = model.inbound(detached, Reply(received_TD, part.pending.noise_TW), head)
+    assert output.loss is not None
     loss: torch.Tensor = output.loss * part.share
     loss.backward()  # type: ignore[no-untyped-call]
     if trunk.wants_gradient(part.outbound):

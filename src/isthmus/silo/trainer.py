@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Batch, Tokens, collate
 from isthmus.model.crossing import IGNORED
+from isthmus.model.split import SplitForCausalLM
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,17 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: 
     """One forward, backward and optimizer step on the batch's loss, the mean over the tokens of ``batch.weight``."""
     started = time.perf_counter()
     optimizer.zero_grad()
-    loss = model(**batch.inputs()).loss
-    loss.backward()
+    loss = answer_loss(model, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return Step(float(loss.detach()), batch.weight, batch.tokens, time.perf_counter() - started)
+
+
+def answer_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """The batch's loss, differentiable; of a split model without all logits."""
+    skipped = {"skip_logits": True} if isinstance(model, SplitForCausalLM) else {}
+    loss: torch.Tensor = model(**batch.inputs(), **skipped, use_cache=False).loss
+    return loss
 
 
 @torch.no_grad()
@@ -103,6 +111,6 @@ def _loss(model: PreTrainedModel, data: SiloData, chunks: list[list[Tokens]]) ->
     total, weight = 0.0, 0
     for rows in chunks:
         batch = collate(rows, data.pad).to(model.device)
-        total += float(model(**batch.inputs(), use_cache=False).loss) * batch.weight
+        total += float(answer_loss(model, batch)) * batch.weight
         weight += batch.supervised
     return {"loss": total / weight, "perplexity": math.exp(min(total / weight, 50.0))}

@@ -17,6 +17,7 @@ from isthmus.model.arguments import (
     check_generation,
     check_labels,
     check_packed_arguments,
+    check_skipped,
     check_tokens,
     find_places,
     take_arguments,
@@ -191,3 +192,10 @@ def test_a_generation_that_reaches_into_blocks_is_refused(settings: dict[str, An
     with pytest.raises(IsthmusError) as caught:
         check_generation(GenerationConfig(**settings))
     assert isinstance(caught.value, NotSupportedError)
+
+
+def test_no_logits_and_no_loss_is_nothing() -> None:
+    check_skipped(True, IDS)
+    check_skipped(False, None)
+    with pytest.raises(DataError, match="needs labels"):
+        check_skipped(True, None)
