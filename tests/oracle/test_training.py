@@ -54,12 +54,17 @@ def test_ten_steps(family: str, optimizer: str, padding: bool, tolerance: float,
     assert moved == {name for name, parameter in lora_of(twins.whole).items() if parameter.requires_grad}
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ten_steps_with_the_loss_in_pieces(family: str, twins_of: BuildTwins, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a large vocabulary has it, seven positions at a time: equal within rounding."""
+def test_ten_steps_with_the_loss_in_pieces(
+    family: str, recompute: bool, twins_of: BuildTwins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a large vocabulary has it, seven positions at a time: equal within rounding. So are steps whose ends compute
+    their activations again."""
     monkeypatch.setattr(loss, "FEW", 0)
     monkeypatch.setattr(loss, "PIECE", 7 * VOCABULARY)
     sections = {"train": {"optimizer": "sgd", "learning_rate": 1e-3, "steps": STEPS}}
     twins = twins_of(family, (1, 2), sections=sections, moved=False)
+    twins.split.recompute = recompute
     train(twins, "sgd", padding=True)
     assert_same(twins.split_adapter(), {name: one.detach() for name, one in lora_of(twins.whole).items()}, 2e-4)

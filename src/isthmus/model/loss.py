@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from isthmus.model.crossing import IGNORED
 from isthmus.model.cut import Part
+from isthmus.model.recompute import hidden_recomputed
 
 PIECE = 2**24
 """Most logits at a time: 64 MiB in fp32. Their gradient takes their place. Much smaller pieces are slower: the head's
@@ -30,7 +31,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 def loss_and_logits(
-    top: Part, inputs: dict[str, Any], head: dict[str, Any]
+    top: Part, inputs: dict[str, Any], head: dict[str, Any], *, recompute: bool = False
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """What top makes of the trunk's answer: a loss if there are labels, and logits unless they are not wanted.
 
@@ -38,6 +39,7 @@ def loss_and_logits(
         inputs: arguments of top's backbone.
         head: ``labels``, ``logits_to_keep`` and other arguments of the loss, as of transformers' causal models, and
             ``skip_logits``: whether the loss is wanted alone, which needs labels.
+        recompute: compute top's activations again in the backward, if the loss is wanted alone and there is no cache.
     """
     given = {name: value for name, value in head.items() if name != "skip_logits"}
     if not head.get("skip_logits"):
@@ -49,7 +51,9 @@ def loss_and_logits(
     vocabulary = top.config.get_text_config().vocab_size
     if targets_BK.numel() * vocabulary <= FEW:
         return top.model(**inputs, **given).loss, None
-    h_BKD = top.hidden(**inputs)[:, slice(-keep, None) if isinstance(keep, int) else keep]
+    again = recompute and torch.is_grad_enabled() and inputs.get("past_key_values") is None
+    h_BLD = hidden_recomputed(top, inputs) if again else top.hidden(**inputs)
+    h_BKD = h_BLD[:, slice(-keep, None) if isinstance(keep, int) else keep]
     divisor = given.get("num_items_in_batch")
     parameters = top.head.parameters()
     return loss_in_pieces(top.logits, parameters, h_BKD, targets_BK, vocabulary=vocabulary, divisor=divisor), None
@@ -102,11 +106,11 @@ class _LossInPieces(torch.autograd.Function):
             h_PD, targets_P = h_TD[start : start + size], targets_T[start : start + size]
             with torch.set_grad_enabled(differentiable):
                 h_PD = h_PD.detach().requires_grad_(differentiable)
-                logits_PV = head(h_PD[None])[0]
-            loss, gradient_PV = _loss_and_gradient(logits_PV.detach(), targets_P, weight)
+                logits_1PV = head(h_PD[None])
+            loss, gradient_PV = _loss_and_gradient(logits_1PV.detach()[0], targets_P, weight)
             total += loss
             if differentiable:
-                gradient_PD, *gradients = torch.autograd.grad(logits_PV, (h_PD, *trained), gradient_PV)
+                gradient_PD, *gradients = torch.autograd.grad(logits_1PV, (h_PD, *trained), gradient_PV[None])
                 gradients_TD.append(gradient_PD)
                 for own, gradient in zip(sums, gradients, strict=True):
                     own += gradient

@@ -55,6 +55,7 @@ from isthmus.model.cut import Part
 from isthmus.model.interfaces import BottomGuard, BottomShield, Drafting, ModelBoundary, Rows, TrunkModule
 from isthmus.model.loss import loss_and_logits
 from isthmus.model.packing import Packing
+from isthmus.model.recompute import hidden_recomputed
 from isthmus.model.refusals import CLASS_REFUSALS, DTYPE, REFUSALS, refuse, refusing
 from isthmus.model.rope import by_length, context_length, given_lengths, recomputed_after
 from isthmus.privacy.subjects import Subjects
@@ -76,6 +77,8 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         bottleneck: optional layers at the cut; None: there are none.
         shield: runs bottom with less attention to sensitive tokens; None: bottom runs as it is.
         guard: adds the gradient of the defence's loss in training; None: no defence.
+        recompute: in training, bottom and top compute their activations again in the backward (``model.recompute``);
+            top where ``skip_logits`` is set.
     """
 
     config_class = PreTrainedConfig
@@ -100,6 +103,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         bottleneck: Bottleneck | None = None,
         shield: BottomShield | None = None,
         guard: BottomGuard | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__(config)
         self.bottom = bottom
@@ -111,6 +115,7 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         self.bottleneck = bottleneck
         self.shield = shield
         self.guard = guard
+        self.recompute = recompute
         self._by_length = by_length(config)
         self.context = context_length(config)
         """Largest number of tokens of a sequence."""
@@ -292,7 +297,8 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         """
         g_BLD, inputs = self._received(outbound, reply, head)
         past = None if outbound.cache is None else outbound.cache.top
-        loss, logits = loss_and_logits(self.top, {"inputs_embeds": g_BLD, "past_key_values": past, **inputs}, head)
+        inputs = {"inputs_embeds": g_BLD, "past_key_values": past, **inputs}
+        loss, logits = loss_and_logits(self.top, inputs, head, recompute=self.recompute)
         if outbound.cache is not None:
             outbound.cache.drafted = False
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outbound.cache)
@@ -445,6 +451,8 @@ class SplitForCausalLM(AdapterMethods, PreTrainedModel, GenerationMixin):
         """Bottom's output, ``[B, L, D]``; arguments as for its backbone without the cache."""
         if cache is not None:
             inputs["past_key_values"] = cache.bottom
+        if self.recompute and cache is None and self.shield is None and torch.is_grad_enabled():
+            return hidden_recomputed(self.bottom, inputs)
         if self.shield is None:
             return self.bottom.hidden(**inputs)
         return self.shield.hidden(self.bottom, None if cache is None else cache.session, **inputs)

@@ -66,6 +66,7 @@ FREE: dict[str, str] = {
     "partition.format": _OWN_FILE,
     "silo.columns": "a silo's own names for what its files hold",
     "silo.device": _OWN_MACHINE,
+    "silo.recompute": "how a silo spends its own memory and time; the step is the same",
 }
 """The keys that may differ, each with the reason."""
 

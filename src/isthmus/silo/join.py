@@ -31,6 +31,7 @@ from isthmus.model.bottleneck import Bottleneck
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import CPU, find_device
+from isthmus.model.recompute import return_large_tensors
 from isthmus.model.split import SplitForCausalLM
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.ledger import Ledger, MemoryLedger
@@ -218,6 +219,9 @@ def connect_silo(
         answers=answers,
     )
     model = build_model(recipe, checkpoint, (bottom, top), channel, boundary)
+    model.recompute = recipe.party(name).recompute
+    if model.recompute:
+        return_large_tensors()
     assert isinstance(model.trunk, RemoteTrunk)
     model.trunk.rounds.served = served
     return Silo(name, model, tokenizer, model.trunk, boundary, served, recipe.task)

@@ -47,6 +47,9 @@ class SiloSection(Section):
     same."""
     device: Device = "cpu"
     """Where bottom and top compute: "cpu", "cuda", "cuda:1", or "auto" for a CUDA device if there is one."""
+    recompute: bool = False
+    """If true, bottom and top keep no activations in training: they compute them again for the backward, a few rows at
+    a time. Less memory for long rows and large batches, about a third more computing in this silo."""
     rank: Count | None = Field(default=None, examples=[4])
     """Rank of the adapters in this silo's bottom and top, at most lora.rank; only with federation.lora = "svd". Left
     out: lora.rank. Experimental: learning with several ranks is not measured on a real model."""
