@@ -16,7 +16,7 @@ from isthmus.model.cut import Part
 
 TOKENS = 1024
 """Positions of the rows whose activations are there at a time, unless one row has more."""
-LARGE = 4 * 2**20
+LARGE = 2**20
 """Bytes from which a tensor's memory goes back to the operating system as soon as it is freed."""
 _MMAP_THRESHOLD = -3
 """The option's number in the C library (glibc)."""

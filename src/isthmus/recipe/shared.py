@@ -92,7 +92,7 @@ _TABLES: dict[str, tuple[str, ...]] = {
     "sensitivity": ("detectors", "detected", "fields", "attention", "classes"),
     "privacy": ("delta",),
     "wire": ("max_frame_bytes",),
-    "trunk": ("dtype", "adapter", "average_every", "max_silo_norm"),
+    "trunk": ("dtype", "weights", "adapter", "average_every", "max_silo_norm"),
     "root": ("minimum",),
     "federation": ("lora", "between", "updates", "normalized", "control"),
     "federation.weights": ("kind", "bound"),

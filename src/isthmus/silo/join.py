@@ -198,6 +198,8 @@ def connect_silo(
     """
     recipe = recipe.of_silo(name, ranked=False)
     device = find_device(recipe.party(name).device)
+    if recipe.party(name).recompute:
+        return_large_tensors()
     checkpoint = Checkpoint(recipe.model.path)
     tokenizer = load_tokenizer(checkpoint.folder)
     bottom, top = load_ends(checkpoint, recipe, device)
@@ -220,8 +222,6 @@ def connect_silo(
     )
     model = build_model(recipe, checkpoint, (bottom, top), channel, boundary)
     model.recompute = recipe.party(name).recompute
-    if model.recompute:
-        return_large_tensors()
     assert isinstance(model.trunk, RemoteTrunk)
     model.trunk.rounds.served = served
     return Silo(name, model, tokenizer, model.trunk, boundary, served, recipe.task)

@@ -31,6 +31,7 @@ from isthmus.trunk.between import BetweenBlocks
 from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.decoding import Decoding, SessionStep
 from isthmus.trunk.earlier_answers import EarlierAnswers
+from isthmus.trunk.int8_weights import check_machine, keep_in_int8
 from isthmus.trunk.kept_examples import KeptExamples
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import SINGLE, JobKind, Scheduler
@@ -375,9 +376,13 @@ def _check_of(name: str) -> str:
 
 
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:
-    dtype = getattr(torch, recipe.trunk.dtype or recipe.model.dtype)
-    part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=find_device(recipe.trunk.device))
+    dtype, device = getattr(torch, recipe.trunk.dtype or recipe.model.dtype), find_device(recipe.trunk.device)
+    if recipe.trunk.weights == "int8":
+        check_machine(device)
+    part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=device)
     adapters.add_trained_layers(part, recipe)
+    if recipe.trunk.weights == "int8":
+        keep_in_int8(part)
     return Runner(part, residual=recipe.boundary.residual, passed=_passed_blocks(checkpoint, cut, recipe))
 
 

@@ -1,0 +1,147 @@
+"""A trunk in 16 and in 8 bits on a processor: decoding against the uncut model in fp32, and what it costs in loss.
+
+``make bench-weights``, or ``python -m benchmarks.speed.weights PART ...`` for some of: ``decode``, ``shape``, ``loss``.
+Trunk and silo are two processes on the cores that the uncut model has; all models decode in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.common.results import Results, repeated
+from benchmarks.speed.foundation import ANSWER, CACHE, PROMPT, bench_recipe, uncut
+from benchmarks.speed.memory import served
+from isthmus.data.tokens import Tokens, collate
+from isthmus.demo.assets import smollm2
+from isthmus.engines.local import at_address
+from isthmus.recipe import Recipe
+from isthmus.silo.join import Silo, join
+from isthmus.silo.trainer import answer_loss
+
+PAIRS = 8
+KINDS = {"fp32": {}, "bf16": {"dtype": "bfloat16"}, "int8": {"weights": "int8"}}
+"""The trunk's keys."""
+GOAL = 1.6
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_hidden_layers": 10,
+}
+"""Llama-3.2-1B's blocks, 10 of the 16, behind SmolLM2's vocabulary."""
+TEXTS, TOKENS = 64, 96
+"""Held-out rows, and the most tokens of each."""
+
+
+def main() -> None:
+    """All of it, or the parts that are named."""
+    parts: dict[str, Callable[[Results], None]] = {
+        "decode": measure_decode,
+        "shape": measure_shape,
+        "loss": measure_loss,
+    }
+    results = Results("weights", "make bench-weights")
+    for part in sys.argv[1:] or parts:
+        parts[part](results)
+    print(f"written: {results.write(keep=len(sys.argv) > 1)}")
+
+
+def measure_decode(results: Results) -> None:
+    """SmolLM2 as it is."""
+    measure(results, "SmolLM2", smollm2(CACHE), ANSWER, at_least=GOAL)
+
+
+def measure_shape(results: Results) -> None:
+    """Random weights in larger blocks, where reading them is all that counts."""
+    measure(results, "blocks of a model of 1B", larger_blocks(Path("build/weights")), ANSWER // 4, ("bf16", "int8"))
+
+
+def measure(
+    results: Results,
+    name: str,
+    folder: Path,
+    tokens: int,
+    kinds: Sequence[str] = tuple(KINDS),
+    *,
+    at_least: float | None = None,
+) -> None:
+    """Tokens per second of each kind of trunk over the uncut model's, round by round."""
+    recipe = bench_recipe(folder)
+    ids = torch.randint(100, 40_000, (1, PROMPT))
+
+    def generate(model: PreTrainedModel) -> float:
+        started = time.perf_counter()
+        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=2)
+        return time.perf_counter() - started
+
+    with ExitStack() as stack:
+        models = {"uncut": uncut(folder, recipe).eval()}
+        models |= {kind: silo_with(stack, recipe, kind).model for kind in kinds}
+        for model in models.values():
+            generate(model)
+        rounds = [{kind: generate(model) for kind, model in models.items()} for _ in range(PAIRS)]
+    for kind in models:
+        repeated(results, f"{name}: {kind}", [tokens / one[kind] for one in rounds], "tokens/s")
+    for kind in kinds:
+        ratios = [one["uncut"] / one[kind] for one in rounds]
+        goal = at_least if kind == "int8" else None
+        repeated(results, f"{name}: {kind} trunk, tokens/s over uncut fp32", ratios, "ratio", at_least=goal)
+
+
+def silo_with(stack: ExitStack, recipe: Recipe, kind: str) -> Silo:
+    """A silo whose trunk has weights of this kind."""
+    keys = recipe.model_dump(mode="json", exclude_none=True)
+    own = Recipe.of({**keys, "trunk": {**keys["trunk"], **KINDS[kind]}})
+    run, address = stack.enter_context(served(own))
+    return stack.enter_context(join(at_address(run.recipe(), address), "bench"))
+
+
+def measure_loss(results: Results) -> None:
+    """Mean loss of SmolLM2 on held-out rows of the demo's silos, in nats a token."""
+    recipe = bench_recipe(smollm2(CACHE))
+    losses = {}
+    for kind in KINDS:
+        with ExitStack() as stack:
+            losses[kind] = held_out_loss(silo_with(stack, recipe, kind))
+            results.add(f"SmolLM2: held-out loss, {kind} trunk", losses[kind], "nats")
+    for kind in ("bf16", "int8"):
+        results.add(f"SmolLM2: held-out loss, {kind} trunk less fp32 trunk", losses[kind] - losses["fp32"], "nats")
+
+
+@torch.no_grad()
+def held_out_loss(silo: Silo) -> float:
+    files = sorted(CACHE.glob("hutto-*/*/held_out.jsonl"))
+    texts = [json.loads(line)["text"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    total, weight = 0.0, 0
+    for text in texts[:TEXTS]:
+        ids = silo.tokenizer(text)["input_ids"][:TOKENS]
+        if len(ids) > 1:
+            batch = collate([Tokens(ids[:1], ids[1:])], 0)
+            total += float(answer_loss(silo.model, batch)) * batch.supervised
+            weight += batch.supervised
+    return total / weight
+
+
+def larger_blocks(folder: Path) -> Path:
+    """A random model with SHAPE, made once."""
+    if not (folder / "model.safetensors").exists():
+        shutil.copytree(smollm2(CACHE), folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+        config = AutoConfig.from_pretrained(folder, **SHAPE)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="20GB")
+    return folder
+
+
+if __name__ == "__main__":
+    main()

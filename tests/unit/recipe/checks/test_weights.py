@@ -1,0 +1,23 @@
+"""Weights of few bits beside other numbers of few bits."""
+
+from __future__ import annotations
+
+import pytest
+
+from isthmus.recipe import Recipe
+from tests.unit.recipe.refusals import OUT, Changes, assert_mended, changed, least
+
+ASKED: list[tuple[Changes, list[Changes]]] = [
+    ({"trunk.weights": "int8", "model.dtype": "bfloat16"}, [{"trunk.dtype": "float32"}, {"trunk.weights": OUT}]),
+    ({"trunk.weights": "int8", "trunk.dtype": "float16"}, [{"trunk.dtype": "float32"}, {"trunk.weights": OUT}]),
+]
+
+
+@pytest.mark.parametrize(("asked", "mended"), [(one, other) for one, others in ASKED for other in others], ids=str)
+def test_the_other_numbers_have_32_bits(asked: Changes, mended: Changes) -> None:
+    assert_mended((asked, "beside int8 weights the trunk computes in float32", "leave out trunk.weights", mended))
+
+
+def test_silos_may_have_16_bits_beside_them() -> None:
+    asked = {"trunk.weights": "int8", "trunk.dtype": "float32", "model.dtype": "bfloat16"}
+    assert Recipe.of(changed(least(), asked)).trunk.weights == "int8"
