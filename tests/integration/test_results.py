@@ -41,6 +41,7 @@ ELSEWHERE = {
     "demo": "tests/integration/test_demo.py",
     "join": "tests/unit/cli/test_joining.py",
     "doctor": "tests/integration/test_doctor.py",
+    "flower": "tests/integration/test_flower_deployment.py",
 }
 WORDS = {"PROMPT": "text", "OUT": "folder", "NAME": "north", "INVITE": "isthmus:AAAA", "ROWS": "rows.jsonl"}
 """What users write in place of a placeholder."""

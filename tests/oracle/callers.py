@@ -419,6 +419,12 @@ FORWARD = [
         "the loss is the sum over it",
         outputs(input_ids=FULL, labels=FULL, num_items_in_batch=torch.tensor(50)),
     ),
+    forward_row(
+        "skip_logits",
+        "true, with labels: the loss in less memory, no logits",
+        lambda m, _: m(input_ids=FULL, labels=FULL, skip_logits=True).loss,
+    ),
+    data_row("skip_logits", "true, without labels", input_ids=FULL, skip_logits=True),
     data_row("ignore_index", "other than −100", input_ids=FULL, labels=FULL, ignore_index=5),
     forward_row("use_cache", "false", lambda m, _: m(input_ids=FULL, use_cache=False).past_key_values),
     forward_row(

@@ -62,7 +62,7 @@ def test_ten_steps_with_the_loss_in_pieces(
     """As a large vocabulary has it, seven positions at a time: equal within rounding. So are steps whose ends compute
     their activations again."""
     monkeypatch.setattr(loss, "FEW", 0)
-    monkeypatch.setattr(loss, "PIECE", 7 * VOCABULARY)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 7 * VOCABULARY)
     sections = {"train": {"optimizer": "sgd", "learning_rate": 1e-3, "steps": STEPS}}
     twins = twins_of(family, (1, 2), sections=sections, moved=False)
     twins.split.recompute = recompute

@@ -20,7 +20,7 @@ from isthmus.model.crossing import IGNORED
 from isthmus.model.cut import Part
 from isthmus.model.recompute import hidden_recomputed
 
-PIECE = 2**24
+LOGITS_AT_ONCE = 2**24
 """Most logits at a time: 64 MiB in fp32. Their gradient takes their place. Much smaller pieces are slower: the head's
 weights are read for each."""
 FEW = 2**20
@@ -82,7 +82,7 @@ def loss_in_pieces(
     h_TD, targets_T = h_BKD[supervised_BK], targets_BK[supervised_BK]
     weight = len(targets_T) if divisor is None else divisor
     trained = [one for one in parameters if one.requires_grad]
-    size = max(1, PIECE // vocabulary)
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
     return _LossInPieces.apply(h_TD, targets_T, weight, head, size, *trained)  # type: ignore[no-untyped-call,no-any-return]
 
 

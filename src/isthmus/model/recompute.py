@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from isthmus.model.cut import Part
 
-TOKENS = 1024
+TOKENS_AT_ONCE = 1024
 """Positions of the rows whose activations are there at a time, unless one row has more."""
 LARGE = 2**20
 """Bytes from which a tensor's memory goes back to the operating system as soon as it is freed."""
@@ -31,7 +31,7 @@ def hidden_recomputed(part: Part, inputs: dict[str, Any]) -> torch.Tensor:
         inputs: arguments of ``part.hidden`` without a cache. A tensor has a row for each of the batch's.
     """
     first = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
-    rows = max(1, TOKENS // first.shape[1])
+    rows = max(1, TOKENS_AT_ONCE // first.shape[1])
     pieces = [_rows(inputs, slice(start, start + rows)) for start in range(0, len(first), rows)]
     return torch.cat([checkpoint(_hidden, part, piece, use_reentrant=False) for piece in pieces])
 

@@ -18,6 +18,8 @@ from isthmus.tasks.task import Ranking
 
 SCORED_TOKENS = 8192
 """Most tokens, with padding, whose keys and values are kept at a time, unless one prompt is longer."""
+SCORED_LOGITS = 2**26
+"""Most logits at a time, 256 MiB in fp32, unless one choice has more."""
 
 
 SIMILAR, FEW_TOKENS = 0.75, 24
@@ -44,7 +46,7 @@ def choice_log_probs(model: PreTrainedModel, questions: Sequence[ChoiceQuestion]
     """
     model.eval()
     found: dict[int, list[float]] = {}
-    for numbers in _batches(questions):
+    for numbers in _batches(questions, model.config.vocab_size):
         scores = _batch_scores(model, [questions[number] for number in numbers], pad)
         found.update(zip(numbers, scores, strict=True))
     return [found[number] for number in range(len(questions))]
@@ -71,14 +73,15 @@ def best_choices(
     return [max(range(len(scores)), key=scores.__getitem__) for scores in log_probs]
 
 
-def _batches(questions: Sequence[ChoiceQuestion]) -> Iterator[list[int]]:
+def _batches(questions: Sequence[ChoiceQuestion], vocabulary: int) -> Iterator[list[int]]:
     """Numbers of the questions that are scored together: of similar length, since the others are padded to the longest.
     The longest come first: what needs most memory fails at once."""
     lengths = [len(one.prompt) + max(map(len, one.choices)) for one in questions]
     order = sorted(range(len(questions)), key=lambda number: -lengths[number])
     while order:
         longest = lengths[order[0]]
-        some = order[: max(1, SCORED_TOKENS // longest)]
+        choice = max(len(one) for one in questions[order[0]].choices)
+        some = order[: max(1, min(SCORED_TOKENS // longest, SCORED_LOGITS // (choice * vocabulary)))]
         alike = [number for number in some if lengths[number] >= SIMILAR * longest - FEW_TOKENS]
         yield alike
         order = order[len(alike) :]
@@ -118,7 +121,8 @@ def _continued(
     rows, prompt = mask_BP.shape
     choices = max(len(one.choices) for one in questions)
     longest = max(len(choice) for one in questions for choice in one.choices)
-    together = min(choices, max(1, SCORED_TOKENS // (rows * (prompt + longest))))
+    most = min(SCORED_TOKENS // (prompt + longest), SCORED_LOGITS // (longest * model.config.vocab_size)) // rows
+    together = min(choices, max(1, most))
     if together < choices:
         cache.activate_past_recording()  # what a sliding window leaves behind is needed again
     found: list[list[float]] = [[] for _ in questions]
@@ -157,7 +161,11 @@ def _after_first(
         past_key_values=cache,
         use_cache=True,
     ).logits
-    picked_NK = logits_NKV.float().log_softmax(dim=-1).gather(2, ids_NK[:, 1:, None].to(device)).squeeze(2).cpu()
+    next_NK1 = ids_NK[:, 1:, None].to(device)
+    picked = [
+        row_KV.float().log_softmax(dim=-1).gather(1, of_K1) for row_KV, of_K1 in zip(logits_NKV, next_NK1, strict=True)
+    ]
+    picked_NK = torch.stack(picked).squeeze(2).cpu()
     counts_NK = torch.arange(1, fed + 1) < lengths_N[:, None]
     totals: list[float] = torch.where(counts_NK, picked_NK, 0.0).sum(dim=1).tolist()
     return totals

@@ -31,7 +31,7 @@ SIZES = st.integers(1, 5)
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three positions at a time, however few there are."""
     monkeypatch.setattr(loss, "FEW", 0)
-    monkeypatch.setattr(loss, "PIECE", 3 * VOCABULARY)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 3 * VOCABULARY)
 
 
 def labels_of(rows: int, positions: int, share: float, vocabulary: int = VOCABULARY) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_it_equals_the_whole(
     wanted = (h_BKD, *head.parameters())
     expected = torch.autograd.grad(whole * scale, wanted)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "PIECE", size * vocabulary)
+        patch.setattr(loss, "LOGITS_AT_ONCE", size * vocabulary)
         found = loss_in_pieces(head, head.parameters(), h_BKD, targets_BK, vocabulary=vocabulary, divisor=divisor)
         gradients = torch.autograd.grad(found * scale, wanted)
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2

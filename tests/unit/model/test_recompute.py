@@ -45,7 +45,7 @@ def gradients(part: Part, h_BLD: torch.Tensor) -> list[torch.Tensor]:
 def test_they_equal_those_of_one_pass(
     family: str, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recompute, "TOKENS", tokens)
+    monkeypatch.setattr(recompute, "TOKENS_AT_ONCE", tokens)
     bottom, inputs = bottom_of(family, tmp_path), inputs_of()
     expected, found = bottom.hidden(**inputs), hidden_recomputed(bottom, inputs)
     real_BL = inputs["attention_mask"].bool()

@@ -46,11 +46,13 @@ def _total(model: PreTrainedModel, prompt: list[int], choice: list[int]) -> floa
     return sum(float(logits_LV[len(prompt) + at - 1, token]) for at, token in enumerate(choice))
 
 
+@pytest.mark.parametrize("logits", [scoring.SCORED_LOGITS, 12 * VOCABULARY])
 @pytest.mark.parametrize("room", [8192, 150, 20])
 def test_they_equal_whole_texts_however_much_fits(
-    model: PreTrainedModel, room: int, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, room: int, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "SCORED_TOKENS", room)
+    monkeypatch.setattr(scoring, "SCORED_LOGITS", logits)
     asked = questions(room, 12)
     found = choice_log_probs(model, asked)
     for scores, expected in zip(found, one_at_a_time(model, asked), strict=True):
