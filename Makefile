@@ -45,7 +45,7 @@ proto: .venv/ready  ## The Python side of isthmus.proto
 recipe: .venv/ready  ## recipes/federation.toml, from the docstrings of the recipe's keys
 	$(BIN)/python -m isthmus.recipe.template recipes/federation.toml
 
-# 'make bench-tables ARGS="--tasks rte --seeds 1"' measures some cells; those under build/tables are kept.
+# 'make bench-tables ARGS="--tasks rte --seeds 1"' measures some cells; the others are as they are kept.
 bench: $(BENCHMARKS:%=bench-%)  ## All benchmarks; each, as bench-boundary, writes benchmarks/results/boundary.json
 
 $(SPEED:%=bench-%): bench-%: .venv/demo

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,13 +57,25 @@ class Results:
 
     def write(self, *, keep: bool = False) -> Path:
         """Write the rows; ``keep`` those of earlier runs that this one did not measure again."""
-        path = RESULTS / f"{self._name}.json"
+        path = self._path
         path.parent.mkdir(exist_ok=True)
         measured = {row.measure for row in self.rows}
-        earlier = json.loads(path.read_text()) if keep and path.exists() else []
+        earlier = self._earlier() if keep else []
         rows = [row for row in earlier if row["measure"] not in measured] + [asdict(row) for row in self.rows]
         path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         return path
+
+    def known(self) -> dict[str, float | None]:
+        """The values of all measures, of this run or, where it has none, of an earlier one."""
+        earlier = {row["measure"]: row["value"] for row in self._earlier()}
+        return earlier | {row.measure: row.value for row in self.rows}
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        return json.loads(self._path.read_text()) if self._path.exists() else []
+
+    @property
+    def _path(self) -> Path:
+        return RESULTS / f"{self._name}.json"
 
 
 def note(

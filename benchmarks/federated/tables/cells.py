@@ -1,6 +1,7 @@
 """Cells of the tables, each a JSON file that is written as soon as it is measured.
 
-A cell says what determines it. One that was measured under other rows, steps or recipe does not count.
+A cell says what determines it. One that was measured under other rows, steps or recipe does not count. All tables take
+days, so that the files are kept with the results, answers row by row among them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from benchmarks.common.rows import Values
 from isthmus.recipe import Recipe
 from isthmus.storage.files import writing
 
-FOLDER = Path("build/tables")
+FOLDER = Path(__file__).parents[2] / "results" / "tables"
 
 
 @dataclass(frozen=True)
