@@ -28,11 +28,11 @@ def hidden_recomputed(part: Part, inputs: dict[str, Any]) -> torch.Tensor:
     Its backward computes each piece's activations again, with the same dropout.
 
     Args:
-        inputs: arguments of ``part.hidden`` without a cache. A tensor has a row for each of the batch's.
+        inputs: arguments of ``part.hidden`` without a cache. A tensor has the batch's rows, or one for all.
     """
     first = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
     rows = max(1, TOKENS_AT_ONCE // first.shape[1])
-    pieces = [_rows(inputs, slice(start, start + rows)) for start in range(0, len(first), rows)]
+    pieces = [_rows(inputs, len(first), slice(start, start + rows)) for start in range(0, len(first), rows)]
     return torch.cat([checkpoint(_hidden, part, piece, use_reentrant=False) for piece in pieces])
 
 
@@ -49,5 +49,8 @@ def _hidden(part: Part, inputs: dict[str, Any]) -> torch.Tensor:
     return part.hidden(**inputs)
 
 
-def _rows(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
-    return {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+def _rows(inputs: dict[str, Any], batch: int, rows: slice) -> dict[str, Any]:
+    def of(value: Any) -> Any:
+        return value[rows] if isinstance(value, torch.Tensor) and len(value) == batch else value
+
+    return {name: of(value) for name, value in inputs.items()}

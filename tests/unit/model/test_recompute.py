@@ -55,6 +55,13 @@ def test_they_equal_those_of_one_pass(
         torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-3)
 
 
+def test_positions_may_be_one_row_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "TOKENS_AT_ONCE", 2 * LENGTH)
+    bottom, inputs = bottom_of("llama", tmp_path), inputs_of()
+    inputs |= {"attention_mask": None, "position_ids": torch.arange(LENGTH).unsqueeze(0)}
+    torch.testing.assert_close(hidden_recomputed(bottom, inputs), bottom.hidden(**inputs), rtol=1e-4, atol=1e-4)
+
+
 def test_the_backward_has_the_dropout_of_the_forward(tmp_path: Path) -> None:
     """One piece draws as one pass does."""
     bottom, inputs = bottom_of("llama", tmp_path, dropout=0.5).train(), inputs_of()
