@@ -35,9 +35,9 @@ def raw(tensors: list[torch.Tensor]) -> bytes:
 
 
 class Captured:
-    """Frames of a silo that trained two batches and answered a prompt with beams."""
+    """Frames of a silo that trained two batches, so many times, and answered a prompt with beams."""
 
-    def __init__(self, model: Path, folder: Path, **boundary: Any) -> None:
+    def __init__(self, model: Path, folder: Path, *, times: int = 1, **boundary: Any) -> None:
         recipe = make_recipe(
             model,
             boundary={"forward": {"noise": 0.1}, "gradient": {"noise": 0.2}, **boundary},
@@ -49,7 +49,7 @@ class Captured:
         self.silo = join(recipe, "a", channel=self.tap, releases=folder / "released")
         self.rows = random_rows(6, 3)
         self.silo.rounds.begin(1, ["a"])
-        for start in (0, 3):
+        for start in (0, 3) * times:
             self.silo.model(**collate(self.rows[start : start + 3], 0).inputs()).loss.backward()
         self.silo.rounds.commit(1, 1, 7.0)
         service.stop()
@@ -85,6 +85,17 @@ def test_rows_that_were_released_once_are_the_kept_bytes(attacked_model: Path, t
     numbers = [number for one in captured.sent(pb.Forward) for number in one.examples]
     assert [raw([one.hidden_LD]) for one in seen] == [kept[number] for number in numbers]
     assert all(one.gradient_LD is not None and one.returned_LD is None for one in seen)
+
+
+def test_answers_that_cross_as_differences_are_read_whole(attacked_model: Path, tmp_path: Path) -> None:
+    codecs = {"forward_down": "range-0.25"}
+    captured = Captured(attacked_model, tmp_path, times=2, release_once=True, differences=True, codec=codecs)
+    assert [list(one.changed) for one in captured.answers(pb.Forward)] == [[], [], [0, 1, 2], [0, 1, 2]]
+    answers = [one.answered_LD for one in crossings_of("a", captured.tap.exchanges)]
+    for first, again in zip(answers[:6], answers[6:], strict=True):  # nothing has been learned in between
+        assert first is not None
+        assert again is not None
+        assert (first - again).abs().max() < 0.01 * first.abs().max()
 
 
 def test_a_message_changed_after_it_was_sent_changes_nothing(attacked_model: Path) -> None:
