@@ -110,6 +110,7 @@ SHARED = [
     pb.Deal(round=1, sealed={"b": b"share"}),
     pb.Agree(round=1, signature=b"signature"),
     pb.Reveal(round=1, shares={"b": b"share"}),
+    pb.Move(after=1),
 ]
 """One of each kind that may wait for others."""
 

@@ -31,7 +31,7 @@ FORWARD, GRADIENT, UPDATE = 0.03, 0.002, 0.5
 NOISE = {"forward": {"noise": FORWARD}, "gradient": {"noise": GRADIENT}, "update": {"noise": UPDATE}}
 GREEDY: dict[str, Any] = {"do_sample": False, "min_new_tokens": 40, "max_new_tokens": 40}
 FIELDS: dict[type[Message], set[str]] = {
-    pb.Forward: {"step", "lengths", "hidden", "train", "dropout", "examples"},
+    pb.Forward: {"step", "lengths", "hidden", "train", "dropout", "examples", "answered"},
     pb.Keep: {"example", "hidden"},
     pb.Backward: {"step", "gradient", "reply", "ascent_pass", "keep"},
     pb.Decode: {"session", "step", "lengths", "hidden", "forget", "rows", "drafted"},
@@ -50,6 +50,7 @@ FIELDS: dict[type[Message], set[str]] = {
     pb.Agree: {"round", "signature"},
     pb.Reveal: {"round", "shares"},
     pb.Tensor: {"name", "shape", "data"},
+    pb.Move: {"after", "tensors"},
 }
 """Every field a silo can send after its greeting."""
 HEADER = 48

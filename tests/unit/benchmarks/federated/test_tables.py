@@ -15,7 +15,7 @@ from benchmarks.common.results import Results
 from benchmarks.common.rows import Rows, Values
 from benchmarks.federated.corpora import Corpus, Files, written
 from benchmarks.federated.simulation import merged
-from benchmarks.federated.tables import cuts, optimizers, parallel, quality, sets
+from benchmarks.federated.tables import cells, cuts, optimizers, parallel, quality, sets
 from benchmarks.federated.tables.cells import Cell
 from benchmarks.federated.tables.sets import SILOS, Source, skewed, whole
 from tests.conftest import save_tiny_model, write_rows
@@ -28,6 +28,12 @@ def rows(count: int, seed: int = 0) -> Rows:
     draw = random.Random(seed)
     words = [" ".join(f"w{draw.randrange(10, 90)}" for _ in range(5)) for _ in range(count)]
     return [{"text": text, "label": f"w{7 + number % 2}", "of": str(number % 4)} for number, text in enumerate(words)]
+
+
+@pytest.fixture(autouse=True)
+def own_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of a test are not kept with the results."""
+    monkeypatch.setattr(cells, "FOLDER", tmp_path / "cells")
 
 
 @pytest.fixture
@@ -95,8 +101,7 @@ def test_a_natural_value_goes_to_one_silo() -> None:
     assert sum(map(len, owners)) == len(set.union(*owners)) == 4
 
 
-def test_a_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_cell_is_measured_once() -> None:
     calls = []
 
     def measure() -> dict[str, float]:
@@ -111,11 +116,9 @@ def test_a_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("content", ["", '{"determined": {', "[]", "null"])
-def test_a_damaged_cell_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = Path("build/tables/cell.json")
-    path.parent.mkdir(parents=True)
-    path.write_text(content)
+def test_a_damaged_cell_is_measured_again(content: str) -> None:
+    cells.FOLDER.mkdir()
+    (cells.FOLDER / "cell.json").write_text(content)
     assert Cell("cell", {}).found() is None
     assert Cell("cell", {}).measured(lambda: {"value": 1}) == {"value": 1}
 
@@ -149,11 +152,11 @@ def test_a_task_from_rows_to_the_table(
     assert not [row for row in table.rows if "federated" in row.measure]
 
     quality.run(setting, ["made-up"], quality.ARMS)
-    kept = {path: path.read_bytes() for path in Path("build/tables").rglob("*.json")}
+    kept = {path: path.read_bytes() for path in cells.FOLDER.rglob("*.json")}
     assert len(kept) == 2 + 1 + 4 * 2  # rates, without training, and four arms of two seeds
     assert all(set(json.loads(one)) == {"determined", "result"} for one in kept.values())
     quality.run(setting, ["made-up"], quality.ARMS)
-    assert kept == {path: path.read_bytes() for path in Path("build/tables").rglob("*.json")}
+    assert kept == {path: path.read_bytes() for path in cells.FOLDER.rglob("*.json")}
 
     table = Results("nowhere", "a test")
     quality.report(table, setting, ["made-up"])
