@@ -43,7 +43,7 @@ class Stand:
     def full_pass(self, h_TD: torch.Tensor, lengths: list[int], *more: Any) -> torch.Tensor:
         return 2 * h_TD
 
-    def encode_hidden(self, h_TD: torch.Tensor) -> torch.Tensor:
+    def encode_answer(self, silo: str, request: Any, h_TD: torch.Tensor) -> torch.Tensor:
         return h_TD
 
     def pass_of(self, silo: str, step: int) -> Any:
