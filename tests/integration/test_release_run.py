@@ -31,7 +31,12 @@ def test_each_example_leaves_once_in_a_run_that_is_cut_off_and_resumed(
         tmp_path / "made",
         train={"rounds": ROUNDS, "steps": STEPS},
         lora={"freeze_bottom": True},
-        boundary={"release_once": True, "forward": {"noise": 0.02}},
+        boundary={
+            "release_once": True,
+            "differences": True,
+            "codec": {"forward_down": "range-0.25"},
+            "forward": {"noise": 0.02},
+        },
     )
     run = tmp_path / "run"
     cut_off = commands.start("run", recipe, "--run-dir", run)
@@ -47,7 +52,11 @@ def test_each_example_leaves_once_in_a_run_that_is_cut_off_and_resumed(
         assert {event.noise for event in events} == {0.02}
         kept, released = run / "trunk" / "kept" / silo, run / "silos" / silo / "released"
         names = {path.name for path in kept.iterdir()}
-        assert names == {path.name for path in released.iterdir()} - {"secret"}
+        assert names == {path.name for path in released.iterdir()} - {"secret", "answers"}
+        answered = [
+            {path.name for path in folder.iterdir()} for folder in (run / "trunk/answers" / silo, released / "answers")
+        ]
+        assert answered[0] == answered[1] >= names  # held-out rows are answered, too, where they are released
         assert all((kept / name).read_bytes() == (released / name).read_bytes() for name in names)
         assert len(names) == len(texts)
         assert steps_of(run, silo)[-1] == (ROUNDS, STEPS)
