@@ -25,6 +25,7 @@ from benchmarks.federated.tables.uncut import UncutModel
 from benchmarks.speed.published import training_step_bytes
 from isthmus.data.tokens import Tokens, epochs
 from isthmus.demo.assets import smollm2
+from isthmus.model.checkpoint import Checkpoint
 from isthmus.recipe import Recipe
 from isthmus.storage.journal import read_journal
 
@@ -96,7 +97,7 @@ def tried(model: Path, name: str, changes: Values, seed: int) -> Trial:
         drawn_rows = {silo: [one.tokens for one in uncut.rows(file)] for silo, file in files.items()}
         crossed = {silo: crossed_bytes(learned, silo) for silo in SILOS}
         if name == "published format":
-            width = uncut._model.config.hidden_size
+            width = Checkpoint(model).config.hidden_size
             crossed = {silo: published_bytes(recipe, silo, rows, width) for silo, rows in drawn_rows.items()}
         whole = statistics.fmean(crossed[silo] + updates[silo] for silo in SILOS)
         tokens = sum(len(row.input) for rows in drawn_rows.values() for row in rows) // len(SILOS)

@@ -24,6 +24,8 @@ NONE = 0
 """The digest of no answer."""
 Bases = Sequence[torch.Tensor | None]
 """For each sequence the answer before, ``[L, D]``; None: there is none."""
+_KEPT = codec.MATRIX_CODECS["bf16"]
+"""How an answer is kept."""
 _REMEDY = "both sides must run the same version of isthmus with the same recipe"
 
 
@@ -41,9 +43,9 @@ class KeptAnswers:
     def read(self, number: int, length: int) -> torch.Tensor | None:
         """The answer, bf16 ``[L, D]``; None if there is none of this length."""
         value = self._store.read(number)
-        if value is None or len(value) != 2 * length * self._width:
+        if value is None or len(value) != _KEPT.most_bytes(length, self._width):
             return None
-        return torch.frombuffer(bytearray(value), dtype=torch.bfloat16).view(length, self._width)
+        return _KEPT.decode(value, length, self._width)
 
     def write(self, number: int, answer_LD: torch.Tensor) -> None:
         """Keep this answer in place of the one before, unless it alone is larger than all may be.
@@ -51,7 +53,7 @@ class KeptAnswers:
         Raises:
             DiskFullError: the disk is full.
         """
-        value = _bytes(answer_LD)
+        value = _KEPT.encode(answer_LD)
         if self._store.fits(len(value)):
             self._store.write(number, value)
 
@@ -60,7 +62,7 @@ def digest(base_LD: torch.Tensor | None) -> int:
     """64 bits by which the two sides know that they have the same answer."""
     if base_LD is None:
         return NONE
-    return int.from_bytes(hashlib.blake2b(_bytes(base_LD), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(_KEPT.encode(base_LD), digest_size=8).digest(), "little")
 
 
 def encode_answers(h_TD: torch.Tensor, lengths: Sequence[int], bases: Bases, name: str) -> pb.Hidden:
@@ -110,8 +112,3 @@ def decode_answers(
 
 def _joined(bases: Bases) -> torch.Tensor:
     return torch.cat([base for base in bases if base is not None])
-
-
-def _bytes(answer_LD: torch.Tensor) -> bytes:
-    values = answer_LD.detach().to("cpu", torch.bfloat16).contiguous()
-    return values.view(-1).view(torch.uint8).numpy().tobytes()

@@ -3,8 +3,8 @@
 A scale for each block spends as many bits on a value that hardly matters as on any other. Here all values of a row have
 one step, or all of the matrix where it is rounded at random (a gradient, of which most positions have little), and an
 entropy coder writes frequent levels in fewer bits (entropy-constrained scalar quantization; range coding by
-``constriction``). Of two codecs with the same squared error this one sends fewer bytes: 3.1 against 4.7 bits a value of
-a hidden state, 1.4 against 4.5 of a gradient.
+``constriction``). Of two codecs with the same squared error this one sends fewer bytes: 3.3 against 4.7 bits a value of
+a hidden state, 1.5 against 4.5 of a gradient.
 
 A matrix can also be written as its difference from a *reference* that both sides have. Its scales follow from the
 reference, so that nothing but the levels crosses: near zero bits for what hardly changed.
@@ -102,9 +102,9 @@ class RangeCoded:
         """
         h_TD = h_TD.detach().to(_CPU, torch.float32)
         if reference_TD is not None:
-            kind, head, scales = _DIFFERENCE, b"", _scales_of(reference_TD.to(_CPU, torch.float32))
-            largest = 0.0
-            even_TD = scales.normalized(h_TD - reference_TD.to(_CPU, torch.float32), centred=False)
+            reference_TD = reference_TD.to(_CPU, torch.float32)
+            kind, head, largest, scales = _DIFFERENCE, b"", 0.0, _scales_of(reference_TD)
+            even_TD = scales.normalized(h_TD - reference_TD, centred=False)
         elif generator is not None:
             largest = float(h_TD.square().mean().sqrt().clamp_min(SMALLEST_SCALE))
             kind, head, scales = _ONE_SCALE, b"", Scales(torch.full((1, 1), largest), None)
