@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers.masking_utils import causal_mask_function
 from transformers.utils import logging as transformers_logging
 
 from isthmus.demo.assets import MODEL_COMMAND, smollm2
+from isthmus.engines.lifetime import by_engine
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.crossing import Outbound
 from isthmus.model.families import uncut_class
@@ -60,6 +62,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return item.path not in process, FIRST.index(folder) if folder in FIRST else len(FIRST)
 
     items.sort(key=place)
+
+
+def process_state() -> dict[str, Any]:
+    """What all tests of a process share, and no test may leave changed for those that follow it."""
+    return {
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("ISTHMUS")},
+        "folder": Path.cwd(),
+        "started by an engine": by_engine(),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "torch": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def same_process() -> Iterator[None]:
+    """Begun before, and so ended after, what else a test asks for."""
+    before = process_state()
+    yield
+    assert process_state() == before, "the test leaves what the next one finds"
 
 
 MULTIMODAL = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mistral3": "ministral3"}

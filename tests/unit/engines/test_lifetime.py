@@ -21,6 +21,12 @@ def kept_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test finds of an engine ends with the test."""
+    monkeypatch.setattr(lifetime._Engine, "started", False)
+
+
 @pytest.mark.usefixtures("kept_handlers")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_block_and_a_second_one_does_not_disturb_its_end(number: signal.Signals) -> None:
