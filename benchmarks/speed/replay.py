@@ -1,4 +1,5 @@
-"""Fifty generations, in each of which the trunk is killed by SIGKILL at a random moment and started again.
+"""Fifty generations, in each of which the trunk is killed by SIGKILL at a random moment: it is started again, or a
+replica goes on.
 
 ``make bench-replay``. Every answer must be, token for token, the one that an undisturbed trunk gives.
 """
@@ -11,6 +12,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from isthmus.engines.process import RoleProcess
 from isthmus.privacy.noise import SeededNoise
 from isthmus.silo.join import Silo, join
 from isthmus.storage.record import RunDirectory
+from isthmus.wire.client import GrpcChannel
 
 CACHE = Path("build/demo")
 GENERATIONS, PROMPT, ANSWER = 50, 64, 32
@@ -32,27 +35,68 @@ NOISE_SEED = 7
 
 def main() -> None:
     results = Results("replay", "make bench-replay")
-    with tempfile.TemporaryDirectory() as temporary:
-        trunk = Trunk(Path(temporary) / "run")
-        silo = join(at_address(trunk.run.recipe(), trunk.address), "bench")
-        draw = random.Random(0)
-        expected, undisturbed = answer(silo)
-        same, times = 0, []
-        for _ in range(GENERATIONS):
-            killer = threading.Thread(target=trunk.kill_and_start, args=(draw.uniform(0, 0.9 * undisturbed),))
-            killer.start()
-            tokens, seconds = answer(silo)
-            killer.join()
-            same += torch.equal(tokens, expected)
-            times.append(seconds)
-        silo.close()
-        trunk.stop()
     results.add("generations", GENERATIONS, "generations")
-    results.add("token-identical after a killed trunk", same, "generations", at_least=GENERATIONS)
-    results.add("generation, undisturbed", undisturbed, "s")
-    results.add("generation with a killed trunk, median", statistics.median(times), "s")
-    results.add("generation with a killed trunk, longest", max(times), "s")
+    with tempfile.TemporaryDirectory() as temporary:
+        run = served_run(Path(temporary) / "run")
+        measure_restarts(results, run)
+        measure_replicas(results, run)
     print(f"written: {results.write()}")
+
+
+def measure_restarts(results: Results, run: RunDirectory) -> None:
+    """One trunk, which comes back at the same address."""
+    trunk = Trunk(run)
+    silo = join(at_address(run.recipe(), trunk.address), "bench")
+
+    def kill() -> None:
+        trunk.kill()
+        trunk.start()
+
+    measure(results, silo, "trunk", lambda: kill, lambda: None)
+    trunk.kill()
+
+
+def measure_replicas(results: Results, run: RunDirectory) -> None:
+    """Two trunks of one run; the one that the silo has is killed, and is back before the next generation."""
+    trunks = {one.address: one for one in (Trunk(run, "--replica"), Trunk(run, "--replica"))}
+    silo = join(at_address(run.recipe(), ",".join(trunks), ("trunk",)), "bench")
+    killed: list[Trunk] = []
+
+    def killing() -> Callable[[], None]:
+        assert isinstance(silo.trunk.channel, GrpcChannel)
+        killed.append(trunks[silo.trunk.channel.address])
+        return killed[-1].kill
+
+    measure(results, silo, "replica", killing, lambda: killed[-1].start())
+    for trunk in trunks.values():
+        trunk.kill()
+
+
+def measure(
+    results: Results, silo: Silo, what: str, killing: Callable[[], Callable[[], None]], restore: Callable[[], None]
+) -> None:
+    """Generations in each of which something is killed.
+
+    Args:
+        killing: gives what kills it; called before each generation.
+        restore: called after each.
+    """
+    draw = random.Random(0)
+    expected, undisturbed = answer(silo)
+    same, times = 0, []
+    for _ in range(GENERATIONS):
+        killer = threading.Timer(draw.uniform(0, 0.9 * undisturbed), killing())
+        killer.start()
+        tokens, seconds = answer(silo)
+        killer.join()
+        restore()
+        same += torch.equal(tokens, expected)
+        times.append(seconds)
+    silo.close()
+    results.add(f"token-identical after a killed {what}", same, "generations", at_least=GENERATIONS)
+    results.add(f"generation, undisturbed{' replica' if what == 'replica' else ''}", undisturbed, "s")
+    results.add(f"generation with a killed {what}, median", statistics.median(times), "s")
+    results.add(f"generation with a killed {what}, longest", max(times), "s")
 
 
 def answer(silo: Silo) -> tuple[torch.Tensor, float]:
@@ -64,26 +108,30 @@ def answer(silo: Silo) -> tuple[torch.Tensor, float]:
     return tokens, time.perf_counter() - started
 
 
+def served_run(path: Path) -> RunDirectory:
+    """A folder that trunks serve, without rounds."""
+    recipe = bench_recipe(smollm2(CACHE))
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"rounds": 0})})
+    run = RunDirectory.create(path, local_recipe(recipe, path))
+    make_certificates(run.recipe(), Path(run.recipe().wire.certificates))
+    run.role("trunk").path.mkdir()
+    return run
+
+
 class Trunk:
     """A trunk process that can be killed and comes back at the same address."""
 
-    def __init__(self, path: Path) -> None:
-        self.run = RunDirectory.create(path, local_recipe(bench_recipe(smollm2(CACHE)), path))
-        make_certificates(self.run.recipe(), Path(self.run.recipe().wire.certificates))
+    def __init__(self, run: RunDirectory, *arguments: str) -> None:
         self.address = f"localhost:{free_port()}"
+        self._run, self._arguments = run, ["trunk", str(run.path), *arguments, "--address", self.address]
         self.start()
 
     def start(self) -> None:
-        arguments = ["trunk", str(self.run.recipe_path), "--address", self.address, "--run-dir", str(self.run.path)]
-        self._process = RoleProcess("the trunk", arguments, self.run.path / "logs" / "trunk.log")
+        log = self._run.path / "logs" / f"{self.address}.log"
+        self._process = RoleProcess("the trunk", self._arguments, log)
         self._process.wait_listening(START_SECONDS)
 
-    def kill_and_start(self, after: float) -> None:
-        time.sleep(after)
-        self._process.end(0.0)
-        self.start()
-
-    def stop(self) -> None:
+    def kill(self) -> None:
         self._process.end(0.0)
 
 

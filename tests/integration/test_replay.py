@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,16 @@ LENGTH = 60
 NOISE = 0.05
 
 
-class Killer(LogitsProcessor):
-    """Kills the trunk once, after so many tokens, and starts it again."""
+class Once(LogitsProcessor):
+    """Does something once, after so many tokens."""
 
-    def __init__(self, trunk: Trunk, after: int) -> None:
-        self._trunk = trunk
-        self._left = after
+    def __init__(self, after: int, do: Callable[[], None]) -> None:
+        self._left, self._do = after, do
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._left -= 1
         if self._left == 0:
-            self._trunk.kill()
-            self._trunk.start()
+            self._do()
         return scores
 
 
@@ -57,6 +55,10 @@ class Trunk:
         until(lambda: "listening" in self._command.stdout, "the trunk to listen", command=self._command)
         self._command.process.kill()
         self._command.wait()
+
+    def kill_and_start(self) -> None:
+        self.kill()
+        self.start()
 
 
 @pytest.fixture(scope="module")
@@ -97,5 +99,5 @@ def test_a_killed_trunk_costs_no_token(settings: dict[str, Any], trunk: Trunk, s
     undisturbed = answer(silo, **settings)
     released = silo.boundary.released_bytes["forward"]
     after = random.Random(0).randrange(2, LENGTH)
-    assert torch.equal(answer(silo, Killer(trunk, after), **settings), undisturbed)
+    assert torch.equal(answer(silo, Once(after, trunk.kill_and_start), **settings), undisturbed)
     assert silo.boundary.released_bytes["forward"] == 2 * released, "nothing was released twice"

@@ -34,7 +34,7 @@ MetricsAddress = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--metrics", help="host:port at which to answer /healthz and /metrics (Prometheus), without a key."),
 ]
-TrunkAddress = Annotated[Optional[str], typer.Option(help="host:port of a trunk that serves the run.")]  # noqa: UP045
+TrunkAddress = Annotated[Optional[str], typer.Option(help="host:port of a trunk that serves the run, or of several.")]  # noqa: UP045
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; notes go to standard error.")]
 

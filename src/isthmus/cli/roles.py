@@ -29,6 +29,9 @@ def trunk(
     address: Address = None,
     with_root: Annotated[bool, typer.Option(help="Serve the root too, at the same address.")] = False,
     round: Annotated[Optional[int], typer.Option(min=0, help="The round to serve; the last by default.")] = None,  # noqa: UP045
+    replica: Annotated[
+        bool, typer.Option("--replica", help="One of several trunks that serve this finished run; it trains nothing.")
+    ] = False,
     authority: AuthorityOption = None,
     metrics: MetricsAddress = None,
     flower: FlowerSocket = None,
@@ -40,7 +43,7 @@ def trunk(
     log_as("both" if with_root else "trunk")
     roles = ("trunk", "root") if with_root else ("trunk",)
     with monitored("+".join(roles), metrics) as monitor:
-        serve(recipe, run_dir, roles, address, round, authority, monitor, flower)
+        serve(recipe, run_dir, roles, address, round, authority, monitor, flower, replica=replica)
 
 
 @command("root recipe.toml --run-dir runs/root")

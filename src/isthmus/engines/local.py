@@ -150,7 +150,8 @@ def at_address(recipe: Recipe, address: str | None, roles: Collection[str] = ("t
     """The recipe with other addresses.
 
     Args:
-        address: ``host:port``; None: the recipe is returned unchanged.
+        address: ``host:port``, of a trunk also with further ones of replicas behind commas; None: the recipe is
+            returned unchanged.
         roles: the servers at this address: ``trunk``, ``root``, or names of edges.
 
     Raises:
@@ -158,6 +159,10 @@ def at_address(recipe: Recipe, address: str | None, roles: Collection[str] = ("t
     """
     if address is None:
         return recipe
+    if roles == ("trunk",):
+        address, *others = address.split(",")
+        replicas = {"replicas": tuple(map(checked_address, others))}
+        recipe = recipe.model_copy(update={"trunk": recipe.trunk.model_copy(update=replicas)})
     new = {"address": checked_address(address, any_port=True)}
     moved = {role: getattr(recipe, role).model_copy(update=new) for role in ("trunk", "root") if role in roles}
     edges = tuple(edge.model_copy(update=new) if edge.name in roles else edge for edge in recipe.edge)

@@ -31,7 +31,7 @@ def open_run(
     Args:
         path: the run directory.
         name: the silo; None: the first in the recipe whose folder is here (``Silo.name`` says which).
-        trunk: ``host:port`` of the trunk, in place of both.
+        trunk: ``host:port`` of the trunk, in place of both; of several replicas, with commas between.
         round: ``best``, ``last``, or a number (see ``chosen_round.chosen_round``); None: the best of a recipe with
             ``train.evaluate = "best"``, else the last. A trunk that is not started here must serve it.
 

@@ -74,7 +74,10 @@ class Reached:
 
 def servers_of(recipe: Recipe, name: str, role: Role) -> list[ServerPlace]:
     """The servers that a party connects to; a silo's first one is the trunk."""
-    places = [ServerPlace("trunk", recipe.trunk.address, "Trunk")] if role == "silo" else []
+    places = []
+    if role == "silo":
+        trunks = (recipe.trunk.address, *recipe.trunk.replicas)
+        places = [ServerPlace("trunk", address, "Trunk") for address in trunks]
     if role in ("silo", "edge"):
         parent = recipe.tree.parent(name)
         for server in filter(None, (parent, recipe.tree.sibling(parent))):

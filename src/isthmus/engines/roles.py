@@ -84,6 +84,8 @@ def serve(
     authority: Path | None = None,
     monitor: Monitor | None = None,
     flower: Path | None = None,
+    *,
+    replica: bool = False,
 ) -> None:
     """Serve roles of the recipe at this path, or of the finished run in the run directory at this path.
 
@@ -93,11 +95,18 @@ def serve(
         number: as in ``start_server``.
         authority: the authority's folder, to answer guests from.
         monitor: tells of the roles.
-        flower: as in ``serve_roles``.
+        flower, replica: as in ``serve_roles``.
 
     Raises:
-        RecipeError: two run directories are named; or Flower is to carry rounds of no root, or of a finished run.
+        RecipeError: two run directories are named; or Flower is to carry rounds of no root, or of a finished run; or a
+            replica is to be of no run, or of more than a trunk.
     """
+    if replica and (roles != ("trunk",) or not path.is_dir() or authority is not None):
+        raise RecipeError(
+            "a replica serves the trunk of a finished run, and that alone",
+            remedy="start 'isthmus trunk DIR --replica' with the run's directory, or a copy of it; "
+            "without rounds (train.rounds = 0) 'isthmus trunk RECIPE' on each machine is as good",
+        )
     folder = None if authority is None else AuthorityFolder(authority)
     if flower is not None and ("root" not in roles or path.is_dir()):
         raise RecipeError(
@@ -107,7 +116,7 @@ def serve(
     if path.is_dir():
         if run_dir not in (Path(f"runs/{roles[0]}"), path):  # another than the command's default
             raise RecipeError(f"both {path} and {run_dir} are named", remedy="leave out --run-dir")
-        serve_run(path, roles, address, number, folder, monitor)
+        serve_run(path, roles, address, number, folder, monitor, replica=replica)
     else:
         recipe = Recipe.read(path)
         run = recorded(path, recipe, run_dir)
@@ -117,13 +126,14 @@ def serve(
 
 
 @contextmanager
-def alone(run: RunDirectory, roles: tuple[str, ...]) -> Iterator[None]:
+def alone(run: RunDirectory, roles: tuple[str, ...], *, replica: bool = False) -> Iterator[None]:
     """Lock these roles of a run directory against other processes of them, and the directory against a local engine.
 
     A process that an engine started does without: the engine has the directory's lock.
 
     Args:
         roles: ``trunk``, ``root``, or names of edges and silos.
+        replica: whether others may serve the same roles if they are replicas, too.
 
     Raises:
         RunError: another process still has the directory or one of the roles after ``LOCK_SECONDS``.
@@ -133,7 +143,7 @@ def alone(run: RunDirectory, roles: tuple[str, ...]) -> Iterator[None]:
             private_folder(run.path)
             locks.enter_context(run.locked(shared=True))
             for role in roles:
-                locks.enter_context(run.locked(role=role))
+                locks.enter_context(run.locked(role=role, shared=replica))
         yield
 
 
@@ -145,6 +155,8 @@ def serve_roles(
     authority: AuthorityFolder | None = None,
     monitor: Monitor | None = None,
     flower: Path | None = None,
+    *,
+    replica: bool = False,
 ) -> None:
     """Serve ``trunk``, ``root`` or both until ``Stopped``.
 
@@ -153,6 +165,7 @@ def serve_roles(
         number, authority: as in ``start_server``.
         monitor: tells of the roles.
         flower: the socket at which the root answers a Flower app, too.
+        replica: whether the trunk is one of several of a finished run (see ``TrunkService``).
 
     Raises:
         RecipeError: two roles, but the recipe has them at two addresses.
@@ -166,8 +179,8 @@ def serve_roles(
     set_threads(recipe)
     own: Role = "trunk" if roles[0] == "trunk" else "root"
     kept = kept_certificate(Path(recipe.wire.certificates), roles[0], own, authority)
-    with suppress(Stopped), alone(run, roles), kept:
-        recipe = _serve(finished(run, recipe, roles), run, roles, number, authority, monitor, flower)
+    with suppress(Stopped), alone(run, roles, replica=replica), kept:
+        recipe = _serve(finished(run, recipe, roles), run, roles, number, authority, monitor, flower, replica=replica)
         while True:
             run.record(recipe)
             recipe = _serve(recipe, run, roles, None, authority, monitor, flower, announce=False)
@@ -181,11 +194,13 @@ def _serve(
     authority: AuthorityFolder | None,
     monitor: Monitor | None,
     flower: Path | None,
+    *,
     announce: bool = True,
+    replica: bool = False,
 ) -> Recipe:
     """Serve these roles until silos are added to the recipe, or its cut is to move; returns it with these silos, or
     with the new cut once that is made."""
-    server, services = start_server(recipe, run, roles, number, authority)
+    server, services = start_server(recipe, run, roles, number, authority, replica=replica)
     if monitor is not None:
         monitor.watch(server, services)
     address = _at(getattr(recipe, roles[0]).address, server)
@@ -219,6 +234,8 @@ def serve_run(
     number: int | None = None,
     authority: AuthorityFolder | None = None,
     monitor: Monitor | None = None,
+    *,
+    replica: bool = False,
 ) -> None:
     """Serve the trunk, the root or both of a run that has finished, so that its silos can use the result.
 
@@ -228,6 +245,7 @@ def serve_run(
         number: the round to serve; None: the last one.
         authority: as in ``start_server``.
         monitor: tells of the roles.
+        replica: as in ``serve_roles``.
 
     Raises:
         RunError: the folder is no run directory, lacks these roles or the round, or the run is still going on.
@@ -240,7 +258,8 @@ def serve_run(
                 remedy=f"name the run directory of 'isthmus run' or 'isthmus {role}', or give the recipe",
             )
     with run.locked(shared=True):
-        serve_roles(at_address(run.recipe(), address, roles), run, roles, number, authority, monitor)
+        recipe = at_address(run.recipe(), address, roles)
+        serve_roles(recipe, run, roles, number, authority, monitor, replica=replica)
 
 
 def serve_edge(recipe: Recipe, run: RunDirectory, name: str, monitor: Monitor | None = None) -> None:
@@ -370,12 +389,15 @@ def start_server(
     roles: tuple[str, ...],
     number: int | None = None,
     authority: AuthorityFolder | None = None,
+    *,
+    replica: bool = False,
 ) -> tuple[Server, dict[str, Service]]:
     """Start a server with these roles' services, at the first role's address and with its certificate.
 
     Args:
         number: the round whose adapter the trunk serves; None: the last one that is saved.
         authority: answers guests here; None: nobody does.
+        replica: as in ``serve_roles``.
 
     Returns:
         The server, and its services by gRPC service name (``Trunk``, ``Model``, ``Root``, and where the cut moves
@@ -396,10 +418,11 @@ def start_server(
             raise RunError(f"the trunk has not saved round {number}", remedy=f"name one of these: {saved}")
         if number is None and run.role("root").path.exists():
             number = run.completed()  # one run directory: the trunk's adapter must be of the root's round
-        services["Trunk"] = own_trunk = trunk = TrunkService(recipe, directory, identity=identity, added=added)
+        trunk = TrunkService(recipe, directory, identity=identity, added=added, replica=replica)
+        services["Trunk"] = own_trunk = trunk
         services["Model"] = ModelFiles(authority.recipe if authority else lambda: recipe, directory.path / "portions")
         peers["Trunk"] = peers["Model"] = silos = [silo.name for silo in recipe.silo]
-        if recipe.model.moves and not by_engine():
+        if recipe.model.moves and not by_engine() and not replica:
             services["Moves"] = TrunkMoves(recipe, run, with_root="root" in roles)
             peers["Moves"] = [*silos, ROOT]
         if number is not None:

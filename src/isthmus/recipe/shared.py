@@ -44,6 +44,7 @@ FREE: dict[str, str] = {
     "wire.deadline": _WAIT,
     "wire.answer_deadline": _WAIT,
     "trunk.address": _REACH,
+    "trunk.replicas": _REACH,
     "trunk.device": _OWN_MACHINE,
     "trunk.patience": _WAIT,
     "trunk.lease": _TRUNKS,

@@ -206,7 +206,8 @@ def connect_silo(
     served = ServedRound()
     if channel is None:
         hello = greeting(checkpoint, recipe)
-        opened = connect(recipe, name, "Trunk", recipe.trunk.address, hello, accept=served.check, endless=endless)
+        place, replicas = recipe.trunk.address, recipe.trunk.replicas
+        opened = connect(recipe, name, "Trunk", place, hello, replicas=replicas, accept=served.check, endless=endless)
         served.connect(opened, hello)
         channel = opened
     ledger = ledger or MemoryLedger()
@@ -429,6 +430,7 @@ def connect(
     address: str,
     hello: pb.Hello | None = None,
     *,
+    replicas: Sequence[str] = (),
     server: str | None = None,
     accept: Callable[[pb.Welcome], None] | None = None,
     endless: bool = False,
@@ -439,7 +441,7 @@ def connect(
         name: the silo's name, which selects its certificate.
         service: gRPC service, ``"Trunk"`` or ``"Root"``.
         hello: first frame of the connection; None: that to a root or an edge.
-        server, address, accept, endless: as in ``GrpcChannel``.
+        server, address, replicas, accept, endless: as in ``GrpcChannel``.
 
     Raises:
         IsthmusError: the silo's certificate is missing or unusable.
@@ -449,6 +451,7 @@ def connect(
         address,
         service,
         identity,
+        replicas=replicas,
         server=server,
         greeting=hello or hello_of(recipe),
         accept=accept,

@@ -59,9 +59,10 @@ class ServedRound:
             self._channel.call(hello)
 
     def release(self) -> None:
-        """The silo trains from now on: the round is no longer checked."""
+        """The silo trains from now on: the round is no longer checked, and no other trunk will do."""
         self._welcome = None
         if self._channel is not None:
+            self._channel.stay()
             self._channel.greet_with(self._hello)
 
     def check(self, welcome: pb.Welcome) -> None:

@@ -62,12 +62,13 @@ class Worker:
         self._mean_reach = recipe.mean_reach
         self._recipe = recipe = recipe.of_silo(name)
         self._name = name
+        alone = recipe.model_copy(update={"trunk": recipe.trunk.model_copy(update={"replicas": ()})})
         self._directory = directory
         with ExitStack() as undo:  # a silo that a server refuses leaves no ledger locked
             ledger = open_ledger(directory, recipe, name)
             undo.callback(ledger.close)
             self._silo = connect_silo(
-                recipe,
+                alone,  # replicas train nothing
                 name,
                 ledger=ledger,
                 channel=trunk,

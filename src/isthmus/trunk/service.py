@@ -60,6 +60,7 @@ class TrunkService:
         checkpoint: the base model; the recipe's by default.
         identity: the trunk's; None: all parties are in this process, without certificates.
         added: silos that were added since the federation began (see ``earlier_keys``).
+        replica: whether it serves a finished run beside other trunks: it trains nothing, and writes nothing.
 
     Raises:
         RecipeError: torch has no device ``trunk.device`` on this machine.
@@ -73,6 +74,7 @@ class TrunkService:
         checkpoint: Checkpoint | None = None,
         identity: Identity | None = None,
         added: Collection[str] = (),
+        replica: bool = False,
     ) -> None:
         checkpoint = checkpoint or Checkpoint(recipe.model.path)
         cut = Cut(recipe.model.bottom, recipe.model.top)
@@ -113,7 +115,7 @@ class TrunkService:
         self._evaluations = Evaluations(
             self._runner, self._codecs, recipe.trunk, crowded=lambda: len(self._scheduler.waiting) > 1
         )
-        self._run = run_name(directory)
+        self._run = run_name(directory) if recipe.train.rounds else ""
         journal = directory.journal("metrics")
         self._heard = Heard(recipe.waits.silence if identity else math.inf)
         self._steps: SyncSteps | AsyncSteps
@@ -143,11 +145,17 @@ class TrunkService:
             pb.Decode: self._decode,
             pb.Close: self._close,
         }
-        if not recipe.train.rounds:
+        self._replica, self._trains = replica, bool(recipe.train.rounds) and not replica
+        if not self._trains:
             training = (pb.Begin, pb.Commit, pb.End, pb.Keep, pb.Backward)
             self._answers |= dict.fromkeys(training, self._refuse_training)
 
     def _refuse_training(self, peer: str, request: Message) -> Answer:
+        if self._replica:
+            raise ProtocolError(
+                f"{peer} would train, but this trunk is a replica, which trains nothing",
+                remedy="use the model without a gradient, or start 'isthmus trunk' without --replica, and it alone",
+            )
         raise ProtocolError(
             f"{peer} would train, but by the recipe nothing does (train.rounds = 0)",
             remedy="use the model without a gradient, or give all parties a recipe with train.rounds",
@@ -293,7 +301,7 @@ class TrunkService:
             )
 
     def _forward(self, peer: str, request: pb.Forward) -> Answer:
-        if request.train and not self._recipe.train.rounds:
+        if request.train and not self._trains:
             return self._refuse_training(peer, request)
         if request.train:
             return self._scheduler.enqueue(self._forwards, (peer, "train"), (peer, request), request.ByteSize())

@@ -3,6 +3,7 @@ again."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
@@ -10,7 +11,8 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -90,10 +92,16 @@ class GrpcChannel:
     An ``endless`` channel does not end for want of a server: it gives up a connection on which the server is silent,
     opens another, and goes on until the server is there, saying now and then who is waited for.
 
+    Of a server with ``replicas`` a channel keeps to one while it can be reached, and turns to the next, with what was
+    not answered, when it is gone or silent. One that refuses this party, or that it does not accept, is left out; the
+    last one's refusal ends the channel.
+
     Args:
         address: ``host:port`` of the server.
         service: ``Trunk`` or ``Root``.
         identity: this party's identity.
+        replicas: addresses of further servers of the same name, any of which will do. The party's own name says with
+            which of all it begins.
         server: the name on the server's certificate; None: the service's name in lower case.
         greeting: the first request on every stream; an error in answer ends the channel.
         visits: whether this client asks and goes, and no other of its party has to make room for it.
@@ -105,7 +113,7 @@ class GrpcChannel:
         limit: largest frame in bytes.
 
     Raises:
-        RecipeError: the address is no ``host:port``.
+        RecipeError: an address is no ``host:port``.
         IdentityError, MismatchError, PeerGoneError: the first connection failed.
     """
 
@@ -115,6 +123,7 @@ class GrpcChannel:
         service: str,
         identity: Identity,
         *,
+        replicas: Sequence[str] = (),
         server: str | None = None,
         greeting: Message | None = None,
         visits: bool = False,
@@ -128,7 +137,9 @@ class GrpcChannel:
         self.received_bytes = 0
         self.welcome = pb.Welcome()
         self._accept = accept
-        self._address = checked_address(address)
+        self._addresses = deque(map(checked_address, (address, *replicas)))
+        """Those not left out, the one in use first."""
+        self._addresses.rotate(-own_replica(identity.name, len(self._addresses)))
         self._service = service
         self._server = server or service.lower()
         self._deadline, self._answer_deadline, self._endless = deadline, answer_deadline, endless
@@ -162,6 +173,15 @@ class GrpcChannel:
         threading.Thread(target=self._keep_listening, name=f"silence of {service}", daemon=True).start()
         self._greeted.result()
 
+    @property
+    def address(self) -> str:
+        """Of the server in use."""
+        return self._addresses[0]
+
+    def stay(self) -> None:
+        """Turn to no replica any more."""
+        self._addresses = deque([self.address])
+
     def greet_with(self, greeting: Message) -> None:
         """Begin every later stream with this request."""
         self._greet = greeting
@@ -190,7 +210,7 @@ class GrpcChannel:
         self._grpc.close()
 
     def _connected(self) -> grpc.Channel:
-        return grpc.secure_channel(self._address, self._identity.client_credentials(), options=self._options())
+        return grpc.secure_channel(self.address, self._identity.client_credentials(), options=self._options())
 
     def _renewed(self) -> bool:
         """Whether this party has another certificate than this channel shows."""
@@ -212,7 +232,7 @@ class GrpcChannel:
     def _options(self) -> tuple[tuple[str, Any], ...]:
         return (
             ("grpc.ssl_target_name_override", self._server),
-            ("grpc.enable_http_proxy", int(not is_loopback(self._address))),  # no proxy knows this machine's localhost
+            ("grpc.enable_http_proxy", int(not is_loopback(self.address))),  # no proxy knows this machine's localhost
             ("grpc.max_receive_message_length", self._limit + 1024),
             ("grpc.max_send_message_length", self._limit + 1024),
             ("grpc.initial_reconnect_backoff_ms", 100),
@@ -220,8 +240,16 @@ class GrpcChannel:
             *KEEPALIVE,
         )
 
+    def _turn(self) -> None:
+        """Use the next server's address from the next stream on."""
+        if len(self._addresses) > 1:
+            left = self.address
+            self._addresses.rotate(-1)
+            self._dead = True
+            log.warning("no connection to %s at %s; turning to %s", self._server, left, self.address)
+
     def _keep_streaming(self) -> None:
-        last_contact, said, reason = time.monotonic(), 0.0, ""
+        last_contact, said, reason, tried = time.monotonic(), 0.0, "", 0
         pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
         while self._ended is None:
             received = self.received_bytes
@@ -234,38 +262,51 @@ class GrpcChannel:
             except FrameError as malformed:
                 error = malformed
             if self.received_bytes > received:
-                last_contact, said = time.monotonic(), 0.0
+                last_contact, said, tried = time.monotonic(), 0.0, 0
                 pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
+            elif error is None and not self._dead:  # else another one is next already
+                tried += 1
+                self._turn()
             waited = time.monotonic() - last_contact
-            if error is None and waited > self._deadline and not self._endless:
-                error = self._unreachable(waited, reason)
             if error is not None:
-                self._end(error)
-            elif self._ended is None and not self._renewed():
+                self._refused(error)
+            elif waited > self._deadline and not self._endless:
+                self._end(self._unreachable(waited, reason))
+            elif self._ended is None and not self._renewed() and tried % len(self._addresses) == 0:
                 if (pause := next(pauses)) == PAUSES[0] or waited - said > SAID_SECONDS:
                     said = waited
                     self._say_waiting(waited, reason)
                 self._over.wait(pause)
 
+    def _refused(self, error: IsthmusError) -> None:
+        """End the channel with this error of the server in use, or leave that server out if there are others. Another
+        process of this party has taken its place at all of them."""
+        if len(self._addresses) == 1 or isinstance(error, ProtocolError):
+            self._end(error)
+            return
+        left = self._addresses.popleft()
+        self._dead = True
+        log.warning("the %s at %s is left out: %s; turning to %s", self._server, left, error.message, self.address)
+
     def _say_waiting(self, waited: float, reason: str) -> None:
         if not self._endless:
-            log.warning("no connection to %s at %s; trying for %.0f s", self._server, self._address, self._deadline)
+            log.warning("no connection to %s at %s; trying for %.0f s", self._server, self.address, self._deadline)
         elif waited < PAUSES[-1]:
-            log.warning("no connection to %s at %s; waiting until it is there", self._server, self._address)
+            log.warning("no connection to %s at %s; waiting until it is there", self._server, self.address)
         else:
             log.warning(
                 "no connection to %s at %s%s for %.0f s; still waiting%s",
                 self._server,
-                self._address,
-                proxy_note(self._address),
+                self.address,
+                proxy_note(self.address),
                 waited,
                 reason,
             )
 
     def _unreachable(self, waited: float, reason: str) -> PeerGoneError:
-        proxy = proxy_note(self._address)
+        proxy = proxy_note(self.address)
         return PeerGoneError(
-            f"no connection to {self._server} at {self._address}{proxy} for {waited:.0f} s{reason}",
+            f"no connection to {self._server} at {' or '.join(self._addresses)}{proxy} for {waited:.0f} s{reason}",
             remedy="start it again, check its address in the recipe and both certificates, then resume the run"
             + ("; if no proxy is needed for this host, name it in no_proxy" if "through" in proxy else ""),
         )
@@ -290,9 +331,12 @@ class GrpcChannel:
                 else:
                     self.received_bytes += len(whole)
                     self._receive(frames.parse(whole), type(greeting))
+                    if self._dead:  # the greeting's answer says no; what follows it is of a server that is left out
+                        break
         finally:
             self._opened, self._greeting_answered = None, False
             outbox.put(None)
+            self._call.cancel()
 
     def _drain(self, outbox: queue.SimpleQueue[bytes | None]) -> Iterator[bytes]:
         while (data := outbox.get()) is not None:
@@ -323,12 +367,14 @@ class GrpcChannel:
                 asked = moved
 
     def _give_up(self, silent: float) -> None:
-        """End the channel for this silence; of an endless one, the connection, after which another is opened."""
-        if not self._endless:
+        """End the channel for this silence; of an endless one, or one with replicas, the connection, after which
+        another is opened."""
+        if not self._endless and len(self._addresses) == 1:
             self._end(self._silence(silent))
             self._grpc.close()
         elif (self._opened is not None or self._greeting_answered) and not self._dead:
             log.warning("%s; connecting again", self._silence(silent).message)
+            self._turn()
             self._dead = True
             self._call.cancel()
 
@@ -352,7 +398,7 @@ class GrpcChannel:
             late = self._pending.pop(oldest)
         late.answer.set_exception(
             PeerGoneError(
-                f"{self._server} at {self._address} is there, but has not answered {late.kind.__name__} for "
+                f"{self._server} at {self.address} is there, but has not answered {late.kind.__name__} for "
                 f"{waited:.0f} s, which waits for no other party",
                 remedy="start it again and resume the run; if it has so much to compute, raise wire.answer_deadline",
             )
@@ -360,7 +406,7 @@ class GrpcChannel:
 
     def _silence(self, seconds: float) -> PeerGoneError:
         return PeerGoneError(
-            f"{self._server} at {self._address} holds the connection, but has not answered for {seconds:.0f} s",
+            f"{self._server} at {self.address} holds the connection, but has not answered for {seconds:.0f} s",
             remedy="start it again and resume the run; if the network is slow, raise wire.deadline",
         )
 
@@ -383,7 +429,7 @@ class GrpcChannel:
             if self._accept is not None:
                 self._accept(self.welcome)
         except IsthmusError as error:
-            self._end(error)
+            self._refused(error)
         else:
             if not self._greeted.done():
                 self._greeted.set_result(verdict.result())
@@ -394,11 +440,11 @@ class GrpcChannel:
         if status in _FATAL:
             kind, remedy = _FATAL[status]
             message, _, told = details.partition("\n  remedy: ")
-            return kind(f"{self._server} at {self._address} refused the connection: {message}", remedy=told or remedy)
+            return kind(f"{self._server} at {self.address} refused the connection: {message}", remedy=told or remedy)
         if status is grpc.StatusCode.UNAVAILABLE and any(word in details for word in _DISTRUST):
             expired = "a certificate has expired: " if "expired" in details.lower() else ""
             return IdentityError(
-                f"no trusted connection to {self._server} at {self._address}: {expired}{details[:400]}",
+                f"no trusted connection to {self._server} at {self.address}: {expired}{details[:400]}",
                 remedy="both sides need valid certificates of the same authority, made by 'isthmus join' or "
                 "'isthmus certificates', and clocks that are right",
             )
@@ -416,6 +462,12 @@ class GrpcChannel:
             self._greeted.set_exception(error)
         for one in pending.values():
             one.answer.set_exception(error)
+
+
+def own_replica(name: str, count: int) -> int:
+    """The number, from 0, of the replica of so many with which a party begins: parties spread over all of them, and
+    each comes back to its own."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % count
 
 
 def proxy_note(address: str) -> str:

@@ -40,6 +40,7 @@ COMMANDS = {
         "--address=",
         "--with-root/--no-with-root=False",
         "--round=",
+        "--replica=False",
         "--authority=",
         "--metrics=",
         "--flower=",

@@ -134,6 +134,12 @@ def test_the_local_recipe_has_one_server_and_certificates_of_its_own(tmp_path: P
 def test_an_address_moves_who_is_named_and_nobody_else() -> None:
     recipe = make_recipe(Path("none"), silos=("a", "b", "c"), edge=EDGES)
     assert at_address(recipe, None) == recipe
+    several = at_address(recipe, "one:1,other:2", ("trunk",))
+    assert (several.trunk.address, several.trunk.replicas) == ("one:1", ("other:2",))
+    assert at_address(several, "one:1", ("trunk",)).trunk.replicas == (), "in place of all"
+    for wrong in ("one:1,other", "one:1,other:0", "one:1,"):
+        with pytest.raises(RecipeError):
+            at_address(recipe, wrong, ("trunk",))
     with pytest.raises(RecipeError, match="the address 'there': expected host:port"):
         at_address(recipe, "there")
     moved = at_address(recipe, "there:9", ("trunk", "left"))

@@ -106,6 +106,13 @@ def test_a_server_that_is_reached_is_alike_and_on_time(recipe: Recipe) -> None:
         assert found.pong.welcome.completed == 0
 
 
+def test_every_replica_of_the_trunk_is_reached(recipe: Recipe) -> None:
+    replicas = ("b.example.org:1", "c.example.org:1")
+    trunk = recipe.trunk.model_copy(update={"replicas": replicas})
+    places = servers_of(recipe.model_copy(update={"trunk": trunk}), "north", "silo")
+    assert [one.address for one in places if one.name == "trunk"] == [recipe.trunk.address, *replicas]
+
+
 def test_the_authority_is_asked_for_if_it_is_elsewhere(recipe: Recipe, tmp_path: Path) -> None:
     assert [(one.name, one.service) for one in servers_of(recipe, "north", "silo")] == [
         ("trunk", "Trunk"),

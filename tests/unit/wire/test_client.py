@@ -5,18 +5,28 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 
 import pytest
 
-from isthmus.errors import FrameSizeError, IdentityError, MismatchError, PeerGoneError, RecipeError, RunError
+from isthmus.errors import (
+    FrameSizeError,
+    IdentityError,
+    IsthmusError,
+    MismatchError,
+    PeerGoneError,
+    RecipeError,
+    RunError,
+)
 from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.authority import Authority
 from isthmus.wire.channel import Answer, answered
-from isthmus.wire.client import EXEMPT, PROXIES, GrpcChannel, proxy_note
+from isthmus.wire.client import EXEMPT, PROXIES, GrpcChannel, own_replica, proxy_note
 from isthmus.wire.frames import VERSION
-from tests.conformance.test_channels import AUTHORITY, HANG, SILOS, Echo, number, serving, until
+from isthmus.wire.server import Server
+from tests.conformance.test_channels import AUTHORITY, HANG, SILOS, Echo, Late, number, serving, until
 from tests.unit.wire.test_identity import Forwarder
 
 HELLO = pb.Hello(version=VERSION, instance=bytes(8).hex(), fingerprint="f" * 64, bottom=1, top=1)
@@ -189,6 +199,121 @@ def test_waiting_mends_neither_a_stranger_nor_a_mismatch() -> None:
         for authority, error in ((AUTHORITY, MismatchError), (Authority(), IdentityError)):
             with pytest.raises(error):
                 channel_to(server.port, authority=authority, greeting=HELLO, endless=True)
+
+
+def channel_to_both(first: str, other: str, **options: object) -> GrpcChannel:
+    """A channel that begins with the first of two replicas."""
+    address, replica = (other, first) if own_replica(SILO, 2) else (first, other)
+    settings: dict[str, object] = {"deadline": HANG} | options
+    return GrpcChannel(address, "Trunk", AUTHORITY.issue(SILO), replicas=[replica], **settings)  # type: ignore[arg-type]
+
+
+def at(server: Server) -> str:
+    return f"localhost:{server.port}"
+
+
+def test_parties_spread_over_replicas_and_come_back_to_their_own() -> None:
+    begun = Counter(own_replica(f"silo-{number}", 4) for number in range(1000))
+    assert all(200 < begun[place] < 300 for place in range(4))
+    with serving({"Trunk": Echo()}) as one, serving({"Trunk": Echo()}) as other:
+        for name in SILOS:
+            for _ in range(2):
+                with closing(
+                    GrpcChannel(at(one), "Trunk", AUTHORITY.issue(name), replicas=[at(other)], deadline=HANG)
+                ) as channel:
+                    assert channel.address == (at(one), at(other))[own_replica(name, 2)]
+
+
+def test_what_was_not_answered_goes_to_the_next_replica() -> None:
+    late, service = Late(), Echo()
+    with serving({"Trunk": service}) as other, ExitStack() as first:
+        one = first.enter_context(serving({"Trunk": late}))
+        with closing(channel_to_both(at(one), at(other))) as channel:
+            assert channel.address == at(one)
+            waiting = [channel.submit(number(value)) for value in (1, 2)]
+            until(lambda: len(late.held) == 2)
+            first.close()
+            assert [one.result(HANG) for one in waiting] == [number(1), number(2)]
+            assert channel.address == at(other)
+    assert [request for request in service.requests if request != pb.Ping()] == [number(1), number(2)]
+
+
+def test_one_name_may_have_several_addresses() -> None:
+    """As ``localhost`` has two, and the name of a service in a cluster one for each replica."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with ExitStack() as stack:
+        running = {}
+        for address in (f"127.0.0.1:{port}", f"[::1]:{port}"):
+            running[address] = stack.enter_context(ExitStack()), Echo()
+            try:
+                running[address][0].enter_context(serving({"Trunk": running[address][1]}, address=address))
+            except IsthmusError:
+                pytest.skip("this machine has no IPv6")
+        with closing(channel_to(port)) as channel:
+            assert channel.call(number(1)) == number(1)
+            (used, _) = next(one for one in running.values() if number(1) in one[1].requests)
+            used.close()
+            assert channel.call(number(2)) == number(2)
+
+
+def test_a_broken_connection_alone_is_no_reason_to_turn() -> None:
+    with serving({"Trunk": Echo()}) as one, closing(Forwarder(one.port)) as cable, serving({"Trunk": Echo()}) as other:
+        mine, theirs = f"localhost:{cable.port}", at(other)
+        with closing(channel_to_both(mine, theirs)) as channel:
+            assert channel.address == mine
+            for value in range(3):
+                cable.cut()
+                assert channel.call(number(value)) == number(value)
+                assert channel.address == mine
+
+
+def test_a_silent_replica_is_left_for_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    with serving({"Trunk": Echo()}) as one, closing(Forwarder(one.port)) as cable, serving({"Trunk": Echo()}) as other:
+        mine, theirs = f"localhost:{cable.port}", at(other)
+        with closing(channel_to_both(mine, theirs, deadline=0.4)) as channel:
+            assert channel.call(number(1)) == number(1)
+            cable.vanish()
+            assert channel.submit(number(2)).result(HANG) == number(2)
+            assert channel.address == theirs
+    assert f"turning to {theirs}" in caplog.text
+
+
+class Behind(Welcoming):
+    """Serves an earlier round."""
+
+    completed = 1
+
+
+@pytest.mark.parametrize("wrong", [Choosy, Behind])
+def test_a_replica_that_will_not_do_is_left_out(wrong: type[Echo], caplog: pytest.LogCaptureFixture) -> None:
+    def accept(welcome: pb.Welcome) -> None:
+        if welcome.completed != 2:
+            raise RunError("another round", remedy="open again")
+
+    with serving({"Trunk": wrong()}) as one, ExitStack() as right:
+        other = right.enter_context(serving({"Trunk": Welcoming()}))
+        with closing(channel_to_both(at(one), at(other), greeting=HELLO, accept=accept)) as channel:
+            assert channel.welcome.completed == 2
+            assert channel.call(number(1)) == number(1)
+        assert f"the trunk at {at(one)} is left out: another" in caplog.text
+        with pytest.raises((MismatchError, RunError), match="another"):
+            channel_to_both(at(one), at(one), greeting=HELLO, accept=accept)
+
+
+def test_replicas_that_are_all_gone_are_named_after_the_deadline() -> None:
+    with pytest.raises(PeerGoneError, match=r"at localhost:\d or localhost:\d for"):
+        channel_to_both("localhost:1", "localhost:2", deadline=0.3)
+
+
+def test_who_stays_does_not_turn() -> None:
+    with serving({"Trunk": Echo()}) as other, ExitStack() as first:
+        one = first.enter_context(serving({"Trunk": Echo()}))
+        with closing(channel_to_both(at(one), at(other), deadline=0.3)) as channel:
+            channel.stay()
+            first.close()
+            with pytest.raises(PeerGoneError, match=f"no connection to trunk at {at(one)}"):
+                channel.call(number(1))
 
 
 class Proxy:

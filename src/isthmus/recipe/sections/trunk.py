@@ -14,6 +14,9 @@ class TrunkSection(Section):
 
     address: ServerAddress = "localhost:7001"
     """Host and port at which it listens."""
+    replicas: tuple[ServerAddress, ...] = Field(default=(), strict=False)
+    """Hosts and ports of further trunks that serve the same finished run ("isthmus trunk DIR --replica"). Who uses the
+    run turns to one of them, with what it had begun, when the trunk that it has is gone. They train nothing."""
     device: Device = "cpu"
     """Where the trunk computes: "cpu", "cuda", "cuda:1", or "auto" for a CUDA device if there is one."""
     dtype: Dtype | None = Field(default=None, examples=["bfloat16"])
