@@ -60,6 +60,8 @@ class Trunk:
         self.service = TrunkService(recipe, RunDirectory(directory).role("trunk"))
         self.passes: list[list[int]] = []
         """Lengths of the pieces of each pass."""
+        self.answered: dict[Answer, int] = {}
+        """Of each step that was answered, how many passes there had been by then."""
         self.most_bytes = 0
         self._continued = self.service._runner.cached_pass
         self.service._runner.cached_pass = self._counted  # type: ignore[method-assign]
@@ -70,6 +72,20 @@ class Trunk:
         result = self._continued(h_TD, lengths, caches, ends)
         self.passes.append(list(lengths))
         self.most_bytes = max(self.most_bytes, self.service._sessions.nbytes)
+        return result
+
+    def noted(self, answer: Answer) -> Answer:
+        """The same answer, once it is noted."""
+        result = Answer()
+
+        def note(done: Answer) -> None:
+            self.answered[result] = len(self.passes)
+            if (error := done.exception()) is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(done.result())
+
+        answer.add_done_callback(note)
         return result
 
     def silo(self, name: str) -> Silo:
@@ -99,10 +115,12 @@ class Silo:
     def __init__(self, trunk: Trunk, name: str) -> None:
         hello = greeting(Checkpoint(trunk.recipe.model.path), trunk.recipe)
         self.channel = LoopbackChannel(trunk.service, name, greeting=hello)
+        self._noted = trunk.noted
 
     def send(self, session: int, number: int, frame: Frame, h_TD: torch.Tensor | None = None) -> Answer:
         h_TD = hidden(session, number, frame) if h_TD is None else h_TD
-        return self.channel.submit(pb.Decode(session=session, step=number, hidden=codec.encode(h_TD, "fp32"), **frame))
+        request = pb.Decode(session=session, step=number, hidden=codec.encode(h_TD, "fp32"), **frame)
+        return self._noted(self.channel.submit(request))
 
     def tell(self, session: int, story: Story) -> list[Answer]:
         """All steps of a session at once: the trunk keeps their order."""
