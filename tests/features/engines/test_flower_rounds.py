@@ -189,6 +189,17 @@ def test_a_root_that_starts_again_is_met_by_the_same_silos(
         assert_equal(made.shared(), expected)
 
 
+def test_an_app_that_is_run_again_carries_on(recipe: Path, expected: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """With the same root and silos; what the first one had under way is lost."""
+    with federation(recipe, tmp_path) as made:
+        post = Post(made.nodes())
+        courier = made.courier(post)
+        while made.run.completed() < 1:
+            courier.carry(0.05)
+        made.carry(Post(made.nodes()))
+        assert_equal(made.shared(), expected)
+
+
 def test_masked_rounds_take_four_messages_and_sum_the_same_numbers(tmp_path: Path) -> None:
     """Each silo rounds its numbers with a secret draw: two runs without Flower differ as much."""
     silos = ("east", "north", "south", "west")

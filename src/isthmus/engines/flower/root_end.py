@@ -113,6 +113,9 @@ class RootEnd:
         self._callers: dict[int, _Caller] = {}
         self._online: frozenset[int] = frozenset()
         self._heard = 0.0
+        self._courier = ""
+        """The name of the one that collected last."""
+        self._closed = False
         self.over = threading.Event()
         """Set once the courier has been told that the federation is over."""
 
@@ -123,6 +126,8 @@ class RootEnd:
         if kind == "collect":
             return self._collect(letter)
         with self._lock:
+            if self._closed:  # its silos may be connected to another end by now, which has what was not answered
+                return Letter({})
             caller = self._callers.setdefault(letter.head["node"], _Caller(letter.head["node"]))
             caller.under_way = False
             if kind == "failed":
@@ -132,14 +137,16 @@ class RootEnd:
         return Letter({})
 
     def close(self) -> None:
-        """End all streams."""
+        """End all streams, and handle nothing that arrives late."""
         with self._lock:
+            self._closed = True
             for caller in self._callers.values():
                 _leave(caller)
 
     def _collect(self, letter: Letter) -> Letter:
         online, end = frozenset(letter.head["online"]), time.monotonic() + float(letter.head.get("wait", 0.0))
         with self._lock:
+            self._note_courier(str(letter.head.get("courier", "")))
             self._online = online
             for node in online:
                 self._callers.setdefault(node, _Caller(node))
@@ -154,6 +161,14 @@ class RootEnd:
             self.over.set()
         heads, bodies = [head for head, _ in found], tuple(body for _, body in found)
         return Letter({"letters": heads, "over": over, "failure": vitals.failure if over else ""}, bodies)
+
+    def _note_courier(self, name: str) -> None:
+        """What a courier before this one had under way is lost with it."""
+        if name != self._courier:
+            self._courier = name
+            for caller in self._callers.values():
+                caller.again |= caller.under_way and bool(caller.session)
+                caller.under_way = False
 
     def _letters(self) -> list[tuple[dict[str, object], bytes]]:
         """What is to go to nodes now."""

@@ -90,6 +90,32 @@ def test_a_lost_letter_is_sent_again_as_it_was_after_a_pause(
     assert again == first
 
 
+def test_what_a_courier_had_under_way_is_sent_again_by_the_next(channel: FlowerChannel) -> None:
+    end = end_of(Root())
+    deliver(end, channel, collect(end))
+    asks = {"kind": "collect", "online": [NODE], "wait": 0.0}
+    first = end.exchange(Letter({**asks, "courier": "one"}))
+    assert [head["number"] for head in first.head["letters"]] == [1]
+    assert end.exchange(Letter({**asks, "courier": "one"})).head["letters"] == []
+    second = end.exchange(Letter({**asks, "courier": "other"}))
+    assert (second.head["letters"], second.bodies) == (first.head["letters"], first.bodies)
+    deliver(end, channel, second)
+    assert [head["number"] for head in end.exchange(Letter({**asks, "courier": "other"})).head["letters"]] == [2]
+
+
+def test_what_arrives_after_the_end_is_not_handled(channel: FlowerChannel) -> None:
+    """Another end may have these silos by then."""
+    end = end_of(service := Root())
+    connected(end, channel)
+    channel.submit(pb.Ready())
+    (head,), (body,) = (due := collect(end)).head["letters"], due.bodies
+    reply = channel.exchange(Letter({**head, "hold": 0.05}, (body,)))
+    end.close()
+    before = len(service.requests)
+    arrive(end, reply)
+    assert len(service.requests) == before
+
+
 def test_an_answer_to_a_letter_that_was_given_up_is_passed_over(channel: FlowerChannel) -> None:
     end = end_of(Root())
     connected(end, channel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -54,6 +55,8 @@ class Courier:
         self, mail: Mail, root: Callable[[Letter], Letter], hold: float, extra: Mapping[str, Any] | None = None
     ) -> None:
         self._mail, self._root, self._hold, self._extra = mail, root, hold, dict(extra or {})
+        self._name = secrets.token_hex(8)
+        """By which the root knows one courier from the next: what the last one carried is lost."""
         self._sent: dict[str, int] = {}
         """By message under way, its node."""
         self._since: dict[int, str] = {}
@@ -77,7 +80,8 @@ class Courier:
                 self._root(Letter(head, one.letter.bodies))
         online = self._mail.online()
         self._note_restarts(online)
-        due = self._root(Letter({"kind": "collect", "online": list(online), "wait": wait}))
+        asks = {"kind": "collect", "courier": self._name, "online": list(online), "wait": wait}
+        due = self._root(Letter(asks))
         self._send(due)
         if due.head["failure"]:
             raise RuntimeError(f"the federation has failed: {due.head['failure']}")
