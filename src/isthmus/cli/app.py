@@ -12,6 +12,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from isthmus.engines.rank_place import refuse_ranks
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -62,11 +64,14 @@ def command(
 
 @app.callback(epilog="Exit codes: 0 done, 1 an error (its remedy is printed), 2 wrong arguments, 130 stopped.")
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Fine-tune one language model across silos that cannot share their text."""
+    if context.invoked_subcommand != "trunk":
+        refuse_ranks(str(context.invoked_subcommand))
 
 
 def notify(message: str) -> None:

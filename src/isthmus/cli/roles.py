@@ -36,14 +36,22 @@ def trunk(
     metrics: MetricsAddress = None,
     flower: FlowerSocket = None,
 ) -> None:
-    """Serve the trunk, the middle blocks of the model: for a federation, or to use a finished run."""
+    """Serve the trunk, the middle blocks of the model: for a federation, or to use a finished run. By torchrun, several
+    processes share its weights."""
     from isthmus.engines.monitor import monitored
+    from isthmus.engines.rank_place import RankPlace
     from isthmus.engines.roles import serve
+    from isthmus.engines.torchrun import follow_rank_0, leading
 
+    place = RankPlace.find()
+    if place is not None and place.rank:
+        log_as(f"trunk rank {place.rank}")
+        follow_rank_0(place, recipe)
+        return
     log_as("both" if with_root else "trunk")
     roles = ("trunk", "root") if with_root else ("trunk",)
-    with monitored("+".join(roles), metrics) as monitor:
-        serve(recipe, run_dir, roles, address, round, authority, monitor, flower, replica=replica)
+    with monitored("+".join(roles), metrics) as monitor, leading(place, recipe) as ranks:
+        serve(recipe, run_dir, roles, address, round, authority, monitor, flower, replica=replica, ranks=ranks)
 
 
 @command("root recipe.toml --run-dir runs/root")

@@ -35,6 +35,7 @@ from isthmus.silo.worker import Worker
 from isthmus.storage.files import private_folder
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.service import TrunkService
+from isthmus.trunk.sharded_weights import Ranks
 from isthmus.wire.channel import Channel, Service
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import Identity, Role
@@ -86,6 +87,7 @@ def serve(
     flower: Path | None = None,
     *,
     replica: bool = False,
+    ranks: Ranks | None = None,
 ) -> None:
     """Serve roles of the recipe at this path, or of the finished run in the run directory at this path.
 
@@ -95,7 +97,7 @@ def serve(
         number: as in ``start_server``.
         authority: the authority's folder, to answer guests from.
         monitor: tells of the roles.
-        flower, replica: as in ``serve_roles``.
+        flower, replica, ranks: as in ``serve_roles``.
 
     Raises:
         RecipeError: two run directories are named; or Flower is to carry rounds of no root, or of a finished run; or a
@@ -116,13 +118,13 @@ def serve(
     if path.is_dir():
         if run_dir not in (Path(f"runs/{roles[0]}"), path):  # another than the command's default
             raise RecipeError(f"both {path} and {run_dir} are named", remedy="leave out --run-dir")
-        serve_run(path, roles, address, number, folder, monitor, replica=replica)
+        serve_run(path, roles, address, number, folder, monitor, replica=replica, ranks=ranks)
     else:
         recipe = Recipe.read(path)
         run = recorded(path, recipe, run_dir)
         if "root" in roles:
             run.role("root").go_on()
-        serve_roles(at_address(recipe, address, roles), run, roles, number, folder, monitor, flower)
+        serve_roles(at_address(recipe, address, roles), run, roles, number, folder, monitor, flower, ranks=ranks)
 
 
 @contextmanager
@@ -157,6 +159,7 @@ def serve_roles(
     flower: Path | None = None,
     *,
     replica: bool = False,
+    ranks: Ranks | None = None,
 ) -> None:
     """Serve ``trunk``, ``root`` or both until ``Stopped``.
 
@@ -166,8 +169,10 @@ def serve_roles(
         monitor: tells of the roles.
         flower: the socket at which the root answers a Flower app, too.
         replica: whether the trunk is one of several of a finished run (see ``TrunkService``).
+        ranks: the processes that hold the trunk's weights with this one; None: it holds them alone.
 
     Raises:
+        RankLostError: one of the ranks is gone.
         RecipeError: two roles, but the recipe has them at two addresses.
         RunError: another process serves one of the roles from this directory.
     """
@@ -180,10 +185,11 @@ def serve_roles(
     own: Role = "trunk" if roles[0] == "trunk" else "root"
     kept = kept_certificate(Path(recipe.wire.certificates), roles[0], own, authority)
     with suppress(Stopped), alone(run, roles, replica=replica), kept:
-        recipe = _serve(finished(run, recipe, roles), run, roles, number, authority, monitor, flower, replica=replica)
+        recipe = finished(run, recipe, roles)
+        recipe = _serve(recipe, run, roles, number, authority, monitor, flower, replica=replica, ranks=ranks)
         while True:
             run.record(recipe)
-            recipe = _serve(recipe, run, roles, None, authority, monitor, flower, announce=False)
+            recipe = _serve(recipe, run, roles, None, authority, monitor, flower, announce=False, ranks=ranks)
 
 
 def _serve(
@@ -197,10 +203,11 @@ def _serve(
     *,
     announce: bool = True,
     replica: bool = False,
+    ranks: Ranks | None = None,
 ) -> Recipe:
     """Serve these roles until silos are added to the recipe, or its cut is to move; returns it with these silos, or
     with the new cut once that is made."""
-    server, services = start_server(recipe, run, roles, number, authority, replica=replica)
+    server, services = start_server(recipe, run, roles, number, authority, replica=replica, ranks=ranks)
     if monitor is not None:
         monitor.watch(server, services)
     address = _at(getattr(recipe, roles[0]).address, server)
@@ -210,6 +217,8 @@ def _serve(
     assert moves is None or isinstance(moves, TrunkMoves | RootMoves)
 
     def over() -> bool:
+        if ranks is not None:
+            ranks.check()
         grown = growth is not None and isinstance(root, GreetedAggregator) and growth.due(root)
         return grown or (moves is not None and moves.due())
 
@@ -236,6 +245,7 @@ def serve_run(
     monitor: Monitor | None = None,
     *,
     replica: bool = False,
+    ranks: Ranks | None = None,
 ) -> None:
     """Serve the trunk, the root or both of a run that has finished, so that its silos can use the result.
 
@@ -245,7 +255,7 @@ def serve_run(
         number: the round to serve; None: the last one.
         authority: as in ``start_server``.
         monitor: tells of the roles.
-        replica: as in ``serve_roles``.
+        replica, ranks: as in ``serve_roles``.
 
     Raises:
         RunError: the folder is no run directory, lacks these roles or the round, or the run is still going on.
@@ -259,7 +269,7 @@ def serve_run(
             )
     with run.locked(shared=True):
         recipe = at_address(run.recipe(), address, roles)
-        serve_roles(recipe, run, roles, number, authority, monitor, replica=replica)
+        serve_roles(recipe, run, roles, number, authority, monitor, replica=replica, ranks=ranks)
 
 
 def serve_edge(recipe: Recipe, run: RunDirectory, name: str, monitor: Monitor | None = None) -> None:
@@ -391,13 +401,14 @@ def start_server(
     authority: AuthorityFolder | None = None,
     *,
     replica: bool = False,
+    ranks: Ranks | None = None,
 ) -> tuple[Server, dict[str, Service]]:
     """Start a server with these roles' services, at the first role's address and with its certificate.
 
     Args:
         number: the round whose adapter the trunk serves; None: the last one that is saved.
         authority: answers guests here; None: nobody does.
-        replica: as in ``serve_roles``.
+        replica, ranks: as in ``serve_roles``.
 
     Returns:
         The server, and its services by gRPC service name (``Trunk``, ``Model``, ``Root``, and where the cut moves
@@ -418,7 +429,7 @@ def start_server(
             raise RunError(f"the trunk has not saved round {number}", remedy=f"name one of these: {saved}")
         if number is None and run.role("root").path.exists():
             number = run.completed()  # one run directory: the trunk's adapter must be of the root's round
-        trunk = TrunkService(recipe, directory, identity=identity, added=added, replica=replica)
+        trunk = TrunkService(recipe, directory, identity=identity, added=added, replica=replica, ranks=ranks)
         services["Trunk"] = own_trunk = trunk
         services["Model"] = ModelFiles(authority.recipe if authority else lambda: recipe, directory.path / "portions")
         peers["Trunk"] = peers["Model"] = silos = [silo.name for silo in recipe.silo]

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.device import CPU
 from isthmus.model.families import Family, family_of, uncut_shapes
 from isthmus.model.rope import install
+from isthmus.model.share import Share
 from isthmus.model.stored import StoredTensors
 
 PartName = Literal["bottom", "trunk", "top"]
@@ -103,6 +104,12 @@ class Part(nn.Module):
             name = f"{blocks}{int(number) + self.first_block}{dot}{rest}"
         return self.family.uncut_prefix() + name.removeprefix(own) if name.startswith(own) else name
 
+    def plain_layers(self) -> dict[str, nn.Linear]:
+        """The plain linear layers of its blocks by their names in the part, in order. Call it before adapters are
+        added, whose factors are linear layers, too."""
+        layers = self.model.named_modules()
+        return {name: one for name, one in layers if name.startswith(self.family.block_prefix()) and _is_plain(one)}
+
     def stretch(self, blocks: range) -> Part:
         """These blocks alone, by their indices in this part, as a part that shares all modules with it.
 
@@ -139,6 +146,10 @@ class Part(nn.Module):
         return model(inputs_embeds=h_BLD, use_cache=False).logits  # type: ignore[no-any-return]
 
 
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear
+
+
 class _Given(nn.Module):
     """In a backbone's place: what it would compute is given."""
 
@@ -162,15 +173,18 @@ def load_part(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     tied: Part | None = None,
+    share: Share | None = None,
 ) -> Part:
     """Build one part, frozen and in eval mode. No other part's tensors are read from the checkpoint.
 
     Args:
         tied: bottom of the same silo; a top with tied weights shares its embedding.
+        share: of the weights of the blocks' plain linear layers this process's rows alone are kept; None: all.
 
     Raises:
         ModelError: the folder lacks a tensor, or one has an unexpected shape.
         CutError: the cut does not fit the model.
+        NotSupportedError: more processes share the part than a layer has rows.
     """
     part = empty_part(checkpoint.config, cut, name)
     _warn_of_dropout(checkpoint.config)
@@ -184,14 +198,45 @@ def load_part(
         part.model.get_submodule(part.family.head).weight = tied.model.get_parameter(_embedding_name(part.family))
     materialize_buffers(part.model)
     wide = _kept_wide(part.model, dtype)
+    shared = _shared_weights(part, share)
     for own, source in sources.items():
         tensor = stored.read(source)
         _check_shape(part, own, tensor, f"{source} in {checkpoint.folder}")
+        if share is not None and own in shared:
+            tensor = share.of(tensor)
         _assign(part.model, own, tensor.to(device, torch.float32 if own in wide else dtype, copy=True))
     part.requires_grad_(False).eval()
     if name != "bottom":
         _check_passes_through(part)
     return part.to(device)
+
+
+def load_rows(
+    checkpoint: Checkpoint, cut: Cut, share: Share, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> list[torch.Tensor]:
+    """One process's rows of the weights of the trunk's plain linear layers, in the order of ``Part.plain_layers``.
+
+    Raises:
+        ModelError, CutError, NotSupportedError: as ``load_part``.
+    """
+    part = empty_part(checkpoint.config, cut, "trunk")
+    stored, wide = StoredTensors(checkpoint, uncut_shapes(checkpoint.config)), _kept_wide(part.model, dtype)
+    found = []
+    for own in _shared_weights(part, share):
+        source = part.uncut_name(own)
+        tensor = stored.read(source)
+        _check_shape(part, own, tensor, f"{source} in {checkpoint.folder}")
+        found.append(share.of(tensor).to(device, torch.float32 if own in wide else dtype, copy=True))
+    return found
+
+
+def _shared_weights(part: Part, share: Share | None) -> list[str]:
+    """The names of the weights whose rows are shared, once the share fits all of them."""
+    if share is None:
+        return []
+    layers = part.plain_layers()
+    share.check({part.uncut_name(name): one.out_features for name, one in layers.items()})
+    return [f"{name}.weight" for name in layers]
 
 
 def empty_part(config: PreTrainedConfig, cut: Cut, name: PartName) -> Part:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
-from isthmus.errors import ProtocolError
+from isthmus.errors import IsthmusError, ProtocolError
 
 T = TypeVar("T")
 ACTIVE_SECONDS = 0.25
@@ -20,6 +20,19 @@ QUEUED_JOBS = 1024
 """Largest number of a silo's waiting jobs."""
 QUEUED_BYTES = 2**28
 """Largest number of bytes of a silo's waiting jobs, unless the scheduler is given another."""
+
+
+class ComputeOver(BaseException):
+    """Nothing can be computed here any more, and no request is answered: silos send them again to the process that
+    takes this one's place. It is a ``BaseException``, so that it is no request's error.
+
+    Args:
+        error: why.
+    """
+
+    def __init__(self, error: IsthmusError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 @dataclass(eq=False)
@@ -206,6 +219,10 @@ class Scheduler:
         """End the compute thread after the current turn."""
         self._arriving.put(None)
 
+    def join(self) -> None:
+        """Wait until the compute thread has ended."""
+        self._thread.join()
+
     def _work(self) -> None:
         pause: float | None = None
         while not self._stopped:
@@ -301,6 +318,11 @@ class Scheduler:
             for job in jobs:
                 if not job.done.done():
                     job.done.set_exception(error)
+        except ComputeOver as over:
+            self._stopped = True
+            for job in jobs:
+                if not job.lane:
+                    job.done.set_exception(over.error)
         now = time.monotonic()
         silos = {job.silo for job in jobs}
         if len(silos) == 1 and jobs[0].kind.rests:

@@ -36,6 +36,7 @@ from isthmus.trunk.kept_examples import KeptExamples
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import SINGLE, JobKind, Scheduler
 from isthmus.trunk.sessions import Sessions
+from isthmus.trunk.sharded_weights import Ranks, shard_weights
 from isthmus.trunk.sync_steps import SyncSteps
 from isthmus.trunk.training import TrunkTraining
 from isthmus.updates.between import BlocksChange
@@ -61,9 +62,11 @@ class TrunkService:
         identity: the trunk's; None: all parties are in this process, without certificates.
         added: silos that were added since the federation began (see ``earlier_keys``).
         replica: whether it serves a finished run beside other trunks: it trains nothing, and writes nothing.
+        ranks: the processes that hold the weights of the blocks with this one; None: it holds them alone.
 
     Raises:
         RecipeError: torch has no device ``trunk.device`` on this machine.
+        RankLostError: one of the ranks is gone.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class TrunkService:
         identity: Identity | None = None,
         added: Collection[str] = (),
         replica: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         checkpoint = checkpoint or Checkpoint(recipe.model.path)
         cut = Cut(recipe.model.bottom, recipe.model.top)
@@ -83,7 +87,8 @@ class TrunkService:
         self._hello.fingerprint = checkpoint.fingerprint
         self._earlier = earlier_keys(recipe, self._hello.keys, added)
         self._scheduler = Scheduler(QUEUED_FRAMES * recipe.wire.max_frame_bytes)
-        self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe)).result()
+        self._ranks = ranks
+        self._runner = self._scheduler.submit(lambda: _load_runner(checkpoint, cut, recipe, ranks)).result()
         runner = self._runner
         if recipe.lora.start is not None:
             _check_start(runner.part, directory, recipe.lora.start)
@@ -198,8 +203,10 @@ class TrunkService:
         return Vitals(state, self._training.completed, failure, gauges=gauges)
 
     def stop(self) -> None:
-        """End the compute thread."""
+        """End the compute thread. Where ranks hold the weights, wait for its end: they do one thing at a time."""
         self._scheduler.stop()
+        if self._ranks is not None:
+            self._scheduler.join()
 
     def _ping(self, peer: str, request: pb.Ping) -> Answer:
         """The answer to a ping; with a greeting to be compared the time and the trunk's round, if both sides agree.
@@ -383,15 +390,24 @@ def _check_of(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
-def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> Runner:
+def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe, ranks: Ranks | None) -> Runner:
     dtype, device = getattr(torch, recipe.trunk.dtype or recipe.model.dtype), find_device(recipe.trunk.device)
     if recipe.trunk.weights == "int8":
         check_machine(device)
-    part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=device)
+    if ranks is not None:
+        ranks.load(cut)
+    part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=device, share=None if ranks is None else ranks.share)
+    layers = list(part.plain_layers())
     adapters.add_trained_layers(part, recipe)
     if recipe.trunk.weights == "int8":
         keep_in_int8(part)
-    return Runner(part, residual=recipe.boundary.residual, passed=_passed_blocks(checkpoint, cut, recipe))
+    record = None
+    if ranks is not None:
+        shard_weights(part, layers, ranks)
+        ranks.wait_loaded()
+        record = False  # a recorded pass would ask no other rank
+    passed = _passed_blocks(checkpoint, cut, recipe)
+    return Runner(part, residual=recipe.boundary.residual, record=record, passed=passed)
 
 
 def _passed_blocks(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> dict[str, range]:

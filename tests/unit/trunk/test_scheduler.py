@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from isthmus.errors import ProtocolError
-from isthmus.trunk.scheduler import QUEUED_BYTES, Job, Scheduler, fair_shares
+from isthmus.errors import ProtocolError, RankLostError
+from isthmus.trunk.scheduler import QUEUED_BYTES, SINGLE, ComputeOver, Job, Scheduler, fair_shares
 
 WAIT = 20.0
 TICK = 0.05
@@ -363,3 +363,22 @@ def test_who_rests_waits_for_those_alone_that_rest_less(scheduler: Scheduler) ->
     scheduler._waiting = [Job(Noting(), ("late", "decode"), None, since=now - 1)]
     assert scheduler._resting(job, now), "whose request waits is active"
     scheduler._waiting = []
+
+
+def test_when_nothing_can_be_computed_requests_stay_without_an_answer() -> None:
+    """The trunk's own work gets the error; what silos asked for waits for the process that comes next."""
+    error = RankLostError("rank 1 is gone", remedy="start all again")
+
+    def fail() -> None:
+        raise ComputeOver(error)
+
+    scheduler = Scheduler()
+    asked, later = (scheduler.enqueue(SINGLE, ("a", "train"), work) for work in (fail, lambda: 1))
+    scheduler.join()
+    assert not scheduler.alive
+    assert not asked.done()
+    assert not later.done()
+    scheduler = Scheduler()
+    with pytest.raises(RankLostError, match="rank 1 is gone"):
+        scheduler.submit(fail).result(WAIT)
+    scheduler.join()

@@ -1,0 +1,233 @@
+"""A trunk over several processes that torchrun starts: rank 0 serves, the others hold shares of its weights.
+
+``torchrun --nproc-per-node 2 -m isthmus trunk recipe.toml``. What a rank sends another is neither encrypted nor
+authenticated: the ranks must be on one machine, or on a network that nobody else is on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from isthmus.engines.lifetime import Stopped
+from isthmus.engines.rank_place import RankPlace
+from isthmus.engines.threads import set_threads
+from isthmus.errors import IsthmusError, MismatchError, NotSupportedError, RankLostError, RecipeError
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.cut import load_rows
+from isthmus.model.device import find_device
+from isthmus.model.share import Share
+from isthmus.recipe import Recipe
+from isthmus.recipe.shared import check_shared, shared_keys
+from isthmus.storage.record import RunDirectory
+from isthmus.trunk.sharded_weights import ENDLESS, PRODUCT_SECONDS, Ranks, follow, named, receive
+
+log = logging.getLogger(__name__)
+PARTING_SECONDS = 20.0
+"""Time that a rank which is asked to end waits for rank 0 to end; torchrun kills after 30."""
+
+
+@contextmanager
+def leading(place: RankPlace | None, path: Path) -> Iterator[Ranks | None]:
+    """Rank 0: the others hold their shares while the block runs, and end with it.
+
+    Args:
+        place: None: there are no others.
+        path: the recipe, or the run directory of a finished run.
+
+    Raises:
+        MismatchError: another rank has another model, recipe or kind of device; all ranks raise it.
+        RankLostError: one is gone; so too where the block only was asked to stop.
+        NotSupportedError, RecipeError: the recipe is not for several ranks.
+    """
+    if place is None:
+        yield None
+        return
+    recipe = _recipe_at(path)
+    with _connected(place, recipe):
+        _agree(place, _statement(recipe, place))
+        ranks = Ranks(place.ranks)
+        try:
+            yield ranks
+        finally:
+            ranks.end()
+    ranks.check()
+
+
+def follow_rank_0(place: RankPlace, path: Path) -> None:
+    """Another rank: hold a share of the weights and multiply, until rank 0 ends.
+
+    Args:
+        path: as in ``leading``; on this rank's machine.
+
+    Raises:
+        MismatchError, NotSupportedError, RecipeError: as ``leading``.
+        RankLostError: rank 0 is gone.
+        ModelError: this rank's model folder cannot be used.
+    """
+    recipe = _recipe_at(path)
+    set_threads(recipe)
+    with _connected(place, recipe):
+        _agree(place, _statement(recipe, place))
+        log.info("rank %d of %d holds its share of the trunk's weights", place.rank, place.ranks)
+        dtype = getattr(torch, recipe.trunk.dtype or recipe.model.dtype)
+        load = partial(
+            load_rows,
+            Checkpoint(recipe.model.path),
+            share=Share(place.rank, place.ranks),
+            dtype=dtype,
+            device=device_of(place, recipe),
+        )
+        _Following(partial(follow, load)).wait()
+
+
+class _Following(threading.Thread):
+    """Does what rank 0 asks for. It is no work of the main thread, which could not be asked to stop while it waits."""
+
+    def __init__(self, work: Any) -> None:
+        super().__init__(name="rank", daemon=True)
+        self._work = work
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait for rank 0's end; where this rank is asked to end, too, for ``PARTING_SECONDS``. Raises the work's
+        error."""
+        self.start()
+        try:
+            self.join()
+        except Stopped:
+            self.join(PARTING_SECONDS)
+        if self._error is not None:
+            raise self._error
+
+
+@contextmanager
+def _connected(place: RankPlace, recipe: Recipe) -> Iterator[None]:
+    """Within the block torch.distributed connects all ranks: processors by gloo, CUDA devices by NCCL.
+
+    Raises:
+        NotSupportedError, RecipeError: the recipe is not for several ranks.
+        RankLostError: not all ranks have come.
+    """
+    if recipe.trunk.weights is not None:
+        raise NotSupportedError(
+            f'trunk.weights = "{recipe.trunk.weights}" keeps the weights in one process, and there are {place.ranks}',
+            remedy='leave trunk.weights out; trunk.dtype = "bfloat16" halves the weights of all ranks',
+        )
+    device = device_of(place, recipe)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=PRODUCT_SECONDS))
+    except RuntimeError as error:
+        raise RankLostError(
+            f"rank {place.rank} has not reached all {place.ranks} ranks: {str(error).partition(chr(10))[0]}",
+            remedy="start all ranks by torchrun with one rendezvous; between machines, GLOO_SOCKET_IFNAME names the "
+            "network that they share",
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def device_of(place: RankPlace, recipe: Recipe) -> torch.device:
+    """Where a rank computes: on the processor, or on the CUDA device of its number on this machine.
+
+    Raises:
+        RecipeError: ``trunk.device`` names one device for all, or there are too few.
+    """
+    device = find_device(recipe.trunk.device)
+    if device.type == "cpu":
+        return device
+    if ":" in recipe.trunk.device:
+        raise RecipeError(
+            f"trunk.device = {recipe.trunk.device!r} names one device, and each rank has its own",
+            remedy='set trunk.device = "cuda", and CUDA_VISIBLE_DEVICES for the choice',
+        )
+    if place.local >= torch.cuda.device_count():
+        raise RecipeError(
+            f"rank {place.rank} would have CUDA device {place.local}, and there are {torch.cuda.device_count()} here",
+            remedy="start as many ranks on a machine as it has devices (torchrun --nproc-per-node)",
+        )
+    return torch.device("cuda", place.local)
+
+
+def _recipe_at(path: Path) -> Recipe:
+    """The recipe, or that of a finished run's directory."""
+    return RunDirectory.open(path).recipe() if path.is_dir() else Recipe.read(path)
+
+
+def _statement(recipe: Recipe, place: RankPlace) -> dict[str, Any]:
+    """What all ranks must have alike."""
+    fingerprint = Checkpoint(recipe.model.path).fingerprint
+    return {"fingerprint": fingerprint, "device": device_of(place, recipe).type, "keys": shared_keys(recipe)}
+
+
+def _agree(place: RankPlace, own: Mapping[str, Any]) -> None:
+    """Compare what each rank has with what rank 0 has.
+
+    Raises:
+        MismatchError: one differs; on all ranks.
+    """
+    if place.rank:
+        _send_text(json.dumps(own), 0)
+        refusal = json.loads(_receive_text(0))
+    else:
+        others = range(1, place.ranks)
+        found = [_difference(f"rank {rank}", json.loads(_receive_text(rank)), own) for rank in others]
+        refusal = next((one for one in found if one is not None), None)
+        for rank in others:
+            _send_text(json.dumps(refusal), rank)
+    if refusal is not None:
+        message, remedy = refusal
+        raise MismatchError(message, remedy=remedy)
+
+
+def _difference(rank: str, theirs: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What differs between a rank and rank 0, and what to do about it; None: nothing."""
+    if theirs["fingerprint"] != own["fingerprint"]:
+        message = f"{rank} and rank 0 have different base models (configuration or weights differ)"
+        return message, "give all ranks the same files at model.path"
+    if theirs["device"] != own["device"]:
+        message = f"{rank} computes on {theirs['device']}, rank 0 on {own['device']}"
+        return message, 'set trunk.device to "cpu" or to "cuda" for all ranks'
+    try:
+        check_shared(rank, theirs["keys"], "rank 0", own["keys"])
+    except IsthmusError as error:
+        return error.message, error.remedy
+    return None
+
+
+def _send_text(text: str, rank: int) -> None:
+    content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    with named(rank):
+        dist.send(torch.tensor([len(content)]), rank)
+        dist.send(content, rank)
+
+
+def _receive_text(rank: int) -> str:
+    """Text of a rank, which may first have to read its whole model."""
+    size = torch.empty(1, dtype=torch.long)
+    with named(rank):
+        receive(size, rank, ENDLESS)
+        content = torch.empty(int(size), dtype=torch.uint8)
+        receive(content, rank, ENDLESS)
+    return bytes(content.tolist()).decode()
