@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -132,18 +132,30 @@ class Ended:
 
 
 class Command:
-    """``isthmus`` with these arguments as a process; its output goes to files, so that nothing blocks on a pipe."""
+    """``isthmus`` with these arguments as a process; its output goes to files, so that nothing blocks on a pipe.
 
-    def __init__(self, folder: Path, *arguments: object, **options: Any) -> None:
+    Args:
+        launcher: a module that starts it, with arguments up to its name.
+        environment: variables beside this process's own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: object,
+        launcher: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "stdout", folder / "stderr"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = psutil.Popen(
-                [sys.executable, "-m", "isthmus", *map(str, arguments)],
+                [sys.executable, "-m", *launcher, "isthmus", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1", **(environment or {})},
                 **options,
             )
 
@@ -173,9 +185,11 @@ class Command:
         return Ended(code, self.stdout, self.stderr)
 
     def end(self) -> None:
-        """Kill what is left of it: a failed test leaves nothing behind."""
+        """Kill what is left of it, and what it started: a failed test leaves nothing behind."""
         if self.process.poll() is None:
-            self.process.kill()
+            for process in (*self.process.children(recursive=True), self.process):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process.wait()
 
 

@@ -20,11 +20,14 @@ class RankPlace:
 
     Args:
         local: its number on this machine.
+        attempt: how often torchrun has started all ranks anew; 0 where they are on several machines, whose torchruns
+            count differently.
     """
 
     rank: int
     ranks: int
     local: int
+    attempt: int = 0
 
     @classmethod
     def find(cls, environment: Mapping[str, str] = os.environ) -> Self | None:
@@ -36,13 +39,15 @@ class RankPlace:
         if by_engine() or not all(name in environment for name in VARIABLES):
             return None
         try:
-            place = cls(*(int(environment[name]) for name in VARIABLES[:3]))
+            rank, ranks, local = (int(environment[name]) for name in VARIABLES[:3])
+            together = environment.get("LOCAL_WORLD_SIZE") == str(ranks)
+            attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)) if together else 0
         except ValueError as error:
             raise RecipeError(
-                f"RANK, WORLD_SIZE or LOCAL_RANK in the environment is no number: {error}",
-                remedy="unset them, or start the trunk by torchrun, which sets them",
+                f"torchrun's variables in the environment (RANK, WORLD_SIZE, LOCAL_RANK) are no numbers: {error}",
+                remedy="unset them, or start the trunk by torchrun",
             ) from error
-        return place if place.ranks > 1 else None
+        return cls(rank, ranks, local, attempt) if ranks > 1 else None
 
 
 def refuse_ranks(command: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # documented, and not in its __all__
+from torch.distributed.rendezvous import rendezvous
 
 from isthmus.engines.lifetime import Stopped
 from isthmus.engines.rank_place import RankPlace
@@ -91,30 +93,32 @@ def follow_rank_0(place: RankPlace, path: Path) -> None:
         _Following(partial(follow, load)).wait()
 
 
-class _Following(threading.Thread):
+class _Following:
     """Does what rank 0 asks for. It is no work of the main thread, which could not be asked to stop while it waits."""
 
-    def __init__(self, work: Any) -> None:
-        super().__init__(name="rank", daemon=True)
+    def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
+        self._over = threading.Event()
         self._error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._work()
-        except BaseException as error:
-            self._error = error
 
     def wait(self) -> None:
         """Wait for rank 0's end; where this rank is asked to end, too, for ``PARTING_SECONDS``. Raises the work's
         error."""
-        self.start()
+        threading.Thread(target=self._run, name="rank", daemon=True).start()
         try:
-            self.join()
+            self._over.wait()  # a thread that is joined counts as ended once a signal interrupts that
         except Stopped:
-            self.join(PARTING_SECONDS)
+            self._over.wait(PARTING_SECONDS)
         if self._error is not None:
             raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._over.set()
 
 
 @contextmanager
@@ -134,8 +138,12 @@ def _connected(place: RankPlace, recipe: Recipe) -> Iterator[None]:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
+    patience = timedelta(seconds=PRODUCT_SECONDS)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=PRODUCT_SECONDS))
+        store, rank, ranks = next(rendezvous("env://", timeout=patience))
+        store = PrefixStore(f"isthmus/{place.attempt}", store)  # torchrun's may hold addresses of earlier attempts
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
     except RuntimeError as error:
         raise RankLostError(
             f"rank {place.rank} has not reached all {place.ranks} ranks: {str(error).partition(chr(10))[0]}",
