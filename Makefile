@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-SPEED := boundary draft floods foundation gateway generation latency memory release replay scoring sessions silos together walks weights
+SPEED := boundary draft floods foundation gateway generation latency memory ranks release replay scoring sessions silos together walks weights
 PRIVACY := cuts defences frontier privacy updates
 FEDERATED := afternoon averaging bytes demo federation flower kills numbers outages tables
 BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness

@@ -28,11 +28,11 @@ from isthmus.errors import IsthmusError, MismatchError, NotSupportedError, RankL
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import load_rows
 from isthmus.model.device import find_device
-from isthmus.model.share import Share
+from isthmus.model.share import RowShare
 from isthmus.recipe import Recipe
 from isthmus.recipe.shared import check_shared, shared_keys
 from isthmus.storage.record import RunDirectory
-from isthmus.trunk.sharded_weights import ENDLESS, PRODUCT_SECONDS, Ranks, follow, named, receive
+from isthmus.trunk.sharded_weights import PRODUCT_SECONDS, UNBOUNDED, Ranks, follow, named, receive
 
 log = logging.getLogger(__name__)
 PARTING_SECONDS = 20.0
@@ -86,7 +86,7 @@ def follow_rank_0(place: RankPlace, path: Path) -> None:
         load = partial(
             load_rows,
             Checkpoint(recipe.model.path),
-            share=Share(place.rank, place.ranks),
+            share=RowShare(place.rank, place.ranks),
             dtype=dtype,
             device=device_of(place, recipe),
         )
@@ -235,7 +235,7 @@ def _receive_text(rank: int) -> str:
     """Text of a rank, which may first have to read its whole model."""
     size = torch.empty(1, dtype=torch.long)
     with named(rank):
-        receive(size, rank, ENDLESS)
+        receive(size, rank, UNBOUNDED)
         content = torch.empty(int(size), dtype=torch.uint8)
-        receive(content, rank, ENDLESS)
+        receive(content, rank, UNBOUNDED)
     return bytes(content.tolist()).decode()

@@ -19,7 +19,7 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.device import CPU
 from isthmus.model.families import Family, family_of, uncut_shapes
 from isthmus.model.rope import install
-from isthmus.model.share import Share
+from isthmus.model.share import RowShare
 from isthmus.model.stored import StoredTensors
 
 PartName = Literal["bottom", "trunk", "top"]
@@ -173,7 +173,7 @@ def load_part(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     tied: Part | None = None,
-    share: Share | None = None,
+    share: RowShare | None = None,
 ) -> Part:
     """Build one part, frozen and in eval mode. No other part's tensors are read from the checkpoint.
 
@@ -212,7 +212,7 @@ def load_part(
 
 
 def load_rows(
-    checkpoint: Checkpoint, cut: Cut, share: Share, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+    checkpoint: Checkpoint, cut: Cut, share: RowShare, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> list[torch.Tensor]:
     """One process's rows of the weights of the trunk's plain linear layers, in the order of ``Part.plain_layers``.
 
@@ -230,7 +230,7 @@ def load_rows(
     return found
 
 
-def _shared_weights(part: Part, share: Share | None) -> list[str]:
+def _shared_weights(part: Part, share: RowShare | None) -> list[str]:
     """The names of the weights whose rows are shared, once the share fits all of them."""
     if share is None:
         return []

@@ -11,7 +11,7 @@ from isthmus.errors import NotSupportedError
 
 
 @dataclass(frozen=True)
-class Share:
+class RowShare:
     """The rows (outputs) of each weight that one of several processes holds, one after another by rank.
 
     Args:

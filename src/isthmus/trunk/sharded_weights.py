@@ -24,12 +24,12 @@ from torch.nn.functional import linear
 
 from isthmus.errors import RankLostError
 from isthmus.model.cut import Cut, Part
-from isthmus.model.share import Share
+from isthmus.model.share import RowShare
 from isthmus.trunk.scheduler import ComputeOver
 
 PRODUCT_SECONDS = 300.0
 """Longest time that rank 0 waits for one product of another rank."""
-ENDLESS = timedelta(days=3650)
+UNBOUNDED = timedelta(days=3650)
 """For what comes when silos ask for it, and for loading."""
 
 
@@ -54,9 +54,9 @@ class Ranks:
     """
 
     def __init__(self, count: int) -> None:
-        self.share = Share(0, count)
+        self.share = RowShare(0, count)
         """The rows of rank 0."""
-        self._others = [Share(rank, count) for rank in range(1, count)]
+        self._others = [RowShare(rank, count) for rank in range(1, count)]
         self._lost: RankLostError | None = None
 
     def check(self) -> None:
@@ -80,7 +80,7 @@ class Ranks:
         """
         for share in self._others:
             with self._noting(share.rank):
-                receive(torch.empty(1), share.rank, ENDLESS)
+                receive(torch.empty(1), share.rank, UNBOUNDED)
 
     def multiply(self, layer: int, x_TK: torch.Tensor, weight_nK: torch.Tensor, outputs: int) -> torch.Tensor:
         """Inputs times a layer's whole weight, ``[T, N]``.
@@ -246,7 +246,7 @@ def _product(kind: Order, weight_nK: torch.Tensor, tokens: int) -> torch.Tensor:
 def _taken(into: torch.Tensor) -> torch.Tensor:
     """The tensor, filled by rank 0."""
     with named(0):
-        receive(into, 0, ENDLESS)
+        receive(into, 0, UNBOUNDED)
     return into
 
 

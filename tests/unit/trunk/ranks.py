@@ -19,7 +19,7 @@ import torch.distributed as dist
 from isthmus.errors import RankLostError
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_rows
-from isthmus.model.share import Share
+from isthmus.model.share import RowShare
 from isthmus.trunk.sharded_weights import Ranks, follow
 
 ROOT = Path(__file__).parents[3]
@@ -79,7 +79,7 @@ def main() -> None:
     """One of the other ranks."""
     rank, count, store, model = sys.argv[1:]
     torch.set_num_threads(1)
-    share = Share(int(rank), int(count))
+    share = RowShare(int(rank), int(count))
     connect(share.rank, share.ranks, Path(store))
 
     def load(cut: Cut) -> list[torch.Tensor]:
