@@ -81,7 +81,7 @@ def follow_rank_0(place: RankPlace, path: Path) -> None:
     set_threads(recipe)
     with _connected(place, recipe):
         _agree(place, _statement(recipe, place))
-        log.info("rank %d of %d holds its share of the trunk's weights", place.rank, place.ranks)
+        log.info("rank %d of %d is connected with rank 0", place.rank, place.ranks)
         dtype = getattr(torch, recipe.trunk.dtype or recipe.model.dtype)
         load = partial(
             load_rows,
