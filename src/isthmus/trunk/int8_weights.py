@@ -44,7 +44,7 @@ def check_machine(device: torch.device) -> None:
 def keep_in_int8(part: Part) -> None:
     """Replace the frozen linear layers of a part's blocks, in place; adapters stay as they are."""
     for name, layer in list(part.model.named_modules()):
-        if name.startswith(part.family.block_prefix()) and _frozen(layer):
+        if name.startswith(part.family.block_prefix()) and "lora_" not in name and _frozen(layer):
             owner, _, own = name.rpartition(".")
             setattr(part.model.get_submodule(owner), own, Int8Linear(layer))
 

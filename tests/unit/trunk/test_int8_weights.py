@@ -19,7 +19,7 @@ from isthmus.model.adapters import add_adapter
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
 from isthmus.recipe import LoraSection
-from isthmus.trunk.int8_weights import Int8Linear, check_machine, keep_in_int8
+from isthmus.trunk.int8_weights import MULTIPLE, Int8Linear, check_machine, keep_in_int8
 from tests.conftest import save_tiny_model
 
 SIZES = st.integers(1, 12).map(lambda number: 16 * number)
@@ -55,12 +55,14 @@ def test_a_tokens_result_does_not_depend_on_the_others() -> None:
     assert all(torch.equal(layer(x_TK[row : row + 1]), together_TN[row : row + 1]) for row in range(37))
 
 
-def test_the_blocks_are_replaced_and_the_adapters_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("freeze_a", [False, True])
+def test_the_blocks_are_replaced_and_the_adapters_stay(freeze_a: bool, tmp_path: Path) -> None:
+    """Also frozen factors of a rank that a kernel is there for."""
     part = load_part(Checkpoint(str(save_tiny_model("llama", tmp_path))), Cut(1, 1), "trunk")
-    add_adapter(part, LoraSection(), 0, freeze_a=False)
-    trained = {name for name, one in part.named_parameters() if one.requires_grad}
+    add_adapter(part, LoraSection(rank=MULTIPLE), 0, freeze_a=freeze_a)
+    added = {name: one.requires_grad for name, one in part.named_parameters() if "lora_" in name}
     keep_in_int8(part)
-    assert {name for name, one in part.named_parameters() if one.requires_grad} == trained
+    assert {name: one.requires_grad for name, one in part.named_parameters() if "lora_" in name} == added
     plain = [name for name, one in part.model.named_modules() if type(one) is nn.Linear]
     assert plain
     assert all("lora_" in name for name in plain)
