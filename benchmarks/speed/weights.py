@@ -1,6 +1,7 @@
-"""A trunk in 16 and in 8 bits on a processor: decoding against the uncut model in fp32, and what it costs in loss.
+"""A trunk in 16, 8 and 4 bits on a processor: decoding against the uncut model in fp32, memory, and the cost in loss.
 
-``make bench-weights``, or ``python -m benchmarks.speed.weights PART ...`` for some of: ``decode``, ``shape``, ``loss``.
+``make bench-weights``, or ``python -m benchmarks.speed.weights PART ...`` for some of: ``decode``, ``shape``,
+``memory``, ``loss``, ``training``.
 Trunk and silo are two processes on the cores that the uncut model has; all models decode in turn.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,18 +19,30 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.common.results import Results, repeated
+from benchmarks.common.results import Results, note, repeated
+from benchmarks.federated.bytes import BATCH, EPOCHS, drawn
+from benchmarks.federated.corpora import ALL_TARGETS, rows_file
+from benchmarks.federated.simulation import merged
 from benchmarks.speed.foundation import ANSWER, CACHE, PROMPT, bench_recipe, uncut
 from benchmarks.speed.memory import served
-from isthmus.data.tokens import Tokens, collate
+from isthmus.data.silo_data import SiloData
+from isthmus.data.tokens import Tokens, collate, epochs
 from isthmus.demo.assets import smollm2
 from isthmus.engines.local import at_address
+from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
 from isthmus.silo.join import Silo, join
-from isthmus.silo.trainer import answer_loss
+from isthmus.silo.trainer import answer_loss, evaluate, train_step
+from isthmus.storage.record import RoleDirectory
+from isthmus.trunk.service import TrunkService
 
 PAIRS = 8
-KINDS = {"fp32": {}, "bf16": {"dtype": "bfloat16"}, "int8": {"weights": "int8"}}
+KINDS = {
+    "fp32": {},
+    "bf16": {"dtype": "bfloat16"},
+    "int8": {"weights": "int8"},
+    "int4": {"weights": "int4"},
+}
 """The trunk's keys."""
 GOAL = 1.6
 SHAPE = {
@@ -42,6 +56,10 @@ SHAPE = {
 """Llama-3.2-1B's blocks, 10 of the 16, behind SmolLM2's vocabulary."""
 TEXTS, TOKENS = 64, 96
 """Held-out rows, and the most tokens of each."""
+TRAINED, SEEDS = ("bf16", "int4"), (1, 2, 3)
+RATE = 1e-3
+WORSE, SMALL = 1.0, 0.3
+"""Goals of 4 bits: % of loss lost, and memory of the 16-bit trunk's, at most."""
 
 
 def main() -> None:
@@ -49,7 +67,9 @@ def main() -> None:
     parts: dict[str, Callable[[Results], None]] = {
         "decode": measure_decode,
         "shape": measure_shape,
+        "memory": measure_memory,
         "loss": measure_loss,
+        "training": measure_training,
     }
     results = Results("weights", "make bench-weights")
     for part in sys.argv[1:] or parts:
@@ -64,7 +84,9 @@ def measure_decode(results: Results) -> None:
 
 def measure_shape(results: Results) -> None:
     """Random weights in larger blocks, where reading them is all that counts."""
-    measure(results, "blocks of a model of 1B", larger_blocks(Path("build/weights")), ANSWER // 4, ("bf16", "int8"))
+    measure(
+        results, "blocks of a model of 1B", larger_blocks(Path("build/weights")), ANSWER // 4, ("bf16", "int8", "int4")
+    )
 
 
 def measure(
@@ -102,9 +124,34 @@ def measure(
 def silo_with(stack: ExitStack, recipe: Recipe, kind: str) -> Silo:
     """A silo whose trunk has weights of this kind."""
     keys = recipe.model_dump(mode="json", exclude_none=True)
-    own = Recipe.of({**keys, "trunk": {**keys["trunk"], **KINDS[kind]}})
+    own = Recipe.of(merged(keys, {"trunk": KINDS[kind]}))
     run, address = stack.enter_context(served(own))
     return stack.enter_context(join(at_address(run.recipe(), address), "bench"))
+
+
+def measure_memory(results: Results) -> None:
+    """Bytes of all that a trunk keeps of its base model, over those of its weights in 16 bits."""
+    for name, folder in (
+        ("SmolLM2", smollm2(CACHE)),
+        ("blocks of a model of 1B", larger_blocks(Path("build/weights"))),
+    ):
+        kept = {kind: kept_bytes(folder, kind) for kind in KINDS}
+        for kind, own in kept.items():
+            results.add(f"{name}: {kind} trunk keeps", own / 1e6, "MB")
+            goal = SMALL if kind == "int4" else None
+            results.add(f"{name}: {kind} trunk over bf16 trunk", own / kept["bf16"], "ratio", at_most=goal)
+
+
+def kept_bytes(folder: Path, kind: str) -> int:
+    """Of weights, scales, zeros and all other numbers of a trunk, without its adapter."""
+    keys = bench_recipe(folder).model_dump(mode="json", exclude_none=True)
+    recipe = Recipe.of(merged(keys, {"trunk": KINDS[kind]}))
+    with tempfile.TemporaryDirectory() as temporary:
+        service = TrunkService(recipe, RoleDirectory(Path(temporary)))
+        part = service._runner.part
+        kept = sum(one.nbytes for one in (*part.parameters(), *part.buffers()) if not one.requires_grad)
+        service.stop()
+    return kept
 
 
 def measure_loss(results: Results) -> None:
@@ -117,7 +164,7 @@ def measure_loss(results: Results) -> None:
         with ExitStack() as stack:
             losses[kind] = held_out_loss(silo_with(stack, recipe, kind))
             results.add(f"SmolLM2: held-out loss, {kind} trunk", losses[kind], "nats")
-    for kind in ("bf16", "int8"):
+    for kind in ("bf16", "int8", "int4"):
         results.add(f"SmolLM2: held-out loss, {kind} trunk less fp32 trunk", losses[kind] - losses["fp32"], "nats")
 
 
@@ -133,6 +180,57 @@ def held_out_loss(silo: Silo) -> float:
             total += float(answer_loss(silo.model, batch)) * batch.supervised
             weight += batch.supervised
     return total / weight
+
+
+def measure_training(results: Results) -> None:
+    """Held-out loss of SmolLM2 after training on summaries of conversations, in one silo, with each kind of trunk."""
+    losses: dict[str, list[float]] = {kind: [] for kind in TRAINED}
+    for seed in SEEDS:
+        for kind, own in losses.items():
+            own.append(trained_loss(kind, seed))
+            print(f"{kind}, seed {seed}: {own[-1]:.4f}", flush=True)
+    for kind, own in losses.items():
+        note(results, f"SmolLM2: held-out loss after training, {kind} trunk", own, "nats")
+        if kind != "bf16":
+            worse = [100 * (one / other - 1) for one, other in zip(own, losses["bf16"], strict=True)]
+            goal = WORSE if kind == "int4" else None
+            note(results, f"SmolLM2: loss after training, {kind} trunk above bf16 trunk", worse, "%", at_most=goal)
+
+
+def trained_loss(kind: str, seed: int) -> float:
+    """Mean loss on held-out rows, in nats a token of the answers, of a silo and a trunk of this kind."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        recipe = training_recipe(Path(folder), seed)
+        silo = silo_with(stack, recipe, kind)
+        data = SiloData(recipe.silo[0], recipe, silo.tokenizer)
+        optimizer = build_optimizer([one for one in silo.model.parameters() if one.requires_grad], recipe.train)
+        batches = epochs(data.train, BATCH, f"{seed}")
+        silo.rounds.begin(1, ["bench"])
+        for number in range(1, EPOCHS * len(data.train) // BATCH + 1):
+            step = train_step(silo.model, optimizer, collate(next(batches), data.pad))
+            silo.rounds.commit(1, number, step.weight)
+        return evaluate(silo.model, data, size=BATCH)["loss"]
+
+
+def training_recipe(folder: Path, seed: int) -> Recipe:
+    """Its rows are other ones with each seed, the held-out ones always the same."""
+    known, unseen = drawn(seed)
+    rows = [row for own in known.values() for row in own]
+    keys = bench_recipe(smollm2(CACHE)).model_dump(mode="json", exclude_none=True)
+    files = {
+        "train": str(rows_file(folder / "train.jsonl", rows)),
+        "held_out": str(rows_file(folder / "held.jsonl", unseen)),
+    }
+    changes = {
+        "seed": seed,
+        "boundary": {path: {"noise": 0.0} for path in ("forward", "gradient", "update")},
+        "lora": {"rank": 8, "alpha": 16.0, "targets": ALL_TARGETS},
+        "task": {"name": "mts_dialog", "truncate": "middle"},
+        "train": {"max_tokens": 384, "learning_rate": RATE},
+        "federation": {"lora": "plain"},
+        "silo": [{**keys["silo"][0], **files}],
+    }
+    return Recipe.of(merged(keys, changes))
 
 
 def larger_blocks(folder: Path) -> Path:

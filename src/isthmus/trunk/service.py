@@ -31,8 +31,8 @@ from isthmus.trunk.between import BetweenBlocks
 from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.decoding import Decoding, SessionStep
 from isthmus.trunk.earlier_answers import EarlierAnswers
-from isthmus.trunk.int8_weights import check_machine, keep_in_int8
 from isthmus.trunk.kept_examples import KeptExamples
+from isthmus.trunk.rounded_linear import check_machine, round_weights
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import SINGLE, JobKind, Scheduler
 from isthmus.trunk.sessions import Sessions
@@ -392,15 +392,16 @@ def _check_of(name: str) -> str:
 
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe, ranks: Ranks | None) -> Runner:
     dtype, device = getattr(torch, recipe.trunk.dtype or recipe.model.dtype), find_device(recipe.trunk.device)
-    if recipe.trunk.weights == "int8":
-        check_machine(device)
+    weights = recipe.trunk.weights
+    if weights is not None:
+        check_machine(weights, device)
     if ranks is not None:
         ranks.load(cut)
     part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=device, share=None if ranks is None else ranks.share)
     layers = list(part.plain_layers())
     adapters.add_trained_layers(part, recipe)
-    if recipe.trunk.weights == "int8":
-        keep_in_int8(part)
+    if weights is not None:
+        round_weights(part, weights)
     record = None
     if ranks is not None:
         shard_weights(part, layers, ranks)

@@ -6,10 +6,10 @@ from isthmus.recipe.sections import ModelSection, TrunkSection
 
 
 def check_weights_of_the_trunk(model: ModelSection, trunk: TrunkSection) -> None:
-    """Refuse 8-bit weights beside numbers of 16 bits: all else of the trunk then has 32."""
+    """Refuse weights of few bits beside numbers of 16 bits: all else of the trunk then has 32."""
     dtype = trunk.dtype or model.dtype
     if trunk.weights is not None and dtype != "float32":
         raise ValueError(
-            f"trunk.weights: beside int8 weights the trunk computes in float32, and its dtype is {dtype}; "
+            f"trunk.weights: beside {trunk.weights} weights the trunk computes in float32, and its dtype is {dtype}; "
             "set trunk.dtype = 'float32', or leave out trunk.weights"
         )

@@ -10,14 +10,23 @@ from tests.unit.recipe.refusals import OUT, Changes, assert_mended, changed, lea
 ASKED: list[tuple[Changes, list[Changes]]] = [
     ({"trunk.weights": "int8", "model.dtype": "bfloat16"}, [{"trunk.dtype": "float32"}, {"trunk.weights": OUT}]),
     ({"trunk.weights": "int8", "trunk.dtype": "float16"}, [{"trunk.dtype": "float32"}, {"trunk.weights": OUT}]),
+    ({"trunk.weights": "int4", "trunk.dtype": "bfloat16"}, [{"trunk.dtype": "float32"}, {"trunk.weights": OUT}]),
 ]
 
 
 @pytest.mark.parametrize(("asked", "mended"), [(one, other) for one, others in ASKED for other in others], ids=str)
 def test_the_other_numbers_have_32_bits(asked: Changes, mended: Changes) -> None:
-    assert_mended((asked, "beside int8 weights the trunk computes in float32", "leave out trunk.weights", mended))
+    assert_mended(
+        (
+            asked,
+            f"beside {asked['trunk.weights']} weights the trunk computes in float32",
+            "leave out trunk.weights",
+            mended,
+        )
+    )
 
 
-def test_silos_may_have_16_bits_beside_them() -> None:
-    asked = {"trunk.weights": "int8", "trunk.dtype": "float32", "model.dtype": "bfloat16"}
-    assert Recipe.of(changed(least(), asked)).trunk.weights == "int8"
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_silos_may_have_16_bits_beside_them(weights: str) -> None:
+    asked = {"trunk.weights": weights, "trunk.dtype": "float32", "model.dtype": "bfloat16"}
+    assert Recipe.of(changed(least(), asked)).trunk.weights == weights

@@ -1,6 +1,8 @@
-"""A trunk in 8 bits: the split model is the uncut one whose middle blocks have the same rounded weights."""
+"""A trunk in few bits: the split model is the uncut one whose middle blocks have the same rounded weights."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,32 +10,39 @@ from peft import PeftModel
 from torch import nn
 
 from isthmus.silo.trainer import train_step
-from isthmus.trunk.int8_weights import Int8Linear
+from isthmus.trunk.rounded_linear import kind_of
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.twins import FAMILIES, Twins, batch_of, distance, lora_of, ragged
 
-SECTIONS = {"trunk": {"weights": "int8"}, "train": {"optimizer": "sgd", "learning_rate": 1e-2}}
 ROUNDING = 0.02
 """Relative: results of a layer have 8 bits."""
+WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4"])
 
 
-def rounded(twins: Twins) -> PeftModel:
+def sections(weights: str) -> dict[str, Any]:
+    return {"trunk": {"weights": weights}, "train": {"optimizer": "sgd", "learning_rate": 1e-2}}
+
+
+def rounded(twins: Twins, weights: str) -> PeftModel:
     """The uncut model, in fp32, with the trunk's dequantized weights."""
     bottom, top = twins.split.bottom, twins.split.top
     blocks = range(len(list(bottom.model.model.layers)), top.first_block)
     for name, layer in twins.whole.named_modules():
         found = [int(piece) for piece in name.split(".") if piece.isdigit()]
         if type(layer) is nn.Linear and "lora_" not in name and found and found[0] in blocks:
-            layer.weight.data = Int8Linear(layer).weight
+            kind = kind_of(weights, name.removesuffix(".base_layer"), *layer.weight.shape)
+            assert kind is not None
+            layer.weight.data = kind(layer).weight
     return twins.whole
 
 
+@WEIGHTS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_steps(family: str, twins_of: BuildTwins) -> None:
-    twins = twins_of(family, (1, 2), sections=SECTIONS, vivid=False)
+def test_logits_and_steps(weights: str, family: str, twins_of: BuildTwins) -> None:
+    twins = twins_of(family, (1, 2), sections=sections(weights), vivid=False)
     inputs = ragged("left")
     with torch.no_grad():
-        plain, whole = twins.whole(**inputs).logits, rounded(twins)
+        plain, whole = twins.whole(**inputs).logits, rounded(twins, weights)
         split, expected = (model(**inputs, use_cache=False).logits for model in (twins.split, whole))
     real = inputs["attention_mask"].bool()
     assert distance(split[real], expected[real]) < ROUNDING
@@ -55,10 +64,11 @@ def test_logits_and_steps(family: str, twins_of: BuildTwins) -> None:
     assert (moved - also).norm() < 5 * ROUNDING * moved.norm()
 
 
+@WEIGHTS
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_cached_token_is_as_one_of_a_whole_pass(family: str, twins_of: BuildTwins) -> None:
+def test_a_cached_token_is_as_one_of_a_whole_pass(weights: str, family: str, twins_of: BuildTwins) -> None:
     """Whatever the pass, a layer computes the same: tokens do not change where a cache begins."""
-    twins = twins_of(family, (1, 2), sections=SECTIONS)
+    twins = twins_of(family, (1, 2), sections=sections(weights))
     ids = torch.randint(4, 40, (1, 12))
     answers = [
         twins.split.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cached) for cached in (True, False)

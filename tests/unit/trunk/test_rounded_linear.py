@@ -1,0 +1,146 @@
+"""Layers of few bits equal the plain arithmetic that they stand for, and machines without a kernel are refused.
+
+Shapes: T tokens, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from isthmus.errors import NotSupportedError
+from isthmus.model.adapters import add_adapter
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.cut import Cut, load_part
+from isthmus.recipe import LoraSection
+from isthmus.trunk.rounded_linear import Int4Linear, Int8Linear, RoundedLinear, check_machine, kind_of, round_weights
+from tests.conftest import save_tiny_model, targets_of
+
+KINDS_OF_LAYERS = pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+KINDS_OF_WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4"])
+OUTPUTS = st.integers(1, 12).map(lambda number: 16 * number)
+INPUTS = st.integers(1, 6).map(lambda number: 32 * number)
+CPU = torch.device("cpu")
+
+
+def layer_of(kind: type[RoundedLinear], inputs: int, outputs: int, *, bias: bool = True) -> RoundedLinear:
+    return kind(nn.Linear(inputs, outputs, bias=bias).requires_grad_(False))
+
+
+@KINDS_OF_LAYERS
+@settings(deadline=None, max_examples=60)
+@given(tokens=st.integers(1, 40), n=OUTPUTS, k=INPUTS, bias=st.booleans(), seed=st.integers(0, 9))
+def test_a_layer_is_the_plain_arithmetic(
+    kind: type[RoundedLinear], tokens: int, n: int, k: int, bias: bool, seed: int
+) -> None:
+    """Sums in another order may round to the neighbouring number of bfloat16."""
+    torch.manual_seed(seed)
+    layer, x_TK = layer_of(kind, k, n, bias=bias), torch.randn(tokens, k, requires_grad=True)
+    exact_TN = x_TK.to(torch.bfloat16).float() @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+    y_TN = layer(x_TK)
+    torch.testing.assert_close(y_TN, exact_TN, rtol=2**-7, atol=1e-3)
+    gradient_TN = torch.randn(tokens, n)
+    found, expected = (torch.autograd.grad(one, x_TK, gradient_TN)[0] for one in (y_TN, x_TK @ layer.weight.T))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@KINDS_OF_LAYERS
+def test_inputs_may_lie_in_memory_as_they_like_and_be_none(kind: type[RoundedLinear]) -> None:
+    layer, x_KT = layer_of(kind, 64, 32), torch.randn(64, 6)
+    assert torch.equal(layer(x_KT.T), layer(x_KT.T.contiguous()))
+    assert torch.equal(layer(x_KT.T.reshape(2, 3, 64)).reshape(6, 32), layer(x_KT.T))
+    assert layer(torch.randn(1, 0, 64)).shape == (1, 0, 32)
+
+
+def test_weights_of_8_bits_are_off_by_half_a_step_at_most() -> None:
+    linear = nn.Linear(64, 32).requires_grad_(False)
+    step_N1 = linear.weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((Int8Linear(linear).weight - linear.weight).abs() <= step_N1 * 1.01).all()
+    linear.weight.zero_()
+    assert not Int8Linear(linear).weight.any()
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(Int8Linear, 8 + 16 / 128), (Int4Linear, 4.5)])
+def test_a_layer_keeps_nothing_but_its_bits(kind: type[RoundedLinear], bits: float) -> None:
+    layer = layer_of(kind, 128, 64, bias=False)
+    x_TK = torch.randn(5, 128, requires_grad=True)
+    layer(x_TK).sum().backward()
+    assert not list(layer.parameters())
+    assert sum(one.nbytes for one in layer.buffers()) == bits * 128 * 64 / 8
+
+
+@KINDS_OF_LAYERS
+def test_between_forward_and_backward_no_weights_are_kept(kind: type[RoundedLinear]) -> None:
+    saved: list[torch.Tensor] = []
+    layer, x_TK = layer_of(kind, 128, 64, bias=False), torch.randn(5, 128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one):
+        y_TN = layer(x_TK)
+    assert not saved
+    assert vars(y_TN.grad_fn) == {"layer": layer}
+
+
+@KINDS_OF_LAYERS
+@pytest.mark.parametrize("outputs", [48, 64, 192])
+def test_a_tokens_result_does_not_depend_on_the_others(kind: type[RoundedLinear], outputs: int) -> None:
+    layer, x_TK = layer_of(kind, 96, outputs), torch.randn(37, 96)
+    together_TN = layer(x_TK)
+    for several in (1, 2, 3, 5, 16, 36):
+        assert torch.equal(torch.cat([layer(one) for one in x_TK.split(several)]), together_TN)
+
+
+@KINDS_OF_WEIGHTS
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2", "phi3"])
+def test_the_blocks_are_replaced_and_the_adapters_stay(weights: str, family: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(family, tmp_path, intermediate_size=64)
+    part = load_part(Checkpoint(str(folder)), Cut(1, 1), "trunk")
+    add_adapter(part, LoraSection(targets=targets_of(family)), 0, freeze_a=False)
+    trained = {name for name, one in part.named_parameters() if one.requires_grad}
+    linear = {name for name, one in part.named_modules() if type(one) is nn.Linear and "lora_" not in name}
+    biases = {name for name, _ in part.named_parameters() if name.endswith(".bias")}
+    round_weights(part, weights)
+    assert {name for name, one in part.named_parameters() if one.requires_grad} == trained
+    kinds = {name: type(one) for name, one in part.named_modules() if isinstance(one, RoundedLinear)}
+    assert set(kinds) == linear
+    eights = {name for name, one in kinds.items() if one is Int8Linear}
+    assert eights == {name for name in linear if weights == "int8" or "v_proj" in name}
+    assert len(linear) == 3 * {"phi3": 4}.get(family, 7)
+    assert {name for name, _ in part.named_parameters() if name.endswith(".bias")} == biases
+    assert bool(biases) == (family == "qwen2")
+
+
+@pytest.mark.parametrize(
+    ("weights", "name", "outputs", "inputs", "kind"),
+    [
+        ("int4", "mlp.up_proj", 48, 96, Int4Linear),
+        ("int4", "self_attn.v_proj", 48, 96, Int8Linear),
+        ("int4", "mlp.down_proj", 32, 48, Int8Linear),
+        ("int4", "mlp.up_proj", 172, 64, None),
+        ("int8", "mlp.up_proj", 48, 96, Int8Linear),
+        ("int8", "mlp.down_proj", 64, 172, None),
+    ],
+)
+def test_values_and_odd_sizes_have_8_bits_and_what_has_no_kernel_stays_whole(
+    weights: str, name: str, outputs: int, inputs: int, kind: type[RoundedLinear] | None
+) -> None:
+    assert kind_of(weights, name, outputs, inputs) is kind
+
+
+@KINDS_OF_WEIGHTS
+def test_what_a_machine_lacks_is_refused_by_name(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    check_machine(weights, CPU)
+    with pytest.raises(NotSupportedError, match=f'"{weights}" is for processors, and trunk.device is cuda'):
+        check_machine(weights, torch.device("cuda"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    with pytest.raises(NotSupportedError, match=f'"{weights}" needs AVX2.*this x86_64 has default') as caught:
+        check_machine(weights, CPU)
+    assert "leave trunk.weights out" in caught.value.remedy
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    check_machine(weights, CPU)
