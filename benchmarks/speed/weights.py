@@ -138,8 +138,8 @@ def measure_memory(results: Results) -> None:
         kept = {kind: kept_bytes(folder, kind) for kind in KINDS}
         for kind, own in kept.items():
             results.add(f"{name}: {kind} trunk keeps", own / 1e6, "MB")
-            goal = SMALL if kind == "int4" else None
-            results.add(f"{name}: {kind} trunk over bf16 trunk", own / kept["bf16"], "ratio", at_most=goal)
+        for kind, goal in (("int8", None), ("int4", SMALL)):
+            results.add(f"{name}: {kind} trunk over bf16 trunk", kept[kind] / kept["bf16"], "ratio", at_most=goal)
 
 
 def kept_bytes(folder: Path, kind: str) -> int:
