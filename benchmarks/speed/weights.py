@@ -1,7 +1,7 @@
 """A trunk in 16, 8 and 4 bits on a processor: decoding against the uncut model in fp32, memory, and the cost in loss.
 
 ``make bench-weights``, or ``python -m benchmarks.speed.weights PART ...`` for some of: ``decode``, ``shape``,
-``memory``, ``loss``, ``training``.
+``step``, ``memory``, ``loss``, ``training``.
 Trunk and silo are two processes on the cores that the uncut model has; all models decode in turn.
 """
 
@@ -11,9 +11,9 @@ import json
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -23,8 +23,9 @@ from benchmarks.common.results import Results, note, repeated
 from benchmarks.federated.bytes import BATCH, EPOCHS, drawn
 from benchmarks.federated.corpora import ALL_TARGETS, rows_file
 from benchmarks.federated.simulation import merged
-from benchmarks.speed.foundation import ANSWER, CACHE, PROMPT, bench_recipe, uncut
-from benchmarks.speed.memory import served
+from benchmarks.speed.foundation import ANSWER, CACHE, LENGTH, PROMPT, bench_recipe, seconds, uncut
+from benchmarks.speed.foundation import BATCH as ROWS
+from benchmarks.speed.memory import batch_of, optimizer_of, served
 from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Tokens, collate, epochs
 from isthmus.demo.assets import smollm2
@@ -67,6 +68,7 @@ def main() -> None:
     parts: dict[str, Callable[[Results], None]] = {
         "decode": measure_decode,
         "shape": measure_shape,
+        "step": measure_step,
         "memory": measure_memory,
         "loss": measure_loss,
         "training": measure_training,
@@ -103,9 +105,8 @@ def measure(
     ids = torch.randint(100, 40_000, (1, PROMPT))
 
     def generate(model: PreTrainedModel) -> float:
-        started = time.perf_counter()
-        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=2)
-        return time.perf_counter() - started
+        how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 2}
+        return seconds(lambda: model.generate(ids, **how))
 
     with ExitStack() as stack:
         models = {"uncut": uncut(folder, recipe).eval()}
@@ -180,6 +181,32 @@ def held_out_loss(silo: Silo) -> float:
             total += float(answer_loss(silo.model, batch)) * batch.supervised
             weight += batch.supervised
     return total / weight
+
+
+def measure_step(results: Results) -> None:
+    """Seconds of a training step with each kind of trunk, round by round."""
+    with ExitStack() as stack:
+        step_of = {kind: stepping(silo_with(stack, bench_recipe(smollm2(CACHE)), kind)) for kind in KINDS}
+        for step in step_of.values():
+            step()
+        rounds = [{kind: seconds(step) for kind, step in step_of.items()} for _ in range(PAIRS)]
+    for kind in KINDS:
+        repeated(results, f"SmolLM2: training step, {kind} trunk", [one[kind] for one in rounds], "s")
+    for kind in ("bf16", "int8", "int4"):
+        ratios = [one[kind] / one["fp32"] for one in rounds]
+        repeated(results, f"SmolLM2: training step, {kind} trunk over fp32 trunk", ratios, "ratio")
+
+
+def stepping(silo: Silo) -> Callable[[], None]:
+    """What makes one step of this silo and its trunk."""
+    optimizer, batch, numbers = optimizer_of(silo.model), batch_of(ROWS, LENGTH), count(1)
+    silo.rounds.begin(1, ["bench"])
+
+    def step() -> None:
+        train_step(silo.model, optimizer, batch)
+        silo.rounds.commit(1, next(numbers), float(batch.weight))
+
+    return step
 
 
 def measure_training(results: Results) -> None:
