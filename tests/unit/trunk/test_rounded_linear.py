@@ -95,16 +95,20 @@ def test_a_tokens_result_does_not_depend_on_the_others(kind: type[RoundedLinear]
 
 
 @KINDS_OF_WEIGHTS
+@pytest.mark.parametrize("freeze_a", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2", "phi3"])
-def test_the_blocks_are_replaced_and_the_adapters_stay(weights: str, family: str, tmp_path: Path) -> None:
+def test_the_blocks_are_replaced_and_the_adapters_stay(
+    weights: str, family: str, freeze_a: bool, tmp_path: Path
+) -> None:
+    """Also frozen factors of a rank that a kernel is there for."""
     folder = save_tiny_model(family, tmp_path, intermediate_size=64)
     part = load_part(Checkpoint(str(folder)), Cut(1, 1), "trunk")
-    add_adapter(part, LoraSection(targets=targets_of(family)), 0, freeze_a=False)
-    trained = {name for name, one in part.named_parameters() if one.requires_grad}
+    add_adapter(part, LoraSection(rank=32, targets=targets_of(family)), 0, freeze_a=freeze_a)
+    added = {name: one.requires_grad for name, one in part.named_parameters() if "lora_" in name}
     linear = {name for name, one in part.named_modules() if type(one) is nn.Linear and "lora_" not in name}
     biases = {name for name, _ in part.named_parameters() if name.endswith(".bias")}
     round_weights(part, weights)
-    assert {name for name, one in part.named_parameters() if one.requires_grad} == trained
+    assert {name: one.requires_grad for name, one in part.named_parameters() if "lora_" in name} == added
     kinds = {name: type(one) for name, one in part.named_modules() if isinstance(one, RoundedLinear)}
     assert set(kinds) == linear
     eights = {name for name, one in kinds.items() if one is Int8Linear}
