@@ -120,6 +120,23 @@ def used_by(silo: Silo) -> str:
     return silo.trunk.channel.address
 
 
+def files_of(run: RunDirectory) -> dict[Path, tuple[int, int]]:
+    """The trunk's files, with size and time of the last change."""
+    found = {path: path.stat() for path in run.role("trunk").path.rglob("*") if path.is_file()}
+    return {path: (one.st_size, one.st_mtime_ns) for path, one in found.items()}
+
+
+def test_replicas_write_nothing_into_the_folder_that_they_share(
+    commands: Commands, run: RunDirectory, tmp_path: Path
+) -> None:
+    before = files_of(run)
+    replicas = Replicas(commands, run.path, "--replica")
+    for address in replicas.addresses:
+        with isthmus.open(run.path, trunk=address) as silo:
+            assert len(answer(silo))
+    assert files_of(run) == before
+
+
 def test_a_killed_replica_costs_no_token(replicas: Replicas, run: RunDirectory) -> None:
     draw = random.Random(0)
     with isthmus.open(run.path, trunk=",".join(replicas.addresses)) as silo:

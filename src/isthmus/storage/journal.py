@@ -27,7 +27,8 @@ class Journal:
         self._path = path
         with disk_errors(path):
             private_folder(path.parent)
-            path.touch(mode=PRIVATE)
+            if not path.exists():
+                path.touch(mode=PRIVATE)
             _drop_incomplete_line(path)
 
     def append(self, values: dict[str, Any]) -> None:
