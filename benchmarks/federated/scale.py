@@ -1,9 +1,9 @@
 """Rounds of 10 to 1,024 silos through edges of 32 and a root: time, bytes, memory and processor time at each node.
 
-``make bench-scale``. One process a tier: the root; all edges; all silos, each with its own certificate, connection over
-mTLS, keys and masks, in a thread of its own. Silos compute no model: their changes are random, as large as those of
-SmolLM2's ends at cut (2, 2). What a tier costs is its processor time divided by its nodes; the wall time is of two
-cores that all nodes share. The first round, in which everyone connects, is left out.
+``make bench-scale``. One process has the root, one all edges; silos, each with its own certificate, connection over
+mTLS, keys and masks, are threads of processes of 128. Silos compute no model: their changes are random, as large as
+those of SmolLM2's ends at cut (2, 2). What a tier costs is its processor time divided by its nodes; the wall time is of
+two cores that all nodes share. The first round, in which everyone connects, is left out.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ from isthmus.wire.server import Server
 CACHE = Path("build/demo")
 SIZES = (10, 32, 128, 512, 1024)
 COHORT = 32
+CROWD = 128
+"""Silos of one process: its threads take turns."""
 ROUNDS = 11
-TIERS = ("root", "edges", "silos")
 FLAT = 1.1
 """A cost a silo that is this many times the smallest federation's, or less, is flat."""
 FAR = 100_000
@@ -126,19 +127,22 @@ def measured(silos: int) -> Figures:
         recipe = run.recipe()
         reading = time.perf_counter() - before
         make_certificates(recipe, Path(recipe.wire.certificates))
-        tiers = {tier: started.enter_context(Tier(tier, run)) for tier in TIERS}
-        costs = []
+        tiers = {tier: [started.enter_context(Process(tier, run))] for tier in ("root", "edges")}
+        crowds = range(0, silos, CROWD)
+        tiers["silos"] = [started.enter_context(Process("silos", run, str(start))) for start in crowds]
+        times, costs = [], []
         for _ in range(ROUNDS):
-            tiers["silos"].read("round")
-            costs.append({name: tier.used() for name, tier in tiers.items()})
-        ended = {name: tier.end() for name, tier in reversed(tiers.items())}
+            for crowd in tiers["silos"]:
+                crowd.read("round")
+            times.append(time.perf_counter())
+            costs.append({tier: sum(one.used() for one in processes) for tier, processes in tiers.items()})
+        ended = {tier: summed([one.end() for one in processes]) for tier, processes in reversed(tiers.items())}
     nodes = {"root": 1, "edges": len(recipe.edge), "silos": silos}
-    times = [one["silos"]["time"] for one in costs]
     lasted = median(after - before for before, after in pairwise(times))
     figures: Figures = {"reading the recipe, s": reading, "a round, s": lasted}
     for tier, count in nodes.items():
         one = tier.removesuffix("s")
-        used = costs[-1][tier]["cpu"] - costs[0][tier]["cpu"]
+        used = costs[-1][tier] - costs[0][tier]
         figures[f"{one}: processor time of a round, ms"] = 1e3 * used / (ROUNDS - 1) / count
         for way in ("in", "out"):
             figures[f"{one}: bytes {way} of a round, MB"] = ended[tier][way] / ROUNDS / count / 1e6
@@ -146,11 +150,15 @@ def measured(silos: int) -> Figures:
     return figures
 
 
-class Tier:
-    """The process of one tier; it ends with the block."""
+def summed(figures: Sequence[Figures]) -> Figures:
+    return {key: sum(one[key] for one in figures) for key in figures[0]}
 
-    def __init__(self, name: str, run: RunDirectory) -> None:
-        command = [sys.executable, "-m", "benchmarks.federated.scale", name, str(run.path)]
+
+class Process:
+    """A process of a tier; it ends with the block."""
+
+    def __init__(self, name: str, run: RunDirectory, *crowd: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.federated.scale", name, str(run.path), *crowd]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         self._process, self._name = psutil.Process(self._started.pid), name
@@ -164,10 +172,10 @@ class Tier:
         self._started.kill()
         self._started.wait()
 
-    def used(self) -> Figures:
-        """The time, and processor seconds so far."""
+    def used(self) -> float:
+        """Processor seconds so far."""
         used = self._process.cpu_times()
-        return {"time": time.perf_counter(), "cpu": used.user + used.system}
+        return used.user + used.system
 
     def end(self) -> Figures:
         """What the process says at its end, to which servers are asked."""
@@ -206,10 +214,10 @@ def say(found: Figures) -> None:
     print(json.dumps({**found, "memory": psutil.Process().memory_info().rss}), flush=True)
 
 
-def train(run: RunDirectory) -> None:
-    """All silos, each in a thread; a line a round."""
+def train(run: RunDirectory, start: int) -> None:
+    """A crowd of silos from this number on, each in a thread; a line a round."""
     recipe = run.recipe()
-    names = [silo.name for silo in recipe.silo]
+    names = [silo.name for silo in recipe.silo][start : start + CROWD]
     shared = shared_tensors(recipe)
     barrier = threading.Barrier(len(names), lambda: print("round", flush=True))
     with ThreadPoolExecutor(len(names)) as threads:
@@ -249,6 +257,6 @@ if __name__ == "__main__":
     else:
         directory = RunDirectory(Path(sys.argv[2]))
         if sys.argv[1] == "silos":
-            train(directory)
+            train(directory, int(sys.argv[3]))
         else:
             tell((serve_root if sys.argv[1] == ROOT else serve_edges)(directory))

@@ -75,4 +75,6 @@ def _drop_incomplete_line(path: Path) -> None:
         start = max(0, size - LONGEST_LINE)
         file.seek(start)
         tail = file.read()
-        file.truncate(start + tail.rfind(b"\n") + 1)
+        end = start + tail.rfind(b"\n") + 1
+        if end < size:
+            file.truncate(end)
