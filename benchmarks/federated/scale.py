@@ -69,7 +69,7 @@ def note(found: dict[int, Figures]) -> None:
         for measure, value in figures.items():
             name, _, unit = measure.rpartition(", ")
             results.add(f"{silos:,} silos: {name}", value, unit)
-    for measure in found[SIZES[-1]]:
+    for measure in filter(extrapolable, found[SIZES[-1]]):
         name, _, unit = measure.rpartition(", ")
         fixed, each = fitted([(silos, one[measure]) for silos, one in found.items() if silos >= COHORT])
         results.add(f"growth: {name}, for each 1,000 silos", 1000 * each, unit)
@@ -80,6 +80,11 @@ def note(found: dict[int, Figures]) -> None:
         name = f"root: {cost} a silo, 1,024 silos against 32, edges of 32"
         results.add(name, each[-1] / each[0], "ratio", at_most=FLAT)
     print(f"written: {results.write()}")
+
+
+def extrapolable(measure: str) -> bool:
+    """Whether a figure is that of one node. The time of edges and silos is not: many share a process and its lock."""
+    return measure.startswith(("root", "reading")) or "bytes" in measure
 
 
 def fitted(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
