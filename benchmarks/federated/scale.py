@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import numpy as np
 import psutil
 import torch
 
+from benchmarks.common.ports import free_ports
 from benchmarks.common.results import Results
 from isthmus.demo.assets import smollm2
 from isthmus.engines.certificates import make_certificates
@@ -116,11 +116,6 @@ def recipe_of(silos: int, folder: Path) -> Recipe:
             "silo": [{"name": name, "train": "none"} for name in names],
         }
     )
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as taken:
-        return [taken.enter_context(socket.create_server(("localhost", 0))).getsockname()[1] for _ in range(count)]
 
 
 def measured(silos: int) -> Figures:

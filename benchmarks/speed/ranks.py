@@ -7,7 +7,6 @@ ranks wait for one another: what is shown is that they compute the same and shar
 from __future__ import annotations
 
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from benchmarks.common.ports import free_port
 from benchmarks.common.results import Results, repeated
 from benchmarks.speed.foundation import CACHE, bench_recipe
 from benchmarks.speed.memory import batch_of, optimizer_of
@@ -103,12 +103,6 @@ def wait_listening(process: psutil.Popen, log: Path) -> None:
         if process.poll() is not None or time.monotonic() > end:
             raise RuntimeError(log.read_text())
         time.sleep(0.1)
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        return int(taken.getsockname()[1])
 
 
 def note_memory(results: Results, trunks: Mapping[int, Trunk]) -> None:

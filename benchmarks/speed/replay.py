@@ -7,7 +7,6 @@ replica goes on.
 from __future__ import annotations
 
 import random
-import socket
 import statistics
 import tempfile
 import threading
@@ -17,11 +16,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.ports import free_port
 from benchmarks.common.results import Results
 from benchmarks.speed.foundation import bench_recipe
 from isthmus.demo.assets import smollm2
 from isthmus.engines.certificates import make_certificates
-from isthmus.engines.local import START_SECONDS, at_address, local_recipe
+from isthmus.engines.local import START_SECONDS, at_address, at_trunks, local_recipe
 from isthmus.engines.process import RoleProcess
 from isthmus.privacy.noise import SeededNoise
 from isthmus.silo.join import Silo, join
@@ -59,7 +59,7 @@ def measure_restarts(results: Results, run: RunDirectory) -> None:
 def measure_replicas(results: Results, run: RunDirectory) -> None:
     """Two trunks of one run; the one that the silo has is killed, and is back before the next generation."""
     trunks = {one.address: one for one in (Trunk(run, "--replica"), Trunk(run, "--replica"))}
-    silo = join(at_address(run.recipe(), ",".join(trunks), ("trunk",)), "bench")
+    silo = join(at_trunks(run.recipe(), ",".join(trunks)), "bench")
     killed: list[Trunk] = []
 
     def killing() -> Callable[[], None]:
@@ -133,12 +133,6 @@ class Trunk:
 
     def kill(self) -> None:
         self._process.end(0.0)
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        return int(taken.getsockname()[1])
 
 
 if __name__ == "__main__":

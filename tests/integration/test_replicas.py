@@ -15,7 +15,7 @@ import torch
 
 import isthmus
 from isthmus.engines.certificates import make_certificates
-from isthmus.engines.local import at_address
+from isthmus.engines.local import at_trunks
 from isthmus.engines.roles import serve
 from isthmus.errors import PeerGoneError, ProtocolError, RecipeError, RunError
 from isthmus.recipe import Recipe
@@ -219,7 +219,7 @@ def test_without_rounds_trunks_of_their_own_are_replicas(commands: Commands, tmp
     for name in ("one", "other"):
         trunk = commands.start("trunk", path, "--run-dir", tmp_path / name, "--address", f"localhost:{free_port()}")
         trunks[trunk.address] = trunk
-    recipe = at_address(Recipe.read(path), ",".join(trunks), ("trunk",))
+    recipe = at_trunks(Recipe.read(path), ",".join(trunks))
     with join(recipe, "north", run_dir=tmp_path / "north") as silo:
         undisturbed = answer(silo)
         assert torch.equal(answer(silo, Once(LENGTH // 2, trunks[used_by(silo)].process.kill)), undisturbed)

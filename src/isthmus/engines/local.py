@@ -150,8 +150,7 @@ def at_address(recipe: Recipe, address: str | None, roles: Collection[str] = ("t
     """The recipe with other addresses.
 
     Args:
-        address: ``host:port``, of a trunk also with further ones of replicas behind commas; None: the recipe is
-            returned unchanged.
+        address: ``host:port``; None: the recipe is returned unchanged.
         roles: the servers at this address: ``trunk``, ``root``, or names of edges.
 
     Raises:
@@ -159,14 +158,26 @@ def at_address(recipe: Recipe, address: str | None, roles: Collection[str] = ("t
     """
     if address is None:
         return recipe
-    if roles == ("trunk",):
-        address, *others = address.split(",")
-        replicas = {"replicas": tuple(map(checked_address, others))}
-        recipe = recipe.model_copy(update={"trunk": recipe.trunk.model_copy(update=replicas)})
     new = {"address": checked_address(address, any_port=True)}
     moved = {role: getattr(recipe, role).model_copy(update=new) for role in ("trunk", "root") if role in roles}
     edges = tuple(edge.model_copy(update=new) if edge.name in roles else edge for edge in recipe.edge)
     return recipe.model_copy(update={**moved, "edge": edges})
+
+
+def at_trunks(recipe: Recipe, addresses: str | None) -> Recipe:
+    """The recipe of who uses a run, with other trunks that serve it, in place of all of its own.
+
+    Args:
+        addresses: ``host:port``, of several replicas with commas between; None: the recipe is returned unchanged.
+
+    Raises:
+        RecipeError: one is no ``host:port``.
+    """
+    if addresses is None:
+        return recipe
+    address, *replicas = map(checked_address, addresses.split(","))
+    trunk = recipe.trunk.model_copy(update={"address": address, "replicas": tuple(replicas)})
+    return recipe.model_copy(update={"trunk": trunk})
 
 
 def at_edge(recipe: Recipe, option: str) -> Recipe:

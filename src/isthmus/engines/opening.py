@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from isthmus.engines.chosen_round import chosen_round
-from isthmus.engines.local import at_address, serving
+from isthmus.engines.local import at_trunks, serving
 from isthmus.engines.threads import set_threads
 from isthmus.errors import IsthmusError, PeerGoneError, RunError
 from isthmus.recipe import Recipe
@@ -61,7 +61,7 @@ def open_run(
         resources.callback(ledger.close)
         if trunk is None and run.served_here:
             _, trunk = resources.enter_context(serving(run, number=number))
-        recipe = at_address(recipe, trunk, ("trunk",))
+        recipe = at_trunks(recipe, trunk)
         own = recipe.of_silo(name, ranked=not run.served_here)
         released, records = directory.path / "released", directory.path / "records"
         try:

@@ -10,7 +10,7 @@ import pytest
 
 from isthmus.engines import local
 from isthmus.engines.lifetime import Stopped
-from isthmus.engines.local import at_address, at_edge, create_run, local_recipe, open_resumed, run_federation
+from isthmus.engines.local import at_address, at_edge, at_trunks, create_run, local_recipe, open_resumed, run_federation
 from isthmus.errors import DataError, IsthmusError, RecipeError, RunError
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
@@ -134,18 +134,28 @@ def test_the_local_recipe_has_one_server_and_certificates_of_its_own(tmp_path: P
 def test_an_address_moves_who_is_named_and_nobody_else() -> None:
     recipe = make_recipe(Path("none"), silos=("a", "b", "c"), edge=EDGES)
     assert at_address(recipe, None) == recipe
-    several = at_address(recipe, "one:1,other:2", ("trunk",))
-    assert (several.trunk.address, several.trunk.replicas) == ("one:1", ("other:2",))
-    assert at_address(several, "one:1", ("trunk",)).trunk.replicas == (), "in place of all"
-    for wrong in ("one:1,other", "one:1,other:0", "one:1,"):
-        with pytest.raises(RecipeError):
-            at_address(recipe, wrong, ("trunk",))
     with pytest.raises(RecipeError, match="the address 'there': expected host:port"):
         at_address(recipe, "there")
     moved = at_address(recipe, "there:9", ("trunk", "left"))
     assert (moved.trunk.address, moved.root.address) == ("there:9", recipe.root.address)
     assert [edge.address for edge in moved.edge] == ["there:9", "localhost:2", "localhost:3"]
     assert at_edge(recipe, "right=there:9").edge[1].address == "there:9"
+
+
+def test_who_uses_a_run_may_name_several_trunks_in_place_of_all() -> None:
+    recipe = make_recipe(Path("none"), trunk={"replicas": ["own:1"]})
+    assert at_trunks(recipe, None) == recipe
+    several = at_trunks(recipe, "one:1,other:2")
+    assert (several.trunk.address, several.trunk.replicas) == ("one:1", ("other:2",))
+    assert at_trunks(recipe, "one:1").trunk.replicas == ()
+    for wrong in ("one:1,other", "one:1,other:0", "one:1,", ",one:1", "one:1, other:2"):
+        with pytest.raises(RecipeError, match="expected "):
+            at_trunks(recipe, wrong)
+
+
+def test_a_server_listens_at_one_address() -> None:
+    with pytest.raises(RecipeError, match="expected host:port"):
+        at_address(make_recipe(Path("none")), "one:1,other:2", ("trunk",))
 
 
 @pytest.mark.parametrize("told", ["left", "left=", "middle=there:9"])
