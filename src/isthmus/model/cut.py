@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
@@ -107,8 +107,17 @@ class Part(nn.Module):
     def plain_layers(self) -> dict[str, nn.Linear]:
         """The plain linear layers of its blocks by their names in the part, in order. Call it before adapters are
         added, whose factors are linear layers, too."""
-        layers = self.model.named_modules()
-        return {name: one for name, one in layers if name.startswith(self.family.block_prefix()) and _is_plain(one)}
+        found = self.model.named_modules()
+        blocks = self.family.block_prefix()
+        return {name: one for name, one in found if name.startswith(blocks) and _is_plain(one)}
+
+    def replace_layer(self, name: str, make: Callable[[nn.Linear], nn.Module]) -> None:
+        """Put what is made of one of ``plain_layers`` in its place. An adapter that it has by now stays on it."""
+        owner, own = self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        layer = getattr(owner, own)
+        if hasattr(layer, "base_layer"):
+            owner, own, layer = layer, "base_layer", layer.base_layer
+        setattr(owner, own, make(layer))
 
     def stretch(self, blocks: range) -> Part:
         """These blocks alone, by their indices in this part, as a part that shares all modules with it.

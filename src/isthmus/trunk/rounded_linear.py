@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import platform
 from abc import abstractmethod
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,20 +150,20 @@ def check_machine(weights: str, device: torch.device) -> None:
         )
 
 
-def round_weights(part: Part, weights: str) -> None:
-    """Replace the frozen linear layers of a part's blocks that fit, in place; adapters stay as they are.
+def round_weights(part: Part, layers: Iterable[str], weights: str) -> None:
+    """Replace those of these layers of a part that fit, in place; adapters on them stay as they are.
 
     Args:
+        layers: ``Part.plain_layers`` of the part before it had adapters.
         weights: the kind, as ``trunk.weights`` has it.
     """
-    blocks = part.family.block_prefix()
-    for name, layer in list(part.model.named_modules()):
-        if not name.startswith(blocks) or "lora_" in name or type(layer) is not nn.Linear or layer.weight.requires_grad:
-            continue
-        kind = kind_of(weights, name.removesuffix(".base_layer"), *layer.weight.shape)
-        if kind is not None:
-            owner, _, own = name.rpartition(".")
-            setattr(part.model.get_submodule(owner), own, kind(layer))
+    for name in layers:
+        part.replace_layer(name, partial(_rounded, name, weights))
+
+
+def _rounded(name: str, weights: str, layer: nn.Linear) -> nn.Module:
+    kind = kind_of(weights, name, *layer.weight.shape)
+    return layer if kind is None else kind(layer)
 
 
 def _product(x: torch.Tensor, layer: RoundedLinear) -> torch.Tensor:

@@ -401,7 +401,7 @@ def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe, ranks: Ranks 
     layers = list(part.plain_layers())
     adapters.add_trained_layers(part, recipe)
     if weights is not None:
-        round_weights(part, weights)
+        round_weights(part, layers, weights)
     record = None
     if ranks is not None:
         shard_weights(part, layers, ranks)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -262,11 +263,7 @@ def shard_weights(part: Part, layers: Sequence[str], ranks: Ranks) -> None:
         layers: ``Part.plain_layers`` of the part as it was loaded with the share of rank 0.
     """
     for number, name in enumerate(layers):
-        owner, own = part.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        layer = getattr(owner, own)
-        if hasattr(layer, "base_layer"):
-            owner, own, layer = layer, "base_layer", layer.base_layer
-        setattr(owner, own, ShardedLinear(layer, number, ranks))
+        part.replace_layer(name, partial(ShardedLinear, number=number, ranks=ranks))
 
 
 class ShardedLinear(nn.Module):

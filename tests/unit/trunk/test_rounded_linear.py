@@ -103,11 +103,12 @@ def test_the_blocks_are_replaced_and_the_adapters_stay(
     """Also frozen factors of a rank that a kernel is there for."""
     folder = save_tiny_model(family, tmp_path, intermediate_size=64)
     part = load_part(Checkpoint(str(folder)), Cut(1, 1), "trunk")
+    layers = list(part.plain_layers())
     add_adapter(part, LoraSection(rank=32, targets=targets_of(family)), 0, freeze_a=freeze_a)
     added = {name: one.requires_grad for name, one in part.named_parameters() if "lora_" in name}
     linear = {name for name, one in part.named_modules() if type(one) is nn.Linear and "lora_" not in name}
     biases = {name for name, _ in part.named_parameters() if name.endswith(".bias")}
-    round_weights(part, weights)
+    round_weights(part, layers, weights)
     assert {name: one.requires_grad for name, one in part.named_parameters() if "lora_" in name} == added
     kinds = {name: type(one) for name, one in part.named_modules() if isinstance(one, RoundedLinear)}
     assert set(kinds) == linear
