@@ -16,7 +16,7 @@ import torch
 import isthmus
 from isthmus.engines.certificates import make_certificates
 from isthmus.engines.local import at_trunks
-from isthmus.engines.roles import serve
+from isthmus.engines.roles import Serving, serve
 from isthmus.errors import PeerGoneError, ProtocolError, RecipeError, RunError
 from isthmus.recipe import Recipe
 from isthmus.silo.join import Silo, join
@@ -206,7 +206,7 @@ def test_beside_replicas_no_trunk_trains_from_their_folder(
 @pytest.mark.parametrize(("roles", "whole"), [(("trunk", "root"), True), (("trunk",), False)])
 def test_only_a_finished_runs_trunk_has_replicas(roles: tuple[str, ...], whole: bool, run: RunDirectory) -> None:
     with pytest.raises(RecipeError, match="serves the trunk of a finished run, and that alone") as told:
-        serve(run.path if whole else run.recipe_path, Path("runs/trunk"), roles, None, replica=True)
+        serve(run.path if whole else run.recipe_path, Path("runs/trunk"), roles, None, Serving(replica=True))
     assert "isthmus trunk DIR --replica" in told.value.remedy
 
 

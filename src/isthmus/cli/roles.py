@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from isthmus.cli.app import Address, AsJson, MetricsAddress, RecipePath, RunOption, Served, command, finish
 from isthmus.cli.log import log_as
+
+if TYPE_CHECKING:
+    from isthmus.joining.authority_folder import AuthorityFolder
 
 AuthorityOption = Annotated[
     Optional[Path],  # noqa: UP045
@@ -20,6 +23,12 @@ FlowerSocket = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--flower", help="The Unix socket at which to meet the app of 'isthmus flower'."),
 ]
+
+
+def _folder_of(authority: Path | None) -> AuthorityFolder | None:
+    from isthmus.joining.authority_folder import AuthorityFolder
+
+    return None if authority is None else AuthorityFolder(authority)
 
 
 @command("trunk recipe.toml --with-root --address 0.0.0.0:50051")
@@ -40,7 +49,7 @@ def trunk(
     processes share its weights."""
     from isthmus.engines.monitor import monitored
     from isthmus.engines.rank_place import RankPlace
-    from isthmus.engines.roles import serve
+    from isthmus.engines.roles import Serving, serve
     from isthmus.engines.torchrun import follow_rank_0, leading
 
     place = RankPlace.find()
@@ -51,7 +60,8 @@ def trunk(
     log_as("both" if with_root else "trunk")
     roles = ("trunk", "root") if with_root else ("trunk",)
     with monitored("+".join(roles), metrics) as monitor, leading(place, recipe) as ranks:
-        serve(recipe, run_dir, roles, address, round, authority, monitor, flower, replica=replica, ranks=ranks)
+        how = Serving(round, _folder_of(authority), monitor, flower, replica, ranks)
+        serve(recipe, run_dir, roles, address, how)
 
 
 @command("root recipe.toml --run-dir runs/root")
@@ -65,11 +75,12 @@ def root(
 ) -> None:
     """Serve the root, which leads the rounds and aggregates the silos' updates."""
     from isthmus.engines.monitor import monitored
-    from isthmus.engines.roles import serve
+    from isthmus.engines.roles import Serving, serve
 
     log_as("root")
     with monitored("root", metrics) as monitor:
-        serve(recipe, run_dir, ("root",), address, authority=authority, monitor=monitor, flower=flower)
+        how = Serving(authority=_folder_of(authority), monitor=monitor, flower=flower)
+        serve(recipe, run_dir, ("root",), address, how)
 
 
 @command("edge recipe.toml west --run-dir runs/west")

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import isthmus
@@ -49,6 +50,28 @@ LOOK_SECONDS = 1.0
 """Time between two looks whether the federation has finished, and between two returns of memory."""
 
 
+@dataclass(frozen=True)
+class Serving:
+    """How trunk and root are served, beside what the recipe says."""
+
+    number: int | None = None
+    """The round whose adapter the trunk serves; None: the last one that is saved."""
+    authority: AuthorityFolder | None = None
+    """Answers guests here; None: nobody does."""
+    monitor: Monitor | None = None
+    """Tells of the roles."""
+    flower: Path | None = None
+    """The socket at which the root answers a Flower app, too."""
+    replica: bool = False
+    """Whether the trunk is one of several of a finished run (see ``TrunkService``)."""
+    ranks: Ranks | None = None
+    """The processes that hold the trunk's weights with this one; None: it holds them alone."""
+
+
+BY_RECIPE = Serving()
+"""The last round, to the parties of the recipe."""
+
+
 def recorded(path: Path, recipe: Recipe, run_dir: Path, silo: str | None = None) -> RunDirectory:
     """The run directory of a role. The recipe is written there, so that the result can be used later.
 
@@ -81,36 +104,25 @@ def serve(
     run_dir: Path,
     roles: tuple[str, ...],
     address: str | None,
-    number: int | None = None,
-    authority: Path | None = None,
-    monitor: Monitor | None = None,
-    flower: Path | None = None,
-    *,
-    replica: bool = False,
-    ranks: Ranks | None = None,
+    how: Serving = BY_RECIPE,
 ) -> None:
     """Serve roles of the recipe at this path, or of the finished run in the run directory at this path.
 
     Args:
         run_dir: the roles' run directory, for a recipe.
         address: ``host:port``; None: the recipe's.
-        number: as in ``start_server``.
-        authority: the authority's folder, to answer guests from.
-        monitor: tells of the roles.
-        flower, replica, ranks: as in ``serve_roles``.
 
     Raises:
         RecipeError: two run directories are named; or Flower is to carry rounds of no root, or of a finished run; or a
             replica is to be of no run, or of more than a trunk.
     """
-    if replica and (roles != ("trunk",) or not path.is_dir() or authority is not None):
+    if how.replica and (roles != ("trunk",) or not path.is_dir() or how.authority is not None):
         raise RecipeError(
             "a replica serves the trunk of a finished run, and that alone",
             remedy="start 'isthmus trunk DIR --replica' with the run's directory, or a copy of it; "
             "without rounds (train.rounds = 0) 'isthmus trunk RECIPE' on each machine is as good",
         )
-    folder = None if authority is None else AuthorityFolder(authority)
-    if flower is not None and ("root" not in roles or path.is_dir()):
+    if how.flower is not None and ("root" not in roles or path.is_dir()):
         raise RecipeError(
             "Flower carries the rounds of a root, and here is none that leads any",
             remedy="start 'isthmus trunk RECIPE --with-root --flower SOCKET' or 'isthmus root RECIPE --flower SOCKET'",
@@ -118,13 +130,13 @@ def serve(
     if path.is_dir():
         if run_dir not in (Path(f"runs/{roles[0]}"), path):  # another than the command's default
             raise RecipeError(f"both {path} and {run_dir} are named", remedy="leave out --run-dir")
-        serve_run(path, roles, address, number, folder, monitor, replica=replica, ranks=ranks)
+        serve_run(path, roles, address, how)
     else:
         recipe = Recipe.read(path)
         run = recorded(path, recipe, run_dir)
         if "root" in roles:
             run.role("root").go_on()
-        serve_roles(at_address(recipe, address, roles), run, roles, number, folder, monitor, flower, ranks=ranks)
+        serve_roles(at_address(recipe, address, roles), run, roles, how)
 
 
 @contextmanager
@@ -149,27 +161,11 @@ def alone(run: RunDirectory, roles: tuple[str, ...], *, replica: bool = False) -
         yield
 
 
-def serve_roles(
-    recipe: Recipe,
-    run: RunDirectory,
-    roles: tuple[str, ...],
-    number: int | None = None,
-    authority: AuthorityFolder | None = None,
-    monitor: Monitor | None = None,
-    flower: Path | None = None,
-    *,
-    replica: bool = False,
-    ranks: Ranks | None = None,
-) -> None:
+def serve_roles(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...], how: Serving = BY_RECIPE) -> None:
     """Serve ``trunk``, ``root`` or both until ``Stopped``.
 
     Args:
         roles: the first one's address and certificate are used for both.
-        number, authority: as in ``start_server``.
-        monitor: tells of the roles.
-        flower: the socket at which the root answers a Flower app, too.
-        replica: whether the trunk is one of several of a finished run (see ``TrunkService``).
-        ranks: the processes that hold the trunk's weights with this one; None: it holds them alone.
 
     Raises:
         RankLostError: one of the ranks is gone.
@@ -183,33 +179,21 @@ def serve_roles(
         )
     set_threads(recipe)
     own: Role = "trunk" if roles[0] == "trunk" else "root"
-    kept = kept_certificate(Path(recipe.wire.certificates), roles[0], own, authority)
-    with suppress(Stopped), alone(run, roles, replica=replica), kept:
-        recipe = finished(run, recipe, roles)
-        recipe = _serve(recipe, run, roles, number, authority, monitor, flower, replica=replica, ranks=ranks)
+    kept = kept_certificate(Path(recipe.wire.certificates), roles[0], own, how.authority)
+    with suppress(Stopped), alone(run, roles, replica=how.replica), kept:
+        recipe = _serve(finished(run, recipe, roles), run, roles, how)
         while True:
             run.record(recipe)
-            recipe = _serve(recipe, run, roles, None, authority, monitor, flower, announce=False, ranks=ranks)
+            recipe = _serve(recipe, run, roles, replace(how, number=None), announce=False)
 
 
-def _serve(
-    recipe: Recipe,
-    run: RunDirectory,
-    roles: tuple[str, ...],
-    number: int | None,
-    authority: AuthorityFolder | None,
-    monitor: Monitor | None,
-    flower: Path | None,
-    *,
-    announce: bool = True,
-    replica: bool = False,
-    ranks: Ranks | None = None,
-) -> Recipe:
+def _serve(recipe: Recipe, run: RunDirectory, roles: tuple[str, ...], how: Serving, *, announce: bool = True) -> Recipe:
     """Serve these roles until silos are added to the recipe, or its cut is to move; returns it with these silos, or
     with the new cut once that is made."""
-    server, services = start_server(recipe, run, roles, number, authority, replica=replica, ranks=ranks)
-    if monitor is not None:
-        monitor.watch(server, services)
+    authority, ranks, flower = how.authority, how.ranks, how.flower
+    server, services = start_server(recipe, run, roles, how.number, authority, replica=how.replica, ranks=ranks)
+    if how.monitor is not None:
+        how.monitor.watch(server, services)
     address = _at(getattr(recipe, roles[0]).address, server)
     root = services.get("Root")
     growth = Growth(recipe, authority, address) if authority is not None and len(roles) > 1 else None
@@ -236,26 +220,12 @@ def _serve(
     return growth.recipe
 
 
-def serve_run(
-    path: Path,
-    roles: tuple[str, ...],
-    address: str | None,
-    number: int | None = None,
-    authority: AuthorityFolder | None = None,
-    monitor: Monitor | None = None,
-    *,
-    replica: bool = False,
-    ranks: Ranks | None = None,
-) -> None:
+def serve_run(path: Path, roles: tuple[str, ...], address: str | None, how: Serving = BY_RECIPE) -> None:
     """Serve the trunk, the root or both of a run that has finished, so that its silos can use the result.
 
     Args:
         path: the run directory.
         address: ``host:port``; None: the recipe's.
-        number: the round to serve; None: the last one.
-        authority: as in ``start_server``.
-        monitor: tells of the roles.
-        replica, ranks: as in ``serve_roles``.
 
     Raises:
         RunError: the folder is no run directory, lacks these roles or the round, or the run is still going on.
@@ -268,8 +238,7 @@ def serve_run(
                 remedy=f"name the run directory of 'isthmus run' or 'isthmus {role}', or give the recipe",
             )
     with run.locked(shared=True):
-        recipe = at_address(run.recipe(), address, roles)
-        serve_roles(recipe, run, roles, number, authority, monitor, replica=replica, ranks=ranks)
+        serve_roles(at_address(run.recipe(), address, roles), run, roles, how)
 
 
 def serve_edge(recipe: Recipe, run: RunDirectory, name: str, monitor: Monitor | None = None) -> None:
@@ -408,7 +377,7 @@ def start_server(
     Args:
         number: the round whose adapter the trunk serves; None: the last one that is saved.
         authority: answers guests here; None: nobody does.
-        replica, ranks: as in ``serve_roles``.
+        replica, ranks: as of ``Serving``.
 
     Returns:
         The server, and its services by gRPC service name (``Trunk``, ``Model``, ``Root``, and where the cut moves

@@ -12,7 +12,7 @@ from isthmus.engines import roles
 from isthmus.engines.certificates import make_certificates
 from isthmus.engines.lifetime import Stopped
 from isthmus.engines.local import at_address
-from isthmus.engines.roles import run_silo, serve, serve_edge, serve_roles, start_server
+from isthmus.engines.roles import Serving, run_silo, serve, serve_edge, serve_roles, start_server
 from isthmus.errors import IdentityError, RecipeError, RunError
 from isthmus.recipe import Recipe
 from isthmus.storage.record import RunDirectory
@@ -79,7 +79,7 @@ def served(path: Path, *, number: int | None = None, monkeypatch: pytest.MonkeyP
             raise Stopped
 
     monkeypatch.setattr(roles, "threading", SimpleNamespace(Event=Ended))
-    roles.serve(path, Path("runs/trunk"), ("trunk",), "localhost:0", number)
+    roles.serve(path, Path("runs/trunk"), ("trunk",), "localhost:0", Serving(number))
 
 
 def test_the_trunk_of_a_finished_run_is_served_and_says_what_to_do(
@@ -161,4 +161,4 @@ def test_a_worker_is_closed_however_it_ends(
 def test_flower_without_rounds_to_carry_is_refused(roles: tuple[str, ...], tmp_path: Path) -> None:
     path = tmp_path if "root" in roles else tmp_path / "recipe.toml"
     with pytest.raises(RecipeError, match="none that leads any"):
-        serve(path, tmp_path / "run", roles, None, flower=tmp_path / "root.sock")
+        serve(path, tmp_path / "run", roles, None, Serving(flower=tmp_path / "root.sock"))
