@@ -104,7 +104,7 @@ def candidates(annotation: Any, old: object, examples: list[Any]) -> Iterator[ob
     elif isinstance(old, str):
         yield from (f"{old}x", "localhost:9", "DE", "cuda")
     elif isinstance(old, tuple):
-        yield (*old, "k_proj")
+        yield from ((*old, "k_proj"), (*old, "localhost:9"))
     elif isinstance(old, dict):
         yield {}
     else:
