@@ -166,13 +166,12 @@ class Sums(Open):
     """Sums that edges have unmasked: each cohort's, and the exact sum of all.
 
     Args:
-        silos: by participant, how many silos its sum can have.
-        sums: the format of a sum to which every silo of the federation adds its numbers.
+        formats: by participant, that of a sum to which each silo that it named adds its numbers.
     """
 
-    def __init__(self, silos: Mapping[str, int], sums: SumFormat, barrier: MakeBarrier, done: Done) -> None:
-        super().__init__(dict.fromkeys(silos, sums.layout), barrier, done)
-        self._silos, self._sums = silos, sums
+    def __init__(self, formats: Mapping[str, SumFormat], barrier: MakeBarrier, done: Done) -> None:
+        super().__init__({peer: one.layout for peer, one in formats.items()}, barrier, done)
+        self._formats = formats
         self._total_KS: Integers | None = None
 
     def _weight(self, request: pb.Update) -> float:
@@ -183,18 +182,19 @@ class Sums(Open):
             raise ProtocolError("this federation's updates are masked", remedy="give all parties one recipe")
         if not request.silos:
             return
-        if request.silos > self._silos[peer]:
+        sums = self._formats[peer]
+        if request.silos > sums.ring.silos:
             raise ProtocolError(
-                f"{peer} claims {request.silos} silos for its sum, it has named {self._silos[peer]}",
+                f"{peer} claims {request.silos} silos for its sum, it has named {sums.ring.silos}",
                 remedy="leave that edge out",
             )
-        ring = self._sums.ring
-        whole_KS = ring.unpack(ring.read(request.masked, self._sums.size), self._sums.size)
-        if abs(whole_KS).max() > ring.most(request.silos):
+        whole_KS = sums.ring.unpack(sums.ring.read(request.masked, sums.size), sums.size)
+        if abs(whole_KS).max() > sums.ring.most(request.silos):
             raise FrameError(f"the sum of {peer} is beyond what so many silos can add", remedy="leave that edge out")
-        if (mean := self._sums.mean(whole_KS)) is not None:
+        if (mean := sums.mean(whole_KS)) is not None:
             self._contributions[peer] = Contribution(peer, *mean)
             self._total_KS = whole_KS if self._total_KS is None else self._total_KS + whole_KS
 
     def _collected(self, weights: dict[str, float]) -> Collected:
-        return replace(super()._collected(weights), total_KS=self._total_KS, sums=self._sums)
+        some = next(iter(self._formats.values()))  # they differ in width alone
+        return replace(super()._collected(weights), total_KS=self._total_KS, sums=some)

@@ -227,8 +227,9 @@ class EdgePlanner:
         self._initial, self._parent = initial, parent
         self._sharing = Sharing(recipe.federation)
         self._masks, self._compression = recipe.federation.secure.masks, Compression.of(recipe)
-        self._silos = len(recipe.silo)
         self._journal = store.journal("metrics")
+        self._present = 0
+        """Silos that the parent was told of last: a sum of theirs is as wide as these can make it."""
         self.completed = 0
         self._named: dict[str, str] = {}
 
@@ -240,9 +241,9 @@ class EdgePlanner:
         return self._parent.submit(pb.Current())
 
     def plan(self, silos: Iterable[str]) -> Answer:
-        return self._parent.submit(
-            pb.Ready(completed=self.completed, silos=sorted(silos), run=_most_named(self._named))
-        )
+        present = sorted(silos)
+        self._present = len(present)
+        return self._parent.submit(pb.Ready(completed=self.completed, silos=present, run=_most_named(self._named)))
 
     def own(self, plan: pb.Plan, peer: str) -> pb.Plan:
         return plan
@@ -266,7 +267,7 @@ class EdgePlanner:
         else:
             assert collected.total_KS is not None
             update.silos = int(sum(collected.weights.values()))
-            ring = self._compression.sum_format(layout, round, self._silos).ring
+            ring = self._compression.sum_format(layout, round, self._present).ring
             update.masked = ring.written(ring.pack(collected.total_KS))
         return update
 

@@ -286,9 +286,10 @@ class Rounds(Aggregator):
                 plan.keys[peer].CopyFrom(offered)
             self._collection = self._masked(keys, plan)
         elif self._masks:
-            sums = self._format(participants[0], plan.round, len(self._silos), plan.clip)
             counts = {peer: len(self._asked[peer].silos) or 1 for peer in participants}
-            self._collection = Sums(counts, sums, self._barrier, self._end)
+            known = {count: self._format(participants[0], plan.round, count, plan.clip) for count in {*counts.values()}}
+            formats = {peer: known[count] for peer, count in counts.items()}
+            self._collection = Sums(formats, self._barrier, self._end)
         else:
             layouts = {peer: self._planner.layout(peer, plan.round) for peer in participants}
             compressors = self._compressors(layouts, plan.round)
@@ -321,10 +322,12 @@ class Rounds(Aggregator):
         """Raise at the start what would otherwise be raised in a round.
 
         Raises:
-            RecipeError: the sum of all silos' numbers and noise does not fit into the ring.
+            RecipeError: the sum of the silos' numbers and noise that this node makes, or reads, does not fit into the
+                ring.
         """
+        most = len(self._below) if self._offers_keys else max(map(len, self._below.values()))
         for round in (1, 2):  # LoRA's factors may take turns
-            self._format(self._node.children[0], round, len(self._silos))
+            self._format(self._node.children[0], round, most)
 
     def _compressors(self, layouts: Mapping[str, Layout], round: int) -> dict[str, Compressor]:
         """The compressors of the silos' updates in this round; edges' are not compressed."""

@@ -186,6 +186,20 @@ def test_the_tiered_sum_is_the_plain_integer_sum(
         assert (tree.planner.shared[key] - 2 * tensor).abs().max() <= 2.2 * step
 
 
+def test_a_sum_is_as_wide_as_its_own_silos_need_however_many_others_there_are(tmp_path: Path) -> None:
+    tree = Tree(tmp_path, [{**DEEP[0], "silos": list("abc")}, {**DEEP[1], "silos": list("defgh")}, DEEP[2]])
+    tree.run()
+    sums = {
+        peer: len(request.masked)
+        for node in ("region", "root")
+        for peer, request in tree.nodes[node].seen
+        if isinstance(request, pb.Update)
+    }
+    rings = {"left": Ring(3, RANGE), "right": Ring(5, RANGE), "region": Ring(8, RANGE)}
+    assert sums == {name: ring.words(LAYOUT.size + 1) * ring.width for name, ring in rings.items()}
+    assert sums["left"] < sums["right"] <= sums["region"]
+
+
 @pytest.mark.parametrize("masks", [False, True])
 def test_what_the_root_sees_are_sums_of_cohorts(tmp_path: Path, masks: bool, encoded: Any) -> None:
     tree = Tree(tmp_path, WARDS, masks=masks)
@@ -199,7 +213,8 @@ def test_what_the_root_sees_are_sums_of_cohorts(tmp_path: Path, masks: bool, enc
             assert list(request.silos) == list("abcd" if peer == "left" else "efgh")
             assert not request.HasField("keys")
         elif masks:
-            ring, members = Ring(len(NAMES), RANGE), "abcd" if peer == "left" else "efgh"
+            members = "abcd" if peer == "left" else "efgh"
+            ring = Ring(len(members), RANGE)
             total_P = ring.unpack(ring.read(request.masked, LAYOUT.size + 1), LAYOUT.size + 1)
             assert np.array_equal(total_P[: LAYOUT.size], sum(encoded[name][request.round - 1] for name in members))
     for mine in plans.values():  # all train with the trunk together, wherever their updates go
@@ -293,9 +308,9 @@ def test_silos_of_a_cohort_that_was_too_small_may_come_again_and_the_rest_goes_o
 
 
 def beyond(update: pb.Update) -> None:
-    ring = Ring(len(NAMES), RANGE)
+    ring = Ring(4, RANGE)
     total_P = ring.unpack(ring.read(update.masked, LAYOUT.size + 1), LAYOUT.size + 1)
-    total_P[3] = 5 * ring.levels
+    total_P[3] = 4 * ring.levels + 1
     update.masked = ring.written(ring.pack(total_P))
 
 

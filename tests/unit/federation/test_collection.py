@@ -16,7 +16,7 @@ from isthmus.wire import isthmus_pb2 as pb
 from isthmus.wire.barrier import Barrier
 
 LAYOUT = Layout({"x": (3,)})
-RING = Ring(4, 1.0)
+RING = Ring(2, 1.0)
 FORMAT = SumFormat(LAYOUT, RING)
 
 
@@ -27,7 +27,9 @@ class Collecting:
         self.found: list[Collected] = []
         done = self.found.append
         make = lambda fire: Barrier(600.0, fire)  # noqa: E731
-        self.one = Sums({"a": 2, "b": 2}, FORMAT, make, done) if sums else Open(dict.fromkeys("ab", LAYOUT), make, done)  # type: ignore[arg-type]
+        self.one = (
+            Sums(dict.fromkeys("ab", FORMAT), make, done) if sums else Open(dict.fromkeys("ab", LAYOUT), make, done)
+        )  # type: ignore[arg-type]
 
 
 def update(value: float = 1.0, weight: float = 2.0) -> pb.Update:
@@ -104,7 +106,7 @@ def test_sums_of_edges_add_up_exactly() -> None:
 def test_a_sum_beyond_what_its_silos_can_add_is_refused() -> None:
     collecting = Collecting(sums=True)
     with pytest.raises(FrameError, match="the sum of a is beyond"):
-        collecting.one.handle("a", masked(3 * RING.levels))
+        collecting.one.handle("a", masked(2 * RING.levels + 1))
     with pytest.raises(ProtocolError, match="updates are masked"):
         collecting.one.handle("a", update())
 
