@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 SPEED := boundary draft floods foundation gateway generation latency memory ranks release replay scoring sessions silos together walks weights
 PRIVACY := cuts defences frontier privacy updates
-FEDERATED := afternoon averaging bytes demo federation flower kills numbers outages tables
+FEDERATED := afternoon averaging bytes demo federation flower kills numbers outages scale tables
 BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness
 
 .PHONY: demo test docs check proto recipe bench $(BENCHMARKS:%=bench-%) bench-cuda clean

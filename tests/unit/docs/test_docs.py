@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -59,6 +60,15 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 def test_every_path_exists(path: Path) -> None:
     """In backticks: modules as ``room/file``, with or without a name in them, and files of the repository."""
     assert not [code for code in CODE.findall(text_of(path)) if is_missing(code)]
+
+
+def test_every_target_that_is_named_can_be_made() -> None:
+    rules = subprocess.run(["make", "-npq"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    targets = set(re.findall(r"^([\w-]+):", rules, re.MULTILINE))
+    texts = [*DOCUMENTS, *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "benchmarks" / "results").glob("*.json")]
+    named = {name for path in texts for name in re.findall(r"\bmake (bench-[a-z]+)", path.read_text(encoding="utf-8"))}
+    assert len(named) > 20
+    assert named <= targets, named - targets
 
 
 def test_every_module_is_named() -> None:
