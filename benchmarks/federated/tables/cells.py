@@ -65,10 +65,11 @@ def digest(value: Any) -> str:
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """Of every key but the places of files."""
-    values = recipe.model_dump(mode="json")
+    """Of every key that is not at its default, but the places of files. So what was measured still counts once there
+    are new keys; whoever changes a default removes the cells that it changes."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
     values["model"].pop("path")
     for silo in values["silo"]:
-        silo.pop("train")
-        silo.pop("held_out")
+        silo.pop("train", None)
+        silo.pop("held_out", None)
     return digest(values)

@@ -31,12 +31,12 @@ from isthmus.recipe import Recipe
 from isthmus.tasks.metrics import measure
 
 STEPS, BATCH = 16, 2
-"""Of each silo: steps, and rows a step."""
+"""Of each silo: steps, where the source does not say how many, and rows a step."""
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 LORA: Values = {"rank": 8, "alpha": 16.0, "targets": ["q_proj", "v_proj"]}
 MAX_TOKENS = 512
 FEDERATED: Values = {
-    "train": {"rounds": STEPS, "steps": 1},
+    "train": {"steps": 1},
     "federation": {"secure": {"masks": True}, "lora": "plain"},
 }
 """Keys of the federated arms: under masks a round of one step sends gradients, so that both factors may train. All
@@ -81,7 +81,9 @@ class Learning:
 
     def __init__(self, setting: Setting, task: str, seed: int, folder: Path) -> None:
         self.setting, self.task, self.seed, self._folder = setting, task, seed, folder
-        self.sample: Sample = SOURCES[task].sample(seed)
+        self.source = SOURCES[task]
+        self.sample: Sample = self.source.sample(seed)
+        self.steps = self.source.steps or STEPS
         self._kept: dict[tuple[tuple[str, ...], float], Tensors] = {}
 
     def recipe(self, changes: Values, own: Mapping[str, Values] = {}) -> Recipe:
@@ -91,9 +93,9 @@ class Learning:
         }
         values: Values = {
             "seed": self.seed,
-            "task": SOURCES[self.task].task,
+            "task": self.source.section,
             "lora": LORA,
-            "train": {"batch": BATCH, "max_tokens": MAX_TOKENS},
+            "train": {"rounds": self.steps, "batch": BATCH, "max_tokens": MAX_TOKENS},
         }
         return recipe_of(self.setting.model, silos, merged(values, changes), self.setting.device)
 
@@ -114,7 +116,7 @@ class Learning:
         key = (tuple(silos), rate)
         if key not in self._kept:
             rows = {name: self.uncut.rows(self._file(name, self.sample.train[name])) for name in silos}
-            self._kept[key] = self.uncut.train(self._joined(rows), STEPS, rate)
+            self._kept[key] = self.uncut.train(self._joined(rows), self.steps, rate)
         return self._kept[key]
 
     def federated(self, changes: Values, rate: float, own: Mapping[str, Values] = {}) -> Together:
@@ -218,9 +220,9 @@ class Arms:
         learning = self.learning
         return {
             "model": learning.setting.model.name,
-            "task": SOURCES[learning.task].task,
+            "task": learning.source.section,
             "train": digest(learning.sample.train),
-            "steps": STEPS,
+            "steps": learning.steps,
             "batch": BATCH,
             "lora": LORA,
             "max_tokens": MAX_TOKENS,

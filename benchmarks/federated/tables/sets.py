@@ -11,6 +11,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from benchmarks.common.rows import SHARED, Rows, Values, read
@@ -41,7 +42,7 @@ class Source:
     """A public set as a table uses it."""
 
     task: Values
-    """The recipe's section."""
+    """The recipe's section, but for choices that rows say."""
     train_files: tuple[str, ...]
     unseen_files: tuple[str, ...]
     train: int = 96
@@ -58,6 +59,18 @@ class Source:
     most: int = 600
     """Characters of a prompt with its longest answer."""
     prepared: Callable[[Rows], Rows] = list
+    choices: str = ""
+    """The field whose values in the training files are the choices; empty: the task says them."""
+    steps: int | None = None
+    """Steps of each arm; None: as of the other tasks."""
+
+    @cached_property
+    def section(self) -> Values:
+        """The recipe's section of the task."""
+        if not self.choices:
+            return self.task
+        values = {row[self.choices] for file in self.train_files for row in read(SHARED / file)}
+        return {**self.task, "choices": [f" {value}" for value in sorted(values)]}
 
     def sample(self, seed: int) -> Sample:
         """One draw of training rows; the other rows are the same for each seed."""
@@ -93,7 +106,7 @@ class Source:
         if "name" in self.task:
             return named_task(self.task["name"]).items(row)
         prompt, answer = (self.task[key].format(**row) for key in ("prompt", "answer"))
-        return [Item(prompt, answer, (answer.strip(),), tuple(self.task["choices"]))]
+        return [Item(prompt, answer, (answer.strip(),), tuple(self.section["choices"]))]
 
     def _text(self, row: Values) -> str:
         return self._items(row)[0].prompt
@@ -181,6 +194,15 @@ SOURCES = {
         ("clinc150/test.jsonl",),
         most=300,
         prepared=banking,
+    ),
+    "clinc150_all": Source(
+        {"prompt": "{text}\nIntent:", "answer": " {intent}"},
+        ("clinc150/train.jsonl",),
+        ("clinc150/test.jsonl",),
+        train=900,
+        most=300,
+        choices="intent",
+        steps=150,
     ),
     "copa": few("copa", validation=16),
     "wic": few("wic", validate_unseen=True),

@@ -18,9 +18,9 @@ from benchmarks.federated.simulation import merged
 from benchmarks.federated.tables import cells, cuts, optimizers, parallel, quality, sets
 from benchmarks.federated.tables.cells import Cell
 from benchmarks.federated.tables.sets import SILOS, Source, skewed, whole
-from tests.conftest import save_tiny_model, write_rows
+from tests.conftest import make_recipe, save_tiny_model, write_rows
 
-SMALL: Values = {"train": {"rounds": 2}, "model": {"bottom": 1, "top": 1}}
+SMALL: Values = {"model": {"bottom": 1, "top": 1}}
 TASK = {"prompt": "{text}", "answer": " {label}", "choices": [" w7", " w8"]}
 
 
@@ -66,6 +66,19 @@ def test_seeds_draw_training_rows_alone(source: Source) -> None:
     assert one.validation == other.validation
     assert one.train != other.train
     assert one == source.sample(0)
+
+
+def test_choices_may_be_all_that_the_training_files_have(source: Source) -> None:
+    one = replace(source, task={"prompt": "{text}", "answer": " {label}"}, choices="label")
+    assert one.section == TASK
+    assert one.sample(0) == source.sample(0)
+
+
+def test_a_new_key_leaves_what_was_measured_and_a_changed_one_does_not(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, silos=("a", "b"))
+    moved = make_recipe(tmp_path / "elsewhere", silos=("a", "b"))
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch": recipe.train.batch + 1})})
+    assert cells.recipe_digest(recipe) == cells.recipe_digest(moved) != cells.recipe_digest(other)
 
 
 def test_rows_of_a_group_stay_on_one_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,8 +185,7 @@ def test_a_federation_that_sends_gradients_learns_what_the_pooled_model_does(
     """So both arms read the same rows in the same steps, from the same start."""
     monkeypatch.setitem(sets.SOURCES, "made-up", source)
     monkeypatch.setattr(quality, "STEPS", 4)
-    small: Values = {"train": {"rounds": 4}, "model": {"bottom": 1, "top": 1}}
-    monkeypatch.setattr(quality, "FEDERATED", merged(quality.FEDERATED, small))
+    monkeypatch.setattr(quality, "FEDERATED", merged(quality.FEDERATED, SMALL))
     setting = quality.Setting(save_tiny_model("llama", tmp_path / "model"), "cpu", (0,))
     learning = quality.Learning(setting, "made-up", 0, tmp_path / "rows")
     pooled = learning.learned(SILOS, 1e-3)
@@ -190,7 +202,6 @@ def test_cuts_and_noises_from_rows_to_the_table(
     """Every cut learns what the pooled model does, but for blocks that rest; noise changes what is learned."""
     monkeypatch.setitem(sets.SOURCES, cuts.TASK, source)
     monkeypatch.setattr(quality, "STEPS", 2)
-    monkeypatch.setattr(quality, "FEDERATED", merged(quality.FEDERATED, {"train": {"rounds": 2}}))
     monkeypatch.setattr(cuts, "CUTS", ((1, 1), (2, 1)))
     monkeypatch.setattr(cuts, "MIXED", ((1, 1), (2, 1), (1, 2)))
     monkeypatch.setattr(cuts, "BOTTOMS", (1, 2))
