@@ -1,11 +1,13 @@
 """The crossing: bytes against the published formats, what they cost in quality, and how fast they are made.
 
-``make bench-boundary``. Shapes: T tokens, D width.
+``make bench-boundary``, or ``python -m benchmarks.speed.boundary PART ...`` for some of: ``bytes``, ``token``,
+``speed``, ``bits``, ``quality``. Shapes: T tokens, D width.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.common.results import Results
 from benchmarks.speed import published
@@ -23,7 +26,7 @@ from isthmus.demo.assets import hutto, smollm2
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
-from isthmus.silo.join import greeting, join
+from isthmus.silo.join import greeting, join, load_tokenizer
 from isthmus.silo.trainer import evaluate, train_step
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
@@ -39,12 +42,18 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
+    """All of it, or the parts that are named."""
+    parts: dict[str, Callable[[Results], None]] = {
+        "bytes": measure_training_bytes,
+        "token": measure_token_bytes,
+        "speed": measure_codec_speed,
+        "bits": measure_bits,
+        "quality": measure_quality,
+    }
     results = Results("boundary", "make bench-boundary")
-    measure_training_bytes(results)
-    measure_token_bytes(results)
-    measure_codec_speed(results)
-    measure_quality(results)
-    print(f"written: {results.write()}")
+    for part in sys.argv[1:] or parts:
+        parts[part](results)
+    print(f"written: {results.write(keep=len(sys.argv) > 1)}")
 
 
 def residual_stream(rows: int, width: int) -> torch.Tensor:
@@ -101,6 +110,42 @@ def measure_codec_speed(results: Results, device: torch.device = CPU, where: str
         results.add(f"encode {how}, {where}", size / encoding, "GB/s", at_least=goal)
         results.add(f"decode {how}, {where}", size / decoding, "GB/s", at_least=goal)
     torch.set_num_threads(threads)
+
+
+def measure_bits(results: Results) -> None:
+    """Bits a value, and gigabytes of fp32 a second on one core, of what SmolLM2 lets cross in a training step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for what, x_TD in zip(("hidden states", "gradients"), crossing(), strict=True):
+        size, rounding = x_TD.numel() * 4 / 1e9, torch.Generator() if what == "gradients" else None
+        for name in ("int8", "int4", *codec.RANGE_CODECS):
+            matrix = codec.encode(x_TD, name, rounding)
+            decode = partial(codec.decode, matrix, rows=len(x_TD), width=x_TD.shape[1], codec=name)
+            results.add(f"{what}, {name}", 8 * matrix.ByteSize() / x_TD.numel(), "bits a value")
+            encoding = median_seconds(partial(codec.encode, x_TD, name, rounding))
+            results.add(f"encode {what}, {name}, one core", size / encoding, "GB/s")
+            results.add(f"decode {what}, {name}, one core", size / median_seconds(decode), "GB/s")
+    torch.set_num_threads(threads)
+
+
+def crossing() -> tuple[torch.Tensor, torch.Tensor]:
+    """What goes up and what comes down behind two blocks of SmolLM2 for reviews as free text: hidden states and their
+    gradients, both ``[T, D]``."""
+    recipe = quality_recipe("fp32")
+    model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32)
+    data = SiloData(recipe.silo[0], recipe, load_tokenizer(Path(recipe.model.path)))
+    batch = collate(next(batches(data.train, 8, "0")), data.pad)
+    kept: list[torch.Tensor] = []
+
+    def keep(module: Any, given: Any, output: Any) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+        kept[0].retain_grad()
+
+    model.model.layers[recipe.model.bottom - 1].register_forward_hook(keep)
+    model(**batch.inputs(), use_cache=False).loss.backward()
+    (h_BLD,), real_BL = kept, batch.attention_mask.bool()
+    assert h_BLD.grad is not None
+    return h_BLD.detach()[real_BL], h_BLD.grad[real_BL]
 
 
 def median_seconds(work: Callable[[], Any]) -> float:
