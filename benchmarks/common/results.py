@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 
+SPREAD = re.compile(r", (range|lowest|highest|median) of \d+( seeds)?$")
+"""The end of a measure's name that says from how many runs it is."""
 RESULTS = Path(__file__).parents[1] / "results"
 DEVICE = os.environ.get("ISTHMUS_DEVICE", "cpu")
 """Where models of real size compute, in benchmarks that do not time them."""
@@ -59,16 +62,20 @@ class Results:
         """Write the rows; ``keep`` those of earlier runs that this one did not measure again."""
         path = self._path
         path.parent.mkdir(exist_ok=True)
-        measured = {row.measure for row in self.rows}
-        earlier = self._earlier() if keep else []
-        rows = [row for row in earlier if row["measure"] not in measured] + [asdict(row) for row in self.rows]
+        earlier = self._others() if keep else []
+        rows = earlier + [asdict(row) for row in self.rows]
         path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         return path
 
     def known(self) -> dict[str, float | None]:
         """The values of all measures, of this run or, where it has none, of an earlier one."""
-        earlier = {row["measure"]: row["value"] for row in self._earlier()}
+        earlier = {row["measure"]: row["value"] for row in self._others()}
         return earlier | {row.measure: row.value for row in self.rows}
+
+    def _others(self) -> list[dict[str, Any]]:
+        """Rows of earlier runs of what this one did not measure, not even in another number of runs."""
+        measured = {SPREAD.sub("", row.measure) for row in self.rows}
+        return [row for row in self._earlier() if SPREAD.sub("", row["measure"]) not in measured]
 
     def _earlier(self) -> list[dict[str, Any]]:
         return json.loads(self._path.read_text()) if self._path.exists() else []

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.results import Results, note
+from benchmarks.common.results import SPREAD, Results, note
 from benchmarks.common.rows import Rows, Values
 from benchmarks.federated.corpora import rows_file
 from benchmarks.federated.simulation import federate, merged, recipe_of
@@ -302,7 +302,8 @@ def report_gains(results: Results) -> None:
 
 def main_measure(known: Mapping[str, float | None], task: str, arm: str) -> float | None:
     """The mean of the measure by which rows are compared, which is the first of an arm; None: not measured."""
-    return next((value for name, value in known.items() if name.startswith(f"{task}, {arm}: ")), None)
+    own = (one for one in known.items() if one[0].startswith(f"{task}, {arm}: "))
+    return next((value for name, value in own if not SPREAD.search(name)), None)
 
 
 def paired(one: Mapping[int, Values | None], other: Mapping[int, Values | None]) -> torch.Tensor:

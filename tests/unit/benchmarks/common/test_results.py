@@ -80,3 +80,15 @@ def test_repeated_gives_median_lowest_and_highest() -> None:
         ("memory, lowest of 3", 1.0, None),
         ("memory, highest of 3", None, None),
     ]
+
+
+def test_a_measure_in_another_number_of_runs_replaces_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for values in ([1.0, 2.0], [1.0, 2.0, 6.0], [4.0]):
+        found = Results("name", "make bench-name")
+        note(found, "speed", values, "s")
+        found.write(keep=True)
+    assert found.known() == {"speed": 4.0}
+    assert [row["measure"] for row in json.loads((tmp_path / "name.json").read_text())] == ["speed"]
