@@ -8,7 +8,7 @@ PRIVACY := cuts defences frontier privacy updates
 FEDERATED := afternoon averaging bytes demo federation flower kills numbers outages scale tables
 BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness
 
-.PHONY: demo test docs check proto recipe bench $(BENCHMARKS:%=bench-%) bench-cuda clean
+.PHONY: demo test docs check proto recipe bench $(BENCHMARKS:%=bench-%) bench-cuda bench-peer-fedsea clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -65,6 +65,15 @@ bench-federation bench-flower: build/flower/ready
 build/flower/ready:  ## Flower, in an environment of its own: it needs another protobuf
 	$(PYTHON) -m venv --clear build/flower
 	build/flower/bin/python -m pip install --quiet "flwr[simulation]==1.42.0"
+	touch $@
+
+bench-peer-fedsea: .venv/demo $(if $(FEDSEA),build/fedsea/ready)  ## Beside FedSEA-LLaMA's own code: FEDSEA=its folder
+	@$(BIN)/python -m benchmarks.speed.peer_fedsea $(if $(FEDSEA),--checkout "$(FEDSEA)") $(ARGS)
+
+build/fedsea/ready: .venv/ready  ## What FedSEA-LLaMA's code runs in: an older transformers, PEFT and Flower
+	$(PYTHON) -m venv --clear build/fedsea
+	build/fedsea/bin/python -m pip install --quiet "$(TORCH)" "numpy==1.26.4"
+	build/fedsea/bin/python -m pip install --quiet transformers==4.38.0 peft==0.7.1 flwr==1.7.0 "numpy==1.26.4"
 	touch $@
 
 bench-cuda: .venv/ready  ## On a CUDA device, with a random model of the LLaMA-2-7B shape: nothing to download
