@@ -200,9 +200,9 @@ def test_a_server_where_the_authority_is_makes_its_own_key(federation: Federatio
 
 
 def test_without_an_authority_nothing_is_kept(federation: Federation) -> None:
-    before = threading.active_count()
+    before = {*threading.enumerate()}
     with kept_certificate(federation.certificates, "north", "silo"):
-        assert threading.active_count() == before
+        assert {*threading.enumerate()} <= before  # others' threads may end
 
 
 def test_an_authority_that_is_away_is_waited_for(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
