@@ -89,7 +89,7 @@ class Checkout:
         shape = {"max_step": steps, "batch_size": rows, "max_source_length": length - 20, "max_target_length": 20}
         return self._run("do_train", dtype, shape, counted=counted)
 
-    def answer(self, prompt: list[int], tokens: int, *, keep_tokenizer: bool, counted: bool = False) -> Measured:
+    def answer(self, prompt: list[int], tokens: int, *, keep_tokenizer: bool) -> Measured:
         """An answer to one prompt, sampled at its own temperature of 0.1; shorter if it ends by itself.
 
         Args:
@@ -98,7 +98,7 @@ class Checkout:
         self._store("Record_central_FullTest", [padded([prompt], len(prompt)) | texts()])
         shape = {"max_predict_samples": 1, "max_output_length": tokens}
         options = ["--keep-tokenizer"] if keep_tokenizer else []
-        return self._run("do_predict", "float32", shape, options, counted=counted)
+        return self._run("do_predict", "float32", shape, options)
 
     def _store(self, name: str, batches: object) -> None:
         store = self.folder / "pickle-store"
@@ -106,7 +106,7 @@ class Checkout:
         (store / f"{name}.pickle").write_bytes(pickle.dumps(batches))
 
     def _run(
-        self, what: str, dtype: str, shape: dict[str, int], options: Sequence[str] = (), *, counted: bool
+        self, what: str, dtype: str, shape: dict[str, int], options: Sequence[str] = (), *, counted: bool = False
     ) -> Measured:
         notes = self.folder / "notes.jsonl"
         notes.unlink(missing_ok=True)
@@ -117,30 +117,19 @@ class Checkout:
         address = f"localhost:{free_port()}"
         with self._started(SERVER, ["none"], [*words, "--server_ip", address]) as server:
             wait_listening(server, address)
-            proxy = CountingProxy(address) if counted else None
-            reached = address if proxy is None else proxy.address
-            own = [*words, "--from_pickle", "--server_ip", reached]
-            with self._started(CLIENT, [str(server.pid), *options], own) as client:
-                code = client.wait(LONGEST_SECONDS)
-            if code:
-                raise CheckoutError(f"its client ended with {code}: see {self.folder / 'client.log'}")
-            if proxy is None:
-                return Measured(read(notes), 0, 0)
-            with closing(proxy):
+            with closing(CountingProxy(address)) as proxy:
+                own = [*words, "--from_pickle", "--server_ip", proxy.address if counted else address]
+                with self._started(CLIENT, [str(server.pid), *options], own) as client:
+                    code = client.wait(LONGEST_SECONDS)
+                if code:
+                    raise CheckoutError(f"its client ended with {code}: see {self.folder / 'client.log'}")
                 return Measured(read(notes), proxy.up, proxy.down)
 
     @contextmanager
     def _started(self, program: str, options: list[str], words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
         notes = self.folder / "notes.jsonl"
-        command = [
-            str(self.python),
-            str(INSIDE),
-            str((self.path / program).resolve()),
-            str(notes),
-            *options,
-            "--",
-            *words,
-        ]
+        run = [str(self.python), str(INSIDE), str((self.path / program).resolve()), str(notes)]
+        command = [*run, *options, "--", *words]
         away = {"PYTHONPATH": "", "FLWR_TELEMETRY_ENABLED": "0", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         with (self.folder / ("server.log" if program == SERVER else "client.log")).open("wb") as log:
             process = subprocess.Popen(command, cwd=self.folder, env=os.environ | away, stdout=log, stderr=log)

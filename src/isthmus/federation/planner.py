@@ -229,7 +229,7 @@ class EdgePlanner:
         self._masks, self._compression = recipe.federation.secure.masks, Compression.of(recipe)
         self._journal = store.journal("metrics")
         self._present = 0
-        """Silos that the parent was told of last: a sum of theirs is as wide as these can make it."""
+        """Number of silos in the last ``Ready``: the format of their sum follows from it."""
         self.completed = 0
         self._named: dict[str, str] = {}
 

@@ -56,7 +56,7 @@ class Ring:
             noise = " and their noise" if self.spare else ""
             raise RecipeError(
                 f"the sum of {self.silos:,} silos' {self.bits}-bit numbers{noise} does not fit into {LONGEST} bits",
-                remedy="put edges between the silos and the root, or use fewer bits",
+                remedy="put edges, or more of them, between the silos and the root, or use fewer bits",
             )
 
     @cached_property

@@ -13,7 +13,7 @@ import pytest
 import torch
 from google.protobuf.message import Message
 
-from isthmus.errors import FrameError, IsthmusError, ProtocolError, QuorumError, RoundLostError
+from isthmus.errors import FrameError, IsthmusError, ProtocolError, QuorumError, RecipeError, RoundLostError
 from isthmus.federation.aggregator import aggregator_of
 from isthmus.federation.collection import Collected
 from isthmus.federation.planner import EdgePlanner, RootPlanner
@@ -24,6 +24,7 @@ from isthmus.silo.cohort import Cohort
 from isthmus.silo.update import MaskedUpdates, OpenUpdates, Updates
 from isthmus.storage.journal import read_journal
 from isthmus.storage.record import RoleDirectory
+from isthmus.updates import quantize
 from isthmus.updates.compression import Compression
 from isthmus.updates.flat import Layout
 from isthmus.updates.quantize import Ring
@@ -198,6 +199,19 @@ def test_a_sum_is_as_wide_as_its_own_silos_need_however_many_others_there_are(tm
     rings = {"left": Ring(3, RANGE), "right": Ring(5, RANGE), "region": Ring(8, RANGE)}
     assert sums == {name: ring.words(LAYOUT.size + 1) * ring.width for name, ring in rings.items()}
     assert sums["left"] < sums["right"] <= sums["region"]
+
+
+def test_above_edges_there_is_room_for_more_silos_than_one_sum_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concluded: list[Collected]
+) -> None:
+    monkeypatch.setattr(quantize, "LONGEST", Ring(4, RANGE).digit)
+    tree = Tree(tmp_path / "edges", WARDS)
+    tree.run()
+    assert [collected.weights for collected in concluded] == [{"left": 4.0, "right": 4.0}] * 2
+    one = {"name": "left", "address": "localhost:1", "silos": [*NAMES], "minimum": 3}
+    for edges in ([one], DEEP):
+        with pytest.raises(RecipeError, match="put edges, or more of them, between the silos and the root"):
+            Tree(tmp_path / "refused", edges)
 
 
 @pytest.mark.parametrize("masks", [False, True])
