@@ -26,8 +26,10 @@ from isthmus.engines.local import at_address, local_recipe, serving
 from isthmus.model.adapters import add_adapter
 from isthmus.model.cut import Part
 from isthmus.model.families import family_of
+from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import Recipe
-from isthmus.silo.join import Silo, join
+from isthmus.silo.join import join
+from isthmus.silo.remote import RemoteTrunk
 from isthmus.storage.record import RunDirectory
 from isthmus.wire import isthmus_pb2 as pb
 
@@ -63,9 +65,13 @@ def bench_recipe(folder: Path) -> Recipe:
     )
 
 
-def uncut(folder: Path, recipe: Recipe) -> PreTrainedModel:
-    """The whole model with adapters on every block, trained as the split model's parts are."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def uncut(recipe: Recipe) -> PreTrainedModel:
+    """The recipe's whole model with adapters on every block, trained as the split model's parts are."""
+    return adapted(AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32), recipe)
+
+
+def adapted(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """A whole model, given those adapters."""
     model.requires_grad_(False)
     part = Part("trunk", model, family_of(model.config), 0)
     add_adapter(part, recipe.lora, recipe.seed, freeze_a=False)
@@ -79,47 +85,64 @@ def uncut(folder: Path, recipe: Recipe) -> PreTrainedModel:
 def measure_models(results: Results, run: RunDirectory, address: str) -> None:
     """Training steps and decoding of the split model and the uncut one."""
     silo = join(at_address(run.recipe(), address), "bench")
-    whole = uncut(Path(run.recipe().model.path), run.recipe())
-    measure_step(results, silo, whole)
-    measure_decode(results, silo, whole)
+    whole = uncut(run.recipe())
+    measure_step(results, silo.model, "bench", whole, some_ids(whole, BATCH, LENGTH), at_most=1.10)
+    measure_decode(results, silo.model, whole, some_ids(whole, 1, PROMPT), ANSWER)
     silo.close()
 
 
-def measure_step(results: Results, silo: Silo, whole: PreTrainedModel) -> None:
-    """Optimizer steps of the split and the uncut model in turn; the ratio pair by pair."""
-    ids = torch.randint(100, 40_000, (BATCH, LENGTH))
-    split_adam = torch.optim.AdamW([p for p in silo.model.parameters() if p.requires_grad], lr=5e-4)
+def measure_step(
+    results: Results,
+    split: SplitForCausalLM,
+    silo: str,
+    whole: PreTrainedModel,
+    ids_BL: torch.Tensor,
+    *,
+    at_most: float,
+) -> None:
+    """Optimizer steps of the split model, whose trunk no other silo trains, and the uncut one in turn.
+
+    Args:
+        at_most: how many times as long a step of the split model may take, by the median pair.
+    """
+    assert isinstance(split.trunk, RemoteTrunk)
+    rounds = split.trunk.rounds
+    split_adam = torch.optim.AdamW([p for p in split.parameters() if p.requires_grad], lr=5e-4)
     whole_adam = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=5e-4)
-    silo.rounds.begin(1, ["bench"])
+    rounds.begin(1, [silo])
     number = 0
 
     def split_step() -> None:
         nonlocal number
         number += 1
-        step(silo.model, split_adam, ids)
-        silo.rounds.commit(1, number, float(BATCH * (LENGTH - 1)))
+        step(split, split_adam, ids_BL)
+        rounds.commit(1, number, float(ids_BL[:, 1:].numel()))
 
-    pairs = in_turn(split_step, lambda: step(whole, whole_adam, ids), PAIRS)
-    report_pairs(results, f"training step {BATCH} × {LENGTH}", pairs, "time, split / uncut", at_most=1.10)
+    pairs = in_turn(split_step, lambda: step(whole, whole_adam, ids_BL), PAIRS)
+    report_pairs(results, "training step {} × {}".format(*ids_BL.shape), pairs, "time, split / uncut", at_most=at_most)
 
 
 def step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:
+    """One step of the model's optimizer, done when this returns."""
     optimizer.zero_grad()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     optimizer.step()
+    wait_for(ids.device)
 
 
-def measure_decode(results: Results, silo: Silo, whole: PreTrainedModel) -> None:
+def measure_decode(
+    results: Results, split: PreTrainedModel, whole: PreTrainedModel, ids: torch.Tensor, answer: int
+) -> None:
     """Greedy generation after a long prompt, in turn."""
-    ids = torch.randint(100, 40_000, (1, PROMPT))
 
     def generate(model: PreTrainedModel) -> None:
-        model.generate(ids, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False, pad_token_id=2)
+        model.generate(ids, max_new_tokens=answer, min_new_tokens=answer, do_sample=False, pad_token_id=2)
+        wait_for(ids.device)
 
-    pairs = in_turn(lambda: generate(silo.model), lambda: generate(whole.eval()), 6)
+    pairs = in_turn(lambda: generate(split), lambda: generate(whole.eval()), 6)
     rates = [(uncut_seconds / split_seconds) for split_seconds, uncut_seconds in pairs]
-    results.add("decode: split tokens/s", ANSWER / statistics.median(pair[0] for pair in pairs), "tokens/s")
-    results.add("decode: uncut tokens/s", ANSWER / statistics.median(pair[1] for pair in pairs), "tokens/s")
+    results.add("decode: split tokens/s", answer / statistics.median(pair[0] for pair in pairs), "tokens/s")
+    results.add("decode: uncut tokens/s", answer / statistics.median(pair[1] for pair in pairs), "tokens/s")
     results.add("decode: ratio of tokens/s, split / uncut", statistics.median(rates), "ratio", at_least=0.92)
     results.add("decode: ratio, lowest pair", min(rates), "ratio")
     results.add("decode: ratio, highest pair", max(rates), "ratio")
@@ -173,7 +196,7 @@ def memory_of(kind: str, path: Path, address: str) -> dict[str, int]:
     if kind == "empty":
         return {"peak": memory.peak(), "resident after a step": memory.resident()}
     recipe = at_address(RunDirectory.open(path).recipe(), address)
-    return memory_of_training(join(recipe, "bench").model if kind == "silo" else uncut(Path(recipe.model.path), recipe))
+    return memory_of_training(join(recipe, "bench").model if kind == "silo" else uncut(recipe))
 
 
 def memory_of_training(model: PreTrainedModel) -> dict[str, int]:
@@ -197,6 +220,17 @@ def seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
+
+
+def some_ids(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor:
+    """Tokens of the model's vocabulary, ``[rows, length]``, on its device."""
+    return torch.randint(3, model.config.vocab_size, (rows, length), device=model.device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def report_pairs(results: Results, name: str, pairs: list[tuple[float, float]], what: str, *, at_most: float) -> None:

@@ -141,7 +141,7 @@ def peak_of(kind: str, path: Path, address: str, rows: int, length: int) -> int:
     if kind != "empty":
         recipe = at_address(RunDirectory.open(path).recipe(), address)
         silo = kind == "silo"
-        model = join(recipe, "bench").model if silo else uncut(Path(recipe.model.path), recipe)
+        model = join(recipe, "bench").model if silo else uncut(recipe)
         adam, batch = optimizer_of(model), batch_of(rows, length)
         for _ in range(STEPS):
             train_step(model, adam, batch)

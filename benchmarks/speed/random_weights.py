@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.quantized import stored_weights
@@ -34,6 +34,12 @@ class RandomCheckpoint(Checkpoint):
             whole = AutoModelForCausalLM.from_config(self.config)
         self._shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
         self.weights = stored_weights(self._shapes, None, self.folder)
+
+    def whole(self) -> PreTrainedModel:
+        """The uncut model with weights of its own draw, which cost what these cost."""
+        with self._device:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=self._dtype)
+        return model
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
         self.tensors_read.update(names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +29,8 @@ from isthmus.storage.record import RunDirectory
 CACHE = Path("build/demo")
 PROMPT, ANSWER, REPEATS = 128, 48, 5
 COUNTS = (1, 8, 32)
+GOALS = {8: 3.0}
+"""How often one session's tokens a second so many have together, by the ratio of medians."""
 WIDTH = 576
 
 
@@ -42,7 +44,7 @@ def main() -> None:
         silo = join(at_address(run.recipe(), address), "bench")
         stack.callback(silo.close)
         rates = measure(COUNTS, lambda count: trunk_rate(silo.trunk, count))
-        report(results, "trunk", rates, goal=3.0)
+        report(results, "trunk", rates, GOALS)
         report(results, "whole model, ends on the same cores", measure((1, 8), lambda n: model_rate(silo, n)))
         results.add("prompt of 2048 beside a session: longest wait for a token", longest_wait(silo.trunk), "s")
     print(f"written: {results.write()}")
@@ -54,7 +56,7 @@ def measure(counts: tuple[int, ...], rate: Callable[[int], float], repeats: int 
     return {count: [one[count] for one in rounds] for count in counts}
 
 
-def report(results: Results, what: str, rates: dict[int, list[float]], *, goal: float | None = None) -> None:
+def report(results: Results, what: str, rates: dict[int, list[float]], goals: Mapping[int, float] = {}) -> None:
     """Rates, and ratios to one session: the median of the repeats' ratios, their spread, and the ratio of medians."""
     for count, values in rates.items():
         results.add(f"{what}: {count} sessions", statistics.median(values), "tokens/s")
@@ -63,12 +65,11 @@ def report(results: Results, what: str, rates: dict[int, list[float]], *, goal: 
     for count in (count for count in rates if count > 1):
         ratios = [many / one for many, one in zip(rates[count], rates[1], strict=True)]
         medians = statistics.median(rates[count]) / statistics.median(rates[1])
-        bound = goal if count == 8 else None
         name = f"{what}: {count} sessions against 1"
-        results.add(name, statistics.median(ratios), "ratio", at_least=bound)
+        results.add(name, statistics.median(ratios), "ratio")
         results.add(f"{name}, lowest repeat", min(ratios), "ratio")
         results.add(f"{name}, highest repeat", max(ratios), "ratio")
-        results.add(f"{name}, ratio of medians", medians, "ratio")
+        results.add(f"{name}, ratio of medians", medians, "ratio", at_least=goals.get(count))
 
 
 def trunk_rate(trunk: RemoteTrunk, count: int) -> float:
