@@ -24,7 +24,7 @@ BENCHMARKS := $(SPEED) $(PRIVACY) $(FEDERATED) exactness
 demo: .venv/demo  ## Four silos train one model on this machine; QUICK=1 leaves out the baselines
 	$(BIN)/isthmus demo $(if $(QUICK),--quick)
 
-test: .venv/demo build/flower/ready  ## All tests, file by file on one process more than cores, the longest first
+test: .venv/demo build/flower/ready build/bits/ready  ## All tests, file by file on one process more than cores, the longest first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 5 --dist loadfile --no-loadscope-reorder
 
 docs: .venv/ready  ## The documentation as a site, in build/site
@@ -65,6 +65,13 @@ bench-federation bench-flower: build/flower/ready
 build/flower/ready:  ## Flower, in an environment of its own: it needs another protobuf
 	$(PYTHON) -m venv --clear build/flower
 	build/flower/bin/python -m pip install --quiet "flwr[simulation]==1.42.0"
+	touch $@
+
+bench-weights: build/bits/ready
+bench-weights: export PYTHONPATH := $(CURDIR)/build/bits
+
+build/bits/ready: .venv/ready  ## bitsandbytes, in a folder of its own: whatever imports PEFT would import it, for a second
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/bits --constraint constraints.txt bitsandbytes
 	touch $@
 
 bench-peer-fedsea: .venv/demo $(if $(FEDSEA),build/fedsea/ready)  ## Beside FedSEA-LLaMA's own code: FEDSEA=its folder

@@ -44,6 +44,10 @@ torch.set_num_threads(1)
 settings.register_profile("isthmus", deadline=None)  # a busy machine is no failure
 settings.load_profile("isthmus")
 transformers_logging.disable_progress_bar()
+BITS = Path("build/bits").absolute()
+needs_bits = pytest.mark.skipif(
+    not BITS.exists() and find_spec("bitsandbytes") is None, reason="no bitsandbytes here: make build/bits/ready"
+)
 FIRST = ("integration", "oracle", "conformance", "features")
 """Folders whose files take longest, in the order in which they are begun; small ones then fill the gaps."""
 
@@ -272,6 +276,13 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (place / "smollm2.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return smollm2(place)
+
+
+@pytest.fixture
+def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package that weights of "nf4" take can be imported, where it is."""
+    if BITS.exists():
+        monkeypatch.syspath_prepend(BITS)
 
 
 @pytest.fixture

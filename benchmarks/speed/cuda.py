@@ -2,9 +2,10 @@
 
 ``make bench-cuda``.
 What is measured elsewhere on the CPU, by the same code: bytes and codecs (``boundary``), sessions decoding at once
-(``sessions``), generation against the published mode (``generation``), silos computed together (``together``). The
-trunk is a process of its own on the device. Silos send prepared states, for sessions from processes of their own, since
-many in one would wait for one another; the one that generates has its ends on the device too. ``--device cpu
+(``sessions``), generation against the published mode (``generation``), silos computed together (``together``), steps
+and decoding beside the uncut model (``foundation``). The trunk is a process of its own on the device. Silos send
+prepared states, for sessions from processes of their own, since many in one would wait for one another; one that
+generates or is set beside the uncut model has its ends on the device too. ``--device cpu
 --shape tiny`` runs everything anywhere, and writes nothing.
 """
 
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +28,8 @@ import torch
 
 from benchmarks.common.bare import BareSilo
 from benchmarks.common.results import Results
-from benchmarks.speed import boundary, generation, sessions, together
+from benchmarks.speed import boundary, foundation, generation, sessions, together
+from benchmarks.speed.foundation import wait_for
 from benchmarks.speed.random_weights import RandomCheckpoint
 from isthmus.engines.certificates import make_certificates
 from isthmus.engines.local import at_address
@@ -35,10 +37,12 @@ from isthmus.errors import RecipeError
 from isthmus.model import adapters
 from isthmus.model.cut import Cut, load_part
 from isthmus.model.device import find_device
+from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import LoraSection, Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import build_model, connect, greeting, load_ends
 from isthmus.storage.record import RoleDirectory
+from isthmus.trunk.rounded_linear import BITSANDBYTES, check_machine, round_weights
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.identity import Identity
@@ -47,6 +51,11 @@ from isthmus.wire.server import Server
 START_SECONDS, END_SECONDS = 300.0, 30.0
 ENDS = 2
 """Blocks at each end of the cut."""
+SESSION_GOALS = {8: 6.0, 32: 18.0}
+"""As of ``sessions``, on a card."""
+GENERATION_GOALS = {generation.CACHED: 15.0}
+STEP_GOAL = round(1 / 0.95, 3)
+"""How many times as long as the uncut model's a step of the split model may take."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,8 @@ def measure(results: Results, shape: Shape, device: str) -> None:
     measure_sessions(results, shape, device)
     measure_together(results, shape, device)
     measure_generation(results, shape, device)
+    measure_beside_uncut(results, shape, device)
+    measure_few_bits(results, shape, there)
 
 
 def measure_token_pass(results: Results, shape: Shape, device: torch.device) -> None:
@@ -199,12 +210,6 @@ def read_seconds(nbytes: int, device: torch.device) -> float:
     return min(seconds) * nbytes / values.nbytes
 
 
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has done everything."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measure_sessions(results: Results, shape: Shape, device: str) -> None:
     """Tokens a second of sessions that decode at once at the trunk."""
     with serving(recipe_of(shape, device, "bf16"), shape) as recipe, ExitStack() as stack:
@@ -225,7 +230,7 @@ def measure_sessions(results: Results, shape: Shape, device: str) -> None:
                 client.recv()
             return count * shape.answer / (time.perf_counter() - started)
 
-        sessions.report(results, "trunk", sessions.measure(shape.sessions, rate, shape.repeats), goal=6.0)
+        sessions.report(results, "trunk", sessions.measure(shape.sessions, rate, shape.repeats), SESSION_GOALS)
 
 
 def decode(pipe: Connection, recipe: Recipe, shape: Shape, name: str) -> None:
@@ -264,15 +269,38 @@ def measure_together(results: Results, shape: Shape, device: str) -> None:
 def measure_generation(results: Results, shape: Shape, device: str) -> None:
     """Generation with caches against the published mode without any; all cross in fp16."""
     ids = torch.randint(3, shape.model["vocab_size"], (1, shape.prompt)).to(find_device(device))
-    with serving(recipe_of(shape, device, "fp16"), shape) as recipe:
-        checkpoint = checkpoint_of(shape, device)
-        ends = load_ends(checkpoint, recipe, find_device(device))
-        channel = connect(recipe, "silo-0", "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
-        model = build_model(recipe, checkpoint, ends, channel, Boundary(recipe.boundary))
+    with serving(recipe_of(shape, device, "fp16"), shape) as recipe, split_model(recipe, shape, "silo-0") as model:
         modes = generation.modes_of(model, ids)
         modes.pop(generation.LOOKUP)  # what random weights say is nowhere to be looked up
-        generation.measure_seconds(results, modes, answer=shape.answer, repeats=shape.repeats)
-        channel.close()
+        generation.measure_seconds(results, modes, GENERATION_GOALS, answer=shape.answer, repeats=shape.repeats)
+
+
+def measure_beside_uncut(results: Results, shape: Shape, device: str) -> None:
+    """Training steps and decoding beside the uncut model on the same device, both with their ends and logits there."""
+    with serving(recipe_of(shape, device, "bf16"), shape) as recipe, split_model(recipe, shape, "silo-0") as split:
+        whole = foundation.adapted(checkpoint_of(shape, device).whole(), recipe)
+        ids = foundation.some_ids(whole, len(shape.lengths), max(shape.lengths))
+        foundation.measure_step(results, split, "silo-0", whole, ids, at_most=STEP_GOAL)
+        foundation.measure_decode(results, split, whole, foundation.some_ids(whole, 1, shape.prompt), shape.answer)
+
+
+def measure_few_bits(results: Results, shape: Shape, device: torch.device) -> None:
+    """A trunk in 4 bits: its bytes over those of one in 16, and its pass of one token beside that, neither recorded."""
+    check_machine(BITSANDBYTES, device)
+    kept, times = {}, {}
+    for name in (shape.dtype, BITSANDBYTES):
+        part = load_part(
+            checkpoint_of(shape, device.type), Cut(ENDS, ENDS), "trunk", device=device, dtype=dtype_of(shape)
+        )
+        if name == BITSANDBYTES:
+            round_weights(part, list(part.plain_layers()), BITSANDBYTES, device)
+        kept[name] = sum(one.nbytes for one in (*part.parameters(), *part.buffers()))
+        times[name] = token_pass_seconds(Runner(part, record=False), 1, shape, device)
+        results.add(f"{name} trunk keeps", kept[name] / 1e6, "MB")
+        results.add(f"{name} trunk: one token of 1 session, not recorded", 1000 * statistics.median(times[name]), "ms")
+    results.add(
+        f"{BITSANDBYTES} trunk over {shape.dtype} trunk", kept[BITSANDBYTES] / kept[shape.dtype], "ratio", at_most=0.3
+    )
 
 
 def recipe_of(shape: Shape, device: str, codec: str, trunk: dict[str, Any] | None = None) -> Recipe:
@@ -284,7 +312,9 @@ def recipe_of(shape: Shape, device: str, codec: str, trunk: dict[str, Any] | Non
             "train": {"evaluate": False, "steps": 100_000},
             "boundary": {"codec": codec} | {path: {"noise": 0.0} for path in ("forward", "gradient", "update")},
             "trunk": section,
-            "silo": [{"name": f"silo-{number}", "train": "none.jsonl"} for number in range(shape.silos)],
+            "silo": [
+                {"name": f"silo-{number}", "train": "none.jsonl", "device": device} for number in range(shape.silos)
+            ],
         }
     )
 
@@ -296,6 +326,16 @@ def dtype_of(shape: Shape) -> torch.dtype:
 
 def checkpoint_of(shape: Shape, device: str) -> RandomCheckpoint:
     return RandomCheckpoint(shape.model, dtype_of(shape), find_device(device))
+
+
+@contextmanager
+def split_model(recipe: Recipe, shape: Shape, name: str) -> Iterator[SplitForCausalLM]:
+    """This silo's model with its ends, during the block."""
+    checkpoint = checkpoint_of(shape, recipe.party(name).device)
+    ends = load_ends(checkpoint, recipe, find_device(recipe.party(name).device))
+    channel = connect(recipe, name, "Trunk", recipe.trunk.address, greeting(checkpoint, recipe))
+    with closing(channel):
+        yield build_model(recipe, checkpoint, ends, channel, Boundary(recipe.boundary))
 
 
 def connected(recipe: Recipe, shape: Shape, name: str) -> BareSilo:

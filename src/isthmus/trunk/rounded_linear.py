@@ -1,9 +1,10 @@
-"""Linear layers of the trunk with weights of few bits: a token's pass on a processor takes as long as reading them.
+"""Linear layers of the trunk with weights of few bits: it is smaller, and on a processor a token takes less time, which
+is that of reading them.
 
 Inputs are rounded to bfloat16, products summed in fp32, results rounded to bfloat16. A token's result does not depend
-on the others of a pass. Adapters on top train in fp32.
+on the others of a pass, but for rounding in "nf4". Adapters on top train in fp32.
 
-Shapes: T tokens, N rows of a weight (outputs), K its columns (inputs), G groups of a row.
+Shapes: T tokens, N rows of a weight (outputs), K its columns (inputs), G groups of a row, P bytes with two numbers.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from isthmus.errors import NotSupportedError
 from isthmus.model.cut import Part
+from isthmus.model.device import CPU
 from isthmus.trunk import int4_groups
 
 VALUES = "v_proj"
 """The last part of the names of projections to an attention's values."""
+BITSANDBYTES = "nf4"
+"""The kind of weights that takes the package bitsandbytes."""
 _REMEDY = 'leave trunk.weights out; trunk.dtype = "bfloat16" halves the weights on any machine'
 
 
@@ -113,6 +117,36 @@ class Int4Linear(RoundedLinear):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK, self.packed_NH, size, self.scale_zero_GN2)  # type: ignore[no-any-return]
 
 
+class NF4Linear(RoundedLinear):
+    """Weights of 4 bits of NormalFloat, a scale for each 64 neighbours of a row (32, where 64 does not divide it), and
+    scales of 8 bits: 4.13 bits a weight. QLoRA (arXiv 2305.14314), by bitsandbytes, on the device of the weight."""
+
+    packed_P1: torch.Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight_NK = linear.weight.detach().to(torch.bfloat16)
+        packed_P1, self._scales = _bitsandbytes().functional.quantize_4bit(
+            weight_NK, blocksize=int4_groups.group_size(linear.in_features), compress_statistics=True, quant_type="nf4"
+        )
+        self.register_buffer("packed_P1", packed_P1, persistent=False)
+        self.register_buffer("scales", self._scales.absmax, persistent=False)
+        self.register_buffer("scales_of_scales", self._scales.state2.absmax, persistent=False)
+
+    @staticmethod
+    def fits(outputs: int, inputs: int) -> bool:
+        return int4_groups.group_size(inputs) > 0
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weight_NK: torch.Tensor = _bitsandbytes().functional.dequantize_4bit(self.packed_P1, self._scales)
+        return weight_NK.float()
+
+    def product(self, x_TK: torch.Tensor) -> torch.Tensor:
+        y_TN: torch.Tensor = _bitsandbytes().matmul_4bit(x_TK, self.packed_P1, self._scales)
+        return y_TN
+
+
 def kind_of(weights: str, name: str, outputs: int, inputs: int) -> type[RoundedLinear] | None:
     """The class of layer that replaces a linear layer of this size; None: it stays whole.
 
@@ -123,23 +157,30 @@ def kind_of(weights: str, name: str, outputs: int, inputs: int) -> type[RoundedL
         weights: the kind of weights, as ``trunk.weights`` has it.
         name: the layer's.
     """
+    if weights == BITSANDBYTES:
+        return NF4Linear if NF4Linear.fits(outputs, inputs) else None
     if weights == "int4" and not name.endswith(VALUES) and Int4Linear.fits(outputs, inputs):
         return Int4Linear
     return Int8Linear if Int8Linear.fits(outputs, inputs) else None
 
 
 def check_machine(weights: str, device: torch.device) -> None:
-    """Refuse weights of few bits where torch has no fast kernel for them.
+    """Refuse weights of few bits where no kernel is there for them.
 
     Args:
         weights: the kind, as ``trunk.weights`` has it.
 
     Raises:
-        NotSupportedError: the device is no processor, or the processor lacks the instructions.
+        NotSupportedError: the device is no processor, or the processor lacks the instructions; of "nf4", bitsandbytes
+            is not installed, or does not compute on the device.
     """
+    if weights == BITSANDBYTES:
+        _try_bitsandbytes(device)
+        return
     if device.type != "cpu":
         raise NotSupportedError(
-            f'trunk.weights = "{weights}" is for processors, and trunk.device is {device.type}', remedy=_REMEDY
+            f'trunk.weights = "{weights}" is for processors, and trunk.device is {device.type}',
+            remedy='take trunk.weights = "nf4", which is 4 bits on accelerators; or ' + _REMEDY,
         )
     capability, machine = torch.backends.cpu.get_cpu_capability(), platform.machine()
     if capability not in ("AVX2", "AVX512") and machine not in ("aarch64", "arm64"):
@@ -150,20 +191,55 @@ def check_machine(weights: str, device: torch.device) -> None:
         )
 
 
-def round_weights(part: Part, layers: Iterable[str], weights: str) -> None:
-    """Replace those of these layers of a part that fit, in place; adapters on them stay as they are.
+def round_weights(part: Part, layers: Iterable[str], weights: str, device: torch.device = CPU) -> None:
+    """Replace those of these layers of a part that fit, in place; adapters on them stay as they are. The part comes to
+    the device one layer after another, so that it never is there whole.
 
     Args:
         layers: ``Part.plain_layers`` of the part before it had adapters.
         weights: the kind, as ``trunk.weights`` has it.
     """
     for name in layers:
-        part.replace_layer(name, partial(_rounded, name, weights))
+        part.replace_layer(name, partial(_rounded, name, weights, device))
+    part.to(device)
 
 
-def _rounded(name: str, weights: str, layer: nn.Linear) -> nn.Module:
+def _rounded(name: str, weights: str, device: torch.device, layer: nn.Linear) -> nn.Module:
     kind = kind_of(weights, name, *layer.weight.shape)
-    return layer if kind is None else kind(layer)
+    return layer if kind is None else kind(layer.to(device))
+
+
+def _bitsandbytes() -> Any:
+    """The package, which takes a second to import.
+
+    Raises:
+        NotSupportedError: it is not installed.
+    """
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise NotSupportedError(
+            'trunk.weights = "nf4" takes the package bitsandbytes, which is not installed',
+            remedy="install it with: pip install 'isthmus[bits]'; or " + _REMEDY,
+        ) from error
+    return bitsandbytes
+
+
+def _try_bitsandbytes(device: torch.device) -> None:
+    """Let it round a small layer on the device and multiply.
+
+    Raises:
+        NotSupportedError: it cannot.
+    """
+    _bitsandbytes()
+    try:
+        layer = NF4Linear(nn.Linear(64, 16, device=device).requires_grad_(False))
+        layer(torch.ones(1, 64, device=device)).tolist()
+    except (RuntimeError, NotImplementedError, OSError, AttributeError) as error:
+        raise NotSupportedError(
+            f'trunk.weights = "nf4": bitsandbytes does not compute on {device} here: {error}',
+            remedy="install a bitsandbytes that has this device ('python -m bitsandbytes' tells); or " + _REMEDY,
+        ) from error
 
 
 def _product(x: torch.Tensor, layer: RoundedLinear) -> torch.Tensor:

@@ -19,7 +19,7 @@ from isthmus.model import adapters
 from isthmus.model.agreement import check_agreed, earlier_keys, hello_of
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
-from isthmus.model.device import find_device
+from isthmus.model.device import CPU, find_device
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import check_named
 from isthmus.storage.files import disk_errors, writing
@@ -397,12 +397,14 @@ def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe, ranks: Ranks 
         check_machine(weights, device)
     if ranks is not None:
         ranks.load(cut)
-    part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=device, share=None if ranks is None else ranks.share)
+    share, first = None if ranks is None else ranks.share, device if weights is None else CPU
+    part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=first, share=share)
     layers = list(part.plain_layers())
     adapters.add_trained_layers(part, recipe)
-    if weights is not None:
-        round_weights(part, layers, weights)
     record = None
+    if weights is not None:
+        round_weights(part, layers, weights, device)
+        record = False  # whether kernels of few bits can be recorded was never tried
     if ranks is not None:
         shard_weights(part, layers, ranks)
         ranks.wait_loaded()

@@ -6,6 +6,7 @@ Shapes: T tokens, N outputs, K inputs.
 from __future__ import annotations
 
 import platform
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,21 @@ from isthmus.model.adapters import add_adapter
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
 from isthmus.recipe import LoraSection
-from isthmus.trunk.rounded_linear import Int4Linear, Int8Linear, RoundedLinear, check_machine, kind_of, round_weights
-from tests.conftest import save_tiny_model, targets_of
+from isthmus.trunk.rounded_linear import (
+    Int4Linear,
+    Int8Linear,
+    NF4Linear,
+    RoundedLinear,
+    check_machine,
+    kind_of,
+    round_weights,
+)
+from tests.conftest import needs_bits, save_tiny_model, targets_of
 
-KINDS_OF_LAYERS = pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
-KINDS_OF_WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4"])
+pytestmark = pytest.mark.usefixtures("bitsandbytes")
+NF4 = pytest.param(NF4Linear, marks=needs_bits)
+KINDS_OF_LAYERS = pytest.mark.parametrize("kind", [Int8Linear, Int4Linear, NF4])
+KINDS_OF_WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4", pytest.param("nf4", marks=needs_bits)])
 OUTPUTS = st.integers(1, 12).map(lambda number: 16 * number)
 INPUTS = st.integers(1, 6).map(lambda number: 32 * number)
 CPU = torch.device("cpu")
@@ -66,7 +77,29 @@ def test_weights_of_8_bits_are_off_by_half_a_step_at_most() -> None:
     assert not Int8Linear(linear).weight.any()
 
 
-@pytest.mark.parametrize(("kind", "bits"), [(Int8Linear, 8 + 16 / 128), (Int4Linear, 4.5)])
+@needs_bits
+def test_4_bits_of_normal_float_are_those_of_the_paper() -> None:
+    """Each weight is the nearest of 16 quantiles of the normal distribution, times the greatest of its 64 neighbours,
+    whose own rounding to 8 bits moves it by a hundredth."""
+    quantiles = [-1.0, -0.69619, -0.52507, -0.39492, -0.28444, -0.18477, -0.09105, 0.0]
+    quantiles += [0.07958, 0.16093, 0.24611, 0.33792, 0.44071, 0.56262, 0.72296, 1.0]
+    linear = nn.Linear(192, 48).requires_grad_(False)
+    weight_NGS = linear.weight.view(48, 3, 64)
+    scale_NG1 = weight_NGS.abs().amax(dim=2, keepdim=True)
+    nearest_NGS = (weight_NGS[..., None] / scale_NG1[..., None] - torch.tensor(quantiles)).abs().argmin(dim=-1)
+    rounded_NGS = torch.tensor(quantiles)[nearest_NGS] * scale_NG1
+    off_NGS = (NF4Linear(linear).weight.view(48, 3, 64) - rounded_NGS).abs() / scale_NG1
+    assert (off_NGS > 0.02).float().mean() < 0.02  # bfloat16 puts a few on the other side of a boundary
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [
+        (Int8Linear, 8 + 16 / 128),
+        (Int4Linear, 4.5),
+        pytest.param(NF4Linear, 4 + 8 / 64 + 32 / 128 / 64, marks=needs_bits),
+    ],
+)
 def test_a_layer_keeps_nothing_but_its_bits(kind: type[RoundedLinear], bits: float) -> None:
     layer = layer_of(kind, 128, 64, bias=False)
     x_TK = torch.randn(5, 128, requires_grad=True)
@@ -85,7 +118,7 @@ def test_between_forward_and_backward_no_weights_are_kept(kind: type[RoundedLine
     assert vars(y_TN.grad_fn) == {"layer": layer}
 
 
-@KINDS_OF_LAYERS
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
 @pytest.mark.parametrize("outputs", [48, 64, 192])
 def test_a_tokens_result_does_not_depend_on_the_others(kind: type[RoundedLinear], outputs: int) -> None:
     layer, x_TK = layer_of(kind, 96, outputs), torch.randn(37, 96)
@@ -113,7 +146,8 @@ def test_the_blocks_are_replaced_and_the_adapters_stay(
     kinds = {name: type(one) for name, one in part.named_modules() if isinstance(one, RoundedLinear)}
     assert set(kinds) == linear
     eights = {name for name, one in kinds.items() if one is Int8Linear}
-    assert eights == {name for name in linear if weights == "int8" or "v_proj" in name}
+    assert eights == {name for name in linear if weights == "int8" or (weights == "int4" and "v_proj" in name)}
+    assert weights != "nf4" or set(kinds.values()) == {NF4Linear}
     assert len(linear) == 3 * {"phi3": 4}.get(family, 7)
     assert {name for name, _ in part.named_parameters() if name.endswith(".bias")} == biases
     assert bool(biases) == (family == "qwen2")
@@ -128,6 +162,9 @@ def test_the_blocks_are_replaced_and_the_adapters_stay(
         ("int4", "mlp.up_proj", 172, 64, None),
         ("int8", "mlp.up_proj", 48, 96, Int8Linear),
         ("int8", "mlp.down_proj", 64, 172, None),
+        ("nf4", "self_attn.v_proj", 48, 96, NF4Linear),
+        ("nf4", "mlp.up_proj", 172, 64, NF4Linear),
+        ("nf4", "mlp.down_proj", 64, 172, None),
     ],
 )
 def test_values_and_odd_sizes_have_8_bits_and_what_has_no_kernel_stays_whole(
@@ -136,12 +173,13 @@ def test_values_and_odd_sizes_have_8_bits_and_what_has_no_kernel_stays_whole(
     assert kind_of(weights, name, outputs, inputs) is kind
 
 
-@KINDS_OF_WEIGHTS
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_what_a_machine_lacks_is_refused_by_name(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     check_machine(weights, CPU)
-    with pytest.raises(NotSupportedError, match=f'"{weights}" is for processors, and trunk.device is cuda'):
+    with pytest.raises(NotSupportedError, match=f'"{weights}" is for processors, and trunk.device is cuda') as caught:
         check_machine(weights, torch.device("cuda"))
+    assert 'trunk.weights = "nf4"' in caught.value.remedy
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     with pytest.raises(NotSupportedError, match=f'"{weights}" needs AVX2.*this x86_64 has default') as caught:
@@ -149,3 +187,18 @@ def test_what_a_machine_lacks_is_refused_by_name(weights: str, monkeypatch: pyte
     assert "leave trunk.weights out" in caught.value.remedy
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     check_machine(weights, CPU)
+
+
+@needs_bits
+def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_machine("nf4", CPU)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(NotSupportedError, match="takes the package bitsandbytes") as caught:
+        check_machine("nf4", CPU)
+    assert "pip install 'isthmus[bits]'" in caught.value.remedy
+
+
+@needs_bits
+def test_a_device_that_bitsandbytes_lacks_is_named() -> None:
+    with pytest.raises(NotSupportedError, match="bitsandbytes does not compute on meta here"):
+        check_machine("nf4", torch.device("meta"))

@@ -21,11 +21,12 @@ class TrunkSection(Section):
     """Where the trunk computes: "cpu", "cuda", "cuda:1", or "auto" for a CUDA device if there is one."""
     dtype: Dtype | None = Field(default=None, examples=["bfloat16"])
     """Data type of the trunk's blocks: an accelerator may want 16 bits where silos want 32. Left out: model.dtype."""
-    weights: Literal["int8", "int4"] | None = Field(default=None, examples=["int8"])
-    """On a processor, the linear layers of the trunk's blocks are kept in few bits, and the other numbers in 32: tokens
-    come faster, and the trunk is smaller. Its blocks then are not quite the base model's, in training and in use.
-    "int8": 8 bits, with a scale for each output. "int4": 4 bits, with a scale and a zero for each 64 weights; values
-    have 8. Left out: as trunk.dtype says."""
+    weights: Literal["int8", "int4", "nf4"] | None = Field(default=None, examples=["int8"])
+    """The linear layers of the trunk's blocks are kept in few bits: the trunk is smaller, and on a processor tokens
+    come faster. Its blocks then are not quite the base model's, in training and in use. On a processor, with other
+    numbers in 32 bits: "int8", 8 bits with a scale for each output, or "int4", 4 bits with a scale and a zero for each
+    64 weights; values have 8. On CUDA, too: "nf4", 4 bits as QLoRA has them (isthmus[bits]), beside any trunk.dtype.
+    Left out: as trunk.dtype says."""
     patience: Positive | None = Field(default=None, examples=[60.0])
     """Seconds that the other silos wait for a slow one at a training step, counted from the first that is ready. Left
     out: a fifth of patience."""

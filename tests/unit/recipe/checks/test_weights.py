@@ -7,10 +7,11 @@ import pytest
 from isthmus.recipe import Recipe
 from tests.unit.recipe.refusals import OUT, Changes, assert_mended, changed, least
 
+MENDED: list[Changes] = [{"trunk.dtype": "float32"}, {"trunk.weights": "nf4"}, {"trunk.weights": OUT}]
 ASKED: list[tuple[Changes, list[Changes]]] = [
-    ({"trunk.weights": "int8", "model.dtype": "bfloat16"}, [{"trunk.dtype": "float32"}, {"trunk.weights": OUT}]),
-    ({"trunk.weights": "int8", "trunk.dtype": "float16"}, [{"trunk.dtype": "float32"}, {"trunk.weights": OUT}]),
-    ({"trunk.weights": "int4", "trunk.dtype": "bfloat16"}, [{"trunk.dtype": "float32"}, {"trunk.weights": OUT}]),
+    ({"trunk.weights": "int8", "model.dtype": "bfloat16"}, MENDED),
+    ({"trunk.weights": "int8", "trunk.dtype": "float16"}, MENDED),
+    ({"trunk.weights": "int4", "trunk.dtype": "bfloat16"}, MENDED),
 ]
 
 
@@ -30,3 +31,8 @@ def test_the_other_numbers_have_32_bits(asked: Changes, mended: Changes) -> None
 def test_silos_may_have_16_bits_beside_them(weights: str) -> None:
     asked = {"trunk.weights": weights, "trunk.dtype": "float32", "model.dtype": "bfloat16"}
     assert Recipe.of(changed(least(), asked)).trunk.weights == weights
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_beside_4_bits_for_accelerators_they_may_have_any(dtype: str) -> None:
+    assert Recipe.of(changed(least(), {"trunk.weights": "nf4", "trunk.dtype": dtype})).trunk.dtype == dtype
