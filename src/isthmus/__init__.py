@@ -1,10 +1,8 @@
 """isthmus: several silos fine-tune and use one language model that none of them holds whole."""
 
-import logging
 import os
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read as gRPC is imported; errors here say what its lines say
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it warns of kernels that it does without
 
 from isthmus.errors import IsthmusError
 from isthmus.recipe import Recipe

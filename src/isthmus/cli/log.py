@@ -63,6 +63,7 @@ def prepare_log() -> None:
     text = logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S %z")
     _own_handler(log).setFormatter(text)
     log.setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns, as PEFT imports it, of a spare kernel
 
 
 def log_as(role: str) -> None:

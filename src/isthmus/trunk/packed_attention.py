@@ -4,17 +4,20 @@ All layers but attention treat tokens independently, so sequences of any lengths
 Attention is the family's own, called once for each sequence; on an accelerator one kernel computes all sequences.
 
 Shapes: T new tokens of all sequences, S visible positions of all sequences, N new tokens of one sequence, P positions
-in one sequence's cache, H heads, d width of a head, L blocks.
+in one sequence's cache, H heads, K heads of keys and values, R rows of all heads that share one of those, V positions
+that one sequence's new tokens see, d width of a head, L blocks.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -26,6 +29,9 @@ PACKED_ATTENTION = "isthmus_packed"
 """The name under which packed attention is registered with transformers."""
 INITIAL_ROOM = 64
 """Number of positions for which a new cache allocates room; the room doubles when it is full."""
+FEW = 32
+"""New tokens of a sequence, such as drafted ones, up to which heads that share keys and values are computed together:
+their mask, which is repeated for each, then is smaller than the keys and values, which otherwise are."""
 
 
 class SequenceCache:
@@ -270,7 +276,6 @@ class PackedSequences:
         )
 
 
-@runtime_checkable
 class AttendingRows(Protocol):
     """The rows of a pass that compute their attention themselves (``trunk.token_passes``)."""
 
@@ -313,7 +318,7 @@ def _attend(
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention of all sequences of a pass, ``[1, T, H, d]``; registered as ``PACKED_ATTENTION``."""
-    if isinstance(sequences, AttendingRows):
+    if not isinstance(sequences, PackedSequences):
         return sequences.attend_rows(module, (query_1HTd, key_1HTd, value_1HTd), settings), None
     attention = _attention_of(module, sequences.plan.attention)
     rule = sequences.plan.rules[module.layer_idx]
@@ -339,8 +344,29 @@ def _attend(
                 seen = window - 1 + new
                 key, value, past = key[:, :, -seen:], value[:, :, -seen:], window - 1
         mask = sequences.mask(new, past, rule, module.config, query)
-        pieces.append(attention(module, query, key, value, mask, **settings)[0])
+        few = mask is not None and new <= FEW and query.shape[1] > key.shape[1]
+        if few and attention is sdpa_attention_forward and not settings.get("dropout"):
+            pieces.append(attend_by_groups(query, key, value, mask, settings.get("scaling")))
+        else:
+            pieces.append(attention(module, query, key, value, mask, **settings)[0])
     return torch.cat(pieces, dim=1), None
+
+
+def attend_by_groups(
+    query_1HNd: torch.Tensor,
+    key_1KVd: torch.Tensor,
+    value_1KVd: torch.Tensor,
+    mask_11NV: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of a few tokens, ``[1, N, H, d]``, whose H heads share K heads of keys and values: the heads of a group
+    are rows of one head, so that no keys and values are copied for each."""
+    _, heads, new, width = query_1HNd.shape
+    groups = key_1KVd.shape[1]
+    query_1KRd = query_1HNd.reshape(1, groups, -1, width)
+    mask_11RV = mask_11NV.repeat(1, 1, heads // groups, 1)
+    output_1KRd = scaled_dot_product_attention(query_1KRd, key_1KVd, value_1KVd, mask_11RV, scale=scaling)
+    return output_1KRd.reshape(1, heads, new, -1).transpose(1, 2)
 
 
 def _attention_of(module: Any, name: str) -> Callable[..., Any]:

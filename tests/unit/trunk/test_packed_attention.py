@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from isthmus.trunk.packed_attention import INITIAL_ROOM, PackedSequences, SequenceCache
+from isthmus.trunk.packed_attention import FEW, INITIAL_ROOM, PackedSequences, SequenceCache, attend_by_groups
 from tests.conftest import plan_of
 
 CPU = torch.device("cpu")
@@ -77,3 +79,38 @@ def test_positions_go_on_where_each_cache_ends() -> None:
 def test_no_room_is_no_silent_loss() -> None:
     with pytest.raises(RuntimeError):
         cache().extend(0, states(2), states(2))
+
+
+@given(
+    new=st.integers(1, FEW),
+    past=st.integers(0, 70),
+    groups=st.integers(1, 4),
+    shared=st.integers(1, 5),
+    widths=st.tuples(st.sampled_from([4, 8, 24]), st.sampled_from([4, 8, 24])),
+    window=st.integers(1, 80),
+    additive=st.booleans(),
+    scaling=st.none() | st.floats(0.05, 2.0),
+)
+def test_heads_that_share_keys_attend_as_each_would_alone(
+    new: int,
+    past: int,
+    groups: int,
+    shared: int,
+    widths: tuple[int, int],
+    window: int,
+    additive: bool,
+    scaling: float | None,
+) -> None:
+    """Beside softmax written out, head by head."""
+    wide, narrow = widths
+    query = torch.randn(1, groups * shared, new, wide)
+    key, value = torch.randn(1, groups, past + new, wide), torch.randn(1, groups, past + new, narrow)
+    behind = torch.arange(past, past + new)[:, None] - torch.arange(past + new)
+    seen = (behind >= 0) & (behind < window)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if additive else seen
+    found = attend_by_groups(query, key, value, mask[None, None], scaling)
+    assert found.shape == (1, new, groups * shared, narrow)
+    for head in range(groups * shared):
+        scores = query[0, head] @ key[0, head // shared].T * (wide**-0.5 if scaling is None else scaling)
+        expected = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ value[0, head // shared]
+        torch.testing.assert_close(found[0, :, head], expected, rtol=1e-4, atol=1e-5)
