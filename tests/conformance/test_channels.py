@@ -159,8 +159,8 @@ def carried(service: Service, peer: str, *, limit: int = LIMIT, **options: Any) 
     try:
         channel.greeted.result(HANG)
         yield channel
-        channel.part()
     finally:
+        channel.part()  # else the courier waits for the silo's last word
         over.set()
         thread.join(HANG)
         end.close()
