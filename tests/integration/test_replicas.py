@@ -29,6 +29,8 @@ from tests.oracle.twins import prompts
 
 pytestmark = pytest.mark.process
 NOISE = 0.05
+REACH = 30.0
+"""Seconds that a silo waits for a trunk that is gone, where there is no other."""
 
 
 class Replicas:
@@ -102,8 +104,9 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A finished run."""
     folder = tmp_path_factory.mktemp("federation")
-    train = {"rounds": 1, "steps": 3, "evaluate": False}
-    run_here(write_federation(folder / "made", train=train, boundary={"forward": {"noise": NOISE}}), folder / "run")
+    train, wire = {"rounds": 1, "steps": 3, "evaluate": False}, {"deadline": REACH}
+    boundary = {"forward": {"noise": NOISE}}
+    run_here(write_federation(folder / "made", train=train, boundary=boundary, wire=wire), folder / "run")
     return RunDirectory(folder / "run")
 
 
