@@ -18,8 +18,9 @@ from isthmus.recipe import LoraSection
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.adapter import full_adapter
 from isthmus.trunk.attention_kernels import PackedLayout, Varlen, attend_padded, find_varlen, kernel_for
+from isthmus.trunk.rounded_linear import round_weights
 from isthmus.trunk.runner import Runner
-from tests.conftest import make_recipe, plan_of, save_tiny_model, targets_of
+from tests.conftest import make_recipe, needs_bits, plan_of, save_tiny_model, targets_of
 from tests.oracle.ropes import save_roped_model
 from tests.oracle.twins import distance, random_b
 from tests.unit.trunk.talk import ONE, Trunk, alone, assert_equal, prompt, tokens
@@ -27,19 +28,25 @@ from tests.unit.trunk.talk import ONE, Trunk, alone, assert_equal, prompt, token
 WIDTH = 32
 FAMILIES = ("llama", "mistral", "qwen3", "gemma2")
 LENGTHS = [3, 40, 1, 23]
-META, CUDA = torch.device("meta"), torch.device("cuda")
+META, CPU, CUDA = (torch.device(name) for name in ("meta", "cpu", "cuda"))
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 anywhere = pytest.mark.parametrize("device", [META, pytest.param(CUDA, marks=needs_cuda)], ids=str)
 FP32, BF16, FLASH = 1e-4, 0.1, 0.05
 """How far results may be apart, relative to the largest: kernels sum in other orders."""
 
 
-def runner_on(folder: Path, family: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Runner:
-    part = load_part(Checkpoint(str(folder)), Cut(1, 1), "trunk", dtype=dtype, device=device)
+def runner_on(
+    folder: Path, family: str, device: torch.device, dtype: torch.dtype = torch.float32, weights: str | None = None
+) -> Runner:
+    first = device if weights is None else CPU
+    part = load_part(Checkpoint(str(folder)), Cut(1, 1), "trunk", dtype=dtype, device=first)
+    layers = list(part.plain_layers())
     adapters.add_adapter(part, LoraSection(rank=4, targets=tuple(targets_of(family))), 0, freeze_a=False)
     if device.type != "meta":
         adapters.load_adapter(part, random_b(adapters.adapter_of(part)))
-    return Runner(part)
+    if weights is not None:
+        round_weights(part, layers, weights, device)
+    return Runner(part, record=False if weights else None)
 
 
 def hidden(tokens: int, device: torch.device, seed: int = 0) -> torch.Tensor:
@@ -105,6 +112,25 @@ def test_the_device_computes_what_the_processor_does(
     for compute in (trained, decoded):
         for one, other in zip(compute(there), compute(here), strict=True):
             assert distance(one.float().cpu(), other.float()) <= tolerance
+
+
+@needs_bits
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("device", [CPU, pytest.param(CUDA, marks=needs_cuda)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_4_bits_on_the_device_are_those_of_the_processor(
+    family: str, dtype: torch.dtype, device: torch.device, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(family, tmp_path, intermediate_size=64)
+    there = runner_on(folder, family, device, dtype, "nf4")
+    here = runner_on(folder, family, CPU, weights="nf4")
+    kept = [*there.part.parameters(), *there.part.buffers()]
+    assert {one.device.type for one in kept} == {device.type}
+    assert sum(one.dtype is torch.uint8 for one in there.part.buffers()) > 0
+    for compute in (trained, decoded):
+        for one, other in zip(compute(there), compute(here), strict=True):
+            assert distance(one.float().cpu(), other) <= BF16
 
 
 @needs_cuda
