@@ -33,9 +33,8 @@ def rounded(twins: Twins, weights: str) -> PeftModel:
         found = [int(piece) for piece in name.split(".") if piece.isdigit()]
         if type(layer) is nn.Linear and "lora_" not in name and found and found[0] in blocks:
             kind = kind_of(weights, name.removesuffix(".base_layer"), *layer.weight.shape)
-            assert kind is not None or (weights == "nf4" and layer.in_features % 32)
-            if kind is not None:
-                layer.weight.data = kind(layer).weight
+            assert kind is not None
+            layer.weight.data = kind(layer).weight
     return twins.whole
 
 

@@ -89,7 +89,13 @@ class Int8Linear(RoundedLinear):
         return self.weight_NK.float().mul_(self.scale_N.float()[:, None])
 
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return torch._weight_int8pack_mm(x_TK, self.weight_NK, self.scale_N)
+        if x_TK.device.type == "cpu":
+            return torch._weight_int8pack_mm(x_TK, self.weight_NK, self.scale_N)
+        return self.plain_product(x_TK)
+
+    def plain_product(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """The product where torch has no kernel for it: weights come into bfloat16 for each."""
+        return nn.functional.linear(x_TK, self.weight_NK.to(torch.bfloat16)) * self.scale_N
 
 
 class Int4Linear(RoundedLinear):
@@ -150,17 +156,17 @@ class NF4Linear(RoundedLinear):
 def kind_of(weights: str, name: str, outputs: int, inputs: int) -> type[RoundedLinear] | None:
     """The class of layer that replaces a linear layer of this size; None: it stays whole.
 
-    With "int4" the projections to values have 8 bits: rounding harms them most, and they are small where several heads
-    of queries share one of values. So have layers whose rows are no multiples of a group.
+    With 4 bits the projections to values have 8: rounding harms them most, and they are small where several heads of
+    queries share one of values. So have layers whose rows are no multiples of a group.
 
     Args:
         weights: the kind of weights, as ``trunk.weights`` has it.
         name: the layer's.
     """
-    if weights == BITSANDBYTES:
-        return NF4Linear if NF4Linear.fits(outputs, inputs) else None
-    if weights == "int4" and not name.endswith(VALUES) and Int4Linear.fits(outputs, inputs):
-        return Int4Linear
+    kinds: dict[str, type[RoundedLinear]] = {"int4": Int4Linear, BITSANDBYTES: NF4Linear}
+    four = kinds.get(weights)
+    if four is not None and not name.endswith(VALUES) and four.fits(outputs, inputs):
+        return four
     return Int8Linear if Int8Linear.fits(outputs, inputs) else None
 
 

@@ -77,6 +77,13 @@ def test_weights_of_8_bits_are_off_by_half_a_step_at_most() -> None:
     assert not Int8Linear(linear).weight.any()
 
 
+@given(tokens=st.integers(1, 40), n=OUTPUTS, k=INPUTS, seed=st.integers(0, 9))
+def test_8_bits_are_the_same_without_a_kernel(tokens: int, n: int, k: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer, x_TK = Int8Linear(nn.Linear(k, n).requires_grad_(False)), torch.randn(tokens, k).to(torch.bfloat16)
+    torch.testing.assert_close(layer.plain_product(x_TK), layer.product(x_TK), rtol=2**-6, atol=2**-8)
+
+
 @needs_bits
 def test_4_bits_of_normal_float_are_those_of_the_paper() -> None:
     """Each weight is the nearest of 16 quantiles of the normal distribution, times the greatest of its 64 neighbours,
@@ -146,8 +153,9 @@ def test_the_blocks_are_replaced_and_the_adapters_stay(
     kinds = {name: type(one) for name, one in part.named_modules() if isinstance(one, RoundedLinear)}
     assert set(kinds) == linear
     eights = {name for name, one in kinds.items() if one is Int8Linear}
-    assert eights == {name for name in linear if weights == "int8" or (weights == "int4" and "v_proj" in name)}
-    assert weights != "nf4" or set(kinds.values()) == {NF4Linear}
+    assert eights == {name for name in linear if weights == "int8" or "v_proj" in name}
+    fours = {kind for kind in kinds.values() if kind is not Int8Linear}
+    assert fours == {"int8": set(), "int4": {Int4Linear}, "nf4": {NF4Linear}}[weights]
     assert len(linear) == 3 * {"phi3": 4}.get(family, 7)
     assert {name for name, _ in part.named_parameters() if name.endswith(".bias")} == biases
     assert bool(biases) == (family == "qwen2")
@@ -162,8 +170,9 @@ def test_the_blocks_are_replaced_and_the_adapters_stay(
         ("int4", "mlp.up_proj", 172, 64, None),
         ("int8", "mlp.up_proj", 48, 96, Int8Linear),
         ("int8", "mlp.down_proj", 64, 172, None),
-        ("nf4", "self_attn.v_proj", 48, 96, NF4Linear),
         ("nf4", "mlp.up_proj", 172, 64, NF4Linear),
+        ("nf4", "self_attn.v_proj", 48, 96, Int8Linear),
+        ("nf4", "mlp.down_proj", 32, 48, Int8Linear),
         ("nf4", "mlp.down_proj", 64, 172, None),
     ],
 )

@@ -25,8 +25,8 @@ class TrunkSection(Section):
     """The linear layers of the trunk's blocks are kept in few bits: the trunk is smaller, and on a processor tokens
     come faster. Its blocks then are not quite the base model's, in training and in use. On a processor, with other
     numbers in 32 bits: "int8", 8 bits with a scale for each output, or "int4", 4 bits with a scale and a zero for each
-    64 weights; values have 8. On CUDA, too: "nf4", 4 bits as QLoRA has them (isthmus[bits]), beside any trunk.dtype.
-    Left out: as trunk.dtype says."""
+    64 weights. On CUDA, too: "nf4", 4 bits as QLoRA has them (isthmus[bits]), beside any trunk.dtype. With 4 bits
+    values have 8. Left out: as trunk.dtype says."""
     patience: Positive | None = Field(default=None, examples=[60.0])
     """Seconds that the other silos wait for a slow one at a training step, counted from the first that is ready. Left
     out: a fifth of patience."""
