@@ -29,7 +29,7 @@ PACKED_ATTENTION = "isthmus_packed"
 """The name under which packed attention is registered with transformers."""
 INITIAL_ROOM = 64
 """Number of positions for which a new cache allocates room; the room doubles when it is full."""
-FEW = 32
+FEW_NEW = 32
 """New tokens of a sequence, such as drafted ones, up to which heads that share keys and values are computed together:
 their mask, which is repeated for each, then is smaller than the keys and values, which otherwise are."""
 
@@ -344,7 +344,7 @@ def _attend(
                 seen = window - 1 + new
                 key, value, past = key[:, :, -seen:], value[:, :, -seen:], window - 1
         mask = sequences.mask(new, past, rule, module.config, query)
-        few = mask is not None and new <= FEW and query.shape[1] > key.shape[1]
+        few = mask is not None and new <= FEW_NEW and query.shape[1] > key.shape[1]
         if few and attention is sdpa_attention_forward and not settings.get("dropout"):
             pieces.append(attend_by_groups(query, key, value, mask, settings.get("scaling")))
         else:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.trunk.packed_attention import FEW, INITIAL_ROOM, PackedSequences, SequenceCache, attend_by_groups
+from isthmus.trunk.packed_attention import FEW_NEW, INITIAL_ROOM, PackedSequences, SequenceCache, attend_by_groups
 from tests.conftest import plan_of
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_no_room_is_no_silent_loss() -> None:
 
 
 @given(
-    new=st.integers(1, FEW),
+    new=st.integers(1, FEW_NEW),
     past=st.integers(0, 70),
     groups=st.integers(1, 4),
     shared=st.integers(1, 5),

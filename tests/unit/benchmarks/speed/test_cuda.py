@@ -22,6 +22,7 @@ from benchmarks.common.results import RESULTS, Results
 from benchmarks.speed import boundary, cuda, sessions
 from benchmarks.speed.random_weights import RandomCheckpoint
 from isthmus.model.cut import Cut, load_part
+from tests.conftest import needs_bits
 
 TINY = cuda.SHAPES["tiny"]
 CPU = torch.device("cpu")
@@ -43,6 +44,8 @@ def in_a_thread(work: Callable[..., None], *arguments: Any) -> Iterator[Connecti
     assert not thread.is_alive()
 
 
+@needs_bits
+@pytest.mark.usefixtures("bitsandbytes")
 def test_every_measure_runs_with_a_tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "beside", in_a_thread)
     for name, value in {"WIDTH": 256, "LENGTHS": [40, 30], "PADDED": 64}.items():
@@ -60,6 +63,9 @@ def test_every_measure_runs_with_a_tiny_shape(monkeypatch: pytest.MonkeyPatch) -
         "2 silos of 8 + 5 tokens, shared: speed against sequential",
         "2 silos of 8 + 5 tokens, replica: speed against sequential",
         "tokens/s after the prompt, caches / published, median of 1",
+        "training step 2 × 8: time, split / uncut",
+        "decode: ratio of tokens/s, split / uncut",
+        "nf4 trunk over float32 trunk",
     ):
         assert expected in measures
     assert written() == before

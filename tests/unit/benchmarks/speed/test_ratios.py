@@ -31,7 +31,7 @@ def test_ratio_of_steps_is_taken_pair_by_pair() -> None:
 
 def test_sessions_state_their_spread_and_the_ratio_of_medians() -> None:
     found = Results("name", "make bench-name")
-    sessions.report(found, "trunk", {1: [10.0, 20.0, 40.0], 8: [50.0, 60.0, 80.0]}, goal=3.0)
+    sessions.report(found, "trunk", {1: [10.0, 20.0, 40.0], 8: [50.0, 60.0, 80.0]}, {8: 3.0})
     assert values(found) == {
         "trunk: 1 sessions": 20.0,
         "trunk: 1 sessions, lowest repeat": 10.0,
@@ -44,7 +44,8 @@ def test_sessions_state_their_spread_and_the_ratio_of_medians() -> None:
         "trunk: 8 sessions against 1, highest repeat": 5.0,
         "trunk: 8 sessions against 1, ratio of medians": 3.0,
     }
-    assert [row.met for row in found.rows if row.goal] == [True]
+    judged = [(row.measure, row.met) for row in found.rows if row.goal]
+    assert judged == [("trunk: 8 sessions against 1, ratio of medians", True)]
 
 
 def test_the_first_repeat_is_left_out() -> None:
