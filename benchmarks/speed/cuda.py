@@ -134,11 +134,12 @@ def main() -> None:
     except RecipeError as error:
         sys.exit(f"nothing was measured: {error.message}")
     results = Results("cuda", "make bench-cuda", device)
-    measure(results, SHAPES[arguments.shape], arguments.device)
-    if device.type == "cuda" and arguments.shape == parser.get_default("shape"):
-        print(f"written: {results.write()}")
-    else:
-        print("not written: not the shape or the device that results are kept of")
+    kept, done = device.type == "cuda" and arguments.shape == parser.get_default("shape"), False
+    try:
+        measure(results, SHAPES[arguments.shape], arguments.device)
+        done = True
+    finally:  # what was measured before a failure is kept beside earlier rows
+        print(f"written: {results.write(keep=not done)}" if kept else "not written: not what results are kept of")
 
 
 def measure(results: Results, shape: Shape, device: str) -> None:
