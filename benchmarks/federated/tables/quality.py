@@ -24,14 +24,14 @@ from benchmarks.common.rows import Rows, Values
 from benchmarks.federated.corpora import rows_file
 from benchmarks.federated.simulation import federate, merged, recipe_of
 from benchmarks.federated.tables.cells import Cell, digest, recipe_digest
-from benchmarks.federated.tables.sets import SILOS, SOURCES, Sample
+from benchmarks.federated.tables.sets import LONG, SILOS, SOURCES, TASKS, Sample
 from benchmarks.federated.tables.uncut import Question, Tensors, UncutModel
 from isthmus.data.tokens import Tokens, batches
 from isthmus.recipe import Recipe
 from isthmus.tasks.metrics import measure
 
-STEPS, BATCH = 16, 2
-"""Of each silo: steps, where the source does not say how many, and rows a step."""
+BATCH = 2
+"""Rows a step, of each silo."""
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 LORA: Values = {"rank": 8, "alpha": 16.0, "targets": ["q_proj", "v_proj"]}
 MAX_TOKENS = 512
@@ -47,6 +47,8 @@ FEDERATIONS: dict[str, Values] = {"federated": {}, "noised": PUBLISHED}
 RATE_OF = {"pooled": "pooled", "alone": "alone", "federated": "pooled", "noised": "pooled"}
 """By which arm's trials an arm's learning rate is chosen."""
 ARMS = ("zero-shot", "pooled", "alone", "federated", "noised")
+NATS = "nats"
+"""The key of what the right answers cost: of choices one of them, of what is written a token."""
 NORMAL = 1.96
 """Standard errors to each side of a 95 % interval."""
 MOST_BELOW = 1.0
@@ -83,7 +85,7 @@ class Learning:
         self.setting, self.task, self.seed, self._folder = setting, task, seed, folder
         self.source = SOURCES[task]
         self.sample: Sample = self.source.sample(seed)
-        self.steps = self.source.steps or STEPS
+        self.steps = self.source.steps
         self._kept: dict[tuple[tuple[str, ...], float], Tensors] = {}
 
     def recipe(self, changes: Values, own: Mapping[str, Values] = {}) -> Recipe:
@@ -133,7 +135,8 @@ class Learning:
         pairs = [(one.item, said) for one, said in zip(self.reported, given, strict=True)]
         names = self.uncut.task.metrics if self.uncut.task else ("accuracy", "macro_f1")
         scores = {name: score.value for name, score in measure(names, pairs).items()}
-        return {"rows": [measure([row_measure(names)], [pair])[row_measure(names)].value for pair in pairs], **scores}
+        rows = [measure([row_measure(names)], [pair])[row_measure(names)].value for pair in pairs]
+        return {"rows": rows, **scores, NATS: self.uncut.surprise(self.reported)}
 
     def costs(self, tensors: Tensors) -> float:
         """Of the validation rows, in nats."""
@@ -270,8 +273,10 @@ def report_arm(results: Results, task: str, arm: str, cells: Sequence[Values]) -
     own = row_measure(tuple(key for key in cells[0] if key != "rows"))
     note(results, f"{task}, {arm}: {own}", [100 * statistics.fmean(one["rows"]) for one in cells], "%")
     for key in cells[0]:
-        if key not in ("rows", own):
+        if key not in ("rows", own, NATS):
             note(results, f"{task}, {arm}: {key}", [100 * one[key] for one in cells], "%")
+    if all(NATS in one for one in cells):
+        note(results, f"{task}, {arm}: {NATS}", [one[NATS] for one in cells], NATS)
 
 
 def report_gap(results: Results, name: str, apart_SR: torch.Tensor, *, judged: bool = True) -> None:
@@ -287,23 +292,48 @@ def report_gap(results: Results, name: str, apart_SR: torch.Tensor, *, judged: b
 
 
 def report_gains(results: Results) -> None:
-    """What joining gains over training alone, over the K tasks of which both are known."""
+    """What joining gains over training alone, over the tasks of which both are known: in points and in nats, with the
+    tasks' steps and with three times as many.
+    """
     known = results.known()
-    both = [[main_measure(known, task, arm) for arm in ("federated", "alone")] for task in SOURCES]
-    gains = [ours - theirs for ours, theirs in both if ours is not None and theirs is not None]
-    if len(gains) < 2:
+    for tasks, more in ((TASKS, ""), (LONG, ", long")):
+        name = f"mean over tasks{more}, federated above alone"
+        report_gain(results, name, "points", [gain(known, task, main_measure) for task in tasks])
+        name = f"mean over tasks{more}, federated costs less than alone"
+        report_gain(results, name, NATS, [gain(known, task, nats_saved) for task in tasks])
+
+
+def report_gain(results: Results, name: str, unit: str, gains: Sequence[float | None]) -> None:
+    """The mean of what is known of K tasks, and its interval, which is to be above 0."""
+    measured = [one for one in gains if one is not None]
+    if len(measured) < 2:
         return
-    low, high, _ = interval(torch.tensor(gains)[None])
-    name = "mean over tasks, federated above alone"
-    results.add(name, statistics.fmean(gains), f"points, {len(gains)} tasks")
-    results.add(f"{name}, lower end of the 95 % interval", low, "points", at_least=0.0)
-    results.add(f"{name}, upper end of the 95 % interval", high, "points")
+    low, high, _ = interval(torch.tensor(measured)[None])
+    results.add(name, statistics.fmean(measured), f"{unit}, {len(measured)} tasks")
+    results.add(f"{name}, lower end of the 95 % interval", low, unit, at_least=0.0)
+    results.add(f"{name}, upper end of the 95 % interval", high, unit)
 
 
-def main_measure(known: Mapping[str, float | None], task: str, arm: str) -> float | None:
+Known = Mapping[str, float | None]
+
+
+def gain(known: Known, task: str, measured: Callable[[Known, str, str], float | None]) -> float | None:
+    """By how much the federation is above silos alone; None: not measured."""
+    ours, theirs = (measured(known, task, arm) for arm in ("federated", "alone"))
+    return None if ours is None or theirs is None else ours - theirs
+
+
+def main_measure(known: Known, task: str, arm: str) -> float | None:
     """The mean of the measure by which rows are compared, which is the first of an arm; None: not measured."""
-    own = (one for one in known.items() if one[0].startswith(f"{task}, {arm}: "))
+    start = f"{task}, {arm}: "
+    own = (one for one in known.items() if one[0].startswith(start) and one[0] != f"{start}{NATS}")
     return next((value for name, value in own if not SPREAD.search(name)), None)
+
+
+def nats_saved(known: Known, task: str, arm: str) -> float | None:
+    """What right answers cost, so that more is better; None: not measured."""
+    cost = known.get(f"{task}, {arm}: {NATS}")
+    return None if cost is None else -cost
 
 
 def paired(one: Mapping[int, Values | None], other: Mapping[int, Values | None]) -> torch.Tensor:

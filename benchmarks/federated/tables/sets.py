@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,8 @@ from isthmus.tasks.catalogue import named_task
 from isthmus.tasks.task import Item
 
 SILOS = ("first", "second", "third")
+STEPS, LONGER = 16, 3
+"""Steps of each arm unless a source says others, and how many times as many its long form has."""
 TWO_CLASSES = ((0.6, 0.1, 0.3), (0.1, 0.6, 0.3))
 MOSTLY, OTHERS = 0.7, 0.15
 """Share of a class's rows that its own silo has, and each other one."""
@@ -61,8 +63,8 @@ class Source:
     prepared: Callable[[Rows], Rows] = list
     choices: str = ""
     """The field whose values in the training files are the choices; empty: the task says them."""
-    steps: int | None = None
-    """Steps of each arm; None: as of the other tasks."""
+    steps: int = STEPS
+    """Of each arm."""
 
     @cached_property
     def section(self) -> Values:
@@ -179,7 +181,7 @@ def few(name: str, **more: Any) -> Source:
     )
 
 
-SOURCES = {
+TASKS = {
     "hutto": Source(
         {"name": "sentiment"},
         ("hutto_sentiment/all.jsonl",),
@@ -265,3 +267,8 @@ SOURCES = {
         natural="document",
     ),
 }
+LONG = {
+    f"{name}_long": replace(source, steps=LONGER * STEPS) for name, source in TASKS.items() if source.steps == STEPS
+}
+"""The same rows, read three times."""
+SOURCES = {**TASKS, **LONG}

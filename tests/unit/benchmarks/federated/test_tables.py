@@ -150,12 +150,30 @@ def test_the_interval_is_that_of_the_mean() -> None:
     assert quality.interval(torch.zeros(1, 9)) == (0.0, 0.0, 0.0)
 
 
+def test_what_joining_gains_is_the_mean_of_tasks_in_points_and_in_nats() -> None:
+    """Cells of before nats were measured count in points alone; long forms are a mean of their own."""
+    table = Results("nowhere", "a test")
+    for task, ours, theirs in (("copa", 60.0, 50.0), ("cb", 70.0, 66.0), ("wic_long", 2.0, 1.0)):
+        table.add(f"{task}, federated: accuracy", ours, "%")
+        table.add(f"{task}, alone: accuracy", theirs, "%")
+    for task in ("copa_long", "cb_long"):
+        table.add(f"{task}, federated: nats", 1.5, "nats")
+        table.add(f"{task}, alone: nats", 1.75, "nats")
+    quality.report_gains(table)
+    said = {row.measure: row for row in table.rows if row.measure.startswith("mean")}
+    assert said["mean over tasks, federated above alone"].value == 7
+    assert said["mean over tasks, long, federated costs less than alone"].value == 0.25
+    assert {row.measure for row in said.values() if row.goal} == {
+        "mean over tasks, federated above alone, lower end of the 95 % interval",
+        "mean over tasks, long, federated costs less than alone, lower end of the 95 % interval",
+    }
+
+
 def test_a_task_from_rows_to_the_table(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All arms learn and answer; what is measured is not measured again; what is not is said to be missing."""
-    monkeypatch.setitem(sets.SOURCES, "made-up", source)
-    monkeypatch.setattr(quality, "STEPS", 2)
+    monkeypatch.setitem(sets.SOURCES, "made-up", replace(source, steps=2))
     monkeypatch.setattr(quality, "FEDERATED", merged(quality.FEDERATED, SMALL))
     setting = quality.Setting(save_tiny_model("llama", tmp_path / "model"), "cpu", (0, 1))
     quality.run(setting, ["made-up"], ["zero-shot", "pooled"])
@@ -177,14 +195,14 @@ def test_a_task_from_rows_to_the_table(
     assert all(f"made-up, {arm}: accuracy" in said for arm in quality.ARMS)
     assert said["made-up, federated above pooled"] is not None
     assert "made-up, noised above pooled, upper end of the 95 % interval" in said
+    assert all(said[f"made-up, {arm}: nats"] > 0 for arm in quality.ARMS)
 
 
 def test_a_federation_that_sends_gradients_learns_what_the_pooled_model_does(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So both arms read the same rows in the same steps, from the same start."""
-    monkeypatch.setitem(sets.SOURCES, "made-up", source)
-    monkeypatch.setattr(quality, "STEPS", 4)
+    monkeypatch.setitem(sets.SOURCES, "made-up", replace(source, steps=4))
     monkeypatch.setattr(quality, "FEDERATED", merged(quality.FEDERATED, SMALL))
     setting = quality.Setting(save_tiny_model("llama", tmp_path / "model"), "cpu", (0,))
     learning = quality.Learning(setting, "made-up", 0, tmp_path / "rows")
@@ -200,8 +218,7 @@ def test_cuts_and_noises_from_rows_to_the_table(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every cut learns what the pooled model does, but for blocks that rest; noise changes what is learned."""
-    monkeypatch.setitem(sets.SOURCES, cuts.TASK, source)
-    monkeypatch.setattr(quality, "STEPS", 2)
+    monkeypatch.setitem(sets.SOURCES, cuts.TASK, replace(source, steps=2))
     monkeypatch.setattr(cuts, "CUTS", ((1, 1), (2, 1)))
     monkeypatch.setattr(cuts, "MIXED", ((1, 1), (2, 1), (1, 2)))
     monkeypatch.setattr(cuts, "BOTTOMS", (1, 2))
