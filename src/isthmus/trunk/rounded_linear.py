@@ -1,8 +1,9 @@
 """Linear layers of the trunk with weights of few bits: it is smaller, and on a processor a token takes less time, which
 is that of reading them.
 
-Inputs are rounded to bfloat16, products summed in fp32, results rounded to bfloat16. A token's result does not depend
-on the others of a pass, but for rounding in "nf4". Adapters on top train in fp32.
+Inputs are rounded to bfloat16, products summed in fp32, results rounded to bfloat16. Of a few tokens the kernels of few
+bits compute each as if it came alone. Of more tokens, and in the backward, a layer's weights come into a wide type for
+the product, and a token's result depends on the others by rounding. Adapters on top train in fp32.
 
 Shapes: T tokens, N rows of a weight (outputs), K its columns (inputs), G groups of a row, P bytes with two numbers.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import platform
 from abc import abstractmethod
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from isthmus.trunk import int4_groups
 
 VALUES = "v_proj"
 """The last part of the names of projections to an attention's values."""
+FEW = 16
+"""Most tokens that the kernels of few bits take: their time grows with the tokens, from about as many on beyond that of
+a product with wide weights."""
 BITSANDBYTES = "nf4"
 """The kind of weights that takes the package bitsandbytes."""
 _REMEDY = 'leave trunk.weights out; trunk.dtype = "bfloat16" halves the weights on any machine'
@@ -53,8 +57,17 @@ class RoundedLinear(nn.Module):
         """The weights that it computes with, ``[N, K]``, fp32: a copy."""
 
     @abstractmethod
+    def takes(self, x_TK: torch.Tensor) -> bool:
+        """Whether its kernel computes the product of these inputs."""
+
+    @abstractmethod
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """Inputs times weights, ``[T, N]``, both in bfloat16; without gradient."""
+        """Inputs times weights by its kernel, ``[T, N]``, both in bfloat16; without gradient."""
+
+    def wide(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weights for one product, ``[N, K]``, and what each output is scaled by behind it, ``[N]``; None: by
+        nothing."""
+        return self.weight.to(dtype), None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's result, ``[…, N]``, in the type of ``x``, ``[…, K]``."""
@@ -88,14 +101,14 @@ class Int8Linear(RoundedLinear):
     def weight(self) -> torch.Tensor:
         return self.weight_NK.float().mul_(self.scale_N.float()[:, None])
 
-    def product(self, x_TK: torch.Tensor) -> torch.Tensor:
-        if x_TK.device.type == "cpu":
-            return torch._weight_int8pack_mm(x_TK, self.weight_NK, self.scale_N)
-        return self.plain_product(x_TK)
+    def takes(self, x_TK: torch.Tensor) -> bool:
+        return x_TK.device.type == "cpu" and len(x_TK) <= FEW
 
-    def plain_product(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """The product where torch has no kernel for it: weights come into bfloat16 for each."""
-        return nn.functional.linear(x_TK, self.weight_NK.to(torch.bfloat16)) * self.scale_N
+    def product(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return torch._weight_int8pack_mm(x_TK, self.weight_NK, self.scale_N)
+
+    def wide(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.weight_NK.to(dtype), self.scale_N
 
 
 class Int4Linear(RoundedLinear):
@@ -117,6 +130,9 @@ class Int4Linear(RoundedLinear):
     @property
     def weight(self) -> torch.Tensor:
         return int4_groups.dequantize(self.packed_NH, self.scale_zero_GN2)
+
+    def takes(self, x_TK: torch.Tensor) -> bool:
+        return len(x_TK) <= FEW
 
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
         size = int4_groups.group_size(self.in_features)
@@ -147,6 +163,9 @@ class NF4Linear(RoundedLinear):
     def weight(self) -> torch.Tensor:
         weight_NK: torch.Tensor = _bitsandbytes().functional.dequantize_4bit(self.packed_P1, self._scales)
         return weight_NK.float()
+
+    def takes(self, x_TK: torch.Tensor) -> bool:
+        return True
 
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
         y_TN: torch.Tensor = _bitsandbytes().matmul_4bit(x_TK, self.packed_P1, self._scales)
@@ -248,14 +267,40 @@ def _try_bitsandbytes(device: torch.device) -> None:
         ) from error
 
 
+@cache
+def wide_type(device: str) -> torch.dtype:
+    """The type of weights for one product on this kind of device: bfloat16, but fp32 on a processor that computes
+    with it no faster."""
+    fast = torch.cpu.get_capabilities()
+    slow = device == "cpu" and not (fast.get("avx512_bf16") or fast.get("amx_bf16"))
+    return torch.float32 if slow else torch.bfloat16
+
+
+def wide_product(x_TK: torch.Tensor, layer: RoundedLinear, dtype: torch.dtype) -> torch.Tensor:
+    """Inputs times a layer's weights in this type, ``[T, N]``, in the type of the inputs."""
+    weight_NK, scale_N = layer.wide(dtype)
+    y_TN = nn.functional.linear(x_TK.to(torch.bfloat16).to(dtype), weight_NK).to(x_TK.dtype)
+    return y_TN if scale_N is None else y_TN * scale_N
+
+
+def wide_gradient(gradient_TN: torch.Tensor, layer: RoundedLinear, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient of a layer's inputs with its weights in this type, ``[T, K]``, in the type of the outputs'."""
+    weight_NK, scale_N = layer.wide(dtype)
+    scaled_TN = gradient_TN if scale_N is None else gradient_TN * scale_N
+    return (scaled_TN.to(dtype) @ weight_NK).to(gradient_TN.dtype)
+
+
 def _product(x: torch.Tensor, layer: RoundedLinear) -> torch.Tensor:
-    x_TK = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
-    return layer.product(x_TK).to(x.dtype).view(*x.shape[:-1], layer.out_features)
+    x_TK = x.reshape(-1, x.shape[-1])
+    if layer.takes(x_TK):
+        y_TN = layer.product(x_TK.to(torch.bfloat16).contiguous()).to(x.dtype)
+    else:
+        y_TN = wide_product(x_TK, layer, wide_type(x.device.type))
+    return y_TN.view(*x.shape[:-1], layer.out_features)
 
 
 class _Product(torch.autograd.Function):
-    """Inputs times weights. The inputs' gradient is computed with the weights in fp32, which are made for it and not
-    kept; the weights have none."""
+    """Inputs times weights. Nothing is kept for the backward but the layer; the weights have no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: RoundedLinear) -> torch.Tensor:
@@ -265,4 +310,6 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return gradient @ ctx.layer.weight.to(gradient.dtype), None
+        gradient_TN = gradient.reshape(-1, gradient.shape[-1])
+        x_TK = wide_gradient(gradient_TN, ctx.layer, wide_type(gradient.device.type))
+        return x_TK.view(*gradient.shape[:-1], ctx.layer.in_features), None
