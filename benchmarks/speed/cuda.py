@@ -37,12 +37,12 @@ from isthmus.errors import NotSupportedError, RecipeError
 from isthmus.model import adapters
 from isthmus.model.cut import Cut, load_part
 from isthmus.model.device import find_device
+from isthmus.model.rounded_linear import BITSANDBYTES, check_machine, round_weights
 from isthmus.model.split import SplitForCausalLM
 from isthmus.recipe import LoraSection, Recipe
 from isthmus.silo.boundary import Boundary
 from isthmus.silo.join import build_model, connect, greeting, load_ends
 from isthmus.storage.record import RoleDirectory
-from isthmus.trunk.rounded_linear import BITSANDBYTES, check_machine, round_weights
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.service import TrunkService
 from isthmus.wire.identity import Identity

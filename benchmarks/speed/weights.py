@@ -30,9 +30,10 @@ from isthmus.data.silo_data import SiloData
 from isthmus.data.tokens import Tokens, collate, epochs
 from isthmus.demo.assets import hutto, smollm2
 from isthmus.engines.local import at_address
+from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.optim import build_optimizer
 from isthmus.recipe import Recipe
-from isthmus.silo.join import Silo, join
+from isthmus.silo.join import Silo, join, load_ends
 from isthmus.silo.trainer import answer_loss, evaluate, train_step
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.service import TrunkService
@@ -46,7 +47,9 @@ KINDS = {
     "nf4": {"weights": "nf4"},
 }
 """The trunk's keys."""
-DECODING = ("fp32", "bf16", "int8", "int4")
+ENDS = {"int8 ends": ("int8", "int8"), "int4 and int8 ends": ("int4", "int8")}
+"""The weights of the trunk, and of the silo."""
+DECODING = ("fp32", "bf16", "int8", "int4", *ENDS)
 """Those that a processor decodes with."""
 GOAL = 1.6
 SHAPE = {
@@ -89,9 +92,8 @@ def measure_decode(results: Results) -> None:
 
 def measure_shape(results: Results) -> None:
     """Random weights in larger blocks, where reading them is all that counts."""
-    measure(
-        results, "blocks of a model of 1B", larger_blocks(Path("build/weights")), ANSWER // 4, ("bf16", "int8", "int4")
-    )
+    kinds = ("bf16", "int8", "int4", *ENDS)
+    measure(results, "blocks of a model of 1B", larger_blocks(Path("build/weights")), ANSWER // 4, kinds)
 
 
 def measure(
@@ -103,12 +105,13 @@ def measure(
     *,
     at_least: float | None = None,
 ) -> None:
-    """Tokens per second of each kind of trunk over the uncut model's, round by round."""
+    """Tokens per second of each kind of trunk over the uncut model's, with the prompt's pass and without it, round by
+    round."""
     recipe = bench_recipe(folder)
     ids = torch.randint(100, 40_000, (1, PROMPT))
 
-    def generate(model: PreTrainedModel) -> float:
-        how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 2}
+    def generate(model: PreTrainedModel, count: int = tokens) -> float:
+        how = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 2}
         return seconds(lambda: model.generate(ids, **how))
 
     with ExitStack() as stack:
@@ -117,18 +120,27 @@ def measure(
         for model in models.values():
             generate(model)
         rounds = [{kind: generate(model) for kind, model in models.items()} for _ in range(PAIRS)]
+        prompts = [{kind: generate(model, 1) for kind, model in models.items()} for _ in range(PAIRS)]
     for kind in models:
         repeated(results, f"{name}: {kind}", [tokens / one[kind] for one in rounds], "tokens/s")
+        repeated(results, f"{name}: {kind}, prompt and one token", [1000 * one[kind] for one in prompts], "ms")
     for kind in kinds:
         ratios = [one["uncut"] / one[kind] for one in rounds]
-        goal = at_least if kind == "int8" else None
+        goal = at_least if kind.startswith("int8") else None
         repeated(results, f"{name}: {kind} trunk, tokens/s over uncut fp32", ratios, "ratio", at_least=goal)
+        later = [
+            (one["uncut"] - first["uncut"]) / (one[kind] - first[kind])
+            for one, first in zip(rounds, prompts, strict=True)
+        ]
+        repeated(results, f"{name}: {kind} trunk, tokens after the first, over uncut fp32", later, "ratio")
 
 
 def silo_with(stack: ExitStack, recipe: Recipe, kind: str) -> Silo:
     """A silo whose trunk has weights of this kind."""
     keys = recipe.model_dump(mode="json", exclude_none=True)
-    own = Recipe.of(merged(keys, {"trunk": KINDS[kind]}))
+    trunk, ends = ({"weights": ENDS[kind][0]}, ENDS[kind][1]) if kind in ENDS else (KINDS[kind], None)
+    silos = [{**one, "weights": ends} for one in keys["silo"]] if ends else keys["silo"]
+    own = Recipe.of(merged(keys, {"trunk": trunk, "silo": silos}))
     run, address = stack.enter_context(served(own))
     return stack.enter_context(join(at_address(run.recipe(), address), "bench"))
 
@@ -144,6 +156,15 @@ def measure_memory(results: Results) -> None:
             results.add(f"{name}: {kind} trunk keeps", own / 1e6, "MB")
         for kind, goal in (("int8", None), ("int4", SMALL), ("nf4", SMALL)):
             results.add(f"{name}: {kind} trunk over bf16 trunk", kept[kind] / kept["bf16"], "ratio", at_most=goal)
+        for weights in (None, "int8", "int4", "nf4"):
+            results.add(f"{name}: silo keeps, {weights or 'fp32'}", silo_bytes(folder, weights) / 1e6, "MB")
+
+
+def silo_bytes(folder: Path, weights: str | None) -> int:
+    """Of all numbers of a silo's ends, without their adapters; what a tied embedding and head share, once."""
+    ends = load_ends(Checkpoint(str(folder)), bench_recipe(folder), weights=weights)
+    kept = [one for part in ends for one in (*part.parameters(), *part.buffers()) if not one.requires_grad]
+    return sum({one.data_ptr(): one.nbytes for one in kept}.values())
 
 
 def kept_bytes(folder: Path, kind: str) -> int:
@@ -164,11 +185,11 @@ def measure_loss(results: Results) -> None:
     keys["boundary"]["forward"]["noise"] = 0.0
     recipe = Recipe.of(keys)
     losses = {}
-    for kind in KINDS:
+    for kind in (*KINDS, *ENDS):
         with ExitStack() as stack:
             losses[kind] = held_out_loss(silo_with(stack, recipe, kind))
             results.add(f"SmolLM2: held-out loss, {kind} trunk", losses[kind], "nats")
-    for kind in tuple(KINDS)[1:]:
+    for kind in tuple(losses)[1:]:
         results.add(f"SmolLM2: held-out loss, {kind} trunk less fp32 trunk", losses[kind] - losses["fp32"], "nats")
 
 

@@ -14,11 +14,11 @@ import torch
 from isthmus.model import adapters
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
+from isthmus.model.rounded_linear import round_weights
 from isthmus.recipe import LoraSection
 from isthmus.storage.record import RunDirectory
 from isthmus.trunk.adapter import full_adapter
 from isthmus.trunk.attention_kernels import PackedLayout, Varlen, attend_padded, find_varlen, kernel_for
-from isthmus.trunk.rounded_linear import round_weights
 from isthmus.trunk.runner import Runner
 from tests.conftest import make_recipe, needs_bits, plan_of, save_tiny_model, targets_of
 from tests.oracle.ropes import save_roped_model

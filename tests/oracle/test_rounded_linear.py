@@ -1,4 +1,4 @@
-"""A trunk in few bits: the split model is the uncut one whose middle blocks have the same rounded weights."""
+"""Trunk, or silo, in few bits: the split model is the uncut one in which the same weights are rounded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from isthmus.model.rounded_linear import FEW, Int8Linear, RoundedEmbedding, kind_of
 from isthmus.silo.trainer import train_step
-from isthmus.trunk.rounded_linear import kind_of
 from tests.conftest import needs_bits
 from tests.oracle.conftest import BuildTwins
 from tests.oracle.twins import FAMILIES, Twins, batch_of, distance, lora_of, ragged
@@ -21,30 +21,44 @@ ROUNDING = 0.02
 WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4", pytest.param("nf4", marks=needs_bits)])
 
 
-def sections(weights: str) -> dict[str, Any]:
-    return {"trunk": {"weights": weights}, "train": {"optimizer": "sgd", "learning_rate": 1e-2}}
+OWNERS = pytest.mark.parametrize("owner", ["trunk", "silo"])
 
 
-def rounded(twins: Twins, weights: str) -> PeftModel:
-    """The uncut model, in fp32, with the trunk's dequantized weights."""
+def sections(weights: str, owner: str) -> dict[str, Any]:
+    silo = {"name": "a", "train": "a.jsonl"}
+    keys = {"trunk": {"weights": weights}} if owner == "trunk" else {"silo": [{**silo, "weights": weights}]}
+    return {**keys, "train": {"optimizer": "sgd", "learning_rate": 1e-2}}
+
+
+def rounded(twins: Twins, weights: str, owner: str) -> PeftModel:
+    """The uncut model, in fp32, with the dequantized weights of the trunk, or of all else."""
     bottom, top = twins.split.bottom, twins.split.top
-    blocks = range(len(list(bottom.model.model.layers)), top.first_block)
+    middle = range(len(list(bottom.model.model.layers)), top.first_block)
     for name, layer in twins.whole.named_modules():
         found = [int(piece) for piece in name.split(".") if piece.isdigit()]
-        if type(layer) is nn.Linear and "lora_" not in name and found and found[0] in blocks:
+        if type(layer) is not nn.Linear or "lora_" in name:
+            continue
+        if not found and owner == "silo":  # the head
+            layer.weight = nn.Parameter(Int8Linear(layer).weight)
+        if found and (found[0] in middle) == (owner == "trunk"):
             kind = kind_of(weights, name.removesuffix(".base_layer"), *layer.weight.shape)
             assert kind is not None
             layer.weight.data = kind(layer).weight
+    if owner == "silo":
+        embedding = bottom.family.embedding_of(bottom.model)
+        assert isinstance(embedding, RoundedEmbedding)
+        twins.whole.get_input_embeddings().weight.data = embedding.weight
     return twins.whole
 
 
 @WEIGHTS
+@OWNERS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_steps(weights: str, family: str, twins_of: BuildTwins) -> None:
-    twins = twins_of(family, (1, 2), sections=sections(weights), vivid=False)
+def test_logits_and_steps(weights: str, owner: str, family: str, twins_of: BuildTwins) -> None:
+    twins = twins_of(family, (1, 2), sections=sections(weights, owner), vivid=False)
     inputs = ragged("left")
     with torch.no_grad():
-        plain, whole = twins.whole(**inputs).logits, rounded(twins, weights)
+        plain, whole = twins.whole(**inputs).logits, rounded(twins, weights, owner)
         split, expected = (model(**inputs, use_cache=False).logits for model in (twins.split, whole))
     real = inputs["attention_mask"].bool()
     assert distance(split[real], expected[real]) < ROUNDING
@@ -67,11 +81,12 @@ def test_logits_and_steps(weights: str, family: str, twins_of: BuildTwins) -> No
 
 
 @WEIGHTS
+@OWNERS
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_cached_token_is_as_one_of_a_whole_pass(weights: str, family: str, twins_of: BuildTwins) -> None:
-    """Whatever the pass, a layer computes the same: tokens do not change where a cache begins."""
-    twins = twins_of(family, (1, 2), sections=sections(weights))
-    ids = torch.randint(4, 40, (1, 12))
+def test_a_cached_token_is_as_one_of_a_whole_pass(weights: str, owner: str, family: str, twins_of: BuildTwins) -> None:
+    """Of a few tokens a layer computes each by itself: they do not change where a cache begins."""
+    twins = twins_of(family, (1, 2), sections=sections(weights, owner))
+    ids = torch.randint(4, 40, (1, FEW - 8))
     answers = [
         twins.split.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cached) for cached in (True, False)
     ]

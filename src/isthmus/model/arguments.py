@@ -24,6 +24,7 @@ from isthmus.model.crossing import IGNORED
 from isthmus.model.cut import Part
 from isthmus.model.packing import Packing
 from isthmus.model.refusals import GENERATION_REFUSALS, HUB_MODE, refuse
+from isthmus.model.rounded_linear import RoundedEmbedding
 
 OUTPUTS = {
     "output_attentions": "attention weights",
@@ -323,7 +324,8 @@ def check_tokens(input_ids: Any, inputs_embeds: Any, embedding: nn.Module) -> to
         raise DataError(f"{name} have shape {shape}", remedy=f"pass a tensor {axes}")
     if 0 in given.shape:
         raise DataError(f"{name} have shape {tuple(given.shape)}: no token", remedy="remove empty batches and rows")
-    vocabulary, width = embedding.get_parameter("weight").shape
+    table = embedding if isinstance(embedding, RoundedEmbedding) else embedding.get_parameter("weight")
+    vocabulary, width = table.shape
     if inputs_embeds is not None:
         if given.shape[2] != width or not given.is_floating_point():
             raise DataError(

@@ -29,7 +29,7 @@ from isthmus.recipe.checks.partition import check_partition
 from isthmus.recipe.checks.robustness import check_robustness
 from isthmus.recipe.checks.sensitivity import check_fields
 from isthmus.recipe.checks.tree import check_names, check_tree
-from isthmus.recipe.checks.weights import check_weights_of_the_trunk
+from isthmus.recipe.checks.weights import check_rounded
 from isthmus.recipe.section import COUNTRY, DEVICE, NAME, Count, Positive, Section
 from isthmus.recipe.sections import (
     BoundarySection,
@@ -133,7 +133,7 @@ class Recipe(Section):
         check_defence(boundary, self.lora)
         check_ranks(self.lora, federation, silos)
         check_measured_cut(self.model, silos)
-        check_weights_of_the_trunk(self.model, self.trunk)
+        check_rounded(self.model, self.trunk, silos)
         check_cuts(self.model, silos, boundary, self.lora)
         check_moves(self.model, self.lora, self.train, boundary, federation, self.trunk, silos)
         if self.trains_between:

@@ -17,6 +17,7 @@ Bound = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 DEVICE, NAME, COUNTRY = r"^(auto|cpu|cuda(:\d{1,3})?)$", r"^[a-z0-9][a-z0-9_-]{0,62}$", r"^[A-Z]{2}$"
 Device = Annotated[str, Field(pattern=DEVICE)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Weights = Literal["int8", "int4", "nf4"]
 Name = Annotated[str, Field(pattern=NAME)]
 Country = Annotated[str, Field(pattern=COUNTRY)]
 

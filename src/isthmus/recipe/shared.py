@@ -67,6 +67,7 @@ FREE: dict[str, str] = {
     "partition.format": _OWN_FILE,
     "silo.columns": "a silo's own names for what its files hold",
     "silo.device": _OWN_MACHINE,
+    "silo.weights": "how exactly a silo computes its own ends; what is shared has 32 bits",
     "silo.recompute": "how a silo spends its own memory and time; the step is the same",
 }
 """The keys that may differ, each with the reason."""

@@ -32,6 +32,7 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import CPU, find_device
 from isthmus.model.recompute import return_large_tensors
+from isthmus.model.rounded_linear import check_machine, round_table, round_weights
 from isthmus.model.split import SplitForCausalLM
 from isthmus.privacy.budget import Budget
 from isthmus.privacy.ledger import Ledger, MemoryLedger
@@ -202,7 +203,7 @@ def connect_silo(
         return_large_tensors()
     checkpoint = Checkpoint(recipe.model.path)
     tokenizer = load_tokenizer(checkpoint.folder)
-    bottom, top = load_ends(checkpoint, recipe, device)
+    bottom, top = load_ends(checkpoint, recipe, device, recipe.party(name).weights)
     served = ServedRound()
     if channel is None:
         hello = greeting(checkpoint, recipe)
@@ -333,9 +334,10 @@ def build_model(
     width: int = config.hidden_size
     trunk = RemoteTrunk(channel, boundary, width, gradients=section.gradients, denoise=denoise)
     strength = recipe.sensitivity.attention if recipe.sensitivity else 0.0
-    table_VE = bottom.family.embedding_of(bottom.model).get_parameter("weight")
     guard = None
     if section.defence is not None:
+        table_VE = bottom.family.embedding_of(bottom.model).weight
+        assert isinstance(table_VE, torch.Tensor)
         guard = Guard(section.defence, boundary, bottleneck, table_VE, recipe.seed)
     model = SplitForCausalLM(
         config,
@@ -400,19 +402,32 @@ def load_data(recipe: Recipe, name: str, silo: Silo) -> SiloData:
     return data
 
 
-def load_ends(checkpoint: Checkpoint, recipe: Recipe, device: torch.device = CPU) -> tuple[Part, Part]:
+def load_ends(
+    checkpoint: Checkpoint, recipe: Recipe, device: torch.device = CPU, weights: str | None = None
+) -> tuple[Part, Part]:
     """Bottom and top with initial adapters, on this device.
+
+    Args:
+        weights: as ``silo.weights``.
 
     Raises:
         ModelError: the checkpoint is incomplete, or the recipe's adapters do not fit it.
         CutError: the recipe's cut does not fit the model.
+        NotSupportedError: this machine does not compute with these weights.
     """
-    cut = Cut(recipe.model.bottom, recipe.model.top)
+    if weights is not None:
+        check_machine(weights, device, "silo")
+    cut, first = Cut(recipe.model.bottom, recipe.model.top), device if weights is None else CPU
     dtype = getattr(torch, recipe.model.dtype)
-    bottom = load_part(checkpoint, cut, "bottom", dtype=dtype, device=device)
-    top = load_part(checkpoint, cut, "top", dtype=dtype, device=device, tied=bottom)
+    bottom = load_part(checkpoint, cut, "bottom", dtype=dtype, device=first)
+    top = load_part(checkpoint, cut, "top", dtype=dtype, device=first, tied=bottom)
+    layers = [list(part.plain_layers()) for part in (bottom, top)]
     for part in (bottom, top):
         adapters.add_trained_layers(part, recipe)
+    if weights is not None:
+        round_table(bottom, top, device)
+        for part, own in zip((bottom, top), layers, strict=True):
+            round_weights(part, own, weights, device)
     return bottom, top
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from isthmus.errors import RunError
 from isthmus.model.bottleneck import DOWN, layer_weight
 from isthmus.model.cut import Part
+from isthmus.model.rounded_linear import RoundedLinear
 from isthmus.recipe import Recipe
 from isthmus.silo.secrets import read_secret
 from isthmus.storage.store import Store
@@ -43,6 +44,8 @@ class Released:
             secured,
             recipe.boundary.codec.forward_up,
         ]
+        if rounded := {type(one).__name__ for one in bottom.modules() if isinstance(one, RoundedLinear)}:
+            identity += sorted(rounded)
         if recipe.sensitivity is not None:
             identity.append(recipe.sensitivity.model_dump_json())
         if (down_WD := layer_weight(bottom, DOWN)) is not None:

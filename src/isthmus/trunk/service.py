@@ -20,6 +20,7 @@ from isthmus.model.agreement import check_agreed, earlier_keys, hello_of
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, Part, load_part
 from isthmus.model.device import CPU, find_device
+from isthmus.model.rounded_linear import check_machine, round_weights
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import check_named
 from isthmus.storage.files import disk_errors, writing
@@ -32,7 +33,6 @@ from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.decoding import Decoding, SessionStep
 from isthmus.trunk.earlier_answers import EarlierAnswers
 from isthmus.trunk.kept_examples import KeptExamples
-from isthmus.trunk.rounded_linear import check_machine, round_weights
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import SINGLE, JobKind, Scheduler
 from isthmus.trunk.sessions import Sessions

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from isthmus.recipe.section import Amount, Count, Device, Dtype, Positive, Section, ServerAddress
+from isthmus.recipe.section import Amount, Count, Device, Dtype, Positive, Section, ServerAddress, Weights
 
 
 class TrunkSection(Section):
@@ -21,7 +21,7 @@ class TrunkSection(Section):
     """Where the trunk computes: "cpu", "cuda", "cuda:1", or "auto" for a CUDA device if there is one."""
     dtype: Dtype | None = Field(default=None, examples=["bfloat16"])
     """Data type of the trunk's blocks: an accelerator may want 16 bits where silos want 32. Left out: model.dtype."""
-    weights: Literal["int8", "int4", "nf4"] | None = Field(default=None, examples=["int8"])
+    weights: Weights | None = Field(default=None, examples=["int8"])
     """The linear layers of the trunk's blocks are kept in few bits: the trunk is smaller, and on a processor tokens
     come faster. Its blocks then are not quite the base model's, in training and in use. On a processor, with other
     numbers in 32 bits: "int8", 8 bits with a scale for each output, or "int4", 4 bits with a scale and a zero for each

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from isthmus.errors import DataError
 from isthmus.model.crossing import Outbound, Reply
 from isthmus.model.cut import Part, materialize_buffers, part_of_blocks
+from isthmus.model.rounded_linear import RoundedLinear
 
 
 class Bridge(nn.Module):
@@ -142,9 +143,10 @@ def restrict_head(top: Part, vocabulary: torch.Tensor) -> Part:
     model = copy.copy(top.model)
     model._modules = dict(model._modules)
     whole = model.get_submodule(top.family.head)
-    head = nn.Linear(whole.weight.shape[1], len(vocabulary), bias=whole.bias is not None, device="meta")
-    for name, values in whole.named_parameters():
-        setattr(head, name, nn.Parameter(values[vocabulary].detach(), requires_grad=False))
+    head = nn.Linear(whole.in_features, len(vocabulary), bias=whole.bias is not None, device="meta")
+    for name in ("weight", "bias"):
+        if (values := getattr(whole, name)) is not None:
+            setattr(head, name, nn.Parameter(values[vocabulary].detach(), requires_grad=False))
     setattr(model, top.family.head, head)
     return Part("top", model, top.family, top.first_block, top.whole)
 
@@ -162,6 +164,8 @@ def _copied_blocks(bottom: Part, blocks: int) -> Part:
     materialize_buffers(part.model)
     prefix = part.family.block_prefix()
     weights = {name.replace(".base_layer", ""): tensor for name, tensor in bottom.model.state_dict().items()}
+    rounded = (pair for pair in bottom.model.named_modules() if isinstance(pair[1], RoundedLinear))
+    weights |= {f"{name.replace('.base_layer', '')}.weight": layer.weight for name, layer in rounded}
     copies: dict[str, torch.Tensor] = {}
     for name in part.model.state_dict():
         number, _, rest = name.removeprefix(prefix).partition(".")

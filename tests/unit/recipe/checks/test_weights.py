@@ -36,3 +36,11 @@ def test_silos_may_have_16_bits_beside_them(weights: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_beside_4_bits_for_accelerators_they_may_have_any(dtype: str) -> None:
     assert Recipe.of(changed(least(), {"trunk.weights": "nf4", "trunk.dtype": dtype})).trunk.dtype == dtype
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_of_a_silo_the_other_numbers_have_32_bits(weights: str) -> None:
+    asked = {"silo.0.weights": weights, "model.dtype": "bfloat16"}
+    mended: list[Changes] = [{"model.dtype": "float32"}, {"silo.0.weights": "nf4"}, {"silo.0.weights": OUT}]
+    for one in mended:
+        assert_mended((asked, f"beside {weights} weights a silo computes in float32", "leave out silo.weights", one))

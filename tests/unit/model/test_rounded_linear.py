@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from isthmus.errors import NotSupportedError
+from isthmus.model import rounded_linear
 from isthmus.model.adapters import add_adapter
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
-from isthmus.recipe import LoraSection
-from isthmus.trunk import rounded_linear
-from isthmus.trunk.rounded_linear import (
+from isthmus.model.rounded_linear import (
     FEW,
     Int4Linear,
     Int8Linear,
     NF4Linear,
+    RoundedEmbedding,
     RoundedLinear,
     check_machine,
     kind_of,
@@ -34,7 +34,9 @@ from isthmus.trunk.rounded_linear import (
     wide_product,
     wide_type,
 )
-from tests.conftest import needs_bits, save_tiny_model, targets_of
+from isthmus.recipe import LoraSection
+from isthmus.silo.join import load_ends
+from tests.conftest import make_recipe, needs_bits, save_tiny_model, targets_of
 
 pytestmark = pytest.mark.usefixtures("bitsandbytes")
 NF4 = pytest.param(NF4Linear, marks=needs_bits)
@@ -202,7 +204,7 @@ def test_the_blocks_are_replaced_and_the_adapters_stay(
         ("int4", "mlp.up_proj", 48, 96, Int4Linear),
         ("int4", "self_attn.v_proj", 48, 96, Int8Linear),
         ("int4", "mlp.down_proj", 32, 48, Int8Linear),
-        ("int4", "mlp.up_proj", 172, 64, None),
+        ("int4", "mlp.up_proj", 172, 64, Int8Linear),
         ("int8", "mlp.up_proj", 48, 96, Int8Linear),
         ("int8", "mlp.down_proj", 64, 172, None),
         ("nf4", "mlp.up_proj", 172, 64, NF4Linear),
@@ -215,6 +217,42 @@ def test_values_and_odd_sizes_have_8_bits_and_what_has_no_kernel_stays_whole(
     weights: str, name: str, outputs: int, inputs: int, kind: type[RoundedLinear] | None
 ) -> None:
     assert kind_of(weights, name, outputs, inputs) is kind
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_embedding_and_head_have_8_bits_and_are_one_if_they_were(family: str, tied: bool, tmp_path: Path) -> None:
+    """A vocabulary that is no multiple of what the kernel takes is as good as another."""
+    folder = save_tiny_model(family, tmp_path, tie_word_embeddings=tied)
+    plain, ends = (load_ends(Checkpoint(str(folder)), make_recipe(folder), CPU, weights) for weights in (None, "int8"))
+    (bottom, top), vocabulary = ends, plain[0].config.vocab_size
+    assert vocabulary % 16
+    embedding, head = bottom.family.embedding_of(bottom.model), top.head
+    assert isinstance(embedding, RoundedEmbedding)
+    assert isinstance(head, Int8Linear)
+    assert (embedding.table is head) == tied
+    kept = {one.data_ptr(): one.nbytes for one in (*embedding.buffers(), *head.buffers()) if one.numel() > 1}
+    width = bottom.config.hidden_size
+    rows = vocabulary + -vocabulary % 16
+    assert sum(kept.values()) == (1 if tied else 2) * rows * (width + 2)
+    ids = torch.randint(vocabulary, (2, 5))
+    whole = plain[0].family.embedding_of(plain[0].model)
+    torch.testing.assert_close(embedding(ids), whole(ids), rtol=0.05, atol=0.02 * float(whole(ids).abs().max()))
+    whole.weight.data = embedding.weight
+    torch.testing.assert_close(embedding(ids), whole(ids))
+    assert (embedding(ids).shape, embedding.shape) == ((2, 5, width), (vocabulary, width))
+    h_BLD = torch.randn(2, 3, width)
+    assert head(h_BLD).shape == (2, 3, vocabulary)
+    assert not list(head.parameters())
+
+
+@KINDS_OF_WEIGHTS
+def test_a_silos_blocks_have_few_bits_and_its_adapters_stay(weights: str, tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path, intermediate_size=64)
+    for part in load_ends(Checkpoint(str(folder)), make_recipe(folder), CPU, weights):
+        left = {name for name, one in part.named_modules() if type(one) is nn.Linear and "lora_" not in name}
+        assert not left
+        assert {one.dtype for name, one in part.named_parameters() if "lora_" in name} == {torch.float32}
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
@@ -231,6 +269,9 @@ def test_what_a_machine_lacks_is_refused_by_name(weights: str, monkeypatch: pyte
     assert "leave trunk.weights out" in caught.value.remedy
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     check_machine(weights, CPU)
+    with pytest.raises(NotSupportedError, match=f'silo.weights = "{weights}" is for.*silo.device is cuda') as caught:
+        check_machine(weights, torch.device("cuda"), "silo")
+    assert caught.value.remedy.endswith("or leave silo.weights out")
 
 
 @needs_bits

@@ -1,5 +1,5 @@
-"""Linear layers of the trunk with weights of few bits: it is smaller, and on a processor a token takes less time, which
-is that of reading them.
+"""Layers with weights of few bits: a part of the model is smaller, and on a processor a token takes less time, which is
+that of reading them.
 
 Inputs are rounded to bfloat16, products summed in fp32, results rounded to bfloat16. Of a few tokens the kernels of few
 bits compute each as if it came alone. Of more tokens, and in the backward, a layer's weights come into a wide type for
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import platform
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -21,9 +21,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from isthmus.errors import NotSupportedError
+from isthmus.model import int4_groups
 from isthmus.model.cut import Part
 from isthmus.model.device import CPU
-from isthmus.trunk import int4_groups
 
 VALUES = "v_proj"
 """The last part of the names of projections to an attention's values."""
@@ -32,7 +32,9 @@ FEW = 16
 a product with wide weights."""
 BITSANDBYTES = "nf4"
 """The kind of weights that takes the package bitsandbytes."""
-_REMEDY = 'leave trunk.weights out; trunk.dtype = "bfloat16" halves the weights on any machine'
+ROWS, ROWS_AT_ONCE = 16, 8192
+"""The kernel of 8 bits takes multiples of so many rows; so many are rounded, or made wide, at once, since a head has
+some hundred thousand."""
 
 
 class RoundedLinear(nn.Module):
@@ -64,10 +66,10 @@ class RoundedLinear(nn.Module):
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
         """Inputs times weights by its kernel, ``[T, N]``, both in bfloat16; without gradient."""
 
-    def wide(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weights for one product, ``[N, K]``, and what each output is scaled by behind it, ``[N]``; None: by
-        nothing."""
-        return self.weight.to(dtype), None
+    def wide(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+        """The weights for one product, some rows at a time: which, ``[rows, K]``, and what each output is scaled by
+        behind it, ``[rows]``; None: by nothing."""
+        yield slice(0, self.out_features), self.weight.to(dtype), None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's result, ``[…, N]``, in the type of ``x``, ``[…, K]``."""
@@ -79,36 +81,78 @@ class RoundedLinear(nn.Module):
 
 
 class Int8Linear(RoundedLinear):
-    """Weights of 8 bits: whole numbers from -127 to 127, and a scale for each row."""
+    """Weights of 8 bits: whole numbers from -127 to 127, and a scale for each row. Rows of zeros fill them up to what
+    the kernel takes."""
 
     weight_NK: torch.Tensor
     scale_N: torch.Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
-        weight_NK = linear.weight.detach().float()
-        scale_N = (weight_NK.abs().amax(dim=1) / 127).to(torch.bfloat16)
-        scale_N[scale_N == 0] = 1.0
-        whole_NK = (weight_NK / scale_N.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.register_buffer("weight_NK", whole_NK, persistent=False)
-        self.register_buffer("scale_N", scale_N, persistent=False)
+        rows = self.out_features + -self.out_features % ROWS
+        device = linear.weight.device
+        self.register_buffer(
+            "weight_NK", torch.zeros(rows, self.in_features, dtype=torch.int8, device=device), persistent=False
+        )
+        self.register_buffer("scale_N", torch.ones(rows, dtype=torch.bfloat16, device=device), persistent=False)
+        for start in range(0, self.out_features, ROWS_AT_ONCE):
+            weight_RK = linear.weight.detach()[start : start + ROWS_AT_ONCE].float()
+            scale_R = (weight_RK.abs().amax(dim=1) / 127).to(torch.bfloat16)
+            scale_R[scale_R == 0] = 1.0
+            own = slice(start, start + len(weight_RK))
+            self.weight_NK[own] = (weight_RK / scale_R.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+            self.scale_N[own] = scale_R
 
     @staticmethod
     def fits(outputs: int, inputs: int) -> bool:
-        return outputs % 16 == 0 and inputs % 16 == 0
+        return inputs % 16 == 0
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.weight_NK.float().mul_(self.scale_N.float()[:, None])
+        return (self.weight_NK.float() * self.scale_N.float()[:, None])[: self.out_features]
 
     def takes(self, x_TK: torch.Tensor) -> bool:
         return x_TK.device.type == "cpu" and len(x_TK) <= FEW
 
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return torch._weight_int8pack_mm(x_TK, self.weight_NK, self.scale_N)
+        return torch._weight_int8pack_mm(x_TK, self.weight_NK, self.scale_N)[:, : self.out_features]
 
-    def wide(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.weight_NK.to(dtype), self.scale_N
+    def wide(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+        for start in range(0, self.out_features, ROWS_AT_ONCE):
+            own = slice(start, min(start + ROWS_AT_ONCE, self.out_features))
+            yield own, self.weight_NK[own].to(dtype), self.scale_N[own]
+
+
+class RoundedEmbedding(nn.Module):
+    """A frozen embedding with weights of 8 bits, which a head may share.
+
+    Args:
+        embedding: the one whose place it takes.
+        table: its weights; of a tied model, the head itself.
+    """
+
+    embed_scale: torch.Tensor | None
+
+    def __init__(self, embedding: nn.Embedding, table: Int8Linear) -> None:
+        super().__init__()
+        self.table, self._dtype = table, embedding.weight.dtype
+        scale = getattr(embedding, "embed_scale", None)  # Gemma's embeddings are scaled
+        self.register_buffer("embed_scale", scale, persistent=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weights, ``[vocabulary, width]``, fp32: a copy."""
+        return self.table.weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Vocabulary and width."""
+        return self.table.out_features, self.table.in_features
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings ``[…, width]`` of token ids ``[…]``."""
+        rows = self.table.weight_NK[ids].to(self._dtype) * self.table.scale_N[ids].to(self._dtype)[..., None]
+        return rows if self.embed_scale is None else rows * self.embed_scale.to(self._dtype)
 
 
 class Int4Linear(RoundedLinear):
@@ -189,30 +233,31 @@ def kind_of(weights: str, name: str, outputs: int, inputs: int) -> type[RoundedL
     return Int8Linear if Int8Linear.fits(outputs, inputs) else None
 
 
-def check_machine(weights: str, device: torch.device) -> None:
+def check_machine(weights: str, device: torch.device, owner: str = "trunk") -> None:
     """Refuse weights of few bits where no kernel is there for them.
 
     Args:
         weights: the kind, as ``trunk.weights`` has it.
+        owner: the recipe's table that asks for them.
 
     Raises:
         NotSupportedError: the device is no processor, or the processor lacks the instructions; of "nf4", bitsandbytes
             is not installed, or does not compute on the device.
     """
+    asked, remedy = f'{owner}.weights = "{weights}"', _remedy(owner)
     if weights == BITSANDBYTES:
-        _try_bitsandbytes(device)
+        _try_bitsandbytes(device, asked, remedy)
         return
     if device.type != "cpu":
         raise NotSupportedError(
-            f'trunk.weights = "{weights}" is for processors, and trunk.device is {device.type}',
-            remedy='take trunk.weights = "nf4", which is 4 bits on accelerators; or ' + _REMEDY,
+            f"{asked} is for processors, and {owner}.device is {device.type}",
+            remedy=f'take {owner}.weights = "nf4", which is 4 bits on accelerators; or {remedy}',
         )
     capability, machine = torch.backends.cpu.get_cpu_capability(), platform.machine()
     if capability not in ("AVX2", "AVX512") and machine not in ("aarch64", "arm64"):
         raise NotSupportedError(
-            f'trunk.weights = "{weights}" needs AVX2, AVX-512 or an ARM processor; '
-            f"this {machine} has {capability.lower()}",
-            remedy=_REMEDY,
+            f"{asked} needs AVX2, AVX-512 or an ARM processor; this {machine} has {capability.lower()}",
+            remedy=remedy,
         )
 
 
@@ -229,41 +274,70 @@ def round_weights(part: Part, layers: Iterable[str], weights: str, device: torch
     part.to(device)
 
 
+def round_table(bottom: Part, top: Part, device: torch.device = CPU) -> None:
+    """Replace embedding and head, in place, by ones of 8 bits, or by one if they are tied; an adapter on the head stays
+    as it is. Whatever else bottom and top have may be on the device or not."""
+    embedding = bottom.family.embedding_of(bottom.model)
+    assert isinstance(embedding, nn.Embedding)
+    if not Int8Linear.fits(*embedding.weight.shape):
+        return
+    made: list[Int8Linear] = []
+
+    def rounded(head: nn.Linear) -> nn.Module:
+        tied = head.weight is embedding.weight
+        table = Int8Linear(head.to(device))
+        if tied:
+            made.append(table)
+        return table
+
+    embedding.to(device)
+    top.replace_layer(top.family.head, rounded)
+    if not made:
+        as_layer = nn.Linear(1, 1, bias=False, device="meta")
+        as_layer.out_features, as_layer.in_features = embedding.weight.shape
+        as_layer.weight = embedding.weight
+        made.append(Int8Linear(as_layer))
+    setattr(bottom.family.backbone_of(bottom.model), bottom.family.embedding, RoundedEmbedding(embedding, made[0]))
+
+
 def _rounded(name: str, weights: str, device: torch.device, layer: nn.Linear) -> nn.Module:
     kind = kind_of(weights, name, *layer.weight.shape)
     return layer if kind is None else kind(layer.to(device))
 
 
-def _bitsandbytes() -> Any:
-    """The package, which takes a second to import.
+def _remedy(owner: str) -> str:
+    if owner == "trunk":
+        return 'leave trunk.weights out; trunk.dtype = "bfloat16" halves the weights on any machine'
+    return f"leave {owner}.weights out"
 
-    Raises:
-        NotSupportedError: it is not installed.
-    """
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise NotSupportedError(
-            'trunk.weights = "nf4" takes the package bitsandbytes, which is not installed',
-            remedy="install it with: pip install 'isthmus[bits]'; or " + _REMEDY,
-        ) from error
+
+def _bitsandbytes() -> Any:
+    """The package, which takes a second to import."""
+    import bitsandbytes
+
     return bitsandbytes
 
 
-def _try_bitsandbytes(device: torch.device) -> None:
+def _try_bitsandbytes(device: torch.device, asked: str, remedy: str) -> None:
     """Let it round a small layer on the device and multiply.
 
     Raises:
         NotSupportedError: it cannot.
     """
-    _bitsandbytes()
+    try:
+        _bitsandbytes()
+    except ImportError as error:
+        raise NotSupportedError(
+            f"{asked} takes the package bitsandbytes, which is not installed",
+            remedy=f"install it with: pip install 'isthmus[bits]'; or {remedy}",
+        ) from error
     try:
         layer = NF4Linear(nn.Linear(64, 16, device=device).requires_grad_(False))
         layer(torch.ones(1, 64, device=device)).tolist()
     except (RuntimeError, NotImplementedError, OSError, AttributeError) as error:
         raise NotSupportedError(
-            f'trunk.weights = "nf4": bitsandbytes does not compute on {device} here: {error}',
-            remedy="install a bitsandbytes that has this device ('python -m bitsandbytes' tells); or " + _REMEDY,
+            f"{asked}: bitsandbytes does not compute on {device} here: {error}",
+            remedy=f"install a bitsandbytes that has this device ('python -m bitsandbytes' tells); or {remedy}",
         ) from error
 
 
@@ -278,16 +352,22 @@ def wide_type(device: str) -> torch.dtype:
 
 def wide_product(x_TK: torch.Tensor, layer: RoundedLinear, dtype: torch.dtype) -> torch.Tensor:
     """Inputs times a layer's weights in this type, ``[T, N]``, in the type of the inputs."""
-    weight_NK, scale_N = layer.wide(dtype)
-    y_TN = nn.functional.linear(x_TK.to(torch.bfloat16).to(dtype), weight_NK).to(x_TK.dtype)
-    return y_TN if scale_N is None else y_TN * scale_N
+    rounded_TK = x_TK.to(torch.bfloat16).to(dtype)
+    y_TN = x_TK.new_empty(len(x_TK), layer.out_features)
+    for rows, weight_RK, scale_R in layer.wide(dtype):
+        y_TN[:, rows] = nn.functional.linear(rounded_TK, weight_RK)
+        if scale_R is not None:
+            y_TN[:, rows] *= scale_R
+    return y_TN
 
 
 def wide_gradient(gradient_TN: torch.Tensor, layer: RoundedLinear, dtype: torch.dtype) -> torch.Tensor:
     """The gradient of a layer's inputs with its weights in this type, ``[T, K]``, in the type of the outputs'."""
-    weight_NK, scale_N = layer.wide(dtype)
-    scaled_TN = gradient_TN if scale_N is None else gradient_TN * scale_N
-    return (scaled_TN.to(dtype) @ weight_NK).to(gradient_TN.dtype)
+    x_TK = gradient_TN.new_zeros(len(gradient_TN), layer.in_features)
+    for rows, weight_RK, scale_R in layer.wide(dtype):
+        own_TR = gradient_TN[:, rows]
+        x_TK += (own_TR if scale_R is None else own_TR * scale_R).to(dtype) @ weight_RK
+    return x_TK
 
 
 def _product(x: torch.Tensor, layer: RoundedLinear) -> torch.Tensor:

@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.trunk.int4_groups import dequantize, group_size, pack, quantize, round_groups, unpack
+from isthmus.model.int4_groups import dequantize, group_size, pack, quantize, round_groups, unpack
 
 ROWS = st.integers(1, 12).map(lambda number: 16 * number)
 COLUMNS = st.integers(1, 6).map(lambda number: 32 * number)
 ROUND_TRIPS = """
 import torch
-from isthmus.trunk.int4_groups import pack, unpack
+from isthmus.model.int4_groups import pack, unpack
 for rows in range(16, 208, 16):
     whole_NK = torch.randint(0, 16, (rows, 64), dtype=torch.uint8)
     assert torch.equal(unpack(pack(whole_NK)), whole_NK)
