@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from isthmus.model.rounded_linear import FEW, Int8Linear, RoundedEmbedding, kind_of
+from isthmus.model.rounded_linear import FEW_TOKENS, Int8Linear, RoundedEmbedding, kind_of
 from isthmus.silo.trainer import train_step
 from tests.conftest import needs_bits
 from tests.oracle.conftest import BuildTwins
@@ -86,7 +86,7 @@ def test_logits_and_steps(weights: str, owner: str, family: str, twins_of: Build
 def test_a_cached_token_is_as_one_of_a_whole_pass(weights: str, owner: str, family: str, twins_of: BuildTwins) -> None:
     """Of a few tokens a layer computes each by itself: they do not change where a cache begins."""
     twins = twins_of(family, (1, 2), sections=sections(weights, owner))
-    ids = torch.randint(4, 40, (1, FEW - 8))
+    ids = torch.randint(4, 40, (1, FEW_TOKENS - 8))
     answers = [
         twins.split.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cached) for cached in (True, False)
     ]

@@ -24,7 +24,7 @@ ROOMS_OF_EXTRAS = {
     "data": "data",
     "demo": "demo",
     "gateway": "gateway",
-    "trunk": "bits",
+    "model": "bits",
 }
 
 

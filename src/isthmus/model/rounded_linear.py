@@ -27,7 +27,7 @@ from isthmus.model.device import CPU
 
 VALUES = "v_proj"
 """The last part of the names of projections to an attention's values."""
-FEW = 16
+FEW_TOKENS = 16
 """Most tokens that the kernels of few bits take: their time grows with the tokens, from about as many on beyond that of
 a product with wide weights."""
 BITSANDBYTES = "nf4"
@@ -112,7 +112,7 @@ class Int8Linear(RoundedLinear):
         return (self.weight_NK.float() * self.scale_N.float()[:, None])[: self.out_features]
 
     def takes(self, x_TK: torch.Tensor) -> bool:
-        return x_TK.device.type == "cpu" and len(x_TK) <= FEW
+        return x_TK.device.type == "cpu" and len(x_TK) <= FEW_TOKENS
 
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
         return torch._weight_int8pack_mm(x_TK, self.weight_NK, self.scale_N)[:, : self.out_features]
@@ -176,7 +176,7 @@ class Int4Linear(RoundedLinear):
         return int4_groups.dequantize(self.packed_NH, self.scale_zero_GN2)
 
     def takes(self, x_TK: torch.Tensor) -> bool:
-        return len(x_TK) <= FEW
+        return len(x_TK) <= FEW_TOKENS
 
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
         size = int4_groups.group_size(self.in_features)

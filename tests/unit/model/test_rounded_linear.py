@@ -21,7 +21,7 @@ from isthmus.model.adapters import add_adapter
 from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.cut import Cut, load_part
 from isthmus.model.rounded_linear import (
-    FEW,
+    FEW_TOKENS,
     Int4Linear,
     Int8Linear,
     NF4Linear,
@@ -62,7 +62,9 @@ def test_a_layer_is_the_plain_arithmetic(
     layer, x_TK = layer_of(kind, k, n, bias=bias), torch.randn(tokens, k, requires_grad=True)
     exact_TN = x_TK.to(torch.bfloat16).float() @ layer.weight.T + (0 if layer.bias is None else layer.bias)
     y_TN = layer(x_TK)
-    torch.testing.assert_close(y_TN[:FEW], exact_TN[:FEW], rtol=2**-7, atol=1e-2 if tokens > FEW else 1e-3)
+    torch.testing.assert_close(
+        y_TN[:FEW_TOKENS], exact_TN[:FEW_TOKENS], rtol=2**-7, atol=1e-2 if tokens > FEW_TOKENS else 1e-3
+    )
     assert (y_TN - exact_TN).norm() <= 2**-7 * exact_TN.norm()
     gradient_TN = torch.randn(tokens, n)
     found, expected = (torch.autograd.grad(one, x_TK, gradient_TN)[0] for one in (y_TN, x_TK @ layer.weight.T))
@@ -72,7 +74,11 @@ def test_a_layer_is_the_plain_arithmetic(
 @KINDS_OF_LAYERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_in_a_wide_type_are_those_of_the_kernel(kind: type[RoundedLinear], dtype: torch.dtype) -> None:
-    layer, x_TK, gradient_TN = layer_of(kind, 96, 64, bias=False), torch.randn(FEW, 96), torch.randn(FEW, 64)
+    layer, x_TK, gradient_TN = (
+        layer_of(kind, 96, 64, bias=False),
+        torch.randn(FEW_TOKENS, 96),
+        torch.randn(FEW_TOKENS, 64),
+    )
     assert layer.takes(x_TK)
     error = 2**-7 if dtype == torch.bfloat16 else 1e-5
     exact_TN, y_TN = x_TK.to(torch.bfloat16).float() @ layer.weight.T, wide_product(x_TK, layer, dtype)
@@ -90,12 +96,12 @@ def test_more_tokens_than_a_kernel_is_made_for_take_wide_weights(
     def refuse(*_: object) -> None:
         raise AssertionError
 
-    layer, x_TK = layer_of(kind, 96, 64), torch.randn(FEW + 1, 96)
+    layer, x_TK = layer_of(kind, 96, 64), torch.randn(FEW_TOKENS + 1, 96)
     expected_TN = wide_product(x_TK, layer, wide_type("cpu"))
     monkeypatch.setattr(kind, "product", refuse)
     assert torch.equal(layer(x_TK), expected_TN + layer.bias)
     with pytest.raises(AssertionError):
-        layer(x_TK[:FEW])
+        layer(x_TK[:FEW_TOKENS])
 
 
 def test_the_wide_type_is_one_that_the_processor_is_fast_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,9 +171,9 @@ def test_between_forward_and_backward_no_weights_are_kept(kind: type[RoundedLine
 @pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
 @pytest.mark.parametrize("outputs", [48, 64, 192])
 def test_of_a_few_tokens_none_depends_on_the_others(kind: type[RoundedLinear], outputs: int) -> None:
-    layer, x_TK = layer_of(kind, 96, outputs), torch.randn(FEW, 96)
+    layer, x_TK = layer_of(kind, 96, outputs), torch.randn(FEW_TOKENS, 96)
     together_TN = layer(x_TK)
-    for several in (1, 2, 3, 5, FEW - 1):
+    for several in (1, 2, 3, 5, FEW_TOKENS - 1):
         assert torch.equal(torch.cat([layer(one) for one in x_TK.split(several)]), together_TN)
 
 
