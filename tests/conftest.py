@@ -309,6 +309,7 @@ def split(tmp_path: Path) -> Split:
         checkpoint = Checkpoint(recipe.model.path)
         channel = LoopbackChannel(service, name, greeting=greeting(checkpoint, recipe))
         exit = Boundary(recipe.boundary, **boundary)
-        return build_model(recipe, checkpoint, load_ends(checkpoint, recipe), channel, exit), service
+        ends = load_ends(checkpoint, recipe, weights=recipe.party(name).weights)
+        return build_model(recipe, checkpoint, ends, channel, exit), service
 
     return build

@@ -345,7 +345,7 @@ def _try_bitsandbytes(device: torch.device, asked: str, remedy: str) -> None:
 def wide_type(device: str) -> torch.dtype:
     """The type of weights for one product on this kind of device: bfloat16, but fp32 on a processor that computes
     with it no faster."""
-    fast = torch.cpu.get_capabilities()
+    fast: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # earlier versions of torch do not tell
     slow = device == "cpu" and not (fast.get("avx512_bf16") or fast.get("amx_bf16"))
     return torch.float32 if slow else torch.bfloat16
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from isthmus.gateway.packed_ends import NewTokens, PackedEnds
@@ -11,15 +12,20 @@ from tests.conftest import Split, make_recipe, save_tiny_model
 from tests.oracle.twins import distance
 
 
-def test_the_model_stays_as_it_is_and_shares_its_weights(split: Split, tmp_path: Path) -> None:
-    model, _ = split(make_recipe(save_tiny_model("llama", tmp_path / "model")))
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_the_model_stays_as_it_is_and_shares_its_weights(weights: str | None, split: Split, tmp_path: Path) -> None:
+    silo = {"name": "a", "train": "a.jsonl"} | ({"weights": weights} if weights else {})
+    model, _ = split(make_recipe(save_tiny_model("llama", tmp_path / "model"), silo=[silo]))
     ids_1L = torch.tensor([[4, 5, 6, 7]])
     with torch.no_grad():
         before = model(ids_1L).logits
         ends = PackedEnds(model)
         assert torch.equal(model(ids_1L).logits, before)
-        own, packed = dict(model.bottom.named_parameters()), dict(ends._bottom.part.named_parameters())
+        own, packed = (
+            {**dict(one.named_parameters()), **dict(one.named_buffers())} for one in (model.bottom, ends._bottom.part)
+        )
         assert own.keys() == packed.keys()
+        assert any(one.dtype == torch.int8 for one in own.values()) == bool(weights)
         assert all(packed[name] is own[name] for name in own)
         caches = ends.new_caches()
         (h_LD,) = ends.through_bottom([NewTokens([4, 5, 6, 7], caches)])

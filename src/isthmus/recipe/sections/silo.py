@@ -51,9 +51,9 @@ class SiloSection(Section):
     """If true, bottom and top keep no activations in training: they compute them again for the backward, a few rows at
     a time. Less memory for long rows and large batches, about a third more computing in this silo."""
     weights: Weights | None = Field(default=None, examples=["int8"])
-    """Embedding and head of this silo have 8 bits, and the linear layers of its blocks as many as of trunk.weights:
-    for a machine with little memory, and on a processor for faster answers. They then are not quite the base model's,
-    in training and in use. Left out: all as model.dtype says."""
+    """The linear layers of this silo's blocks are kept in few bits, of the kinds that trunk.weights has, and its
+    embedding and head in 8: for a machine with little memory, and on a processor for faster answers. They then are not
+    quite the base model's, in training and in use. Left out: as model.dtype says."""
     rank: Count | None = Field(default=None, examples=[4])
     """Rank of the adapters in this silo's bottom and top, at most lora.rank; only with federation.lora = "svd". Left
     out: lora.rank. Experimental: learning with several ranks is not measured on a real model."""
