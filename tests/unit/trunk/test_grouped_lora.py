@@ -54,7 +54,7 @@ def test_each_segment_goes_through_its_adapter(folder: Path, at_once: bool, dtyp
     for piece, one in zip(torch.split(x_1TD, SIZES, dim=1), own, strict=True):
         adapters.load_adapter(plain, one)
         expected.append(layer_of(plain)(piece))
-    rounding = 1e-5 if dtype == torch.float32 else 1e-2
+    rounding = 1e-4 if dtype == torch.float32 else 1e-2  # a sum of numbers that are many times as large
     torch.testing.assert_close(got, torch.cat(expected, dim=1), rtol=rounding, atol=rounding)
 
 
