@@ -26,17 +26,17 @@ def main() -> None:
     torch.set_num_threads(1)
     model = asked.model or smollm2(Path("build/demo"))
     setting = quality.Setting(model.resolve(), asked.device, tuple(range(asked.seeds)))
+    # cells of more seeds than are asked for now count, too
+    every = replace(setting, seeds=tuple(range(max(SEEDS, asked.seeds))))
     results = Results("tables", "make bench-tables")
     if "quality" in asked.table:
         if not asked.report:
             quality.run(setting, asked.tasks, asked.arms)
-        # cells of more seeds than were asked for count, too
-        every = replace(setting, seeds=tuple(range(max(SEEDS, asked.seeds))))
         quality.report(results, every, asked.tasks)
     if "cuts" in asked.table:
         if not asked.report:
             cuts.run(setting)
-        cuts.report(results, setting)
+        cuts.report(results, every)
     if "parallel" in asked.table:
         if not asked.report:
             parallel.run(setting)
@@ -44,7 +44,7 @@ def main() -> None:
     if "optimizers" in asked.table:
         if not asked.report:
             optimizers.run(setting.seeds)
-        optimizers.report(results, setting.seeds)
+        optimizers.report(results, every.seeds)
     print(f"written: {results.write(keep=True)}")
 
 

@@ -324,8 +324,8 @@ def check_tokens(input_ids: Any, inputs_embeds: Any, embedding: nn.Module) -> to
         raise DataError(f"{name} have shape {shape}", remedy=f"pass a tensor {axes}")
     if 0 in given.shape:
         raise DataError(f"{name} have shape {tuple(given.shape)}: no token", remedy="remove empty batches and rows")
-    table = embedding if isinstance(embedding, RoundedEmbedding) else embedding.get_parameter("weight")
-    vocabulary, width = table.shape
+    assert isinstance(embedding, nn.Embedding | RoundedEmbedding)
+    vocabulary, width = embedding.num_embeddings, embedding.embedding_dim
     if inputs_embeds is not None:
         if given.shape[2] != width or not given.is_floating_point():
             raise DataError(

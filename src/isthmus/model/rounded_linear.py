@@ -136,6 +136,7 @@ class RoundedEmbedding(nn.Module):
     def __init__(self, embedding: nn.Embedding, table: Int8Linear) -> None:
         super().__init__()
         self.table, self._dtype = table, embedding.weight.dtype
+        self.num_embeddings, self.embedding_dim = table.out_features, table.in_features
         scale = getattr(embedding, "embed_scale", None)  # Gemma's embeddings are scaled
         self.register_buffer("embed_scale", scale, persistent=False)
 
@@ -143,11 +144,6 @@ class RoundedEmbedding(nn.Module):
     def weight(self) -> torch.Tensor:
         """The weights, ``[vocabulary, width]``, fp32: a copy."""
         return self.table.weight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Vocabulary and width."""
-        return self.table.out_features, self.table.in_features
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The embeddings ``[…, width]`` of token ids ``[…]``."""
@@ -275,8 +271,8 @@ def round_weights(part: Part, layers: Iterable[str], weights: str, device: torch
 
 
 def round_table(bottom: Part, top: Part, device: torch.device = CPU) -> None:
-    """Replace embedding and head, in place, by ones of 8 bits, or by one if they are tied; an adapter on the head stays
-    as it is. Whatever else bottom and top have may be on the device or not."""
+    """Replace a silo's embedding and head, in place, by ones of 8 bits on the device; tied ones keep one copy. An
+    adapter on the head stays as it is."""
     embedding = bottom.family.embedding_of(bottom.model)
     assert isinstance(embedding, nn.Embedding)
     if not Int8Linear.fits(*embedding.weight.shape):
@@ -293,8 +289,7 @@ def round_table(bottom: Part, top: Part, device: torch.device = CPU) -> None:
     embedding.to(device)
     top.replace_layer(top.family.head, rounded)
     if not made:
-        as_layer = nn.Linear(1, 1, bias=False, device="meta")
-        as_layer.out_features, as_layer.in_features = embedding.weight.shape
+        as_layer = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
         as_layer.weight = embedding.weight
         made.append(Int8Linear(as_layer))
     setattr(bottom.family.backbone_of(bottom.model), bottom.family.embedding, RoundedEmbedding(embedding, made[0]))
