@@ -24,7 +24,7 @@
     │   ├── UnknownSessionError  no inference session with this number (evicted, expired, trunk restarted)
     │   └── UnknownExampleError  no example with this number is kept (evicted, or never sent)
     ├── PeerGoneError        the peer cannot be reached
-    ├── RankLostError        a process that holds a share of the trunk's weights is gone
+    ├── RankLostError        a process that holds blocks of the trunk is gone
     ├── BusyError            a server has as many requests as it takes
     └── QuorumError          fewer silos are left than the recipe or its aggregation rule needs
 
@@ -220,7 +220,7 @@ class PeerGoneError(IsthmusError):
 
 
 class RankLostError(IsthmusError):
-    """A process that holds a share of the trunk's weights is gone."""
+    """A process that holds blocks of the trunk is gone."""
 
     code = "rank-lost"
     status = grpc.StatusCode.UNAVAILABLE

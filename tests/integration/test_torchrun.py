@@ -28,7 +28,6 @@ from tests.integration.processes import (
 )
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
-TOLERANCE = 1e-5
 
 
 def federation(folder: Path) -> Path:
@@ -58,7 +57,7 @@ def test_a_rank_is_killed_and_what_is_learned_is_that_of_a_trunk_alone(commands:
     with silos_here(Recipe.read(recipe), RunDirectory(run)):
         until_step(run, 2, 3, trunk)
         rank(trunk, 1).kill()
-    assert "error: rank 1, which holds a share of the trunk's weights, is gone" in trunk.stderr
+    assert "error: rank 1, which holds some of the trunk's blocks, is gone" in trunk.stderr
     until(lambda: "finished after 2 rounds" in trunk.stdout, "the trunk to save the last round", command=trunk)
     before = trunk.stderr.count("error: ")
     others = trunk.process.children(recursive=True)
@@ -71,9 +70,7 @@ def test_a_rank_is_killed_and_what_is_learned_is_that_of_a_trunk_alone(commands:
     shutil.copy(recipe, run / "recipe.toml")
     found, expected = states(run, 2), states(tmp_path / "alone", 2)
     assert found.keys() == expected.keys()
-    far = {name: float((found[name] - one).abs().max()) for name, one in expected.items() if one.numel()}
-    assert max(far.values()) <= TOLERANCE, far
-    assert any(not torch.equal(found[name], one) for name, one in expected.items()), "sums in another order"
+    assert all(torch.equal(found[name], one) for name, one in expected.items())
 
 
 def test_ranks_with_different_checkpoints_are_refused(commands: Commands, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def trunk(
     flower: FlowerSocket = None,
 ) -> None:
     """Serve the trunk, the middle blocks of the model: for a federation, or to use a finished run. By torchrun, several
-    processes share its weights."""
+    processes share its blocks."""
     from isthmus.engines.monitor import monitored
     from isthmus.engines.rank_place import RankPlace
     from isthmus.engines.roles import Serving, serve

@@ -35,8 +35,8 @@ from isthmus.recipe.tree import ROOT
 from isthmus.silo.worker import Worker
 from isthmus.storage.files import private_folder
 from isthmus.storage.record import RunDirectory
+from isthmus.trunk.ranks import Ranks
 from isthmus.trunk.service import TrunkService
-from isthmus.trunk.sharded_weights import Ranks
 from isthmus.wire.channel import Channel, Service
 from isthmus.wire.client import GrpcChannel
 from isthmus.wire.identity import Identity, Role

@@ -1,4 +1,4 @@
-"""A trunk over several processes that torchrun starts: rank 0 serves, the others hold shares of its weights.
+"""A trunk over several processes that torchrun starts: rank 0 serves, the others hold some of its blocks.
 
 ``torchrun --nproc-per-node 2 -m isthmus trunk recipe.toml``. What a rank sends another is neither encrypted nor
 authenticated: the ranks must be on one machine, or on a network that nobody else is on.
@@ -6,7 +6,6 @@ authenticated: the ranks must be on one machine, or on a network that nobody els
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,15 +23,16 @@ from torch.distributed.rendezvous import rendezvous
 from isthmus.engines.lifetime import Stopped
 from isthmus.engines.rank_place import RankPlace
 from isthmus.engines.threads import set_threads
-from isthmus.errors import IsthmusError, MismatchError, NotSupportedError, RankLostError, RecipeError
+from isthmus.errors import IsthmusError, MismatchError, RankLostError, RecipeError
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.cut import load_rows
+from isthmus.model.cut import Cut
 from isthmus.model.device import find_device
-from isthmus.model.share import RowShare
+from isthmus.model.share import BlockShare
 from isthmus.recipe import Recipe
 from isthmus.recipe.shared import check_shared, shared_keys
 from isthmus.storage.record import RunDirectory
-from isthmus.trunk.sharded_weights import PRODUCT_SECONDS, UNBOUNDED, Ranks, follow, named, receive
+from isthmus.trunk.ranks import PASS_SECONDS, UNBOUNDED, Answering, Ranks, follow, give, take
+from isthmus.trunk.stage import load_stage
 
 log = logging.getLogger(__name__)
 PARTING_SECONDS = 20.0
@@ -67,7 +67,7 @@ def leading(place: RankPlace | None, path: Path) -> Iterator[Ranks | None]:
 
 
 def follow_rank_0(place: RankPlace, path: Path) -> None:
-    """Another rank: hold a share of the weights and multiply, until rank 0 ends.
+    """Another rank: hold some of the blocks and compute with them, until rank 0 ends.
 
     Args:
         path: as in ``leading``; on this rank's machine.
@@ -82,15 +82,13 @@ def follow_rank_0(place: RankPlace, path: Path) -> None:
     with _connected(place, recipe):
         _agree(place, _statement(recipe, place))
         log.info("rank %d of %d is connected with rank 0", place.rank, place.ranks)
-        dtype = getattr(torch, recipe.trunk.dtype or recipe.model.dtype)
-        load = partial(
-            load_rows,
-            Checkpoint(recipe.model.path),
-            share=RowShare(place.rank, place.ranks),
-            dtype=dtype,
-            device=device_of(place, recipe),
-        )
-        _Following(partial(follow, load)).wait()
+        device, checkpoint = device_of(place, recipe), Checkpoint(recipe.model.path)
+        share = BlockShare(place.rank, place.ranks)
+
+        def load(cut: Cut) -> Answering:
+            return load_stage(checkpoint, recipe, device, share, cut).answer
+
+        _Following(partial(follow, load, device)).wait()
 
 
 class _Following:
@@ -129,16 +127,11 @@ def _connected(place: RankPlace, recipe: Recipe) -> Iterator[None]:
         NotSupportedError, RecipeError: the recipe is not for several ranks.
         RankLostError: not all ranks have come.
     """
-    if recipe.trunk.weights is not None:
-        raise NotSupportedError(
-            f'trunk.weights = "{recipe.trunk.weights}" keeps the weights in one process, and there are {place.ranks}',
-            remedy='leave trunk.weights out; trunk.dtype = "bfloat16" halves the weights of all ranks',
-        )
     device = device_of(place, recipe)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    patience = timedelta(seconds=PRODUCT_SECONDS)
+    patience = timedelta(seconds=PASS_SECONDS)
     try:
         store, rank, ranks = next(rendezvous("env://", timeout=patience))
         store = PrefixStore(f"isthmus/{place.attempt}", store)  # torchrun's may hold addresses of earlier attempts
@@ -196,14 +189,14 @@ def _agree(place: RankPlace, own: Mapping[str, Any]) -> None:
         MismatchError: one differs; on all ranks.
     """
     if place.rank:
-        _send_text(json.dumps(own), 0)
-        refusal = json.loads(_receive_text(0))
+        give(0, own)
+        refusal = take(0, UNBOUNDED)[0]["refusal"]
     else:
         others = range(1, place.ranks)
-        found = [_difference(f"rank {rank}", json.loads(_receive_text(rank)), own) for rank in others]
+        found = [_difference(f"rank {rank}", take(rank, UNBOUNDED)[0], own) for rank in others]
         refusal = next((one for one in found if one is not None), None)
         for rank in others:
-            _send_text(json.dumps(refusal), rank)
+            give(rank, {"refusal": refusal})
     if refusal is not None:
         message, remedy = refusal
         raise MismatchError(message, remedy=remedy)
@@ -222,20 +215,3 @@ def _difference(rank: str, theirs: Mapping[str, Any], own: Mapping[str, Any]) ->
     except IsthmusError as error:
         return error.message, error.remedy
     return None
-
-
-def _send_text(text: str, rank: int) -> None:
-    content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    with named(rank):
-        dist.send(torch.tensor([len(content)]), rank)
-        dist.send(content, rank)
-
-
-def _receive_text(rank: int) -> str:
-    """Text of a rank, which may first have to read its whole model."""
-    size = torch.empty(1, dtype=torch.long)
-    with named(rank):
-        receive(size, rank, UNBOUNDED)
-        content = torch.empty(int(size), dtype=torch.uint8)
-        receive(content, rank, UNBOUNDED)
-    return bytes(content.tolist()).decode()

@@ -19,7 +19,6 @@ from isthmus.model.checkpoint import Checkpoint
 from isthmus.model.device import CPU
 from isthmus.model.families import Family, family_of, uncut_shapes
 from isthmus.model.rope import install
-from isthmus.model.share import RowShare
 from isthmus.model.stored import StoredTensors
 
 PartName = Literal["bottom", "trunk", "top"]
@@ -90,6 +89,8 @@ class Part(nn.Module):
         self.family = family
         self.first_block = first_block
         self.whole: PreTrainedConfig = model.config if whole is None else whole
+        self.here: range | None = None
+        """The blocks that compute in this process, by their indices in the part; None: all."""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -103,6 +104,11 @@ class Part(nn.Module):
             number, dot, rest = name.removeprefix(blocks).partition(".")
             name = f"{blocks}{int(number) + self.first_block}{dot}{rest}"
         return self.family.uncut_prefix() + name.removeprefix(own) if name.startswith(own) else name
+
+    def own_block(self, name: str) -> int | None:
+        """Index in the part of the block that a tensor of this name in ``self.model`` is of; None: of no block."""
+        blocks = self.family.block_prefix()
+        return int(name.removeprefix(blocks).partition(".")[0]) if name.startswith(blocks) else None
 
     def plain_layers(self) -> dict[str, nn.Linear]:
         """The plain linear layers of its blocks by their names in the part, in order. Call it before adapters are
@@ -182,20 +188,21 @@ def load_part(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     tied: Part | None = None,
-    share: RowShare | None = None,
+    blocks: range | None = None,
 ) -> Part:
     """Build one part, frozen and in eval mode. No other part's tensors are read from the checkpoint.
 
     Args:
         tied: bottom of the same silo; a top with tied weights shares its embedding.
-        share: of the weights of the blocks' plain linear layers this process's rows alone are kept; None: all.
+        blocks: those of the part's blocks, by their indices in it, that are to compute here; the others' weights are
+            zeros that take no memory. None: all.
 
     Raises:
         ModelError: the folder lacks a tensor, or one has an unexpected shape.
         CutError: the cut does not fit the model.
-        NotSupportedError: more processes share the part than a layer has rows.
     """
     part = empty_part(checkpoint.config, cut, name)
+    part.here = blocks
     _warn_of_dropout(checkpoint.config)
     stored = StoredTensors(checkpoint, uncut_shapes(checkpoint.config))
     embedding, head = _ends_of(stored, part, dtype)
@@ -207,45 +214,28 @@ def load_part(
         part.model.get_submodule(part.family.head).weight = tied.model.get_parameter(_embedding_name(part.family))
     materialize_buffers(part.model)
     wide = _kept_wide(part.model, dtype)
-    shared = _shared_weights(part, share)
     for own, source in sources.items():
+        kind = torch.float32 if own in wide else dtype
+        block = part.own_block(own)
+        if blocks is not None and block is not None and block not in blocks:
+            shape = part.model.state_dict()[own].shape
+            _assign(part.model, own, torch.zeros((), dtype=kind, device=device).expand(shape))
+            continue
         tensor = stored.read(source)
         _check_shape(part, own, tensor, f"{source} in {checkpoint.folder}")
-        if share is not None and own in shared:
-            tensor = share.of(tensor)
-        _assign(part.model, own, tensor.to(device, torch.float32 if own in wide else dtype, copy=True))
+        _assign(part.model, own, tensor.to(device, kind, copy=True))
     part.requires_grad_(False).eval()
     if name != "bottom":
         _check_passes_through(part)
+    return move(part, device)
+
+
+def move(part: Part, device: torch.device) -> Part:
+    """Bring a part to a device, in place; weights of blocks that are not to compute here still take no memory."""
+    for parameter in part.parameters():
+        if parameter.numel() > 1 and not any(parameter.stride()):
+            parameter.data = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
     return part.to(device)
-
-
-def load_rows(
-    checkpoint: Checkpoint, cut: Cut, share: RowShare, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU
-) -> list[torch.Tensor]:
-    """One process's rows of the weights of the trunk's plain linear layers, in the order of ``Part.plain_layers``.
-
-    Raises:
-        ModelError, CutError, NotSupportedError: as ``load_part``.
-    """
-    part = empty_part(checkpoint.config, cut, "trunk")
-    stored, wide = StoredTensors(checkpoint, uncut_shapes(checkpoint.config)), _kept_wide(part.model, dtype)
-    found = []
-    for own in _shared_weights(part, share):
-        source = part.uncut_name(own)
-        tensor = stored.read(source)
-        _check_shape(part, own, tensor, f"{source} in {checkpoint.folder}")
-        found.append(share.of(tensor).to(device, torch.float32 if own in wide else dtype, copy=True))
-    return found
-
-
-def _shared_weights(part: Part, share: RowShare | None) -> list[str]:
-    """The names of the weights whose rows are shared, once the share fits all of them."""
-    if share is None:
-        return []
-    layers = part.plain_layers()
-    share.check({part.uncut_name(name): one.out_features for name, one in layers.items()})
-    return [f"{name}.weight" for name in layers]
 
 
 def empty_part(config: PreTrainedConfig, cut: Cut, name: PartName) -> Part:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from isthmus.errors import NotSupportedError
 from isthmus.model import int4_groups
-from isthmus.model.cut import Part
+from isthmus.model.cut import Part, move
 from isthmus.model.device import CPU
 
 VALUES = "v_proj"
@@ -267,7 +267,7 @@ def round_weights(part: Part, layers: Iterable[str], weights: str, device: torch
     """
     for name in layers:
         part.replace_layer(name, partial(_rounded, name, weights, device))
-    part.to(device)
+    move(part, device)
 
 
 def round_table(bottom: Part, top: Part, device: torch.device = CPU) -> None:

@@ -1,18 +1,15 @@
-"""A process's share of a weight, where several processes hold the linear layers of a part together."""
+"""A process's share of a part, where several processes hold its blocks together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
 
 from isthmus.errors import NotSupportedError
 
 
 @dataclass(frozen=True)
-class RowShare:
-    """The rows (outputs) of each weight that one of several processes holds, one after another by rank.
+class BlockShare:
+    """The blocks of a part that one of several processes holds, one stretch after another by rank.
 
     Args:
         rank: the process's number, from 0.
@@ -22,31 +19,15 @@ class RowShare:
     rank: int
     ranks: int
 
-    def rows(self, total: int) -> slice:
-        """Its rows of a weight that has so many in all. Numbers of rows differ by one at most."""
-        return slice(total * self.rank // self.ranks, total * (self.rank + 1) // self.ranks)
-
-    def size(self, total: int) -> int:
-        """How many rows of a weight it holds."""
-        rows = self.rows(total)
-        return int(rows.stop - rows.start)
-
-    def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Its rows of a weight, as a view."""
-        return weight[self.rows(len(weight))]
-
-    def check(self, outputs: Mapping[str, int]) -> None:
-        """Refuse shares without a row.
-
-        Args:
-            outputs: the number of rows of each layer, by name.
+    def blocks(self, total: int) -> range:
+        """Its blocks of a part that has so many in all. Numbers of blocks differ by one at most.
 
         Raises:
-            NotSupportedError: a layer has fewer rows than there are ranks.
+            NotSupportedError: there are fewer blocks than ranks.
         """
-        name = min(outputs, key=outputs.__getitem__, default=None)
-        if name is not None and outputs[name] < self.ranks:
+        if total < self.ranks:
             raise NotSupportedError(
-                f"{self.ranks} ranks cannot share the {outputs[name]} rows of {name}",
-                remedy=f"start {outputs[name]} ranks at most",
+                f"{self.ranks} ranks cannot share the {total} blocks of the trunk",
+                remedy=f"start {total} ranks at most",
             )
+        return range(total * self.rank // self.ranks, total * (self.rank + 1) // self.ranks)

@@ -70,7 +70,7 @@ class AttentionPlan:
 
 
 def plan_attention(part: Part) -> AttentionPlan:
-    """The plan of a part, from one token sent through it.
+    """The plan of a part, from one token sent through its blocks; of those that do not compute here rules are plain.
 
     Raises:
         ModelError: a block's attention is not transformers', sees later tokens, or has other shapes than the others'.
@@ -83,7 +83,7 @@ def plan_attention(part: Part) -> AttentionPlan:
     part.config._attn_implementation = PROBE_ATTENTION
     try:
         with torch.no_grad(), given_lengths([1]):
-            part.hidden(
+            (part if part.here is None else part.stretch(part.here)).hidden(
                 inputs_embeds=like.new_zeros(1, 1, part.config.hidden_size),
                 attention_mask=torch.ones(1, 1, dtype=torch.bool, device=like.device),
                 position_ids=torch.zeros(1, 1, dtype=torch.long, device=like.device),
@@ -145,13 +145,15 @@ def _record(
 
 def _plan(attention: str, found: _Findings, part: Part) -> AttentionPlan:
     blocks = found.blocks
-    expected = list(range(part.config.num_hidden_layers))
+    every = range(part.config.num_hidden_layers)
+    expected = list(every if part.here is None else part.here)
     if [index for index, _, _ in blocks] != expected or len({shape for _, _, shape in blocks}) != 1:
         raise ModelError(
             f"the attention of {part.config.model_type} models is not the same call in every block",
             remedy="use a model whose blocks all have transformers' attention with equal heads",
         )
-    return AttentionPlan(attention, tuple(rule for _, rule, _ in blocks), *blocks[0][2], frozenset(found.settings))
+    rules = dict.fromkeys(every, MaskRule(causal_mask_function)) | {index: rule for index, rule, _ in blocks}
+    return AttentionPlan(attention, tuple(rules.values()), *blocks[0][2], frozenset(found.settings))
 
 
 def _classify(asked: _Asked, context: int, device: torch.device) -> MaskRule:

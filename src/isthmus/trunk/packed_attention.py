@@ -54,6 +54,8 @@ class SequenceCache:
         self.first = self.blocks.start
         """The first block that the cache has room for."""
         self._shape = (len(self.blocks), 2, 1, plan.heads)
+        self._counted = len(self.blocks)
+        """Number of blocks whose bytes are counted."""
         self._widths = plan.key_width, plan.value_width
         self._kv = torch.empty(*self._shape, 0, max(self._widths), dtype=dtype, device=device)
         self._limit = limit
@@ -63,12 +65,15 @@ class SequenceCache:
     @property
     def nbytes(self) -> int:
         """Bytes of allocated memory, unused room included."""
-        return self._kv.nbytes
+        return self._bytes(self._kv.shape[-2])
 
     def bytes_for(self, length: int) -> int:
         """Bytes that this cache would allocate for this many positions."""
-        layers, two, one, heads = self._shape
-        values: int = layers * two * one * heads * self._room(length) * self._kv.shape[-1]
+        return self._bytes(self._room(length))
+
+    def _bytes(self, room: int) -> int:
+        _, two, one, heads = self._shape
+        values: int = self._counted * two * one * heads * room * self._kv.shape[-1]
         return values * self._kv.element_size()
 
     def reserve(self, length: int) -> None:
@@ -109,7 +114,7 @@ class SequenceCache:
 
     def copy(self) -> SequenceCache:
         """An independent copy."""
-        twin = object.__new__(SequenceCache)
+        twin = object.__new__(type(self))
         twin.__dict__ |= self.__dict__
         twin._kv = self._kv.clone()
         return twin

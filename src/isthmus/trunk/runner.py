@@ -61,6 +61,8 @@ class Runner:
         self._pages: PagePool | None = None
         self._token_passes: dict[range, TokenPasses] = {}
         """By the blocks that their sequences pass."""
+        self.bytes_elsewhere = 0
+        """What the graph of the last pass takes in other processes."""
         if record is None:
             record = self.device.type == "cuda" and recordable(part, self.plan)
         if record:
@@ -141,7 +143,10 @@ class Runner:
 
     def new_cache(self, silo: str = "") -> SequenceCache:
         """An empty cache for one sequence of this silo."""
-        blocks = self.passed(silo)
+        return self.cache_of(self.passed(silo))
+
+    def cache_of(self, blocks: range) -> SequenceCache:
+        """An empty cache for one sequence that passes these blocks."""
         if self._pages is not None:
             return PagedCache(self._pages, blocks)
         return SequenceCache(self.plan, self.context, self.dtype, self.device, blocks)

@@ -18,9 +18,8 @@ from isthmus.errors import CutError, MismatchError, ModelError, ProtocolError, R
 from isthmus.model import adapters
 from isthmus.model.agreement import check_agreed, earlier_keys, hello_of
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.cut import Cut, Part, load_part
-from isthmus.model.device import CPU, find_device
-from isthmus.model.rounded_linear import check_machine, round_weights
+from isthmus.model.cut import Cut, Part
+from isthmus.model.device import find_device
 from isthmus.recipe import Recipe
 from isthmus.recipe.tree import check_named
 from isthmus.storage.files import disk_errors, writing
@@ -33,10 +32,12 @@ from isthmus.trunk.codecs import Codecs
 from isthmus.trunk.decoding import Decoding, SessionStep
 from isthmus.trunk.earlier_answers import EarlierAnswers
 from isthmus.trunk.kept_examples import KeptExamples
+from isthmus.trunk.loading import load_trunk
+from isthmus.trunk.ranks import Ranks
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.scheduler import SINGLE, JobKind, Scheduler
 from isthmus.trunk.sessions import Sessions
-from isthmus.trunk.sharded_weights import Ranks, shard_weights
+from isthmus.trunk.staged_runner import StagedRunner
 from isthmus.trunk.sync_steps import SyncSteps
 from isthmus.trunk.training import TrunkTraining
 from isthmus.updates.between import BlocksChange
@@ -62,7 +63,7 @@ class TrunkService:
         identity: the trunk's; None: all parties are in this process, without certificates.
         added: silos that were added since the federation began (see ``earlier_keys``).
         replica: whether it serves a finished run beside other trunks: it trains nothing, and writes nothing.
-        ranks: the processes that hold the weights of the blocks with this one; None: it holds them alone.
+        ranks: the processes that hold the blocks with this one; None: it holds them alone.
 
     Raises:
         RecipeError: torch has no device ``trunk.device`` on this machine.
@@ -203,7 +204,7 @@ class TrunkService:
         return Vitals(state, self._training.completed, failure, gauges=gauges)
 
     def stop(self) -> None:
-        """End the compute thread. Where ranks hold the weights, wait for its end: they do one thing at a time."""
+        """End the compute thread. Where ranks hold the blocks, wait for its end: they do one thing at a time."""
         self._scheduler.stop()
         if self._ranks is not None:
             self._scheduler.join()
@@ -391,26 +392,16 @@ def _check_of(name: str) -> str:
 
 
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe, ranks: Ranks | None) -> Runner:
-    dtype, device = getattr(torch, recipe.trunk.dtype or recipe.model.dtype), find_device(recipe.trunk.device)
-    weights = recipe.trunk.weights
-    if weights is not None:
-        check_machine(weights, device)
-    if ranks is not None:
-        ranks.load(cut)
-    share, first = None if ranks is None else ranks.share, device if weights is None else CPU
-    part = load_part(checkpoint, cut, "trunk", dtype=dtype, device=first, share=share)
-    layers = list(part.plain_layers())
-    adapters.add_trained_layers(part, recipe)
-    record = None
-    if weights is not None:
-        round_weights(part, layers, weights, device)
-        record = False  # whether kernels of few bits can be recorded was never tried
-    if ranks is not None:
-        shard_weights(part, layers, ranks)
-        ranks.wait_loaded()
-        record = False  # a recorded pass would ask no other rank
+    device, residual = find_device(recipe.trunk.device), recipe.boundary.residual
     passed = _passed_blocks(checkpoint, cut, recipe)
-    return Runner(part, residual=recipe.boundary.residual, record=record, passed=passed)
+    if ranks is None:
+        part = load_trunk(checkpoint, cut, recipe, device)
+        record = None if recipe.trunk.weights is None else False  # passes of few bits were never tried to record
+        return Runner(part, residual=residual, record=record, passed=passed)
+    ranks.load(cut)
+    part = load_trunk(checkpoint, cut, recipe, device, ranks.share)
+    ranks.wait_loaded()
+    return StagedRunner(part, ranks, residual=residual, passed=passed)
 
 
 def _passed_blocks(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> dict[str, range]:

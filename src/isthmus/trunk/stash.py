@@ -70,7 +70,7 @@ def bound_stash(passes: Iterable[Pass], limit: int) -> None:
         passes: from the oldest to the newest.
     """
     kept = [computed for computed in passes if computed.outputs is not None]
-    while sum(computed.nbytes for computed in kept) > limit:
+    while kept and sum(computed.nbytes for computed in kept) > limit:
         held: Counter[str] = Counter()
         for computed in kept:
             for silo, rows in computed.rows.items():

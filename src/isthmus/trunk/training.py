@@ -454,7 +454,7 @@ class TrunkTraining:
             passed = [self._runner.passed(one.silo) for one in forwards for _ in one.lengths]
             outputs = torch.split(self._runner.full_pass(h_SD, lengths, segments, masks, passed), sizes)
         made = Pass(inputs, [list(own.values()) for own in leaves], outputs, number=next(self._numbers))
-        made.graph_bytes = saved.nbytes + h_SD.nbytes
+        made.graph_bytes = saved.nbytes + h_SD.nbytes + self._runner.bytes_elsewhere
         for one, size in zip(forwards, sizes, strict=True):
             made.rows[one.silo] += size
         return made

@@ -12,9 +12,10 @@ import torch
 
 from isthmus.errors import RankLostError
 from isthmus.model.checkpoint import Checkpoint
+from isthmus.recipe import Recipe
 from isthmus.silo.join import greeting
 from isthmus.storage.record import RoleDirectory
-from isthmus.trunk import sharded_weights
+from isthmus.trunk import ranks
 from isthmus.trunk.service import TrunkService
 from isthmus.wire import codec
 from isthmus.wire import isthmus_pb2 as pb
@@ -37,7 +38,7 @@ class Trunk:
 
     def __init__(self, others: Others, model: Path, folder: Path) -> None:
         recipe = make_recipe(model)
-        self.service = TrunkService(recipe, RoleDirectory(folder), ranks=others.use(model))
+        self.service = TrunkService(recipe, RoleDirectory(folder), ranks=others.use(recipe))
         hello = greeting(Checkpoint(str(model)), recipe)
         self._channel = LoopbackChannel(self.service, "a", greeting=hello)
 
@@ -73,7 +74,7 @@ def test_a_rank_that_dies_is_named(others: Others, model: Path, tmp_path: Path) 
     others.processes[1].wait(WAIT)
     answer = trunk.ask()
     error = lost(others)
-    assert error.message == "rank 2, which holds a share of the trunk's weights, is gone"
+    assert error.message == "rank 2, which holds some of the trunk's blocks, is gone"
     assert "start all ranks again" in error.remedy
     assert_over(trunk, answer)
 
@@ -81,7 +82,7 @@ def test_a_rank_that_dies_is_named(others: Others, model: Path, tmp_path: Path) 
 def test_a_rank_that_stands_still_is_named(
     others: Others, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharded_weights, "PRODUCT_SECONDS", SOON)
+    monkeypatch.setattr(ranks, "PASS_SECONDS", SOON)
     trunk = Trunk(others, model, tmp_path / "trunk")
     others.processes[0].suspend()
     answer = trunk.ask()
@@ -102,19 +103,22 @@ def test_a_rank_that_dies_while_nobody_asks_is_named_at_the_end(others: Others, 
 
 def test_a_rank_that_cannot_load_is_named(others: Others, model: Path, tmp_path: Path) -> None:
     """A trunk that cannot start says so to who starts it."""
-    others.use(tmp_path / "absent")
+    absent = make_recipe(model).model_dump(mode="json", exclude_none=True)
+    others.use(Recipe.of({**absent, "model": {**absent["model"], "path": str(tmp_path / "absent")}}))
     with pytest.raises(RankLostError, match="rank 1, "):
         TrunkService(make_recipe(model), RoleDirectory(tmp_path / "trunk"), ranks=others.ranks)
 
 
 def test_the_others_end_when_rank_0_does_without_a_word(model: Path, tmp_path: Path) -> None:
     with started(3, tmp_path) as others:
-        TrunkService(make_recipe(model), RoleDirectory(tmp_path / "trunk"), ranks=others.use(model)).stop()
+        recipe = make_recipe(model)
+        TrunkService(recipe, RoleDirectory(tmp_path / "trunk"), ranks=others.use(recipe)).stop()
         others.ranks.end = lambda: None  # type: ignore[method-assign]
     assert [process.wait(WAIT) for process in others.processes] == [1, 1]
 
 
 def test_the_others_end_when_rank_0_says_so(model: Path, tmp_path: Path) -> None:
     with started(3, tmp_path) as others:
-        TrunkService(make_recipe(model), RoleDirectory(tmp_path / "trunk"), ranks=others.use(model)).stop()
+        recipe = make_recipe(model)
+        TrunkService(recipe, RoleDirectory(tmp_path / "trunk"), ranks=others.use(recipe)).stop()
     assert [process.wait(WAIT) for process in others.processes] == [0, 0]

@@ -10,8 +10,8 @@ import torch
 
 from isthmus.engines import torchrun
 from isthmus.engines.rank_place import RankPlace
-from isthmus.engines.torchrun import device_of, follow_rank_0, leading
-from isthmus.errors import NotSupportedError, RecipeError
+from isthmus.engines.torchrun import device_of, leading
+from isthmus.errors import RecipeError
 from tests.conftest import make_recipe
 
 PLACE = RankPlace(1, 2, 1)
@@ -26,15 +26,6 @@ def recipe_file(folder: Path, **trunk: Any) -> Path:
 def test_without_torchrun_there_are_no_ranks(tmp_path: Path) -> None:
     with leading(None, tmp_path / "absent") as ranks:
         assert ranks is None
-
-
-def test_weights_in_8_bits_are_refused_on_each_rank(tmp_path: Path) -> None:
-    path = recipe_file(tmp_path, weights="int8")
-    with pytest.raises(NotSupportedError, match="there are 2") as caught, leading(PLACE, path):
-        pass
-    assert "leave trunk.weights out" in caught.value.remedy
-    with pytest.raises(NotSupportedError, match="there are 2"):
-        follow_rank_0(PLACE, path)
 
 
 def test_each_rank_has_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

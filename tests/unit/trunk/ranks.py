@@ -1,10 +1,12 @@
 """Ranks of a trunk as real processes that gloo connects: this one is rank 0, the others follow it.
 
-The others are ``python -m tests.unit.trunk.ranks``. They load whatever model the file ``model`` names just then.
+The others are ``python -m tests.unit.trunk.ranks``. They load the model of the recipe that the file ``recipe`` has just
+then.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -18,9 +20,12 @@ import torch.distributed as dist
 
 from isthmus.errors import RankLostError
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.cut import Cut, load_rows
-from isthmus.model.share import RowShare
-from isthmus.trunk.sharded_weights import Ranks, follow
+from isthmus.model.cut import Cut
+from isthmus.model.device import CPU
+from isthmus.model.share import BlockShare
+from isthmus.recipe import Recipe
+from isthmus.trunk.ranks import Answering, Ranks, follow
+from isthmus.trunk.stage import load_stage
 
 ROOT = Path(__file__).parents[3]
 WAIT = 120.0
@@ -30,20 +35,20 @@ class Others:
     """The other ranks' processes, and what they load."""
 
     def __init__(self, count: int, folder: Path) -> None:
-        self._model = folder / "model"
+        self._recipe = folder / "recipe"
         store, ranks = folder / "store", range(1, count)
         command = [sys.executable, "-m", "tests.unit.trunk.ranks"]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
         self.processes = [
-            psutil.Popen([*command, str(rank), str(count), str(store), str(self._model)], cwd=ROOT, env=environment)
+            psutil.Popen([*command, str(rank), str(count), str(store), str(self._recipe)], cwd=ROOT, env=environment)
             for rank in ranks
         ]
         connect(0, count, store)
         self.ranks = Ranks(count)
 
-    def use(self, model: Path, dtype: str = "float32") -> Ranks:
-        """Have all ranks load this model for the next trunk."""
-        self._model.write_text(f"{dtype} {model}")
+    def use(self, recipe: Recipe) -> Ranks:
+        """Have all ranks load this recipe's model for the next trunk."""
+        self._recipe.write_text(recipe.model_dump_json(exclude_none=True))
         return self.ranks
 
 
@@ -77,17 +82,17 @@ def connect(rank: int, count: int, store: Path) -> None:
 
 def main() -> None:
     """One of the other ranks."""
-    rank, count, store, model = sys.argv[1:]
+    rank, count, store, path = sys.argv[1:]
     torch.set_num_threads(1)
-    share = RowShare(int(rank), int(count))
+    share = BlockShare(int(rank), int(count))
     connect(share.rank, share.ranks, Path(store))
 
-    def load(cut: Cut) -> list[torch.Tensor]:
-        dtype, _, folder = Path(model).read_text().partition(" ")
-        return load_rows(Checkpoint(folder), cut, share, dtype=getattr(torch, dtype))
+    def load(cut: Cut) -> Answering:
+        recipe = Recipe.of(json.loads(Path(path).read_text()))
+        return load_stage(Checkpoint(recipe.model.path), recipe, CPU, share, cut).answer
 
     try:
-        follow(load)
+        follow(load, CPU)
     except RankLostError as lost:
         sys.exit(str(lost))
     dist.destroy_process_group()

@@ -48,7 +48,7 @@ def test_the_oldest_of_the_silo_that_holds_most_go_first_and_shared_ones_last() 
     assert [one.nbytes for one in (shared, *own, other)] == [10, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("limit", [0, 9])
+@pytest.mark.parametrize("limit", [-1, 0, 9])  # below 0 where the inputs alone are more than may be
 def test_one_that_is_too_large_by_itself_is_dropped(limit: int) -> None:
     one = made(0, 10, a=1)
     bound_stash([one], limit)
