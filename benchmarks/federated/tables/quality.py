@@ -292,15 +292,15 @@ def report_gap(results: Results, name: str, apart_SR: torch.Tensor, *, judged: b
 
 
 def report_gains(results: Results) -> None:
-    """What joining gains over training alone, over the tasks of which both are known: in points and in nats, with the
-    tasks' steps and with three times as many.
+    """What joining gains over training alone, over the tasks of which both are known: in points, and, where it is known
+    of all of these, in nats; with the tasks' steps and with three times as many.
     """
     known = results.known()
     for tasks, more in ((TASKS, ""), (LONG, ", long")):
-        name = f"mean over tasks{more}, federated above alone"
-        report_gain(results, name, "points", [gain(known, task, main_measure) for task in tasks])
-        name = f"mean over tasks{more}, federated costs less than alone"
-        report_gain(results, name, NATS, [gain(known, task, nats_saved) for task in tasks])
+        points, saved = ([gain(known, task, measured) for task in tasks] for measured in (main_measure, nats_saved))
+        report_gain(results, f"mean over tasks{more}, federated above alone", "points", points)
+        if all(nats is not None for one, nats in zip(points, saved, strict=True) if one is not None):
+            report_gain(results, f"mean over tasks{more}, federated costs less than alone", NATS, saved)
 
 
 def report_gain(results: Results, name: str, unit: str, gains: Sequence[float | None]) -> None:

@@ -31,7 +31,7 @@ from isthmus.model.share import BlockShare
 from isthmus.recipe import Recipe
 from isthmus.recipe.shared import check_shared, shared_keys
 from isthmus.storage.record import RunDirectory
-from isthmus.trunk.ranks import PASS_SECONDS, UNBOUNDED, Answering, Ranks, follow, give, take
+from isthmus.trunk.ranks import PASS_SECONDS, UNBOUNDED, AnswersOrders, Ranks, follow, give, take
 from isthmus.trunk.stage import load_stage
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def follow_rank_0(place: RankPlace, path: Path) -> None:
         device, checkpoint = device_of(place, recipe), Checkpoint(recipe.model.path)
         share = BlockShare(place.rank, place.ranks)
 
-        def load(cut: Cut) -> Answering:
+        def load(cut: Cut) -> AnswersOrders:
             return load_stage(checkpoint, recipe, device, share, cut).answer
 
         _Following(partial(follow, load, device)).wait()

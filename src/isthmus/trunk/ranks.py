@@ -27,9 +27,10 @@ PASS_SECONDS = 300.0
 """Longest time that rank 0 waits for an answer of another rank."""
 UNBOUNDED = timedelta(days=3650)
 """For what comes when silos ask for it, and for loading."""
-Tensors = Sequence[torch.Tensor]
-Words = Mapping[str, Any]
-Answering = Callable[[Words, Tensors], tuple[Words, Tensors]]
+TensorSequence = Sequence[torch.Tensor]
+OrderWords = Mapping[str, Any]
+OrderReply = tuple[OrderWords, TensorSequence]
+AnswersOrders = Callable[[OrderWords, TensorSequence], OrderReply]
 """Answers an order and the tensors that came with it."""
 
 
@@ -86,7 +87,9 @@ class Ranks:
             with self._noting(share.rank):
                 take(share.rank, UNBOUNDED)
 
-    def ask(self, rank: int, words: Words, tensors: Tensors, device: torch.device) -> tuple[Words, list[torch.Tensor]]:
+    def ask(
+        self, rank: int, words: OrderWords, tensors: TensorSequence, device: torch.device
+    ) -> tuple[OrderWords, list[torch.Tensor]]:
         """A rank's answer to an order.
 
         Args:
@@ -129,7 +132,7 @@ class Ranks:
             raise
 
 
-def follow(load: Callable[[Cut], Answering], device: torch.device) -> None:
+def follow(load: Callable[[Cut], AnswersOrders], device: torch.device) -> None:
     """Do what rank 0 asks for, until it ends.
 
     Args:
@@ -139,7 +142,7 @@ def follow(load: Callable[[Cut], Answering], device: torch.device) -> None:
     Raises:
         RankLostError: rank 0 is gone.
     """
-    answer: Answering | None = None
+    answer: AnswersOrders | None = None
     while True:
         words, tensors = take(0, UNBOUNDED, device)
         if words["order"] == Order.END:
@@ -158,7 +161,7 @@ def follow(load: Callable[[Cut], Answering], device: torch.device) -> None:
         give(0, *reply)
 
 
-def give(rank: int, words: Words, tensors: Tensors = (), patience: timedelta = UNBOUNDED) -> None:
+def give(rank: int, words: OrderWords, tensors: TensorSequence = (), patience: timedelta = UNBOUNDED) -> None:
     """Send words and tensors.
 
     Args:
@@ -175,7 +178,7 @@ def give(rank: int, words: Words, tensors: Tensors = (), patience: timedelta = U
             work.wait(patience)
 
 
-def take(rank: int, patience: timedelta, device: torch.device = CPU) -> tuple[Words, list[torch.Tensor]]:
+def take(rank: int, patience: timedelta, device: torch.device = CPU) -> tuple[OrderWords, list[torch.Tensor]]:
     """The words and tensors that this rank sends.
 
     Args:

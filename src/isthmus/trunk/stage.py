@@ -23,7 +23,7 @@ from isthmus.recipe import Recipe
 from isthmus.trunk.grouped_lora import Adapter
 from isthmus.trunk.loading import load_trunk
 from isthmus.trunk.packed_attention import SequenceCache
-from isthmus.trunk.ranks import Order, Tensors, Words
+from isthmus.trunk.ranks import Order, OrderReply, OrderWords, TensorSequence
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.stash import SavedBytes
 
@@ -72,7 +72,7 @@ class Stage:
         self._caches: dict[int, SequenceCache] = {}
         self._graphs: dict[int, Graph] = {}
 
-    def answer(self, words: Words, tensors: Tensors) -> tuple[Words, Tensors]:
+    def answer(self, words: OrderWords, tensors: TensorSequence) -> OrderReply:
         """The answer to an order.
 
         Raises:
@@ -98,7 +98,7 @@ class Stage:
                 self._graphs.pop(number, None)
 
     @torch.inference_mode()
-    def _cached(self, words: Words, h_TD: torch.Tensor, _: Iterator[torch.Tensor]) -> tuple[Words, Tensors]:
+    def _cached(self, words: OrderWords, h_TD: torch.Tensor, _: Iterator[torch.Tensor]) -> OrderReply:
         caches = []
         for number, past, blocks in zip(words["caches"], words["past"], words["passed"], strict=True):
             cache = self._caches.get(number) or self._runner.cache_of(range(*blocks))
@@ -107,7 +107,7 @@ class Stage:
             caches.append(cache)
         return {}, [self._runner.cached_pass(h_TD, words["lengths"], caches, words["ends"])]
 
-    def _full(self, words: Words, h_TD: torch.Tensor, given: Iterator[torch.Tensor]) -> tuple[Words, Tensors]:
+    def _full(self, words: OrderWords, h_TD: torch.Tensor, given: Iterator[torch.Tensor]) -> OrderReply:
         passed = [range(*blocks) for blocks in words["passed"]]
         if words["segments"] is None:
             with torch.inference_mode():
@@ -129,7 +129,7 @@ class Stage:
             for name, one in self._own.items()
         }
 
-    def _backward(self, words: Words, tensors: Tensors) -> tuple[Words, Tensors]:
+    def _backward(self, words: OrderWords, tensors: TensorSequence) -> OrderReply:
         graph = self._graphs.pop(words["number"])
         # in this thread, as on rank 0
         with torch.autograd.set_multithreading_enabled(False):

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from isthmus.model.cut import Part
 from isthmus.trunk.grouped_lora import Adapter
 from isthmus.trunk.packed_attention import SequenceCache
-from isthmus.trunk.ranks import Order, Ranks, Tensors, Words
+from isthmus.trunk.ranks import Order, OrderWords, Ranks, TensorSequence
 from isthmus.trunk.runner import Runner
 from isthmus.trunk.stage import stage_adapter
 
@@ -139,18 +139,18 @@ class OtherStage:
         """Versions of the adapter's tensors that the rank has."""
         self._numbers = count()
 
-    def full(self, words: Words, h_TD: torch.Tensor) -> torch.Tensor:
+    def full(self, words: OrderWords, h_TD: torch.Tensor) -> torch.Tensor:
         """The result of a pass of whole sequences through the part's own adapter, ``[T, D]``."""
         own = self._own()
         return self._ask(Order.FULL, {**words, "segments": None, "own": bool(own)}, [h_TD, *own])[1][0]
 
-    def cached(self, words: Words, h_TD: torch.Tensor) -> torch.Tensor:
+    def cached(self, words: OrderWords, h_TD: torch.Tensor) -> torch.Tensor:
         """The result of a pass of new tokens of cached sequences, ``[T, D]``."""
         own = self._own()
         return self._ask(Order.CACHED, {**words, "own": bool(own)}, [h_TD, *own])[1][0]
 
     def full_with_graph(
-        self, words: Words, h_TD: torch.Tensor, segments: Sequence[tuple[int, Adapter]]
+        self, words: OrderWords, h_TD: torch.Tensor, segments: Sequence[tuple[int, Adapter]]
     ) -> tuple[torch.Tensor, int]:
         """The result of a pass through these segments' adapters, ``[T, D]``, with a graph; the bytes that it takes
         there."""
@@ -178,7 +178,7 @@ class OtherStage:
         """The gradient of a pass's input, and, where adapters train, one tensor of all of theirs."""
         return self._ask(Order.BACKWARD, {"number": number}, [gradient_TD])[1]
 
-    def _ask(self, order: Order, words: Words, tensors: Tensors) -> tuple[Words, list[torch.Tensor]]:
+    def _ask(self, order: Order, words: OrderWords, tensors: TensorSequence) -> tuple[OrderWords, list[torch.Tensor]]:
         tidy = [self.tidy.popleft() for _ in range(len(self.tidy))]  # others may be added meanwhile, by any thread
         return self._ranks.ask(self._rank, {**words, "order": order, "tidy": tidy}, tensors, self._device)
 
@@ -198,7 +198,7 @@ class _Call:
     """What a pass with a graph is asked with. It lives as long as the graph on this side."""
 
     def __init__(
-        self, stage: OtherStage, words: Words, segments: Sequence[tuple[int, Adapter]], trained: Sequence[str]
+        self, stage: OtherStage, words: OrderWords, segments: Sequence[tuple[int, Adapter]], trained: Sequence[str]
     ) -> None:
         self.stage, self.words, self.segments, self.trained = stage, words, segments, trained
         self.number, self.nbytes = -1, 0

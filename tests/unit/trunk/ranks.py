@@ -24,7 +24,7 @@ from isthmus.model.cut import Cut
 from isthmus.model.device import CPU
 from isthmus.model.share import BlockShare
 from isthmus.recipe import Recipe
-from isthmus.trunk.ranks import Answering, Ranks, follow
+from isthmus.trunk.ranks import AnswersOrders, Ranks, follow
 from isthmus.trunk.stage import load_stage
 
 ROOT = Path(__file__).parents[3]
@@ -87,7 +87,7 @@ def main() -> None:
     share = BlockShare(int(rank), int(count))
     connect(share.rank, share.ranks, Path(store))
 
-    def load(cut: Cut) -> Answering:
+    def load(cut: Cut) -> AnswersOrders:
         recipe = Recipe.of(json.loads(Path(path).read_text()))
         return load_stage(Checkpoint(recipe.model.path), recipe, CPU, share, cut).answer
 

@@ -18,7 +18,7 @@ from isthmus.silo.trainer import train_step
 from isthmus.storage.record import RoleDirectory
 from isthmus.trunk.ranks import Ranks
 from isthmus.trunk.service import TrunkService
-from isthmus.trunk.staged_runner import StagedCache, StagedRunner
+from isthmus.trunk.staged_runner import StagedRunner
 from tests.conftest import make_recipe, targets_of
 from tests.oracle.twins import batch_of, loopback, prompts, ragged, save_vivid_model
 from tests.unit.trunk.ranks import Others, started
@@ -208,26 +208,3 @@ def test_what_rank_0_has_no_more_no_rank_keeps(pairs: Any, folders: dict[str, Pa
     with torch.no_grad():
         silo.model(**ragged("left"), use_cache=False)
     assert not any(stage.tidy for stage in stages)
-
-
-def test_an_error_of_a_rank_is_the_requests_and_the_next_pass_is_right(pairs: Any, folders: dict[str, Path]) -> None:
-    pair = pairs(make_recipe(folders["llama"]))
-    alone, runner = pair.services[0]._runner, pair.runner
-    h_TD = torch.randn(4, runner.width, generator=torch.Generator().manual_seed(0))
-    caches = [one.new_cache("a") for one in (alone, runner)]
-    with torch.inference_mode():
-        expected, found = (
-            one.cached_pass(h_TD, [4], [cache]) for one, cache in zip((alone, runner), caches, strict=True)
-        )
-        assert torch.equal(found, expected)
-        with pytest.raises(RuntimeError, match="rank 1: "):
-            runner._stages[0].cached(
-                {"lengths": [4], "passed": [(0, 9)], "past": [4], "ends": None, "caches": [77]}, h_TD
-            )
-        assert isinstance(caches[1], StagedCache)
-        caches[1].crop(2)
-        caches[0].crop(2)
-        expected, found = (
-            one.cached_pass(h_TD, [4], [cache]) for one, cache in zip((alone, runner), caches, strict=True)
-        )
-        assert torch.equal(found, expected)

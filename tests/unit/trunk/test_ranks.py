@@ -1,0 +1,73 @@
+"""Rank 0 and another process: what is sent arrives, and an order that fails leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from isthmus.model.checkpoint import Checkpoint
+from isthmus.model.cut import Cut
+from isthmus.model.device import CPU
+from isthmus.recipe import Recipe
+from isthmus.trunk.loading import load_trunk
+from isthmus.trunk.ranks import Order, give, take
+from isthmus.trunk.staged_runner import StagedRunner
+from tests.conftest import make_recipe
+from tests.unit.trunk.ranks import Others, started
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def others(tmp_path: Path) -> Iterator[Others]:
+    with started(2, tmp_path) as found:
+        yield found
+
+
+def staged(recipe: Recipe, others: Others, cut: Cut) -> StagedRunner:
+    ranks = others.use(recipe)
+    ranks.load(cut)
+    part = load_trunk(Checkpoint(recipe.model.path), cut, recipe, CPU, ranks.share)
+    ranks.wait_loaded()
+    return StagedRunner(part, ranks)
+
+
+def test_an_order_that_fails_is_the_requests_error_and_the_next_is_answered(
+    others: Others, model: Path, tmp_path: Path
+) -> None:
+    """Also by another cut, which the ranks load."""
+    recipe = make_recipe(model)
+    for cut in (Cut(1, 1), Cut(2, 1), Cut(1, 2)):
+        runner = staged(recipe, others, cut)
+        h_TD = torch.randn(4, runner.width)
+        with torch.no_grad():
+            before = runner.full_pass(h_TD, [4])
+        wrong = {"lengths": [4], "passed": [(0, 9)], "past": [4], "ends": None, "caches": [77]}
+        with pytest.raises(RuntimeError, match="rank 1: ") as caught:
+            runner._stages[0].cached(wrong, h_TD)
+        assert not isinstance(caught.value, torch.OutOfMemoryError)
+        with torch.no_grad():
+            assert torch.equal(runner.full_pass(h_TD, [4]), before)
+
+
+def test_tensors_arrive_as_they_are(others: Others, model: Path) -> None:
+    """Empty ones, views and 16 bits; the other side answers a pass with its blocks' results, of the same type."""
+    recipe = make_recipe(model, model={"dtype": "bfloat16"})
+    runner = staged(recipe, others, Cut(1, 1))
+    words = {"lengths": [2], "passed": [(0, 0)], "masks": [], "segments": None, "own": False}
+    for h_TD in (
+        torch.randn(2, runner.width),
+        torch.randn(runner.width, 2).T,
+        torch.randn(2, 2 * runner.width)[:, ::2],
+    ):
+        give(1, {"order": Order.FULL, "tidy": [], **words}, [h_TD.to(torch.bfloat16)])
+        said, (found,) = take(1, timedelta(seconds=60))
+        assert (said, found.dtype) == ({}, torch.bfloat16)
+        assert torch.equal(found, h_TD.to(torch.bfloat16))
+    give(1, {"order": Order.FULL, "tidy": [], **words, "lengths": []}, [torch.empty(0, runner.width)])
+    said, found = take(1, timedelta(seconds=60))
+    assert said.keys() == {"error", "memory"} or found[0].shape == (0, runner.width)
