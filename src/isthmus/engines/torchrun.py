@@ -31,10 +31,12 @@ from isthmus.model.share import BlockShare
 from isthmus.recipe import Recipe
 from isthmus.recipe.shared import check_shared, shared_keys
 from isthmus.storage.record import RunDirectory
-from isthmus.trunk.ranks import PASS_SECONDS, UNBOUNDED, AnswersOrders, Ranks, follow, give, take
+from isthmus.trunk.ranks import UNBOUNDED, AnswersOrders, Ranks, follow, give, take
 from isthmus.trunk.stage import load_stage
 
 log = logging.getLogger(__name__)
+CONNECT_SECONDS = 300.0
+"""Longest time that ranks wait for one another at the start."""
 PARTING_SECONDS = 20.0
 """Time that a rank which is asked to end waits for rank 0 to end; torchrun kills after 30."""
 
@@ -50,7 +52,7 @@ def leading(place: RankPlace | None, path: Path) -> Iterator[Ranks | None]:
     Raises:
         MismatchError: another rank has another model, recipe or kind of device; all ranks raise it.
         RankLostError: one is gone; so too where the block only was asked to stop.
-        NotSupportedError, RecipeError: the recipe is not for several ranks.
+        RecipeError: the recipe is not for several ranks.
     """
     if place is None:
         yield None
@@ -73,9 +75,10 @@ def follow_rank_0(place: RankPlace, path: Path) -> None:
         path: as in ``leading``; on this rank's machine.
 
     Raises:
-        MismatchError, NotSupportedError, RecipeError: as ``leading``.
+        MismatchError, RecipeError: as ``leading``.
         RankLostError: rank 0 is gone.
         ModelError: this rank's model folder cannot be used.
+        NotSupportedError: there are more ranks than blocks, or the recipe's weights are not for this device.
     """
     recipe = _recipe_at(path)
     set_threads(recipe)
@@ -124,14 +127,14 @@ def _connected(place: RankPlace, recipe: Recipe) -> Iterator[None]:
     """Within the block torch.distributed connects all ranks: processors by gloo, CUDA devices by NCCL.
 
     Raises:
-        NotSupportedError, RecipeError: the recipe is not for several ranks.
+        RecipeError: the recipe is not for several ranks.
         RankLostError: not all ranks have come.
     """
     device = device_of(place, recipe)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    patience = timedelta(seconds=PASS_SECONDS)
+    patience = timedelta(seconds=CONNECT_SECONDS)
     try:
         store, rank, ranks = next(rendezvous("env://", timeout=patience))
         store = PrefixStore(f"isthmus/{place.attempt}", store)  # torchrun's may hold addresses of earlier attempts

@@ -23,8 +23,8 @@ from isthmus.model.device import CPU
 from isthmus.model.share import BlockShare
 from isthmus.trunk.scheduler import ComputeOver
 
-PASS_SECONDS = 300.0
-"""Longest time that rank 0 waits for an answer of another rank."""
+PASS_SECONDS = 900.0
+"""Longest time that rank 0 waits for an answer of another rank: a processor may compute for minutes for many silos."""
 UNBOUNDED = timedelta(days=3650)
 """For what comes when silos ask for it, and for loading."""
 TensorSequence = Sequence[torch.Tensor]
