@@ -9,6 +9,7 @@ Shapes: T tokens, D the model's width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -88,10 +89,12 @@ class Stage:
         return (self._cached if words["order"] == Order.CACHED else self._full)(words, h_TD, given)
 
     def _tidy(self, changes: Sequence[Sequence[Any]]) -> None:
-        """Copy caches, and free caches and graphs, as rank 0 has done since its last order."""
+        """Copy caches, and free caches and graphs, as rank 0 has done since its last order. A copy that finds no memory
+        is missed when it is used."""
         for what, number, *other in changes:
             if what == "copy" and number in self._caches:  # else nothing has been cached yet
-                self._caches[other[0]] = self._caches[number].copy()
+                with suppress(MemoryError, torch.OutOfMemoryError):
+                    self._caches[other[0]] = self._caches[number].copy()
             if what == "cache":
                 self._caches.pop(number, None)
             if what == "graph":
@@ -104,6 +107,11 @@ class Stage:
             cache = self._caches.get(number) or self._runner.cache_of(range(*blocks))
             self._caches[number] = cache
             cache.crop(past)
+            if not cache.blocks:  # its passes came here only with those of others
+                cache.reserve(past)
+                cache.length = past
+            if cache.length != past:
+                raise RuntimeError(f"cached positions are gone: {past} are needed, {cache.length} are here")
             caches.append(cache)
         return {}, [self._runner.cached_pass(h_TD, words["lengths"], caches, words["ends"])]
 

@@ -141,13 +141,11 @@ class OtherStage:
 
     def full(self, words: OrderWords, h_TD: torch.Tensor) -> torch.Tensor:
         """The result of a pass of whole sequences through the part's own adapter, ``[T, D]``."""
-        own = self._own()
-        return self._ask(Order.FULL, {**words, "segments": None, "own": bool(own)}, [h_TD, *own])[1][0]
+        return self._pass(Order.FULL, {**words, "segments": None}, h_TD)[1]
 
     def cached(self, words: OrderWords, h_TD: torch.Tensor) -> torch.Tensor:
         """The result of a pass of new tokens of cached sequences, ``[T, D]``."""
-        own = self._own()
-        return self._ask(Order.CACHED, {**words, "own": bool(own)}, [h_TD, *own])[1][0]
+        return self._pass(Order.CACHED, words, h_TD)[1]
 
     def full_with_graph(
         self, words: OrderWords, h_TD: torch.Tensor, segments: Sequence[tuple[int, Adapter]]
@@ -162,7 +160,7 @@ class OtherStage:
 
     def forward(self, call: _Call, h_TD: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         """A pass whose graph the rank keeps: its result, its number and its bytes."""
-        own, number = self._own(), next(self._numbers)
+        number = next(self._numbers)
         shared = [all(self._is_own(name, adapter[name]) for name in call.trained) for _, adapter in call.segments]
         given = [
             adapter[name]
@@ -170,9 +168,8 @@ class OtherStage:
             for name in (() if same else call.trained)
         ]
         segments = [(tokens, same) for (tokens, _), same in zip(call.segments, shared, strict=True)]
-        words = {**call.words, "segments": segments, "own": bool(own), "number": number}
-        answer, found = self._ask(Order.FULL, words, [h_TD, *own, *given])
-        return found[0], number, answer["bytes"]
+        answer, result_TD = self._pass(Order.FULL, {**call.words, "segments": segments, "number": number}, h_TD, given)
+        return result_TD, number, answer["bytes"]
 
     def backward(self, number: int, gradient_TD: torch.Tensor) -> list[torch.Tensor]:
         """The gradient of a pass's input, and, where adapters train, one tensor of all of theirs."""
@@ -182,13 +179,16 @@ class OtherStage:
         tidy = [self.tidy.popleft() for _ in range(len(self.tidy))]  # others may be added meanwhile, by any thread
         return self._ranks.ask(self._rank, {**words, "order": order, "tidy": tidy}, tensors, self._device)
 
-    def _own(self) -> list[torch.Tensor]:
-        """The part's own adapter of these blocks, if it has changed since the rank got it."""
+    def _pass(
+        self, order: Order, words: OrderWords, h_TD: torch.Tensor, given: TensorSequence = ()
+    ) -> tuple[OrderWords, torch.Tensor]:
+        """The rank's answer about a pass, and its result. The part's own adapter of these blocks goes along if it has
+        changed since the rank got it."""
         versions = [one._version for one in self._adapter.values()]
-        if versions == self._sent:
-            return []
+        own = () if versions == self._sent else self._adapter.values()
+        answer, found = self._ask(order, {**words, "own": bool(own)}, [h_TD, *own, *given])
         self._sent = versions
-        return list(self._adapter.values())
+        return answer, found[0]
 
     def _is_own(self, name: str, tensor: torch.Tensor) -> bool:
         return tensor.data_ptr() == self._adapter[name].data_ptr()

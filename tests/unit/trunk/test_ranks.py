@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from isthmus.model.checkpoint import Checkpoint
-from isthmus.model.cut import Cut
+from isthmus.model.cut import Cut, Part
 from isthmus.model.device import CPU
 from isthmus.recipe import Recipe
 from isthmus.trunk.loading import load_trunk
 from isthmus.trunk.ranks import Order, give, take
+from isthmus.trunk.runner import Runner
 from isthmus.trunk.staged_runner import StagedRunner
 from tests.conftest import make_recipe
 from tests.unit.trunk.ranks import Others, started
@@ -71,3 +72,25 @@ def test_tensors_arrive_as_they_are(others: Others, model: Path) -> None:
     give(1, {"order": Order.FULL, "tidy": [], **words, "lengths": []}, [torch.empty(0, runner.width)])
     said, found = take(1, timedelta(seconds=60))
     assert said.keys() == {"error", "memory"} or found[0].shape == (0, runner.width)
+
+
+@torch.inference_mode()
+def test_a_sequence_that_passes_none_of_a_ranks_blocks_may_share_its_passes(others: Others, model: Path) -> None:
+    """Some of its tokens have never been at that rank."""
+    with torch.inference_mode(False):
+        recipe = make_recipe(model)
+        runner, whole = staged(recipe, others, Cut(1, 1)), Runner(load_trunk_alone(recipe))
+    h_TD = torch.randn(6, runner.width)
+    for one in (first := [each.cache_of(range(1)) for each in (whole, runner)]):
+        one.reserve(6)
+    both = [[cache, each.cache_of(range(3))] for cache, each in zip(first, (whole, runner), strict=True)]
+    for caches, lengths in (([[one] for one in first], [4]), (both, [1, 5]), (both, [2, 1])):
+        tokens = h_TD[: sum(lengths)]
+        expected, found = (
+            each.cached_pass(tokens, lengths, own) for each, own in zip((whole, runner), caches, strict=True)
+        )
+        assert torch.equal(found, expected)
+
+
+def load_trunk_alone(recipe: Recipe) -> Part:
+    return load_trunk(Checkpoint(recipe.model.path), Cut(1, 1), recipe, CPU)

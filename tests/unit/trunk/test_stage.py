@@ -115,3 +115,5 @@ def test_caches_are_dropped_back_copied_and_freed(whole: Runner, stage: Stage) -
     found = ask(new_TD, [1, 1], [2, 3], [2, 2], [("copy", 0, 2), ("copy", 1, 3), ("copy", 99, 4), ("cache", 0)])
     assert torch.equal(found, whole.cached_pass(new_TD, [1, 1], twins))
     assert sorted(stage._caches) == [1, 2, 3]
+    with pytest.raises(RuntimeError, match="cached positions are gone: 2 are needed, 0 are here"):
+        ask(new_TD, [1, 1], [1, 4], [2, 2])
