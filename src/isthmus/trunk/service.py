@@ -393,15 +393,14 @@ def _check_of(name: str) -> str:
 
 def _load_runner(checkpoint: Checkpoint, cut: Cut, recipe: Recipe, ranks: Ranks | None) -> Runner:
     device, residual = find_device(recipe.trunk.device), recipe.boundary.residual
-    passed = _passed_blocks(checkpoint, cut, recipe)
     if ranks is None:
         part = load_trunk(checkpoint, cut, recipe, device)
         record = None if recipe.trunk.weights is None else False  # passes of few bits were never tried to record
-        return Runner(part, residual=residual, record=record, passed=passed)
+        return Runner(part, residual=residual, record=record, passed=_passed_blocks(checkpoint, cut, recipe))
     ranks.load(cut)
     part = load_trunk(checkpoint, cut, recipe, device, ranks.share)
     ranks.wait_loaded()
-    return StagedRunner(part, ranks, residual=residual, passed=passed)
+    return StagedRunner(part, ranks, residual=residual, passed=_passed_blocks(checkpoint, cut, recipe))
 
 
 def _passed_blocks(checkpoint: Checkpoint, cut: Cut, recipe: Recipe) -> dict[str, range]:
