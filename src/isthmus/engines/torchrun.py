@@ -1,7 +1,7 @@
 """A trunk over several processes that torchrun starts: rank 0 serves, the others hold some of its blocks.
 
 ``torchrun --nproc-per-node 2 -m isthmus trunk recipe.toml``. What a rank sends another is neither encrypted nor
-authenticated: the ranks must be on one machine, or on a network that nobody else is on.
+authenticated: the ranks must be on one machine or on a private network.
 """
 
 from __future__ import annotations
