@@ -35,7 +35,7 @@ from isthmus.trunk.ranks import UNBOUNDED, AnswersOrders, Ranks, follow, give, t
 from isthmus.trunk.stage import load_stage
 
 log = logging.getLogger(__name__)
-CONNECT_SECONDS = 300.0
+RENDEZVOUS_SECONDS = 300.0
 """Longest time that ranks wait for one another at the start."""
 PARTING_SECONDS = 20.0
 """Time that a rank which is asked to end waits for rank 0 to end; torchrun kills after 30."""
@@ -134,7 +134,7 @@ def _connected(place: RankPlace, recipe: Recipe) -> Iterator[None]:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    patience = timedelta(seconds=CONNECT_SECONDS)
+    patience = timedelta(seconds=RENDEZVOUS_SECONDS)
     try:
         store, rank, ranks = next(rendezvous("env://", timeout=patience))
         store = PrefixStore(f"isthmus/{place.attempt}", store)  # torchrun's may hold addresses of earlier attempts
